@@ -1,0 +1,354 @@
+"""The ``.pcv2`` file: plain prefix, entropy-coded header and caption, hand-over to the tokens.
+
+docs/bitstream.md is the normative description. This module needs the standard library only, so
+that a file can be inspected without torch or the compiled coder. It never codes tokens: the
+writer pushes them first onto a rANS stack and then the intervals of ``header_intervals``; the
+reader decodes header and caption in plain Python and returns the coder state for the rest.
+"""
+
+from __future__ import annotations
+
+import binascii
+import math
+import struct
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+
+MAGIC = 0xFC2
+"""First 12 bits of a file. The byte 0xFC occurs in no UTF-8 text."""
+VERSION = 1
+"""Next 4 bits."""
+PREFIX_BYTES = 4
+"""Plain bytes before the rANS stream: magic and version, model id."""
+
+PROB_BITS = 12
+"""All header and caption symbols are coded with probabilities in 1/4096."""
+STATE_BOUND = 1 << 23
+"""The decoder refills its state below this value, as long as bytes remain."""
+
+MAX_PIXELS = 64_000_000
+"""Default limit of the reader on height * width."""
+MAX_SIDE = 1 << 16
+MAX_STAGES_SENT = 1 << 16
+MAX_CAPTION_BYTES = 4096
+DENSE_SLACK = 2048
+"""Tokens that a file may hold beyond what the dense promise ties to its bits."""
+
+CAPTION_NONE, CAPTION_RAW, CAPTION_DEFLATE = 0, 1, 2
+"""Caption codecs; 3 to 5 are reserved."""
+
+_RATE = (1536, 1024, 768, 96, 96, 96, 96, 43, 43, 43, 43, 43, 43, 42, 42, 42)
+_SCHEDULE = (1280, 467, 467, 467, 467, 467, 467, 14)  # the last one is reserved
+_ALL_STAGES = (3840, 256)
+_STAGES_EXPONENT = (640, 640, 896, 896, 512, 43, 43, 43, 43, 43, 43, 43, 43, 42, 42, 42, 42)
+_CAPTION_CODEC = (3712, 96, 96, 128, 32, 32)  # the last three are reserved
+_STANDARD_SIZE = (3712, 384)
+_SIDE_EXPONENT = (4, 4, 8, 8, 16, 24, 48, 80, 192, 384, 768, 784, 832, 832, 80, 24, 8)
+_DENSE = (4092, 4)
+_CAPTION_EXPONENT = (16, 16, 64, 192, 704, 1024, 1024, 704, 256, 64, 16, 8, 8)
+_BYTE = (16,) * 256
+
+RATES = len(_RATE)
+SCHEDULE_INDICES = len(_SCHEDULE) - 1
+_KNOWN_CAPTION_CODECS = 3
+_STANDARD_SIDE = 512
+
+
+class BitstreamError(ValueError):
+    """The bytes are not a valid ``.pcv2`` file; the message says what is wrong with them."""
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything that a file says before its tokens.
+
+    Attributes:
+        model_id: 0..65535, first 16 bits of the entropy model's fingerprint.
+        height: image rows in pixels, 1..65536.
+        width: image columns in pixels, 1..65536.
+        rate: index of the rate in the model's list, 0..15.
+        schedule: index of the entropy schedule (``percov2.entropy.schedule.SCHEDULES``), 0..6.
+        stages_sent: the file holds the tokens of stages 1..stages_sent; 0 means all stages.
+        caption_codec: ``CAPTION_NONE``, ``CAPTION_RAW`` or ``CAPTION_DEFLATE``.
+        caption: the caption as coded bytes, at most 4096, the last one not zero; empty if and
+            only if the codec is ``CAPTION_NONE``.
+        dense: the file keeps the promise of ``keeps_dense_promise``.
+
+    Raises:
+        ValueError: a field out of its range.
+    """
+
+    model_id: int
+    height: int
+    width: int
+    rate: int = 0
+    schedule: int = 0
+    stages_sent: int = 0
+    caption_codec: int = CAPTION_NONE
+    caption: bytes = b""
+    dense: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("model_id", 0, 0xFFFF),
+            ("height", 1, MAX_SIDE),
+            ("width", 1, MAX_SIDE),
+            ("rate", 0, RATES - 1),
+            ("schedule", 0, SCHEDULE_INDICES - 1),
+            ("stages_sent", 0, MAX_STAGES_SENT),
+            ("caption_codec", 0, _KNOWN_CAPTION_CODECS - 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"header field {name} must be {low}..{high}, got {value}")
+        if len(self.caption) > MAX_CAPTION_BYTES:
+            raise ValueError(
+                f"a coded caption has at most {MAX_CAPTION_BYTES} bytes, got {len(self.caption)}"
+            )
+        if (self.caption_codec == CAPTION_NONE) != (self.caption == b""):
+            raise ValueError(
+                f"caption codec {self.caption_codec} does not go with {len(self.caption)} "
+                "caption bytes: codec 0 is for no bytes, the others for at least one"
+            )
+        if self.caption.endswith(b"\0"):
+            raise ValueError("the last byte of a coded caption must not be zero")
+
+
+@dataclass(frozen=True)
+class ParsedFile:
+    """A file whose header and caption have been read.
+
+    Attributes:
+        header: the decoded fields.
+        state: rANS state before the first token, refilled (>= 2^23 unless no byte is left).
+        position: index into the whole file of the next byte to shift in.
+        bits: cost in bits (sum of -log2 p; plain bits as they are) of ``header``, ``caption``
+            (its length and bytes) and ``check``; tokens and coder overhead are the rest.
+    """
+
+    header: Header
+    state: int
+    position: int
+    bits: dict[str, float]
+
+
+def prefix(header: Header) -> bytes:
+    """Return the four plain bytes that open a file."""
+    return struct.pack(">HH", MAGIC << 4 | VERSION, header.model_id)
+
+
+def check(header: Header, tokens_le_int32: bytes) -> int:
+    """Return the 16-bit check, the initial state of the file's rANS encoder.
+
+    Args:
+        header: the fields of the file.
+        tokens_le_int32: the token map in raster order as little-endian int32, -1 where the
+            token's stage is not sent.
+    """
+    fields = struct.pack(
+        ">BBIIIBBI",
+        header.rate,
+        header.schedule,
+        header.stages_sent,
+        header.height,
+        header.width,
+        0 if header.dense else 1,
+        header.caption_codec,
+        len(header.caption),
+    )
+    crc = binascii.crc_hqx(prefix(header) + fields + header.caption, 0xFFFF)
+    return binascii.crc_hqx(tokens_le_int32, crc)
+
+
+def keeps_dense_promise(token_count: int, payload_bytes: int, tail_tokens: int) -> bool:
+    """Say whether a file may carry the dense flag.
+
+    The flag bounds the work that a damaged size field can cause. A writer whose file breaks the
+    promise (large plain areas that cost next to nothing) clears the flag; a reader refuses a file
+    that carries the flag and breaks the promise.
+
+    Args:
+        token_count: tokens of the sent stages.
+        payload_bytes: bytes of the file after the four plain ones.
+        tail_tokens: tokens still to be decoded once no byte is left and the state is < 2^23 (a
+            writer may give the number of tokens pushed before the coder's first output byte,
+            which is never smaller).
+    """
+    return token_count <= 8 * payload_bytes + DENSE_SLACK and tail_tokens <= DENSE_SLACK
+
+
+def header_intervals(header: Header) -> list[tuple[int, int]]:
+    """Return the (start, freq) of header and caption in decoding order, freqs in 1/4096.
+
+    A writer pushes them in reverse order, after all tokens.
+    """
+    out: list[tuple[int, int]] = []
+
+    def put(table: tuple[int, ...], symbol: int) -> None:
+        out.append((sum(table[:symbol]), table[symbol]))
+
+    def put_number(table: tuple[int, ...], number: int) -> None:
+        exponent = (number - 1).bit_length()
+        put(table, exponent)
+        left = max(exponent - 1, 0)
+        while left:
+            width = (left - 1) % PROB_BITS + 1
+            left -= width
+            chunk = (number - 1) >> left & ((1 << width) - 1)
+            out.append((chunk << (PROB_BITS - width), 1 << (PROB_BITS - width)))
+
+    put(_RATE, header.rate)
+    put(_SCHEDULE, header.schedule)
+    put(_ALL_STAGES, int(header.stages_sent != 0))
+    if header.stages_sent:
+        put_number(_STAGES_EXPONENT, header.stages_sent)
+    standard = header.height == header.width == _STANDARD_SIDE
+    put(_STANDARD_SIZE, int(not standard))
+    if not standard:
+        put_number(_SIDE_EXPONENT, header.height)
+        put_number(_SIDE_EXPONENT, header.width)
+    put(_DENSE, int(not header.dense))
+    put(_CAPTION_CODEC, header.caption_codec)
+    if header.caption_codec != CAPTION_NONE:
+        put_number(_CAPTION_EXPONENT, len(header.caption))
+        for byte in header.caption:
+            put(_BYTE, byte)
+    return out
+
+
+class _Decoder:
+    """The rANS decoder of docs/bitstream.md, section 3, with an account of the bits spent."""
+
+    def __init__(self, data: bytes, position: int) -> None:
+        self.data = data
+        self.state = 0
+        self.position = position
+        self.bits = 0.0
+        self._refill()
+
+    def _refill(self) -> None:
+        while self.state < STATE_BOUND and self.position < len(self.data):
+            self.state = self.state << 8 | self.data[self.position]
+            self.position += 1
+
+    def _advance(self, start: int, freq: int) -> None:
+        slot = self.state & ((1 << PROB_BITS) - 1)
+        self.state = freq * (self.state >> PROB_BITS) + slot - start
+        self.bits += PROB_BITS - math.log2(freq)
+        self._refill()
+
+    def symbol(self, table: tuple[int, ...]) -> int:
+        """Decode one symbol of a table of frequencies."""
+        starts = [0, *accumulate(table)]
+        symbol = bisect_right(starts, self.state & ((1 << PROB_BITS) - 1)) - 1
+        self._advance(starts[symbol], table[symbol])
+        return symbol
+
+    def uniform(self, width: int) -> int:
+        """Decode a number of ``width`` <= 12 bits, all values equally likely."""
+        shift = PROB_BITS - width
+        value = (self.state & ((1 << PROB_BITS) - 1)) >> shift
+        self._advance(value << shift, 1 << shift)
+        return value
+
+    def number(self, table: tuple[int, ...]) -> int:
+        """Decode a number >= 1: exponent by table, then the bits below its leading one."""
+        exponent = self.symbol(table)
+        value, left = int(exponent > 0), max(exponent - 1, 0)
+        while left:
+            width = (left - 1) % PROB_BITS + 1
+            left -= width
+            value = value << width | self.uniform(width)
+        return value + 1
+
+
+def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
+    """Read prefix, header and caption of a file.
+
+    Args:
+        data: the whole file.
+        max_pixels: refuse images with more pixels than this.
+
+    Raises:
+        BitstreamError: the data is empty, too short, not a ``.pcv2`` file, of another version,
+            holds an impossible or unknown field, or declares too large an image.
+    """
+    data = bytes(data)
+    _read_prefix(data)
+    decoder = _Decoder(data, PREFIX_BYTES)
+    rate = decoder.symbol(_RATE)
+    schedule = decoder.symbol(_SCHEDULE)
+    if schedule >= SCHEDULE_INDICES:
+        raise BitstreamError(
+            f"impossible header field: schedule {schedule} is not known to this version of percov2"
+        )
+    stages_sent = decoder.number(_STAGES_EXPONENT) if decoder.symbol(_ALL_STAGES) else 0
+    height = width = _STANDARD_SIDE
+    if decoder.symbol(_STANDARD_SIZE):
+        height, width = decoder.number(_SIDE_EXPONENT), decoder.number(_SIDE_EXPONENT)
+        if height == width == _STANDARD_SIDE:
+            raise BitstreamError("impossible header field: size 512x512 in its long form")
+    if height * width > max_pixels:
+        raise BitstreamError(
+            f"the file declares an image of {width}x{height} = {width * height} pixels, more than "
+            f"the limit of {max_pixels}; raise the limit with --max-pixels if you trust the file"
+        )
+    dense = not decoder.symbol(_DENSE)
+    codec = decoder.symbol(_CAPTION_CODEC)
+    if codec >= _KNOWN_CAPTION_CODECS:
+        raise BitstreamError(
+            f"impossible header field: caption codec {codec} is not known to this version of "
+            "percov2"
+        )
+    header_bits = 8 * PREFIX_BYTES + decoder.bits
+    caption = _read_caption(decoder) if codec != CAPTION_NONE else b""
+    caption_bits = 8 * PREFIX_BYTES + decoder.bits - header_bits
+    return ParsedFile(
+        header=Header(
+            model_id=int.from_bytes(data[2:4], "big"),
+            height=height,
+            width=width,
+            rate=rate,
+            schedule=schedule,
+            stages_sent=stages_sent,
+            caption_codec=codec,
+            caption=caption,
+            dense=dense,
+        ),
+        state=decoder.state,
+        position=decoder.position,
+        bits={"header": header_bits, "caption": caption_bits, "check": 16.0},
+    )
+
+
+def _read_prefix(data: bytes) -> None:
+    if not data:
+        raise BitstreamError("the file is empty")
+    starts = f"it starts with {data[:4].hex(' ')}, a .pcv2 file with fc 2x"
+    if data[0] != MAGIC >> 4 or (len(data) > 1 and data[1] >> 4 != MAGIC & 15):
+        raise BitstreamError(f"not a .pcv2 file: {starts}")
+    if len(data) > 1 and data[1] & 15 != VERSION:
+        raise BitstreamError(
+            f"unsupported .pcv2 version {data[1] & 15}: this version of percov2 reads {VERSION}"
+        )
+    if len(data) < PREFIX_BYTES:
+        raise BitstreamError(
+            f"the file is too short: {len(data)} bytes, a header needs at least {PREFIX_BYTES}"
+        )
+
+
+def _read_caption(decoder: _Decoder) -> bytes:
+    length = decoder.number(_CAPTION_EXPONENT)
+    # A byte costs 8 bits, and the state holds fewer than 31 + 4 bits beyond the bytes left; the
+    # rule that the last byte is not zero makes this exact (docs/bitstream.md, section 5).
+    room = len(decoder.data) - decoder.position + 4
+    if length > room:
+        raise BitstreamError(
+            f"impossible header field: a caption of {length} coded bytes, "
+            f"but the file has room for {room} at most"
+        )
+    caption = bytes(decoder.symbol(_BYTE) for _ in range(length))
+    if caption.endswith(b"\0"):
+        raise BitstreamError("impossible header field: the last byte of the coded caption is zero")
+    return caption

@@ -1,0 +1,209 @@
+"""Entropy schedules: which stage codes which token position.
+
+A schedule splits the ``height * width`` token positions of an image into stages 1..S; stage s is
+coded given all earlier stages. Schedules are part of the file format: docs/schedules.md is the
+normative definition, every number here is an integer, and golden hashes in the tests freeze the
+result for all machines.
+
+Sources: checkerboard, quincunx, QLDS (quantized low-discrepancy sequence: the R2 sequence of
+M. Roberts with power-law group sizes) and implicit hierarchical VAR are the schedules compared in
+PerCoV2 (arXiv 2503.09368, Table 1); what they do on grids that are not squares of a power of two
+is this package's choice.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+SCHEDULES: tuple[str, ...] = (
+    "qlds12",
+    "quincunx",
+    "checkerboard",
+    "var",
+    "raster",
+    "qlds8",
+    "qlds5",
+)
+"""Schedule names; the position in this tuple is the index stored in a file."""
+
+DEFAULT_SCHEDULE = "qlds12"
+
+MAX_POSITIONS = 2**24
+"""Most token positions a grid may have (a 65,536 x 65,536 image at 16 pixels per token)."""
+
+# The R2 sequence advances by 1/g and 1/g^2, g = 1.32471795724474602596 (the plastic number),
+# from 1/2. These are the same numbers as fractions of 2^32, so that 32-bit counters that wrap
+# around give every machine the same walk.
+_COUNTER_START = 2**31
+_ROW_STEP = 3242174889
+_COLUMN_STEP = 2447445414
+
+# The walk gives up after this many steps per position (plus a constant); positions that it has
+# not met by then follow in raster order. Grids of ordinary shape are covered long before.
+_WALK_STEPS_PER_POSITION = 16
+_WALK_EXTRA_STEPS = 64
+
+_QLDS_STAGES = {"qlds12": 12, "qlds8": 8, "qlds5": 5}
+
+
+@lru_cache(maxsize=16)
+def stages(name: str, height: int, width: int) -> np.ndarray:
+    """Return the stage of every position of a token grid.
+
+    Args:
+        name: one of ``SCHEDULES``.
+        height: rows of the grid, in tokens, >= 1.
+        width: columns of the grid, in tokens, >= 1.
+
+    Returns:
+        int32 [height, width], read-only, values 1..S; every one of the S stages has at least one
+        position.
+
+    Raises:
+        ValueError: unknown name, or a grid without positions or with more than ``MAX_POSITIONS``.
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    if height < 1 or width < 1:
+        raise ValueError(f"a token grid needs height and width >= 1, got {height}x{width}")
+    if height * width > MAX_POSITIONS:
+        raise ValueError(
+            f"a token grid of {height}x{width} has more than {MAX_POSITIONS} positions; "
+            "split the image into smaller ones"
+        )
+    if name in _QLDS_STAGES:
+        result = _qlds(height, width, _QLDS_STAGES[name])
+    elif name == "quincunx":
+        result = _dense(_quincunx(height, width))
+    elif name == "checkerboard":
+        result = _dense(_checkerboard(height, width))
+    elif name == "var":
+        result = _dense(_implicit_var(height, width))
+    else:
+        result = np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)
+    result.setflags(write=False)
+    return result
+
+
+def order(stage_map: np.ndarray) -> np.ndarray:
+    """Return the positions of a grid in coding order: by stage, raster order inside a stage.
+
+    Args:
+        stage_map: integer [height, width], as ``stages`` returns it.
+
+    Returns:
+        int64 [height * width] raster indices.
+    """
+    return np.argsort(stage_map.reshape(-1), kind="stable").astype(np.int64, copy=False)
+
+
+def _dense(raw: np.ndarray) -> np.ndarray:
+    """Relabel stage numbers >= 0 so that they become 1..S without gaps, keeping their order."""
+    used = np.bincount(raw.reshape(-1)) > 0
+    labels = np.cumsum(used, dtype=np.int32)
+    return labels[raw]
+
+
+def _checkerboard(height: int, width: int) -> np.ndarray:
+    """Stage 1: row + column even; stage 2: odd."""
+    return 1 + (np.arange(height)[:, None] + np.arange(width)[None, :]) % 2
+
+
+def _quincunx(height: int, width: int) -> np.ndarray:
+    """Dyadic quincunx lattice, from the coarsest step (below the longer side) down to 1.
+
+    With steps 2^k, ..., 2, 1: first the multiples of 2^k in both directions; then, for each
+    finer step t, the positions whose row and column are both odd multiples of t, and after them
+    the remaining multiples of t.
+    """
+    coarsest = max((max(height, width) - 1).bit_length() - 1, 0)
+    rows = np.arange(height)[:, None]
+    columns = np.arange(width)[None, :]
+    either = rows | columns | (1 << coarsest)
+    step = either & -either  # the largest power of two, up to 2^k, that divides row and column
+    exponent = np.log2(step.astype(np.float64)).astype(np.int64)  # exact: powers of two
+    both_odd = ((rows & step) != 0) & ((columns & step) != 0)
+    later = 1 + 2 * (coarsest - 1 - exponent) + np.where(both_odd, 1, 2)
+    return np.where(exponent == coarsest, 1, later)
+
+
+def _implicit_var(height: int, width: int) -> np.ndarray:
+    """Nested sub-grids of 1, 2, 4, ... rows and columns; a position joins at the first one."""
+    return 1 + np.maximum(_first_side(height)[:, None], _first_side(width)[None, :])
+
+
+def _first_side(length: int) -> np.ndarray:
+    """Return int64 [length]: the least e such that the index is floor(i * length / 2^e)."""
+    result = np.zeros(length, dtype=np.int64)
+    for exponent in range((length - 1).bit_length(), -1, -1):
+        side = 1 << exponent
+        result[np.arange(side) * length // side] = exponent
+    return result
+
+
+def _qlds(height: int, width: int, stage_count: int) -> np.ndarray:
+    positions = height * width
+    walk = _qlds_walk(height, width)
+    ends = _power_law_ends(positions, stage_count)
+    labels = np.searchsorted(ends, np.arange(positions), side="right") + 1
+    result = np.empty(positions, dtype=np.int32)
+    result[walk] = labels
+    return result.reshape(height, width)
+
+
+def _qlds_walk(height: int, width: int) -> np.ndarray:
+    """Return int64 [N]: raster indices in the order in which the R2 walk first meets them."""
+    positions = height * width
+    limit = _WALK_STEPS_PER_POSITION * positions + _WALK_EXTRA_STEPS
+    seen = np.zeros(positions, dtype=bool)
+    parts: list[np.ndarray] = []
+    found = 0
+    first = 1
+    while found < positions and first <= limit:
+        last = min(limit, first + max(positions, 256) - 1)
+        n = np.arange(first, last + 1, dtype=np.uint64)
+        met = _walk_positions(n, height, width)
+        met = met[~seen[met]]
+        _, where = np.unique(met, return_index=True)
+        met = met[np.sort(where)]
+        seen[met] = True
+        parts.append(met)
+        found += len(met)
+        first = last + 1
+    parts.append(np.flatnonzero(~seen))
+    return np.concatenate(parts)
+
+
+def _walk_positions(n: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return int64 raster indices of the walk's steps n (uint64)."""
+    mask = np.uint64(0xFFFFFFFF)
+    shift = np.uint64(32)
+    row_counter = (np.uint64(_COUNTER_START) + n * np.uint64(_ROW_STEP)) & mask
+    column_counter = (np.uint64(_COUNTER_START) + n * np.uint64(_COLUMN_STEP)) & mask
+    row = (row_counter * np.uint64(height)) >> shift
+    column = (column_counter * np.uint64(width)) >> shift
+    return (row * np.uint64(width) + column).astype(np.int64)
+
+
+def _power_law_ends(positions: int, stage_count: int) -> np.ndarray:
+    """Return int64 [S]: cumulative stage sizes round(N * (i / S)^2.2), strictly increasing.
+
+    2.2 = 11/5, so the rounded value (halves up) is the largest k with
+    (2k - 1)^5 * S^11 <= 32 * N^5 * i^11: plain integers, no power function to trust. S is the
+    number of positions where there are fewer of them than stages.
+    """
+    count = min(stage_count, positions)
+    ends: list[int] = []
+    for i in range(1, count + 1):
+        bound = 32 * positions**5 * i**11
+        low, high = 0, positions
+        while low < high:
+            middle = (low + high + 1) // 2
+            if (2 * middle - 1) ** 5 * count**11 <= bound:
+                low = middle
+            else:
+                high = middle - 1
+        ends.append(max(low, ends[-1] + 1 if ends else 1))
+    return np.array(ends, dtype=np.int64)
