@@ -1,0 +1,100 @@
+// The batch API of the coder: many independent streams, flat arrays in, flat arrays out.
+// Nothing here knows Python; every argument that could lead out of bounds is checked and answered
+// with std::invalid_argument (ValueError on the Python side).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "rans.h"
+
+namespace percov2 {
+
+constexpr int kMinCodebook = 2;
+constexpr int kMaxCodebook = 8192;
+
+// Throws std::invalid_argument unless 8 <= prob_bits <= 20.
+void check_prob_bits(int prob_bits);
+// Throws std::invalid_argument unless 2 <= codebook <= 8192 and 2^prob_bits >= 2 * codebook.
+void check_codebook(std::int64_t codebook, int prob_bits);
+
+// The 256 entries of the weight table, w(d) = table[d & 255] >> (d >> 8).
+const std::uint32_t* weight_table();
+
+// Intervals of chosen symbols. logits [rows, codebook], symbols/starts/freqs [rows].
+void intervals(const std::int16_t* logits, const std::int32_t* symbols, std::int64_t rows,
+               std::int64_t codebook, int prob_bits, int threads, std::int32_t* starts,
+               std::int32_t* freqs);
+
+// Strictly increasing tables from 0 to 2^prob_bits. logits [rows, codebook],
+// cdf [rows, codebook + 1].
+void cdf_table(const std::int16_t* logits, std::int64_t rows, std::int64_t codebook, int prob_bits,
+               int threads, std::int32_t* cdf);
+
+struct Found {
+  std::int32_t symbol;
+  std::uint32_t start;
+  std::uint32_t freq;
+};
+
+// The symbol whose interval holds `target`, without building a table. `scratch` has room for
+// `codebook` numbers.
+Found search(const std::int16_t* logits, std::int64_t codebook, int prob_bits, std::uint32_t target,
+             std::uint32_t* scratch);
+
+// A batch of rANS stacks. What is pushed last is decoded first.
+class BatchEncoder {
+ public:
+  explicit BatchEncoder(std::vector<std::uint32_t> checks);
+
+  std::int64_t size() const { return static_cast<std::int64_t>(states_.size()); }
+  // Pushes counts[b] symbols on stream b, the last one first. Either all are pushed or none.
+  void push(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
+            const std::int64_t* counts, int prob_bits, int threads);
+  // Number of symbols that a decoder meets with no byte left and a state below L.
+  const std::vector<std::int64_t>& symbols_before_output() const { return quiet_; }
+  // The streams one after another, and size() + 1 offsets. Does not change the stacks.
+  void finish(std::vector<std::uint8_t>& buffer, std::vector<std::int64_t>& offsets) const;
+
+ private:
+  std::vector<std::uint32_t> states_;
+  std::vector<std::vector<std::uint8_t>> emitted_;  // oldest first
+  std::vector<std::int64_t> quiet_;
+};
+
+// A batch of streams read forward, symbol by symbol.
+class BatchDecoder {
+ public:
+  // offsets: size() + 1 numbers, not decreasing, inside the buffer. states may be empty (start of
+  // a stream) or give the state and the next byte's position within each stream.
+  BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::int64_t> offsets,
+               std::vector<std::uint32_t> states, const std::vector<std::int64_t>& positions);
+
+  std::int64_t size() const { return static_cast<std::int64_t>(states_.size()); }
+  // logits [rows, count, codebook] -> symbols [rows, count]; row r belongs to stream streams[r].
+  void decode_logits(const std::int16_t* logits, const std::int64_t* streams, std::int64_t rows,
+                     std::int64_t count, std::int64_t codebook, int prob_bits, int threads,
+                     std::int32_t* symbols);
+  // cdf [rows, count, codebook + 1] -> symbols [rows, count].
+  void decode_cdf(const std::int32_t* cdf, const std::int64_t* streams, std::int64_t rows,
+                  std::int64_t count, std::int64_t codebook, int prob_bits, int threads,
+                  std::int32_t* symbols);
+
+  const std::vector<std::uint32_t>& states() const { return states_; }
+  std::vector<std::int64_t> positions() const;
+  bool exhausted(std::int64_t stream) const;
+  bool finished(std::int64_t stream, std::uint32_t check) const;
+
+ private:
+  void check_streams(const std::int64_t* streams, std::int64_t rows) const;
+  void step(std::int64_t stream, std::uint32_t start, std::uint32_t freq, int prob_bits);
+
+  std::vector<std::uint8_t> buffer_;
+  std::vector<std::int64_t> offsets_;
+  std::vector<std::uint32_t> states_;
+  std::vector<std::int64_t> next_;  // absolute position of the next byte
+  std::vector<bool>
+      canonical_;  // false: the stream starts with a zero byte, which no encoder writes
+};
+
+}  // namespace percov2

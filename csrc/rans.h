@@ -1,0 +1,66 @@
+// The rANS state machine: one source for the CPU and, later, for device code.
+//
+// A 32-bit state x with lower bound L = 2^23 is renormalised byte by byte. The encoder starts from
+// a 16-bit check x0 < L, so the bytes of a stream are a function of check and symbols; nothing is
+// emitted until the state has grown. Once a byte is emitted the state stays in [L, 2^31) between
+// symbols, which is why the decoder may shift in "while x < L and a byte remains".
+// The method: J. Duda, "Asymmetric numeral systems", arXiv 1311.2540.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define PERCOV2_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define PERCOV2_HOST_DEVICE inline
+#endif
+
+namespace percov2 {
+
+constexpr std::uint32_t kLowerBound = 1u << 23;
+constexpr std::uint32_t kStateEnd = 1u << 31;  // every state is below this
+constexpr int kMinProbBits = 8;
+constexpr int kMaxProbBits = 20;
+// A symbol of probability 2^-20 moves at most three bytes out of a 31-bit state.
+constexpr int kMaxBytesPerSymbol = 3;
+
+// True iff one symbol's interval lies in [0, 2^prob_bits) and is not empty.
+PERCOV2_HOST_DEVICE bool valid_interval(std::int64_t start, std::int64_t freq, int prob_bits) {
+  return start >= 0 && freq >= 1 && start + freq <= (std::int64_t{1} << prob_bits);
+}
+
+// Encodes one symbol; calls emit(byte) for every byte that leaves the state.
+// Requires x < 2^31 and a valid interval. Returns the new state, < 2^31.
+template <class Emit>
+PERCOV2_HOST_DEVICE std::uint32_t encode_symbol(std::uint32_t x, std::uint32_t start,
+                                                std::uint32_t freq, int prob_bits, Emit&& emit) {
+  const std::uint32_t limit = freq << (31 - prob_bits);
+  while (x >= limit) {
+    emit(static_cast<std::uint8_t>(x & 255u));
+    x >>= 8;
+  }
+  return ((x / freq) << prob_bits) + (x % freq) + start;
+}
+
+// The number in [0, 2^prob_bits) whose interval names the next symbol.
+PERCOV2_HOST_DEVICE std::uint32_t slot(std::uint32_t x, int prob_bits) {
+  return x & ((1u << prob_bits) - 1u);
+}
+
+// Removes one decoded symbol from the state. Requires start <= slot < start + freq.
+PERCOV2_HOST_DEVICE std::uint32_t advance(std::uint32_t x, std::uint32_t start, std::uint32_t freq,
+                                          int prob_bits) {
+  return freq * (x >> prob_bits) + slot(x, prob_bits) - start;
+}
+
+// Shifts bytes in while x < L and position < end. Beyond the end nothing is shifted: the encoder's
+// small initial state is reached exactly that way.
+PERCOV2_HOST_DEVICE std::uint32_t refill(std::uint32_t x, const std::uint8_t* bytes,
+                                         std::int64_t& position, std::int64_t end) {
+  while (x < kLowerBound && position < end) {
+    x = (x << 8) | bytes[position++];
+  }
+  return x;
+}
+
+}  // namespace percov2

@@ -1,0 +1,217 @@
+// Batches of rANS streams on the CPU.
+
+#include <algorithm>
+#include <cstddef>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "coder.h"
+#include "parallel.h"
+
+namespace percov2 {
+
+BatchEncoder::BatchEncoder(std::vector<std::uint32_t> checks)
+    : states_(std::move(checks)), emitted_(states_.size()), quiet_(states_.size(), 0) {
+  for (const std::uint32_t check : states_) {
+    if (check > 0xFFFFu) {
+      throw std::invalid_argument("check " + std::to_string(check) + " does not fit 16 bits");
+    }
+  }
+}
+
+void BatchEncoder::push(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
+                        const std::int64_t* counts, int prob_bits, int threads) {
+  check_prob_bits(prob_bits);
+  std::vector<std::int64_t> offsets(states_.size() + 1, 0);
+  for (std::size_t b = 0; b < states_.size(); ++b) {
+    // Compared by subtraction: the sum of hostile counts could overflow.
+    if (counts[b] < 0 || counts[b] > total - offsets[b]) {
+      throw std::invalid_argument("counts[" + std::to_string(b) + "] is " +
+                                  std::to_string(counts[b]) + " with " +
+                                  std::to_string(total - offsets[b]) + " intervals left");
+    }
+    offsets[b + 1] = offsets[b] + counts[b];
+  }
+  if (offsets.back() != total) {
+    throw std::invalid_argument("counts sum to " + std::to_string(offsets.back()) + ", but " +
+                                std::to_string(total) + " intervals were given");
+  }
+  for (std::int64_t i = 0; i < total; ++i) {
+    if (!valid_interval(starts[i], freqs[i], prob_bits)) {
+      throw std::invalid_argument("interval " + std::to_string(i) + " (start " +
+                                  std::to_string(starts[i]) + ", freq " + std::to_string(freqs[i]) +
+                                  ") is empty or not inside 0 .. 2^" + std::to_string(prob_bits));
+    }
+  }
+  parallel_ranges(size(), threads, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t b = first; b < last; ++b) {
+      const auto stream = static_cast<std::size_t>(b);
+      std::uint32_t x = states_[stream];
+      std::vector<std::uint8_t>& bytes = emitted_[stream];
+      for (std::int64_t i = offsets[stream + 1] - 1; i >= offsets[stream]; --i) {
+        x = encode_symbol(x, static_cast<std::uint32_t>(starts[i]),
+                          static_cast<std::uint32_t>(freqs[i]), prob_bits,
+                          [&bytes](std::uint8_t byte) { bytes.push_back(byte); });
+        if (bytes.empty() && x < kLowerBound) ++quiet_[stream];
+      }
+      states_[stream] = x;
+    }
+  });
+}
+
+void BatchEncoder::finish(std::vector<std::uint8_t>& buffer,
+                          std::vector<std::int64_t>& offsets) const {
+  buffer.clear();
+  offsets.assign(1, 0);
+  for (std::size_t b = 0; b < states_.size(); ++b) {
+    int bytes = 0;
+    while (bytes < 4 && (states_[b] >> (8 * bytes)) != 0) ++bytes;
+    while (bytes > 0) buffer.push_back(static_cast<std::uint8_t>(states_[b] >> (8 * --bytes)));
+    buffer.insert(buffer.end(), emitted_[b].rbegin(), emitted_[b].rend());
+    offsets.push_back(static_cast<std::int64_t>(buffer.size()));
+  }
+}
+
+BatchDecoder::BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::int64_t> offsets,
+                           std::vector<std::uint32_t> states,
+                           const std::vector<std::int64_t>& positions)
+    : buffer_(std::move(buffer)), offsets_(std::move(offsets)), states_(std::move(states)) {
+  if (offsets_.empty()) {
+    throw std::invalid_argument("offsets is empty; it must hold one number more than streams");
+  }
+  const auto length = static_cast<std::int64_t>(buffer_.size());
+  for (std::size_t b = 0; b < offsets_.size(); ++b) {
+    const std::int64_t least = b == 0 ? 0 : offsets_[b - 1];
+    if (offsets_[b] < least || offsets_[b] > length) {
+      throw std::invalid_argument("offsets[" + std::to_string(b) + "] is " +
+                                  std::to_string(offsets_[b]) + "; it must lie in " +
+                                  std::to_string(least) + " .. " + std::to_string(length));
+    }
+  }
+  const std::size_t streams = offsets_.size() - 1;
+  const bool resumed = !states_.empty();
+  if (resumed && (states_.size() != streams || positions.size() != streams)) {
+    throw std::invalid_argument("states has " + std::to_string(states_.size()) +
+                                " and positions has " + std::to_string(positions.size()) +
+                                " numbers for " + std::to_string(streams) + " streams");
+  }
+  next_.resize(streams);
+  canonical_.assign(streams, true);
+  if (!resumed) states_.assign(streams, 0);
+  for (std::size_t b = 0; b < streams; ++b) {
+    const std::int64_t stream_length = offsets_[b + 1] - offsets_[b];
+    if (states_[b] >= kStateEnd) {
+      throw std::invalid_argument("states[" + std::to_string(b) + "] is " +
+                                  std::to_string(states_[b]) + "; it must be below 2^31");
+    }
+    const std::int64_t position = resumed ? positions[b] : 0;
+    if (position < 0 || position > stream_length) {
+      throw std::invalid_argument("positions[" + std::to_string(b) + "] is " +
+                                  std::to_string(position) + "; the stream has " +
+                                  std::to_string(stream_length) + " bytes");
+    }
+    next_[b] = offsets_[b] + position;
+    if (!resumed && stream_length > 0) {
+      canonical_[b] = buffer_[static_cast<std::size_t>(offsets_[b])] != 0;
+    }
+    states_[b] = refill(states_[b], buffer_.data(), next_[b], offsets_[b + 1]);
+  }
+}
+
+void BatchDecoder::check_streams(const std::int64_t* streams, std::int64_t rows) const {
+  std::vector<bool> seen(states_.size(), false);
+  for (std::int64_t row = 0; row < rows; ++row) {
+    if (streams[row] < 0 || streams[row] >= size()) {
+      throw std::invalid_argument("streams[" + std::to_string(row) + "] is " +
+                                  std::to_string(streams[row]) + "; there are " +
+                                  std::to_string(size()) + " streams");
+    }
+    const auto stream = static_cast<std::size_t>(streams[row]);
+    if (seen[stream]) {
+      throw std::invalid_argument("stream " + std::to_string(streams[row]) + " is named twice");
+    }
+    seen[stream] = true;
+  }
+}
+
+void BatchDecoder::step(std::int64_t stream, std::uint32_t start, std::uint32_t freq,
+                        int prob_bits) {
+  const auto b = static_cast<std::size_t>(stream);
+  states_[b] = refill(advance(states_[b], start, freq, prob_bits), buffer_.data(), next_[b],
+                      offsets_[b + 1]);
+}
+
+void BatchDecoder::decode_logits(const std::int16_t* logits, const std::int64_t* streams,
+                                 std::int64_t rows, std::int64_t count, std::int64_t codebook,
+                                 int prob_bits, int threads, std::int32_t* symbols) {
+  check_codebook(codebook, prob_bits);
+  check_streams(streams, rows);
+  parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
+    std::vector<std::uint32_t> scratch(static_cast<std::size_t>(codebook));
+    for (std::int64_t row = first; row < last; ++row) {
+      const std::int64_t stream = streams[row];
+      for (std::int64_t i = row * count; i < (row + 1) * count; ++i) {
+        const std::uint32_t target = slot(states_[static_cast<std::size_t>(stream)], prob_bits);
+        const Found found =
+            search(logits + i * codebook, codebook, prob_bits, target, scratch.data());
+        symbols[i] = found.symbol;
+        step(stream, found.start, found.freq, prob_bits);
+      }
+    }
+  });
+}
+
+void BatchDecoder::decode_cdf(const std::int32_t* cdf, const std::int64_t* streams,
+                              std::int64_t rows, std::int64_t count, std::int64_t codebook,
+                              int prob_bits, int threads, std::int32_t* symbols) {
+  check_prob_bits(prob_bits);
+  check_streams(streams, rows);
+  const std::int64_t width = codebook + 1;
+  const std::int32_t top = std::int32_t{1} << prob_bits;
+  if (codebook < 1) throw std::invalid_argument("a cdf needs at least 2 numbers");
+  for (std::int64_t i = 0; i < rows * count; ++i) {
+    const std::int32_t* line = cdf + i * width;
+    bool increasing = true;
+    for (std::int64_t j = 0; j < codebook; ++j) increasing &= line[j] < line[j + 1];
+    if (line[0] != 0 || line[codebook] != top || !increasing) {
+      throw std::invalid_argument(
+          "cdf row " + std::to_string(i) + " runs from " + std::to_string(line[0]) + " to " +
+          std::to_string(line[codebook]) +
+          "; it must increase strictly from 0 to 2^prob_bits = " + std::to_string(top));
+    }
+  }
+  parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t row = first; row < last; ++row) {
+      const std::int64_t stream = streams[row];
+      for (std::int64_t i = row * count; i < (row + 1) * count; ++i) {
+        const std::int32_t* line = cdf + i * width;
+        const auto target =
+            static_cast<std::int32_t>(slot(states_[static_cast<std::size_t>(stream)], prob_bits));
+        const std::int64_t symbol = std::upper_bound(line, line + width, target) - line - 1;
+        symbols[i] = static_cast<std::int32_t>(symbol);
+        step(stream, static_cast<std::uint32_t>(line[symbol]),
+             static_cast<std::uint32_t>(line[symbol + 1] - line[symbol]), prob_bits);
+      }
+    }
+  });
+}
+
+std::vector<std::int64_t> BatchDecoder::positions() const {
+  std::vector<std::int64_t> result(next_.size());
+  for (std::size_t b = 0; b < next_.size(); ++b) result[b] = next_[b] - offsets_[b];
+  return result;
+}
+
+bool BatchDecoder::exhausted(std::int64_t stream) const {
+  const auto b = static_cast<std::size_t>(stream);
+  return states_[b] < kLowerBound && next_[b] == offsets_[b + 1];
+}
+
+bool BatchDecoder::finished(std::int64_t stream, std::uint32_t check) const {
+  const auto b = static_cast<std::size_t>(stream);
+  return canonical_[b] && states_[b] == check && next_[b] == offsets_[b + 1];
+}
+
+}  // namespace percov2

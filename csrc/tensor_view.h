@@ -1,0 +1,147 @@
+// Borrowed views of arrays that Python owns: the buffer protocol (numpy) or DLPack (torch and
+// others). No copy is made, nothing is kept beyond the view's life, and libtorch is not needed.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace percov2 {
+
+// The parts of the DLPack 0.x ABI that are read here (https://dmlc.github.io/dlpack).
+namespace dlpack {
+struct Device {
+  std::int32_t type;
+  std::int32_t id;
+};
+struct DataType {
+  std::uint8_t code;
+  std::uint8_t bits;
+  std::uint16_t lanes;
+};
+struct Tensor {
+  void* data;
+  Device device;
+  std::int32_t ndim;
+  DataType dtype;
+  std::int64_t* shape;
+  std::int64_t* strides;
+  std::uint64_t byte_offset;
+};
+struct ManagedTensor {
+  Tensor tensor;
+  void* manager;
+  void (*deleter)(ManagedTensor*);
+};
+constexpr std::int32_t kCpu = 1;
+constexpr std::uint8_t kInt = 0;
+constexpr std::uint8_t kUInt = 1;
+}  // namespace dlpack
+
+// A C-contiguous array of `Element` on the CPU, read only. Throws pybind11::value_error for any
+// other kind, naming the argument. Must be created and destroyed with the interpreter lock held.
+template <class Element>
+class TensorView {
+ public:
+  TensorView(pybind11::handle object, const char* name) : name_(name) {
+    if (PyObject_CheckBuffer(object.ptr())) {
+      borrow_buffer(object);
+    } else if (pybind11::hasattr(object, "__dlpack__")) {
+      borrow_dlpack(object);
+    } else {
+      fail("is neither an array with the buffer protocol nor a DLPack tensor");
+    }
+  }
+  TensorView(const TensorView&) = delete;
+  TensorView& operator=(const TensorView&) = delete;
+  ~TensorView() { release(); }
+
+  const Element* data() const { return data_; }
+  std::int64_t ndim() const { return static_cast<std::int64_t>(shape_.size()); }
+  std::int64_t shape(std::int64_t axis) const { return shape_.at(static_cast<std::size_t>(axis)); }
+  std::int64_t size() const {
+    std::int64_t product = 1;
+    for (const std::int64_t side : shape_) product *= side;
+    return product;
+  }
+  // Refuses any other number of axes.
+  void require_ndim(std::int64_t wanted) const {
+    if (ndim() != wanted) {
+      refuse("has " + std::to_string(ndim()) + " axes; it must have " + std::to_string(wanted));
+    }
+  }
+
+ private:
+  static constexpr bool kSigned = static_cast<Element>(-1) < static_cast<Element>(0);
+  static constexpr int kBits = 8 * static_cast<int>(sizeof(Element));
+
+  [[noreturn]] void refuse(const std::string& reason) const {
+    throw pybind11::value_error(std::string(name_) + " " + reason);
+  }
+  [[noreturn]] void fail(const std::string& reason) {
+    release();
+    refuse(reason);
+  }
+  static std::string wanted() { return (kSigned ? "int" : "uint") + std::to_string(kBits); }
+
+  void release() {
+    if (has_buffer_) PyBuffer_Release(&buffer_);
+    if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
+    has_buffer_ = false;
+    managed_ = nullptr;
+  }
+
+  void borrow_buffer(pybind11::handle object) {
+    if (PyObject_GetBuffer(object.ptr(), &buffer_, PyBUF_FORMAT | PyBUF_C_CONTIGUOUS) != 0) {
+      PyErr_Clear();
+      fail("is not C-contiguous");
+    }
+    has_buffer_ = true;
+    const std::string format = buffer_.format == nullptr ? "B" : buffer_.format;
+    // Sizes come from itemsize: 'l' and 'q' are the same thing on one system and not on another.
+    const std::string kinds = kSigned ? "bhilq" : "BHILQ";
+    if (format.size() != 1 || kinds.find(format) == std::string::npos ||
+        buffer_.itemsize != static_cast<Py_ssize_t>(sizeof(Element))) {
+      fail("has element type '" + format + "'; it must be " + wanted());
+    }
+    data_ = static_cast<const Element*>(buffer_.buf);
+    for (int axis = 0; axis < buffer_.ndim; ++axis) shape_.push_back(buffer_.shape[axis]);
+  }
+
+  void borrow_dlpack(pybind11::handle object) {
+    pybind11::object capsule = object.attr("__dlpack__")();
+    void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
+    if (pointer == nullptr) throw pybind11::error_already_set();
+    managed_ = static_cast<dlpack::ManagedTensor*>(pointer);
+    PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // from here on release() owns it
+    const dlpack::Tensor& tensor = managed_->tensor;
+    if (tensor.device.type != dlpack::kCpu) fail("is not on the CPU; move it there first");
+    if (tensor.dtype.code != (kSigned ? dlpack::kInt : dlpack::kUInt) ||
+        tensor.dtype.bits != kBits || tensor.dtype.lanes != 1) {
+      fail("has another element type; it must be " + wanted());
+    }
+    shape_.assign(tensor.shape, tensor.shape + tensor.ndim);
+    if (tensor.strides != nullptr && size() > 0) {
+      std::int64_t expected = 1;
+      for (std::int32_t axis = tensor.ndim - 1; axis >= 0; --axis) {
+        if (tensor.shape[axis] != 1 && tensor.strides[axis] != expected) {
+          fail("is not C-contiguous");
+        }
+        expected *= tensor.shape[axis];
+      }
+    }
+    data_ = reinterpret_cast<const Element*>(static_cast<const char*>(tensor.data) +
+                                             tensor.byte_offset);
+  }
+
+  const char* name_;
+  const Element* data_ = nullptr;
+  std::vector<std::int64_t> shape_;
+  Py_buffer buffer_{};
+  bool has_buffer_ = false;
+  dlpack::ManagedTensor* managed_ = nullptr;
+};
+
+}  // namespace percov2

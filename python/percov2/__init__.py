@@ -1,0 +1,30 @@
+"""percov2: photographs in a few hundred bytes.
+
+``Codec.from_pretrained("tiny")`` compresses and restores; ``percov2.entropy`` is the entropy engine
+alone. Importing this package loads nothing heavy; each name loads its module when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from percov2.bitstream import BitstreamError
+    from percov2.codec import Codec
+
+__version__ = "0.1.0"
+
+_HOME = {"BitstreamError": "bitstream", "Codec": "codec"}
+
+__all__ = ["BitstreamError", "Codec", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,48 @@
+"""The entropy engine, usable without the rest: schedules, integer models, intervals and rANS.
+
+Importing this package costs nothing; each name loads its module when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from percov2.entropy.cdf import default_prob_bits
+    from percov2.entropy.int_transformer import IntTransformer
+    from percov2.entropy.rans import RansDecoder, RansEncoder
+    from percov2.entropy.schedule import SCHEDULES, order, stages
+    from percov2.entropy.token_coder import TokenCoder
+
+_HOME = {
+    "IntTransformer": "int_transformer",
+    "RansDecoder": "rans",
+    "RansEncoder": "rans",
+    "SCHEDULES": "schedule",
+    "TokenCoder": "token_coder",
+    "default_prob_bits": "cdf",
+    "order": "schedule",
+    "stages": "schedule",
+}
+
+__all__ = [
+    "SCHEDULES",
+    "IntTransformer",
+    "RansDecoder",
+    "RansEncoder",
+    "TokenCoder",
+    "default_prob_bits",
+    "order",
+    "stages",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

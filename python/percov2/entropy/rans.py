@@ -1,0 +1,227 @@
+"""Batches of rANS streams: arrays in, one buffer and its offsets out.
+
+Every stream is a stack (what is pushed last is decoded first) whose first state is a 16-bit check;
+after the last symbol a decoder must hold that check and no byte. States are below 2^31, the lower
+bound is 2^23, renormalisation is by bytes. Streams are independent, so ``threads`` never changes a
+byte. This is the only module that imports the compiled code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+try:
+    from percov2 import _native
+except ImportError as error:  # pragma: no cover - only in a tree that was never built
+    raise ImportError(
+        "percov2's compiled coder is missing or does not fit this Python; install the package with "
+        "pip, or build it in place as CONTRIBUTING.md says"
+    ) from error
+
+ArrayLike = NDArray[Any] | torch.Tensor | Sequence[int]
+
+
+def _integers(values: ArrayLike, dtype: Any, name: str) -> NDArray[Any]:
+    """Integers as a contiguous array of ``dtype``; ValueError if one does not fit."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    array = np.asarray(values)
+    if array.dtype == dtype:
+        return np.ascontiguousarray(array)
+    if array.size and array.dtype.kind not in "iu":
+        raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers")
+    limits = np.iinfo(dtype)
+    if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
+        raise ValueError(
+            f"{name} ranges from {array.min()} to {array.max()}; "
+            f"it must stay in {limits.min} .. {limits.max}"
+        )
+    return np.ascontiguousarray(array.astype(dtype))
+
+
+def _borrowed(values: NDArray[Any] | torch.Tensor, name: str) -> NDArray[Any] | torch.Tensor:
+    """A contiguous array on the CPU; copied only if it is not one yet."""
+    if isinstance(values, torch.Tensor):
+        return values.detach().cpu().contiguous()
+    if not isinstance(values, np.ndarray):
+        raise ValueError(f"{name} is a {type(values).__name__}; give a numpy array or a tensor")
+    return np.ascontiguousarray(values)
+
+
+def intervals(
+    logits: NDArray[np.int16] | torch.Tensor,
+    symbols: ArrayLike,
+    prob_bits: int,
+    threads: int = 1,
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Intervals of chosen symbols, equal to percov2.entropy.cdf.intervals.
+
+    logits int16 [..., V], symbols int32 [...] in 0 .. V - 1 -> starts, freqs int32 [...].
+    Raises ValueError for wrong shapes, dtypes, symbols or precision.
+    """
+    rows = _borrowed(logits, "logits")
+    chosen = _integers(symbols, np.int32, "symbols")
+    if len(rows.shape) == 0 or tuple(rows.shape[:-1]) != chosen.shape:
+        raise ValueError(
+            f"symbols have shape {chosen.shape} for logits of {tuple(rows.shape)}; "
+            "there must be one symbol for each row of logits"
+        )
+    flat = rows.reshape(chosen.size, rows.shape[-1])
+    starts, freqs = _native.intervals(flat, chosen.reshape(-1), prob_bits, threads)
+    return starts.reshape(chosen.shape), freqs.reshape(chosen.shape)
+
+
+def cdf(
+    logits: NDArray[np.int16] | torch.Tensor, prob_bits: int, threads: int = 1
+) -> NDArray[np.int32]:
+    """Interval bounds, equal to percov2.entropy.cdf.cdf: int16 [..., V] -> int32 [..., V + 1].
+
+    Raises ValueError for a wrong dtype, codebook size or precision.
+    """
+    rows = _borrowed(logits, "logits")
+    if len(rows.shape) == 0:
+        raise ValueError("logits have no axis; the last axis is the codebook")
+    lead = tuple(rows.shape[:-1])
+    flat = rows.reshape(int(np.prod(lead, dtype=np.int64)), rows.shape[-1])
+    return _native.cdf(flat, prob_bits, threads).reshape(*lead, rows.shape[-1] + 1)
+
+
+class RansEncoder:
+    """B stacks that become B byte strings.
+
+    checks: uint16 [B], the initial state of each stream. Raises ValueError if one exceeds 65535.
+    """
+
+    def __init__(self, checks: ArrayLike) -> None:
+        self._native = _native.BatchEncoder(_integers(checks, np.uint32, "checks"))
+
+    def push(
+        self,
+        starts: ArrayLike,
+        freqs: ArrayLike,
+        counts: ArrayLike,
+        prob_bits: int,
+        threads: int = 1,
+    ) -> None:
+        """Push counts[b] symbols on stream b, the last one first.
+
+        starts, freqs: int32 flat [sum(counts)], stream after stream in decoding order, with
+        freq >= 1 and start + freq <= 2^prob_bits; counts: int64 [B]; prob_bits: 8 to 20, may
+        differ from call to call. Raises ValueError, and then nothing was pushed.
+        """
+        self._native.push(
+            _integers(starts, np.int32, "starts"),
+            _integers(freqs, np.int32, "freqs"),
+            _integers(counts, np.int64, "counts"),
+            prob_bits,
+            threads,
+        )
+
+    @property
+    def symbols_before_output(self) -> NDArray[np.int64]:
+        """int64 [B]: symbols pushed while the state stayed below 2^23 and no byte had left.
+
+        These are the symbols that a decoder meets in an exhausted stream (all so far if the state
+        has never grown).
+        """
+        return self._native.symbols_before_output()
+
+    def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """The streams one after another, uint8 [sum of lengths], and offsets, int64 [B + 1].
+
+        The stacks stay as they are: more may be pushed and finish called again.
+        """
+        return self._native.finish()
+
+
+class RansDecoder:
+    """Reads B streams forward.
+
+    buffer: bytes or uint8 [n]; offsets: int64 [B + 1], not decreasing, within the buffer;
+    states, positions: where to resume (uint32 [B] below 2^31 and int64 [B], the next byte counted
+    from the stream's beginning), both or neither. Raises ValueError for anything else.
+    """
+
+    def __init__(
+        self,
+        buffer: bytes | bytearray | memoryview | ArrayLike,
+        offsets: ArrayLike,
+        states: ArrayLike | None = None,
+        positions: ArrayLike | None = None,
+    ) -> None:
+        if (states is None) != (positions is None):
+            raise ValueError("states and positions resume a stream together; give both or neither")
+        if isinstance(buffer, bytes | bytearray | memoryview):
+            buffer = np.frombuffer(buffer, dtype=np.uint8)
+        self._native = _native.BatchDecoder(
+            _integers(buffer, np.uint8, "buffer"),
+            _integers(offsets, np.int64, "offsets"),
+            None if states is None else _integers(states, np.uint32, "states"),
+            None if positions is None else _integers(positions, np.int64, "positions"),
+        )
+        self._size = len(self._native.states())
+
+    def _streams(self, streams: ArrayLike | None) -> NDArray[np.int64]:
+        if streams is None:
+            return np.arange(self._size, dtype=np.int64)
+        return _integers(streams, np.int64, "streams")
+
+    def decode_logits(
+        self,
+        logits: NDArray[np.int16] | torch.Tensor,
+        prob_bits: int,
+        streams: ArrayLike | None = None,
+        threads: int = 1,
+    ) -> NDArray[np.int32]:
+        """Decode n symbols per row: int16 logits [B, n, V] -> int32 [B, n].
+
+        streams: int64 [B], the stream of each row, no stream twice; all of them if None.
+        Reading past the end gives symbols, not an error: ask ``finished``. Raises ValueError for
+        wrong shapes, dtypes, streams or precision; nothing was decoded then.
+        """
+        return self._native.decode_logits(
+            _borrowed(logits, "logits"), self._streams(streams), prob_bits, threads
+        )
+
+    def decode_cdf(
+        self,
+        cdf: NDArray[np.int32] | torch.Tensor,
+        prob_bits: int,
+        streams: ArrayLike | None = None,
+        threads: int = 1,
+    ) -> NDArray[np.int32]:
+        """Decode n symbols per row by tables: int32 [B, n, V + 1] -> int32 [B, n].
+
+        Every table must increase strictly from 0 to 2^prob_bits. The rest is as in decode_logits.
+        """
+        return self._native.decode_cdf(
+            _borrowed(cdf, "cdf"), self._streams(streams), prob_bits, threads
+        )
+
+    @property
+    def states(self) -> NDArray[np.uint32]:
+        """uint32 [B]: the states, all due bytes shifted in."""
+        return self._native.states()
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """int64 [B]: the next byte of each stream, counted from its beginning."""
+        return self._native.positions()
+
+    @property
+    def exhausted(self) -> NDArray[np.bool_]:
+        """bool [B]: no byte is left and the state is below 2^23."""
+        return self._native.exhausted()
+
+    def finished(self, checks: ArrayLike) -> NDArray[np.bool_]:
+        """bool [B]: the state is the check (uint16 [B]) and no byte is left.
+
+        A stream that was read from its beginning must not start with a zero byte either: an
+        encoder never writes one, and each file has one form only.
+        """
+        return self._native.finished(_integers(checks, np.uint32, "checks"))
