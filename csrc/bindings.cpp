@@ -67,8 +67,8 @@ BatchDecoder make_decoder(py::handle buffer, py::handle offsets, py::handle stat
   if (!states.is_none()) state = copy(TensorView<std::uint32_t>(states, "states"));
   if (!positions.is_none()) position = copy(TensorView<std::int64_t>(positions, "positions"));
   return BatchDecoder(copy(TensorView<std::uint8_t>(buffer, "buffer")),
-                      copy(TensorView<std::int64_t>(offsets, "offsets")), std::move(state),
-                      position);
+                      copy(TensorView<std::int64_t>(offsets, "offsets")), !states.is_none(),
+                      std::move(state), position);
 }
 
 py::array_t<std::int32_t> decode_logits(BatchDecoder& decoder, py::handle logits,

@@ -65,9 +65,9 @@ class BatchEncoder {
 // A batch of streams read forward, symbol by symbol.
 class BatchDecoder {
  public:
-  // offsets: size() + 1 numbers, not decreasing, inside the buffer. states may be empty (start of
-  // a stream) or give the state and the next byte's position within each stream.
-  BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::int64_t> offsets,
+  // offsets: size() + 1 numbers, not decreasing, inside the buffer. Unless resumed, reading begins
+  // at the start of every stream; else states and positions tell each stream's state and next byte.
+  BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::int64_t> offsets, bool resumed,
                std::vector<std::uint32_t> states, const std::vector<std::int64_t>& positions);
 
   std::int64_t size() const { return static_cast<std::int64_t>(states_.size()); }

@@ -75,7 +75,7 @@ void BatchEncoder::finish(std::vector<std::uint8_t>& buffer,
 }
 
 BatchDecoder::BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::int64_t> offsets,
-                           std::vector<std::uint32_t> states,
+                           bool resumed, std::vector<std::uint32_t> states,
                            const std::vector<std::int64_t>& positions)
     : buffer_(std::move(buffer)), offsets_(std::move(offsets)), states_(std::move(states)) {
   if (offsets_.empty()) {
@@ -91,7 +91,6 @@ BatchDecoder::BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::in
     }
   }
   const std::size_t streams = offsets_.size() - 1;
-  const bool resumed = !states_.empty();
   if (resumed && (states_.size() != streams || positions.size() != streams)) {
     throw std::invalid_argument("states has " + std::to_string(states_.size()) +
                                 " and positions has " + std::to_string(positions.size()) +
