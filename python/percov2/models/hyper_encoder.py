@@ -1,0 +1,98 @@
+"""Hyper-encoder: latents -> hyper-latents, one vector per token (PerCo, arXiv 2310.10325, App. A).
+
+Three groups of residual bottlenecks with strided convolutions between them, and CompressAI-style
+attention blocks (convolutional gates, Cheng et al. 2020), so any grid size works.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+TOKEN_STRIDES = (1, 2, 4, 8)
+
+
+class ResidualBottleneck(nn.Module):
+    """x + 1×1 -> 3×3 -> 1×1 with ReLU between, at half the channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        half = channels // 2
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, half, 1),
+            nn.ReLU(),
+            nn.Conv2d(half, half, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(half, channels, 1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, h, w] to the same shape."""
+        return x + self.body(x)
+
+
+class AttentionBlock(nn.Module):
+    """x + trunk(x) · sigmoid(mask(x)): the convolutional attention of Cheng et al. 2020."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(*[ResidualBottleneck(channels) for _ in range(3)])
+        self.mask = nn.Sequential(
+            *[ResidualBottleneck(channels) for _ in range(3)], nn.Conv2d(channels, channels, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, h, w] to the same shape."""
+        return x + self.trunk(x) * torch.sigmoid(self.mask(x))
+
+
+class HyperEncoder(ModelMixin, ConfigMixin):
+    """Latents [B, 16, h, w] -> hyper-latents [B, M, h/s, w/s].
+
+    Args:
+        latent_channels: channels of the latents.
+        channels: N of the paper (192 there).
+        hyper_channels: M of the paper (320 there).
+        stride: s, latent positions per token side: 1, 2 (16-pixel tokens), 4 or 8.
+
+    Raises:
+        ValueError: for another stride.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        channels: int = 192,
+        hyper_channels: int = 320,
+        stride: int = 2,
+    ) -> None:
+        super().__init__()
+        if stride not in TOKEN_STRIDES:
+            raise ValueError(f"stride must be one of {TOKEN_STRIDES}, not {stride}")
+
+        def step(inputs: int, halve: bool) -> nn.Conv2d:
+            if halve:
+                return nn.Conv2d(inputs, channels, 5, stride=2, padding=2)
+            return nn.Conv2d(inputs, channels, 1)
+
+        def bottlenecks() -> list[nn.Module]:
+            return [ResidualBottleneck(channels) for _ in range(3)]
+
+        self.body = nn.Sequential(
+            step(latent_channels, stride >= 8),
+            *bottlenecks(),
+            step(channels, stride >= 4),
+            *bottlenecks(),
+            AttentionBlock(channels),
+            step(channels, stride >= 2),
+            *bottlenecks(),
+            nn.Conv2d(channels, hyper_channels, 1),
+            AttentionBlock(hyper_channels),
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Hyper-latents [B, M, h/s, w/s] of latents [B, 16, h, w]; h and w multiples of s."""
+        return self.body(latents)

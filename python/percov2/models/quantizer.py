@@ -1,0 +1,124 @@
+"""Vector quantizer with cosine similarity (ViT-VQGAN, arXiv 2110.04627), as PerCo uses it.
+
+Hyper-latents are projected to a few dimensions, normalised to unit length and replaced by the
+nearest codebook vector; the vector is projected back for the flow transformer.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+class Quantized(NamedTuple):
+    """What :meth:`VectorQuantizer.forward` returns.
+
+    Attributes:
+        z_hat: float [B, C, h, w], differentiable by straight-through.
+        tokens: int32 [B, h, w].
+        loss: scalar commitment loss.
+        directions: float [B·h·w, D], the unit vectors before quantization (detached).
+    """
+
+    z_hat: Tensor
+    tokens: Tensor
+    loss: Tensor
+    directions: Tensor
+
+
+class VectorQuantizer(ModelMixin, ConfigMixin):
+    """Cosine codebook of ``codebook_size`` unit vectors, learnt by moving averages.
+
+    Args:
+        hyper_channels: M, channels of the hyper-latents.
+        codebook_size: V.
+        code_dim: D, dimension of the codebook vectors.
+        output_channels: C, channels of z_hat given to the flow transformer.
+    """
+
+    codebook: Tensor
+    usage: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        hyper_channels: int = 320,
+        codebook_size: int = 256,
+        code_dim: int = 32,
+        output_channels: int = 320,
+    ) -> None:
+        super().__init__()
+        self.project_in = nn.Conv2d(hyper_channels, code_dim, 1)
+        self.project_out = nn.Conv2d(code_dim, output_channels, 1)
+        self.register_buffer("codebook", F.normalize(torch.randn(codebook_size, code_dim), dim=1))
+        self.register_buffer("usage", torch.zeros(codebook_size))
+
+    def tokens(self, hyper_latents: Tensor) -> Tensor:
+        """Token int32 [B, h, w] of each hyper-latent; the lowest index wins a tie."""
+        return self._nearest(self._directions(hyper_latents))
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """z_hat float [B, C, h, w] of tokens int [B, h, w].
+
+        Raises:
+            ValueError: when a token is outside 0 … V − 1.
+        """
+        size = self.codebook.shape[0]
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
+            raise ValueError(f"tokens must lie in 0…{size - 1}")
+        return self._project(self.codebook[tokens.long()])
+
+    def forward(self, hyper_latents: Tensor) -> Quantized:
+        """Quantize with straight-through gradients (training)."""
+        directions = self._directions(hyper_latents)
+        tokens = self._nearest(directions)
+        codes = self.codebook[tokens.long()]
+        loss = (directions - codes).square().sum(-1).mean()
+        straight_through = directions + (codes - directions).detach()
+        flat = directions.detach().flatten(0, 2)
+        return Quantized(self._project(straight_through), tokens, loss, flat)
+
+    @torch.no_grad()
+    def update_codebook(
+        self, directions: Tensor, tokens: Tensor, decay: float = 0.99, dead_below: float = 0.03
+    ) -> None:
+        """Move each code toward its members; restart codes that are hardly used (training).
+
+        Args:
+            directions: float [N, D] unit vectors of this step.
+            tokens: int [N] their codes.
+            decay: moving-average factor.
+            dead_below: a code whose average count per step falls under this fraction of the
+                uniform count is replaced by a random direction of this step.
+        """
+        size = self.codebook.shape[0]
+        directions = directions.float()
+        counts = torch.bincount(tokens.flatten().long(), minlength=size).float()
+        sums = torch.zeros_like(self.codebook).index_add_(0, tokens.flatten().long(), directions)
+        self.usage.mul_(decay).add_(counts, alpha=1 - decay)
+        step = ((1 - decay) * counts / self.usage.clamp_min(1e-6)).clamp_max(1.0)[:, None]
+        means = sums / counts.clamp_min(1)[:, None]
+        self.codebook.copy_(F.normalize(self.codebook * (1 - step) + means * step, dim=1))
+        uniform = directions.shape[0] / size
+        dead = (self.usage < dead_below * uniform).nonzero().flatten()
+        if len(dead):
+            picks = torch.randint(directions.shape[0], (len(dead),))
+            self.codebook[dead] = directions[picks]
+            self.usage[dead] = uniform
+
+    def _directions(self, hyper_latents: Tensor) -> Tensor:
+        projected = self.project_in(hyper_latents).permute(0, 2, 3, 1)
+        return F.normalize(projected.float(), dim=-1)
+
+    def _nearest(self, directions: Tensor) -> Tensor:
+        return (directions @ self.codebook.float().T).argmax(-1).to(torch.int32)
+
+    def _project(self, codes: Tensor) -> Tensor:
+        scale = self.codebook.shape[1] ** 0.5
+        codes = codes.permute(0, 3, 1, 2) * scale
+        return self.project_out(codes.to(self.project_out.weight.dtype))

@@ -1,0 +1,83 @@
+"""Small files for small models: one folder per component, float16 or int8-per-row weights.
+
+``config.json`` is the component's diffusers config; ``model.safetensors`` holds the tensors. An int8
+matrix ``name`` comes with ``name.scale``, one float32 factor per row.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Component = TypeVar("Component", bound=ModelMixin)
+
+FORMATS = ("float32", "float16", "int8")
+# Sine tables that a constructor makes again; storing them would cost megabytes.
+_REBUILT = ("pos_embed.pos_embed",)
+
+
+def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    rows = weight.float().flatten(1)
+    scale = rows.abs().amax(1).clamp_min(1e-12) / 127
+    return (rows / scale[:, None]).round().to(torch.int8).view(weight.shape), scale
+
+
+def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
+    """Write a component's config and weights.
+
+    Args:
+        weight_format: "float32", "float16", or "int8" (matrices int8 per row, the rest float16).
+
+    Raises:
+        ValueError: for another format.
+    """
+    if weight_format not in FORMATS:
+        raise ValueError(f"weight_format must be one of {FORMATS}, not {weight_format!r}")
+    folder.mkdir(parents=True, exist_ok=True)
+    assert isinstance(model, ConfigMixin)
+    model.save_config(folder)
+    tensors: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if name in _REBUILT:
+            continue
+        if weight_format == "int8" and value.ndim >= 2 and value.numel() >= 1024:
+            tensors[name], tensors[name + ".scale"] = _quantize_rows(value)
+        elif value.is_floating_point() and weight_format != "float32":
+            tensors[name] = value.half()
+        else:
+            tensors[name] = value.clone()
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> Component:
+    """Load a component written by :func:`save_component`, as float32, in evaluation mode.
+
+    Raises:
+        ValueError: when the folder is incomplete or its tensors do not fit the config.
+    """
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{folder} holds no config.json and model.safetensors")
+    config: Any = kind.load_config(folder)  # type: ignore[attr-defined]
+    model = kind.from_config(config)  # type: ignore[attr-defined]
+    stored = load_file(folder / "model.safetensors")
+    state = {}
+    for name, value in stored.items():
+        if name.endswith(".scale") and name.removesuffix(".scale") in stored:
+            continue
+        if value.dtype == torch.int8:
+            scale = stored[name + ".scale"].view(-1, *[1] * (value.ndim - 1))
+            state[name] = value.float() * scale
+        else:
+            state[name] = value.float() if value.is_floating_point() else value
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    missing = [name for name in missing if name not in _REBUILT]
+    if missing or unexpected:
+        raise ValueError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}")
+    return model.to(device).eval()

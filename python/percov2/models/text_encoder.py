@@ -1,0 +1,53 @@
+"""Small text conditioning of the embedded model: hashed words, no vocabulary file.
+
+A caption is lower-cased and split into words; each word's CRC-32 picks a row of an embedding table.
+It offers the flow transformer the two inputs that CLIP and T5 give SD3: a sequence and a pooled
+vector.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Sequence
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+_WORD = re.compile(r"\w+")
+
+
+class HashedTextEncoder(ModelMixin, ConfigMixin):
+    """Captions -> (sequence [B, length, dim], pooled [B, dim]).
+
+    Args:
+        buckets: rows of the table; row 0 is padding, the empty caption is all padding.
+        dim: embedding dimension.
+        length: words used of a caption; the rest is ignored.
+    """
+
+    @register_to_config
+    def __init__(self, buckets: int = 4096, dim: int = 64, length: int = 16) -> None:
+        super().__init__()
+        self.words = nn.Embedding(buckets, dim)
+        self.positions = nn.Parameter(torch.randn(length, dim) * 0.02)
+        nn.init.normal_(self.words.weight, std=0.3)
+
+    def rows(self, captions: Sequence[str]) -> Tensor:
+        """Table rows int64 [B, length] of the captions' words."""
+        buckets, length = self.words.num_embeddings, self.positions.shape[0]
+        rows = torch.zeros(len(captions), length, dtype=torch.long)
+        for i, caption in enumerate(captions):
+            for j, word in enumerate(_WORD.findall(caption.lower())[:length]):
+                rows[i, j] = 1 + zlib.crc32(word.encode("utf-8")) % (buckets - 1)
+        return rows
+
+    def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Sequence [B, length, dim] and pooled [B, dim] embeddings of captions ("" = none)."""
+        rows = self.rows(captions).to(self.words.weight.device)
+        embedded = self.words(rows)
+        present = (rows > 0)[..., None]
+        pooled = (embedded * present).sum(1) / present.sum(1).clamp_min(1)
+        return embedded + self.positions, pooled

@@ -1,0 +1,89 @@
+"""What `percov2 train …` runs: configuration files to stages, and stages to run folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from percov2.training.data import PhotoCrops, decode_shards
+from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training.stage1 import (
+    AutoencoderConfig,
+    AutoencoderStage,
+    CodecConfig,
+    CodecStage,
+    CropPlan,
+)
+
+Config = TypeVar("Config")
+
+
+def read_section(path: Path, section: str) -> dict[str, Any]:
+    """One phase's table of a TOML configuration file.
+
+    Raises:
+        ValueError: when the file has no such table.
+    """
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    if section not in tables:
+        raise ValueError(f"{path.name} has no [{section}] section; it has {sorted(tables)}")
+    return tables[section]
+
+
+def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
+    """A config dataclass from a TOML table.
+
+    Raises:
+        ValueError: for a key that the dataclass does not have.
+    """
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
+    return kind(**values)
+
+
+def _split(table: dict[str, Any], *drop: str) -> tuple[dict[str, Any], LoopConfig]:
+    values = {k: v for k, v in table.items() if k not in ("loop", *drop)}
+    if "crops" in values:
+        crops = {k: tuple(v) for k, v in values["crops"].items()}
+        values["crops"] = build_config(CropPlan, crops)
+    return values, build_config(LoopConfig, table.get("loop", {}))
+
+
+def autoencoder_stage(config: Path, data: PhotoCrops) -> tuple[AutoencoderStage, LoopConfig]:
+    """The autoencoder phase of a configuration file, freshly initialised."""
+    values, loop = _split(read_section(config, "autoencoder"))
+    return AutoencoderStage(build_config(AutoencoderConfig, values), data), loop
+
+
+def codec_stage(config: Path, data: PhotoCrops) -> tuple[CodecStage, LoopConfig]:
+    """The joint phase, freshly initialised."""
+    first, _ = autoencoder_stage(config, data)
+    values, loop = _split(read_section(config, "codec"), "rate")
+    return CodecStage(build_config(CodecConfig, values), first.autoencoder, data), loop
+
+
+def run_data(data: Path, out: Path) -> None:
+    """`percov2 train data`: decode the shards of a folder into a memory-mapped cache."""
+    decode_shards(sorted(data.glob("*.tar")), out)
+
+
+def run_autoencoder(config: Path, data: Path, out: Path, minutes: float | None = None) -> None:
+    """`percov2 train autoencoder`."""
+    stage, loop = autoencoder_stage(config, PhotoCrops(data))
+    train(stage, loop, out, stop_after_minutes=minutes)
+
+
+def run_codec(
+    config: Path, data: Path, autoencoder_run: Path, out: Path, minutes: float | None = None
+) -> None:
+    """`percov2 train codec`."""
+    crops = PhotoCrops(data)
+    first, _ = autoencoder_stage(config, crops)
+    load_averaged(autoencoder_run, first)
+    stage, loop = codec_stage(config, crops)
+    stage.autoencoder.load_state_dict(first.autoencoder.state_dict())
+    train(stage, loop, out, stop_after_minutes=minutes)

@@ -1,0 +1,237 @@
+"""Networks: shapes, exactness claims, storage, sampling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from percov2.models.autoencoder import PatchAutoencoder
+from percov2.models.flow import (
+    WindowedEstimate,
+    build_flow,
+    estimate_clean,
+    sample,
+    upsample_z_hat,
+    widen_patch_embedding,
+    window_starts,
+)
+from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.quantizer import VectorQuantizer
+from percov2.models.storage import load_component, save_component
+from percov2.models.text_encoder import HashedTextEncoder
+
+FLOW = dict(
+    sample_size=8,
+    patch_size=2,
+    in_channels=16,
+    out_channels=16,
+    num_layers=2,
+    attention_head_dim=8,
+    num_attention_heads=2,
+    joint_attention_dim=8,
+    caption_projection_dim=16,
+    pooled_projection_dim=8,
+    pos_embed_max_size=16,
+    qk_norm="rms_norm",
+)
+
+
+def _inputs(channels: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, channels, 8, 6, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 4, 8, generator=generator),
+        "pooled_projections": torch.randn(2, 8, generator=generator),
+        "timestep": torch.tensor([1000.0, 300.0]),
+    }
+
+
+def test_widened_transformer_equals_the_original_bit_for_bit(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(**FLOW).eval()
+    inputs = _inputs(16)
+    with torch.no_grad():
+        before = transformer(**inputs).sample
+        widen_patch_embedding(transformer, 5)
+        extra = torch.randn(2, 5, 8, 6)
+        inputs["hidden_states"] = torch.cat([inputs["hidden_states"], extra], 1)
+        after = transformer(**inputs).sample
+        assert torch.equal(before, after)
+        transformer.pos_embed.proj.weight[:, 16:].fill_(0.1)
+        trained = transformer(**inputs).sample
+        assert not torch.equal(before, trained)
+        transformer.save_pretrained(tmp_path)
+        reloaded = SD3Transformer2DModel.from_pretrained(tmp_path).eval()
+        assert torch.equal(trained, reloaded(**inputs).sample)
+    assert reloaded.config.in_channels == 21 and reloaded.config.out_channels == 16
+
+
+def test_widening_by_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="extra_channels"):
+        widen_patch_embedding(SD3Transformer2DModel(**FLOW), 0)
+
+
+def test_autoencoder_shapes_and_refusal() -> None:
+    model = PatchAutoencoder(widths=(8, 16)).eval()
+    latents = model.encode(torch.zeros(2, 3, 16, 40))
+    assert latents.shape == (2, 16, 2, 5)
+    assert model.decode(latents).shape == (2, 3, 16, 40)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        model.encode(torch.zeros(1, 3, 16, 41))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_hyper_encoder_stride(stride: int) -> None:
+    model = HyperEncoder(channels=8, hyper_channels=12, stride=stride)
+    assert model(torch.zeros(1, 16, 16, 24)).shape == (1, 12, 16 // stride, 24 // stride)
+
+
+def test_hyper_encoder_refuses_other_strides() -> None:
+    with pytest.raises(ValueError, match="stride"):
+        HyperEncoder(stride=3)
+
+
+def _quantizer() -> VectorQuantizer:
+    torch.manual_seed(2)
+    return VectorQuantizer(hyper_channels=6, codebook_size=16, code_dim=4, output_channels=5)
+
+
+def test_tokens_are_the_nearest_codes_by_brute_force() -> None:
+    quantizer = _quantizer()
+    z = torch.randn(2, 6, 3, 5)
+    tokens = quantizer.tokens(z)
+    projected = quantizer.project_in(z)
+    for b, y, x in [(0, 0, 0), (1, 2, 4), (0, 1, 3)]:
+        vector = projected[b, :, y, x]
+        cosines = [torch.cosine_similarity(vector, code, dim=0).item() for code in quantizer.codebook]
+        assert int(tokens[b, y, x]) == max(range(16), key=cosines.__getitem__)
+
+
+def test_forward_agrees_with_lookup_and_passes_gradients() -> None:
+    quantizer = _quantizer()
+    z = torch.randn(2, 6, 3, 5, requires_grad=True)
+    out = quantizer(z)
+    torch.testing.assert_close(out.z_hat, quantizer.lookup(out.tokens))
+    out.z_hat.square().sum().backward()
+    assert z.grad is not None and z.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bad", [-1, 16])
+def test_lookup_refuses_tokens_out_of_range(bad: int) -> None:
+    with pytest.raises(ValueError, match="0…15"):
+        _quantizer().lookup(torch.full((1, 1, 1), bad))
+
+
+def test_codebook_stays_unit_length_and_dead_codes_return() -> None:
+    quantizer = _quantizer()
+    directions = torch.nn.functional.normalize(torch.randn(64, 4), dim=1)
+    quantizer.usage.fill_(4.0)
+    quantizer.usage[3] = 0.0
+    dead = quantizer.codebook[3].clone()
+    quantizer.update_codebook(directions, torch.zeros(64, dtype=torch.int32))
+    torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(16))
+    assert not torch.equal(quantizer.codebook[3], dead)
+    assert (directions == quantizer.codebook[3]).all(1).any()
+
+
+def test_upsampling_repeats_each_token() -> None:
+    z_hat = torch.arange(6.0).view(1, 1, 2, 3)
+    up = upsample_z_hat(z_hat, 4, 6)
+    assert up.shape == (1, 1, 4, 6)
+    assert torch.equal(up[..., ::2, ::2], z_hat) and torch.equal(up[..., 1::2, 1::2], z_hat)
+    with pytest.raises(ValueError, match="do not fit"):
+        upsample_z_hat(z_hat, 5, 6)
+
+
+def test_windows_cover_everything_and_stay_inside() -> None:
+    for length in range(1, 60):
+        starts = window_starts(length, 8, 6)
+        covered = {i for s in starts for i in range(s, min(s + 8, length))}
+        assert covered == set(range(length))
+        assert all(s + 8 <= max(length, 8) for s in starts)
+
+
+def test_windowed_estimate_blends_to_the_dense_one() -> None:
+    noisy, z_hat = torch.randn(2, 16, 21, 13), torch.randn(2, 3, 21, 13)
+    seen = []
+
+    def pointwise(x: torch.Tensor, z: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        seen.append(x.shape[-2:])
+        return 2 * x + z.mean(1, keepdim=True) + rows.view(-1, 1, 1, 1)
+
+    rows = torch.arange(2).view(-1, 1, 1, 1)
+    dense = 2 * noisy + z_hat.mean(1, keepdim=True) + rows
+    windowed = WindowedEstimate(pointwise, window=8, overlap=3, batch=4)(noisy, z_hat)
+    torch.testing.assert_close(windowed, dense)
+    assert all(max(shape) <= 8 for shape in seen)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_sampling_with_a_perfect_estimate_returns_the_clean_latents(steps: int) -> None:
+    clean = torch.randn(1, 16, 4, 4)
+    times = []
+
+    def estimate(x: torch.Tensor, z: torch.Tensor, t: float) -> torch.Tensor:
+        times.append(t)
+        return clean
+
+    out = sample(estimate, torch.zeros(1, 1, 4, 4), torch.randn(1, 16, 4, 4), steps)
+    torch.testing.assert_close(out, clean)
+    assert times[0] == 1.0 and len(times) == steps and times == sorted(times, reverse=True)
+
+
+def test_sampling_needs_a_step() -> None:
+    with pytest.raises(ValueError, match="steps"):
+        sample(lambda x, z, t: x, torch.zeros(1), torch.zeros(1), 0)
+
+
+def test_both_predictions_give_the_same_clean_latents() -> None:
+    clean, noise, t = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4), torch.tensor([1.0, 0.4])
+    mix = t.view(-1, 1, 1, 1)
+    noisy = (1 - mix) * clean + mix * noise
+
+    def ideal(answer: torch.Tensor):  # noqa: ANN202 - a stand-in for the transformer
+        return lambda **kwargs: (answer,)
+
+    text = (torch.zeros(2, 1, 8), torch.zeros(2, 8))
+    for prediction, answer in (("velocity", noise - clean), ("sample", clean)):
+        out = estimate_clean(ideal(answer), noisy, noisy[:, :1], t, text, prediction)  # type: ignore[arg-type]
+        torch.testing.assert_close(out, clean)
+    with pytest.raises(ValueError, match="prediction"):
+        estimate_clean(ideal(clean), noisy, noisy, t, text, "epsilon")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight_format,tolerance", [("float32", 0), ("float16", 1e-3), ("int8", 1e-2)])
+def test_storage_round_trip(tmp_path: Path, weight_format: str, tolerance: float) -> None:
+    torch.manual_seed(3)
+    flow = build_flow(4, **FLOW).eval()
+    save_component(flow, tmp_path, weight_format)
+    reloaded = load_component(SD3Transformer2DModel, tmp_path)
+    for name, value in flow.state_dict().items():
+        assert (value - reloaded.state_dict()[name]).abs().max() <= tolerance * value.abs().max()
+
+
+def test_storage_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="weight_format"):
+        save_component(HyperEncoder(channels=8, hyper_channels=8), tmp_path, "int4")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_component(HyperEncoder, tmp_path)
+    save_component(HyperEncoder(channels=8, hyper_channels=8), tmp_path, "float16")
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"stride": 2', '"stride": 2, "extra": 1'))
+    load_component(HyperEncoder, tmp_path)
+    PatchAutoencoder(widths=(8, 16)).save_config(tmp_path)
+    with pytest.raises(ValueError, match="missing tensors"):
+        load_component(PatchAutoencoder, tmp_path)
+
+
+def test_text_encoder_is_a_function_of_words() -> None:
+    encoder = HashedTextEncoder(buckets=64, dim=8, length=4)
+    sequence, pooled = encoder(["A red door", "a RED, door!", "", "one two three four five six"])
+    assert sequence.shape == (4, 4, 8) and pooled.shape == (4, 8)
+    assert torch.equal(sequence[0], sequence[1]) and not torch.equal(sequence[0], sequence[2])
+    assert torch.equal(pooled[2], torch.zeros(8))
+    assert torch.equal(encoder(["one two three four"])[0][0], sequence[3])
