@@ -1,0 +1,254 @@
+"""The import table of docs/architecture.md, read from the syntax tree of every file."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "python" / "percov2"
+KERNELS = ROOT / "triton_kernels"
+
+BITSTREAM = {"percov2.bitstream"}
+CODEC_AND_BELOW = {
+    "percov2",
+    "percov2.bitstream",
+    "percov2.caption",
+    "percov2.codec",
+    "percov2.entropy",
+    "percov2.images",
+    "percov2.models",
+}
+# Module prefix -> (first-party prefixes, third-party roots at module level, the same inside
+# functions). The longest matching prefix counts; the standard library is always allowed.
+RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
+    "percov2": (CODEC_AND_BELOW, set(), set()),
+    "percov2._native": (set(), {"numpy"}, set()),
+    "percov2.triton_kernels": ({"percov2.triton_kernels"}, {"torch", "triton"}, set()),
+    "percov2.entropy": ({"percov2.entropy"}, {"numpy", "torch", "safetensors"}, set()),
+    "percov2.entropy.rans": (
+        {"percov2.entropy", "percov2._native"},
+        {"numpy", "torch"},
+        set(),
+    ),
+    "percov2.entropy.schedule": (set(), {"numpy", "torch"}, set()),
+    "percov2.bitstream": (set(), set(), set()),
+    "percov2.caption": ({"percov2.bitstream", "percov2.entropy"}, set(), {"transformers"}),
+    "percov2.models": (
+        {"percov2.models"},
+        {"diffusers", "numpy", "safetensors", "torch"},
+        {"transformers"},
+    ),
+    "percov2.images": ({"percov2.bitstream"}, {"numpy", "PIL", "torch"}, set()),
+    "percov2.codec": (
+        CODEC_AND_BELOW,
+        {"diffusers", "numpy", "PIL", "safetensors", "torch", "tqdm"},
+        {"transformers"},
+    ),
+    "percov2.training": (
+        {*CODEC_AND_BELOW, "percov2.training", "percov2.evaluation"},
+        {"diffusers", "numpy", "PIL", "safetensors", "torch", "tqdm"},
+        {"accelerate", "tensorboard", "transformers", "webdataset"},
+    ),
+    "percov2.evaluation": (
+        {*CODEC_AND_BELOW, "percov2.evaluation"},
+        {"numpy", "PIL", "torch", "tqdm"},
+        {"imageio_ffmpeg", "matplotlib", "skimage", "torchmetrics"},
+    ),
+    "percov2.cli": (
+        BITSTREAM,
+        set(),
+        {"numpy", "PIL", "torch", "tqdm"},
+    ),
+}
+# The command line loads every part only when its command runs.
+LAZY_FIRST_PARTY = {
+    "percov2.cli": {*CODEC_AND_BELOW, "percov2.evaluation", "percov2.training"},
+    "percov2.entropy": {"percov2.triton_kernels"},
+    "percov2.models": {"percov2.triton_kernels"},
+}
+
+
+def module_name(path: Path) -> str:
+    if path.is_relative_to(KERNELS):
+        parts = ["percov2", "triton_kernels", *path.relative_to(KERNELS).parts]
+    else:
+        parts = ["percov2", *path.relative_to(PACKAGE).parts]
+    parts[-1] = parts[-1].partition(".")[0]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources() -> list[Path]:
+    kernels_link = PACKAGE / "triton_kernels"
+    paths = [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi"), *KERNELS.rglob("*.py")]
+    return sorted(path for path in paths if not path.is_relative_to(kernels_link))
+
+
+def within(name: str, prefixes: set[str]) -> bool:
+    """True if name is one of the prefixes or below one; "percov2" itself covers only itself."""
+    return any(
+        name == prefix or (prefix != "percov2" and name.startswith(prefix + "."))
+        for prefix in prefixes
+    )
+
+
+def best_rule(module: str, rules: dict) -> str | None:
+    fitting = [p for p in rules if module == p or module.startswith(p + ".")]
+    return max(fitting, key=len, default=None)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) in (
+        "TYPE_CHECKING",
+        "typing.TYPE_CHECKING",
+    )
+
+
+def imports(node: ast.AST, module: str, package: bool, lazy: bool = False) -> Iterator[tuple]:
+    """(imported module, inside a function?) of everything that is imported at run time."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            for other in child.orelse:
+                yield from imports(other, module, package, lazy)
+        elif isinstance(child, ast.Import):
+            for alias in child.names:
+                yield alias.name, lazy
+        elif isinstance(child, ast.ImportFrom):
+            base = child.module or ""
+            if child.level:
+                parents = module.split(".")
+                keep = len(parents) - child.level + (1 if package else 0)
+                base = ".".join([*parents[:keep], *([base] if base else [])])
+            for alias in child.names:
+                name = f"{base}.{alias.name}"
+                # "from percov2 import codec" imports a module, "from percov2.codec import Codec"
+                # a name; only the former may reach further than its base says.
+                yield (name if is_module(name) else base), lazy
+        else:
+            deeper = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports(child, module, package, deeper)
+
+
+def is_module(name: str) -> bool:
+    if name == "percov2._native":
+        return True
+    if not name.startswith("percov2."):
+        return False
+    parts = name.split(".")[1:]
+    base = KERNELS.parent if parts[0] == "triton_kernels" else PACKAGE
+    path = base.joinpath(*parts)
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+def violations(module: str, package: bool, text: str) -> list[str]:
+    """Imports in a module's source that the rules forbid."""
+    rule = best_rule(module, RULES)
+    assert rule is not None, f"no import rule covers {module}; add one"
+    if rule == "percov2" and module != "percov2":
+        return [f"{module} has no import rule"]
+    first, third, third_lazy = RULES[rule]
+    lazy_rule = best_rule(module, LAZY_FIRST_PARTY)
+    lazy_first = LAZY_FIRST_PARTY[lazy_rule] if lazy_rule else set()
+    found = []
+    for name, lazy in imports(ast.parse(text), module, package):
+        root = name.partition(".")[0]
+        if root == "percov2":
+            allowed = within(name, first) or (lazy and within(name, lazy_first))
+            # A module may read its own package's version and the like only through its siblings.
+            if name == "percov2._native" and rule != "percov2.entropy.rans":
+                allowed = False
+        elif root in sys.stdlib_module_names:
+            allowed = True
+        else:
+            allowed = root in third or (lazy and root in third_lazy)
+        if not allowed:
+            found.append(f"{module} imports {name}{' (in a function)' if lazy else ''}")
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=module_name)
+def test_module_follows_the_table(path: Path) -> None:
+    package = path.name == "__init__.py"
+    assert violations(module_name(path), package, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        ("percov2.bitstream", "import numpy"),
+        ("percov2.bitstream", "def f():\n    import torch"),
+        ("percov2.bitstream", "from percov2 import caption"),
+        ("percov2.models.flow", "from percov2.entropy.rans import RansEncoder"),
+        ("percov2.models.flow", "from ..bitstream import Header"),
+        ("percov2.models.flow", "import transformers"),
+        ("percov2.entropy.cdf", "import diffusers"),
+        ("percov2.entropy.cdf", "def f():\n    from percov2 import models"),
+        ("percov2.entropy.cdf", "from percov2 import _native"),
+        ("percov2.entropy.cdf", "from percov2.triton_kernels import nearest_codes"),
+        ("percov2.entropy.schedule", "from percov2.entropy import cdf"),
+        ("percov2.codec", "from percov2 import training"),
+        ("percov2.cli", "import torch"),
+        ("percov2.cli", "from percov2.codec import Codec"),
+        ("percov2.triton_kernels.nearest", "import numpy"),
+        ("percov2.helpers", "import os"),
+    ],
+)
+def test_the_test_notices(module: str, text: str) -> None:
+    assert len(violations(module, False, text)) == 1
+
+
+def test_allowed_forms_pass() -> None:
+    allowed = "def f():\n    from percov2.triton_kernels import nearest_codes\n"
+    assert violations("percov2.entropy.cdf", False, allowed) == []
+    hints = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers\n"
+    assert violations("percov2.entropy.cdf", False, hints) == []
+    assert violations("percov2.entropy.token_coder", False, "from .rans import RansEncoder") == []
+
+
+def test_compiled_core_knows_no_python_and_no_libtorch() -> None:
+    for path in sorted((ROOT / "csrc").iterdir()):
+        headers = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
+        for header in headers:
+            root = header.partition("/")[0]
+            if root in ("torch", "ATen", "c10", "Python.h"):
+                pytest.fail(f"{path.name} includes {header}")
+            if root == "pybind11":
+                assert path.name in ("bindings.cpp", "tensor_view.h"), f"{path.name}: {header}"
+            if root.startswith("cuda"):
+                assert path.suffix in (".cu", ".cuh"), f"{path.name} includes {header}"
+
+
+def test_no_module_is_a_drawer_for_everything() -> None:
+    for path in sources():
+        assert not re.search(r"utils|helpers|common", path.stem), path
+    for path in [*sources(), *(ROOT / "csrc").iterdir()]:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= 400, f"{path} has {lines} lines; it is two files"
+
+
+@pytest.mark.parametrize(
+    ("statement", "absent"),
+    [
+        ("import percov2", ["numpy", "torch", "PIL", "percov2._native", "percov2.codec"]),
+        ("import percov2.bitstream", ["numpy", "torch", "PIL", "percov2._native"]),
+        ("import percov2.cli", ["torch", "diffusers", "transformers", "percov2._native"]),
+        ("import percov2.triton_kernels", ["torch", "triton"]),
+        (
+            "import percov2.entropy as e; [getattr(e, n) for n in e.__all__]",
+            ["diffusers", "transformers", "triton", "PIL", "percov2.models", "percov2.codec"],
+        ),
+    ],
+)
+def test_importing_is_light(statement: str, absent: list[str]) -> None:
+    code = f"import sys; {statement}; print([n for n in {absent!r} if n in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]", f"{statement} also loads {result.stdout.strip()}"
