@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -140,20 +142,39 @@ def test_check_equals_the_oracle(header: Header, tokens: list[int]) -> None:
 
 
 def test_golden_file() -> None:
-    # The worked example of docs/bitstream.md.
-    fields = fields_of(FULL)._replace(height=33, width=20, stages_sent=0, dense=True)
+    # The worked example of docs/bitstream.md: a uniform model of 256 codes, 16-pixel tokens.
+    fields = reference.Fields(
+        0x1234, 33, 20, rate=2, schedule=4, caption_codec=1, caption=b"a lighthouse"
+    )
     tokens = [7, 3, 3, 250, 0, 7]
     check = reference.check(fields, tokens)
-    symbols = [reference.Symbol(t * 256, 256, 16) for t in tokens]
+    symbols = [reference.Symbol(256 * token, 256, 16) for token in tokens]
     data = reference.write(fields, symbols, check)
-    assert (check, data.hex(" ")) == GOLDEN_EXAMPLE
+    assert check == 0x88F1
+    assert data.hex(" ") == (
+        "fc 21 12 34 03 cf ec 2e 40 60 3b d2 b2 06 c6 96 76 87 46 86 f7 57 36 57 03 03 fa 00 07 f1"
+    )
     assert read(data).header == Header(**fields._asdict())
 
 
-GOLDEN_EXAMPLE = (
-    29562,
-    "fc 21 12 34 03 39 3b 08 e0 60 2b de e6 12 06 c6 96 76 87 46 86 f7 57 36 57 03 03 fa 00 7a",
-)
+def test_document_holds_these_tables_and_this_file() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "bitstream.md").read_text(encoding="utf-8")
+    tables = dict(re.findall(r"^\| ([A-Z_]+) \| ([0-9 ,×]+) \|$", document, re.MULTILINE))
+    assert len(tables) == 9
+    for name, written in tables.items():
+        freqs: list[int] = []
+        for times, value in re.findall(r"(?:(\d+) × )?(\d+)", written):
+            freqs += [int(value)] * int(times or 1)
+        assert tuple(freqs) == getattr(bitstream, f"_{name}"), name
+    fields = reference.Fields(
+        0x1234, 33, 20, rate=2, schedule=4, caption_codec=1, caption=b"a lighthouse"
+    )
+    tokens = [reference.Symbol(256 * token, 256, 16) for token in [7, 3, 3, 250, 0, 7]]
+    assert f"    {reference.write(fields, tokens, 0x88F1).hex(' ')}\n" in document
+    example = [(0, 1024), (3072, 512), (100, 1), (2048, 2048)]
+    payload = reference.rans_encode([reference.Symbol(*s, 12) for s in example], 0xABCD)
+    assert f"Payload: `{payload.hex(' ').upper()}`" in document
+    assert reference.crc16(b"123456789") == 0x29B1
 
 
 def excess_bytes(header: Header, files: int, seed: int) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +146,11 @@ def test_golden(name: str) -> None:
         digest.update(f"{height} {width}\n".encode())
         digest.update(stages(name, height, width).astype("<i4").tobytes())
     assert digest.hexdigest() == GOLDEN[name]
+
+
+def test_document_holds_the_golden_hashes() -> None:
+    document = (Path(__file__).parents[1] / "docs" / "schedules.md").read_text(encoding="utf-8")
+    for index, name in enumerate(SCHEDULES):
+        assert f"| `{name}` | `{GOLDEN[name]}` |" in document
+        assert re.search(rf"^\| {index}( \(default\))? \| `{name}` \|", document, re.MULTILINE)
+        assert f"(images/schedule_{name}.png)" in document

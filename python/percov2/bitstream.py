@@ -47,7 +47,6 @@ _STANDARD_SIZE = (3712, 384)
 _SIDE_EXPONENT = (4, 4, 8, 8, 16, 24, 48, 80, 192, 384, 768, 784, 832, 832, 80, 24, 8)
 _DENSE = (4092, 4)
 _CAPTION_EXPONENT = (16, 16, 64, 192, 704, 1024, 1024, 704, 256, 64, 16, 8, 8)
-_BYTE = (16,) * 256
 
 RATES = len(_RATE)
 SCHEDULE_INDICES = len(_SCHEDULE) - 1
@@ -213,7 +212,7 @@ def header_intervals(header: Header) -> list[tuple[int, int]]:
     if header.caption_codec != CAPTION_NONE:
         put_number(_CAPTION_EXPONENT, len(header.caption))
         for byte in header.caption:
-            put(_BYTE, byte)
+            out.append((byte << (PROB_BITS - 8), 1 << (PROB_BITS - 8)))
     return out
 
 
@@ -348,7 +347,7 @@ def _read_caption(decoder: _Decoder) -> bytes:
             f"impossible header field: a caption of {length} coded bytes, "
             f"but the file has room for {room} at most"
         )
-    caption = bytes(decoder.symbol(_BYTE) for _ in range(length))
+    caption = bytes(decoder.uniform(8) for _ in range(length))
     if caption.endswith(b"\0"):
         raise BitstreamError("impossible header field: the last byte of the coded caption is zero")
     return caption
