@@ -231,6 +231,7 @@ def test_every_field_value_has_room_in_its_table() -> None:
         (b"\xfc\x31\0\0\0", "not a .pcv2 file"),
         (b"\xff\xd8\xff\xe0 a jpeg", "not a .pcv2 file"),
         (b"\xfc\x22\0\0\0\0\0\0", "unsupported .pcv2 version 2"),
+        (b"\xfc\x21\0\0\0\x80\0\0", "begins with a zero byte"),
         (b"\xfc\x20", "unsupported .pcv2 version 0"),
     ],
 )

@@ -335,6 +335,10 @@ def _read_prefix(data: bytes) -> None:
         raise BitstreamError(
             f"the file is too short: {len(data)} bytes, a header needs at least {PREFIX_BYTES}"
         )
+    # A writer flushes its state without leading zeros; accepting them would let any number of
+    # files mean the same.
+    if data[PREFIX_BYTES : PREFIX_BYTES + 1] == b"\0":
+        raise BitstreamError("damaged file: its coded part begins with a zero byte")
 
 
 def _read_caption(decoder: _Decoder) -> bytes:
