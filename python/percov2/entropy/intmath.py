@@ -1,0 +1,222 @@
+"""Integer operations of the entropy model, as exact torch programs.
+
+Every function states the range of its inputs and outputs; inside these ranges the result is one
+integer, whatever the device, the number of threads, the batch or the order of summation.
+docs/entropy-model.md is the normative text.
+
+Integers that enter a matrix product travel in float32 tensors: a float32 product of integer
+matrices is exact while every partial sum stays below 2^24, which ``K * 127**2 < 2**24`` guarantees
+for K <= 1040 terms in any order of summation. That holds only while the backend really multiplies
+float32 (no TF32, no bfloat16 passes): ``exact_float32`` refuses to go on otherwise, and
+``self_test`` proves it on the device at hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+INT8_LIMIT = 127
+"""Activations and weights are in [-127, 127]; -128 is never used."""
+MAX_TERMS = 1040
+"""Largest K with K * 127**2 < 2**24."""
+ACC_LIMIT = 2**24
+"""Accumulators (products plus bias) are strictly below this in magnitude."""
+MAX_MULTIPLIER = 127
+MAX_SHIFT = 24
+RESIDUAL_LIMIT = 2**20
+"""The residual stream is saturated to [-2^20, 2^20]."""
+LOGIT_MIN, LOGIT_MAX = -(2**15), 2**15 - 1
+LOGIT_STEPS = 256
+"""Logits count 1/256 of an octave."""
+MAX_GAIN = 2047
+"""Largest magnitude of a LayerNorm gain."""
+GAIN_STEPS = 16
+"""``layer_norm`` divides by 16 sigma, so gains count sixteenths."""
+MAX_DIM = 1024
+"""Largest width of the residual stream (ranges of ``layer_norm``)."""
+SCORE_STEPS = 16
+"""Attention scores count sixteenths of an octave."""
+SCORE_SHIFT_MIN, SCORE_SHIFT_MAX = 5, 12
+MAX_SCORE_BIAS = 2047
+"""Largest magnitude of an entry of the relative-position table."""
+HIDDEN_SCORE = -(2**20)
+"""Added to the score of a key that a query must not see: its weight is 0."""
+MAX_GAIN_BITS = 5
+WEIGHT_AMPLITUDE = 126.61
+WEIGHT_TABLE: tuple[int, ...] = (
+    # floor(126.61 * 2**(-d / 16) + 1/2), d = 0 ... 127
+    *(127, 121, 116, 111, 106, 102, 98, 93, 90, 86, 82, 79, 75, 72, 69, 66),
+    *(63, 61, 58, 56, 53, 51, 49, 47, 45, 43, 41, 39, 38, 36, 35, 33),
+    *(32, 30, 29, 28, 27, 25, 24, 23, 22, 21, 21, 20, 19, 18, 17, 17),
+    *(16, 15, 15, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 9, 8),
+    *(8, 8, 7, 7, 7, 6, 6, 6, 6, 5, 5, 5, 5, 5, 4, 4),
+    *(4, 4, 4, 3, 3, 3, 3, 3, 3, 3, 3, 2, 2, 2, 2, 2),
+    *(2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+    *(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1),
+)
+"""Softmax weight of a score d sixteenths of an octave below the maximum; 0 from d = 128 on."""
+
+
+def require_exact_float32() -> None:
+    """Raise RuntimeError if torch may round float32 factors before it multiplies them."""
+    modes = {
+        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision() != "highest",
+        "torch.backends.cuda.matmul.allow_tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+    }
+    for name, fast in modes.items():
+        if fast:
+            raise RuntimeError(
+                f"{name} allows reduced-precision products, which would change the coded tokens: "
+                "call torch.set_float32_matmul_precision('highest') before coding"
+            )
+
+
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Context of every integer pass: no gradients, no autocast, exact float32 products.
+
+    Raises RuntimeError where torch is set to reduced precision.
+    """
+    require_exact_float32()
+    with torch.inference_mode(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def self_test(device: torch.device | str = "cpu") -> None:
+    """Prove on ``device`` that products at the limits and the softmax weights are exact.
+
+    Raises RuntimeError: the entropy model must not run on this device or in this mode.
+    """
+    device = torch.device(device)
+    with exact_float32(device):
+        for rows in (1, 7, 512):
+            _test_products(rows, device)
+        table = torch.tensor(WEIGHT_TABLE + (0,) * 128, dtype=torch.float32)
+        for length in (1, 3, 17, 256, 1031):
+            d = torch.arange(length, dtype=torch.float32) % 256
+            weights = softmax_weights_(-d[None].to(device))[0].cpu()
+            if not torch.equal(weights, table[d.to(torch.int64)]):
+                raise RuntimeError(
+                    f"softmax weights are not exact on {device}: the entropy model cannot run there"
+                )
+
+
+def _test_products(rows: int, device: torch.device) -> None:
+    """Multiply [rows, 1040] by [1040, 7] of all +-127 in float32 and compare with int64."""
+    hashed = torch.arange(rows * MAX_TERMS, dtype=torch.int64) * 2654435761 >> 13
+    a = ((hashed & 1) * 254 - 127).view(rows, MAX_TERMS)
+    b = ((hashed[:MAX_TERMS] >> 1 & 1) * 254 - 127).repeat(7, 1)
+    b[0], b[1] = a[0], -a[-1]  # the extreme sums +K * 127^2 and -K * 127^2
+    every = torch.arange(2, 7)[:, None]
+    b[2:] = torch.where(torch.arange(MAX_TERMS) % every == 0, -b[2:], b[2:])
+    bias = torch.tensor([5, -5, 1, 0, 0, -1, 2], dtype=torch.int64)
+    expected = a @ b.T + bias
+    got = linear(a.float().to(device), b.float().to(device), bias.float().to(device))
+    if not torch.equal(got.cpu().to(torch.int64), expected):
+        raise RuntimeError(
+            f"float32 products of integers are not exact on {device} ({rows} rows): "
+            "the entropy model would give other tokens than on other machines"
+        )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Exact product x @ weight.T + bias.
+
+    x [..., K] and weight [n, K]: float32 integers in [-127, 127], K <= 1040; bias [n]: float32
+    integers. Returns float32 integers [..., n]. The caller guarantees, per output,
+    sum |weight| * 127 + |bias| < 2^24.
+    """
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def requantize(acc: Tensor, multiplier: Tensor, shift: Tensor, low: int, high: int) -> Tensor:
+    """clamp((acc * multiplier + 2^(shift - 1)) >> shift, low, high), arithmetic shift.
+
+    acc [..., n]: float32 or int32 integers, |acc| < 2^24; multiplier int32 [n] in 1 ... 127; shift
+    int32 [n] in 1 ... 24. |acc * multiplier| + 2^(shift - 1) < 2^31, so int32 is enough
+    throughout. Returns int32 [..., n].
+    """
+    half = torch.ones_like(shift).bitwise_left_shift_(shift - 1)
+    result = acc.to(torch.int32, copy=True)
+    return result.mul_(multiplier).add_(half).bitwise_right_shift_(shift).clamp_(low, high)
+
+
+def residual_add(residual: Tensor, update: Tensor) -> Tensor:
+    """Saturating sum in place; both int32 in [-2^20, 2^20]."""
+    return residual.add_(update).clamp_(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
+
+
+def integer_sqrt(value: Tensor) -> Tensor:
+    """floor(sqrt(value)) of int64 values in [0, 2^51]."""
+    # The double root is off by less than one; the correction makes its rounding irrelevant.
+    root = value.to(torch.float64).sqrt_().floor_().to(torch.int64)
+    root -= (root * root > value).to(torch.int64)
+    root += ((root + 1) * (root + 1) <= value).to(torch.int64)
+    return root
+
+
+def layer_norm(residual: Tensor, gain: Tensor) -> Tensor:
+    """Integer LayerNorm.
+
+    residual int32 [..., d] in [-2^20, 2^20], d <= 1024; gain int32 [d] in [-2047, 2047]. With
+        c = floor((sum(r) + d / 2) / d), y = r - c, v = sum(y^2) < 2^51,
+        R = isqrt(floor(v * 2^8 / d)) + 1 > 16 sigma
+    the result is clamp(floor((y * gain + R * 2^12 + floor(R / 2)) / R) - 2^12, -127, 127).
+    |y * gain / R| < sqrt(d) * 2047 / 16 < 2^12, so the numerator is never negative.
+    Returns float32 integers [..., d].
+    """
+    dim = residual.shape[-1]
+    # Shifted by 2^20 per term, so that the division never sees a negative numerator.
+    total = residual.sum(-1, keepdim=True, dtype=torch.int64) + (RESIDUAL_LIMIT * dim + dim // 2)
+    mean = torch.div(total, dim, rounding_mode="floor").sub_(RESIDUAL_LIMIT).to(torch.int32)
+    # sum(y^2) <= sum(r^2) + d < 2^51 and |y| <= 2^21: exact in float64 in any order.
+    y = (residual - mean).to(torch.float64)
+    energy = y.square().sum(-1, keepdim=True).to(torch.int64)
+    root = integer_sqrt(torch.div(energy * 256, dim, rounding_mode="floor")) + 1
+    r = root.to(torch.float64)
+    # The numerator is an integer below 2^38 and R < 2^25: a quotient below an integer is below it
+    # by at least 2^-25, far more than float64 rounds, so the floor is the integer quotient.
+    numerator = y.mul_(gain.to(torch.float64)).add_(r * 4096 + (r / 2).floor_())
+    quotient = numerator.div_(r).floor_().sub_(4096)
+    return quotient.clamp_(-INT8_LIMIT, INT8_LIMIT).to(torch.float32)
+
+
+def lookup(index: Tensor, table: Tensor) -> Tensor:
+    """table[index + 128]: index int32 [...] in [-127, 127], table float32 [256] -> float32."""
+    return table.index_select(0, (index + 128).flatten()).view(index.shape)
+
+
+def softmax_weights_(scores: Tensor) -> Tensor:
+    """7-bit softmax weights over the last axis, in place.
+
+    scores float32 [..., n]: multiples of 2^-12 below 2^21 whose floors are the integer scores. With
+    d = max - score, the weight is WEIGHT_TABLE[d], 0 from 128 on. Returns float32 integers.
+    """
+    scores.floor_()
+    scores.sub_(scores.amax(-1, keepdim=True))
+    # 126.61 * 2^(-d/16) is nowhere nearer than 0.005 to a half-integer (the amplitude was chosen
+    # for that), so rounding any exp2 of better than 16 bits gives the table, and ``self_test``
+    # checks every d. Indexing the table is several times slower.
+    scores.mul_(1.0 / SCORE_STEPS).clamp_(min=-16.0)
+    return scores.exp2_().mul_(WEIGHT_AMPLITUDE).round_()
+
+
+def attention_mean(weighted: Tensor, weight_sum: Tensor, gain_bits: int) -> Tensor:
+    """Weighted mean of values, times 2^g, rounded to int8 (g = gain_bits in 0 ... 5).
+
+    weighted [..., n]: float32 integers, |weighted| <= 127 * weight_sum; weight_sum [..., 1]:
+    float32 integers in 127 ... 1040 * 127. With
+        q = floor((weighted * 2^g + weight_sum * 2^(7+g) + floor(weight_sum / 2)) / weight_sum)
+    the result is clamp(q - 2^(7+g), -127, 127); the numerator is in [0, 2^31).
+    Returns float32 integers [..., n].
+    """
+    total = weight_sum.to(torch.float64)
+    offset = float(2 ** (7 + gain_bits))
+    numerator = weighted.to(torch.float64) * float(2**gain_bits)
+    numerator.add_(total * offset + (total / 2).floor_())
+    quotient = numerator.div_(total).floor_().sub_(offset)
+    return quotient.clamp_(-INT8_LIMIT, INT8_LIMIT).to(torch.float32)

@@ -1,0 +1,104 @@
+"""Read and write safetensors files of integer tensors, and fingerprint them.
+
+The entropy engine depends on numpy and torch only, and the format is small: an 8-byte
+little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
+little-endian bytes (https://github.com/huggingface/safetensors, "Format"). Only the integer types
+of the entropy model are accepted, and every size is checked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MAX_HEADER_BYTES = 1 << 20
+
+_TYPES: dict[str, tuple[torch.dtype, str]] = {
+    "I8": (torch.int8, "<i1"),
+    "I16": (torch.int16, "<i2"),
+    "I32": (torch.int32, "<i4"),
+}
+_NAMES = {dtype: name for name, (dtype, _) in _TYPES.items()}
+
+
+def little_endian_bytes(tensor: Tensor) -> bytes:
+    """The elements of an integer tensor in C order, little-endian."""
+    array = tensor.detach().cpu().contiguous().numpy()
+    return array.astype(_TYPES[_NAMES[tensor.dtype]][1], copy=False).tobytes()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write int8, int16 and int32 tensors as a safetensors file, names sorted.
+
+    Raises ValueError for another dtype.
+    """
+    header: dict[str, Any] = {}
+    chunks: list[bytes] = []
+    offset = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; only int8/16/32 are kept")
+        data = little_endian_bytes(tensor)
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
+        offset += len(data)
+        chunks.append(data)
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file of integer tensors.
+
+    Raises ValueError, naming the file, for anything that is not such a file.
+    """
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"{path} is not a safetensors file (header length {length})")
+    try:
+        header = json.loads(data[8 : 8 + length])
+        entries = {k: v for k, v in header.items() if k != "__metadata__"}
+        return {name: _tensor(data[8 + length :], entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a safetensors file of integers: {error}") from error
+
+
+def _tensor(data: bytes, entry: dict[str, Any]) -> Tensor:
+    dtype, code = _TYPES[entry["dtype"]]
+    shape = [int(side) for side in entry["shape"]]
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    size = math.prod(shape) * np.dtype(code).itemsize
+    if min(shape, default=1) < 0 or not 0 <= begin <= end <= len(data) or end - begin != size:
+        raise ValueError(f"shape {shape} does not fit the bytes {begin} to {end}")
+    array = np.frombuffer(data[begin:end], dtype=code).reshape(shape)
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(dtype)
+
+
+def fingerprint(config: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+    """SHA-256 over canonical bytes: the same for equal integers on every machine.
+
+    The bytes are: the config as JSON (sorted keys, no spaces, ASCII) and a newline; then, per
+    tensor in the order of the names, ``name dtype d0,d1,...`` and a newline (dtype I8, I16 or I32),
+    and the elements in C order, little-endian.
+    """
+    text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    digest = hashlib.sha256(text.encode("ascii") + b"\n")
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        shape = ",".join(str(side) for side in tensor.shape)
+        digest.update(f"{name} {_NAMES[tensor.dtype]} {shape}\n".encode("ascii"))
+        digest.update(little_endian_bytes(tensor))
+    return digest.digest()

@@ -1,0 +1,89 @@
+"""Tokens to intervals and back: schedule x integer model x quantizer x rANS.
+
+Intervals of all tokens come from one pass; decoding takes one pass per stage. The coder sees
+integers only, and the model never sees bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.entropy import cdf, intmath, rans, schedule
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.stage_pass import StagedDecoder, one_pass_residual
+
+_LOGITS_AT_ONCE = 2**21
+"""Logits made at a time: they are turned into intervals while they are still in cache."""
+
+
+class TokenCoder:
+    """Codes token grids with one integer transformer.
+
+    Args:
+        model: the integer transformer; its device decides where the passes run.
+    """
+
+    def __init__(self, model: IntTransformer) -> None:
+        self.model = model
+        self.prob_bits = cdf.default_prob_bits(model.config.codebook_size)
+
+    def intervals(
+        self, tokens: torch.Tensor, schedule_name: str, threads: int = 1
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Intervals of every token, at ``prob_bits``: (starts, freqs), int32 [B, N].
+
+        tokens int32 [B, h, w]; N = h * w in coding order (``schedule.order``). Raises ValueError
+        for tokens outside the codebook or an unknown schedule, RuntimeError where torch is set to
+        reduced precision.
+        """
+        stages = schedule.stages(schedule_name, *tokens.shape[1:])
+        residual = one_pass_residual(self.model, tokens, stages)
+        batch, count = residual.shape[:2]
+        coding = torch.from_numpy(schedule.order(stages)).to(tokens.device)
+        symbols = tokens.reshape(batch, count)[:, coding].to(torch.int32)
+        step = max(1, _LOGITS_AT_ONCE // (batch * self.model.config.codebook_size))
+        starts = np.empty((batch, count), dtype=np.int32)
+        freqs = np.empty((batch, count), dtype=np.int32)
+        for begin in range(0, count, step):
+            part = slice(begin, begin + step)
+            with intmath.exact_float32(self.model.device):
+                logits = self.model.logits(residual[:, part])
+            starts[:, part], freqs[:, part] = self._quantize(logits, symbols[:, part], threads)
+        return starts, freqs
+
+    def _quantize(
+        self, logits: torch.Tensor, symbols: torch.Tensor, threads: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        if logits.device.type == "cpu":
+            return rans.intervals(logits, symbols, self.prob_bits, threads)
+        starts, freqs = cdf.intervals(logits, symbols.to(logits.device), self.prob_bits)
+        return starts.cpu().numpy(), freqs.cpu().numpy()
+
+    def decode(
+        self,
+        decoder: rans.RansDecoder,
+        schedule_name: str,
+        height: int,
+        width: int,
+        on_stage: Callable[[int], None] | None = None,
+        threads: int = 1,
+    ) -> torch.Tensor:
+        """Decode the tokens of all streams of ``decoder``: int32 [B, height, width] on the CPU.
+
+        ``on_stage(remaining)`` is called before each stage with the number of tokens per grid that
+        are still to come; what it raises ends the decoding. Raises ValueError for an unknown
+        schedule or a grid that is too large.
+        """
+        stages = schedule.stages(schedule_name, height, width)
+        staged = StagedDecoder(self.model, stages, len(decoder.states))
+        while staged.remaining:
+            if on_stage is not None:
+                on_stage(staged.remaining)
+            logits = staged.logits()
+            symbols = decoder.decode_logits(logits.cpu(), self.prob_bits, threads=threads)
+            staged.accept(torch.from_numpy(symbols))
+        return staged.tokens().cpu()

@@ -1,0 +1,83 @@
+"""The sizes of a token transformer, shared by its float form and its integer form."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from percov2.entropy.intmath import MAX_DIM, MAX_TERMS
+
+MIN_CODEBOOK, MAX_CODEBOOK = 2, 8192
+MAX_HEAD_DIM = 64
+MAX_HEADS = 64
+MAX_LAYERS = 64
+
+KIND = "percov2-token-transformer"
+VERSION = 1
+"""Version of the integer program; another program gets another number."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of a token transformer.
+
+    Args:
+        codebook_size: number of tokens V, 2 to 8192.
+        dim: width of the residual stream, 1 to 1024.
+        heads: attention heads per layer, 1 to 64.
+        head_dim: width of a head, 1 to 64; heads * head_dim <= 1040.
+        layers: 1 to 64.
+        hidden: width inside the feed-forward part, 1 to 1040.
+
+    Raises:
+        ValueError: a size outside its range.
+    """
+
+    codebook_size: int = 256
+    dim: int = 128
+    heads: int = 4
+    head_dim: int = 32
+    layers: int = 6
+    hidden: int = 512
+
+    def __post_init__(self) -> None:
+        limits = {
+            "codebook_size": (MIN_CODEBOOK, MAX_CODEBOOK),
+            "dim": (1, MAX_DIM),
+            "heads": (1, MAX_HEADS),
+            "head_dim": (1, MAX_HEAD_DIM),
+            "layers": (1, MAX_LAYERS),
+            "hidden": (1, MAX_TERMS),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not low <= value <= high:
+                raise ValueError(f"{name} is {value!r}; it must be an integer in {low} .. {high}")
+        if self.inner > MAX_TERMS:
+            raise ValueError(
+                f"heads * head_dim is {self.inner}; products are exact only up to {MAX_TERMS} terms"
+            )
+
+    @property
+    def inner(self) -> int:
+        """Width of all heads together."""
+        return self.heads * self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {"kind": KIND, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> TransformerConfig:
+        """Inverse of ``to_dict``. Raises ValueError for another kind, version or field."""
+        fields = dict(content)
+        kind, version = fields.pop("kind", None), fields.pop("version", None)
+        if kind != KIND or version != VERSION:
+            raise ValueError(
+                f"the entropy model is {kind!r} version {version!r}; this percov2 reads {KIND!r} "
+                f"version {VERSION}"
+            )
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ValueError(f"the entropy model's config.json does not fit: {error}") from error
