@@ -1,0 +1,396 @@
+"""The codec: pictures -> files -> pictures, the one road that every user of percov2 takes.
+
+Compressing: picture -> tokens (float networks) -> intervals (one pass of the integer transformer)
+-> rANS. Decompressing: header -> tokens, stage by stage -> check -> and only then the flow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from percov2 import bitstream, packing
+from percov2.bitstream import MAX_PIXELS, BitstreamError, Header
+from percov2.caption import decode_caption, encode_caption
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.schedule import SCHEDULES
+from percov2.entropy.token_coder import TokenCoder
+from percov2.images import check_size, pad, to_rgb
+from percov2.models.preset import CodecModel, ModelConfig, Rate, model_folder
+from percov2.packing import OpenFile, Tokens
+
+
+@dataclass(frozen=True)
+class DecodedFile:
+    """What a valid file holds.
+
+    Attributes:
+        header: its fields.
+        rate: the rate point that ``header.rate`` names.
+        caption: its text, "" if there is none.
+        tokens: int32 [h, w].
+    """
+
+    header: Header
+    rate: Rate
+    caption: str
+    tokens: Tokens
+
+
+def model_id(rates: Sequence[tuple[Rate, bytes, bytes]]) -> int:
+    """The id in a file's bytes 2-3: first 16 bits of a SHA-256 over what the tokens depend on.
+
+    Args:
+        rates: per rate, in the order of the rate index: the rate, the entropy model's fingerprint
+            (32 bytes) and the stored codebook (float32 little-endian).
+
+    The hashed bytes of a rate are: length of its name in UTF-8, the name, token side, codebook
+    size, fingerprint, length of the codebook bytes, codebook bytes; numbers are uint32 big-endian.
+    """
+    digest = hashlib.sha256()
+    for rate, fingerprint, codebook in rates:
+        name = rate.name.encode("utf-8")
+        digest.update(struct.pack(">I", len(name)) + name)
+        digest.update(struct.pack(">II", rate.token_side, rate.codebook_size) + fingerprint)
+        digest.update(struct.pack(">I", len(codebook)) + codebook)
+    return int.from_bytes(digest.digest()[:2], "big")
+
+
+class Codec:
+    """Compresses and restores pictures with one model.
+
+    Args:
+        model: the float networks; the entropy models lie in the same folder.
+    """
+
+    def __init__(self, model: CodecModel) -> None:
+        self.model = model
+        self._entropy = lru_cache(None)(self._load_entropy)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path = "tiny", device: str = "cpu") -> Codec:
+        """Open an embedded model by name, or a model folder; networks load when first needed.
+
+        Raises:
+            ValueError: no such model, or no such device.
+        """
+        return cls(CodecModel(model_folder(name_or_path), _known_device(device)))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's config: its rates and defaults."""
+        return self.model.config
+
+    @cached_property
+    def model_id(self) -> int:
+        """The 16-bit id of this model's tokens, 0..65535, as in a file's bytes 2-3."""
+        parts = []
+        for rate in self.config.rates:
+            fingerprint = self._entropy(rate.name).model.fingerprint()
+            parts.append((rate, fingerprint, self.model.codebook_bytes(rate.name)))
+        return model_id(parts)
+
+    def _load_entropy(self, rate: str) -> TokenCoder:
+        folder = self.model.folder / rate / "entropy"
+        transformer = IntTransformer.load(folder, self.model.device)
+        expected = self.config.rate(rate).codebook_size
+        if transformer.config.codebook_size != expected:
+            raise ValueError(
+                f"{folder} codes {transformer.config.codebook_size} different tokens, but rate "
+                f"{rate} has a codebook of {expected}"
+            )
+        return TokenCoder(transformer)
+
+    # Compressing ---------------------------------------------------------------------------------
+
+    def compress(
+        self,
+        images: Sequence[Image.Image],
+        rate: str | None = None,
+        schedule: str | None = None,
+        captions: Sequence[str] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> list[bytes]:
+        """Compress pictures of any modes and sizes into ``.pcv2`` files.
+
+        Args:
+            images: see ``percov2.images.to_rgb`` for what happens to their colours.
+            rate: name of a rate; the model's default if None.
+            schedule: name of an entropy schedule; the model's default if None.
+            captions: one text per image, "" for none; texts guide the decoder and cost bytes.
+            max_pixels: refuse pictures with more pixels.
+
+        Raises:
+            ValueError: unknown rate or schedule, a caption or picture that cannot be stored, or a
+                wrong number of captions.
+        """
+        point, name = self._rate(rate), self._schedule(schedule)
+        coded = _coded_captions(captions, len(images))
+        arrays = _arrays(images, max_pixels)
+        tokens = self._encode_arrays(arrays, point)
+        sizes = [(array.shape[0], array.shape[1]) for array in arrays]
+        return self._pack(tokens, sizes, point, name, coded)
+
+    def encode_tokens(
+        self,
+        images: Sequence[Image.Image],
+        rate: str | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> list[Tokens]:
+        """Tokens of pictures: one int32 [h, w] per image, h = ceil(height / token side).
+
+        A picture's tokens do not depend on its neighbours in the batch. Arguments and errors as
+        for ``compress``.
+        """
+        return self._encode_arrays(_arrays(images, max_pixels), self._rate(rate))
+
+    def pack(
+        self,
+        tokens: Sequence[Tokens],
+        sizes: Sequence[tuple[int, int]],
+        rate: str | None = None,
+        schedule: str | None = None,
+        captions: Sequence[str] | None = None,
+    ) -> list[bytes]:
+        """Write token maps as files; the same tokens give the same bytes everywhere.
+
+        Args:
+            tokens: one integer [h, w] per image, values in the rate's codebook.
+            sizes: (height, width) of each image in pixels; h and w are those divided by the token
+                side, rounded up.
+            rate, schedule, captions: as for ``compress``.
+
+        Raises:
+            ValueError: tokens that do not fit, or as for ``compress``.
+        """
+        point, name = self._rate(rate), self._schedule(schedule)
+        coded = _coded_captions(captions, len(tokens))
+        if len(sizes) != len(tokens):
+            raise ValueError(f"{len(sizes)} sizes for {len(tokens)} token maps; give one per map")
+        maps = [
+            _checked_tokens(grid, size, point) for grid, size in zip(tokens, sizes, strict=True)
+        ]
+        return self._pack(maps, sizes, point, name, coded)
+
+    def _rate(self, name: str | None) -> Rate:
+        return self.config.rate(self.config.default_rate if name is None else name)
+
+    def _schedule(self, name: str | None) -> str:
+        chosen = self.config.default_schedule if name is None else name
+        if chosen not in SCHEDULES:
+            raise ValueError(f"unknown schedule {chosen!r}; choose one of {', '.join(SCHEDULES)}")
+        return chosen
+
+    def _encode_arrays(self, arrays: Sequence[NDArray[np.uint8]], rate: Rate) -> list[Tokens]:
+        padded = [pad(array, rate.token_side) for array in arrays]
+
+        def encode(group: list[NDArray[np.uint8]]) -> list[Tokens]:
+            pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
+            tokens = self.model.encode_tokens(pixels.float() / 127.5 - 1, rate.name)
+            return list(tokens.cpu().numpy())
+
+        shapes = [array.shape for array in padded]
+        sizes = [height * width // rate.token_side**2 for height, width, _ in shapes]
+        return packing.by_group(padded, shapes, sizes, encode)
+
+    def _pack(
+        self,
+        tokens: Sequence[Tokens],
+        sizes: Sequence[tuple[int, int]],
+        rate: Rate,
+        schedule: str,
+        captions: Sequence[tuple[int, bytes]],
+    ) -> list[bytes]:
+        headers = [
+            Header(
+                model_id=self.model_id,
+                height=height,
+                width=width,
+                rate=self.config.rates.index(rate),
+                schedule=SCHEDULES.index(schedule),
+                caption_codec=codec,
+                caption=caption,
+            )
+            for (height, width), (codec, caption) in zip(sizes, captions, strict=True)
+        ]
+        return packing.pack(self._entropy(rate.name), headers, tokens)
+
+    # Decompressing -------------------------------------------------------------------------------
+
+    def decompress(
+        self,
+        files: Sequence[bytes],
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        max_pixels: int = MAX_PIXELS,
+    ) -> list[Image.Image]:
+        """Restore pictures, mode RGB.
+
+        Args:
+            files: ``.pcv2`` files made with this model.
+            steps: flow evaluations, at least 1; the model's default if None.
+            guidance: classifier-free guidance on the caption, 0 to 100; the model's default if
+                None.
+            seed: of the starting noise, 0 to 2^63 - 1.
+            max_pixels: refuse files that declare more pixels.
+
+        Raises:
+            BitstreamError: a file is not valid; nothing is painted then. With several files the
+                message names the index of the faulty one.
+            ValueError: steps, guidance or seed out of range.
+        """
+        self._check_sampling(steps, guidance, seed)
+        return self.paint(self.decode(files, max_pixels), steps, guidance, seed)
+
+    def decode_tokens(self, files: Sequence[bytes], max_pixels: int = MAX_PIXELS) -> list[Tokens]:
+        """Tokens of files, int32 [h, w] each, the same on every machine.
+
+        Raises BitstreamError as ``decompress`` does.
+        """
+        return [file.tokens for file in self.decode(files, max_pixels)]
+
+    def decode(self, files: Sequence[bytes], max_pixels: int = MAX_PIXELS) -> list[DecodedFile]:
+        """Headers, captions and tokens of files, checked.
+
+        Raises BitstreamError as ``decompress`` does.
+        """
+        opened: list[OpenFile] = []
+        captions: list[str] = []
+        for i, data in enumerate(files):
+            label = f"file {i} of {len(files)}: " if len(files) > 1 else ""
+            try:
+                opened.append(self._open(bytes(data), label, max_pixels))
+                header = opened[-1].parsed.header
+                captions.append(decode_caption(header.caption_codec, header.caption))
+            except BitstreamError as error:
+                raise BitstreamError(f"{label}{error}") from error
+        tokens: dict[int, Tokens] = {}
+        for index, rate in enumerate(self.config.rates):
+            members = [i for i, file in enumerate(opened) if file.parsed.header.rate == index]
+            if members:
+                grids = packing.unpack(self._entropy(rate.name), [opened[i] for i in members])
+                tokens.update(zip(members, grids, strict=True))
+        return [
+            DecodedFile(
+                file.parsed.header, self.config.rates[file.parsed.header.rate], caption, tokens[i]
+            )
+            for i, (file, caption) in enumerate(zip(opened, captions, strict=True))
+        ]
+
+    def paint(
+        self,
+        decoded: Sequence[DecodedFile],
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+    ) -> list[Image.Image]:
+        """The second half of ``decompress``: tokens and captions -> pictures.
+
+        On the CPU pictures are painted one at a time: a batch gains nothing there, and alone a
+        picture is the same in any company. Arguments and ValueError as for ``decompress``.
+        """
+        self._check_sampling(steps, guidance, seed)
+        evaluations = self.config.steps if steps is None else steps
+        strength = self.config.guidance if guidance is None else guidance
+
+        def paint_equal(group: list[DecodedFile]) -> list[Image.Image]:
+            tokens = torch.from_numpy(np.stack([file.tokens for file in group]))
+            captions = [file.caption for file in group]
+            pixels = self.model.reconstruct(
+                tokens, group[0].rate.name, captions, evaluations, strength, seed
+            )
+            levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+            arrays = levels.permute(0, 2, 3, 1).cpu().numpy()
+            return [
+                Image.fromarray(array[: file.header.height, : file.header.width].copy())
+                for array, file in zip(arrays, group, strict=True)
+            ]
+
+        alone = torch.device(self.model.device).type == "cpu"
+        sizes = [packing.TOKENS_AT_ONCE if alone else file.tokens.size for file in decoded]
+        keys = [(file.rate.name, file.tokens.shape) for file in decoded]
+        return packing.by_group(decoded, keys, sizes, paint_equal)
+
+    def _check_sampling(self, steps: int | None, guidance: float | None, seed: int) -> None:
+        if steps is not None and not 1 <= steps <= 1000:
+            raise ValueError(f"steps must be 1 to 1000, not {steps}")
+        if guidance is not None and not 0 <= guidance <= 100:
+            raise ValueError(f"guidance must be 0 to 100, not {guidance}")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be 0 to 2^63 - 1, not {seed}")
+
+    def _open(self, data: bytes, label: str, max_pixels: int) -> OpenFile:
+        """Read a header and compare it with this model; BitstreamError (without the label)."""
+        parsed = bitstream.read(data, max_pixels)
+        header = parsed.header
+        if header.model_id != self.model_id:
+            raise BitstreamError(
+                f"the file needs the model with id {header.model_id:04x}, but model "
+                f"{self.config.name!r} has id {self.model_id:04x}; open it with the model that "
+                "wrote it"
+            )
+        if header.rate >= len(self.config.rates):
+            raise BitstreamError(
+                f"impossible header field: rate {header.rate}, but model {self.config.name!r} has "
+                f"rates 0 to {len(self.config.rates) - 1}"
+            )
+        if header.stages_sent:
+            raise BitstreamError(
+                f"the file holds only its first {header.stages_sent} stages; this version of "
+                "percov2 restores complete files only"
+            )
+        side = self.config.rates[header.rate].token_side
+        return OpenFile(data, parsed, _grid((header.height, header.width), side), label)
+
+
+def _known_device(device: str) -> str:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"unknown device {device!r}; use cpu or cuda") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r} is not available on this machine; use cpu")
+    return device
+
+
+def _grid(size: tuple[int, int], side: int) -> tuple[int, int]:
+    return -(-size[0] // side), -(-size[1] // side)
+
+
+def _arrays(images: Sequence[Image.Image], max_pixels: int) -> list[NDArray[np.uint8]]:
+    for image in images:
+        check_size(image.width, image.height, max_pixels)
+    return [to_rgb(image) for image in images]
+
+
+def _coded_captions(captions: Sequence[str] | None, count: int) -> list[tuple[int, bytes]]:
+    texts = [""] * count if captions is None else list(captions)
+    if isinstance(captions, str) or len(texts) != count:
+        raise ValueError(f"captions must be a list of {count} texts, one per image")
+    return [encode_caption(text) for text in texts]
+
+
+def _checked_tokens(grid: Tokens, size: tuple[int, int], rate: Rate) -> Tokens:
+    array = np.asarray(grid)
+    expected = _grid(size, rate.token_side)
+    if array.dtype.kind not in "iu" or array.shape != expected:
+        raise ValueError(
+            f"tokens are {array.dtype} {array.shape}; an image of {size[1]}x{size[0]} pixels at "
+            f"rate {rate.name} has integers {expected}"
+        )
+    if array.min() < 0 or array.max() >= rate.codebook_size:
+        raise ValueError(
+            f"tokens range from {array.min()} to {array.max()}; they must lie in "
+            f"0..{rate.codebook_size - 1}"
+        )
+    return array.astype(np.int32)

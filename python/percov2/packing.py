@@ -1,0 +1,215 @@
+"""Token maps <-> ``.pcv2`` files: header, caption and tokens on one rANS stream, checked.
+
+Given tokens, the bytes are the same alone, in a batch, on any device and with any thread count.
+Reading trusts nothing: every fault is a BitstreamError that says what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2 import bitstream
+from percov2.bitstream import BitstreamError, Header, ParsedFile
+from percov2.entropy.rans import RansDecoder, RansEncoder
+from percov2.entropy.schedule import SCHEDULES
+from percov2.entropy.token_coder import TokenCoder
+
+Tokens = NDArray[np.int32]
+
+TOKENS_AT_ONCE = 16384
+"""Tokens that go through a network together (bounds memory)."""
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def by_group(
+    items: Sequence[Item],
+    keys: Sequence[Hashable],
+    sizes: Sequence[int],
+    work: Callable[[list[Item]], Sequence[Result]],
+) -> list[Result]:
+    """Run ``work`` on lists of items with equal keys and return its results in the items' order.
+
+    Args:
+        items: what ``work`` takes; it returns one result per item.
+        keys: only items with equal keys share a call.
+        sizes: tokens per item; a call takes TOKENS_AT_ONCE of them at most, but one item at least.
+        work: the function.
+    """
+    results: dict[int, Result] = {}
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    for members in groups.values():
+        step = max(1, TOKENS_AT_ONCE // max(1, sizes[members[0]]))
+        for begin in range(0, len(members), step):
+            chosen = members[begin : begin + step]
+            results.update(zip(chosen, work([items[i] for i in chosen]), strict=True))
+    return [results[i] for i in range(len(items))]
+
+
+def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens]) -> list[bytes]:
+    """Write token maps as files.
+
+    Args:
+        coder: the entropy model of the headers' rate.
+        headers: one per file; ``dense`` is set here, whatever it says.
+        tokens: int32 [h, w] per file, values in the coder's codebook.
+    """
+
+    def intervals(group: list[tuple[Header, Tokens]]) -> list[tuple[Tokens, Tokens]]:
+        grids = torch.from_numpy(np.stack([grid for _, grid in group]))
+        schedule = SCHEDULES[group[0][0].schedule]
+        starts, freqs = coder.intervals(grids.to(coder.model.device), schedule, _threads())
+        return list(zip(starts, freqs, strict=True))
+
+    headers = [replace(header, dense=True) for header in headers]
+    pairs = list(zip(headers, tokens, strict=True))
+    keys = [(header.schedule, grid.shape) for header, grid in pairs]
+    coded = by_group(pairs, keys, [grid.size for grid in tokens], intervals)
+    files, tails = _write(headers, tokens, coded, coder.prob_bits)
+    # The check covers the flag, so a file that breaks the promise is written again without it.
+    broken = [i for i, file in enumerate(files) if not _is_dense(file, tokens[i].size, tails[i])]
+    sparse, _ = _write(
+        [replace(headers[i], dense=False) for i in broken],
+        [tokens[i] for i in broken],
+        [coded[i] for i in broken],
+        coder.prob_bits,
+    )
+    for i, file in zip(broken, sparse, strict=True):
+        files[i] = file
+    return files
+
+
+def _is_dense(file: bytes, tokens: int, tail: int) -> bool:
+    return bitstream.keeps_dense_promise(tokens, len(file) - bitstream.PREFIX_BYTES, tail)
+
+
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
+def _check(header: Header, tokens: Tokens) -> int:
+    return bitstream.check(header, tokens.astype("<i4").tobytes())
+
+
+def _write(
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    coded: Sequence[tuple[Tokens, Tokens]],
+    prob_bits: int,
+) -> tuple[list[bytes], list[int]]:
+    """Code tokens, then caption and header on top of them.
+
+    Returns the files and, per file, the number of tokens that a reader meets in exhausted data.
+    """
+    if not headers:
+        return [], []
+    encoder = RansEncoder([_check(h, t) for h, t in zip(headers, tokens, strict=True)])
+    encoder.push(
+        np.concatenate([starts for starts, _ in coded]),
+        np.concatenate([freqs for _, freqs in coded]),
+        np.array([starts.size for starts, _ in coded], dtype=np.int64),
+        prob_bits,
+        _threads(),
+    )
+    tails = encoder.symbols_before_output.tolist()
+    fields = [np.array(bitstream.header_intervals(h), dtype=np.int32) for h in headers]
+    joined = np.concatenate(fields)
+    encoder.push(
+        joined[:, 0],
+        joined[:, 1],
+        np.array([len(field) for field in fields], dtype=np.int64),
+        bitstream.PROB_BITS,
+        _threads(),
+    )
+    buffer, offsets = encoder.finish()
+    payload = buffer.tobytes()
+    return [
+        bitstream.prefix(header) + payload[begin:end]
+        for header, begin, end in zip(headers, offsets[:-1], offsets[1:], strict=True)
+    ], tails
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file whose header has been read; its tokens are still to be decoded.
+
+    Attributes:
+        data: the whole file.
+        parsed: what ``bitstream.read`` returned.
+        grid: (h, w) of the token map.
+        label: what precedes a fault in messages, "" or "file 3 of 5: ".
+    """
+
+    data: bytes
+    parsed: ParsedFile
+    grid: tuple[int, int]
+    label: str = ""
+
+    def check_plausible(self) -> None:
+        """Raise BitstreamError unless the data may hold the tokens of ``grid``."""
+        header, count = self.parsed.header, self.grid[0] * self.grid[1]
+        if header.dense and not _is_dense(self.data, count, 0):
+            raise self.fault(
+                f"the file is damaged or cut: {len(self.data)} bytes cannot hold the {count} "
+                f"tokens of an image of {header.width}x{header.height}"
+            )
+
+    def fault(self, message: str) -> BitstreamError:
+        """An error about this file."""
+        return BitstreamError(self.label + message)
+
+
+def unpack(coder: TokenCoder, files: Sequence[OpenFile]) -> list[Tokens]:
+    """Decode and check the tokens of files: int32 [h, w] each.
+
+    Args:
+        coder: the entropy model of the files' rate.
+        files: any schedules and grids.
+
+    Raises:
+        BitstreamError: a file that is damaged or cut.
+    """
+    for file in files:
+        file.check_plausible()
+    keys = [(file.parsed.header.schedule, file.grid) for file in files]
+    sizes = [file.grid[0] * file.grid[1] for file in files]
+    return by_group(files, keys, sizes, lambda group: _unpack_equal(coder, group))
+
+
+def _unpack_equal(coder: TokenCoder, files: Sequence[OpenFile]) -> list[Tokens]:
+    """``unpack`` for files of one schedule and grid, together."""
+    decoder = RansDecoder(
+        b"".join(file.data for file in files),
+        np.cumsum([0, *(len(file.data) for file in files)]),
+        np.array([file.parsed.state for file in files], dtype=np.uint32),
+        np.array([file.parsed.position for file in files], dtype=np.int64),
+    )
+
+    def hold_to_promise(remaining: int) -> None:
+        if remaining <= bitstream.DENSE_SLACK:
+            return
+        for file, exhausted in zip(files, decoder.exhausted, strict=True):
+            if exhausted and file.parsed.header.dense:
+                raise file.fault(
+                    f"the file is damaged or cut: its data end with {remaining} tokens to come"
+                )
+
+    schedule = SCHEDULES[files[0].parsed.header.schedule]
+    grids = coder.decode(
+        decoder, schedule, *files[0].grid, on_stage=hold_to_promise, threads=_threads()
+    )
+    tokens = list(grids.numpy())
+    checks = [_check(f.parsed.header, grid) for f, grid in zip(files, tokens, strict=True)]
+    for file, valid in zip(files, decoder.finished(checks), strict=True):
+        if not valid:
+            raise file.fault("the file is damaged or cut: its check does not fit")
+    return tokens

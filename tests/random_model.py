@@ -1,0 +1,56 @@
+"""A model folder with random weights: every part of the codec in a few hundred kilobytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.transformer_config import TransformerConfig
+from percov2.models.autoencoder import PatchAutoencoder
+from percov2.models.flow import build_flow
+from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.preset import ModelConfig, Rate
+from percov2.models.quantizer import VectorQuantizer
+from percov2.models.storage import save_component
+from percov2.models.text_encoder import HashedTextEncoder
+
+RATES = (Rate("fine", 16, 64), Rate("coarse", 32, 300))
+
+
+def build(folder: Path, seed: int = 0) -> Path:
+    """Write a random model with two rates of different codebooks; returns the folder."""
+    torch.manual_seed(seed)
+    config = ModelConfig("random", RATES, default_rate="fine", steps=2, guidance=1.5, window=16)
+    config.save(folder)
+    autoencoder = PatchAutoencoder(16, (8, 16), (1, 1), (1, 1))
+    save_component(autoencoder, folder / "autoencoder", "float16")
+    flow = build_flow(
+        8,
+        sample_size=16,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=8,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        pos_embed_max_size=32,
+        qk_norm="rms_norm",
+    )
+    # A new flow ignores z_hat; here the tokens must have a say in the picture.
+    torch.nn.init.normal_(flow.pos_embed.proj.weight, std=0.2)
+    save_component(flow, folder / "flow", "int8")
+    save_component(HashedTextEncoder(64, 8, 4), folder / "text_encoder", "float16")
+    for i, rate in enumerate(RATES):
+        home = folder / rate.name
+        hyper = HyperEncoder(16, 8, 16, rate.token_side // 8)
+        save_component(hyper, home / "hyper_encoder", "float16")
+        quantizer = VectorQuantizer(16, rate.codebook_size, 8, 8)
+        save_component(quantizer, home / "quantizer", "float32")
+        sizes = TransformerConfig(rate.codebook_size, dim=16, heads=2, head_dim=8, layers=2, hidden=32)
+        IntTransformer.random(sizes, seed + i).save(home / "entropy")
+    return folder
