@@ -23,20 +23,20 @@ from percov2.models.quantizer import VectorQuantizer
 from percov2.models.storage import load_component, save_component
 from percov2.models.text_encoder import HashedTextEncoder
 
-FLOW = dict(
-    sample_size=8,
-    patch_size=2,
-    in_channels=16,
-    out_channels=16,
-    num_layers=2,
-    attention_head_dim=8,
-    num_attention_heads=2,
-    joint_attention_dim=8,
-    caption_projection_dim=16,
-    pooled_projection_dim=8,
-    pos_embed_max_size=16,
-    qk_norm="rms_norm",
-)
+FLOW = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 8,
+    "pos_embed_max_size": 16,
+    "qk_norm": "rms_norm",
+}
 
 
 def _inputs(channels: int) -> dict[str, torch.Tensor]:
@@ -106,7 +106,7 @@ def test_tokens_are_the_nearest_codes_by_brute_force() -> None:
     projected = quantizer.project_in(z)
     for b, y, x in [(0, 0, 0), (1, 2, 4), (0, 1, 3)]:
         vector = projected[b, :, y, x]
-        cosines = [torch.cosine_similarity(vector, code, dim=0).item() for code in quantizer.codebook]
+        cosines = [float(torch.cosine_similarity(vector, c, dim=0)) for c in quantizer.codebook]
         assert int(tokens[b, y, x]) == max(range(16), key=cosines.__getitem__)
 
 
@@ -193,7 +193,7 @@ def test_both_predictions_give_the_same_clean_latents() -> None:
     mix = t.view(-1, 1, 1, 1)
     noisy = (1 - mix) * clean + mix * noise
 
-    def ideal(answer: torch.Tensor):  # noqa: ANN202 - a stand-in for the transformer
+    def ideal(answer: torch.Tensor):
         return lambda **kwargs: (answer,)
 
     text = (torch.zeros(2, 1, 8), torch.zeros(2, 8))
@@ -204,7 +204,9 @@ def test_both_predictions_give_the_same_clean_latents() -> None:
         estimate_clean(ideal(clean), noisy, noisy, t, text, "epsilon")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("weight_format,tolerance", [("float32", 0), ("float16", 1e-3), ("int8", 1e-2)])
+@pytest.mark.parametrize(
+    ("weight_format", "tolerance"), [("float32", 0), ("float16", 1e-3), ("int8", 1e-2)]
+)
 def test_storage_round_trip(tmp_path: Path, weight_format: str, tolerance: float) -> None:
     torch.manual_seed(3)
     flow = build_flow(4, **FLOW).eval()

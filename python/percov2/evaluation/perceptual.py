@@ -55,9 +55,9 @@ def _load_arrays(net: str) -> dict[str, Any]:
     return _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
 
 
-def _convolution(arrays: dict[str, Any], name: str, **geometry: int) -> nn.Conv2d:
+def _convolution(arrays: dict[str, Any], name: str, stride: int = 1, padding: int = 0) -> nn.Conv2d:
     kernel = torch.from_numpy(np.ascontiguousarray(arrays[name]["kernel"])).permute(3, 2, 0, 1)
-    layer = nn.Conv2d(kernel.shape[1], kernel.shape[0], int(kernel.shape[2]), **geometry)
+    layer = nn.Conv2d(kernel.shape[1], kernel.shape[0], int(kernel.shape[2]), stride, padding)
     layer.weight.data = kernel.contiguous()
     bias = torch.from_numpy(np.ascontiguousarray(arrays[name]["bias"]))
     layer.bias = nn.Parameter(bias.clone())
@@ -66,7 +66,7 @@ def _convolution(arrays: dict[str, Any], name: str, **geometry: int) -> nn.Conv2
 
 def _alexnet(arrays: dict[str, Any]) -> list[nn.Sequential]:
     pool = nn.MaxPool2d(3, 2)
-    geometry = [dict(stride=4, padding=2), dict(padding=2)] + [dict(padding=1)] * 3
+    geometry = [{"stride": 4, "padding": 2}, {"padding": 2}, *[{"padding": 1}] * 3]
     layers = [_convolution(arrays, f"Conv_{i}", **g) for i, g in enumerate(geometry)]
     return [
         nn.Sequential(*([pool] if i in (1, 2) else []), layer, nn.ReLU())
@@ -96,6 +96,9 @@ class LPIPS(nn.Module):
         ValueError: for another network name.
         MetricWeightsMissing: when the weights' package is not installed.
     """
+
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, net: str = "alex") -> None:
         super().__init__()
@@ -139,6 +142,8 @@ class LPIPS(nn.Module):
 class _L2Pool(nn.Module):
     """Anti-aliased pooling sqrt(blur(x²)) with a 3×3 Hanning window and stride 2 (DISTS, §3.1)."""
 
+    window: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         edge = torch.tensor([0.5, 1.0, 0.5])
@@ -146,8 +151,7 @@ class _L2Pool(nn.Module):
         self.register_buffer("window", (window / window.sum()).expand(channels, 1, 3, 3).clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        window: Tensor = self.window  # type: ignore[assignment]
-        blurred = F.conv2d(x.square(), window, stride=2, padding=1, groups=x.shape[1])
+        blurred = F.conv2d(x.square(), self.window, stride=2, padding=1, groups=x.shape[1])
         return (blurred + 1e-12).sqrt()
 
 
@@ -157,6 +161,11 @@ class DISTS(nn.Module):
     Raises:
         MetricWeightsMissing: when one of the two weight packages is not installed.
     """
+
+    alpha: Tensor
+    beta: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,6 +199,4 @@ class DISTS(nn.Module):
             vx, vy = x.var(2, unbiased=False), y.var(2, unbiased=False)
             covariance = (x * y).mean(2) - mx * my
             structure.append((2 * covariance + 1e-6) / (vx + vy + 1e-6))
-        alpha: Tensor = self.alpha  # type: ignore[assignment]
-        beta: Tensor = self.beta  # type: ignore[assignment]
-        return 1 - (alpha * torch.cat(texture, 1) + beta * torch.cat(structure, 1)).sum(1)
+        return 1 - (self.alpha * torch.cat(texture, 1) + self.beta * torch.cat(structure, 1)).sum(1)

@@ -1,12 +1,13 @@
 """The flow transformer: SD3's, with its patch embedding widened for z_hat, and its sampler.
 
-PerCoV2 (arXiv 2503.09368, §3) concatenates z_hat, nearest-upsampled to the latent grid, to the noisy
-latents. Flow matching: x_t = (1 − t)·x_0 + t·noise, velocity v = noise − x_0.
+PerCoV2 (arXiv 2503.09368, §3) concatenates z_hat, nearest-upsampled to the latent grid, to the
+noisy latents. Flow matching: x_t = (1 − t)·x_0 + t·noise, velocity v = noise − x_0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -144,7 +145,7 @@ class WindowedEstimate:
         weight = weight.to(noisy)
         total = torch.zeros_like(noisy)
         norm = torch.zeros(1, 1, height, width, dtype=noisy.dtype, device=noisy.device)
-        for b, y, x in places[: len(places) // count]:
+        for _, y, x in places[: len(places) // count]:
             norm[..., y : y + rows, x : x + columns] += weight
         for first in range(0, len(places), self.batch):
             group = places[first : first + self.batch]
@@ -183,7 +184,7 @@ def sample(
     uniform = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
     times = (shift * uniform / (1 + (shift - 1) * uniform)).tolist()
     x = noise
-    for now, after in zip(times[:-1], times[1:], strict=True):
+    for now, after in pairwise(times):
         clean = estimate(x, z_hat, now)
         x = clean + (x - clean) * (after / now)
     return x

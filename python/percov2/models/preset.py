@@ -151,7 +151,7 @@ class CodecModel:
         return model.to(memory_format=torch.channels_last)
 
     def codebook_bytes(self, rate: str) -> bytes:
-        """The stored codebook of a rate, float32 little-endian, row after row (for the model id)."""
+        """The stored codebook, float32 little-endian, row after row (part of the model id)."""
         path = self.folder / self.config.rate(rate).name / "quantizer" / "model.safetensors"
         with safe_open(path, "pt") as tensors:
             codebook = tensors.get_tensor("codebook")
@@ -217,17 +217,13 @@ class CodecModel:
         guided = guidance != 1.0 and any(captions)
 
         def estimate(noisy: Tensor, z: Tensor, t: float) -> Tensor:
-            def window(x: Tensor, cut: Tensor, rows: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:
-                times = torch.full((len(x),), t, device=x.device)
-                picked = (words[0][rows], words[1][rows])
-                return estimate_clean(self.flow, x, cut, times, picked, self.config.prediction)
-
             def run(words: tuple[Tensor, Tensor]) -> Tensor:
-                return WindowedEstimate(
-                    lambda x, cut, rows: window(x, cut, rows, words),
-                    self.config.window,
-                    self.config.overlap,
-                )(noisy, z)
+                def window(x: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
+                    times = torch.full((len(x),), t, device=x.device)
+                    picked = (words[0][rows], words[1][rows])
+                    return estimate_clean(self.flow, x, cut, times, picked, self.config.prediction)
+
+                return WindowedEstimate(window, self.config.window, self.config.overlap)(noisy, z)
 
             conditional = run(text)
             if not guided:
@@ -237,7 +233,5 @@ class CodecModel:
 
         latents = sample(estimate, z_hat, noise, steps)
         decode = self.autoencoder.decode
-        parts = [
-            decode(x.contiguous(memory_format=torch.channels_last)) for x in latents.split(1)
-        ]
+        parts = [decode(x.contiguous(memory_format=torch.channels_last)) for x in latents.split(1)]
         return torch.cat(parts).clamp(-1, 1)

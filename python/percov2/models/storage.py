@@ -1,7 +1,7 @@
 """Small files for small models: one folder per component, float16 or int8-per-row weights.
 
-``config.json`` is the component's diffusers config; ``model.safetensors`` holds the tensors. An int8
-matrix ``name`` comes with ``name.scale``, one float32 factor per row.
+``config.json`` is the component's diffusers config; ``model.safetensors`` holds the tensors. An
+int8 matrix ``name`` comes with ``name.scale``, one float32 factor per row.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
     """
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder} holds no config.json and model.safetensors")
-    config: Any = kind.load_config(folder)  # type: ignore[attr-defined]
-    model = kind.from_config(config)  # type: ignore[attr-defined]
+    config: Any = kind.load_config(folder)
+    model = kind.from_config(config)
     stored = load_file(folder / "model.safetensors")
     state = {}
     for name, value in stored.items():

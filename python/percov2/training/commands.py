@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from percov2.models.autoencoder import PatchAutoencoder
+from percov2.models.preset import CodecModel, ModelConfig, Rate
+from percov2.models.storage import save_component
 from percov2.training.data import PhotoCrops, decode_shards
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.stage1 import (
@@ -87,3 +95,56 @@ def run_codec(
     stage, loop = codec_stage(config, crops)
     stage.autoencoder.load_state_dict(first.autoencoder.state_dict())
     train(stage, loop, out, stop_after_minutes=minutes)
+
+
+def run_export(
+    config: Path, data: Path, codec_run: Path, out: Path, entropy: Path | None = None
+) -> None:
+    """`percov2 train export`: averaged weights of a run -> a model folder.
+
+    Args:
+        entropy: folder of an exported integer entropy model; without it the folder can make tokens
+            and pictures but not files.
+    """
+    stage, _ = codec_stage(config, PhotoCrops(data))
+    load_averaged(codec_run, stage)
+    rate = read_section(config, "codec")["rate"]
+    save_component(stage.autoencoder, out / "autoencoder", "float16")
+    save_component(stage.flow, out / "flow", "int8")
+    save_component(stage.text_encoder, out / "text_encoder", "int8")
+    save_component(stage.hyper_encoder, out / rate / "hyper_encoder", "float16")
+    save_component(stage.quantizer, out / rate / "quantizer", "float32")
+    side = PatchAutoencoder.stride * int(stage.hyper_encoder.config["stride"])
+    size = int(stage.quantizer.config["codebook_size"])
+    ModelConfig(
+        name=out.name,
+        rates=(Rate(rate, side, size),),
+        default_rate=rate,
+        prediction=stage.config.prediction,
+    ).save(out)
+    if entropy is not None:
+        shutil.copytree(entropy, out / rate / "entropy", dirs_exist_ok=True)
+
+
+def run_tokens(
+    model: Path, data: Path, out: Path, rate: str | None = None, precision: str = "no"
+) -> None:
+    """`percov2 train tokens`: every photo's token map, for stage 2.
+
+    Args:
+        out: ``.npz`` with ``tokens_<i>`` int32 [h, w] per photo and ``codebook_size``.
+        precision: "bf16" halves the time; a few tokens near a tie may differ from the codec's own.
+    """
+    codec = CodecModel(model)
+    point = codec.config.rate(rate or codec.config.default_rate)
+    photos = PhotoCrops(data)
+    maps: dict[str, Any] = {"codebook_size": np.int32(point.codebook_size)}
+    for i, photo in enumerate(tqdm(photos.photos, desc="tokens", unit="photo")):
+        pixels = photos.pixels(photo)
+        height = photo.height - photo.height % point.token_side
+        width = photo.width - photo.width % point.token_side
+        image = torch.from_numpy(pixels[:height, :width].copy()).permute(2, 0, 1)[None]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+            tokens = codec.encode_tokens(image.float().div(127.5).sub(1.0), point.name)
+        maps[f"tokens_{i}"] = tokens[0].numpy()
+    np.savez(out, **maps)

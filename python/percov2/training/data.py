@@ -12,6 +12,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,7 +50,7 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
     if not shards:
         raise ValueError("no .tar shards to decode; pass a folder that holds WebDataset shards")
     cache.mkdir(parents=True, exist_ok=True)
-    entries = []
+    entries: list[list[Any]] = []
     offset = 0
     with open(cache / "photos.bin.part", "wb") as out:
         for shard in tqdm(shards, desc="decoding shards", unit="shard"):

@@ -17,7 +17,7 @@ class ReconstructionLoss(nn.Module):
     def __init__(self, lpips_weight: float) -> None:
         super().__init__()
         self.lpips_weight = lpips_weight
-        self.lpips = LPIPS("alex").to(memory_format=torch.channels_last)
+        self.lpips = LPIPS("alex")
 
     def forward(self, images: Tensor, references: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts; images and references [B, 3, H, W] in [-1, 1]."""

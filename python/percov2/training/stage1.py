@@ -1,8 +1,8 @@
 """Stage 1: the autoencoder, then hyper-encoder, quantizer, flow transformer and decoder together.
 
-The second phase follows PerCoV2 §3 (flow matching with z_hat beside the noisy latents) and adds what
-a small model needs: most samples start at t = 1 and are decoded, so that L1 and LPIPS reach the whole
-chain, the trainable decoder included.
+The second phase follows PerCoV2 §3 (flow matching with z_hat beside the noisy latents) and adds
+what a small model needs: most samples start at t = 1 and are decoded, so that L1 and LPIPS reach
+the whole chain, the trainable decoder included.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class AutoencoderStage(TrainingStage):
 
     def draw_samples(self, folder: Path, step: int) -> None:
         """Fixed crops above their reconstructions."""
-        images, _ = self.data.batch(np.random.default_rng(123), 6, 128)
+        images, _ = self.data.batch(np.random.default_rng(123), 6, self.config.crops.sides[0])
         rebuilt = self.autoencoder.decode(self.autoencoder.encode(images))
         _save_rows(folder / "samples.png", [images, rebuilt])
 
@@ -183,5 +183,7 @@ class CodecStage(TrainingStage):
 
     def draw_samples(self, folder: Path, step: int) -> None:
         """Fixed crops above their one-step reconstructions."""
-        images, captions = self.data.batch(np.random.default_rng(123), 6, 192)
+        images, captions = self.data.batch(
+            np.random.default_rng(123), 6, self.config.crops.sides[-1]
+        )
         _save_rows(folder / "samples.png", [images, self.reconstruct(images, captions)])

@@ -1,0 +1,166 @@
+"""Stage 1: data cache, crops, losses, two steps of each phase, exact resume after a kill."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from percov2.training.commands import autoencoder_stage, codec_stage, read_section
+from percov2.training.data import PhotoCrops, decode_shards
+from percov2.training.loop import TrainingStage, load_averaged, train
+
+CONFIG = """
+[autoencoder]
+autoencoder = { widths = [8, 16] }
+crops = { sides = [32], counts = [2] }
+loop = { steps = 4, warmup = 1, log_every = 1 }
+
+[codec]
+rate = "r031"
+hyper_encoder = { channels = 8, hyper_channels = 8, stride = 2 }
+quantizer = { hyper_channels = 8, codebook_size = 16, code_dim = 4, output_channels = 4 }
+text_encoder = { buckets = 32, dim = 8, length = 4 }
+crops = { sides = [32, 48], counts = [4, 2] }
+loop = { steps = 4, warmup = 1, log_every = 1 }
+
+[codec.flow]
+sample_size = 8
+patch_size = 2
+in_channels = 16
+out_channels = 16
+num_layers = 1
+attention_head_dim = 8
+num_attention_heads = 2
+joint_attention_dim = 8
+caption_projection_dim = 16
+pooled_projection_dim = 8
+pos_embed_max_size = 16
+"""
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    with tarfile.open(folder / "photos-000.tar", "w") as tar:
+        for i, (height, width) in enumerate([(48, 64), (64, 48), (32, 40)]):
+            pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            out = io.BytesIO()
+            Image.fromarray(pixels).save(out, "png")
+            _add(tar, f"p-{i}.png", out.getvalue())
+            if i == 0:
+                _add(tar, f"p-{i}.txt", b"a red door\na blue door\n")
+    decode_shards([folder / "photos-000.tar"], folder / "cache")
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "test.toml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_cache_holds_the_decoded_photos(cache: Path) -> None:
+    data = PhotoCrops(cache)
+    assert [(p.height, p.width) for p in data.photos] == [(48, 64), (64, 48), (32, 40)]
+    assert data.photos[0].captions == ("a red door", "a blue door")
+    generator = np.random.default_rng(0)
+    for photo in data.photos:
+        expected = generator.integers(0, 256, (photo.height, photo.width, 3), dtype=np.uint8)
+        assert np.array_equal(data.pixels(photo), expected)
+
+
+def test_crops_are_parts_of_photos_at_native_resolution(cache: Path) -> None:
+    data = PhotoCrops(cache)
+    images, captions = data.batch(np.random.default_rng(5), 6, 32)
+    assert images.shape == (6, 3, 32, 32) and len(captions) == 6
+    assert set(captions) <= {"a red door", "a blue door", ""}
+    crop = ((images[0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+
+    def contains(pixels: np.ndarray) -> bool:
+        windows = np.lib.stride_tricks.sliding_window_view(pixels, (32, 32, 3))
+        return bool((windows == crop).all((-1, -2, -3)).any())
+
+    photos = [data.pixels(p) for p in data.photos]
+    assert any(contains(p) or contains(p[:, ::-1]) for p in photos)
+
+
+def test_data_refusals(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="percov2 train data"):
+        PhotoCrops(tmp_path)
+    with pytest.raises(ValueError, match="smaller crop"):
+        PhotoCrops(cache).batch(np.random.default_rng(0), 1, 65)
+    with pytest.raises(ValueError, match=r"no \.tar"):
+        decode_shards([], tmp_path)
+    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
+        _add(tar, "a.txt", b"no photo")
+    with pytest.raises(ValueError, match=r"empty\.tar"):
+        decode_shards([tmp_path / "empty.tar"], tmp_path / "cache")
+
+
+def test_config_refusals(config: Path, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no \\[entropies\\]"):
+        read_section(config, "entropies")
+    typo = tmp_path / "typo.toml"
+    typo.write_text(CONFIG.replace("warmup", "warmpu"))
+    with pytest.raises(ValueError, match="warmpu"):
+        autoencoder_stage(typo, PhotoCrops(cache))
+
+
+def _stage(kind: str, config: Path, data: PhotoCrops) -> tuple[TrainingStage, object]:
+    torch.manual_seed(7)
+    return (autoencoder_stage if kind == "autoencoder" else codec_stage)(config, data)
+
+
+@pytest.mark.parametrize("kind", ["autoencoder", "codec"])
+def test_killed_and_resumed_equals_uninterrupted(
+    kind: str, config: Path, cache: Path, tmp_path: Path
+) -> None:
+    data = PhotoCrops(cache)
+    stage, loop = _stage(kind, config, data)
+    before = {k: v.clone() for k, v in stage.state_dict().items()}
+    assert train(stage, loop, tmp_path / "once") == 4
+    changed = [k for k, v in stage.state_dict().items() if not torch.equal(v, before[k])]
+    assert any("decoder" in k for k in changed)
+    frozen = any(k.startswith("autoencoder.encoder") for k in changed)
+    assert frozen == (kind == "autoencoder")
+    for _ in range(2):
+        resumed, loop = _stage(kind, config, data)
+        train(resumed, loop, tmp_path / "twice", stop_after_steps=2)
+    for key, value in stage.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    fresh, _ = _stage(kind, config, data)
+    assert load_averaged(tmp_path / "twice", fresh) == 4
+    assert all(torch.equal(v, stage.state_dict()[k]) for k, v in fresh.state_dict().items())
+    assert (tmp_path / "once" / "samples.png").is_file()
+    lines = (tmp_path / "twice" / "log.csv").read_text().splitlines()
+    assert len(lines) == 5 and lines[0].startswith("step,seconds,l1,lpips")
+
+
+def test_missing_checkpoint_is_explained(config: Path, cache: Path, tmp_path: Path) -> None:
+    stage, _ = _stage("autoencoder", config, PhotoCrops(cache))
+    with pytest.raises(ValueError, match="train this stage first"):
+        load_averaged(tmp_path, stage)
+
+
+def test_a_loss_that_is_not_finite_stops_training(
+    config: Path, cache: Path, tmp_path: Path
+) -> None:
+    stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
+    with torch.no_grad():
+        next(stage.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 0"):
+        train(stage, loop, tmp_path)  # type: ignore[arg-type]
