@@ -42,6 +42,10 @@ GOLDEN = [
     (0, [(0, 1 << 8, 8)], ""),
     (0, [(7, 3, 12)], "07"),
     (0x1234, [(0, 1, 20)], "0120000034"),
+    # The state meets its limit and its lower bound exactly.
+    (2048, [(0, 1, 20)], "80000000"),
+    (2053, [(0, 1, 20)], "80000005"),
+    (7, [(0, 1, 20), (0, 1, 20)], "070000000000"),
     (
         0xFFFF,
         [(i * 97 % 4000, 1 + i % 96, 12) for i in range(12)],
@@ -61,7 +65,26 @@ def test_golden_streams(check: int, symbols: list[reference.Interval], stream: s
     encoder = RansEncoder([check])
     for start, freq, prob_bits in reversed(symbols):
         encoder.push([start], [freq], [1], prob_bits)
-    assert encoder.finish()[0].tobytes().hex() == stream
+    data = encoder.finish()[0].tobytes()
+    assert data.hex() == stream
+    decoder, slow = RansDecoder(data, [0, len(data)]), reference.Decoder(data)
+    for start, freq, prob_bits in symbols:
+        bounds = sorted({0, start, start + freq, 1 << prob_bits})
+        symbol = bounds.index(start)
+        table = np.array(bounds, np.int32)[None, None]
+        assert decoder.decode_cdf(table, prob_bits).tolist() == [[symbol]]
+        assert slow.decode(bounds, prob_bits) == symbol
+    assert decoder.finished([check]).all()
+    assert slow.finished(check)
+
+
+def test_each_stream_has_one_form() -> None:
+    """A zero byte in front would decode to the same symbols; it is refused."""
+    for check, data in ((0, b""), (1, b"\1"), (0xABCD, b"\xab\xcd")):
+        assert RansDecoder(data, [0, len(data)]).finished([check]).all()
+        longer = b"\0" + data
+        assert not RansDecoder(longer, [0, len(longer)]).finished([check]).any()
+        assert not reference.Decoder(longer).finished(check)
 
 
 @st.composite
