@@ -125,16 +125,11 @@ def attend(
     heads, width = config["heads"], config["head_dim"]
     inner = heads * width
     gain_bits = int(tensors[f"{prefix}.attention.gain_bits"][0])
-    projected = [
-        linear(
-            layer_norm(e["r"], tensors[f"{prefix}.attention_norm.gain"]),
-            tensors,
-            f"{prefix}.qkv",
-            -127,
-            127,
-        )
-        for e in entries
-    ]
+    projected = []
+    for entry in entries:
+        x = layer_norm(entry["r"], tensors[f"{prefix}.attention_norm.gain"])
+        q = linear(x, tensors, f"{prefix}.q", -127, 127)
+        projected.append(q + linear(x, tensors, f"{prefix}.kv", -127, 127))
     keys = [j for j, e in enumerate(entries) if e["key_stage"] != NEVER]
     outputs = []
     for i, reader in enumerate(entries):

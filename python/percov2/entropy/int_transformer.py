@@ -56,7 +56,8 @@ def tensor_layout(config: TransformerConfig) -> dict[str, tuple[torch.dtype, tup
     for i in range(config.layers):
         prefix = f"layers.{i}"
         layout[f"{prefix}.attention_norm.gain"] = (torch.int16, (dim,))
-        layout |= _linear_shapes(f"{prefix}.qkv", 3 * config.inner, dim)
+        layout |= _linear_shapes(f"{prefix}.q", config.inner, dim)
+        layout |= _linear_shapes(f"{prefix}.kv", 2 * config.inner, dim)
         layout[f"{prefix}.attention.bias"] = (torch.int16, (config.heads, HIDDEN_INDEX))
         layout[f"{prefix}.attention.shift"] = (torch.int8, (config.heads,))
         layout[f"{prefix}.attention.gain_bits"] = (torch.int8, (1,))
@@ -134,7 +135,8 @@ class IntLayer:
         small, large = intmath.INT8_LIMIT, intmath.RESIDUAL_LIMIT
         self._heads, self._head_dim = config.heads, config.head_dim
         self._attention_gain = tensors[f"{prefix}.attention_norm.gain"].to(torch.int32)
-        self._qkv = _Linear(tensors, f"{prefix}.qkv", -small, small)
+        self._q = _Linear(tensors, f"{prefix}.q", -small, small)
+        self._kv = _Linear(tensors, f"{prefix}.kv", -small, small)
         # Score = floor(q.k * 2^-shift + 1/2) + bias; the half is added here once and for all.
         bias = tensors[f"{prefix}.attention.bias"].to(torch.float32) + 0.5
         hidden = bias.new_full((config.heads, 1), float(intmath.HIDDEN_SCORE))
@@ -148,18 +150,36 @@ class IntLayer:
         self._gelu = tensors[f"{prefix}.gelu"].to(torch.float32)
         self._down = _Linear(tensors, f"{prefix}.down", -large, large)
 
-    def project(self, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Residual int32 [B, E, dim] -> q, k, v int8 [B, E, heads, head_dim]."""
-        batch, count, dim = residual.shape
-        rows = residual.view(batch * count, dim).split(_ROWS_AT_ONCE)
-        parts = [self._qkv(intmath.layer_norm(part, self._attention_gain)) for part in rows]
-        joined = torch.cat([part.to(torch.int8) for part in parts])
-        q, k, v = joined.view(batch, count, 3, self._heads, self._head_dim).unbind(2)
-        return q, k, v
+    def _project(self, residual: Tensor, linear: _Linear) -> Tensor:
+        """Residual int32 [B, E, dim] -> int8 [B, E, parts, heads, head_dim]."""
+        rows = residual.reshape(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
+        parts = [
+            linear(intmath.layer_norm(part, self._attention_gain)).to(torch.int8) for part in rows
+        ]
+        return torch.cat(parts).view(*residual.shape[:2], -1, self._heads, self._head_dim)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> Tensor:
-        """Attention: q int8 [B, E, heads, head_dim], k and v int8 [B, K, ...] -> int8 like q."""
-        result = torch.empty_like(q, memory_format=torch.contiguous_format)
+    def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual int32 [B, K, dim] -> k, v int8 [B, K, heads, head_dim]."""
+        k, v = self._project(contents, self._kv).unbind(2)
+        return k, v
+
+    def advance(self, residual: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> None:
+        """Apply the layer to the residual int32 [B, E, dim] of some readers, in place.
+
+        k, v: int8 [B, K, heads, head_dim], what they may see; blocks: ``plan_blocks`` of readers
+        and keys.
+        """
+        q = self._project(residual, self._q).squeeze(2)
+        inputs = self._attend(q, k, v, blocks).view(-1, self._heads * self._head_dim)
+        rows = residual.view(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
+        for part, x in zip(rows, inputs.split(_ROWS_AT_ONCE), strict=True):
+            intmath.residual_add(part, self._out(x.to(torch.float32)))
+            hidden = self._up(intmath.layer_norm(part, self._mlp_gain))
+            intmath.residual_add(part, self._down(intmath.lookup(hidden, self._gelu)))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> Tensor:
+        """Attention: q int8 [B, E, heads, head_dim] -> int8 of the same shape, contiguous."""
+        result = torch.empty_like(q)
         for block in blocks:
             shape = (self._heads, len(block.readers), len(block.keys))
             bias = self._bias.index_select(1, block.relative()).view(shape)
@@ -175,15 +195,6 @@ class IntLayer:
                 )
                 result[b].index_copy_(0, block.readers, mean.transpose(0, 1).to(torch.int8))
         return result
-
-    def update(self, residual: Tensor, attended: Tensor) -> None:
-        """Add attention output and feed-forward to the residual int32 [B, E, dim], in place."""
-        rows = residual.view(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
-        inputs = attended.reshape(-1, self._heads * self._head_dim).split(_ROWS_AT_ONCE)
-        for part, x in zip(rows, inputs, strict=True):
-            intmath.residual_add(part, self._out(x.to(torch.float32)))
-            hidden = self._up(intmath.layer_norm(part, self._mlp_gain))
-            intmath.residual_add(part, self._down(intmath.lookup(hidden, self._gelu)))
 
 
 class IntTransformer:
@@ -275,7 +286,7 @@ class IntTransformer:
 
     def query_payload(self, batch: int, place: Tensor) -> Tensor:
         """Residual of queries: place int32 [n, dim] -> int32 [batch, n, dim]."""
-        return (self._tables["embedding.query"] + place).expand(batch, -1, -1)
+        return (self._tables["embedding.query"] + place).repeat(batch, 1, 1)
 
     def logits(self, residual: Tensor) -> Tensor:
         """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
@@ -317,7 +328,7 @@ class IntTransformer:
             else:
                 target = name.removesuffix(".shift")
                 # Activations of size ~60 and weights of ~73 make sums of ~60 * 73 * sqrt(K).
-                shift = {"qkv": 13, "up": 13, "out": 8, "down": 8}.get(
+                shift = {"q": 13, "kv": 13, "up": 13, "out": 8, "down": 8}.get(
                     target.rpartition(".")[2], 11
                 )
                 tensors[name] = torch.full(shape, shift, dtype=dtype)

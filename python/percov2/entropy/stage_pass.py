@@ -15,7 +15,6 @@ from torch import Tensor
 from percov2.entropy import intmath
 from percov2.entropy.entries import (
     START_ENTRIES,
-    Block,
     content_entries,
     join,
     plan_blocks,
@@ -73,26 +72,22 @@ def one_pass_residual(model: IntTransformer, tokens: Tensor, stages: NDArray[np.
         known = int(np.searchsorted(stage, stage[-1]))
         contents = content_entries(stage[:known], coding[:known], width)
         keys = join(start_entries(), contents)
-        readers = join(keys, query_entries(stage, coding, width))
-        blocks = plan_blocks(readers, keys, model.device)
+        content_blocks = plan_blocks(keys, keys, model.device)
+        query_blocks = plan_blocks(query_entries(stage, coding, width), keys, model.device)
 
         batch = tokens.shape[0]
         sequence = torch.from_numpy(coding).to(model.device)
         place = model.place_payload(height, width)[sequence]
         ordered = tokens.to(model.device, torch.int64).reshape(batch, -1)[:, sequence[:known]]
-        residual = torch.cat(
-            [
-                model.start_payload(height, width).expand(batch, -1, -1),
-                model.content_payload(ordered, place[:known]),
-                model.query_payload(batch, place),
-            ],
-            1,
-        )
-        count = len(keys)
+        start = model.start_payload(height, width).expand(batch, -1, -1)
+        known_residual = torch.cat([start, model.content_payload(ordered, place[:known])], 1)
+        residual = model.query_payload(batch, place)
         for layer in model.layers:
-            q, k, v = layer.project(residual)
-            layer.update(residual, layer.attend(q, k[:, :count], v[:, :count], blocks))
-        return residual[:, count:]
+            k, v = layer.keys_values(known_residual)
+            layer.advance(residual, k, v, query_blocks)
+            if layer is not model.layers[-1]:  # nobody reads what contents become after it
+                layer.advance(known_residual, k, v, content_blocks)
+        return residual
 
 
 def one_pass_logits(model: IntTransformer, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
@@ -161,21 +156,20 @@ class StagedDecoder:
                 new = model.content_payload(self._tokens[:, first:known], place[first:known])
                 fresh = slice(START_ENTRIES + first, START_ENTRIES + known)
             else:
-                new = model.start_payload(*self._shape).expand(self._batch, -1, -1)
+                new = model.start_payload(*self._shape).repeat(self._batch, 1, 1)
                 fresh = slice(0, START_ENTRIES)
-            residual = torch.cat([new, model.query_payload(self._batch, place[known:end])], 1)
-            keys = self._keys.take(slice(0, START_ENTRIES + known))
-            readers = join(self._keys.take(fresh), self._queries.take(slice(known, end)))
-            self._run_layers(residual, plan_blocks(readers, keys, model.device), fresh, len(keys))
-            return model.logits(residual[:, fresh.stop - fresh.start :])
-
-    def _run_layers(self, residual: Tensor, blocks: list[Block], fresh: slice, keys: int) -> None:
-        count = fresh.stop - fresh.start
-        for layer, (cached_k, cached_v) in zip(self._model.layers, self._cache, strict=True):
-            q, k, v = layer.project(residual)
-            cached_k[:, fresh] = k[:, :count]
-            cached_v[:, fresh] = v[:, :count]
-            layer.update(residual, layer.attend(q, cached_k[:, :keys], cached_v[:, :keys], blocks))
+            residual = model.query_payload(self._batch, place[known:end])
+            keys = self._keys.take(slice(0, fresh.stop))
+            content_blocks = plan_blocks(self._keys.take(fresh), keys, model.device)
+            queries = self._queries.take(slice(known, end))
+            query_blocks = plan_blocks(queries, keys, model.device)
+            for layer, (cached_k, cached_v) in zip(model.layers, self._cache, strict=True):
+                cached_k[:, fresh], cached_v[:, fresh] = layer.keys_values(new)
+                k, v = cached_k[:, : fresh.stop], cached_v[:, : fresh.stop]
+                layer.advance(residual, k, v, query_blocks)
+                if layer is not model.layers[-1]:
+                    layer.advance(new, k, v, content_blocks)
+            return model.logits(residual)
 
     def accept(self, tokens: Tensor) -> None:
         """Take the tokens of the stage whose logits were computed last: int32 [B, n].
