@@ -51,6 +51,8 @@ def build(folder: Path, seed: int = 0) -> Path:
         save_component(hyper, home / "hyper_encoder", "float16")
         quantizer = VectorQuantizer(16, rate.codebook_size, 8, 8)
         save_component(quantizer, home / "quantizer", "float32")
-        sizes = TransformerConfig(rate.codebook_size, dim=16, heads=2, head_dim=8, layers=2, hidden=32)
+        sizes = TransformerConfig(
+            rate.codebook_size, dim=16, heads=2, head_dim=8, layers=2, hidden=32
+        )
         IntTransformer.random(sizes, seed + i).save(home / "entropy")
     return folder

@@ -97,7 +97,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     profile = image.info.get("icc_profile")
     colour, alpha = _split_alpha(_to_eight_bits(image))
     rgb = _to_srgb(colour, profile)
-    if alpha is not None and alpha.getextrema()[0] < 255:
+    if alpha is not None and np.asarray(alpha).min() < 255:
         _warn("transparency was flattened on white; it is not stored")
         white = Image.new("RGB", rgb.size, "white")
         rgb = Image.composite(rgb, white, alpha)
@@ -195,6 +195,18 @@ def pad(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return rgb[rows][:, columns]
 
 
+def picture_format(path: Path | str) -> str:
+    """Pillow's name of the format that a file name ends in.
+
+    Raises ValueError for an ending that names no format which Pillow writes.
+    """
+    suffix = Path(path).suffix.lower()
+    known = Image.registered_extensions().get(suffix)
+    if known is None or known not in Image.SAVE:
+        raise ValueError(f"no picture format for the ending {suffix!r}; use .png, .jpg or .webp")
+    return known
+
+
 def write_image(image: Image.Image, path: Path | str) -> None:
     """Write a picture in the format that its name ends in; the file appears whole or not at all.
 
@@ -202,12 +214,8 @@ def write_image(image: Image.Image, path: Path | str) -> None:
         ValueError: a name whose ending is no picture format.
         OSError: the file cannot be written.
     """
-    suffix = Path(path).suffix.lower()
-    known = Image.registered_extensions().get(suffix)
-    if known is None or known not in Image.SAVE:
-        raise ValueError(f"no picture format for the ending {suffix!r}; use .png, .jpg or .webp")
     encoded = io.BytesIO()
-    image.save(encoded, format=known)
+    image.save(encoded, format=picture_format(path))
     write_bytes(path, encoded.getvalue())
 
 

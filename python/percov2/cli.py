@@ -1,0 +1,401 @@
+"""The command line: ``percov2 compress|decompress|info|roundtrip|eval|train``.
+
+Nothing heavy is imported before a command needs it: ``info`` answers without torch. Expected errors
+end with status 2 and one line on stderr that names the file and the fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from percov2 import bitstream
+
+if TYPE_CHECKING:
+    from percov2.bitstream import ParsedFile
+    from percov2.codec import Codec
+
+MAX_FILE_BYTES = 1 << 26
+"""No image within the largest pixel limit needs a longer ``.pcv2`` file."""
+
+
+class Fault(Exception):
+    """An expected error: one line that names a file and what is wrong with it."""
+
+
+@contextmanager
+def about(name: object, *others: type[Exception]) -> Iterator[None]:
+    """Turn ValueError, OSError and ``others`` into a Fault about ``name``."""
+    expected: tuple[type[Exception], ...] = (ValueError, OSError, *others)
+    try:
+        yield
+    except expected as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise Fault(f"{name}: {' '.join(str(text).split())}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status (0, 2 for an expected error, 130 for Ctrl-C)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            _show_own_warnings()
+            arguments.run(arguments)
+    except Fault as fault:
+        print(f"percov2: {fault}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("percov2: not enough memory", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("percov2: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show_own_warnings() -> None:
+    """Print percov2's warnings as one line each; others as Python does."""
+    default = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if category.__module__.startswith("percov2."):
+            print(f"percov2: warning: {message}", file=sys.stderr)
+        else:
+            default(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+
+
+# Parser ------------------------------------------------------------------------------------------
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="tiny", help="model name or folder (default: tiny)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rate", help="rate of the model, e.g. r031")
+    parser.add_argument("--schedule", help="entropy schedule, e.g. qlds12")
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--steps", type=int, help="flow evaluations: few fit, more look real")
+    parser.add_argument("--guidance", type=float, help="weight of the caption; 1 turns it off")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0)")
+
+
+def _add_limit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=bitstream.MAX_PIXELS,
+        help="refuse larger images (%(default)s)",
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``run``, a function of the parsed arguments."""
+    from percov2 import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="percov2", description="Photographs in a few hundred bytes."
+    )
+    parser.add_argument("--version", action="version", version=f"percov2 {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Any], None], help_: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=help_, description=help_)
+        added.set_defaults(run=run)
+        return added
+
+    added = command("compress", compress, "Compress a picture into a .pcv2 file.")
+    added.add_argument("input", type=Path, metavar="IN")
+    added.add_argument("output", type=Path, metavar="OUT.pcv2")
+    _add_model(added)
+    _add_encoding(added)
+    added.add_argument("--caption", default="", help="text that guides the decoder; costs bytes")
+    _add_limit(added)
+
+    added = command("decompress", decompress, "Restore the picture of a .pcv2 file.")
+    added.add_argument("input", type=Path, metavar="IN.pcv2")
+    added.add_argument("output", type=Path, metavar="OUT.png")
+    _add_model(added)
+    _add_sampling(added)
+    _add_limit(added)
+
+    added = command("info", info, "Say what a .pcv2 file holds.")
+    added.add_argument("input", type=Path, metavar="FILE")
+    added.add_argument("--json", action="store_true", help="print one JSON object")
+    added.add_argument(
+        "--verify", action="store_true", help="decode the tokens and print their SHA-256"
+    )
+    _add_model(added)
+    _add_limit(added)
+
+    added = command("roundtrip", roundtrip, "Compress, restore and measure pictures.")
+    added.add_argument("inputs", type=Path, nargs="+", metavar="IN")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR")
+    added.add_argument("--json", action="store_true", help="print a JSON list of records")
+    _add_model(added)
+    _add_encoding(added)
+    _add_sampling(added)
+
+    added = command("eval", evaluate, "Write a report over the pictures of a folder.")
+    added.add_argument("benchmark", choices=["kodak"], help="what the folder holds")
+    added.add_argument("folder", type=Path, metavar="DIR")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR")
+    added.add_argument(
+        "--baselines", default="", help="jpeg,webp,avif,jpeg2000: compare at equal bytes"
+    )
+    _add_model(added)
+    _add_encoding(added)
+    _add_sampling(added)
+
+    _add_train(commands)
+    return parser
+
+
+# Compress, decompress, info ----------------------------------------------------------------------
+
+
+def _open_codec(arguments: argparse.Namespace) -> Codec:
+    from percov2.codec import Codec
+
+    # RuntimeError: an entropy model that does not compute exactly here refuses to load.
+    with about(f"model {arguments.model}", RuntimeError):
+        codec = Codec.from_pretrained(arguments.model, arguments.device)
+        _ = codec.model_id
+    return codec
+
+
+def _read_file(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        data = stream.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"not a .pcv2 file: it is longer than {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def compress(arguments: argparse.Namespace) -> None:
+    """``percov2 compress``."""
+    from percov2.images import read_image, write_bytes
+
+    with about(arguments.input):
+        image = read_image(arguments.input, arguments.max_pixels)
+    codec = _open_codec(arguments)
+    with about(arguments.input):
+        (data,) = codec.compress(
+            [image],
+            arguments.rate,
+            arguments.schedule,
+            [arguments.caption],
+            arguments.max_pixels,
+        )
+    with about(arguments.output):
+        write_bytes(arguments.output, data)
+    header = bitstream.read(data, arguments.max_pixels).header
+    bpp = 8 * len(data) / (header.height * header.width)
+    print(
+        f"{arguments.output}: {len(data)} bytes, {bpp:.4f} bpp "
+        f"({header.width}x{header.height}, {codec.config.rates[header.rate].name})"
+    )
+
+
+def decompress(arguments: argparse.Namespace) -> None:
+    """``percov2 decompress``."""
+    from percov2.images import picture_format, write_image
+
+    with about(arguments.output):
+        picture_format(arguments.output)
+    with about(arguments.input):
+        data = _read_file(arguments.input)
+        bitstream.read(data, arguments.max_pixels)  # a wrong file is known before torch is loaded
+    codec = _open_codec(arguments)
+    with about(arguments.input):
+        (image,) = codec.decompress(
+            [data], arguments.steps, arguments.guidance, arguments.seed, arguments.max_pixels
+        )
+    with about(arguments.output):
+        write_image(image, arguments.output)
+    print(f"{arguments.output}: {image.width}x{image.height}")
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """``percov2 info``."""
+    with about(arguments.input):
+        data = _read_file(arguments.input)
+        parsed = bitstream.read(data, arguments.max_pixels)
+        record = _describe(arguments.input, data, parsed)
+    if arguments.verify:
+        codec = _open_codec(arguments)
+        with about(arguments.input):
+            (decoded,) = codec.decode([data], arguments.max_pixels)
+        import hashlib
+
+        record["model"], record["rate"] = codec.config.name, decoded.rate.name
+        record["sha256"] = hashlib.sha256(decoded.tokens.astype("<i4").tobytes()).hexdigest()
+    if arguments.json:
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        _print_info(record)
+
+
+def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
+    """What a file says about itself, without decoding its tokens."""
+    from percov2.caption import decode_caption
+    from percov2.entropy.schedule import SCHEDULES
+
+    header = parsed.header
+    model, rates = _embedded_model(header.model_id)
+    parts = {name: bits / 8 for name, bits in parsed.bits.items()}
+    return {
+        "file": str(path),
+        "width": header.width,
+        "height": header.height,
+        "model_id": f"{header.model_id:04x}",
+        "model": model,
+        "rate": rates[header.rate] if header.rate < len(rates) else None,
+        "rate_index": header.rate,
+        "schedule": SCHEDULES[header.schedule],
+        "stages_sent": header.stages_sent or "all",
+        "caption": decode_caption(header.caption_codec, header.caption),
+        "bpp": 8 * len(data) / (header.height * header.width),
+        "bytes": {
+            "total": len(data),
+            "header": parts["header"],
+            "caption": parts["caption"],
+            "tokens": len(data) - sum(parts.values()),
+            "check": parts["check"],
+        },
+    }
+
+
+def _embedded_model(model_id: int) -> tuple[str | None, list[str]]:
+    """Name and rate names of the embedded model with an id, by the ``model_id`` file beside its
+    config; (None, []) if there is none."""
+    for path in (Path(__file__).parent / "pretrained").glob("*/model_id"):
+        if path.read_text(encoding="ascii").strip() == f"{model_id:04x}":
+            config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+            return config["name"], [rate["name"] for rate in config["rates"]]
+    return None, []
+
+
+def _print_info(record: dict[str, Any]) -> None:
+    parts = record["bytes"]
+    model = record["model"] or "not an embedded one"
+    lines = {
+        "image": f"{record['width']}x{record['height']}",
+        "model": f"{record['model_id']} ({model})",
+        "rate": record["rate"] or f"number {record['rate_index']}",
+        "schedule": f"{record['schedule']}, stages sent: {record['stages_sent']}",
+        "caption": repr(record["caption"]) if record["caption"] else "none",
+        "size": f"{parts['total']} bytes, {record['bpp']:.4f} bpp",
+        "of that": f"header {parts['header']:.2f} (with {bitstream.PREFIX_BYTES} plain), check "
+        f"{parts['check']:.0f}, caption {parts['caption']:.2f}, tokens {parts['tokens']:.2f}",
+    }
+    if "sha256" in record:
+        lines["tokens"] = f"valid, sha256 {record['sha256']}"
+    print(record["file"])
+    for name, value in lines.items():
+        print(f"  {name:9}{value}")
+
+
+# Roundtrip, eval ---------------------------------------------------------------------------------
+
+
+def roundtrip(arguments: argparse.Namespace) -> None:
+    """``percov2 roundtrip``."""
+    from percov2.evaluation import report
+
+    with about("roundtrip"):
+        stems = report.unique_stems(arguments.inputs)
+    codec = _open_codec(arguments)
+    setting = _setting(arguments)
+    with about(f"model {arguments.model}"):
+        report.warm_up(codec, setting)
+    with about(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    records, notes = [], []
+    for path, stem in zip(arguments.inputs, stems, strict=True):
+        with about(path):
+            trip = report.round_trip(codec, path, setting)
+        with about(arguments.out):
+            report.write_round_trip(trip, arguments.out, stem)
+        records.append(trip.record)
+        notes += trip.notes
+        if not arguments.json:
+            print(report.sentence(trip.record))
+    if arguments.json:
+        print(json.dumps(records, indent=2, ensure_ascii=False))
+    for note in sorted(set(notes)):
+        print(f"percov2: note: {note}", file=sys.stderr if arguments.json else sys.stdout)
+
+
+def _setting(arguments: argparse.Namespace) -> Any:
+    from percov2.evaluation.report import Setting
+
+    return Setting(
+        arguments.rate, arguments.schedule, arguments.steps, arguments.guidance, arguments.seed
+    )
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """``percov2 eval``."""
+    from percov2.evaluation import report
+
+    codec = _open_codec(arguments)
+    with about(arguments.folder):
+        result = report.evaluate(
+            codec,
+            arguments.folder,
+            arguments.out,
+            _setting(arguments),
+            [name for name in arguments.baselines.split(",") if name],
+        )
+    print(report.table([{"image": "mean", **result["mean"]}], arguments.benchmark))
+    print(arguments.out / "report.md")
+
+
+# Train -------------------------------------------------------------------------------------------
+
+
+def _add_train(commands: Any) -> None:
+    from percov2.training import phases
+
+    help_ = "Train a model, phase by phase."
+    train_parser = commands.add_parser("train", help=help_, description=help_)
+    added = train_parser.add_subparsers(dest="phase", required=True, metavar="PHASE")
+    for phase, (text, options) in phases.PHASES.items():
+        phase_parser = added.add_parser(phase, help=text, description=text)
+        phase_parser.set_defaults(run=train)
+        for option in options:
+            phase_parser.add_argument("--" + option.replace("_", "-"), **phases.OPTIONS[option])
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """``percov2 train PHASE``."""
+    from percov2.training import commands, phases
+
+    _, options = phases.PHASES[arguments.phase]
+    with about(f"train {arguments.phase}"):
+        getattr(commands, f"run_{arguments.phase}")(
+            **{option: getattr(arguments, option) for option in options}
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

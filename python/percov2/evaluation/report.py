@@ -1,0 +1,269 @@
+"""Round trips over pictures: files, pictures side by side, measures, and a report of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from percov2 import __version__
+from percov2.codec import Codec
+from percov2.evaluation.baselines import BASELINES, encode_within
+from percov2.evaluation.metrics import METRICS, measure
+from percov2.images import read_image, to_rgb, write_bytes, write_image
+
+ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How pictures are compressed and restored; None means the model's default."""
+
+    rate: str | None = None
+    schedule: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class RoundTrip:
+    """One picture, compressed and restored.
+
+    Attributes:
+        original: sRGB, as the codec saw it.
+        restored: the same size.
+        file: the compressed form.
+        record: image, bytes, bpp, the measures, encode_s and decode_s (seconds).
+        notes: why measures are missing.
+    """
+
+    original: Image.Image
+    restored: Image.Image
+    file: bytes
+    record: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+
+def warm_up(codec: Codec, setting: Setting) -> None:
+    """Load every network of a setting, so that times are those of the work alone."""
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    files = codec.compress([grey], setting.rate, setting.schedule)
+    codec.decompress(files, setting.steps, setting.guidance, setting.seed)
+
+
+def round_trip(
+    codec: Codec, path: Path, setting: Setting, metrics: Sequence[str] = ROUNDTRIP_METRICS
+) -> RoundTrip:
+    """Compress and restore one picture file.
+
+    Raises ValueError for a file that is no picture, OSError for one that cannot be read.
+    """
+    image = read_image(path)
+    pixels = to_rgb(image)
+    started = time.perf_counter()
+    (file,) = codec.compress([Image.fromarray(pixels)], setting.rate, setting.schedule)
+    encoded = time.perf_counter()
+    (restored,) = codec.decompress([file], setting.steps, setting.guidance, setting.seed)
+    decoded = time.perf_counter()
+    values, notes = measure(pixels, np.asarray(restored), metrics)
+    record: dict[str, Any] = {
+        "image": str(path),
+        "bytes": len(file),
+        "bpp": 8 * len(file) / (pixels.shape[0] * pixels.shape[1]),
+        **values,
+        "encode_s": encoded - started,
+        "decode_s": decoded - encoded,
+    }
+    return RoundTrip(Image.fromarray(pixels), restored, file, record, notes)
+
+
+def side_by_side(pictures: Iterable[Image.Image], gap: int = 8) -> Image.Image:
+    """Pictures of equal height in a row, on white."""
+    row = list(pictures)
+    width = sum(picture.width for picture in row) + gap * (len(row) - 1)
+    page = Image.new("RGB", (width, max(picture.height for picture in row)), "white")
+    left = 0
+    for picture in row:
+        page.paste(picture, (left, 0))
+        left += picture.width + gap
+    return page
+
+
+def write_round_trip(trip: RoundTrip, folder: Path, stem: str) -> None:
+    """Write STEM.pcv2, STEM.png (restored) and STEM_compare.png (original | restored)."""
+    write_bytes(folder / f"{stem}.pcv2", trip.file)
+    write_image(trip.restored, folder / f"{stem}.png")
+    write_image(side_by_side([trip.original, trip.restored]), folder / f"{stem}_compare.png")
+
+
+def unique_stems(paths: Sequence[Path]) -> list[str]:
+    """The names without folder and ending; ValueError if two pictures would share one."""
+    stems = [path.stem for path in paths]
+    for path, stem in zip(paths, stems, strict=True):
+        if stems.count(stem) > 1:
+            raise ValueError(f"{path}: another picture is called {stem!r} too; rename one of them")
+    return stems
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files of a folder by name; ValueError if there is none."""
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_ENDINGS)
+    if not found:
+        raise ValueError(f"no picture in {folder}; the endings are {', '.join(PICTURE_ENDINGS)}")
+    return found
+
+
+def evaluate(
+    codec: Codec,
+    folder: Path,
+    out: Path,
+    setting: Setting,
+    baselines: Sequence[str] = (),
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Round trips of all pictures of a folder, written to ``out`` as a report.
+
+    Writes report.json, report.md and, per picture, STEM.pcv2, STEM.png, STEM_compare.png
+    (original | restored | baselines).
+
+    Args:
+        baselines: names from ``baselines.BASELINES``, each given as many bytes as percov2 used.
+
+    Returns:
+        What report.json holds: setting, images, means, baselines, notes.
+
+    Raises:
+        ValueError: no picture, a damaged one, or an unknown baseline.
+    """
+    unknown = sorted(set(baselines) - set(BASELINES))
+    if unknown:
+        raise ValueError(f"unknown baselines {unknown}; choose from {', '.join(BASELINES)}")
+    paths = pictures_in(folder)
+    stems = unique_stems(paths)
+    out.mkdir(parents=True, exist_ok=True)
+    warm_up(codec, setting)
+    records: list[dict[str, Any]] = []
+    rivals: dict[str, list[dict[str, Any]]] = {name: [] for name in baselines}
+    notes: list[str] = []
+    for path, stem in zip(tqdm(paths, disable=not progress), stems, strict=True):
+        trip = round_trip(codec, path, setting, METRICS)
+        write_round_trip(trip, out, stem)
+        records.append({**trip.record, "image": path.name})
+        notes += trip.notes
+        row = [trip.original, trip.restored]
+        for name in baselines:
+            attempt = encode_within(name, trip.original, len(trip.file))
+            if attempt is None:
+                notes.append(f"{name} has no file of {len(trip.file)} bytes for {path.name}")
+                continue
+            values, _ = measure(np.asarray(trip.original), np.asarray(attempt.restored))
+            rivals[name].append({"image": path.name, "bytes": attempt.size, **values})
+            row.append(attempt.restored)
+        if len(row) > 2:
+            write_image(side_by_side(row), out / f"{stem}_compare.png")
+    report = {
+        "percov2": __version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "model": codec.config.name,
+        "model_id": f"{codec.model_id:04x}",
+        "rate": setting.rate or codec.config.default_rate,
+        "schedule": setting.schedule or codec.config.default_schedule,
+        "steps": codec.config.steps if setting.steps is None else setting.steps,
+        "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
+        "seed": setting.seed,
+        "mean": means(records),
+        "images": records,
+        "baselines": {name: {"mean": means(rows), "images": rows} for name, rows in rivals.items()},
+        "notes": sorted(set(notes)),
+    }
+    write_bytes(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_bytes(out / "report.md", markdown(report, stems).encode())
+    return report
+
+
+def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """Mean of every numeric column; None where a value is missing."""
+    columns = [key for key in (records[0] if records else {}) if key != "image"]
+    result: dict[str, float | None] = {}
+    for key in columns:
+        values = [record[key] for record in records]
+        result[key] = None if None in values else float(np.mean(values))
+    return result
+
+
+_FORMATS = {
+    "bytes": "{:.0f}",
+    "bpp": "{:.4f}",
+    "psnr": "{:.2f}",
+    "ms_ssim": "{:.4f}",
+    "lpips_alex": "{:.3f}",
+    "lpips_vgg": "{:.3f}",
+    "dists": "{:.3f}",
+    "encode_s": "{:.2f}",
+    "decode_s": "{:.2f}",
+}
+
+
+def table(rows: Sequence[dict[str, Any]], first: str) -> str:
+    """Records as a Markdown table; missing values are dashes."""
+    columns = [key for key in _FORMATS if any(key in row for row in rows)]
+    lines = ["| " + " | ".join([first, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        cells = ["–" if row.get(key) is None else _FORMATS[key].format(row[key]) for key in columns]
+        lines.append("| " + " | ".join([str(row["image"]), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def sentence(record: dict[str, Any]) -> str:
+    """A record of a round trip in one line."""
+
+    def shown(name: str, form: str) -> str:
+        return "–" if record[name] is None else form.format(record[name])
+
+    return (
+        f"{record['image']}: {record['bytes']} bytes, {record['bpp']:.4f} bpp, "
+        f"PSNR {shown('psnr', '{:.2f} dB')}, MS-SSIM {shown('ms_ssim', '{:.4f}')}, "
+        f"LPIPS {shown('lpips_alex', '{:.3f}')}, "
+        f"encode {record['encode_s']:.2f} s, decode {record['decode_s']:.2f} s"
+    )
+
+
+def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
+    """The report as a page with tables and pictures."""
+    images = [*report["images"], {"image": "**mean**", **report["mean"]}]
+    parts = [
+        f"# {report['model']} {report['rate']}, {len(stems)} pictures",
+        f"percov2 {report['percov2']}, model id {report['model_id']}, schedule "
+        f"{report['schedule']}, {report['steps']} steps, guidance {report['guidance']}, seed "
+        f"{report['seed']}; torch {report['torch']}, {report['threads']} threads. "
+        "bpp counts the whole file.",
+        table(images, "image"),
+    ]
+    rivals = [
+        {"image": name, **entry["mean"]}
+        for name, entry in report["baselines"].items()
+        if entry["images"]
+    ]
+    if rivals:
+        own = {key: report["mean"][key] for key in ("bytes", *METRICS)}
+        parts += [
+            "## At the same number of bytes",
+            table([{"image": f"percov2 {report['rate']}", **own}, *rivals], "codec"),
+        ]
+    if report["notes"]:
+        parts.append("\n".join(f"- {note}" for note in report["notes"]))
+    order = " | ".join(["original", "percov2", *report["baselines"]])
+    parts += ["## Pictures", order]
+    parts += [f"### {stem}\n\n![{stem}]({stem}_compare.png)" for stem in stems]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,33 @@
+"""The phases of `percov2 train`: their options and their help, as data for the command line.
+
+Phase NAME calls ``percov2.training.commands.run_NAME`` with its options as keyword arguments. This
+module imports nothing but the standard library, so that every command line starts fast.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "config": {"type": Path, "required": True, "help": "TOML file with a section per phase"},
+    "data": {"type": Path, "required": True, "help": "folder of the photos"},
+    "out": {"type": Path, "required": True, "help": "what the phase writes"},
+    "minutes": {"type": float, "help": "stop after this time; the same command goes on"},
+    "autoencoder_run": {"type": Path, "required": True, "help": "out of `train autoencoder`"},
+    "codec_run": {"type": Path, "required": True, "help": "out of `train codec`"},
+    "model": {"type": Path, "required": True, "help": "model folder"},
+    "rate": {"help": "rate of the model (default: its default)"},
+    "entropy": {"type": Path, "help": "out of `train entropy`"},
+}
+PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "data": ("Decode photo shards into a memory-mapped cache.", ("data", "out")),
+    "autoencoder": ("Train the autoencoder.", ("config", "data", "out", "minutes")),
+    "codec": (
+        "Train hyper-encoder, quantizer and flow together.",
+        ("config", "data", "autoencoder_run", "out", "minutes"),
+    ),
+    "tokens": ("Make the token maps for `train entropy`.", ("model", "data", "out", "rate")),
+    "export": ("Assemble a model folder.", ("config", "data", "codec_run", "out", "entropy")),
+}
+"""Phase -> its help and its options."""
