@@ -22,12 +22,15 @@ class Quantized(NamedTuple):
         z_hat: float [B, C, h, w], differentiable by straight-through.
         tokens: int32 [B, h, w].
         loss: scalar commitment loss.
+        spread: entropy in nats of the batch's soft code usage, at most log V; training raises it,
+            because a quantizer left alone ends up using a handful of codes.
         directions: float [B·h·w, D], the unit vectors before quantization (detached).
     """
 
     z_hat: Tensor
     tokens: Tensor
     loss: Tensor
+    spread: Tensor
     directions: Tensor
 
 
@@ -80,12 +83,14 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         codes = self.codebook[tokens.long()]
         loss = (directions - codes).square().sum(-1).mean()
         straight_through = directions + (codes - directions).detach()
+        usage = (directions.flatten(0, 2) @ self.codebook.T * 10).softmax(-1).mean(0)
+        spread = -(usage * usage.clamp_min(1e-9).log()).sum()
         flat = directions.detach().flatten(0, 2)
-        return Quantized(self._project(straight_through), tokens, loss, flat)
+        return Quantized(self._project(straight_through), tokens, loss, spread, flat)
 
     @torch.no_grad()
     def update_codebook(
-        self, directions: Tensor, tokens: Tensor, decay: float = 0.99, dead_below: float = 0.03
+        self, directions: Tensor, tokens: Tensor, decay: float = 0.97, dead_below: float = 0.1
     ) -> None:
         """Move each code toward its members; restart codes that are hardly used (training).
 

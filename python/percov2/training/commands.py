@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from percov2.codec import Codec
 from percov2.models.autoencoder import PatchAutoencoder
 from percov2.models.preset import CodecModel, ModelConfig, Rate
 from percov2.models.storage import save_component
@@ -124,6 +125,8 @@ def run_export(
     ).save(out)
     if entropy is not None:
         shutil.copytree(entropy, out / rate / "entropy", dirs_exist_ok=True)
+        # Beside the config, so that `percov2 info` can name the model without loading it.
+        (out / "model_id").write_text(f"{Codec.from_pretrained(out).model_id:04x}\n", "ascii")
 
 
 def run_tokens(

@@ -103,6 +103,7 @@ class CodecConfig:
     lpips_weight: float = 0.8
     latent_weight: float = 0.25
     vq_weight: float = 0.25
+    spread_weight: float = 0.05
     caption_dropout: float = 0.1
 
 
@@ -154,11 +155,13 @@ class CodecStage(TrainingStage):
         rebuilt = self.autoencoder.decode(clean.contiguous(memory_format=torch.channels_last))
         loss, figures = self.loss(rebuilt, images)
         loss = loss + config.latent_weight * latent_error + config.vq_weight * quantized.loss
+        loss = loss - config.spread_weight * quantized.spread
         used = torch.bincount(quantized.tokens.flatten().long()).gt(0).sum()
         return loss, {
             **figures,
             "latent": latent_error.detach(),
             "vq": quantized.loss.detach(),
+            "spread": quantized.spread.detach(),
             "codes": used.float(),
         }
 
