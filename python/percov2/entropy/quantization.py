@@ -1,0 +1,153 @@
+"""From float parameters to the integers of the entropy model, and their straight-through forms.
+
+The training form and the export call the same functions, so what is simulated is what is shipped:
+the multiplier of each output channel is chosen first, rounded up to multiplier / 2^shift, and the
+channel's weight scale follows from it, so requantization adds no error of its own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from percov2.entropy import intmath
+
+RESIDUAL_SCALE = 2.0**-12
+"""Unit of the integer residual stream and of the embeddings."""
+LOGIT_SCALE = math.log(2.0) / intmath.LOGIT_STEPS
+"""Unit of the integer logits, in nats."""
+SCORE_SCALE = math.log(2.0) / intmath.SCORE_STEPS
+"""Unit of the integer attention scores, in nats."""
+_MOMENTUM = 0.9
+_FLOOR = 1e-6
+
+
+class ActivationRange(nn.Module):
+    """Running magnitude of an activation, one or several channels wide; its int8 scale.
+
+    Args:
+        channels: how many magnitudes are kept.
+    """
+
+    amax: Tensor
+
+    def __init__(self, channels: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("amax", torch.zeros(channels))
+
+    @torch.no_grad()
+    def observe(self, magnitude: Tensor) -> None:
+        """Move towards the largest magnitude of a batch: float [channels]."""
+        fresh = magnitude.to(torch.float32)
+        # The first batch sets the range, later ones move it.
+        self.amax.copy_(torch.where(self.amax > 0, self.amax.lerp(fresh, 1 - _MOMENTUM), fresh))
+
+    @property
+    def scale(self) -> Tensor:
+        """float32 [channels]: value of one integer step."""
+        return self.amax.clamp(min=_FLOOR) / intmath.INT8_LIMIT
+
+
+def round_to_int8(x: Tensor, scale: Tensor) -> Tensor:
+    """x rounded to scale * (-127 ... 127), gradient passed straight through inside the range.
+
+    x float [..., n]; scale float [1] or [n], one per last-axis channel.
+    """
+    limit = intmath.INT8_LIMIT
+    if scale.numel() == 1:
+        return torch.fake_quantize_per_tensor_affine(x, float(scale), 0, -limit, limit)
+    zero = torch.zeros_like(scale, dtype=torch.int32)
+    return torch.fake_quantize_per_channel_affine(x, scale, zero, x.dim() - 1, -limit, limit)
+
+
+def multiplier_and_shift(ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest multiplier / 2^shift >= ratio: ratio float64 [n] > 0 -> int32 [n], int32 [n].
+
+    1 <= multiplier <= 127 and 1 <= shift <= 24. Raises ValueError for a ratio above 127 / 2.
+    """
+    if float(ratio.max()) > intmath.MAX_MULTIPLIER / 2:
+        raise ValueError(
+            f"an output of a layer grows by {float(ratio.max()):.1f} units per step, more than "
+            "63.5; its weights are too large for the integer residual stream"
+        )
+    shift = torch.floor(torch.log2(intmath.MAX_MULTIPLIER / ratio)).clamp(1, intmath.MAX_SHIFT)
+    multiplier = torch.ceil(ratio * torch.exp2(shift)).clamp(1, intmath.MAX_MULTIPLIER)
+    return multiplier.to(torch.int32), shift.to(torch.int32)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear map that can also be computed as the integer program will compute it."""
+
+    @torch.no_grad()
+    def integers(self, in_scale: float, out_scale: Tensor) -> dict[str, Tensor]:
+        """The integer form for given scales.
+
+        in_scale: value of one step of the input; out_scale float [1] or [outputs]. Returns weight
+        int8 [n, K], bias int32 [n], multiplier int8 [n], shift int8 [n].
+        """
+        weight = self.weight.to(torch.float64)
+        outputs = out_scale.to(torch.float64).expand(len(weight))
+        largest = weight.abs().amax(1).clamp(min=_FLOOR * _FLOOR)
+        multiplier, shift = multiplier_and_shift(
+            largest * in_scale / (intmath.INT8_LIMIT * outputs)
+        )
+        weight_scale = multiplier * torch.exp2(-shift.to(torch.float64)) * outputs / in_scale
+        limit = intmath.INT8_LIMIT
+        rounded = torch.round(weight / weight_scale[:, None]).clamp_(-limit, limit)
+        # Beyond this the sum could leave 24 bits; outputs saturate far below it.
+        room = intmath.ACC_LIMIT - 1 - limit * rounded.abs().sum(1)
+        bias = torch.round(self.bias.to(torch.float64) / (weight_scale * in_scale))
+        return {
+            "weight": rounded.to(torch.int8),
+            "bias": torch.minimum(torch.maximum(bias, -room), room).to(torch.int32),
+            "multiplier": multiplier.to(torch.int8),
+            "shift": shift.to(torch.int8),
+        }
+
+    def rounded(self, x: Tensor, in_scale: float, out_scale: Tensor) -> Tensor:
+        """The map with the weights and biases that ``integers`` gives, gradients straight through.
+
+        The output is not rounded yet.
+        """
+        with torch.no_grad():
+            integers = self.integers(in_scale, out_scale)
+            step = (
+                integers["multiplier"].to(torch.float64)
+                * torch.exp2(-integers["shift"].to(torch.float64))
+                * out_scale.to(torch.float64).expand(len(self.weight))
+            )
+            weight_error = (integers["weight"] * (step / in_scale)[:, None]).float() - self.weight
+            bias_error = (integers["bias"] * step).float() - self.bias
+        return nn.functional.linear(x, self.weight + weight_error, self.bias + bias_error)
+
+
+def integer_gain(gain: Tensor, out_scale: float) -> Tensor:
+    """LayerNorm gain float [d] for an output of steps ``out_scale`` -> int16 [d]."""
+    steps = torch.round(gain.detach().to(torch.float64) * (intmath.GAIN_STEPS / out_scale))
+    return steps.clamp(-intmath.MAX_GAIN, intmath.MAX_GAIN).to(torch.int16)
+
+
+def score_scales(q_amax: Tensor, k_amax: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales of q and k whose product makes attention scores by a shift alone.
+
+    q_amax, k_amax: float [heads]. Returns scales float32 [heads] twice and the shift int32 [heads]:
+    q_scale * k_scale / sqrt(head_dim) = SCORE_SCALE * 2^-shift.
+    """
+    limit = intmath.INT8_LIMIT
+    q = q_amax.to(torch.float64).clamp(min=_FLOOR) / limit
+    k = k_amax.to(torch.float64).clamp(min=_FLOOR) / limit
+    ratio = q * k / (math.sqrt(head_dim) * SCORE_SCALE)
+    shift = torch.floor(-torch.log2(ratio))
+    shift = shift.clamp(intmath.SCORE_SHIFT_MIN, intmath.SCORE_SHIFT_MAX)
+    # Both scales give way alike, by at most 2^(1/2) while the shift is inside its range.
+    growth = torch.sqrt(torch.exp2(-shift) / ratio)
+    return (q * growth).float(), (k * growth).float(), shift.to(torch.int32)
+
+
+def mean_gain_bits(value_amax: float, mean_amax: float) -> int:
+    """How many bits a weighted mean of values may be scaled up before it leaves int8: 0 ... 5."""
+    if mean_amax <= 0 or value_amax <= mean_amax:
+        return 0
+    return min(int(math.log2(value_amax / mean_amax)), intmath.MAX_GAIN_BITS)

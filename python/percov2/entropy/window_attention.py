@@ -1,0 +1,71 @@
+"""Attention of the training form: forward and backward, image by image.
+
+Scores of one image and four heads of a 16 x 16 crop are about 2 MB; a whole batch of them would
+stream through main memory ten times per layer. Processing one image at a time and recomputing the
+weights in the backward pass keeps them in cache and needs no memory for them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from percov2.entropy import intmath
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, hidden: Tensor, rounded: bool) -> Tensor:
+    """Attention weights [H, E, K] of one image, rows summing to 1."""
+    scores = torch.bmm(q, k.transpose(1, 2)).add_(bias)
+    if not rounded:
+        return torch.softmax(scores.masked_fill_(hidden, -math.inf), -1)
+    scores.add_(0.5).masked_fill_(hidden, float(intmath.HIDDEN_SCORE))
+    weights = intmath.softmax_weights_(scores)
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor, rounded: bool
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        for b in range(len(q)):
+            torch.bmm(_weights(q[b], k[b], bias, hidden[b], rounded), v[b], out=out[b])
+        ctx.save_for_backward(q, k, v, bias, hidden, out)
+        ctx.rounded = rounded
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, hidden, out = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        grad_bias = torch.zeros_like(bias)
+        for b in range(len(q)):
+            weights = _weights(q[b], k[b], bias, hidden[b], ctx.rounded)
+            torch.bmm(weights.transpose(1, 2), grad[b], out=grad_v[b])
+            scores = torch.bmm(grad[b], v[b].transpose(1, 2))
+            scores.sub_((grad[b] * out[b]).sum(-1, keepdim=True)).mul_(weights)
+            if ctx.rounded:
+                # Rounded scores count sixteenths of an octave, not nats.
+                scores.mul_(math.log(2.0) / intmath.SCORE_STEPS)
+            grad_bias.add_(scores)
+            torch.bmm(scores, k[b], out=grad_q[b])
+            torch.bmm(scores.transpose(1, 2), q[b], out=grad_k[b])
+        return grad_q, grad_k, grad_v, grad_bias, None, None
+
+
+def window_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor, rounded: bool
+) -> Tensor:
+    """Weighted means of values.
+
+    q float32 [B, H, E, D], already scaled; k, v float32 [B, H, K, D]; bias float32 [H, E, K];
+    hidden bool [B, E, K], True where a reader must not see a key (no row all True). With
+    ``rounded``, scores and bias count sixteenths of an octave (bias: integers) and the weights are
+    those of the integer program; otherwise they are nats. Returns float32 [B, H, E, D].
+    """
+    return _WindowAttention.apply(q, k, v, bias, hidden, rounded)
