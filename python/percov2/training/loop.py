@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -155,6 +154,8 @@ def train(
     Raises:
         FloatingPointError: when the loss is not finite.
     """
+    from accelerate import Accelerator
+
     out.mkdir(parents=True, exist_ok=True)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
     optimizer = _optimizer(stage, config)
