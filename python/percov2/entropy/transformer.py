@@ -198,14 +198,14 @@ class TransformerLayer(nn.Module):
         x: Tensor,
         pair: Tensor,
         index: Tensor,
-        hidden: Tensor,
+        mask: Tensor,
         quantized: bool,
         observing: bool,
     ) -> Tensor:
         """The residual of some readers after this layer.
 
         x [B, E, dim]; pair [2, B, heads, K, head_dim]; index int64 [E, K] into the relative
-        positions; hidden bool [B, E, K].
+        positions; mask float32 [B, E, K].
         """
         y = self.attention_norm(x, quantized, observing)
         bias: Tensor = self.bias
@@ -223,7 +223,7 @@ class TransformerLayer(nn.Module):
             self.q_range.observe(q.detach().abs().amax((0, 1, 3, 4)))
         factor = self.config.head_dim**-0.5 / (SCORE_SCALE if quantized else 1.0)
         table = bias.index_select(1, index.flatten()).view(-1, *index.shape)
-        mean = window_attention(q[0] * factor, pair[0], pair[1], table, hidden, quantized)
+        mean = window_attention(q[0] * factor, pair[0], pair[1], table, mask, quantized)
         if observing:
             self.mean_range.observe(mean.detach().abs().amax().view(1))
         mean = mean.transpose(1, 2).reshape(*x.shape[:2], self.config.inner)
@@ -316,21 +316,25 @@ class TokenTransformer(nn.Module):
 
         index, outside = _geometry(height, width)
         stage = functional.pad(batch.stages.view(count, -1), (START_ENTRIES, 0))
-        hidden = (stage[:, None] > stage[:, :, None]) | outside
-        query_hidden = (stage[:, None] > stage[:, START_ENTRIES:, None] - 1) | outside[
-            START_ENTRIES:
-        ]
+        mask = _mask(stage, stage, outside)
+        query_mask = _mask(stage[:, START_ENTRIES:] - 1, stage, outside[START_ENTRIES:])
         query_index = index[START_ENTRIES:]
         modes = (self.quantized, self.observing)
         for layer in self.stack():
             pair = layer.keys_values(contents, *modes)
-            x = layer(x, pair, query_index, query_hidden, *modes)
+            x = layer(x, pair, query_index, query_mask, *modes)
             if layer is not self.layers[-1]:
-                contents = layer(contents, pair, index, hidden, *modes)
+                contents = layer(contents, pair, index, mask, *modes)
         y = self.head_norm(x, *modes)
         if self.quantized:
             return self.head.rounded(y, self.head_norm.scale, torch.tensor([LOGIT_SCALE]))
         return self.head(y).to(torch.float32)
+
+
+def _mask(reads: Tensor, key_stage: Tensor, outside: Tensor) -> Tensor:
+    """What readers [B, E] must not see of keys [B, K]: HIDDEN_SCORE or 0, float32 [B, E, K]."""
+    hidden = (key_stage[:, None] > reads[:, :, None]) | outside
+    return hidden.to(torch.float32).mul_(intmath.HIDDEN_SCORE)
 
 
 @lru_cache(maxsize=32)

@@ -16,36 +16,35 @@ from torch import Tensor
 from percov2.entropy import intmath
 
 
-def _weights(q: Tensor, k: Tensor, bias: Tensor, hidden: Tensor, rounded: bool) -> Tensor:
+def _weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor, rounded: bool) -> Tensor:
     """Attention weights [H, E, K] of one image, rows summing to 1."""
-    scores = torch.bmm(q, k.transpose(1, 2)).add_(bias)
+    scores = torch.bmm(q, k.transpose(1, 2)).add_(bias).add_(mask)
     if not rounded:
-        return torch.softmax(scores.masked_fill_(hidden, -math.inf), -1)
-    scores.add_(0.5).masked_fill_(hidden, float(intmath.HIDDEN_SCORE))
-    weights = intmath.softmax_weights_(scores)
+        return torch.softmax(scores, -1)
+    weights = intmath.softmax_weights_(scores.add_(0.5))
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor, rounded: bool
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, rounded: bool
     ) -> Tensor:
         out = torch.empty_like(q)
         for b in range(len(q)):
-            torch.bmm(_weights(q[b], k[b], bias, hidden[b], rounded), v[b], out=out[b])
-        ctx.save_for_backward(q, k, v, bias, hidden, out)
+            torch.bmm(_weights(q[b], k[b], bias, mask[b], rounded), v[b], out=out[b])
+        ctx.save_for_backward(q, k, v, bias, mask, out)
         ctx.rounded = rounded
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, hidden, out = ctx.saved_tensors
+        q, k, v, bias, mask, out = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         grad_bias = torch.zeros_like(bias)
         for b in range(len(q)):
-            weights = _weights(q[b], k[b], bias, hidden[b], ctx.rounded)
+            weights = _weights(q[b], k[b], bias, mask[b], ctx.rounded)
             torch.bmm(weights.transpose(1, 2), grad[b], out=grad_v[b])
             scores = torch.bmm(grad[b], v[b].transpose(1, 2))
             scores.sub_((grad[b] * out[b]).sum(-1, keepdim=True)).mul_(weights)
@@ -59,13 +58,15 @@ class _WindowAttention(torch.autograd.Function):
 
 
 def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor, rounded: bool
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, rounded: bool
 ) -> Tensor:
     """Weighted means of values.
 
     q float32 [B, H, E, D], already scaled; k, v float32 [B, H, K, D]; bias float32 [H, E, K];
-    hidden bool [B, E, K], True where a reader must not see a key (no row all True). With
-    ``rounded``, scores and bias count sixteenths of an octave (bias: integers) and the weights are
-    those of the integer program; otherwise they are nats. Returns float32 [B, H, E, D].
+    mask float32 [B, E, K], HIDDEN_SCORE where a reader must not see a key and 0 elsewhere (0 at
+    least once in each row; adding is 30 times faster than filling). With ``rounded``, scores and
+    bias count sixteenths of an octave (bias: integers) and the weights are those of the integer
+    program; otherwise they are nats. Returns float32 [B, H, E, D].
     """
-    return _WindowAttention.apply(q, k, v, bias, hidden, rounded)
+    with torch.autocast(q.device.type, enabled=False):
+        return _WindowAttention.apply(q, k, v, bias, mask, rounded)

@@ -25,6 +25,7 @@ from percov2.training.stage1 import (
     CodecStage,
     CropPlan,
 )
+from percov2.training.stage2 import EntropyConfig, train_entropy
 
 Config = TypeVar("Config")
 
@@ -151,3 +152,10 @@ def run_tokens(
             tokens = codec.encode_tokens(image.float().div(127.5).sub(1.0), point.name)
         maps[f"tokens_{i}"] = tokens[0].numpy()
     np.savez(out, **maps)
+
+
+def run_entropy(config: Path, data: Path, out: Path, minutes: float | None = None) -> None:
+    """`percov2 train entropy`: token maps (`train tokens`) -> ``out/entropy`` for `train export`."""
+    table = read_section(config, "entropy")
+    loop = build_config(LoopConfig, table.pop("loop"))
+    train_entropy(build_config(EntropyConfig, table), loop, data, out, minutes=minutes)

@@ -11,7 +11,7 @@ from typing import Any
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file with a section per phase"},
-    "data": {"type": Path, "required": True, "help": "folder of the photos"},
+    "data": {"type": Path, "required": True, "help": "photos (entropy: token maps)"},
     "out": {"type": Path, "required": True, "help": "what the phase writes"},
     "minutes": {"type": float, "help": "stop after this time; the same command goes on"},
     "autoencoder_run": {"type": Path, "required": True, "help": "out of `train autoencoder`"},
@@ -28,6 +28,10 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("config", "data", "autoencoder_run", "out", "minutes"),
     ),
     "tokens": ("Make the token maps for `train entropy`.", ("model", "data", "out", "rate")),
+    "entropy": (
+        "Train the entropy model on token maps and export its integer form.",
+        ("config", "data", "out", "minutes"),
+    ),
     "export": ("Assemble a model folder.", ("config", "data", "codec_run", "out", "entropy")),
 }
 """Phase -> its help and its options."""

@@ -1,0 +1,283 @@
+"""Stage 2: the entropy model, on the frozen tokens of stage 1.
+
+Crops of token maps are coded under many orders (the format's schedules and random ones with random
+group sizes), so that one set of weights serves every schedule. The first part of a run is float;
+then weights and activations are rounded like the integer program, with straight-through
+gradients. At the end the integer form is exported and both are measured on held-out maps.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from percov2.entropy.export import export
+from percov2.entropy.schedule import DEFAULT_SCHEDULE, SCHEDULES, stages
+from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.transformer import (
+    Crop,
+    TokenBatch,
+    TokenTransformer,
+    TransformerConfig,
+    crop_batch,
+)
+from percov2.training.loop import LoopConfig, TrainingStage, load_averaged, train
+
+_HELD_OUT_EVERY = 16
+_MAX_HELD_OUT = 48
+_OBSERVE_EVERY = 4
+
+
+@dataclass(frozen=True)
+class EntropyConfig:
+    """Configuration of the entropy phase.
+
+    Attributes:
+        model: sizes of the transformer (``TransformerConfig`` without codebook_size).
+        shapes: crop heights and widths, in tokens; one shape is drawn per step.
+        tokens_per_step: crops of the drawn shape fill about this many tokens.
+        real_orders: share of crops under a schedule of the format; the others are random orders.
+        default_orders: share of those under the default schedule.
+        round_from: share of the steps after which rounding is on.
+        observe_until: share of the steps after which the scales stay as they are.
+    """
+
+    model: dict = field(default_factory=dict)
+    shapes: tuple[tuple[int, int], ...] = ((16, 16), (8, 24), (12, 12), (20, 28))
+    tokens_per_step: int = 4096
+    real_orders: float = 0.6
+    default_orders: float = 0.6
+    round_from: float = 0.6
+    observe_until: float = 0.85
+
+
+class TokenMaps:
+    """Token maps of photos, as ``percov2 train tokens`` writes them.
+
+    Args:
+        path: ``.npz`` with ``tokens_<i>`` integers [h, w] and ``codebook_size``.
+
+    Raises:
+        ValueError: no maps, or tokens outside the codebook.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path, allow_pickle=False) as stored:
+            if "codebook_size" not in stored:
+                raise ValueError(
+                    f"{path} has no codebook_size; make it with `percov2 train tokens`"
+                )
+            self.codebook_size = int(stored["codebook_size"])
+            count = sum(name.startswith("tokens_") for name in stored.files)
+            maps = [stored[f"tokens_{i}"].astype(np.int32) for i in range(count)]
+        for i, tokens in enumerate(maps):
+            if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= self.codebook_size:
+                raise ValueError(
+                    f"{path}: tokens_{i} of shape {tokens.shape} must be [h, w] with tokens below "
+                    f"{self.codebook_size}"
+                )
+        self.held_out = maps[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY][:_MAX_HELD_OUT]
+        held = {id(tokens) for tokens in self.held_out}
+        self.maps = [tokens for tokens in maps if id(tokens) not in held]
+        if not self.maps or not self.held_out:
+            raise ValueError(f"{path} holds {count} maps; at least {_HELD_OUT_EVERY} are needed")
+        self._stages: dict[tuple[str, int, int], NDArray[np.int32]] = {}
+
+    def counts(self) -> NDArray[np.int64]:
+        """How often each token occurs in the training maps: int64 [V]."""
+        every = np.concatenate([tokens.reshape(-1) for tokens in self.maps])
+        return np.bincount(every, minlength=self.codebook_size)
+
+    def stages(self, name: str, height: int, width: int) -> NDArray[np.int32]:
+        """``schedule.stages``, kept for all sizes of maps."""
+        key = (name, height, width)
+        if key not in self._stages:
+            self._stages[key] = stages(*key)
+        return self._stages[key]
+
+    def draw(
+        self, generator: np.random.Generator, shape: tuple[int, int], config: EntropyConfig
+    ) -> TokenBatch:
+        """A batch of crops of ``shape``, cut down to what the maps have.
+
+        Maps are drawn by area, so that every token is about as likely as any other.
+        """
+        height = min(shape[0], max(tokens.shape[0] for tokens in self.maps))
+        fitting = [t for t in self.maps if t.shape[0] >= height]
+        width = min(shape[1], max(tokens.shape[1] for tokens in fitting))
+        fitting = [t for t in fitting if t.shape[1] >= width]
+        area = np.array([tokens.size for tokens in fitting], dtype=np.float64)
+        count = max(1, round(config.tokens_per_step / (height * width)))
+        crops = []
+        for pick in generator.choice(len(fitting), size=count, p=area / area.sum()):
+            tokens = fitting[pick]
+            order = self._order(generator, tokens.shape, config)
+            top = int(generator.integers(tokens.shape[0] - height + 1))
+            left = int(generator.integers(tokens.shape[1] - width + 1))
+            crops.append(Crop(tokens, order, top, left))
+        return crop_batch(crops, height, width)
+
+    def _order(
+        self, generator: np.random.Generator, shape: tuple[int, ...], config: EntropyConfig
+    ) -> NDArray[np.int32]:
+        """Stages of a whole map: one of the format's schedules, or a random order."""
+        if generator.random() < config.real_orders:
+            name = DEFAULT_SCHEDULE
+            if generator.random() >= config.default_orders:
+                name = str(generator.choice(SCHEDULES))
+            return self.stages(name, shape[0], shape[1])
+        return random_stages(generator, shape[0], shape[1])
+
+
+def random_stages(generator: np.random.Generator, height: int, width: int) -> NDArray[np.int32]:
+    """A random order in random groups that grow by a power law: int32 [height, width]."""
+    size = height * width
+    groups = min(size, int(np.exp(generator.uniform(np.log(2), np.log(40)))))
+    power = generator.uniform(0.8, 3.0)
+    ends = np.maximum(1, size * (np.arange(1, groups + 1) / groups) ** power)
+    stage = np.searchsorted(ends, np.arange(1, size + 1) - 0.5) + 1
+    result = np.empty(size, dtype=np.int32)
+    result[generator.permutation(size)] = np.minimum(stage, groups)
+    return result.reshape(height, width)
+
+
+class EntropyStage(TrainingStage):
+    """Tokens -> bits per token of the transformer."""
+
+    def __init__(self, config: EntropyConfig, data: TokenMaps) -> None:
+        super().__init__()
+        self.config, self.data = config, data
+        sizes = TransformerConfig(codebook_size=data.codebook_size, **config.model)
+        self.transformer = TokenTransformer(sizes)
+        self.transformer.set_frequencies(torch.from_numpy(data.counts()))
+
+    def start_step(self, step: int, total: int) -> None:
+        """See :meth:`TrainingStage.start_step`."""
+        self.transformer.quantized = step >= self.config.round_from * total
+        observed = step < self.config.observe_until * total
+        self.transformer.observing = observed and step % _OBSERVE_EVERY == 0
+
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`TrainingStage.forward`."""
+        shape = self.config.shapes[int(generator.integers(len(self.config.shapes)))]
+        batch = self.data.draw(generator, shape, self.config)
+        loss = self._bits(batch)
+        return loss, {"bits": loss.detach()}
+
+    def _bits(self, batch: TokenBatch) -> Tensor:
+        """Mean bits per token."""
+        device = batch.tokens.device.type
+        # Rounding to 8 bits on top of bfloat16's 8 would train for another arithmetic.
+        allowed = torch.is_autocast_enabled(device) and not self.transformer.quantized
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=allowed):
+            logits = self.transformer(batch)
+        nats = functional.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten())
+        return nats / math.log(2.0)
+
+    @torch.no_grad()
+    def held_out_bits(self, schedule: str, quantized: bool) -> float:
+        """Bits per token of whole held-out maps, in the float or the rounded form."""
+        transformer = self.transformer
+        modes = transformer.quantized, transformer.observing
+        transformer.quantized, transformer.observing = quantized, False
+        bits = tokens = 0.0
+        for grid in self.data.held_out:
+            order = self.data.stages(schedule, *grid.shape)
+            batch = crop_batch([Crop(grid, order)], *grid.shape)
+            bits += float(self._bits(batch)) * grid.size
+            tokens += grid.size
+        transformer.quantized, transformer.observing = modes
+        return bits / tokens
+
+    def draw_samples(self, folder: Path, step: int) -> None:
+        """Append bits per token of the held-out maps to held_out.csv."""
+        bits = self.held_out_bits(DEFAULT_SCHEDULE, self.transformer.quantized)
+        with open(folder / "held_out.csv", "a", newline="") as log:
+            writer = csv.writer(log)
+            if log.tell() == 0:
+                writer.writerow(["step", "bits"])
+            writer.writerow([step, f"{bits:.5f}"])
+
+
+def integer_bits(coder: TokenCoder, maps: list[NDArray[np.int32]], schedule: str) -> float:
+    """Bits per token that the coder will spend on whole maps, from the coded intervals."""
+    bits = tokens = 0.0
+    for grid in maps:
+        _, freqs = coder.intervals(torch.from_numpy(grid)[None], schedule)
+        bits += float((coder.prob_bits - np.log2(freqs)).sum())
+        tokens += grid.size
+    return bits / tokens
+
+
+def report(stage: EntropyStage, coder: TokenCoder, schedules: tuple[str, ...]) -> dict[str, Any]:
+    """Bits per token on the held-out maps: float form, rounded form and coded intervals."""
+    counts = stage.data.counts()
+    share = counts[counts > 0] / counts.sum()
+    result: dict[str, Any] = {
+        "held_out_maps": len(stage.data.held_out),
+        "held_out_tokens": int(sum(grid.size for grid in stage.data.held_out)),
+        "uniform_bits": math.log2(stage.data.codebook_size),
+        "order_0_bits": float(-(share * np.log2(share)).sum()),
+    }
+    for name in schedules:
+        float_bits = stage.held_out_bits(name, quantized=False)
+        coded = integer_bits(coder, stage.data.held_out, name)
+        result[name] = {
+            "float": float_bits,
+            "rounded": stage.held_out_bits(name, quantized=True),
+            "integer": coded,
+            "integer_over_float_percent": 100 * (coded / float_bits - 1),
+        }
+    return result
+
+
+def train_entropy(
+    config: EntropyConfig,
+    loop: LoopConfig,
+    data: Path,
+    out: Path,
+    *,
+    minutes: float | None = None,
+    schedules: tuple[str, ...] = (DEFAULT_SCHEDULE, "checkerboard", "quincunx", "var"),
+) -> dict[str, Any] | None:
+    """Train the entropy model on token maps, then export it to ``out/entropy``.
+
+    Args:
+        data: ``.npz`` of token maps.
+        out: folder for checkpoint.pt, log.csv, held_out.csv, and at the end entropy/ (config.json
+            and model.safetensors) and report.json.
+        minutes: stop after this time; the same call goes on where it stopped.
+        schedules: what the report measures.
+
+    Returns:
+        The report, or None if the run has not reached its last step.
+
+    Raises:
+        ValueError: token maps or settings that do not fit.
+        FloatingPointError: the loss is not finite.
+    """
+    torch.manual_seed(loop.seed)
+    stage = EntropyStage(config, TokenMaps(data))
+    if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps:
+        return None
+    load_averaged(out, stage)
+    coder = TokenCoder(export(stage.transformer))
+    coder.model.save(out / "entropy")
+    result = {
+        "model": coder.model.config.to_dict(),
+        "fingerprint": coder.model.fingerprint().hex(),
+        "settings": {**asdict(config), "loop": asdict(loop)},
+        **report(stage, coder, schedules),
+    }
+    (out / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result

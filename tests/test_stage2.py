@@ -1,0 +1,241 @@
+"""Training of the entropy model: data, rounding, export, and resuming after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch.nn import functional
+
+from percov2.entropy import schedule
+from percov2.entropy.export import export
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.quantization import LOGIT_SCALE, multiplier_and_shift, score_scales
+from percov2.entropy.stage_pass import one_pass_logits
+from percov2.entropy.transformer import (
+    Crop,
+    TokenBatch,
+    TokenTransformer,
+    TransformerConfig,
+    crop_batch,
+)
+from percov2.entropy.window_attention import window_attention
+from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training.stage2 import (
+    EntropyConfig,
+    EntropyStage,
+    TokenMaps,
+    random_stages,
+    train_entropy,
+)
+
+SIZES = {"dim": 32, "heads": 2, "head_dim": 16, "layers": 2, "hidden": 64}
+CONFIG = EntropyConfig(model=SIZES, shapes=((8, 8), (6, 10)), tokens_per_step=512)
+
+
+@pytest.fixture(autouse=True)
+def _own_accelerator() -> Iterator[None]:
+    """Accelerate keeps one precision per process; runs of other tests have their own."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def smooth_map(height: int, width: int, seed: int) -> np.ndarray:
+    """Tokens 0 ... 15 that neighbours predict well: a rounded random walk in both directions."""
+    random = np.random.default_rng(seed)
+    walk = np.cumsum(random.normal(size=(height, 1)), 0) + np.cumsum(
+        random.normal(size=(1, width)), 1
+    )
+    return (np.abs(np.rint(walk * 1.5)) % 16).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokens") / "tokens.npz"
+    sizes = [(8, 12), (14, 14), (10, 8), (5, 9)]
+    maps = {f"tokens_{i}": smooth_map(*sizes[i % 4], seed=i) for i in range(48)}
+    np.savez(path, codebook_size=np.int32(16), **maps)
+    return path
+
+
+def test_attention_equals_plain_autograd():
+    torch.manual_seed(0)
+    q = torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    k, v = torch.randn(2, 2, 3, 5, 4, dtype=torch.float64)
+    bias = torch.randn(3, 7, 5, dtype=torch.float64)
+    hidden = torch.rand(2, 7, 5) > 0.7
+    hidden[:, :, 0] = False
+    mask = hidden.double() * -(2.0**20)
+    inputs = [t.requires_grad_() for t in (q, k, v, bias)]
+    result = window_attention(*inputs, mask, False)
+    scores = q @ k.transpose(2, 3) + bias
+    plain = torch.softmax(scores.masked_fill(hidden[:, None], -torch.inf), -1) @ v
+    assert torch.allclose(result, plain)
+    weights = torch.randn_like(plain)
+    ours = torch.autograd.grad((result * weights).sum(), inputs)
+    theirs = torch.autograd.grad((plain * weights).sum(), inputs)
+    assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_multipliers_are_never_too_small():
+    ratio = torch.logspace(-6.5, 1.8, 500, dtype=torch.float64)
+    multiplier, shift = multiplier_and_shift(ratio)
+    assert int(multiplier.min()) >= 1
+    assert int(multiplier.max()) <= 127
+    assert 1 <= int(shift.min()) <= int(shift.max()) <= 24
+    value = multiplier * torch.exp2(-shift.double())
+    assert bool((value >= ratio).all())
+    assert bool((value[ratio > 1e-5] <= ratio[ratio > 1e-5] * (1 + 1 / 63)).all())
+    with pytest.raises(ValueError, match="too large"):
+        multiplier_and_shift(torch.tensor([64.0], dtype=torch.float64))
+
+
+def test_scores_need_a_shift_only():
+    q_amax, k_amax = torch.tensor([3.0, 8.0, 0.5]), torch.tensor([5.0, 7.0, 9.0])
+    q, k, shift = score_scales(q_amax, k_amax, 32)
+    unit = np.log(2) / 16
+    assert torch.allclose(q * k / 32**0.5, unit * torch.exp2(-shift.float()))
+    assert bool((q * 127 >= q_amax * 0.999).all())
+    assert bool((k * 127 <= k_amax * 1.42).all())
+
+
+def observed_model(seed: int) -> tuple[TokenTransformer, TokenBatch]:
+    torch.manual_seed(seed)
+    model = TokenTransformer(TransformerConfig(codebook_size=16, **SIZES))
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    stages = schedule.stages("qlds12", 12, 12)
+    crops = [Crop(smooth_map(12, 12, i), stages) for i in range(8)]
+    batch = crop_batch(crops, 12, 12)
+    model.observing = True
+    for step in range(30):
+        model.quantized = step >= 20
+        loss = functional.cross_entropy(model(batch).flatten(0, 1), batch.tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.observing = False
+    return model, batch
+
+
+def bits(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    return float(functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())) / np.log(2)
+
+
+def test_integer_form_equals_the_rounded_form():
+    model, batch = observed_model(0)
+    integer = export(model)
+    stages = batch.stages[0].numpy()
+    order = torch.from_numpy(schedule.order(stages))
+    logits = one_pass_logits(integer, batch.tokens, stages).float()
+    tokens = batch.tokens.flatten(1)[:, order]
+    coded = bits(logits * LOGIT_SCALE, tokens)
+    with torch.no_grad():
+        model.quantized = True
+        rounded = model(batch)[:, order]
+        model.quantized = False
+        plain = bits(model(batch)[:, order], tokens)
+    assert plain < 3.5  # it has learnt something: 4 bits would be uniform
+    difference = (logits - rounded / LOGIT_SCALE).abs()
+    assert float(difference.mean()) < 0.02 * float(logits.std())
+    assert abs(coded / bits(rounded, tokens) - 1) < 0.002
+    assert coded / plain - 1 < 0.01
+
+
+def test_export_needs_observed_scales():
+    model = TokenTransformer(TransformerConfig(codebook_size=16, **SIZES))
+    with pytest.raises(ValueError, match="never observed"):
+        export(model)
+
+
+def test_a_crop_knows_its_place_in_the_whole_grid():
+    model, _ = observed_model(1)
+    grid = smooth_map(16, 16, 3)
+    stages = np.ones((16, 16), np.int32)
+    with torch.no_grad():
+        whole = model(crop_batch([Crop(grid, stages)], 16, 16)).view(16, 16, -1)
+        part = model(crop_batch([Crop(grid, stages, 4, 7)], 6, 5)).view(6, 5, -1)
+    # With one stage a query sees the start entries only, so a crop changes nothing.
+    assert torch.allclose(whole[4:10, 7:12], part, atol=1e-5)
+    assert not torch.allclose(whole[:6, :5], part, atol=1e-3)
+
+
+def test_float_logits_do_not_see_later_tokens():
+    model, _ = observed_model(2)
+    stages = schedule.stages("quincunx", 9, 11)
+    grid = smooth_map(9, 11, 5)
+    changed = grid.copy()
+    changed[stages >= 4] = 15 - changed[stages >= 4]
+    with torch.no_grad():
+        a = model(crop_batch([Crop(grid, stages)], 9, 11)).view(9, 11, -1)
+        b = model(crop_batch([Crop(changed, stages)], 9, 11)).view(9, 11, -1)
+    assert torch.equal(a[stages <= 4], b[stages <= 4])
+    assert not torch.equal(a[stages > 4], b[stages > 4])
+
+
+def test_random_stages_are_orders():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = random.integers(1, 20, 2)
+        result = random_stages(random, height, width)
+        assert result.shape == (height, width)
+        assert result.min() >= 1
+        assert result.dtype == np.int32
+
+
+def test_draws_fit_and_hold_out_maps(token_file: Path):
+    data = TokenMaps(token_file)
+    assert len(data.held_out) == 3
+    assert len(data.maps) == 45
+    batch = data.draw(np.random.default_rng(0), (20, 20), CONFIG)
+    assert tuple(batch.tokens.shape) == (3, 14, 14)
+    batch = data.draw(np.random.default_rng(0), (6, 10), CONFIG)
+    assert tuple(batch.tokens.shape) == (9, 6, 10)
+    assert tuple(batch.rows.shape) == (9, 6)
+
+
+def test_broken_token_files_are_refused(tmp_path: Path):
+    path = tmp_path / "tokens.npz"
+    np.savez(path, tokens_0=np.zeros((2, 2), np.int32))
+    with pytest.raises(ValueError, match="codebook_size"):
+        TokenMaps(path)
+    np.savez(path, codebook_size=4, tokens_0=np.full((2, 2), 4))
+    with pytest.raises(ValueError, match="tokens_0"):
+        TokenMaps(path)
+    np.savez(path, codebook_size=4, tokens_0=np.zeros((2, 2), np.int32))
+    with pytest.raises(ValueError, match="at least 16"):
+        TokenMaps(path)
+
+
+def test_a_run_resumes_exactly_and_exports(token_file: Path, tmp_path: Path):
+    loop = LoopConfig(steps=10, learning_rate=2e-3, warmup=2, log_every=2, precision="bf16")
+    data = TokenMaps(token_file)
+    for stop in (7, None):
+        torch.manual_seed(loop.seed)
+        train(EntropyStage(CONFIG, data), loop, tmp_path / "cut", stop_after_steps=stop)
+    result = train_entropy(CONFIG, loop, token_file, tmp_path / "whole", schedules=("qlds12",))
+    cut, whole = EntropyStage(CONFIG, data), EntropyStage(CONFIG, data)
+    load_averaged(tmp_path / "cut", cut)
+    load_averaged(tmp_path / "whole", whole)
+    states = zip(cut.state_dict().values(), whole.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
+
+    model = IntTransformer.load(tmp_path / "whole" / "entropy")
+    assert result is not None
+    assert result["fingerprint"] == model.fingerprint().hex()
+    stored = json.loads((tmp_path / "whole" / "report.json").read_text())
+    assert stored["qlds12"] == result["qlds12"]
+    assert abs(stored["qlds12"]["integer"] / stored["qlds12"]["rounded"] - 1) < 0.01
+    assert (tmp_path / "whole" / "held_out.csv").read_text().startswith("step,bits\n10,")
+
+
+def test_a_run_that_is_not_finished_exports_nothing(token_file: Path, tmp_path: Path):
+    loop = LoopConfig(steps=10, learning_rate=2e-3, warmup=2)
+    assert train_entropy(CONFIG, loop, token_file, tmp_path, minutes=0.0) is None
+    assert not (tmp_path / "entropy").exists()
+    assert (tmp_path / "checkpoint.pt").is_file()
