@@ -155,7 +155,7 @@ def run_tokens(
 
 
 def run_entropy(config: Path, data: Path, out: Path, minutes: float | None = None) -> None:
-    """`percov2 train entropy`: token maps (`train tokens`) -> ``out/entropy`` for `train export`."""
+    """`percov2 train entropy`: token maps -> ``out/entropy``, for `train export`."""
     table = read_section(config, "entropy")
     loop = build_config(LoopConfig, table.pop("loop"))
     train_entropy(build_config(EntropyConfig, table), loop, data, out, minutes=minutes)
