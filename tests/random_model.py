@@ -19,10 +19,10 @@ from percov2.models.text_encoder import HashedTextEncoder
 RATES = (Rate("fine", 16, 64), Rate("coarse", 32, 300))
 
 
-def build(folder: Path, seed: int = 0) -> Path:
-    """Write a random model with two rates of different codebooks; returns the folder."""
+def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES) -> Path:
+    """Write a random model, by default with two rates of unlike codebooks; returns the folder."""
     torch.manual_seed(seed)
-    config = ModelConfig("random", RATES, default_rate="fine", steps=2, guidance=1.5, window=16)
+    config = ModelConfig("random", rates, rates[0].name, steps=2, guidance=1.5, window=16)
     config.save(folder)
     autoencoder = PatchAutoencoder(16, (8, 16), (1, 1), (1, 1))
     save_component(autoencoder, folder / "autoencoder", "float16")
@@ -45,7 +45,7 @@ def build(folder: Path, seed: int = 0) -> Path:
     torch.nn.init.normal_(flow.pos_embed.proj.weight, std=0.2)
     save_component(flow, folder / "flow", "int8")
     save_component(HashedTextEncoder(64, 8, 4), folder / "text_encoder", "float16")
-    for i, rate in enumerate(RATES):
+    for i, rate in enumerate(rates):
         home = folder / rate.name
         hyper = HyperEncoder(16, 8, 16, rate.token_side // 8)
         save_component(hyper, home / "hyper_encoder", "float16")

@@ -1,0 +1,322 @@
+"""The codec with a random model: bytes against a plain-Python writer, batches, messages."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import reference_bitstream
+import reference_rans
+from percov2 import BitstreamError, Codec, bitstream
+from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, order, stages
+from percov2.entropy.stage_pass import one_pass_logits
+from percov2.entropy.transformer_config import TransformerConfig
+from percov2.packing import OpenFile, pack, unpack
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads after a test."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin(x / rng.uniform(9, 40)) + np.cos(y / 17 + c) for c in range(3)]
+    pixels = 128 + 50 * np.stack(waves, -1) + rng.normal(0, 8, (height, width, 3))
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def random_tokens(rng: np.random.Generator, h: int, w: int, size: int) -> np.ndarray:
+    return rng.integers(0, size, (h, w), dtype=np.int32)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    ("rate", "size", "caption"),
+    [("fine", (1, 1), ""), ("fine", (70, 33), "Zürich"), ("coarse", (512, 512), "")],
+)
+def test_bytes_equal_a_plain_python_writer(
+    codec: Codec, schedule: str, rate: str, size: tuple[int, int], caption: str
+) -> None:
+    point = codec.config.rate(rate)
+    rate_index = [r.name for r in codec.config.rates].index(rate)
+    h, w = -(-size[0] // point.token_side), -(-size[1] // point.token_side)
+    if schedule == "raster" and h * w > 64:
+        size, (h, w) = (2 * point.token_side,) * 2, (2, 2)
+    tokens = random_tokens(np.random.default_rng(h), h, w, point.codebook_size)
+    (data,) = codec.pack([tokens], [size], rate, schedule, [caption])
+
+    entropy = IntTransformer.load(codec.model.folder / rate / "entropy")
+    stage_map = stages(schedule, h, w)
+    logits = one_pass_logits(entropy, torch.from_numpy(tokens)[None], stage_map)[0].tolist()
+    symbols = tokens.reshape(-1)[order(stage_map)].tolist()
+    prob_bits = 16 if point.codebook_size <= 256 else 18
+    coded = [
+        reference_bitstream.Symbol(*reference_rans.interval(row, symbol, prob_bits), prob_bits)
+        for row, symbol in zip(logits, symbols, strict=True)
+    ]
+    text = caption.encode()
+    fields = reference_bitstream.Fields(
+        codec.model_id, *size, rate_index, SCHEDULES.index(schedule), 0, 1 if text else 0, text
+    )
+    check = reference_bitstream.check(fields, tokens.reshape(-1).tolist())
+    assert data == reference_bitstream.write(fields, coded, check)
+    np.testing.assert_array_equal(codec.decode_tokens([data])[0], tokens)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 200),
+    width=st.integers(1, 200),
+    seed=st.integers(0, 2**32 - 1),
+    schedule=st.sampled_from([s for s in SCHEDULES if s != "raster"]),
+    rate=st.sampled_from(["fine", "coarse"]),
+    caption=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40),
+)
+def test_files_return_tokens_and_caption(
+    codec: Codec, height: int, width: int, seed: int, schedule: str, rate: str, caption: str
+) -> None:
+    point = codec.config.rate(rate)
+    h, w = -(-height // point.token_side), -(-width // point.token_side)
+    tokens = random_tokens(np.random.default_rng(seed), h, w, point.codebook_size)
+    (data,) = codec.pack([tokens], [(height, width)], rate, schedule, [caption])
+    (decoded,) = codec.decode([data])
+    np.testing.assert_array_equal(decoded.tokens, tokens)
+    assert decoded.tokens.dtype == np.int32
+    assert decoded.caption == caption
+    assert (decoded.header.height, decoded.header.width) == (height, width)
+    assert decoded.rate == point
+
+
+def test_coder_overhead_is_below_half_a_byte(codec: Codec) -> None:
+    rng = np.random.default_rng(5)
+    coder = TokenCoder(IntTransformer.load(codec.model.folder / "fine" / "entropy"))
+    overhead = []
+    for i in range(60):
+        h, w = rng.integers(1, 9, 2).tolist()
+        tokens = random_tokens(rng, h, w, 64)
+        size = (16 * h, 16 * w)
+        (data,) = codec.pack([tokens], [size], captions=["x" * (i % 3)])
+        _, freqs = coder.intervals(torch.from_numpy(tokens)[None], codec.config.default_schedule)
+        header = bitstream.read(data).header
+        bits = float(np.sum(16 - np.log2(freqs)))
+        bits += sum(12 - math.log2(freq) for _, freq in bitstream.header_intervals(header))
+        overhead.append(len(data) - bitstream.PREFIX_BYTES - 2 - bits / 8)
+    assert np.mean(overhead) <= 0.5
+    assert max(overhead) < 1.5
+
+
+def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(
+    codec: Codec, threads: None
+) -> None:
+    rng = np.random.default_rng(1)
+    shapes = [(3, 5), (4, 4), (3, 5), (1, 1), (4, 4), (3, 5)]
+    maps = [random_tokens(rng, h, w, 64) for h, w in shapes]
+    sizes = [(16 * h - i % 3, 16 * w) for i, (h, w) in enumerate(shapes)]
+    captions = ["", "sea", "", "sand", "", ""]
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        batch = codec.pack(maps, sizes, captions=captions)
+        results.append(batch)
+        results.append(
+            [
+                codec.pack([m], [s], captions=[c])[0]
+                for m, s, c in zip(maps, sizes, captions, strict=True)
+            ]
+        )
+        for decoded, expected in zip(codec.decode_tokens(batch), maps, strict=True):
+            np.testing.assert_array_equal(decoded, expected)
+    assert all(result == results[0] for result in results)
+
+
+def test_pictures_of_mixed_sizes_round_trip_like_single_ones(codec: Codec, threads: None) -> None:
+    images = [photo(65, 40), photo(1, 1), photo(48, 48, 1), photo(65, 40, 2), photo(3, 90)]
+    captions = ["a lake", "", "", "two dogs", ""]
+    files = codec.compress(images, captions=captions)
+    restored = codec.decompress(files, seed=4)
+    assert [r.size for r in restored] == [i.size for i in images]
+    assert {r.mode for r in restored} == {"RGB"}
+    torch.set_num_threads(2)
+    for image, caption, file, picture in zip(images, captions, files, restored, strict=True):
+        assert codec.compress([image], captions=[caption]) == [file]
+        (again,) = codec.decompress([file], seed=4)
+        np.testing.assert_array_equal(np.asarray(again), np.asarray(picture))
+
+
+def test_steps_guidance_and_seed_reach_the_flow(codec: Codec) -> None:
+    files = codec.compress([photo(64, 64)], captions=["a lake"])
+
+    def pixels(**options: float) -> bytes:
+        return codec.decompress(files, **options)[0].tobytes()  # type: ignore[arg-type]
+
+    usual = pixels()
+    assert usual == pixels(steps=codec.config.steps, guidance=codec.config.guidance, seed=0)
+    assert usual != pixels(steps=5)
+    assert usual != pixels(guidance=8.0)
+    assert usual != pixels(seed=1)
+
+
+def test_tokens_reach_the_picture(codec: Codec) -> None:
+    maps = [np.full((4, 4), value, dtype=np.int32) for value in (0, 1)]
+    pictures = codec.decompress(codec.pack(maps, [(64, 64)] * 2))
+    assert pictures[0].tobytes() != pictures[1].tobytes()
+
+
+def certain_model(size: int = 256) -> IntTransformer:
+    """An entropy model that is as sure as it can be of token 0, everywhere."""
+    model = IntTransformer.random(TransformerConfig(size, 8, 1, 8, 1, 8), seed=0)
+    tensors = {name: tensor.clone() for name, tensor in model.tensors.items()}
+    tensors["head.weight"].zero_()
+    tensors["head.bias"].fill_(-(2**22))
+    tensors["head.bias"][0] = 2**22
+    return IntTransformer(model.config, tensors)
+
+
+@pytest.mark.parametrize(("side", "dense"), [(16, True), (60, False)])
+def test_giant_plain_pictures_give_up_the_dense_promise(side: int, dense: bool) -> None:
+    coder = TokenCoder(certain_model())
+    tokens = np.zeros((side, side), dtype=np.int32)
+    header = bitstream.Header(model_id=7, height=16 * side, width=16 * side, dense=not dense)
+    (data,) = pack(coder, [header], [tokens])
+    parsed = bitstream.read(data)
+    assert parsed.header.dense is dense
+    (back,) = unpack(coder, [OpenFile(data, parsed, (side, side))])
+    np.testing.assert_array_equal(back, tokens)
+
+
+def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded() -> None:
+    coder = TokenCoder(IntTransformer.random(TransformerConfig(256, 8, 1, 8, 1, 8), seed=0))
+    header = bitstream.Header(model_id=7, height=960, width=960)
+    symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
+    junk = [(byte, 1, 8) for byte in np.random.default_rng(0).bytes(220)]
+    data = bitstream.prefix(header) + reference_rans.encode(0x1234, symbols + junk)
+    stages_begun = []
+
+    class Counting(TokenCoder):
+        def decode(self, decoder, schedule, h, w, on_stage=None, threads=1):  # type: ignore
+            def watch(remaining: int) -> None:
+                stages_begun.append(remaining)
+                on_stage(remaining)
+
+            return super().decode(decoder, schedule, h, w, watch, threads)
+
+    with pytest.raises(BitstreamError, match=r"file 3 of 4: .*tokens to come"):
+        unpack(
+            Counting(coder.model),
+            [OpenFile(data, bitstream.read(data), (60, 60), "file 3 of 4: ")],
+        )
+    assert stages_begun[-1] > bitstream.DENSE_SLACK
+    data = data[:40]
+    with pytest.raises(BitstreamError, match="cannot hold the 3600 tokens"):
+        unpack(coder, [OpenFile(data, bitstream.read(data), (60, 60))])
+
+
+def test_faults_name_the_file_of_a_batch(codec: Codec) -> None:
+    files = codec.compress([photo(64, 64), photo(64, 64, 1), photo(64, 64, 2)])
+    files[1] = files[1][:-1]
+    with pytest.raises(BitstreamError, match=r"^file 1 of 3: the file is damaged or cut"):
+        codec.decompress(files)
+    files[1] = b"BM" + files[1]
+    with pytest.raises(BitstreamError, match=r"^file 1 of 3: not a .pcv2 file"):
+        codec.decode(files)
+    with pytest.raises(BitstreamError, match=r"^not a .pcv2 file"):
+        codec.decode(files[1:2])
+
+
+def test_another_model_is_refused_by_both_ids(codec: Codec, tmp_path: Path) -> None:
+    import random_model
+
+    other = Codec.from_pretrained(random_model.build(tmp_path / "other", seed=9))
+    assert other.model_id != codec.model_id
+    with pytest.raises(BitstreamError, match=f"{codec.model_id:04x}.*{other.model_id:04x}"):
+        other.decompress(codec.compress([photo(20, 20)]))
+
+
+def test_the_model_id_depends_on_what_tokens_mean(codec: Codec) -> None:
+    from percov2.codec import model_id
+    from percov2.models.preset import Rate
+
+    base = [(Rate("a", 16, 4), b"f" * 32, b"c" * 64), (Rate("b", 32, 4), b"g" * 32, b"d" * 64)]
+    variants = [
+        base,
+        base[::-1],
+        [(Rate("aa", 16, 4), *base[0][1:]), base[1]],
+        [(Rate("a", 8, 4), *base[0][1:]), base[1]],
+        [(base[0][0], b"h" * 32, base[0][2]), base[1]],
+        [(*base[0][:2], b"e" * 64), base[1]],
+    ]
+    assert len({model_id(variant) for variant in variants}) == len(variants)
+    text = b"".join(
+        len(name).to_bytes(4, "big")
+        + name
+        + side
+        + bytes(3)
+        + b"\x04"
+        + fingerprint
+        + len(codes).to_bytes(4, "big")
+        + codes
+        for name, side, fingerprint, codes in [
+            (b"a", b"\0\0\0\x10", b"f" * 32, b"c" * 64),
+            (b"b", b"\0\0\0\x20", b"g" * 32, b"d" * 64),
+        ]
+    )
+    assert model_id(base) == int(hashlib.sha256(text).hexdigest()[:4], 16)
+
+
+def header_only(codec: Codec, **fields: int) -> bytes:
+    header = bitstream.Header(model_id=codec.model_id, height=64, width=64, **fields)
+    symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
+    return bitstream.prefix(header) + reference_rans.encode(0x5555, symbols)
+
+
+def test_unusable_fields_have_their_own_messages(codec: Codec) -> None:
+    with pytest.raises(BitstreamError, match="rate 9, but model 'random' has rates 0 to 1"):
+        codec.decode([header_only(codec, rate=9)])
+    with pytest.raises(BitstreamError, match="only its first 2 stages"):
+        codec.decode([header_only(codec, stages_sent=2)])
+    (data,) = codec.compress([photo(64, 64)])
+    with pytest.raises(BitstreamError, match="64x64 = 4096 pixels, more than the limit of 4095"):
+        codec.decompress([data], max_pixels=4095)
+
+
+def test_wrong_arguments_are_refused(codec: Codec, random_model: Path) -> None:
+    image = photo(40, 40)
+    grid = np.zeros((3, 3), dtype=np.int32)
+    for match, call in [
+        ("unknown rate 'r9'.*fine, coarse", lambda: codec.compress([image], rate="r9")),
+        ("unknown schedule 'x'", lambda: codec.compress([image], schedule="x")),
+        ("captions must be a list of 1", lambda: codec.compress([image], captions=[])),
+        ("captions must be a list of 1", lambda: codec.compress([image], captions="a")),
+        ("limit of 100", lambda: codec.compress([image], max_pixels=100)),
+        ("1 to 1000, not 0", lambda: codec.decompress([], steps=0)),
+        ("guidance must be", lambda: codec.decompress([], guidance=-1.0)),
+        ("seed must be", lambda: codec.decompress([], seed=-1)),
+        ("has integers", lambda: codec.pack([grid], [(64, 48)])),
+        ("has integers", lambda: codec.pack([grid.astype(float)], [(48, 48)])),
+        ("range from 0 to 64", lambda: codec.pack([grid + 64 * np.eye(3, dtype=int)], [(48, 48)])),
+        ("0 sizes for 1", lambda: codec.pack([grid], [])),
+        ("unknown device", lambda: Codec.from_pretrained(random_model, "abacus")),
+        ("no model 'nix'", lambda: Codec.from_pretrained("nix")),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_nothing_in_nothing_out(codec: Codec) -> None:
+    assert codec.compress([]) == []
+    assert codec.decompress([]) == []

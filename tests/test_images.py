@@ -1,0 +1,211 @@
+"""Pictures of all kinds become the sRGB pixels that a viewer shows; padding; writing."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from percov2.images import (
+    ImageWarning,
+    pad,
+    read_image,
+    reflected,
+    to_rgb,
+    write_bytes,
+    write_image,
+)
+
+
+def quiet(image: Image.Image) -> np.ndarray:
+    """to_rgb where nothing may be warned about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = to_rgb(image)
+    assert result.dtype == np.uint8
+    assert result.shape == (image.height, image.width, 3) or image.getexif()
+    return result
+
+
+def stored(image: Image.Image, form: str, **options: object) -> Image.Image:
+    stream = io.BytesIO()
+    image.save(stream, format=form, **options)  # type: ignore[arg-type]
+    return Image.open(io.BytesIO(stream.getvalue()))
+
+
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "HSV", "YCbCr", "CMYK", "LA", "RGBA", "PA"])
+def test_plain_modes_look_as_pillow_shows_them(mode: str) -> None:
+    image = Image.fromarray(np.stack([RAMP, RAMP.T, 255 - RAMP], -1)).convert(mode)
+    np.testing.assert_array_equal(quiet(image), np.asarray(image.convert("RGB")))
+
+
+def test_sixteen_bits_are_rounded_not_cut() -> None:
+    values = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], dtype=np.uint16)
+    expected = [0, 0, 1, 1, 128, 254, 255, 255]
+    png = stored(Image.fromarray(values), "PNG")
+    assert png.mode == "I;16"
+    assert quiet(png)[0, :, 0].tolist() == expected
+    assert quiet(Image.fromarray(values.astype(np.int32)))[0, :, 1].tolist() == expected
+    assert quiet(stored(Image.fromarray(values), "TIFF"))[0, :, 2].tolist() == expected
+    with pytest.raises(ValueError, match="-1 to 70000"):
+        to_rgb(Image.fromarray(np.array([[-1, 70000]], dtype=np.int32)))
+
+
+def test_floating_point_pictures_are_zero_to_one() -> None:
+    image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
+    assert quiet(image)[0, :, 0].tolist() == [0, 128, 255]
+    for bad in (1.5, np.nan):
+        with pytest.raises(ValueError, match="from 0 to 1"):
+            to_rgb(Image.fromarray(np.array([[bad]], dtype=np.float32)))
+
+
+def test_transparency_is_flattened_on_white_and_said() -> None:
+    rgba = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    rgba.putpixel((1, 0), (0, 0, 0, 51))
+    grey_alpha = Image.new("LA", (2, 1), (0, 0))
+    palette = Image.new("P", (2, 1), 1)
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((1, 0), 0)
+    palette = stored(palette, "PNG", transparency=0)
+    keyed = stored(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    for image, expected in [
+        (rgba, [[200, 0, 0], [204, 204, 204]]),
+        (grey_alpha, [[255, 255, 255]] * 2),
+        (palette, [[10, 20, 30], [255, 255, 255]]),
+        (keyed, [[255, 255, 255]]),
+    ]:
+        with pytest.warns(ImageWarning, match="flattened on white"):
+            assert to_rgb(image)[0].tolist() == expected
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14
+    upright = {
+        1: pixels,
+        2: pixels[:, ::-1],
+        3: pixels[::-1, ::-1],
+        4: pixels[::-1],
+        5: pixels.transpose(1, 0, 2),
+        6: pixels.transpose(1, 0, 2)[:, ::-1],
+        7: pixels.transpose(1, 0, 2)[::-1, ::-1],
+        8: pixels.transpose(1, 0, 2)[::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = stored(Image.fromarray(pixels), "PNG", exif=exif)
+    np.testing.assert_array_equal(quiet(image), upright)
+
+
+def wide_gamut_profile() -> bytes:
+    """sRGB's profile with red and green swapped: conversion must swap the channels."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(data[128:132], "big")
+    tags = {bytes(data[132 + 12 * i : 136 + 12 * i]): 132 + 12 * i for i in range(count)}
+    red, green = tags[b"rXYZ"], tags[b"gXYZ"]
+    data[red : red + 4], data[green : green + 4] = b"gXYZ", b"rXYZ"
+    return bytes(data)
+
+
+def test_profiles_are_converted_to_srgb() -> None:
+    image = Image.new("RGB", (1, 1), (200, 100, 50))
+    tagged = stored(image, "PNG", icc_profile=wide_gamut_profile())
+    assert np.abs(quiet(tagged)[0, 0].astype(int) - [100, 200, 50]).max() <= 2
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    same = stored(image, "PNG", icc_profile=srgb)
+    assert np.abs(quiet(same)[0, 0].astype(int) - [200, 100, 50]).max() <= 1
+    transparent = stored(image.convert("RGBA"), "PNG", icc_profile=wide_gamut_profile())
+    assert np.abs(quiet(transparent)[0, 0].astype(int) - [100, 200, 50]).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [b"no profile", b"\0" * 200])
+def test_damaged_profiles_are_ignored_and_said(profile: bytes) -> None:
+    image = stored(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG", icc_profile=profile)
+    with pytest.warns(ImageWarning, match="colour profile"):
+        assert to_rgb(image)[0, 0].tolist() == [9, 8, 7]
+
+
+def test_profile_of_another_colour_space_is_ignored_and_said() -> None:
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = Image.new("CMYK", (1, 1), (0, 255, 255, 0))
+    image.info["icc_profile"] = srgb
+    with pytest.warns(ImageWarning, match="RGB profile in a CMYK picture"):
+        assert to_rgb(image)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
+        stream, format="PNG"
+    )
+    path = tmp_path / "cut.png"
+    path.write_bytes(stream.getvalue()[:3000])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        read_image(path)
+    path.write_text("not a picture")
+    with pytest.raises(ValueError, match="not a picture"):
+        read_image(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="not a picture"):
+        read_image(path)
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "none.png")
+
+
+def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.png"
+    Image.new("1", (9000, 9000)).save(path)
+    with pytest.raises(ValueError, match="9000x9000 = 81000000 pixels, more than the limit"):
+        read_image(path)
+    Image.new("1", (70000, 1)).save(path)
+    with pytest.raises(ValueError, match="a side has at most"):
+        read_image(path)
+    Image.new("1", (200, 200)).save(path)
+    with pytest.raises(ValueError, match="limit of 100"):
+        read_image(path, max_pixels=100)
+
+
+@given(length=st.integers(1, 20), extra=st.integers(0, 70))
+def test_reflection_equals_numpys(length: int, extra: int) -> None:
+    signal = np.arange(length)
+    mode = "reflect" if length > 1 else "edge"
+    expected = np.pad(signal, (0, extra), mode)
+    np.testing.assert_array_equal(signal[reflected(length, length + extra)], expected)
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40), side=st.sampled_from([1, 16, 64]))
+def test_padding_keeps_the_picture_and_fills_whole_tokens(
+    height: int, width: int, side: int
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    padded = pad(pixels, side)
+    assert padded.shape == (-(-height // side) * side, -(-width // side) * side, 3)
+    np.testing.assert_array_equal(padded[:height, :width], pixels)
+
+
+def test_written_files_appear_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.png"
+    write_image(Image.new("RGB", (2, 2), "red"), path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"no picture format for the ending '\.xyz'"):
+        write_image(Image.new("RGB", (2, 2)), tmp_path / "out.xyz")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_bytes(path, b"new")
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out.png"]

@@ -1,0 +1,155 @@
+"""Metrics against the formulas and known values; baselines; reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from percov2 import Codec
+from percov2.evaluation import metrics, report
+from percov2.evaluation.baselines import BASELINES, available, encode_within
+from percov2.evaluation.metrics import METRICS, measure
+from percov2.evaluation.perceptual import INSTALL_HINT, MetricWeightsMissing
+
+
+def noise(side: int = 176, seed: int = 0, sigma: float = 20) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side]
+    base = np.stack([128 + 60 * np.sin(x / 9), 128 + 60 * np.cos(y / 13), (x + y) / 2], -1)
+    original = base.clip(0, 255).astype(np.uint8)
+    restored = (base + rng.normal(0, sigma, base.shape)).clip(0, 255).astype(np.uint8)
+    return original, restored
+
+
+def test_psnr_is_the_formula() -> None:
+    original = np.zeros((2, 2, 3), dtype=np.uint8)
+    restored = original.copy()
+    restored[0, 0, 0] = 255
+    assert metrics.psnr(original, restored) == pytest.approx(10 * math.log10(12))
+    assert metrics.psnr(restored, original) == pytest.approx(10 * math.log10(12))
+
+
+def test_more_noise_is_worse_in_every_metric() -> None:
+    weak, _ = measure(*noise(sigma=5))
+    strong, _ = measure(*noise(sigma=60))
+    assert weak["psnr"] is not None
+    for name in METRICS:
+        if weak[name] is None:
+            continue  # weights that are not installed
+        better = (
+            weak[name] > strong[name]
+            if name in metrics.HIGHER_IS_BETTER
+            else weak[name] < strong[name]
+        )
+        assert better, name
+
+
+def test_equal_pictures_are_perfect() -> None:
+    original, _ = noise()
+    values, notes = measure(original, original)
+    assert values["psnr"] is None
+    assert any("infinite" in note for note in notes)
+    for name, best in [("ms_ssim", 1.0), ("lpips_alex", 0.0), ("lpips_vgg", 0.0), ("dists", 0.0)]:
+        if values[name] is not None:
+            assert values[name] == pytest.approx(best, abs=1e-5)
+
+
+def test_small_pictures_have_no_value_and_a_note() -> None:
+    original, restored = noise(side=31)
+    values, notes = measure(original, restored)
+    assert values["psnr"] is not None
+    assert [values[n] for n in METRICS[1:]] == [None] * 4
+    assert len(notes) == 4
+    assert any("176 pixels" in note for note in notes)
+    assert measure(*noise(side=175), ["ms_ssim"])[0]["ms_ssim"] is None
+    if importlib.util.find_spec("torchmetrics"):
+        assert measure(*noise(side=176), ["ms_ssim"])[0]["ms_ssim"] is not None
+
+
+def test_missing_weights_give_null_and_the_way_to_get_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> None:
+        raise MetricWeightsMissing("not installed")
+
+    monkeypatch.setattr(metrics, "_load_network", missing)
+    values, notes = measure(*noise(), ["lpips_alex", "dists"])
+    assert values == {"lpips_alex": None, "dists": None}
+    assert all(INSTALL_HINT in note for note in notes)
+
+
+def test_wrong_pictures_are_refused() -> None:
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    for wrong, name, match in [
+        (pixels.astype(float), "psnr", "uint8"),
+        (pixels[:, :, :2], "psnr", "uint8"),
+        (pixels[:3], "psnr", "cannot match"),
+        (pixels, "ssim", "unknown metric 'ssim'"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            measure(pixels, wrong, [name])
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines_keep_to_their_bytes_and_prefer_more(name: str) -> None:
+    if not available(name):
+        pytest.skip(f"this Pillow has no {name}")
+    image = Image.fromarray(noise(side=128, sigma=10)[0])
+    scores = []
+    for size in (900, 3000):
+        attempt = encode_within(name, image, size)
+        assert attempt is not None
+        assert attempt.size <= size
+        assert attempt.restored.size == image.size
+        scores.append(metrics.psnr(np.asarray(image), np.asarray(attempt.restored)))
+    assert scores[1] >= scores[0] > 12
+    assert encode_within(name, image, 10) is None
+
+
+def test_a_report_holds_what_it_says(codec: Codec, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, side in enumerate((48, 64)):
+        Image.fromarray(noise(side=side, seed=i)[1]).save(photos / f"{i}.png")
+    (photos / "notes.txt").write_text("no picture")
+    out = tmp_path / "out"
+    result = report.evaluate(codec, photos, out, report.Setting(steps=1), ["jpeg"], progress=False)
+    assert json.loads((out / "report.json").read_text()) == result
+    assert [record["image"] for record in result["images"]] == ["0.png", "1.png"]
+    for record, stem in zip(result["images"], "01", strict=True):
+        data = (out / f"{stem}.pcv2").read_bytes()
+        assert record["bytes"] == len(data)
+        with Image.open(photos / record["image"]) as picture:
+            assert record["bpp"] == 8 * len(data) / (picture.width * picture.height)
+        restored = np.asarray(codec.decompress([data], steps=1)[0])
+        with Image.open(out / f"{stem}.png") as written:
+            np.testing.assert_array_equal(np.asarray(written), restored)
+        assert (out / f"{stem}_compare.png").is_file()
+    mean = result["mean"]
+    assert mean["psnr"] == pytest.approx(np.mean([r["psnr"] for r in result["images"]]))
+    assert mean["ms_ssim"] is None
+    assert result["steps"] == 1
+    page = (out / "report.md").read_text()
+    assert f"| **mean** | {mean['bytes']:.0f} |" in page
+    assert "![0](0_compare.png)" in page
+
+
+def test_reports_need_pictures_with_names_of_their_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no picture in"):
+        report.pictures_in(tmp_path)
+    with pytest.raises(ValueError, match="'a' too"):
+        report.unique_stems([Path("x/a.png"), Path("y/a.jpg")])
+
+
+def test_pictures_stand_side_by_side() -> None:
+    page = report.side_by_side([Image.new("RGB", (3, 2), "red"), Image.new("RGB", (4, 2), "blue")])
+    assert page.size == (15, 2)
+    assert page.getpixel((2, 1)) == (255, 0, 0)
+    assert page.getpixel((5, 0)) == (255, 255, 255)
+    assert page.getpixel((11, 0)) == (0, 0, 255)
