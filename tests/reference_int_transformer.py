@@ -1,4 +1,4 @@
-"""The integer token transformer, slow and obvious: one entry at a time, Python integers, int64.
+"""The integer token transformer, slow and obvious: one entry at a time, in Python integers.
 
 Written from docs/entropy-model.md, sharing no code with percov2.entropy: tensors
 come in as numpy arrays by name, as they are stored in model.safetensors.
@@ -10,65 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from reference_intmath import attention_mean, layer_norm, requantize, softmax_weight
+
 NEVER = 10**9
-
-
-def requantize(acc: int, multiplier: int, shift: int, low: int, high: int) -> int:
-    assert abs(acc) < 2**24
-    assert 1 <= multiplier <= 127
-    assert 1 <= shift <= 24
-    product = acc * multiplier + (1 << (shift - 1))
-    assert abs(product) < 2**31
-    return max(low, min(high, product >> shift))  # Python's shift is arithmetic
 
 
 def linear(x: list[int], tensors: dict[str, Any], name: str, low: int, high: int) -> list[int]:
     weight = tensors[f"{name}.weight"].astype(np.int64)
     acc = weight @ np.array(x, dtype=np.int64) + tensors[f"{name}.bias"]
+    assert np.abs(acc).max() < 2**24
     scale = zip(tensors[f"{name}.multiplier"], tensors[f"{name}.shift"], strict=True)
     return [
         requantize(int(a), int(m), int(k), low, high) for a, (m, k) in zip(acc, scale, strict=True)
     ]
-
-
-def integer_sqrt(value: int) -> int:
-    low, high = 0, 1
-    while high * high <= value:
-        high *= 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if middle * middle <= value else (low, middle)
-    return low
-
-
-def layer_norm(residual: list[int], gain: list[int]) -> list[int]:
-    d = len(residual)
-    mean = (sum(residual) + 2**20 * d + d // 2) // d - 2**20
-    y = [r - mean for r in residual]
-    root = integer_sqrt(sum(v * v for v in y) * 256 // d) + 1
-    result = []
-    for v, a in zip(y, gain, strict=True):
-        numerator = v * int(a) + root * 4096 + root // 2
-        assert numerator >= 0
-        result.append(max(-127, min(127, numerator // root - 4096)))
-    return result
-
-
-def softmax_weight(distance: int) -> int:
-    """round(126.61 * 2^(-d / 16)) from integers: the root of order 16 of a rational number."""
-    if distance >= 128:
-        return 0
-    weight = 0
-    # weight + 1/2 <= 126.61 * 2^(-d/16)  <=>  (200 weight + 100)^16 * 2^d <= 25322^16
-    while (200 * weight + 100) ** 16 * 2**distance <= 25322**16:
-        weight += 1
-    return weight
-
-
-def attention_mean(weighted: int, total: int, gain_bits: int) -> int:
-    numerator = (weighted << gain_bits) + (total << (7 + gain_bits)) + total // 2
-    assert 0 <= numerator < 2**31
-    return max(-127, min(127, numerator // total - (128 << gain_bits)))
 
 
 def visible(reader: dict[str, Any], key: dict[str, Any]) -> bool:
