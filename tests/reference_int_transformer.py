@@ -81,7 +81,7 @@ def attend(
     gain_bits = int(tensors[f"{prefix}.attention.gain_bits"][0])
     projected = []
     for entry in entries:
-        x = layer_norm(entry["r"], tensors[f"{prefix}.attention_norm.gain"])
+        x = layer_norm(entry["r"], tensors[f"{prefix}.attention_norm.gain"].tolist())
         q = linear(x, tensors, f"{prefix}.q", -127, 127)
         projected.append(q + linear(x, tensors, f"{prefix}.kv", -127, 127))
     keys = [j for j, e in enumerate(entries) if e["key_stage"] != NEVER]
@@ -122,7 +122,7 @@ def logits(
         for entry, output in zip(entries, attended, strict=True):
             update = linear(output, tensors, f"{prefix}.out", -limit, limit)
             r = [max(-limit, min(limit, a + b)) for a, b in zip(entry["r"], update, strict=True)]
-            x = layer_norm(r, tensors[f"{prefix}.mlp_norm.gain"])
+            x = layer_norm(r, tensors[f"{prefix}.mlp_norm.gain"].tolist())
             hidden = linear(x, tensors, f"{prefix}.up", -127, 127)
             active = [int(tensors[f"{prefix}.gelu"][v + 128]) for v in hidden]
             update = linear(active, tensors, f"{prefix}.down", -limit, limit)
@@ -131,6 +131,6 @@ def logits(
     order = sorted(range(tokens.size), key=lambda i: (int(stages.flat[i]), i))
     rows = []
     for i in order:
-        x = layer_norm(queries[i]["r"], tensors["head_norm.gain"])
+        x = layer_norm(queries[i]["r"], tensors["head_norm.gain"].tolist())
         rows.append(linear(x, tensors, "head", -(2**15), 2**15 - 1))
     return np.array(rows, dtype=np.int16)
