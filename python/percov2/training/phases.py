@@ -18,6 +18,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "codec_run": {"type": Path, "required": True, "help": "out of `train codec`"},
     "model": {"type": Path, "required": True, "help": "model folder"},
     "rate": {"help": "rate of the model (default: its default)"},
+    "precision": {
+        "choices": ["no", "bf16"],
+        "default": "no",
+        "help": "bf16 halves the time; a few tokens near a tie may differ from the codec's",
+    },
     "entropy": {"type": Path, "help": "out of `train entropy`"},
 }
 PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -27,7 +32,10 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Train hyper-encoder, quantizer and flow together.",
         ("config", "data", "autoencoder_run", "out", "minutes"),
     ),
-    "tokens": ("Make the token maps for `train entropy`.", ("model", "data", "out", "rate")),
+    "tokens": (
+        "Make the token maps for `train entropy`.",
+        ("model", "data", "out", "rate", "precision"),
+    ),
     "entropy": (
         "Train the entropy model on token maps and export its integer form.",
         ("config", "data", "out", "minutes"),
