@@ -19,7 +19,7 @@ from percov2.models.text_encoder import HashedTextEncoder
 RATES = (Rate("fine", 16, 64), Rate("coarse", 32, 300))
 
 
-def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES) -> Path:
+def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES, layers: int = 2) -> Path:
     """Write a random model, by default with two rates of unlike codebooks; returns the folder."""
     torch.manual_seed(seed)
     config = ModelConfig("random", rates, rates[0].name, steps=2, guidance=1.5, window=16)
@@ -52,7 +52,7 @@ def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES) -> Path:
         quantizer = VectorQuantizer(16, rate.codebook_size, 8, 8)
         save_component(quantizer, home / "quantizer", "float32")
         sizes = TransformerConfig(
-            rate.codebook_size, dim=16, heads=2, head_dim=8, layers=2, hidden=32
+            rate.codebook_size, dim=16, heads=2, head_dim=8, layers=layers, hidden=32
         )
         IntTransformer.random(sizes, seed + i).save(home / "entropy")
     return folder

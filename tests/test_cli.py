@@ -95,6 +95,28 @@ def test_info_accounts_for_every_byte(
     assert "sha256" not in record
 
 
+def test_info_names_the_embedded_model_of_a_file(
+    file: Path,
+    codec: Codec,
+    random_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    embedded = tmp_path / "pretrained" / "some"
+    embedded.mkdir(parents=True)
+    (embedded / "config.json").write_bytes((random_model / "config.json").read_bytes())
+    monkeypatch.setattr(cli, "EMBEDDED", embedded.parent)
+    for model_id, expected in [
+        (codec.model_id, ("random", "fine")),
+        (codec.model_id ^ 1, (None, None)),
+    ]:
+        (embedded / "model_id").write_text(f"{model_id:04x}\n")
+        assert run("info", file, "--json") == 0
+        record = json.loads(capsys.readouterr().out)
+        assert (record["model"], record["rate"]) == expected
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_verify_prints_the_hash_of_the_tokens(
     schedule: str,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_FILE_BYTES = 1 << 26
 """No image within the largest pixel limit needs a longer ``.pcv2`` file."""
+EMBEDDED = Path(__file__).parent / "pretrained"
 
 
 class Fault(Exception):
@@ -285,9 +286,8 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
 
 
 def _embedded_model(model_id: int) -> tuple[str | None, list[str]]:
-    """Name and rate names of the embedded model with an id, by the ``model_id`` file beside its
-    config; (None, []) if there is none."""
-    for path in (Path(__file__).parent / "pretrained").glob("*/model_id"):
+    """Name and rates of the embedded model whose ``model_id`` file says so; else (None, [])."""
+    for path in EMBEDDED.glob("*/model_id"):
         if path.read_text(encoding="ascii").strip() == f"{model_id:04x}":
             config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
             return config["name"], [rate["name"] for rate in config["rates"]]
@@ -327,9 +327,9 @@ def roundtrip(arguments: argparse.Namespace) -> None:
     setting = _setting(arguments)
     with about(f"model {arguments.model}"):
         report.warm_up(codec, setting)
+    records, notes = [], []
     with about(arguments.out):
         arguments.out.mkdir(parents=True, exist_ok=True)
-    records, notes = [], []
     for path, stem in zip(arguments.inputs, stems, strict=True):
         with about(path):
             trip = report.round_trip(codec, path, setting)
@@ -376,8 +376,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 def _add_train(commands: Any) -> None:
     from percov2.training import phases
 
-    help_ = "Train a model, phase by phase."
-    train_parser = commands.add_parser("train", help=help_, description=help_)
+    train_parser = commands.add_parser("train", help="Train a model, phase by phase.")
     added = train_parser.add_subparsers(dest="phase", required=True, metavar="PHASE")
     for phase, (text, options) in phases.PHASES.items():
         phase_parser = added.add_parser(phase, help=text, description=text)
