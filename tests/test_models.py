@@ -230,6 +230,15 @@ def test_storage_refuses_what_does_not_fit(tmp_path: Path) -> None:
         load_component(PatchAutoencoder, tmp_path)
 
 
+def test_weights_loaded_in_inference_mode_can_be_changed(tmp_path: Path) -> None:
+    save_component(HyperEncoder(channels=8, hyper_channels=8), tmp_path, "float16")
+    with torch.inference_mode():
+        model = load_component(HyperEncoder, tmp_path)
+    with torch.no_grad():
+        next(model.parameters()).zero_()
+    assert float(next(model.parameters()).abs().sum()) == 0.0
+
+
 def test_text_encoder_is_a_function_of_words() -> None:
     encoder = HashedTextEncoder(buckets=64, dim=8, length=4)
     sequence, pooled = encoder(["A red door", "a RED, door!", "", "one two three four five six"])

@@ -56,6 +56,9 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+# Networks are loaded when first needed, often inside inference mode; their weights must stay
+# ordinary tensors that can be changed and trained.
+@torch.inference_mode(False)
 def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> Component:
     """Load a component written by :func:`save_component`, as float32, in evaluation mode.
 
