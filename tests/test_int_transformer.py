@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference_int_transformer as reference
-from percov2.entropy import schedule
+from percov2.entropy import cpu_layers, int_transformer, intmath, rans, schedule
 from percov2.entropy.entries import (
     content_entries,
     join,
@@ -21,16 +21,22 @@ from percov2.entropy.entries import (
     start_entries,
     visible,
 )
-from percov2.entropy.int_transformer import IntTransformer, check_tensors, tensor_layout
+from percov2.entropy.int_transformer import (
+    EXECUTORS,
+    IntTransformer,
+    check_tensors,
+    random_tensors,
+    tensor_layout,
+)
 from percov2.entropy.stage_pass import StagedDecoder, one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
 
 SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=2, hidden=40)
 
 
-@pytest.fixture(scope="module")
-def model() -> IntTransformer:
-    return IntTransformer.random(SMALL, seed=3)
+@pytest.fixture(scope="module", params=EXECUTORS)
+def model(request: pytest.FixtureRequest) -> IntTransformer:
+    return IntTransformer.random(SMALL, seed=3, executor=request.param)
 
 
 def random_tokens(batch: int, height: int, width: int, size: int = 16) -> torch.Tensor:
@@ -88,6 +94,73 @@ def test_staged_logits_equal_one_pass_at_768x512():
         assert torch.equal(
             staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages)
         )
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 8), (2, 32), (2, 40), (1, 64)])
+def test_executors_agree(heads, head_dim):
+    config = TransformerConfig(
+        codebook_size=50, dim=40, heads=heads, head_dim=head_dim, layers=2, hidden=72
+    )
+    tensors = random_tensors(config, head_dim)
+    tensors["layers.0.attention.shift"].fill_(5)  # scores at the ends of their range
+    tensors["layers.1.attention.gain_bits"].fill_(5)
+    tokens = random_tokens(2, 37, 52, 50)
+    for name in ("qlds5", "var"):
+        stages = schedule.stages(name, 37, 52)
+        logits = [
+            one_pass_logits(IntTransformer(config, tensors, executor=executor), tokens, stages)
+            for executor in EXECUTORS
+        ]
+        assert torch.equal(*logits)
+        assert len(logits[0].unique()) > 1000
+
+
+def test_compiled_weights_equal_the_table():
+    distances = np.arange(2**16, dtype=np.int32)
+    weights = rans.attention_weights(distances)
+    assert weights[:128].tolist() == list(intmath.WEIGHT_TABLE)
+    assert not weights[128:].any()
+    assert rans.attention_weights(np.array([2**31 - 1, 0], dtype=np.int32)).tolist() == [0, 127]
+
+
+def test_compiled_layers_refuse_wrong_arrays():
+    layer = cpu_layers.Layer(SMALL, random_tensors(SMALL, 1), 0)
+    keys = start_entries()
+    plan = cpu_layers.plan(keys, keys, torch.device("cpu"))
+    residual = torch.zeros(1, 3, 24, dtype=torch.int32)
+    k, v = layer.keys_values(residual)
+    assert layer.advance(residual, k, v, plan).shape == residual.shape
+    with pytest.raises(ValueError, match="there are 3 keys but k holds 2"):
+        layer.advance(residual, k[:, :2], v[:, :2], plan)
+    with pytest.raises(ValueError, match="readers has 3 elements"):
+        layer.advance(residual[:, :2], k, v, plan)
+    with pytest.raises(ValueError, match="last axis"):
+        layer.keys_values(torch.zeros(1, 3, 23, dtype=torch.int32))
+    grid = content_entries(np.ones(3, np.int32), np.arange(3), 3)
+    with pytest.raises(ValueError, match="must be start entries"):
+        layer.advance(residual, k, v, cpu_layers.plan(grid, grid, torch.device("cpu")))
+    with pytest.raises(ValueError, match="cannot run on meta"):
+        cpu_layers.plan(keys, keys, torch.device("meta"))
+    tensors = random_tensors(SMALL, 1)
+    del tensors["layers.0.gelu"]
+    with pytest.raises(ValueError, match="has no gelu"):
+        cpu_layers.Layer(SMALL, tensors, 0)
+
+
+def test_a_wrong_executor_is_refused():
+    with pytest.raises(ValueError, match="executor is 'gpu'"):
+        IntTransformer.random(SMALL, seed=3, executor="gpu")
+
+
+def test_an_executor_that_disagrees_is_refused(monkeypatch):
+    exact = cpu_layers.Head.logits
+    monkeypatch.setattr(cpu_layers.Head, "logits", lambda self, r: exact(self, r) + 1)
+    int_transformer._executor.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="'cpu' does not compute"):
+            IntTransformer.random(SMALL, seed=3, executor="cpu")
+    finally:
+        int_transformer._executor.cache_clear()
 
 
 def test_batch_and_threads_do_not_matter(model):

@@ -1,16 +1,19 @@
-"""The integer token transformer: parameters, checks, files, and the layers in exact torch.
+"""The integer token transformer: parameters, their ranges, files and payloads.
 
 docs/entropy-model.md defines the program; percov2.entropy.transformer holds the float form that is
-trained and exported to this one. Passes over entries (one for encoding, one per stage for
-decoding) are in percov2.entropy.stage_pass.
+trained and exported to this one. Its layers are in torch_layers (the oracle, any device) and
+cpu_layers (C++), passes over entries (one for encoding, one per stage for decoding) in stage_pass.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +23,16 @@ from percov2.entropy.entries import (
     SIXTEENTHS,
     SIZE_CLASSES,
     START_ENTRIES,
-    Block,
+    Entries,
+    content_entries,
+    join,
     sixteenths,
     size_class,
+    start_entries,
 )
 from percov2.entropy.transformer_config import TransformerConfig
 
-_ROWS_AT_ONCE = 1024
-"""Rows that go through a layer together, so that what is between two products stays in cache."""
+EXECUTORS = ("cpu", "torch")
 
 
 def _linear_shapes(name: str, outputs: int, terms: int) -> dict[str, tuple[torch.dtype, tuple]]:
@@ -111,90 +116,32 @@ def check_tensors(config: TransformerConfig, tensors: dict[str, Tensor]) -> None
             _check_range(f"the largest sum of {name[:-5]}", reach, 0, intmath.ACC_LIMIT - 1)
 
 
-class _Linear:
-    """One quantized linear map: float32 weights for the exact product, int32 requantization."""
+@cache
+def _executor(name: str) -> Any:
+    """The module of an executor, proven to agree with torch on this machine.
 
-    def __init__(self, tensors: dict[str, Tensor], name: str, low: int, high: int) -> None:
-        self._weight = tensors[f"{name}.weight"].to(torch.float32)
-        self._bias = tensors[f"{name}.bias"].to(torch.float32)
-        self._multiplier = tensors[f"{name}.multiplier"].to(torch.int32)
-        self._shift = tensors[f"{name}.shift"].to(torch.int32)
-        self._low, self._high = low, high
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """float32 integers [n, K] -> int32 [n, outputs] in [low, high]."""
-        acc = intmath.linear(x, self._weight, self._bias)
-        return intmath.requantize(acc, self._multiplier, self._shift, self._low, self._high)
-
-
-class IntLayer:
-    """One layer of the program: attention, then feed-forward, each added to the residual."""
-
-    def __init__(self, config: TransformerConfig, tensors: dict[str, Tensor], index: int) -> None:
-        prefix = f"layers.{index}"
-        small, large = intmath.INT8_LIMIT, intmath.RESIDUAL_LIMIT
-        self._heads, self._head_dim = config.heads, config.head_dim
-        self._attention_gain = tensors[f"{prefix}.attention_norm.gain"].to(torch.int32)
-        self._q = _Linear(tensors, f"{prefix}.q", -small, small)
-        self._kv = _Linear(tensors, f"{prefix}.kv", -small, small)
-        # Score = floor(q.k * 2^-shift + 1/2) + bias; the half is added here once and for all.
-        bias = tensors[f"{prefix}.attention.bias"].to(torch.float32) + 0.5
-        hidden = bias.new_full((config.heads, 1), float(intmath.HIDDEN_SCORE))
-        self._bias = torch.cat([bias, hidden], 1)
-        shift = tensors[f"{prefix}.attention.shift"].to(torch.float32)
-        self._score_scale = torch.exp2(-shift)[:, None, None]
-        self._gain_bits = int(tensors[f"{prefix}.attention.gain_bits"])
-        self._out = _Linear(tensors, f"{prefix}.out", -large, large)
-        self._mlp_gain = tensors[f"{prefix}.mlp_norm.gain"].to(torch.int32)
-        self._up = _Linear(tensors, f"{prefix}.up", -small, small)
-        self._gelu = tensors[f"{prefix}.gelu"].to(torch.float32)
-        self._down = _Linear(tensors, f"{prefix}.down", -large, large)
-
-    def _project(self, residual: Tensor, linear: _Linear) -> Tensor:
-        """Residual int32 [B, E, dim] -> int8 [B, E, parts, heads, head_dim]."""
-        rows = residual.reshape(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
-        parts = [
-            linear(intmath.layer_norm(part, self._attention_gain)).to(torch.int8) for part in rows
-        ]
-        return torch.cat(parts).view(*residual.shape[:2], -1, self._heads, self._head_dim)
-
-    def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual int32 [B, K, dim] -> k, v int8 [B, K, heads, head_dim]."""
-        k, v = self._project(contents, self._kv).unbind(2)
-        return k, v
-
-    def advance(self, residual: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> None:
-        """Apply the layer to the residual int32 [B, E, dim] of some readers, in place.
-
-        k, v: int8 [B, K, heads, head_dim], what they may see; blocks: ``plan_blocks`` of readers
-        and keys.
-        """
-        q = self._project(residual, self._q).squeeze(2)
-        inputs = self._attend(q, k, v, blocks).view(-1, self._heads * self._head_dim)
-        rows = residual.view(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
-        for part, x in zip(rows, inputs.split(_ROWS_AT_ONCE), strict=True):
-            intmath.residual_add(part, self._out(x.to(torch.float32)))
-            hidden = self._up(intmath.layer_norm(part, self._mlp_gain))
-            intmath.residual_add(part, self._down(intmath.lookup(hidden, self._gelu)))
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, blocks: Sequence[Block]) -> Tensor:
-        """Attention: q int8 [B, E, heads, head_dim] -> int8 of the same shape, contiguous."""
-        result = torch.empty_like(q)
-        for block in blocks:
-            shape = (self._heads, len(block.readers), len(block.keys))
-            bias = self._bias.index_select(1, block.relative()).view(shape)
-            for b in range(q.shape[0]):
-                query = q[b].index_select(0, block.readers).to(torch.float32).transpose(0, 1)
-                key = k[b].index_select(0, block.keys).to(torch.float32).permute(1, 2, 0)
-                # |q.k| <= 64 * 127^2 < 2^20 and shift <= 12: exact, and so is the sum with bias.
-                scores = torch.bmm(query * self._score_scale, key).add_(bias)
-                weights = intmath.softmax_weights_(scores)
-                value = v[b].index_select(0, block.keys).to(torch.float32).transpose(0, 1)
-                mean = intmath.attention_mean(
-                    torch.bmm(weights, value), weights.sum(-1, keepdim=True), self._gain_bits
-                )
-                result[b].index_copy_(0, block.readers, mean.transpose(0, 1).to(torch.int8))
-        return result
+    Raises RuntimeError if it does not.
+    """
+    module = importlib.import_module(f"percov2.entropy.{name}_layers")
+    oracle = importlib.import_module("percov2.entropy.torch_layers")
+    if module is not oracle:
+        config = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
+        tensors = random_tensors(config, 0)
+        grid = content_entries(np.arange(1, 101, dtype=np.int32) % 5 + 1, np.arange(100), 5)
+        keys, cpu = join(start_entries(), grid), torch.device("cpu")
+        span = torch.arange(103 * 48, dtype=torch.int32).view(1, 103, 48) * 7919 % 40009 - 20000
+        results = []
+        for executor in (module, oracle):
+            layer = executor.Layer(config, tensors, 0)
+            k, v = layer.keys_values(span)
+            after = layer.advance(span, k, v, executor.plan(keys, keys, cpu))
+            results.append(executor.Head(config, tensors).logits(after))
+        if not torch.equal(*results):
+            raise RuntimeError(
+                f"the executor {name!r} does not compute what torch computes on this machine: "
+                "the entropy model would give other tokens; use executor='torch'"
+            )
+    return module
 
 
 class IntTransformer:
@@ -204,10 +151,12 @@ class IntTransformer:
         config: its sizes.
         tensors: what ``tensor_layout(config)`` lists.
         device: where it runs.
+        executor: what runs it, "torch" (any device) or "cpu" (C++); by default the faster one.
 
     Raises:
-        ValueError: tensors that do not fit the config or the ranges of the program.
-        RuntimeError: the device does not compute exactly (``intmath.self_test``).
+        ValueError: tensors that do not fit the config or the ranges of the program, or an executor
+            that does not fit the device.
+        RuntimeError: the device or the executor does not compute exactly.
     """
 
     def __init__(
@@ -215,10 +164,14 @@ class IntTransformer:
         config: TransformerConfig,
         tensors: dict[str, Tensor],
         device: torch.device | str = "cpu",
+        executor: str | None = None,
     ) -> None:
         check_tensors(config, tensors)
         self.config = config
         self.device = torch.device(device)
+        self.executor = executor or ("cpu" if self.device.type == "cpu" else "torch")
+        if self.executor not in EXECUTORS:
+            raise ValueError(f"executor is {executor!r}; it must be one of {EXECUTORS}")
         self.tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
         }
@@ -229,9 +182,13 @@ class IntTransformer:
             for name, tensor in placed.items()
             if name.startswith("embedding.")
         }
-        self.layers = [IntLayer(config, placed, i) for i in range(config.layers)]
-        self._head_gain = placed["head_norm.gain"].to(torch.int32)
-        self._head = _Linear(placed, "head", intmath.LOGIT_MIN, intmath.LOGIT_MAX)
+        self._module = _executor(self.executor)
+        self.layers = [self._module.Layer(config, placed, i) for i in range(config.layers)]
+        self._head = self._module.Head(config, placed)
+
+    def plan(self, readers: Entries, keys: Entries) -> Any:
+        """What the layers' ``advance`` needs to know about who reads whom."""
+        return self._module.plan(readers, keys, self.device)
 
     def to(self, device: torch.device | str) -> IntTransformer:
         """The same model on another device."""
@@ -250,7 +207,9 @@ class IntTransformer:
         tensor_file.write_tensors(folder / "model.safetensors", self.tensors)
 
     @classmethod
-    def load(cls, folder: Path | str, device: torch.device | str = "cpu") -> IntTransformer:
+    def load(
+        cls, folder: Path | str, device: torch.device | str = "cpu", executor: str | None = None
+    ) -> IntTransformer:
         """Read what ``save`` wrote.
 
         Raises OSError for missing files, ValueError for files that are not an entropy model of
@@ -264,7 +223,8 @@ class IntTransformer:
         if not isinstance(content, dict):
             raise ValueError(f"{folder / 'config.json'} must hold a JSON object")
         config = TransformerConfig.from_dict(content)
-        return cls(config, tensor_file.read_tensors(folder / "model.safetensors"), device)
+        tensors = tensor_file.read_tensors(folder / "model.safetensors")
+        return cls(config, tensors, device, executor)
 
     def start_payload(self, height: int, width: int) -> Tensor:
         """Residual of the start entries of a grid: int32 [3, dim]."""
@@ -290,46 +250,43 @@ class IntTransformer:
 
     def logits(self, residual: Tensor) -> Tensor:
         """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
-        rows = residual.reshape(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
-        parts = [self._head(intmath.layer_norm(part, self._head_gain)) for part in rows]
-        flat = torch.cat([part.to(torch.int16) for part in parts])
-        return flat.view(*residual.shape[:-1], self.config.codebook_size)
+        return self._head.logits(residual)
 
     @classmethod
     def random(
-        cls, config: TransformerConfig, seed: int, device: torch.device | str = "cpu"
+        cls,
+        config: TransformerConfig,
+        seed: int,
+        device: torch.device | str = "cpu",
+        executor: str | None = None,
     ) -> IntTransformer:
         """A model of seeded random integers whose activations fill their ranges: for tests."""
-        generator = torch.Generator().manual_seed(seed)
+        return cls(config, random_tensors(config, seed), device, executor)
 
-        def draw(low: int, high: int, shape: tuple, dtype: torch.dtype) -> Tensor:
-            return torch.randint(low, high + 1, shape, generator=generator).to(dtype)
 
-        tensors: dict[str, Tensor] = {}
-        for name, (dtype, shape) in sorted(tensor_layout(config).items()):
-            if name.startswith("embedding."):
-                tensors[name] = draw(-9000, 9000, shape, dtype)
-            elif name.endswith(".weight"):
-                tensors[name] = draw(-127, 127, shape, dtype)
-            elif name.endswith("attention.bias"):
-                tensors[name] = draw(-100, 40, shape, dtype)
-            elif name.endswith("attention.shift"):
-                tensors[name] = draw(9, 11, shape, dtype)
-            elif name.endswith(".gain_bits"):
-                tensors[name] = draw(1, 2, shape, dtype)
-            elif name.endswith(".gain"):
-                tensors[name] = draw(400, 900, shape, dtype)
-            elif name.endswith(".gelu"):
-                tensors[name] = draw(-127, 127, shape, dtype)
-            elif name.endswith(".bias"):
-                tensors[name] = draw(-9000, 9000, shape, dtype)
-            elif name.endswith(".multiplier"):
-                tensors[name] = draw(64, 127, shape, dtype)
-            else:
-                target = name.removesuffix(".shift")
-                # Activations of size ~60 and weights of ~73 make sums of ~60 * 73 * sqrt(K).
-                shift = {"q": 13, "kv": 13, "up": 13, "out": 8, "down": 8}.get(
-                    target.rpartition(".")[2], 11
-                )
-                tensors[name] = torch.full(shape, shift, dtype=dtype)
-        return cls(config, tensors, device)
+def random_tensors(config: TransformerConfig, seed: int) -> dict[str, Tensor]:
+    """Seeded random integers for ``tensor_layout(config)``."""
+    generator = torch.Generator().manual_seed(seed)
+    # Activations of size ~60 and weights of ~73 make sums of ~60 * 73 * sqrt(K), to be scaled.
+    shifts = {"q": 13, "kv": 13, "up": 13, "out": 8, "down": 8, "head": 11, "attention": 10}
+    ranges = {
+        "embedding": (-9000, 9000),
+        "weight": (-127, 127),
+        "gain_bits": (1, 2),
+        "gain": (400, 900),
+        "gelu": (-127, 127),
+        "multiplier": (64, 127),
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, (dtype, shape) in sorted(tensor_layout(config).items()):
+        part, _, kind = name.rpartition(".")
+        owner = part.rpartition(".")[2]
+        if kind == "shift":
+            low = high = shifts[owner]
+        elif kind == "bias":
+            low, high = (-100, 40) if owner == "attention" else (-9000, 9000)
+        else:
+            low, high = ranges["embedding" if owner == "embedding" else kind]
+        drawn = torch.randint(low, high + 1, shape, generator=generator)
+        tensors[name] = drawn.to(dtype)
+    return tensors

@@ -17,7 +17,6 @@ from percov2.entropy.entries import (
     START_ENTRIES,
     content_entries,
     join,
-    plan_blocks,
     query_entries,
     start_entries,
 )
@@ -72,8 +71,8 @@ def one_pass_residual(model: IntTransformer, tokens: Tensor, stages: NDArray[np.
         known = int(np.searchsorted(stage, stage[-1]))
         contents = content_entries(stage[:known], coding[:known], width)
         keys = join(start_entries(), contents)
-        content_blocks = plan_blocks(keys, keys, model.device)
-        query_blocks = plan_blocks(query_entries(stage, coding, width), keys, model.device)
+        content_plan = model.plan(keys, keys)
+        query_plan = model.plan(query_entries(stage, coding, width), keys)
 
         batch = tokens.shape[0]
         sequence = torch.from_numpy(coding).to(model.device)
@@ -84,9 +83,9 @@ def one_pass_residual(model: IntTransformer, tokens: Tensor, stages: NDArray[np.
         residual = model.query_payload(batch, place)
         for layer in model.layers:
             k, v = layer.keys_values(known_residual)
-            layer.advance(residual, k, v, query_blocks)
+            residual = layer.advance(residual, k, v, query_plan)
             if layer is not model.layers[-1]:  # nobody reads what contents become after it
-                layer.advance(known_residual, k, v, content_blocks)
+                known_residual = layer.advance(known_residual, k, v, content_plan)
         return residual
 
 
@@ -130,7 +129,7 @@ class StagedDecoder:
         with intmath.exact_float32(model.device):
             self._place = model.place_payload(*stages.shape)[self._coding]
         capacity = START_ENTRIES + int(self._ends[-2])
-        shape = (batch, capacity, model.config.heads, model.config.head_dim)
+        shape = (batch, capacity, model.config.inner)
         self._cache = [
             tuple(torch.zeros(shape, dtype=torch.int8, device=model.device) for _ in "kv")
             for _ in model.layers
@@ -160,15 +159,13 @@ class StagedDecoder:
                 fresh = slice(0, START_ENTRIES)
             residual = model.query_payload(self._batch, place[known:end])
             keys = self._keys.take(slice(0, fresh.stop))
-            content_blocks = plan_blocks(self._keys.take(fresh), keys, model.device)
-            queries = self._queries.take(slice(known, end))
-            query_blocks = plan_blocks(queries, keys, model.device)
-            for layer, (cached_k, cached_v) in zip(model.layers, self._cache, strict=True):
-                cached_k[:, fresh], cached_v[:, fresh] = layer.keys_values(new)
-                k, v = cached_k[:, : fresh.stop], cached_v[:, : fresh.stop]
-                layer.advance(residual, k, v, query_blocks)
+            content_plan = model.plan(self._keys.take(fresh), keys)
+            query_plan = model.plan(self._queries.take(slice(known, end)), keys)
+            for layer, (k, v) in zip(model.layers, self._cache, strict=True):
+                k[:, fresh], v[:, fresh] = layer.keys_values(new)
+                residual = layer.advance(residual, k, v, query_plan)
                 if layer is not model.layers[-1]:
-                    layer.advance(new, k, v, content_blocks)
+                    new = layer.advance(new, k, v, content_plan)
             return model.logits(residual)
 
     def accept(self, tokens: Tensor) -> None:

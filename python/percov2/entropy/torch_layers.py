@@ -1,0 +1,125 @@
+"""Layers of the integer transformer in torch: the oracle of all executors, on any device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from percov2.entropy import intmath
+from percov2.entropy.entries import Block, Entries, plan_blocks
+from percov2.entropy.transformer_config import TransformerConfig
+
+_ROWS_AT_ONCE = 1024
+"""Rows that go through a layer together, so that what is between two products stays in cache."""
+
+Plan = list[Block]
+
+
+def plan(readers: Entries, keys: Entries, device: torch.device) -> Plan:
+    """What ``Layer.advance`` needs to know about who reads whom."""
+    return plan_blocks(readers, keys, device)
+
+
+class _Linear:
+    """One quantized linear map: float32 weights for the exact product, int32 requantization."""
+
+    def __init__(self, tensors: dict[str, Tensor], name: str, low: int, high: int) -> None:
+        self._weight = tensors[f"{name}.weight"].to(torch.float32)
+        self._bias = tensors[f"{name}.bias"].to(torch.float32)
+        self._multiplier = tensors[f"{name}.multiplier"].to(torch.int32)
+        self._shift = tensors[f"{name}.shift"].to(torch.int32)
+        self._low, self._high = low, high
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 integers [n, K] -> int32 [n, outputs] in [low, high]."""
+        acc = intmath.linear(x, self._weight, self._bias)
+        return intmath.requantize(acc, self._multiplier, self._shift, self._low, self._high)
+
+
+class Layer:
+    """One layer of the program: attention, then feed-forward, each added to the residual."""
+
+    def __init__(self, config: TransformerConfig, tensors: dict[str, Tensor], index: int) -> None:
+        prefix = f"layers.{index}"
+        small, large = intmath.INT8_LIMIT, intmath.RESIDUAL_LIMIT
+        self._heads, self._head_dim = config.heads, config.head_dim
+        self._attention_gain = tensors[f"{prefix}.attention_norm.gain"].to(torch.int32)
+        self._q = _Linear(tensors, f"{prefix}.q", -small, small)
+        self._kv = _Linear(tensors, f"{prefix}.kv", -small, small)
+        # Score = floor(q.k * 2^-shift + 1/2) + bias; the half is added here once and for all.
+        bias = tensors[f"{prefix}.attention.bias"].to(torch.float32) + 0.5
+        hidden = bias.new_full((config.heads, 1), float(intmath.HIDDEN_SCORE))
+        self._bias = torch.cat([bias, hidden], 1)
+        shift = tensors[f"{prefix}.attention.shift"].to(torch.float32)
+        self._score_scale = torch.exp2(-shift)[:, None, None]
+        self._gain_bits = int(tensors[f"{prefix}.attention.gain_bits"])
+        self._out = _Linear(tensors, f"{prefix}.out", -large, large)
+        self._mlp_gain = tensors[f"{prefix}.mlp_norm.gain"].to(torch.int32)
+        self._up = _Linear(tensors, f"{prefix}.up", -small, small)
+        self._gelu = tensors[f"{prefix}.gelu"].to(torch.float32)
+        self._down = _Linear(tensors, f"{prefix}.down", -large, large)
+
+    def _project(self, residual: Tensor, linear: _Linear) -> Tensor:
+        """Residual int32 [B, E, dim] -> int8 [B, E, parts, heads, head_dim]."""
+        rows = residual.reshape(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
+        parts = [
+            linear(intmath.layer_norm(part, self._attention_gain)).to(torch.int8) for part in rows
+        ]
+        return torch.cat(parts).view(*residual.shape[:2], -1, self._heads, self._head_dim)
+
+    def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
+        """Residual int32 [B, K, dim] -> k, v int8 [B, K, heads * head_dim]."""
+        k, v = self._project(contents, self._kv).flatten(3).unbind(2)
+        return k, v
+
+    def advance(self, residual: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        """The residual int32 [B, E, dim] of some readers after this layer.
+
+        k, v: int8 [B, K, heads * head_dim], of at least the planned keys.
+        """
+        residual = residual.clone()
+        q = self._project(residual, self._q).squeeze(2)
+        heads = (self._heads, self._head_dim)
+        inputs = self._attend(q, k.unflatten(2, heads), v.unflatten(2, heads), plan)
+        rows = residual.view(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
+        parts = inputs.view(-1, self._heads * self._head_dim).split(_ROWS_AT_ONCE)
+        for part, x in zip(rows, parts, strict=True):
+            intmath.residual_add(part, self._out(x.to(torch.float32)))
+            hidden = self._up(intmath.layer_norm(part, self._mlp_gain))
+            intmath.residual_add(part, self._down(intmath.lookup(hidden, self._gelu)))
+        return residual
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        """Attention: q int8 [B, E, heads, head_dim] -> int8 of the same shape, contiguous."""
+        result = torch.empty_like(q)
+        for block in plan:
+            shape = (self._heads, len(block.readers), len(block.keys))
+            bias = self._bias.index_select(1, block.relative()).view(shape)
+            for b in range(q.shape[0]):
+                query = q[b].index_select(0, block.readers).to(torch.float32).transpose(0, 1)
+                key = k[b].index_select(0, block.keys).to(torch.float32).permute(1, 2, 0)
+                # |q.k| <= 64 * 127^2 < 2^20 and shift <= 12: exact, and so is the sum with bias.
+                scores = torch.bmm(query * self._score_scale, key).add_(bias)
+                weights = intmath.softmax_weights_(scores)
+                value = v[b].index_select(0, block.keys).to(torch.float32).transpose(0, 1)
+                mean = intmath.attention_mean(
+                    torch.bmm(weights, value), weights.sum(-1, keepdim=True), self._gain_bits
+                )
+                result[b].index_copy_(0, block.readers, mean.transpose(0, 1).to(torch.int8))
+        return result
+
+
+class Head:
+    """The last LayerNorm and the map to logits."""
+
+    def __init__(self, config: TransformerConfig, tensors: dict[str, Tensor]) -> None:
+        self._gain = tensors["head_norm.gain"].to(torch.int32)
+        self._linear = _Linear(tensors, "head", intmath.LOGIT_MIN, intmath.LOGIT_MAX)
+        self._size = config.codebook_size
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
+        rows = residual.reshape(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
+        parts = [self._linear(intmath.layer_norm(part, self._gain)) for part in rows]
+        flat = torch.cat([part.to(torch.int16) for part in parts])
+        return flat.view(*residual.shape[:-1], self._size)
