@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +113,8 @@ def test_weight_table():
     assert len(intmath.WEIGHT_TABLE) == 128
     expected = [reference.softmax_weight(d) for d in range(140)]
     assert list(intmath.WEIGHT_TABLE) + [0] * 12 == expected
+    page = (Path(__file__).parent.parent / "docs" / "entropy-model.md").read_text(encoding="utf-8")
+    assert [int(n) for n in page.split("```")[1].split()] == list(intmath.WEIGHT_TABLE)
     # How far 126.61 * 2^(-d/16) stays from a half: what rounding a float exp2 relies on.
     margins = [abs(126.61 * 2 ** (-d / 16) % 1 - 0.5) for d in range(300)]
     assert min(margins) > 0.005

@@ -15,7 +15,12 @@ from torch.nn import functional
 from percov2.entropy import schedule
 from percov2.entropy.export import export
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.quantization import LOGIT_SCALE, multiplier_and_shift, score_scales
+from percov2.entropy.quantization import (
+    LOGIT_SCALE,
+    multiplier_and_shift,
+    round_to_int8,
+    score_scales,
+)
 from percov2.entropy.stage_pass import one_pass_logits
 from percov2.entropy.transformer import (
     Crop,
@@ -163,6 +168,25 @@ def test_a_crop_knows_its_place_in_the_whole_grid():
     # With one stage a query sees the start entries only, so a crop changes nothing.
     assert torch.allclose(whole[4:10, 7:12], part, atol=1e-5)
     assert not torch.allclose(whole[:6, :5], part, atol=1e-3)
+
+
+def test_unseen_sizes_take_the_nearest_embedding():
+    model, _ = observed_model(4)
+    with torch.no_grad():
+        model.height.copy_(torch.arange(17.0)[:, None].expand(-1, 32))
+    model.fill_unseen_sizes({3, 5}, {4})
+    assert model.height[:, 0].tolist() == [3.0] * 5 + [5.0] * 12
+    assert bool((model.width == model.width[4]).all())
+
+
+def test_rounding_to_int8():
+    scale = torch.tensor([0.5, 0.25])
+    x = torch.tensor([[0.6, -0.2], [70.0, -40.0]], requires_grad=True)
+    y = round_to_int8(x, scale)
+    assert y.tolist() == [[0.5, -0.25], [63.5, -31.75]]
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[1, 1], [0, 0]]
 
 
 def test_float_logits_do_not_see_later_tokens():

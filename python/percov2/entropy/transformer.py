@@ -296,6 +296,16 @@ class TokenTransformer(nn.Module):
         """The layers, in order."""
         return cast("list[TransformerLayer]", list(self.layers))
 
+    def fill_unseen_sizes(self, heights: set[int], widths: set[int]) -> None:
+        """Give size classes that no training grid had the embedding of the nearest one that had.
+
+        heights, widths: the classes that the training grids had.
+        """
+        with torch.no_grad():
+            for table, seen in ((self.height, heights), (self.width, widths)):
+                for unseen in set(range(SIZE_CLASSES)) - seen:
+                    table[unseen] = table[min(seen, key=lambda c: abs(c - unseen))]
+
     def embeddings(self) -> dict[str, Tensor]:
         """All embedding tables, within the range of the integer form."""
         names = ("token", "query", "start", "row", "column", "height", "width")

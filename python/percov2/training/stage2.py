@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from percov2.entropy.entries import size_class
 from percov2.entropy.export import export
 from percov2.entropy.schedule import DEFAULT_SCHEDULE, SCHEDULES, stages
 from percov2.entropy.token_coder import TokenCoder
@@ -53,7 +54,7 @@ class EntropyConfig:
     """
 
     model: dict = field(default_factory=dict)
-    shapes: tuple[tuple[int, int], ...] = ((16, 16), (8, 24), (12, 12), (20, 28))
+    shapes: tuple[tuple[int, int], ...] = ((16, 16), (14, 14), (12, 20), (20, 28), (24, 32))
     tokens_per_step: int = 4096
     real_orders: float = 0.6
     default_orders: float = 0.6
@@ -97,6 +98,11 @@ class TokenMaps:
         """How often each token occurs in the training maps: int64 [V]."""
         every = np.concatenate([tokens.reshape(-1) for tokens in self.maps])
         return np.bincount(every, minlength=self.codebook_size)
+
+    def size_classes(self) -> tuple[set[int], set[int]]:
+        """Size classes of the heights and of the widths of the training maps."""
+        shapes = {tokens.shape for tokens in self.maps}
+        return {size_class(h) for h, _ in shapes}, {size_class(w) for _, w in shapes}
 
     def stages(self, name: str, height: int, width: int) -> NDArray[np.int32]:
         """``schedule.stages``, kept for all sizes of maps."""
@@ -271,6 +277,7 @@ def train_entropy(
     if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps:
         return None
     load_averaged(out, stage)
+    stage.transformer.fill_unseen_sizes(*stage.data.size_classes())
     coder = TokenCoder(export(stage.transformer))
     coder.model.save(out / "entropy")
     result = {
