@@ -75,6 +75,16 @@ def test_integer_sqrt(values):
     assert result == [reference.integer_sqrt(v) for v in every] == [math.isqrt(v) for v in every]
 
 
+@pytest.mark.parametrize("error", [-0.7, 0.7])
+def test_integer_sqrt_corrects_a_poor_root(monkeypatch, error):
+    def poor(self: torch.Tensor) -> torch.Tensor:
+        return self.copy_(torch.sqrt(self) + error).clamp_(min=0)
+
+    monkeypatch.setattr(torch.Tensor, "sqrt_", poor)
+    every = torch.cat([torch.arange(3000), 2**50 + torch.arange(3000)])
+    assert intmath.integer_sqrt(every).tolist() == [math.isqrt(v) for v in every.tolist()]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_layer_norm(data):

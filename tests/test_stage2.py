@@ -88,6 +88,24 @@ def test_attention_equals_plain_autograd():
     assert all(torch.allclose(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+def test_gradients_of_rounded_attention_are_those_of_the_float_form():
+    torch.manual_seed(0)
+    q = torch.randn(1, 2, 9, 8)
+    k, v = torch.randn(2, 1, 2, 7, 8)
+    steps = 16 / np.log(2)  # scores in sixteenths of an octave
+    bias = torch.round(torch.randn(2, 9, 7) * steps)
+    mask = torch.zeros(1, 9, 7)
+    weights = torch.randn(1, 2, 9, 8)
+    inputs = [t.requires_grad_() for t in (q, k, v, bias)]
+    rounded = window_attention(q * steps, k, v, bias, mask, True)
+    plain = window_attention(q, k, v, bias / steps, mask, False)
+    assert torch.allclose(rounded, plain, atol=0.05)
+    ours = torch.autograd.grad((rounded * weights).sum(), inputs)
+    theirs = torch.autograd.grad((plain * weights).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert float((a - b).norm()) < 0.05 * float(b.norm())
+
+
 def test_multipliers_are_never_too_small():
     ratio = torch.logspace(-6.5, 1.8, 500, dtype=torch.float64)
     multiplier, shift = multiplier_and_shift(ratio)
