@@ -88,7 +88,7 @@ def test_info_accounts_for_every_byte(
     assert parts["check"] == 2
     assert 10 <= parts["caption"] < 12
     assert (record["width"], record["height"]) == (70, 50)
-    assert record["model_id"] == f"{codec.model_id:04x}"
+    assert record["model_id"] == f"{codec.model_id('fine'):04x}"
     assert record["schedule"] == codec.config.default_schedule
     assert record["caption"] == "a red door"
     assert record["bpp"] == 8 * parts["total"] / 3500
@@ -108,10 +108,10 @@ def test_info_names_the_embedded_model_of_a_file(
     (embedded / "config.json").write_bytes((random_model / "config.json").read_bytes())
     monkeypatch.setattr(cli, "EMBEDDED", embedded.parent)
     for model_id, expected in [
-        (codec.model_id, ("random", "fine")),
-        (codec.model_id ^ 1, (None, None)),
+        (codec.model_id("fine"), ("random", "fine")),
+        (codec.model_id("fine") ^ 1, (None, None)),
     ]:
-        (embedded / "model_id").write_text(f"{model_id:04x}\n")
+        (embedded / "model_id").write_text(f"0000 other\n{model_id:04x} fine\n")
         assert run("info", file, "--json") == 0
         record = json.loads(capsys.readouterr().out)
         assert (record["model"], record["rate"]) == expected

@@ -71,7 +71,13 @@ def test_bytes_equal_a_plain_python_writer(
     ]
     text = caption.encode()
     fields = reference_bitstream.Fields(
-        codec.model_id, *size, rate_index, SCHEDULES.index(schedule), 0, 1 if text else 0, text
+        codec.model_id(rate),
+        *size,
+        rate_index,
+        SCHEDULES.index(schedule),
+        0,
+        1 if text else 0,
+        text,
     )
     check = reference_bitstream.check(fields, tokens.reshape(-1).tolist())
     assert data == reference_bitstream.write(fields, coded, check)
@@ -242,8 +248,9 @@ def test_another_model_is_refused_by_both_ids(codec: Codec, tmp_path: Path) -> N
     import random_model
 
     other = Codec.from_pretrained(random_model.build(tmp_path / "other", seed=9))
-    assert other.model_id != codec.model_id
-    with pytest.raises(BitstreamError, match=f"{codec.model_id:04x}.*{other.model_id:04x}"):
+    ours, theirs = codec.model_id("fine"), other.model_id("fine")
+    assert ours != theirs
+    with pytest.raises(BitstreamError, match=f"{ours:04x}.*rate fine.*{theirs:04x}"):
         other.decompress(codec.compress([photo(20, 20)]))
 
 
@@ -251,35 +258,39 @@ def test_the_model_id_depends_on_what_tokens_mean(codec: Codec) -> None:
     from percov2.codec import model_id
     from percov2.models.preset import Rate
 
-    base = [(Rate("a", 16, 4), b"f" * 32, b"c" * 64), (Rate("b", 32, 4), b"g" * 32, b"d" * 64)]
+    base = (Rate("a", 16, 4), b"f" * 32, b"c" * 64)
     variants = [
         base,
-        base[::-1],
-        [(Rate("aa", 16, 4), *base[0][1:]), base[1]],
-        [(Rate("a", 8, 4), *base[0][1:]), base[1]],
-        [(base[0][0], b"h" * 32, base[0][2]), base[1]],
-        [(*base[0][:2], b"e" * 64), base[1]],
+        (Rate("a", 8, 4), *base[1:]),
+        (Rate("a", 16, 5), *base[1:]),
+        (base[0], b"h" * 32, base[2]),
+        (*base[:2], b"e" * 64),
+        (*base[:2], b"c" * 68),
     ]
-    assert len({model_id(variant) for variant in variants}) == len(variants)
-    text = b"".join(
-        len(name).to_bytes(4, "big")
-        + name
-        + side
-        + bytes(3)
-        + b"\x04"
-        + fingerprint
-        + len(codes).to_bytes(4, "big")
-        + codes
-        for name, side, fingerprint, codes in [
-            (b"a", b"\0\0\0\x10", b"f" * 32, b"c" * 64),
-            (b"b", b"\0\0\0\x20", b"g" * 32, b"d" * 64),
-        ]
-    )
-    assert model_id(base) == int(hashlib.sha256(text).hexdigest()[:4], 16)
+    assert len({model_id(*variant) for variant in variants}) == len(variants)
+    hashed = b"\0\0\0\x10" + b"\0\0\0\x04" + b"f" * 32 + b"\0\0\0\x40" + b"c" * 64
+    assert model_id(*base) == int(hashlib.sha256(hashed).hexdigest()[:4], 16)
+    assert model_id(Rate("another name", 16, 4), *base[1:]) == model_id(*base)
+
+
+def test_a_model_with_a_further_rate_reads_old_files(tmp_path: Path) -> None:
+    import random_model
+
+    old = Codec.from_pretrained(random_model.build(tmp_path / "old", rates=random_model.RATES[:1]))
+    files = old.compress([photo(40, 40)])
+    new_folder = random_model.build(tmp_path / "new")
+    for part in ("entropy", "quantizer"):
+        for path in (tmp_path / "old" / "fine" / part).iterdir():
+            (new_folder / "fine" / part / path.name).write_bytes(path.read_bytes())
+    new = Codec.from_pretrained(new_folder)
+    np.testing.assert_array_equal(new.decode_tokens(files)[0], old.decode_tokens(files)[0])
+    later = new.compress([photo(40, 40)], rate="coarse")
+    with pytest.raises(BitstreamError, match=f"another model.*{new.model_id('coarse'):04x}"):
+        old.decode(later)
 
 
 def header_only(codec: Codec, **fields: int) -> bytes:
-    header = bitstream.Header(model_id=codec.model_id, height=64, width=64, **fields)
+    header = bitstream.Header(codec.model_id("fine"), height=64, width=64, **fields)
     symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
     return bitstream.prefix(header) + reference_rans.encode(0x5555, symbols)
 

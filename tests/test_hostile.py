@@ -104,7 +104,7 @@ def test_huge_declared_sizes_are_refused_at_once(codec: Codec, valid: bytes) -> 
         (65536, 65536, "more than the limit"),
         (8000, 8000, "cannot hold"),
     ]:
-        header = bitstream.Header(codec.model_id, height, width)
+        header = bitstream.Header(codec.model_id("r"), height, width)
         symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
         data = bitstream.prefix(header) + encode(0xFFFF, symbols) + bytes(50)
         with pytest.raises(BitstreamError, match=message):
@@ -118,7 +118,7 @@ def test_caption_bombs_are_refused(codec: Codec) -> None:
 
     deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
     bomb = (deflater.compress(bytes(2_000_000)) + deflater.flush())[:4000] + b"\x01"
-    header = bitstream.Header(codec.model_id, 16, 16, caption_codec=2, caption=bomb)
+    header = bitstream.Header(codec.model_id("r"), 16, 16, caption_codec=2, caption=bomb)
     symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
     data = bitstream.prefix(header) + encode(0x1111, symbols)
     with pytest.raises(BitstreamError, match="caption"):

@@ -63,7 +63,8 @@ class Header:
     """Everything that a file says before its tokens.
 
     Attributes:
-        model_id: 0..65535, first 16 bits of the entropy model's fingerprint.
+        model_id: 0..65535, id of the rate's tokens: first 16 bits of a SHA-256 over token side,
+            codebook and entropy model (docs/bitstream.md, section 1).
         height: image rows in pixels, 1..65536.
         width: image columns in pixels, 1..65536.
         rate: index of the rate in the model's list, 0..15.

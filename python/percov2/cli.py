@@ -179,7 +179,8 @@ def _open_codec(arguments: argparse.Namespace) -> Codec:
     # RuntimeError: an entropy model that does not compute exactly here refuses to load.
     with about(f"model {arguments.model}", RuntimeError):
         codec = Codec.from_pretrained(arguments.model, arguments.device)
-        _ = codec.model_id
+        for rate in codec.config.rates:
+            codec.model_id(rate.name)
     return codec
 
 
@@ -261,7 +262,7 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
     from percov2.entropy.schedule import SCHEDULES
 
     header = parsed.header
-    model, rates = _embedded_model(header.model_id)
+    model, rate = _embedded_model(header.model_id)
     parts = {name: bits / 8 for name, bits in parsed.bits.items()}
     return {
         "file": str(path),
@@ -269,7 +270,7 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
         "height": header.height,
         "model_id": f"{header.model_id:04x}",
         "model": model,
-        "rate": rates[header.rate] if header.rate < len(rates) else None,
+        "rate": rate,
         "rate_index": header.rate,
         "schedule": SCHEDULES[header.schedule],
         "stages_sent": header.stages_sent or "all",
@@ -285,13 +286,18 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
     }
 
 
-def _embedded_model(model_id: int) -> tuple[str | None, list[str]]:
-    """Name and rates of the embedded model whose ``model_id`` file says so; else (None, [])."""
-    for path in EMBEDDED.glob("*/model_id"):
-        if path.read_text(encoding="ascii").strip() == f"{model_id:04x}":
-            config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-            return config["name"], [rate["name"] for rate in config["rates"]]
-    return None, []
+def _embedded_model(model_id: int) -> tuple[str | None, str | None]:
+    """Names of embedded model and rate whose ``model_id`` file says so; else (None, None).
+
+    Such a file has a line per rate: its id in hexadecimal, a space, its name.
+    """
+    for path in sorted(EMBEDDED.glob("*/model_id")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            known, _, rate = line.partition(" ")
+            if known == f"{model_id:04x}":
+                config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+                return config["name"], rate
+    return None, None
 
 
 def _print_info(record: dict[str, Any]) -> None:

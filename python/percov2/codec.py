@@ -10,7 +10,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -46,22 +46,21 @@ class DecodedFile:
     tokens: Tokens
 
 
-def model_id(rates: Sequence[tuple[Rate, bytes, bytes]]) -> int:
-    """The id in a file's bytes 2-3: first 16 bits of a SHA-256 over what the tokens depend on.
+def model_id(rate: Rate, fingerprint: bytes, codebook: bytes) -> int:
+    """The id in a file's bytes 2-3: first 16 bits of a SHA-256 over what its tokens depend on.
+
+    It belongs to one rate: a model may get further rates and still read its old files.
 
     Args:
-        rates: per rate, in the order of the rate index: the rate, the entropy model's fingerprint
-            (32 bytes) and the stored codebook (float32 little-endian).
+        rate: its name does not matter.
+        fingerprint: of the rate's entropy model, 32 bytes.
+        codebook: as stored, float32 little-endian.
 
-    The hashed bytes of a rate are: length of its name in UTF-8, the name, token side, codebook
-    size, fingerprint, length of the codebook bytes, codebook bytes; numbers are uint32 big-endian.
+    The hashed bytes are: token side, codebook size, fingerprint, length of the codebook bytes,
+    codebook bytes; numbers are uint32 big-endian.
     """
-    digest = hashlib.sha256()
-    for rate, fingerprint, codebook in rates:
-        name = rate.name.encode("utf-8")
-        digest.update(struct.pack(">I", len(name)) + name)
-        digest.update(struct.pack(">II", rate.token_side, rate.codebook_size) + fingerprint)
-        digest.update(struct.pack(">I", len(codebook)) + codebook)
+    digest = hashlib.sha256(struct.pack(">II", rate.token_side, rate.codebook_size))
+    digest.update(fingerprint + struct.pack(">I", len(codebook)) + codebook)
     return int.from_bytes(digest.digest()[:2], "big")
 
 
@@ -75,6 +74,7 @@ class Codec:
     def __init__(self, model: CodecModel) -> None:
         self.model = model
         self._entropy = lru_cache(None)(self._load_entropy)
+        self._ids = lru_cache(None)(self._compute_id)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path = "tiny", device: str = "cpu") -> Codec:
@@ -90,14 +90,18 @@ class Codec:
         """The model's config: its rates and defaults."""
         return self.model.config
 
-    @cached_property
-    def model_id(self) -> int:
-        """The 16-bit id of this model's tokens, 0..65535, as in a file's bytes 2-3."""
-        parts = []
-        for rate in self.config.rates:
-            fingerprint = self._entropy(rate.name).model.fingerprint()
-            parts.append((rate, fingerprint, self.model.codebook_bytes(rate.name)))
-        return model_id(parts)
+    def model_id(self, rate_name: str) -> int:
+        """The id of the tokens of a rate, 0..65535, as in a file's bytes 2-3.
+
+        Raises:
+            ValueError: unknown rate.
+        """
+        return self._ids(rate_name)
+
+    def _compute_id(self, rate_name: str) -> int:
+        rate = self.config.rate(rate_name)
+        fingerprint = self._entropy(rate_name).model.fingerprint()
+        return model_id(rate, fingerprint, self.model.codebook_bytes(rate_name))
 
     def _load_entropy(self, rate: str) -> TokenCoder:
         folder = self.model.folder / rate / "entropy"
@@ -212,7 +216,7 @@ class Codec:
     ) -> list[bytes]:
         headers = [
             Header(
-                model_id=self.model_id,
+                model_id=self.model_id(rate.name),
                 height=height,
                 width=width,
                 rate=self.config.rates.index(rate),
@@ -333,17 +337,7 @@ class Codec:
         """Read a header and compare it with this model; BitstreamError (without the label)."""
         parsed = bitstream.read(data, max_pixels)
         header = parsed.header
-        if header.model_id != self.model_id:
-            raise BitstreamError(
-                f"the file needs the model with id {header.model_id:04x}, but model "
-                f"{self.config.name!r} has id {self.model_id:04x}; open it with the model that "
-                "wrote it"
-            )
-        if header.rate >= len(self.config.rates):
-            raise BitstreamError(
-                f"impossible header field: rate {header.rate}, but model {self.config.name!r} has "
-                f"rates 0 to {len(self.config.rates) - 1}"
-            )
+        self._check_model(header)
         if header.stages_sent:
             raise BitstreamError(
                 f"the file holds only its first {header.stages_sent} stages; this version of "
@@ -351,6 +345,31 @@ class Codec:
             )
         side = self.config.rates[header.rate].token_side
         return OpenFile(data, parsed, _grid((header.height, header.width), side), label)
+
+    def _check_model(self, header: Header) -> None:
+        """Raise BitstreamError unless the file's tokens are those of a rate of this model."""
+        name, rates = self.config.name, self.config.rates
+        if header.rate < len(rates):
+            rate = rates[header.rate].name
+            if header.model_id != self.model_id(rate):
+                raise BitstreamError(
+                    f"the file needs the model with id {header.model_id:04x}, but rate {rate} of "
+                    f"model {name!r} has id {self.model_id(rate):04x}; open it with the model "
+                    "that wrote it"
+                )
+            return
+        ids = [self.model_id(rate.name) for rate in rates]
+        if header.model_id in ids:
+            raise BitstreamError(
+                f"impossible header field: rate {header.rate}, but model {name!r} has rates 0 to "
+                f"{len(rates) - 1}"
+            )
+        at_hand = ", ".join(f"{known:04x}" for known in ids)
+        raise BitstreamError(
+            f"the file was written by another model: it needs id {header.model_id:04x} and has "
+            f"rate {header.rate}, but the rates of model {name!r} have the ids {at_hand}; open it "
+            "with the model that wrote it"
+        )
 
 
 def _known_device(device: str) -> str:

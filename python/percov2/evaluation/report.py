@@ -176,7 +176,7 @@ def evaluate(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "model": codec.config.name,
-        "model_id": f"{codec.model_id:04x}",
+        "model_id": f"{codec.model_id(setting.rate or codec.config.default_rate):04x}",
         "rate": setting.rate or codec.config.default_rate,
         "schedule": setting.schedule or codec.config.default_schedule,
         "steps": codec.config.steps if setting.steps is None else setting.steps,

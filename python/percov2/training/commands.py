@@ -126,8 +126,9 @@ def run_export(
     ).save(out)
     if entropy is not None:
         shutil.copytree(entropy, out / rate / "entropy", dirs_exist_ok=True)
-        # Beside the config, so that `percov2 info` can name the model without loading it.
-        (out / "model_id").write_text(f"{Codec.from_pretrained(out).model_id:04x}\n", "ascii")
+        # Beside the config, so that `percov2 info` can name model and rate without loading them.
+        known = Codec.from_pretrained(out).model_id(rate)
+        (out / "model_id").write_text(f"{known:04x} {rate}\n", encoding="utf-8")
 
 
 def run_tokens(
