@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image, ImageCms
 
 from percov2.images import (
     ImageWarning,
+    check_outputs,
     pad,
     read_image,
     reflected,
@@ -77,11 +80,14 @@ def test_transparency_is_flattened_on_white_and_said() -> None:
     palette.putpixel((1, 0), 0)
     palette = stored(palette, "PNG", transparency=0)
     keyed = stored(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    deep = stored(Image.fromarray(np.array([[300, 257]], dtype=np.uint16)), "PNG", transparency=300)
+    assert deep.mode == "I;16"
     for image, expected in [
         (rgba, [[200, 0, 0], [204, 204, 204]]),
         (grey_alpha, [[255, 255, 255]] * 2),
         (palette, [[10, 20, 30], [255, 255, 255]]),
         (keyed, [[255, 255, 255]]),
+        (deep, [[255, 255, 255], [1, 1, 1]]),
     ]:
         with pytest.warns(ImageWarning, match="flattened on white"):
             assert to_rgb(image)[0].tolist() == expected
@@ -142,6 +148,32 @@ def test_profile_of_another_colour_space_is_ignored_and_said() -> None:
         assert to_rgb(image)[0, 0].tolist() == [255, 0, 0]
 
 
+def grey_profile() -> bytes:
+    """A profile of linear grey: the tags of sRGB's, with a curve of exponent one."""
+    white = b"XYZ \0\0\0\0\0\0\xf6\xd6\0\1\0\0\0\0\xd3\x2d"
+    curve = b"curv" + bytes(8)
+    head = bytearray(128)
+    head[8:12], head[12:24] = b"\x02\x40\0\0", b"mntrGRAYXYZ "
+    head[36:40], head[68:80] = b"acsp", white[8:]
+    tags = (2).to_bytes(4, "big")
+    for name, place, size in ((b"wtpt", 156, 20), (b"kTRC", 176, 12)):
+        tags += name + place.to_bytes(4, "big") + size.to_bytes(4, "big")
+    data = bytes(head) + tags + white + curve
+    return len(data).to_bytes(4, "big") + data[4:]
+
+
+def test_a_grey_profile_fits_greys_with_and_without_transparency() -> None:
+    image = Image.new("L", (2, 1), 55)
+    image.putpixel((1, 0), 0)
+    opaque = stored(image, "PNG", icc_profile=grey_profile())
+    linear = quiet(opaque)[0, 0].tolist()
+    assert abs(linear[0] - 128) <= 2  # 55/255 of the light is about half of sRGB's range
+    keyed = stored(image, "PNG", icc_profile=grey_profile(), transparency=0)
+    with pytest.warns(ImageWarning) as caught:
+        assert to_rgb(keyed)[0].tolist() == [linear, [255, 255, 255]]
+    assert ["flattened" in str(warning.message) for warning in caught] == [True]
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
@@ -172,6 +204,56 @@ def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path: Path) -> N
     Image.new("1", (200, 200)).save(path)
     with pytest.raises(ValueError, match="limit of 100"):
         read_image(path, max_pixels=100)
+
+
+def test_the_limit_given_decides_and_not_pillows_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "large.png"
+    Image.new("1", (50, 50)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert read_image(path).size == (50, 50)
+    with pytest.raises(ValueError, match="50x50 = 2500 pixels, more than the limit of 2499"):
+        read_image(path, max_pixels=2499)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
+def test_a_container_cannot_hide_a_giant_picture(tmp_path: Path) -> None:
+    inner = io.BytesIO()
+    Image.new("L", (300, 300)).save(inner, format="PNG")
+    entry = bytes([16, 16, 0, 0, 1, 0, 32, 0]) + len(inner.getvalue()).to_bytes(4, "little")
+    path = tmp_path / "icon.ico"
+    path.write_bytes(b"\0\0\1\0\1\0" + entry + (22).to_bytes(4, "little") + inner.getvalue())
+    with pytest.raises(ValueError, match="refused to decode|more than the limit"):
+        read_image(path, max_pixels=1000)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ValueError, match="not a regular file"):
+            read_image(path)
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
+    with pytest.raises(MemoryError):
+        read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "JPEG", "webp", "tif", "tiff", "bmp", "ppm"])
+def test_written_pictures_read_back(ending: str, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+    pixels = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64))] * 2, -1)[..., :3]
+    path = tmp_path / f"out.{ending}"
+    write_image(Image.fromarray(pixels), path)
+    loss = np.abs(to_rgb(read_image(path)).astype(int) - pixels).max()
+    assert loss <= (8 if ending in ("jpg", "JPEG") else 0)
 
 
 @given(length=st.integers(1, 20), extra=st.integers(0, 70))
@@ -209,3 +291,52 @@ def test_written_files_appear_whole_or_not_at_all(
         write_bytes(path, b"new")
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
+
+
+def test_links_stay_links_and_permissions_stay(tmp_path: Path) -> None:
+    target, link = tmp_path / "target", tmp_path / "link"
+    link.symlink_to(target)
+    write_bytes(link, b"new")
+    assert link.is_symlink()
+    assert target.read_bytes() == b"new"
+    umask = os.umask(0)
+    os.umask(umask)
+    assert target.stat().st_mode & 0o777 == 0o666 & ~umask
+    target.chmod(0o640)
+    write_bytes(link, b"newer")
+    assert target.read_bytes() == b"newer"
+    assert target.stat().st_mode & 0o777 == 0o640
+    longest = tmp_path / ("n" * 255)
+    write_bytes(longest, b"x")
+    assert longest.read_bytes() == b"x"
+
+
+def test_pipes_are_written_through(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    seen: list[bytes] = []
+    reader = threading.Thread(target=lambda: seen.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write_bytes(pipe, b"through")
+    reader.join(10)
+    assert seen == [b"through"]
+    assert pipe.is_fifo()
+    write_bytes("/dev/null", b"gone")
+    assert not Path("/dev/null").is_file()
+
+
+def test_outputs_overwrite_neither_inputs_nor_each_other(tmp_path: Path) -> None:
+    photo, link = tmp_path / "a.png", tmp_path / "link.png"
+    photo.write_bytes(b"original")
+    link.symlink_to(photo)
+    check_outputs([tmp_path / "b.png", tmp_path / "c.png"], [photo])
+    for outputs, match in [
+        ([photo], r"a\.png: it is the same file as the input"),
+        ([tmp_path / ".." / tmp_path.name / "a.png"], "same file as the input"),
+        ([link], "same file as the input"),
+        ([tmp_path / "b.png", tmp_path / "b.png"], "same file as the output"),
+        ([tmp_path / "none" / "b.png"], "there is no folder"),
+        ([tmp_path], "it is a folder"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            check_outputs(outputs, [photo])

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
+import shutil
+import threading
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,27 +43,43 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         The picture as stored; ``to_rgb`` makes it sRGB.
 
     Raises:
-        ValueError: not a picture, truncated or damaged, or too large.
+        ValueError: not a picture in a regular file, truncated or damaged, or too large.
         OSError: the file cannot be opened.
     """
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        raise ValueError("not a regular file; store the picture in a file first")
     with open(path, "rb") as stream:
-        data = stream.read()
-    try:
-        with warnings.catch_warnings():
-            # Pillow's own guard warns below our limit; ours is the one that decides.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+        try:
+            with _pillow_limit(None):  # check_size says it better than Pillow
+                image = Image.open(stream)
             check_size(image.width, image.height, max_pixels)
-            image.load()
-    except UnidentifiedImageError:
-        raise ValueError("not a picture in a format that Pillow reads") from None
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"refused to decode the picture: {error}") from None
-    except ImageSizeError:
-        raise
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
-        raise ValueError(f"the picture is truncated or damaged: {error}") from error
+            with _pillow_limit(max_pixels):  # a container may hold a larger picture than it says
+                image.load()
+            check_size(image.width, image.height, max_pixels)
+        except UnidentifiedImageError:
+            raise ValueError("not a picture in a format that Pillow reads") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise ValueError(f"refused to decode the picture: {error}") from None
+        except (ImageSizeError, MemoryError):
+            raise
+        except Exception as error:  # decoders of damaged files raise whatever they stumble over
+            raise ValueError(f"the picture is truncated or damaged: {error}") from error
     return image
+
+
+_PILLOW_LIMIT = threading.Lock()
+
+
+@contextmanager
+def _pillow_limit(pixels: int | None) -> Iterator[None]:
+    """Pillow's own limit, which belongs to the process, set to ours (None: no limit)."""
+    with _PILLOW_LIMIT, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
 
 
 class ImageSizeError(ValueError):
@@ -109,14 +131,18 @@ def _warn(message: str) -> None:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Modes with more than 8 bits as "L"; other modes as they are."""
+    """Modes with more than 8 bits as "L" or "LA"; other modes as they are."""
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow gives 16-bit grey as I;16 or I. 65535 is white whatever the picture's maximum.
         values = np.array(image).astype(np.int64)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ValueError(f"grey values {low} to {high}; integer pictures must be 0 to 65535")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        key = image.info.get("transparency")  # the transparent one of the 16-bit values
+        if key is None:
+            return grey
+        return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (values != key))))
     if image.mode == "F":
         numbers = np.array(image, dtype=np.float64)
         if not (np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.max() <= 1):
@@ -128,7 +154,8 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """Colours in one of ``_DIRECT`` (or "LAB"), and transparency "L" where there is any."""
     if image.mode == "PA" or "transparency" in image.info or image.mode in ("RGBa", "La"):
-        image = image.convert({"La": "LA"}.get(image.mode, "RGBA"))
+        # Greys stay greys, so that their profile still fits.
+        image = image.convert("LA" if image.mode in ("1", "L", "La") else "RGBA")
     if image.mode in ("RGBA", "LA"):
         alpha = image.getchannel("A")
         if image.mode == "LA":
@@ -195,16 +222,46 @@ def pad(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     return rgb[rows][:, columns]
 
 
-def picture_format(path: Path | str) -> str:
-    """Pillow's name of the format that a file name ends in.
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 95}),
+    ".jpeg": ("JPEG", {"quality": 95}),
+    ".webp": ("WEBP", {"lossless": True}),
+    ".tif": ("TIFF", {}),
+    ".tiff": ("TIFF", {}),
+    ".bmp": ("BMP", {}),
+    ".ppm": ("PPM", {}),
+}
+"""Ending -> Pillow's name of the format, and how to save with little or no loss."""
 
-    Raises ValueError for an ending that names no format which Pillow writes.
+
+def picture_format(path: Path | str) -> tuple[str, dict[str, Any]]:
+    """Pillow's name of the format that a file name ends in, and the options to save it with.
+
+    Raises ValueError for an ending that names no format to write.
     """
     suffix = Path(path).suffix.lower()
-    known = Image.registered_extensions().get(suffix)
-    if known is None or known not in Image.SAVE:
-        raise ValueError(f"no picture format for the ending {suffix!r}; use .png, .jpg or .webp")
-    return known
+    if suffix not in _FORMATS:
+        raise ValueError(
+            f"no picture format for the ending {suffix!r}; use one of {', '.join(_FORMATS)}"
+        )
+    return _FORMATS[suffix]
+
+
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Refuse files to be written that would overwrite an input or each other.
+
+    Raises ValueError that names the output, also where its folder does not exist.
+    """
+    taken = {os.path.realpath(path): f"the input {path}" for path in inputs}
+    for output in outputs:
+        if not output.parent.is_dir():
+            raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+        if output.is_dir():
+            raise ValueError(f"cannot write {output}: it is a folder")
+        if (place := os.path.realpath(output)) in taken:
+            raise ValueError(f"cannot write {output}: it is the same file as {taken[place]}")
+        taken[place] = f"the output {output}"
 
 
 def write_image(image: Image.Image, path: Path | str) -> None:
@@ -214,21 +271,31 @@ def write_image(image: Image.Image, path: Path | str) -> None:
         ValueError: a name whose ending is no picture format.
         OSError: the file cannot be written.
     """
+    name, options = picture_format(path)
     encoded = io.BytesIO()
-    image.save(encoded, format=picture_format(path))
+    image.save(encoded, format=name, **options)
     write_bytes(path, encoded.getvalue())
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
     """Write a file that appears whole or not at all: a neighbour is written, then renamed.
 
+    A symbolic link stays one, and its target is written; devices and pipes are written through; a
+    file that is replaced hands on its permissions.
+
     Raises OSError when it cannot be written; no neighbour is left behind then.
     """
-    target = Path(path)
-    neighbour = target.with_name(f".{target.name}.{os.getpid()}.part")
+    if Path(path).exists() and not Path(path).is_file():
+        with open(path, "wb") as stream:
+            stream.write(data)
+        return
+    target = Path(os.path.realpath(path))
+    neighbour = target.with_name(f".{secrets.token_hex(8)}.part")  # fits where any name fits
     try:
         with open(neighbour, "xb") as stream:
             stream.write(data)
+        if target.exists():
+            shutil.copymode(target, neighbour)
         os.replace(neighbour, target)
     except BaseException:
         neighbour.unlink(missing_ok=True)
