@@ -126,11 +126,14 @@ def test_intervals_equal_those_of_the_logits(size):
     assert np.array_equal(ours[1], freqs.numpy())
 
 
-def test_logits_in_pieces_give_the_same_intervals(coder, monkeypatch):
+def test_logits_in_pieces_give_the_same_intervals_and_tokens(coder, monkeypatch):
     whole = coder.intervals(picture(9, 8), "qlds8")
     monkeypatch.setattr("percov2.entropy.token_coder._LOGITS_AT_ONCE", 16 * 7)
     pieces = coder.intervals(picture(9, 8), "qlds8")
     assert all(np.array_equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    decoder = decoder_of(encode(coder, picture(9, 8), "qlds8", 5))
+    assert torch.equal(coder.decode(decoder, "qlds8", 9, 8), picture(9, 8))
+    assert decoder.finished([5]).all()
 
 
 def test_decoding_ends_when_the_caller_says_so(coder):

@@ -233,12 +233,11 @@ class IntTransformer:
         payload[2] += self._tables["embedding.width"][size_class(width)]
         return payload
 
-    def place_payload(self, height: int, width: int) -> Tensor:
-        """What every entry at a position adds for its place: int32 [height * width, dim]."""
-        rows = torch.from_numpy(sixteenths(height)).to(self.device)
-        columns = torch.from_numpy(sixteenths(width)).to(self.device)
-        row = self._tables["embedding.row"][rows][:, None]
-        return (row + self._tables["embedding.column"][columns][None]).view(height * width, -1)
+    def place_payload(self, height: int, width: int, position: Tensor) -> Tensor:
+        """What entries at raster positions add for their place: int64 [n] -> int32 [n, dim]."""
+        rows = torch.from_numpy(sixteenths(height)).to(self.device)[position // width]
+        columns = torch.from_numpy(sixteenths(width)).to(self.device)[position % width]
+        return self._tables["embedding.row"][rows] + self._tables["embedding.column"][columns]
 
     def content_payload(self, tokens: Tensor, place: Tensor) -> Tensor:
         """Residual of contents: tokens int64 [B, n], place int32 [n, dim] -> int32 [B, n, dim]."""

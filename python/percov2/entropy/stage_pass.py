@@ -76,7 +76,7 @@ def one_pass_residual(model: IntTransformer, tokens: Tensor, stages: NDArray[np.
 
         batch = tokens.shape[0]
         sequence = torch.from_numpy(coding).to(model.device)
-        place = model.place_payload(height, width)[sequence]
+        place = model.place_payload(height, width, sequence)
         ordered = tokens.to(model.device, torch.int64).reshape(batch, -1)[:, sequence[:known]]
         start = model.start_payload(height, width).expand(batch, -1, -1)
         known_residual = torch.cat([start, model.content_payload(ordered, place[:known])], 1)
@@ -97,6 +97,16 @@ def one_pass_logits(model: IntTransformer, tokens: Tensor, stages: NDArray[np.in
     residual = one_pass_residual(model, tokens, stages)
     with intmath.exact_float32(model.device):
         return model.logits(residual)
+
+
+def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """int8 zeros; on the CPU memory that is not used before it is written.
+
+    A file may declare a large grid and then turn out to be broken.
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, dtype=np.int8))
+    return torch.zeros(shape, dtype=torch.int8, device=device)
 
 
 class StagedDecoder:
@@ -126,14 +136,9 @@ class StagedDecoder:
         self._coding = torch.from_numpy(coding).to(model.device)
         # In coding order; stage g occupies [ends[g - 1], ends[g]).
         self._tokens = torch.zeros(batch, len(coding), dtype=torch.int64, device=model.device)
-        with intmath.exact_float32(model.device):
-            self._place = model.place_payload(*stages.shape)[self._coding]
         capacity = START_ENTRIES + int(self._ends[-2])
         shape = (batch, capacity, model.config.inner)
-        self._cache = [
-            tuple(torch.zeros(shape, dtype=torch.int8, device=model.device) for _ in "kv")
-            for _ in model.layers
-        ]
+        self._cache = [tuple(_untouched(shape, model.device) for _ in "kv") for _ in model.layers]
 
     @property
     def remaining(self) -> int:
@@ -145,19 +150,30 @@ class StagedDecoder:
 
         Raises RuntimeError if no stage remains, or where torch is set to reduced precision.
         """
+        residual = self.residual()
+        with intmath.exact_float32(self._model.device):
+            return self._model.logits(residual)
+
+    def residual(self) -> Tensor:
+        """The residual of the next stage's queries: int32 [B, n, dim], as ``logits`` needs it.
+
+        Errors as for ``logits``.
+        """
         if not self.remaining:
             raise RuntimeError("every stage is decoded; no logits remain")
-        model, place = self._model, self._place
+        model = self._model
         known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
         first = int(self._ends[self._stage - 1]) if self._stage else 0
         with intmath.exact_float32(model.device):
+            height, width = self._shape
+            place = model.place_payload(height, width, self._coding[first:end])
             if self._stage:
-                new = model.content_payload(self._tokens[:, first:known], place[first:known])
+                new = model.content_payload(self._tokens[:, first:known], place[: known - first])
                 fresh = slice(START_ENTRIES + first, START_ENTRIES + known)
             else:
-                new = model.start_payload(*self._shape).repeat(self._batch, 1, 1)
+                new = model.start_payload(height, width).repeat(self._batch, 1, 1)
                 fresh = slice(0, START_ENTRIES)
-            residual = model.query_payload(self._batch, place[known:end])
+            residual = model.query_payload(self._batch, place[known - first :])
             keys = self._keys.take(slice(0, fresh.stop))
             content_plan = model.plan(self._keys.take(fresh), keys)
             query_plan = model.plan(self._queries.take(slice(known, end)), keys)
@@ -166,7 +182,7 @@ class StagedDecoder:
                 residual = layer.advance(residual, k, v, query_plan)
                 if layer is not model.layers[-1]:
                     new = layer.advance(new, k, v, content_plan)
-            return model.logits(residual)
+            return residual
 
     def accept(self, tokens: Tensor) -> None:
         """Take the tokens of the stage whose logits were computed last: int32 [B, n].

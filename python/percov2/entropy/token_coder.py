@@ -6,7 +6,7 @@ integers only, and the model never sees bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.stage_pass import StagedDecoder, one_pass_residual
 
 _LOGITS_AT_ONCE = 2**21
-"""Logits made at a time: they are turned into intervals while they are still in cache."""
+"""Logits made at a time: they are coded while they are still in cache."""
 
 
 class TokenCoder:
@@ -45,15 +45,21 @@ class TokenCoder:
         batch, count = residual.shape[:2]
         coding = torch.from_numpy(schedule.order(stages)).to(tokens.device)
         symbols = tokens.reshape(batch, count)[:, coding].to(torch.int32)
-        step = max(1, _LOGITS_AT_ONCE // (batch * self.model.config.codebook_size))
         starts = np.empty((batch, count), dtype=np.int32)
         freqs = np.empty((batch, count), dtype=np.int32)
+        for part, logits in self._logits(residual):
+            starts[:, part], freqs[:, part] = self._quantize(logits, symbols[:, part], threads)
+        return starts, freqs
+
+    def _logits(self, residual: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Logits of a residual int32 [B, n, dim], some positions at a time: int16 [B, m, V]."""
+        batch, count = residual.shape[:2]
+        step = max(1, _LOGITS_AT_ONCE // (batch * self.model.config.codebook_size))
         for begin in range(0, count, step):
             part = slice(begin, begin + step)
             with intmath.exact_float32(self.model.device):
                 logits = self.model.logits(residual[:, part])
-            starts[:, part], freqs[:, part] = self._quantize(logits, symbols[:, part], threads)
-        return starts, freqs
+            yield part, logits
 
     def _quantize(
         self, logits: torch.Tensor, symbols: torch.Tensor, threads: int
@@ -83,7 +89,9 @@ class TokenCoder:
         while staged.remaining:
             if on_stage is not None:
                 on_stage(staged.remaining)
-            logits = staged.logits()
-            symbols = decoder.decode_logits(logits.cpu(), self.prob_bits, threads=threads)
-            staged.accept(torch.from_numpy(symbols))
+            parts = [
+                decoder.decode_logits(logits.cpu(), self.prob_bits, threads=threads)
+                for _, logits in self._logits(staged.residual())
+            ]
+            staged.accept(torch.from_numpy(np.concatenate(parts, axis=1)))
         return staged.tokens().cpu()
