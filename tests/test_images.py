@@ -196,7 +196,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
     path = tmp_path / "bomb.png"
     Image.new("1", (9000, 9000)).save(path)
-    with pytest.raises(ValueError, match="9000x9000 = 81000000 pixels, more than the limit"):
+    with pytest.raises(ValueError, match="more pixels than the limit of"):
         read_image(path)
     Image.new("1", (70000, 1)).save(path)
     with pytest.raises(ValueError, match="a side has at most"):
@@ -213,7 +213,7 @@ def test_the_limit_given_decides_and_not_pillows_own(
     Image.new("1", (50, 50)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert read_image(path).size == (50, 50)
-    with pytest.raises(ValueError, match="50x50 = 2500 pixels, more than the limit of 2499"):
+    with pytest.raises(ValueError, match="limit of 2499"):
         read_image(path, max_pixels=2499)
     assert Image.MAX_IMAGE_PIXELS == 100
 
@@ -225,7 +225,7 @@ def test_a_container_cannot_hide_a_giant_picture(tmp_path: Path) -> None:
     entry = bytes([16, 16, 0, 0, 1, 0, 32, 0]) + len(inner.getvalue()).to_bytes(4, "little")
     path = tmp_path / "icon.ico"
     path.write_bytes(b"\0\0\1\0\1\0" + entry + (22).to_bytes(4, "little") + inner.getvalue())
-    with pytest.raises(ValueError, match="refused to decode|more than the limit"):
+    with pytest.raises(ValueError, match="more pixels than the limit of 1000"):
         read_image(path, max_pixels=1000)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +21,9 @@ from percov2.models.flow import (
     window_starts,
 )
 from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.preset import ModelConfig, Rate
 from percov2.models.quantizer import VectorQuantizer
-from percov2.models.storage import load_component, save_component
+from percov2.models.storage import load_component, load_tensor, save_component
 from percov2.models.text_encoder import HashedTextEncoder
 
 FLOW = {
@@ -228,6 +231,75 @@ def test_storage_refuses_what_does_not_fit(tmp_path: Path) -> None:
     PatchAutoencoder(widths=(8, 16)).save_config(tmp_path)
     with pytest.raises(ValueError, match="missing tensors"):
         load_component(PatchAutoencoder, tmp_path)
+
+
+def test_damaged_components_are_refused_by_name(tmp_path: Path) -> None:
+    save_component(HyperEncoder(channels=32, hyper_channels=8), tmp_path, "int8")
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    good, text = weights.read_bytes(), config.read_text()
+    for damaged in (good[:-9], good[:20], b"", b"\xff" * 99, good.replace(b".scale", b".scald")):
+        weights.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            load_component(HyperEncoder, tmp_path)
+        if b".scald" not in damaged:
+            with pytest.raises(ValueError, match=r"model\.safetensors"):
+                load_tensor(weights, "codebook")
+    weights.write_bytes(good)
+    with pytest.raises(ValueError, match="no tensor 'codebook'"):
+        load_tensor(weights, "codebook")
+    config.write_text(text.replace('"channels": 32', '"channels": 16'))
+    with pytest.raises(ValueError, match=r"model\.safetensors .*does not fit"):
+        load_component(HyperEncoder, tmp_path)
+    for wrong in ('"wide"', "-1", "null", "1e400"):
+        config.write_text(text.replace('"channels": 32', f'"channels": {wrong}'))
+        with pytest.raises(ValueError, match=r"config\.json"):
+            load_component(HyperEncoder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("steps", [0, 1001, "4", 1.5, True, None]),
+        ("guidance", [-1, 101, "1", float("nan"), None, True]),
+        ("window", [0, "32", 8, 7]),
+        ("overlap", [-1, 32, 2.5]),
+        ("prediction", ["epsilon", 1, None]),
+        ("default_schedule", [3, None]),
+        ("name", [3]),
+        ("default_rate", ["r2", 0]),
+        ("rates", [None, [], 3, [3], [{}], {"a": 1}]),
+        ("token_side", [0, -16, 12, "16", 16.0, 1 << 40]),
+        ("codebook_size", [1, 8193, "256", None]),
+        ("rate name", ["../r", "", "a/b", 3, ".."]),
+        ("extra", [1]),
+    ],
+)
+def test_configs_with_wrong_values_are_refused_by_name(
+    field: str, wrong: list[Any], tmp_path: Path
+) -> None:
+    good = ModelConfig("m", (Rate("r", 16, 256), Rate("s", 32, 256)), "s", window=32, overlap=8)
+    good.save(tmp_path)
+    assert ModelConfig.load(tmp_path) == good
+    for value in wrong:
+        values = json.loads((tmp_path / "config.json").read_text())
+        if field in ("token_side", "codebook_size"):
+            values["rates"][0][field] = value
+        elif field == "rate name":
+            values["rates"][0]["name"] = value
+        else:
+            values[field] = value
+        folder = tmp_path / "wrong"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=r"wrong/config\.json: "):
+            ModelConfig.load(folder)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "\xff"])
+def test_configs_that_are_no_objects_are_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        ModelConfig.load(tmp_path)
 
 
 def test_weights_loaded_in_inference_mode_can_be_changed(tmp_path: Path) -> None:

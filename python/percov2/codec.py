@@ -374,10 +374,12 @@ class Codec:
 
 def _known_device(device: str) -> str:
     try:
-        kind = torch.device(device).type
+        place = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"unknown device {device!r}; use cpu or cuda") from None
-    if kind == "cuda" and not torch.cuda.is_available():
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}; use cpu or cuda")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} is not available on this machine; use cpu")
     return device
 

@@ -50,16 +50,19 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise ValueError("not a regular file; store the picture in a file first")
     with open(path, "rb") as stream:
         try:
-            with _pillow_limit(None):  # check_size says it better than Pillow
+            # Some formats decode on opening, and a container may hold more than its header says.
+            with _pillow_limit(max_pixels):
                 image = Image.open(stream)
-            check_size(image.width, image.height, max_pixels)
-            with _pillow_limit(max_pixels):  # a container may hold a larger picture than it says
+                check_size(image.width, image.height, max_pixels)
                 image.load()
             check_size(image.width, image.height, max_pixels)
         except UnidentifiedImageError:
             raise ValueError("not a picture in a format that Pillow reads") from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise ValueError(f"refused to decode the picture: {error}") from None
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            raise ImageSizeError(
+                f"the picture has more pixels than the limit of {max_pixels}; scale it down, or "
+                "raise the limit with --max-pixels"
+            ) from None
         except (ImageSizeError, MemoryError):
             raise
         except Exception as error:  # decoders of damaged files raise whatever they stumble over
@@ -71,8 +74,8 @@ _PILLOW_LIMIT = threading.Lock()
 
 
 @contextmanager
-def _pillow_limit(pixels: int | None) -> Iterator[None]:
-    """Pillow's own limit, which belongs to the process, set to ours (None: no limit)."""
+def _pillow_limit(pixels: int) -> Iterator[None]:
+    """Pillow's own limit, which belongs to the process, set to ours and made an error."""
     with _PILLOW_LIMIT, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels

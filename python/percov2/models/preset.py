@@ -15,14 +15,19 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors import safe_open
 from torch import Tensor
 
 from percov2.models.autoencoder import PatchAutoencoder
-from percov2.models.flow import WindowedEstimate, estimate_clean, sample, upsample_z_hat
+from percov2.models.flow import (
+    PREDICTIONS,
+    WindowedEstimate,
+    estimate_clean,
+    sample,
+    upsample_z_hat,
+)
 from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.quantizer import VectorQuantizer
-from percov2.models.storage import load_component
+from percov2.models.storage import load_component, load_tensor
 from percov2.models.text_encoder import HashedTextEncoder
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
@@ -69,14 +74,40 @@ class ModelConfig:
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} is not a model folder: it has no config.json")
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         try:
+            values: Any = json.loads(path.read_text(encoding="utf-8"))
             rates = tuple(Rate(**r) for r in values.pop("rates"))
             config = cls(rates=rates, **values)
-        except (TypeError, KeyError) as error:
+            config.check()
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
-        config.rate(config.default_rate)
         return config
+
+    def check(self) -> None:
+        """Raise ValueError for a value of the wrong type or outside its range."""
+        for rate in self.rates:
+            # The name is also that of a folder in the model folder.
+            name = rate.name
+            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                raise ValueError(f"a rate's name must be that of a folder, not {name!r}")
+            side, stride = rate.token_side, PatchAutoencoder.stride
+            _check_whole(f"token_side of {rate.name}", side, stride, 64)
+            if side % stride:
+                raise ValueError(f"token_side of {rate.name} is {side}, no multiple of {stride}")
+            _check_whole(f"codebook_size of {rate.name}", rate.codebook_size, 2, 8192)
+        if len({rate.name for rate in self.rates}) != len(self.rates):
+            raise ValueError("two rates have the same name")
+        for field in ("name", "default_schedule"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field} must be a text, not {getattr(self, field)!r}")
+        self.rate(self.default_rate)
+        _check_whole("steps", self.steps, 1, 1000)
+        if type(self.guidance) not in (int, float) or not 0 <= self.guidance <= 100:
+            raise ValueError(f"guidance must be a number from 0 to 100, not {self.guidance!r}")
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {PREDICTIONS}, not {self.prediction!r}")
+        _check_whole("window", self.window, 1, 4096)
+        _check_whole("overlap", self.overlap, 0, self.window - 1)
 
     def save(self, folder: Path) -> None:
         """Write ``folder/config.json``."""
@@ -95,6 +126,11 @@ class ModelConfig:
                 return rate
         known = ", ".join(r.name for r in self.rates)
         raise ValueError(f"unknown rate {name!r}; model {self.name} has {known}")
+
+
+def _check_whole(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
 
 def model_folder(name_or_path: str | Path) -> Path:
@@ -153,9 +189,7 @@ class CodecModel:
     def codebook_bytes(self, rate: str) -> bytes:
         """The stored codebook, float32 little-endian, row after row (part of the model id)."""
         path = self.folder / self.config.rate(rate).name / "quantizer" / "model.safetensors"
-        with safe_open(path, "pt") as tensors:
-            codebook = tensors.get_tensor("codebook")
-        return codebook.float().numpy().astype("<f4").tobytes()
+        return load_tensor(path, "codebook").float().numpy().astype("<f4").tobytes()
 
     @torch.inference_mode()
     def encode_tokens(self, images: Tensor, rate: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -67,20 +68,47 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
     """
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder} holds no config.json and model.safetensors")
-    config: Any = kind.load_config(folder)
-    model = kind.from_config(config)
-    stored = load_file(folder / "model.safetensors")
-    state = {}
-    for name, value in stored.items():
-        if name.endswith(".scale") and name.removesuffix(".scale") in stored:
-            continue
-        if value.dtype == torch.int8:
-            scale = stored[name + ".scale"].view(-1, *[1] * (value.ndim - 1))
-            state[name] = value.float() * scale
-        else:
-            state[name] = value.float() if value.is_floating_point() else value
-    missing, unexpected = model.load_state_dict(state, strict=False)
+    try:
+        config: Any = kind.load_config(folder)
+        model = kind.from_config(config)
+    except MemoryError:
+        raise
+    except Exception as error:  # a constructor raises whatever its arguments make it stumble over
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    path = folder / "model.safetensors"
+    try:
+        stored = load_file(path)
+        state = {
+            name: _restored(stored, name)
+            for name in stored
+            if not (name.endswith(".scale") and name.removesuffix(".scale") in stored)
+        }
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except (SafetensorError, RuntimeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or does not fit its config: {error}") from error
     missing = [name for name in missing if name not in _REBUILT]
     if missing or unexpected:
         raise ValueError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}")
     return model.to(device).eval()
+
+
+def _restored(stored: dict[str, Tensor], name: str) -> Tensor:
+    """One tensor as float32, or as it is if it holds integers."""
+    value = stored[name]
+    if value.dtype == torch.int8:
+        return value.float() * stored[name + ".scale"].view(-1, *[1] * (value.ndim - 1))
+    return value.float() if value.is_floating_point() else value
+
+
+def load_tensor(path: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file, as stored.
+
+    Raises:
+        ValueError: when the file is damaged or has no such tensor.
+        OSError: when it cannot be read.
+    """
+    try:
+        with safe_open(path, "pt") as tensors:
+            return tensors.get_tensor(name)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or has no tensor {name!r}: {error}") from error
