@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -201,21 +203,33 @@ def test_expected_errors_are_one_line_about_the_file(
         (("compress", none, out, *model), f"{none}: No such file or directory"),
         (("compress", text, out, *model), f"{text}: not a picture"),
         (("compress", tmp_path, out, *model), f"{tmp_path}: Is a directory"),
-        (("compress", picture, tmp_path / "x/y.pcv2", *model), "y.pcv2: No such file"),
+        (
+            ("compress", picture, tmp_path / "x/y.pcv2", *model),
+            f"there is no folder {tmp_path / 'x'}",
+        ),
         (("compress", picture, out, *model, "--rate", "r9"), "unknown rate 'r9'"),
         (("compress", picture, out, *model, "--max-pixels", 99), "limit of 99"),
         (("compress", picture, out, "--model", "nix"), "model nix: no model 'nix'"),
-        (("compress", picture, out, *model, "--device", "abacus"), "unknown device 'abacus'"),
+        (("compress", picture, picture, *model), "photo.png: it is the same file as the input"),
+        *(
+            (("compress", picture, out, *model, "--device", device), f"unknown device '{device}'")
+            for device in ("abacus", "meta", "xpu", "mps", "")
+        ),
         (("decompress", none, out, *model), f"{none}: No such file or directory"),
         (("decompress", text, out, *model), f"{text}: not a .pcv2 file"),
         (("decompress", cut, out, *model), f"{cut}: the file is damaged or cut"),
         (("decompress", other, out, *model), f"{other}: the file needs the model with id 0000"),
         (("decompress", file, tmp_path / "out.txt", *model), "no picture format"),
-        (("decompress", file, out, *model, "--steps", 0), "steps must be 1 to 1000, not 0"),
+        (("decompress", file, file, *model), "photo.pcv2: it is the same file as the input"),
+        (("decompress", file, tmp_path, *model), f"cannot write {tmp_path}: it is a folder"),
         (("decompress", file, out, *model, "--max-pixels", 99), "limit of 99"),
         (("info", text), f"{text}: not a .pcv2 file"),
         (("info", cut, "--verify", *model), f"{cut}: the file is damaged or cut"),
         (("roundtrip", picture, picture, "--out", tmp_path, *model), "'photo' too"),
+        (("roundtrip", picture, "--out", tmp_path, *model), "same file as the input"),
+        (("roundtrip", file, "--out", text, *model), f"{text}: File exists"),
+        (("eval", "kodak", tmp_path, "--out", tmp_path, *model), "same file as the input"),
+        (("eval", "kodak", none, "--out", tmp_path, *model), f"{none}: No such file"),
         (("roundtrip", text, "--out", tmp_path / "rt", *model), f"{text}: not a picture"),
     ]:
         assert message in failure(capsys, *command), command
@@ -234,6 +248,70 @@ def test_what_is_left_out_is_said(
     )
 
 
+def test_warnings_name_the_file_where_several_are_given(
+    random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path)
+    assert run("roundtrip", *paths, "--out", tmp_path / "out", "--model", random_model) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "flattened" in line]
+    assert [line.split(": ")[2] for line in lines] == [str(path) for path in paths]
+
+
+def test_faults_known_before_loading_load_no_model(
+    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def load(_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(cli, "_open_codec", load)
+    for command in [
+        ("compress", picture, tmp_path / "none" / "a.pcv2"),
+        ("decompress", file, tmp_path / "none" / "a.png"),
+        ("decompress", file, tmp_path / "a.pdf"),
+        ("roundtrip", picture, "--out", tmp_path),
+        ("roundtrip", picture, "--out", picture / "x"),
+        ("eval", "kodak", tmp_path, "--out", tmp_path),
+        ("eval", "kodak", tmp_path, "--out", tmp_path / "o", "--baselines", "gif"),
+    ]:
+        failure(capsys, *command)
+
+
+def test_originals_survive_every_command(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = picture.read_bytes()
+    for command in ("roundtrip", picture), ("eval", "kodak", tmp_path):
+        failure(capsys, *command, "--out", tmp_path, "--model", random_model)
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png"}
+    assert picture.read_bytes() == before
+
+
+def test_faults_of_torch_while_working_are_one_line(
+    picture: Path, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("percov2.models.preset.CodecModel.encode_tokens", fail)
+    command = ("compress", picture, tmp_path / "o.pcv2", "--model", random_model)
+    assert f"{picture}: CUDA out of memory. Tried" in failure(capsys, *command)
+
+
+@pytest.mark.parametrize("part", ["autoencoder", "fine/quantizer", "fine/entropy"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_damaged_models_are_one_line(
+    part: str, name: str, picture: Path, random_model: Path, tmp_path: Path, capsys
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(random_model, model)
+    path = model / part / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = failure(capsys, "compress", picture, tmp_path / "o.pcv2", "--model", model)
+    assert str(model / part) in message
+
+
 def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -242,8 +320,24 @@ def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch, file: Path)
     assert run("info", file) == 130
 
 
+WRONG_NUMBERS = [
+    *(("--steps", value) for value in ("0", "1001", "1.5", "x")),
+    *(("--guidance", value) for value in ("-0.1", "101", "nan", "inf", "x")),
+    *(("--seed", value) for value in ("-1", str(2**63), "x")),
+]
+
+
 def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
-    for arguments in [[], ["compress"], ["train"], ["nonsense"], ["info", "a", "--nonsense"]]:
+    sampling = ["decompress", "a", "b.png"]
+    for arguments in [
+        *([*sampling, option, value] for option, value in WRONG_NUMBERS),
+        *([command, "a", "b", "--max-pixels", "0"] for command in ("compress", "decompress")),
+        [],
+        ["compress"],
+        ["train"],
+        ["nonsense"],
+        ["info", "a", "--nonsense"],
+    ]:
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
@@ -287,10 +381,19 @@ def test_train_passes_its_options_on(
     )
 
 
-def subprocess_run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, *code.split(), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+def subprocess_run(
+    code: str, *arguments: object, stdout: int | IO[bytes] = subprocess.PIPE, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join(p for p in sys.path if p)
+    environment = {**os.environ, "PYTHONPATH": paths, **variables}
+    return subprocess.run(
+        [sys.executable, *code.split(), *map(str, arguments)],
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
 
 
 def test_info_needs_neither_torch_nor_the_compiled_coder(file: Path) -> None:
@@ -308,3 +411,31 @@ def test_failures_have_no_traceback(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == f"percov2: {tmp_path / 'none.pcv2'}: No such file or directory\n"
+
+
+def test_a_full_or_closed_stdout_is_one_line(file: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess_run("-m percov2.cli info", file, stdout=full)
+    assert result.stderr == "percov2: standard output: No space left on device\n"
+    assert result.returncode == 2
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe:
+        result = subprocess_run("-m percov2.cli info", file, stdout=pipe)
+    assert result.stderr == "percov2: standard output: Broken pipe\n"
+    assert result.returncode == 2
+
+
+def test_text_that_the_terminal_lacks_is_escaped(
+    picture: Path, codec: Codec, tmp_path: Path
+) -> None:
+    path = tmp_path / "é.pcv2"
+    with Image.open(picture) as image:
+        path.write_bytes(codec.compress([image], captions=["grün"])[0])
+    for options in ((), ("--json",)):
+        result = subprocess_run(
+            "-m percov2.cli info", path, *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        assert ("gr\\u00fcn" if options else "gr\\xfcn") in result.stdout

@@ -63,8 +63,9 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
         {"numpy", "PIL", "torch", "tqdm"},
         {"imageio_ffmpeg", "matplotlib", "skimage", "torchmetrics"},
     ),
+    "percov2.cli_faults": (set(), set(), set()),
     "percov2.cli": (
-        BITSTREAM,
+        {*BITSTREAM, "percov2.cli_faults"},
         set(),
         {"numpy", "PIL", "torch", "tqdm"},
     ),

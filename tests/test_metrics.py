@@ -1,10 +1,11 @@
-"""Metrics against the formulas and known values; baselines; reports."""
+"""PSNR against its formula, networks against recorded values; baselines; reports."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,24 @@ def test_equal_pictures_are_perfect() -> None:
     for name, best in [("ms_ssim", 1.0), ("lpips_alex", 0.0), ("lpips_vgg", 0.0), ("dists", 0.0)]:
         if values[name] is not None:
             assert values[name] == pytest.approx(best, abs=1e-5)
+
+
+NETWORKS = {"lpips_alex": 0.5316, "lpips_vgg": 0.4660, "dists": 0.2975}
+"""Of ``noise(side=64)``, recorded from these networks with the weights of INSTALL_HINT on a CPU:
+they notice a change, and are no word on other implementations."""
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_keep_their_values(name: str) -> None:
+    original, restored = noise(side=64)
+    values, notes = measure(original, restored, [name])
+    if values[name] is None:
+        assert "not installed" in notes[0]
+        if os.environ.get("CI"):
+            pytest.fail(f"{notes[0]} (no skipping where CI is set)")
+        pytest.skip(notes[0])
+    assert values[name] == pytest.approx(NETWORKS[name], abs=1e-3)
+    assert measure(original, original, [name])[0][name] == pytest.approx(0, abs=1e-6)
 
 
 def test_small_pictures_have_no_value_and_a_note() -> None:
@@ -144,7 +163,12 @@ def test_reports_need_pictures_with_names_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no picture in"):
         report.pictures_in(tmp_path)
     with pytest.raises(ValueError, match="'a' too"):
-        report.unique_stems([Path("x/a.png"), Path("y/a.jpg")])
+        report.plan_outputs([Path("x/a.png"), Path("y/a.jpg")], tmp_path)
+    with pytest.raises(ValueError, match=r"a_compare\.png: it is the same file as the output"):
+        report.plan_outputs([Path("x/a.png"), Path("x/a_compare.jpg")], tmp_path)
+    with pytest.raises(ValueError, match=r"a\.png: it is the same file as the input"):
+        report.plan_outputs([tmp_path / "a.png"], tmp_path)
+    assert report.plan_outputs([tmp_path / "a.jpg"], tmp_path) == ["a"]
 
 
 def test_pictures_stand_side_by_side() -> None:

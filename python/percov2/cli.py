@@ -1,7 +1,7 @@
 """The command line: ``percov2 compress|decompress|info|roundtrip|eval|train``.
 
-Nothing heavy is imported before a command needs it: ``info`` answers without torch. Expected errors
-end with status 2 and one line on stderr that names the file and the fault.
+Nothing heavy is imported before a command needs it: ``info`` answers without torch. What can be
+known to be wrong without a model is said before one is loaded.
 """
 
 from __future__ import annotations
@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from percov2 import bitstream
+from percov2.cli_faults import about, report_faults
 
 if TYPE_CHECKING:
     from percov2.bitstream import ParsedFile
@@ -26,61 +25,32 @@ MAX_FILE_BYTES = 1 << 26
 EMBEDDED = Path(__file__).parent / "pretrained"
 
 
-class Fault(Exception):
-    """An expected error: one line that names a file and what is wrong with it."""
-
-
-@contextmanager
-def about(name: object, *others: type[Exception]) -> Iterator[None]:
-    """Turn ValueError, OSError and ``others`` into a Fault about ``name``."""
-    expected: tuple[type[Exception], ...] = (ValueError, OSError, *others)
-    try:
-        yield
-    except expected as error:
-        text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise Fault(f"{name}: {' '.join(str(text).split())}") from error
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status (0, 2 for an expected error, 130 for Ctrl-C)."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        with warnings.catch_warnings():
-            _show_own_warnings()
-            arguments.run(arguments)
-    except Fault as fault:
-        print(f"percov2: {fault}", file=sys.stderr)
-        return 2
-    except MemoryError:
-        print("percov2: not enough memory", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("percov2: interrupted", file=sys.stderr)
-        return 130
-    return 0
 
+    def work() -> None:
+        arguments = build_parser().parse_args(argv)
+        arguments.run(arguments)
 
-def _show_own_warnings() -> None:
-    """Print percov2's warnings as one line each; others as Python does."""
-    default = warnings.showwarning
-
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        if category.__module__.startswith("percov2."):
-            print(f"percov2: warning: {message}", file=sys.stderr)
-        else:
-            default(message, category, filename, lineno, file, line)
-
-    warnings.showwarning = show
+    return report_faults(work)
 
 
 # Parser ------------------------------------------------------------------------------------------
+
+
+def _number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
+    """A parser of one number from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(low - 1)
+        if not low <= value <= high:  # also false for nan
+            raise argparse.ArgumentTypeError(f"must be {low} to {high}, not {text}")
+        return value
+
+    return parse
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -94,15 +64,24 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, help="flow evaluations: few fit, more look real")
-    parser.add_argument("--guidance", type=float, help="weight of the caption; 1 turns it off")
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise (default: 0)")
+    parser.add_argument(
+        "--steps", type=_number(int, 1, 1000), help="flow evaluations: few fit, more look real"
+    )
+    parser.add_argument(
+        "--guidance", type=_number(float, 0, 100), help="weight of the caption; 1 turns it off"
+    )
+    parser.add_argument(
+        "--seed",
+        type=_number(int, 0, 2**63 - 1),
+        default=0,
+        help="of the starting noise (default: 0)",
+    )
 
 
 def _add_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-pixels",
-        type=int,
+        type=_number(int, 1, bitstream.MAX_SIDE**2),
         default=bitstream.MAX_PIXELS,
         help="refuse larger images (%(default)s)",
     )
@@ -176,8 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
 def _open_codec(arguments: argparse.Namespace) -> Codec:
     from percov2.codec import Codec
 
-    # RuntimeError: an entropy model that does not compute exactly here refuses to load.
-    with about(f"model {arguments.model}", RuntimeError):
+    with about(f"model {arguments.model}"):
         codec = Codec.from_pretrained(arguments.model, arguments.device)
         for rate in codec.config.rates:
             codec.model_id(rate.name)
@@ -194,8 +172,10 @@ def _read_file(path: Path) -> bytes:
 
 def compress(arguments: argparse.Namespace) -> None:
     """``percov2 compress``."""
-    from percov2.images import read_image, write_bytes
+    from percov2.images import check_outputs, read_image, write_bytes
 
+    with about("compress"):
+        check_outputs([arguments.output], [arguments.input])
     with about(arguments.input):
         image = read_image(arguments.input, arguments.max_pixels)
     codec = _open_codec(arguments)
@@ -219,8 +199,10 @@ def compress(arguments: argparse.Namespace) -> None:
 
 def decompress(arguments: argparse.Namespace) -> None:
     """``percov2 decompress``."""
-    from percov2.images import picture_format, write_image
+    from percov2.images import check_outputs, picture_format, write_image
 
+    with about("decompress"):
+        check_outputs([arguments.output], [arguments.input])
     with about(arguments.output):
         picture_format(arguments.output)
     with about(arguments.input):
@@ -251,7 +233,7 @@ def info(arguments: argparse.Namespace) -> None:
         record["model"], record["rate"] = codec.config.name, decoded.rate.name
         record["sha256"] = hashlib.sha256(decoded.tokens.astype("<i4").tobytes()).hexdigest()
     if arguments.json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        print(json.dumps(record, indent=2))
     else:
         _print_info(record)
 
@@ -327,15 +309,15 @@ def roundtrip(arguments: argparse.Namespace) -> None:
     """``percov2 roundtrip``."""
     from percov2.evaluation import report
 
+    with about(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
     with about("roundtrip"):
-        stems = report.unique_stems(arguments.inputs)
+        stems = report.plan_outputs(arguments.inputs, arguments.out)
     codec = _open_codec(arguments)
     setting = _setting(arguments)
     with about(f"model {arguments.model}"):
         report.warm_up(codec, setting)
     records, notes = [], []
-    with about(arguments.out):
-        arguments.out.mkdir(parents=True, exist_ok=True)
     for path, stem in zip(arguments.inputs, stems, strict=True):
         with about(path):
             trip = report.round_trip(codec, path, setting)
@@ -346,7 +328,7 @@ def roundtrip(arguments: argparse.Namespace) -> None:
         if not arguments.json:
             print(report.sentence(trip.record))
     if arguments.json:
-        print(json.dumps(records, indent=2, ensure_ascii=False))
+        print(json.dumps(records, indent=2))
     for note in sorted(set(notes)):
         print(f"percov2: note: {note}", file=sys.stderr if arguments.json else sys.stdout)
 
@@ -363,14 +345,14 @@ def evaluate(arguments: argparse.Namespace) -> None:
     """``percov2 eval``."""
     from percov2.evaluation import report
 
+    baselines = [name for name in arguments.baselines.split(",") if name]
+    name = f"eval {arguments.benchmark}"
+    with about(name):
+        report.plan_evaluation(arguments.folder, arguments.out, baselines)
     codec = _open_codec(arguments)
-    with about(arguments.folder):
+    with about(name):
         result = report.evaluate(
-            codec,
-            arguments.folder,
-            arguments.out,
-            _setting(arguments),
-            [name for name in arguments.baselines.split(",") if name],
+            codec, arguments.folder, arguments.out, _setting(arguments), baselines
         )
     print(report.table([{"image": "mean", **result["mean"]}], arguments.benchmark))
     print(arguments.out / "report.md")

@@ -286,7 +286,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     A symbolic link stays one, and its target is written; devices and pipes are written through; a
     file that is replaced hands on its permissions.
 
-    Raises OSError when it cannot be written; no neighbour is left behind then.
+    Raises OSError that names ``path`` when it cannot be written; no neighbour is left behind then.
     """
     if Path(path).exists() and not Path(path).is_file():
         with open(path, "wb") as stream:
@@ -300,6 +300,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         if target.exists():
             shutil.copymode(target, neighbour)
         os.replace(neighbour, target)
-    except BaseException:
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
         neighbour.unlink(missing_ok=True)
-        raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from percov2 import __version__
 from percov2.codec import Codec
 from percov2.evaluation.baselines import BASELINES, encode_within
 from percov2.evaluation.metrics import METRICS, measure
-from percov2.images import read_image, to_rgb, write_bytes, write_image
+from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
 
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
@@ -66,10 +67,14 @@ def round_trip(
 ) -> RoundTrip:
     """Compress and restore one picture file.
 
-    Raises ValueError for a file that is no picture, OSError for one that cannot be read.
+    Warns with the path before the text where ``to_rgb`` warns. Raises ValueError for a file that is
+    no picture, OSError for one that cannot be read.
     """
-    image = read_image(path)
-    pixels = to_rgb(image)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pixels = to_rgb(read_image(path))
+    for warning in caught:
+        warnings.warn(f"{path}: {warning.message}", warning.category, stacklevel=2)
     started = time.perf_counter()
     (file,) = codec.compress([Image.fromarray(pixels)], setting.rate, setting.schedule)
     encoded = time.perf_counter()
@@ -99,19 +104,35 @@ def side_by_side(pictures: Iterable[Image.Image], gap: int = 8) -> Image.Image:
     return page
 
 
+_PER_PICTURE = (".pcv2", ".png", "_compare.png")
+_PER_REPORT = ("report.json", "report.md")
+
+
 def write_round_trip(trip: RoundTrip, folder: Path, stem: str) -> None:
     """Write STEM.pcv2, STEM.png (restored) and STEM_compare.png (original | restored)."""
-    write_bytes(folder / f"{stem}.pcv2", trip.file)
-    write_image(trip.restored, folder / f"{stem}.png")
-    write_image(side_by_side([trip.original, trip.restored]), folder / f"{stem}_compare.png")
+    file, restored, compare = (folder / (stem + ending) for ending in _PER_PICTURE)
+    write_bytes(file, trip.file)
+    write_image(trip.restored, restored)
+    write_image(side_by_side([trip.original, trip.restored]), compare)
 
 
-def unique_stems(paths: Sequence[Path]) -> list[str]:
-    """The names without folder and ending; ValueError if two pictures would share one."""
+def plan_outputs(paths: Sequence[Path], out: Path, reports: Sequence[str] = ()) -> list[str]:
+    """The pictures' names without folder and ending, under which ``out`` may take their results.
+
+    Args:
+        out: an existing folder.
+        reports: names of further files that are written there.
+
+    Raises:
+        ValueError: two pictures would share a name, or a result would overwrite a picture or
+            another result.
+    """
     stems = [path.stem for path in paths]
     for path, stem in zip(paths, stems, strict=True):
         if stems.count(stem) > 1:
             raise ValueError(f"{path}: another picture is called {stem!r} too; rename one of them")
+    names = [*reports, *(stem + ending for stem in stems for ending in _PER_PICTURE)]
+    check_outputs([out / name for name in names], paths)
     return stems
 
 
@@ -121,6 +142,23 @@ def pictures_in(folder: Path) -> list[Path]:
     if not found:
         raise ValueError(f"no picture in {folder}; the endings are {', '.join(PICTURE_ENDINGS)}")
     return found
+
+
+def plan_evaluation(
+    folder: Path, out: Path, baselines: Sequence[str] = ()
+) -> tuple[list[Path], list[str]]:
+    """The pictures of a folder and their names in ``out``, which is made where it is missing.
+
+    Raises:
+        ValueError: no picture, an unknown baseline, or results that would overwrite something.
+        OSError: a folder cannot be read or made.
+    """
+    unknown = sorted(set(baselines) - set(BASELINES))
+    if unknown:
+        raise ValueError(f"unknown baselines {unknown}; choose from {', '.join(BASELINES)}")
+    paths = pictures_in(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    return paths, plan_outputs(paths, out, _PER_REPORT)
 
 
 def evaluate(
@@ -143,20 +181,19 @@ def evaluate(
         What report.json holds: setting, images, means, baselines, notes.
 
     Raises:
-        ValueError: no picture, a damaged one, or an unknown baseline.
+        ValueError: as for ``plan_evaluation``, or a picture that cannot be read, by name.
+        OSError: a file cannot be read or written.
     """
-    unknown = sorted(set(baselines) - set(BASELINES))
-    if unknown:
-        raise ValueError(f"unknown baselines {unknown}; choose from {', '.join(BASELINES)}")
-    paths = pictures_in(folder)
-    stems = unique_stems(paths)
-    out.mkdir(parents=True, exist_ok=True)
+    paths, stems = plan_evaluation(folder, out, baselines)
     warm_up(codec, setting)
     records: list[dict[str, Any]] = []
     rivals: dict[str, list[dict[str, Any]]] = {name: [] for name in baselines}
     notes: list[str] = []
     for path, stem in zip(tqdm(paths, disable=not progress), stems, strict=True):
-        trip = round_trip(codec, path, setting, METRICS)
+        try:
+            trip = round_trip(codec, path, setting, METRICS)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         write_round_trip(trip, out, stem)
         records.append({**trip.record, "image": path.name})
         notes += trip.notes
@@ -188,7 +225,7 @@ def evaluate(
         "notes": sorted(set(notes)),
     }
     write_bytes(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
-    write_bytes(out / "report.md", markdown(report, stems).encode())
+    write_bytes(out / "report.md", markdown(report, stems).encode(errors="backslashreplace"))
     return report
 
 
