@@ -354,7 +354,21 @@ def test_header_refuses_values_that_cannot_be_written(
 
 
 def test_dense_promise() -> None:
-    assert bitstream.keeps_dense_promise(2048, 0, 2048)
-    assert not bitstream.keeps_dense_promise(2049, 0, 0)
-    assert bitstream.keeps_dense_promise(2056, 1, 2048)
-    assert not bitstream.keeps_dense_promise(2056, 1, 2049)
+    assert bitstream.keeps_dense_promise(512, 0, 512)
+    assert not bitstream.keeps_dense_promise(513, 0, 0)
+    assert bitstream.keeps_dense_promise(520, 1, 512)
+    assert not bitstream.keeps_dense_promise(520, 1, 513)
+
+
+@given(header=headers, check=st.sampled_from([0, 1, 2, 3, 15, 65535]))
+@example(header=Header(0, 32769, 1), check=0)
+@example(header=Header(0, 1, 32769), check=0)
+@example(header=Header(0, 1, 1), check=0)
+@example(header=Header(0, 32769, 32769, 0, 0, 32769), check=0)
+@example(header=Header(0, 512, 512, 0, 0, 32769), check=0)
+@settings(max_examples=200, deadline=None)
+def test_headers_round_trip_where_the_check_is_small_and_no_token_follows(
+    header: Header, check: int
+) -> None:
+    data = reference.write(fields_of(header), [], check)
+    assert read(data, max_pixels=2**32).header == header

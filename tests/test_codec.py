@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator
@@ -205,11 +206,25 @@ def test_giant_plain_pictures_give_up_the_dense_promise(side: int, dense: bool) 
     np.testing.assert_array_equal(back, tokens)
 
 
+def test_giant_plain_pictures_need_a_schedule_with_few_stages() -> None:
+    coder = TokenCoder(certain_model())
+    raster = SCHEDULES.index("raster")
+    tokens = np.zeros((65, 64), dtype=np.int32)
+    header = bitstream.Header(model_id=7, height=1040, width=1024, schedule=raster)
+    with pytest.raises(ValueError, match=r"'raster' .* 4160 stages.*choose another schedule"):
+        pack(coder, [header], [tokens])
+    symbols = bitstream.header_intervals(dataclasses.replace(header, dense=False))
+    coded = reference_rans.encode(0x1234, [(start, freq, 12) for start, freq in symbols])
+    data = bitstream.prefix(header) + coded
+    with pytest.raises(BitstreamError, match="4160 stages without the dense promise"):
+        unpack(coder, [OpenFile(data, bitstream.read(data), (65, 64))])
+
+
 def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded() -> None:
     coder = TokenCoder(IntTransformer.random(TransformerConfig(256, 8, 1, 8, 1, 8), seed=0))
     header = bitstream.Header(model_id=7, height=960, width=960)
     symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
-    junk = [(byte, 1, 8) for byte in np.random.default_rng(0).bytes(220)]
+    junk = [(byte, 1, 8) for byte in np.random.default_rng(0).bytes(440)]
     data = bitstream.prefix(header) + reference_rans.encode(0x1234, symbols + junk)
     stages_begun = []
 

@@ -32,8 +32,10 @@ MAX_PIXELS = 64_000_000
 MAX_SIDE = 1 << 16
 MAX_STAGES_SENT = 1 << 16
 MAX_CAPTION_BYTES = 4096
-DENSE_SLACK = 2048
+DENSE_SLACK = 512
 """Tokens that a file may hold beyond what the dense promise ties to its bits."""
+MAX_SPARSE_STAGES = 4096
+"""Most stages of a file without the dense promise: each costs a pass of the entropy model."""
 
 CAPTION_NONE, CAPTION_RAW, CAPTION_DEFLATE = 0, 1, 2
 """Caption codecs; 3 to 5 are reserved."""

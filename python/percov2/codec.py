@@ -269,13 +269,10 @@ class Codec:
         Raises BitstreamError as ``decompress`` does.
         """
         opened: list[OpenFile] = []
-        captions: list[str] = []
         for i, data in enumerate(files):
             label = f"file {i} of {len(files)}: " if len(files) > 1 else ""
             try:
                 opened.append(self._open(bytes(data), label, max_pixels))
-                header = opened[-1].parsed.header
-                captions.append(decode_caption(header.caption_codec, header.caption))
             except BitstreamError as error:
                 raise BitstreamError(f"{label}{error}") from error
         tokens: dict[int, Tokens] = {}
@@ -284,12 +281,15 @@ class Codec:
             if members:
                 grids = packing.unpack(self._entropy(rate.name), [opened[i] for i in members])
                 tokens.update(zip(members, grids, strict=True))
-        return [
-            DecodedFile(
-                file.parsed.header, self.config.rates[file.parsed.header.rate], caption, tokens[i]
-            )
-            for i, (file, caption) in enumerate(zip(opened, captions, strict=True))
-        ]
+        decoded: list[DecodedFile] = []
+        for i, file in enumerate(opened):
+            header = file.parsed.header
+            try:
+                caption = decode_caption(header.caption_codec, header.caption)
+            except BitstreamError as error:
+                raise file.fault(str(error)) from error
+            decoded.append(DecodedFile(header, self.config.rates[header.rate], caption, tokens[i]))
+        return decoded
 
     def paint(
         self,

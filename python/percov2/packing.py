@@ -62,6 +62,9 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
         coder: the entropy model of the headers' rate.
         headers: one per file; ``dense`` is set here, whatever it says.
         tokens: int32 [h, w] per file, values in the coder's codebook.
+
+    Raises:
+        ValueError: a file that cannot keep the dense promise and has too many stages.
     """
 
     def intervals(group: list[tuple[Header, Tokens]]) -> list[tuple[Tokens, Tokens]]:
@@ -77,6 +80,13 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
     files, tails = _write(headers, tokens, coded, coder.prob_bits)
     # The check covers the flag, so a file that breaks the promise is written again without it.
     broken = [i for i, file in enumerate(files) if not _is_dense(file, tokens[i].size, tails[i])]
+    for i in broken:
+        if too_many_stages(headers[i].schedule, tokens[i].shape):
+            raise ValueError(
+                f"schedule {SCHEDULES[headers[i].schedule]!r} would give this plain picture of "
+                f"{headers[i].width}x{headers[i].height} {tokens[i].size} stages, more than the "
+                f"{bitstream.MAX_SPARSE_STAGES} that a reader accepts; choose another schedule"
+            )
     sparse, _ = _write(
         [replace(headers[i], dense=False) for i in broken],
         [tokens[i] for i in broken],
@@ -90,6 +100,13 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
 
 def _is_dense(file: bytes, tokens: int, tail: int) -> bool:
     return bitstream.keeps_dense_promise(tokens, len(file) - bitstream.PREFIX_BYTES, tail)
+
+
+def too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
+    """Whether a file without the dense promise may not have this schedule, by index, and grid."""
+    # The other schedules have a few dozen stages at most (docs/schedules.md).
+    raster = SCHEDULES[schedule] == "raster"
+    return raster and grid[0] * grid[1] > bitstream.MAX_SPARSE_STAGES
 
 
 def _threads() -> int:
@@ -161,6 +178,11 @@ class OpenFile:
             raise self.fault(
                 f"the file is damaged or cut: {len(self.data)} bytes cannot hold the {count} "
                 f"tokens of an image of {header.width}x{header.height}"
+            )
+        if not header.dense and too_many_stages(header.schedule, self.grid):
+            raise self.fault(
+                f"the file is damaged: {count} stages without the dense promise, at most "
+                f"{bitstream.MAX_SPARSE_STAGES} are allowed"
             )
 
     def fault(self, message: str) -> BitstreamError:
