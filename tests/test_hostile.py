@@ -147,13 +147,13 @@ def junk_after(codec: Codec, size: int, seed: int, **fields: Any) -> bytes:
     return bitstream.prefix(header) + encode(0x1234, symbols + junk)
 
 
-def peak_memory() -> int:
-    """Peak resident memory of this process in kB.
+def memory(field: str) -> int:
+    """Resident memory of this process in kB: VmRSS now, VmHWM at its peak.
 
     Not ``ru_maxrss``: on Linux a new process begins with the peak of the one that started it.
     """
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def cost_of_hostile_files(folder: Path) -> dict[str, float]:
@@ -182,7 +182,7 @@ def cost_of_hostile_files(folder: Path) -> dict[str, float]:
         files.append(
             junk_after(codec, 20, 0, schedule=schedule, height=side, width=side, dense=False)
         )
-    before = peak_memory()
+    before = memory("VmRSS")
     slowest, passed = 0.0, 0
     for data in files:
         begin = time.perf_counter()
@@ -192,7 +192,7 @@ def cost_of_hostile_files(folder: Path) -> dict[str, float]:
         except BitstreamError:
             pass
         slowest = max(slowest, time.perf_counter() - begin)
-    return {"passed": passed, "seconds": slowest, "kB": peak_memory() - before}
+    return {"passed": passed, "seconds": slowest, "kB": memory("VmHWM") - before}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
