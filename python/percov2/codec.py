@@ -181,7 +181,8 @@ class Codec:
         if len(sizes) != len(tokens):
             raise ValueError(f"{len(sizes)} sizes for {len(tokens)} token maps; give one per map")
         maps = [
-            _checked_tokens(grid, size, point) for grid, size in zip(tokens, sizes, strict=True)
+            packing.checked_tokens(grid, size, point.token_side, point.codebook_size)
+            for grid, size in zip(tokens, sizes, strict=True)
         ]
         return self._pack(maps, sizes, point, name, coded)
 
@@ -344,7 +345,9 @@ class Codec:
                 "percov2 restores complete files only"
             )
         side = self.config.rates[header.rate].token_side
-        return OpenFile(data, parsed, _grid((header.height, header.width), side), label)
+        return OpenFile(
+            data, parsed, packing.token_grid((header.height, header.width), side), label
+        )
 
     def _check_model(self, header: Header) -> None:
         """Raise BitstreamError unless the file's tokens are those of a rate of this model."""
@@ -384,10 +387,6 @@ def _known_device(device: str) -> str:
     return device
 
 
-def _grid(size: tuple[int, int], side: int) -> tuple[int, int]:
-    return -(-size[0] // side), -(-size[1] // side)
-
-
 def _arrays(images: Sequence[Image.Image], max_pixels: int) -> list[NDArray[np.uint8]]:
     for image in images:
         check_size(image.width, image.height, max_pixels)
@@ -399,19 +398,3 @@ def _coded_captions(captions: Sequence[str] | None, count: int) -> list[tuple[in
     if isinstance(captions, str) or len(texts) != count:
         raise ValueError(f"captions must be a list of {count} texts, one per image")
     return [encode_caption(text) for text in texts]
-
-
-def _checked_tokens(grid: Tokens, size: tuple[int, int], rate: Rate) -> Tokens:
-    array = np.asarray(grid)
-    expected = _grid(size, rate.token_side)
-    if array.dtype.kind not in "iu" or array.shape != expected:
-        raise ValueError(
-            f"tokens are {array.dtype} {array.shape}; an image of {size[1]}x{size[0]} pixels at "
-            f"rate {rate.name} has integers {expected}"
-        )
-    if array.min() < 0 or array.max() >= rate.codebook_size:
-        raise ValueError(
-            f"tokens range from {array.min()} to {array.max()}; they must lie in "
-            f"0..{rate.codebook_size - 1}"
-        )
-    return array.astype(np.int32)

@@ -235,3 +235,27 @@ def _unpack_equal(coder: TokenCoder, files: Sequence[OpenFile]) -> list[Tokens]:
         if not valid:
             raise file.fault("the file is damaged or cut: its check does not fit")
     return tokens
+
+
+def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(h, w) of the token map of an image of (height, width) pixels, ``side`` pixels per token."""
+    return -(-size[0] // side), -(-size[1] // side)
+
+
+def checked_tokens(
+    grid: Tokens, size: tuple[int, int], token_side: int, codebook_size: int
+) -> Tokens:
+    """A token map as int32; ValueError unless it fits its image's size and its codebook."""
+    array = np.asarray(grid)
+    expected = token_grid(size, token_side)
+    if array.dtype.kind not in "iu" or array.shape != expected:
+        raise ValueError(
+            f"tokens are {array.dtype} {array.shape}; an image of {size[1]}x{size[0]} pixels with "
+            f"{token_side}-pixel tokens has integers {expected}"
+        )
+    if array.min() < 0 or array.max() >= codebook_size:
+        raise ValueError(
+            f"tokens range from {array.min()} to {array.max()}; they must lie in "
+            f"0..{codebook_size - 1}"
+        )
+    return array.astype(np.int32)
