@@ -262,7 +262,8 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
             "total": len(data),
             "header": parts["header"],
             "caption": parts["caption"],
-            "tokens": len(data) - sum(parts.values()),
+            # A damaged file may be shorter than its own header costs; --verify refuses it.
+            "tokens": max(0.0, len(data) - sum(parts.values())),
             "check": parts["check"],
         },
     }

@@ -1,0 +1,74 @@
+"""The embedded model on a real photograph: the package as a user gets it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import percov2
+from percov2.codec import Codec
+from percov2.evaluation.metrics import measure
+
+FOLDER = Path(percov2.__file__).parent / "pretrained" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def codec() -> Codec:
+    return Codec.from_pretrained("tiny")
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    from skimage import data
+
+    return Image.fromarray(data.astronaut()[:256, 64:384])
+
+
+def test_model_id_file_names_every_rate(codec: Codec) -> None:
+    lines = (FOLDER / "model_id").read_text(encoding="ascii").splitlines()
+    rates = [rate.name for rate in codec.config.rates]
+    assert lines == [f"{codec.model_id(rate):04x} {rate}" for rate in rates]
+
+
+def test_folder_is_small_and_holds_no_pickles() -> None:
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 25_000_000
+    assert {path.suffix for path in files} <= {"", ".json", ".md", ".safetensors"}
+
+
+def test_photo_survives_within_the_rate(codec: Codec, photo: Image.Image) -> None:
+    (file,) = codec.compress([photo], captions=["a woman in an orange suit"])
+    assert 8 * len(file) / (photo.width * photo.height) <= 0.04
+    (restored,) = codec.decompress([file])
+    values, _ = measure(np.asarray(photo), np.asarray(restored), ("psnr",))
+    grey = np.full_like(np.asarray(photo), int(np.asarray(photo).mean()))
+    blank, _ = measure(np.asarray(photo), grey, ("psnr",))
+    assert values["psnr"] is not None and blank["psnr"] is not None
+    assert values["psnr"] > blank["psnr"] + 4
+
+
+def test_the_flow_transformer_paints(codec: Codec, photo: Image.Image) -> None:
+    (file,) = codec.compress([photo])
+    (once,) = codec.decompress([file])
+    (again,) = codec.decompress([file])
+    (more,) = codec.decompress([file], steps=3)
+    (other,) = codec.decompress([file], seed=1)
+    assert np.array_equal(np.asarray(once), np.asarray(again))
+    assert not np.array_equal(np.asarray(once), np.asarray(more))
+    assert not np.array_equal(np.asarray(once), np.asarray(other))
+
+
+def test_tokens_do_not_depend_on_batch_or_threads(codec: Codec, photo: Image.Image) -> None:
+    mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    alone = codec.encode_tokens([photo])[0]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert np.array_equal(codec.encode_tokens([mirrored, photo])[1], alone)
+    finally:
+        torch.set_num_threads(threads)
