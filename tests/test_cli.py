@@ -341,6 +341,7 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_training_phases_match_the_functions_that_they_call() -> None:

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from percov2 import bitstream
 from percov2.cli_faults import about, report_faults
@@ -87,13 +87,16 @@ def _add_limit(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``, a function of the parsed arguments."""
     from percov2 import __version__
 
-    parser = argparse.ArgumentParser(
-        prog="percov2", description="Photographs in a few hundred bytes."
-    )
+    parser = _Parser(prog="percov2", description="Photographs in a few hundred bytes.")
     parser.add_argument("--version", action="version", version=f"percov2 {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
