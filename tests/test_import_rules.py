@@ -222,7 +222,8 @@ def test_compiled_core_knows_no_python_and_no_libtorch() -> None:
             if root in ("torch", "ATen", "c10", "Python.h"):
                 pytest.fail(f"{path.name} includes {header}")
             if root == "pybind11":
-                assert path.name in ("bindings.cpp", "tensor_view.h"), f"{path.name}: {header}"
+                allowed = path.stem.startswith("bindings") or path.name == "tensor_view.h"
+                assert allowed, f"{path.name}: {header}"
             if root.startswith("cuda"):
                 assert path.suffix in (".cu", ".cuh"), f"{path.name} includes {header}"
 

@@ -28,6 +28,28 @@ attention_weights = _native.attention_weights
 IntegerLayer = _native.IntegerLayer
 IntegerHead = _native.IntegerHead
 
+
+def instruction_sets() -> tuple[str, ...]:
+    """What the compiled kernels can use on this machine: "scalar" and "avx2", "avx512" or "neon".
+
+    All give the same integers.
+    """
+    return _native.instruction_sets()
+
+
+def instruction_set() -> str:
+    """The instruction set in use: the best available one unless another was chosen."""
+    return _native.instruction_set()
+
+
+def use_instruction_set(name: str) -> None:
+    """Make all compiled kernels use one instruction set, to compare or to measure them.
+
+    Raises ValueError for a name that ``instruction_sets`` does not list.
+    """
+    _native.use_instruction_set(name)
+
+
 ArrayLike = NDArray[Any] | torch.Tensor | Sequence[int]
 
 

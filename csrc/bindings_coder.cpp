@@ -1,0 +1,159 @@
+// Intervals and rANS for Python.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "bindings.h"
+#include "coder.h"
+#include "tensor_view.h"
+
+namespace py = pybind11;
+
+namespace percov2 {
+namespace {
+
+BatchEncoder make_encoder(py::handle checks) {
+  return BatchEncoder(copy(TensorView<std::uint32_t>(checks, "checks")));
+}
+
+void push(BatchEncoder& encoder, py::handle starts, py::handle freqs, py::handle counts,
+          int prob_bits, int threads) {
+  const TensorView<std::int32_t> start(starts, "starts");
+  const TensorView<std::int32_t> freq(freqs, "freqs");
+  const TensorView<std::int64_t> count(counts, "counts");
+  start.require_ndim(1);
+  freq.require_ndim(1);
+  count.require_ndim(1);
+  same_size("freqs", freq.size(), start.size());
+  same_size("counts", count.size(), encoder.size());
+  const py::gil_scoped_release unlocked;
+  encoder.push(start.data(), freq.data(), start.size(), count.data(), prob_bits, threads);
+}
+
+py::tuple finish(const BatchEncoder& encoder) {
+  std::vector<std::uint8_t> buffer;
+  std::vector<std::int64_t> offsets;
+  encoder.finish(buffer, offsets);
+  return py::make_tuple(to_array(buffer), to_array(offsets));
+}
+
+BatchDecoder make_decoder(py::handle buffer, py::handle offsets, py::handle states,
+                          py::handle positions) {
+  std::vector<std::uint32_t> state;
+  std::vector<std::int64_t> position;
+  if (!states.is_none()) state = copy(TensorView<std::uint32_t>(states, "states"));
+  if (!positions.is_none()) position = copy(TensorView<std::int64_t>(positions, "positions"));
+  return BatchDecoder(copy(TensorView<std::uint8_t>(buffer, "buffer")),
+                      copy(TensorView<std::int64_t>(offsets, "offsets")), !states.is_none(),
+                      std::move(state), position);
+}
+
+py::array_t<std::int32_t> decode_logits(BatchDecoder& decoder, py::handle logits,
+                                        py::handle streams, int prob_bits, int threads) {
+  const TensorView<std::int16_t> logit(logits, "logits");
+  const TensorView<std::int64_t> stream(streams, "streams");
+  logit.require_ndim(3);
+  stream.require_ndim(1);
+  same_size("streams", stream.size(), logit.shape(0));
+  py::array_t<std::int32_t> symbols({logit.shape(0), logit.shape(1)});
+  std::int32_t* out = symbols.mutable_data();
+  const py::gil_scoped_release unlocked;
+  decoder.decode_logits(logit.data(), stream.data(), logit.shape(0), logit.shape(1), logit.shape(2),
+                        prob_bits, threads, out);
+  return symbols;
+}
+
+py::array_t<std::int32_t> decode_cdf(BatchDecoder& decoder, py::handle cdf, py::handle streams,
+                                     int prob_bits, int threads) {
+  const TensorView<std::int32_t> table(cdf, "cdf");
+  const TensorView<std::int64_t> stream(streams, "streams");
+  table.require_ndim(3);
+  stream.require_ndim(1);
+  same_size("streams", stream.size(), table.shape(0));
+  py::array_t<std::int32_t> symbols({table.shape(0), table.shape(1)});
+  std::int32_t* out = symbols.mutable_data();
+  const py::gil_scoped_release unlocked;
+  decoder.decode_cdf(table.data(), stream.data(), table.shape(0), table.shape(1),
+                     table.shape(2) - 1, prob_bits, threads, out);
+  return symbols;
+}
+
+py::array_t<bool> exhausted(const BatchDecoder& decoder) {
+  py::array_t<bool> result(decoder.size());
+  for (std::int64_t b = 0; b < decoder.size(); ++b) result.mutable_at(b) = decoder.exhausted(b);
+  return result;
+}
+
+py::array_t<bool> finished(const BatchDecoder& decoder, py::handle checks) {
+  const TensorView<std::uint32_t> check(checks, "checks");
+  check.require_ndim(1);
+  same_size("checks", check.size(), decoder.size());
+  py::array_t<bool> result(decoder.size());
+  for (std::int64_t b = 0; b < decoder.size(); ++b) {
+    result.mutable_at(b) = decoder.finished(b, check.data()[b]);
+  }
+  return result;
+}
+
+py::tuple intervals_of(py::handle logits, py::handle symbols, int prob_bits, int threads) {
+  const TensorView<std::int16_t> logit(logits, "logits");
+  const TensorView<std::int32_t> symbol(symbols, "symbols");
+  logit.require_ndim(2);
+  symbol.require_ndim(1);
+  same_size("symbols", symbol.size(), logit.shape(0));
+  py::array_t<std::int32_t> starts(logit.shape(0));
+  py::array_t<std::int32_t> freqs(logit.shape(0));
+  std::int32_t* start = starts.mutable_data();
+  std::int32_t* freq = freqs.mutable_data();
+  {
+    const py::gil_scoped_release unlocked;
+    intervals(logit.data(), symbol.data(), logit.shape(0), logit.shape(1), prob_bits, threads,
+              start, freq);
+  }
+  return py::make_tuple(starts, freqs);
+}
+
+py::array_t<std::int32_t> cdf_of(py::handle logits, int prob_bits, int threads) {
+  const TensorView<std::int16_t> logit(logits, "logits");
+  logit.require_ndim(2);
+  check_codebook(logit.shape(1), prob_bits);  // before a table of that size is allocated
+  py::array_t<std::int32_t> table({logit.shape(0), logit.shape(1) + 1});
+  std::int32_t* out = table.mutable_data();
+  {
+    const py::gil_scoped_release unlocked;
+    cdf_table(logit.data(), logit.shape(0), logit.shape(1), prob_bits, threads, out);
+  }
+  return table;
+}
+
+}  // namespace
+
+void bind_coder(py::module_& module) {
+  module.def("weight_table", [] { return py::array_t<std::uint32_t>(256, weight_table()); });
+  module.def("intervals", &intervals_of, py::arg("logits"), py::arg("symbols"),
+             py::arg("prob_bits"), py::arg("threads"));
+  module.def("cdf", &cdf_of, py::arg("logits"), py::arg("prob_bits"), py::arg("threads"));
+  py::class_<BatchEncoder>(module, "BatchEncoder")
+      .def(py::init(&make_encoder), py::arg("checks"))
+      .def("push", &push, py::arg("starts"), py::arg("freqs"), py::arg("counts"),
+           py::arg("prob_bits"), py::arg("threads"))
+      .def("symbols_before_output",
+           [](const BatchEncoder& e) { return to_array(e.symbols_before_output()); })
+      .def("finish", &finish);
+  py::class_<BatchDecoder>(module, "BatchDecoder")
+      .def(py::init(&make_decoder), py::arg("buffer"), py::arg("offsets"), py::arg("states"),
+           py::arg("positions"))
+      .def("decode_logits", &decode_logits, py::arg("logits"), py::arg("streams"),
+           py::arg("prob_bits"), py::arg("threads"))
+      .def("decode_cdf", &decode_cdf, py::arg("cdf"), py::arg("streams"), py::arg("prob_bits"),
+           py::arg("threads"))
+      .def("states", [](const BatchDecoder& d) { return to_array(d.states()); })
+      .def("positions", [](const BatchDecoder& d) { return to_array(d.positions()); })
+      .def("exhausted", &exhausted)
+      .def("finished", &finished, py::arg("checks"));
+}
+
+}  // namespace percov2

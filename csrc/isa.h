@@ -1,0 +1,31 @@
+// Instruction sets: which there are in this build, which this machine has, which one is used.
+//
+// Kernels exist once per instruction set, each in a translation unit of its own with its own
+// compiler flags; these units include no standard library header but <cstdint> and <cstddef>, so
+// that no inline function compiled for AVX-512 can end up in code that runs everywhere. Every
+// subject (intervals, linear maps, attention) keeps a table of its kernels, indexed by Isa.
+#pragma once
+
+#include <cstdint>
+
+namespace percov2 {
+
+enum class Isa : std::int32_t {
+  kScalar,  // plain C++ that every machine runs
+  kAvx2,    // x86-64-v3: AVX2, FMA, BMI2
+  kAvx512,  // x86-64-v4 with VBMI and VNNI: Ice Lake, Zen 4 and later
+  kNeon,    // AArch64
+};
+constexpr int kIsaCount = 4;
+
+// "scalar", "avx2", "avx512", "neon".
+const char* isa_name(Isa isa);
+// Whether this build has the kernels and this machine runs them.
+bool isa_available(Isa isa);
+// The instruction set in use: the best available one until use_isa chooses another.
+Isa active_isa();
+// For tests and measurements: every kernel that starts afterwards uses `isa`, in all threads.
+// Throws std::invalid_argument unless it is available.
+void use_isa(Isa isa);
+
+}  // namespace percov2
