@@ -1,0 +1,32 @@
+# percov2_add_core(<name>): the core as a static library. It knows nothing of Python: every unit of
+# this folder belongs to it except the bindings. One unit per instruction set and subject has flags
+# of its own; csrc/isa.h says which of them runs.
+include_guard(GLOBAL)
+
+function(percov2_add_core name)
+  set(folder ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
+  file(GLOB units CONFIGURE_DEPENDS ${folder}/*.cpp)
+  list(FILTER units EXCLUDE REGEX "/bindings[^/]*$|_(avx2|avx512|neon)\\.cpp$")
+  add_library(${name} STATIC ${units})
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+    file(GLOB avx2_units CONFIGURE_DEPENDS ${folder}/*_avx2.cpp)
+    file(GLOB avx512_units CONFIGURE_DEPENDS ${folder}/*_avx512.cpp)
+    target_sources(${name} PRIVATE ${avx2_units} ${avx512_units})
+    set_source_files_properties(${avx2_units} PROPERTIES COMPILE_OPTIONS
+      "-march=x86-64-v3;-ffp-contract=off")
+    set_source_files_properties(${avx512_units} PROPERTIES COMPILE_OPTIONS
+      "-march=x86-64-v4;-mavx512vbmi;-mavx512vnni;-mprefer-vector-width=512;-ffp-contract=off")
+    target_compile_definitions(${name} PUBLIC PERCOV2_X86_KERNELS)
+  elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
+    file(GLOB neon_units CONFIGURE_DEPENDS ${folder}/*_neon.cpp)
+    target_sources(${name} PRIVATE ${neon_units})
+    set_source_files_properties(${neon_units} PROPERTIES COMPILE_OPTIONS "-ffp-contract=off")
+    target_compile_definitions(${name} PUBLIC PERCOV2_NEON_KERNELS)
+  endif()
+  if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
+    target_compile_options(${name} PRIVATE -Wall -Wextra -Werror)
+  endif()
+  target_include_directories(${name} PUBLIC ${folder})
+  find_package(Threads REQUIRED)
+  target_link_libraries(${name} PUBLIC Threads::Threads)
+endfunction()
