@@ -34,10 +34,10 @@ void push(BatchEncoder& encoder, py::handle starts, py::handle freqs, py::handle
 }
 
 py::tuple finish(const BatchEncoder& encoder) {
-  std::vector<std::uint8_t> buffer;
-  std::vector<std::int64_t> offsets;
-  encoder.finish(buffer, offsets);
-  return py::make_tuple(to_array(buffer), to_array(offsets));
+  const std::vector<std::int64_t> offsets = encoder.offsets();
+  py::array_t<std::uint8_t> buffer(offsets.back());
+  encoder.finish(buffer.mutable_data());
+  return py::make_tuple(buffer, to_array(offsets));
 }
 
 BatchDecoder make_decoder(py::handle buffer, py::handle offsets, py::handle states,

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "byte_stack.h"
 #include "rans.h"
 
 namespace percov2 {
@@ -53,12 +54,14 @@ class BatchEncoder {
             const std::int64_t* counts, int prob_bits, int threads);
   // Number of symbols that a decoder meets with no byte left and a state below L.
   const std::vector<std::int64_t>& symbols_before_output() const { return quiet_; }
-  // The streams one after another, and size() + 1 offsets. Does not change the stacks.
-  void finish(std::vector<std::uint8_t>& buffer, std::vector<std::int64_t>& offsets) const;
+  // Where each stream begins if the stacks become streams now, and where the last one ends.
+  std::vector<std::int64_t> offsets() const;
+  // Writes the streams one after another: offsets().back() bytes. Does not change the stacks.
+  void finish(std::uint8_t* buffer) const;
 
  private:
   std::vector<std::uint32_t> states_;
-  std::vector<std::vector<std::uint8_t>> emitted_;  // oldest first
+  std::vector<ByteStack> emitted_;
   std::vector<std::int64_t> quiet_;
 };
 

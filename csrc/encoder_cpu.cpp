@@ -1,6 +1,8 @@
 // Batches of rANS stacks on the CPU: the encoder.
 
+#include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -10,6 +12,90 @@
 #include "parallel.h"
 
 namespace percov2 {
+namespace {
+
+// Streams encoded in one loop: their states do not depend on each other, so the latency of one
+// division hides behind the others.
+constexpr int kWidth = 8;
+// Symbols per stream between two looks at the room in its stack.
+constexpr std::int64_t kBlock = 1024;
+
+// Symbols per stream that are copied side by side.
+constexpr std::int64_t kTile = 64;
+
+// One stream in the loop.
+struct Lane {
+  std::uint32_t x;
+  const std::int32_t* start;  // one behind the interval that is next
+  const std::int32_t* freq;
+  std::uint8_t* top;
+  std::int64_t left;  // symbols to encode
+  std::size_t stream;
+};
+
+// Whether all intervals are valid, as valid_interval says, without a branch per interval.
+bool all_valid(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
+               int prob_bits) {
+  const std::uint32_t top = 1u << prob_bits;
+  std::uint32_t signs = 0;
+  for (std::int64_t i = 0; i < total; ++i) {
+    const auto start = static_cast<std::uint32_t>(starts[i]);
+    const auto freq = static_cast<std::uint32_t>(freqs[i]);
+    // Bit 31 is a minus sign. The first of the five that ought to be negative is so; only those
+    // behind it may have wrapped around.
+    signs |= start | freq | (freq - 1) | (top - start) | (top - start - freq);
+  }
+  return (signs >> 31) == 0;
+}
+
+// Encodes `steps` symbols of each of Width lanes. 3 * steps + 1 bytes below every top are free.
+template <int Width>
+void encode_lanes(Lane* lanes, std::int64_t steps, int prob_bits) {
+  std::uint32_t x[Width];
+  std::uint8_t* top[Width];
+  for (int k = 0; k < Width; ++k) {
+    x[k] = lanes[k].x;
+    top[k] = lanes[k].top;
+    lanes[k].left -= steps;
+  }
+  // Streams often lie a multiple of 4096 bytes apart, where they compete for the same few cache
+  // lines; so a tile of each is copied side by side first.
+  std::uint32_t start[Width][kTile];
+  std::uint32_t freq[Width][kTile];
+  while (steps > 0) {
+    const std::int64_t count = std::min(steps, kTile);
+    for (int k = 0; k < Width; ++k) {
+      lanes[k].start -= count;
+      lanes[k].freq -= count;
+      std::memcpy(start[k], lanes[k].start, static_cast<std::size_t>(count) * sizeof(start[k][0]));
+      std::memcpy(freq[k], lanes[k].freq, static_cast<std::size_t>(count) * sizeof(freq[k][0]));
+    }
+    for (std::int64_t i = count - 1; i >= 0; --i) {
+      for (int k = 0; k < Width; ++k) {
+        const std::uint32_t bytes = surplus_bytes(x[k], freq[k][i], prob_bits);
+        // All four bytes are written; those that stay in the state are written over later.
+        top[k][-1] = static_cast<std::uint8_t>(x[k]);
+        top[k][-2] = static_cast<std::uint8_t>(x[k] >> 8);
+        top[k][-3] = static_cast<std::uint8_t>(x[k] >> 16);
+        top[k][-4] = static_cast<std::uint8_t>(x[k] >> 24);
+        top[k] -= bytes;
+        x[k] = encode_symbol(x[k] >> (8 * bytes), start[k][i], freq[k][i], prob_bits);
+      }
+    }
+    steps -= count;
+  }
+  for (int k = 0; k < Width; ++k) {
+    lanes[k].x = x[k];
+    lanes[k].top = top[k];
+  }
+}
+
+using EncodeLanes = void (*)(Lane* lanes, std::int64_t steps, int prob_bits);
+constexpr EncodeLanes kEncodeLanes[kWidth] = {encode_lanes<1>, encode_lanes<2>, encode_lanes<3>,
+                                              encode_lanes<4>, encode_lanes<5>, encode_lanes<6>,
+                                              encode_lanes<7>, encode_lanes<8>};
+
+}  // namespace
 
 BatchEncoder::BatchEncoder(std::vector<std::uint32_t> checks)
     : states_(std::move(checks)), emitted_(states_.size()), quiet_(states_.size(), 0) {
@@ -37,39 +123,66 @@ void BatchEncoder::push(const std::int32_t* starts, const std::int32_t* freqs, s
     throw std::invalid_argument("counts sum to " + std::to_string(offsets.back()) + ", but " +
                                 std::to_string(total) + " intervals were given");
   }
-  for (std::int64_t i = 0; i < total; ++i) {
-    if (!valid_interval(starts[i], freqs[i], prob_bits)) {
-      throw std::invalid_argument("interval " + std::to_string(i) + " (start " +
-                                  std::to_string(starts[i]) + ", freq " + std::to_string(freqs[i]) +
-                                  ") is empty or not inside 0 .. 2^" + std::to_string(prob_bits));
-    }
+  if (!all_valid(starts, freqs, total, prob_bits)) {
+    std::int64_t i = 0;
+    while (valid_interval(starts[i], freqs[i], prob_bits)) ++i;
+    throw std::invalid_argument("interval " + std::to_string(i) + " (start " +
+                                std::to_string(starts[i]) + ", freq " + std::to_string(freqs[i]) +
+                                ") is empty or not inside 0 .. 2^" + std::to_string(prob_bits));
   }
   parallel_ranges(size(), threads, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t b = first; b < last; ++b) {
-      const auto stream = static_cast<std::size_t>(b);
-      std::uint32_t x = states_[stream];
-      std::vector<std::uint8_t>& bytes = emitted_[stream];
-      for (std::int64_t i = offsets[stream + 1] - 1; i >= offsets[stream]; --i) {
-        x = encode_symbol(x, static_cast<std::uint32_t>(starts[i]),
-                          static_cast<std::uint32_t>(freqs[i]), prob_bits,
-                          [&bytes](std::uint8_t byte) { bytes.push_back(byte); });
-        if (bytes.empty() && x < kLowerBound) ++quiet_[stream];
+    Lane lanes[kWidth];
+    int live = 0;
+    while (true) {
+      for (; live < kWidth && first < last; ++first) {
+        const auto b = static_cast<std::size_t>(first);
+        Lane lane{states_[b], starts + offsets[b + 1], freqs + offsets[b + 1], nullptr, counts[b],
+                  b};
+        // Symbols before any output are few, and counted: one by one. They emit nothing.
+        for (; lane.left > 0; --lane.left) {
+          const auto start = static_cast<std::uint32_t>(lane.start[-1]);
+          const auto freq = static_cast<std::uint32_t>(lane.freq[-1]);
+          if (lane.x >= kLowerBound || surplus_bytes(lane.x, freq, prob_bits) > 0) break;
+          lane.x = encode_symbol(lane.x, start, freq, prob_bits);
+          --lane.start;
+          --lane.freq;
+          if (lane.x < kLowerBound) ++quiet_[b];
+        }
+        states_[b] = lane.x;
+        if (lane.left > 0) lanes[live++] = lane;
       }
-      states_[stream] = x;
+      if (live == 0) break;
+      std::int64_t steps = kBlock;
+      for (int k = 0; k < live; ++k) steps = std::min(steps, lanes[k].left);
+      const auto room = static_cast<std::size_t>(kMaxBytesPerSymbol * steps + 1);
+      for (int k = 0; k < live; ++k) lanes[k].top = emitted_[lanes[k].stream].reserve(room);
+      kEncodeLanes[live - 1](lanes, steps, prob_bits);
+      for (int k = live - 1; k >= 0; --k) {
+        emitted_[lanes[k].stream].move_top(lanes[k].top);
+        states_[lanes[k].stream] = lanes[k].x;
+        if (lanes[k].left == 0) lanes[k] = lanes[--live];
+      }
     }
   });
 }
 
-void BatchEncoder::finish(std::vector<std::uint8_t>& buffer,
-                          std::vector<std::int64_t>& offsets) const {
-  buffer.clear();
-  offsets.assign(1, 0);
+std::vector<std::int64_t> BatchEncoder::offsets() const {
+  std::vector<std::int64_t> offsets(1, 0);
+  offsets.reserve(states_.size() + 1);
   for (std::size_t b = 0; b < states_.size(); ++b) {
-    int bytes = 0;
-    while (bytes < 4 && (states_[b] >> (8 * bytes)) != 0) ++bytes;
-    while (bytes > 0) buffer.push_back(static_cast<std::uint8_t>(states_[b] >> (8 * --bytes)));
-    buffer.insert(buffer.end(), emitted_[b].rbegin(), emitted_[b].rend());
-    offsets.push_back(static_cast<std::int64_t>(buffer.size()));
+    const auto length = static_cast<std::size_t>(head_bytes(states_[b])) + emitted_[b].size();
+    offsets.push_back(offsets.back() + static_cast<std::int64_t>(length));
+  }
+  return offsets;
+}
+
+void BatchEncoder::finish(std::uint8_t* buffer) const {
+  for (std::size_t b = 0; b < states_.size(); ++b) {
+    for (int bytes = head_bytes(states_[b]); bytes > 0;) {
+      *buffer++ = static_cast<std::uint8_t>(states_[b] >> (8 * --bytes));
+    }
+    if (emitted_[b].size() > 0) std::memcpy(buffer, emitted_[b].data(), emitted_[b].size());
+    buffer += emitted_[b].size();
   }
 }
 

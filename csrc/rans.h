@@ -29,17 +29,27 @@ PERCOV2_HOST_DEVICE bool valid_interval(std::int64_t start, std::int64_t freq, i
   return start >= 0 && freq >= 1 && start + freq <= (std::int64_t{1} << prob_bits);
 }
 
-// Encodes one symbol; calls emit(byte) for every byte that leaves the state.
-// Requires x < 2^31 and a valid interval. Returns the new state, < 2^31.
-template <class Emit>
-PERCOV2_HOST_DEVICE std::uint32_t encode_symbol(std::uint32_t x, std::uint32_t start,
-                                                std::uint32_t freq, int prob_bits, Emit&& emit) {
+// How many bytes must leave a state before a symbol of this frequency is encoded: 0 to 3. They are
+// the lowest bytes of x, the lowest one first. Requires x < 2^31 and a valid interval.
+PERCOV2_HOST_DEVICE std::uint32_t surplus_bytes(std::uint32_t x, std::uint32_t freq,
+                                                int prob_bits) {
   const std::uint32_t limit = freq << (31 - prob_bits);
-  while (x >= limit) {
-    emit(static_cast<std::uint8_t>(x & 255u));
-    x >>= 8;
-  }
+  return static_cast<std::uint32_t>(x >= limit) + static_cast<std::uint32_t>((x >> 8) >= limit) +
+         static_cast<std::uint32_t>((x >> 16) >= limit);
+}
+
+// Encodes one symbol into a state that has lost its surplus bytes. Returns the new state, < 2^31.
+// It is never smaller than x, and at least L if bytes have left: a state that has reached L stays
+// there.
+PERCOV2_HOST_DEVICE std::uint32_t encode_symbol(std::uint32_t x, std::uint32_t start,
+                                                std::uint32_t freq, int prob_bits) {
   return ((x / freq) << prob_bits) + (x % freq) + start;
+}
+
+// Bytes that the last state takes at the head of a stream, big-endian without leading zeros: 0
+// to 4.
+PERCOV2_HOST_DEVICE int head_bytes(std::uint32_t x) {
+  return (x > 0u) + (x > 0xFFu) + (x > 0xFFFFu) + (x > 0xFFFFFFu);
 }
 
 // The number in [0, 2^prob_bits) whose interval names the next symbol.
