@@ -40,7 +40,9 @@ class QuantizedLinear {
   std::vector<std::int32_t> shift_;
 };
 
-// Positions and times of entries; start entries have row -1 and come first among keys.
+constexpr std::int32_t kMaxSide = 16384;  // of a grid of tokens
+
+// Positions and times of entries; start entries have row and column -1 and come first among keys.
 struct EntryView {
   const std::int32_t* row;
   const std::int32_t* column;
@@ -78,7 +80,8 @@ class IntegerLayer {
                    std::int8_t* v) const;
 
   // The residual of readers after this layer, in place. residual [batch, readers, dim]; k and v
-  // [batch, keys, inner], images `key_stride` keys apart.
+  // [batch, keys, inner], images `key_stride` keys apart. Throws std::invalid_argument for entries
+  // outside a grid of kMaxSide, and for negative or the largest stages.
   void advance(std::int32_t* residual, std::int64_t batch, const EntryView& readers,
                const std::int8_t* k, const std::int8_t* v, std::int64_t key_stride,
                const EntryView& keys, int threads) const;

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
+#include <limits>
 #include <stdexcept>
+#include <string>
 #include <utility>
 
 #include "attention.h"
@@ -26,6 +28,25 @@ struct Tile {
 
 std::vector<std::int32_t> widen(const std::int16_t* values, std::int64_t count) {
   return std::vector<std::int32_t>(values, values + count);
+}
+
+// Throws std::invalid_argument unless every entry is a start entry (row and column -1) or has a
+// position, and a stage that can come: far-off positions would ask for boundless memory, and the
+// largest int32 marks positions without a key.
+void check_entries(const EntryView& entries, const char* name) {
+  for (std::int64_t i = 0; i < entries.count; ++i) {
+    const std::int32_t row = entries.row[i], column = entries.column[i], stage = entries.stage[i];
+    const bool start = row == -1 && column == -1;
+    const bool placed = row >= 0 && row < kMaxSide && column >= 0 && column < kMaxSide;
+    if ((start || placed) && stage >= 0 && stage < std::numeric_limits<std::int32_t>::max()) {
+      continue;
+    }
+    throw std::invalid_argument(
+        std::string(name) + " " + std::to_string(i) + " has row " + std::to_string(row) +
+        ", column " + std::to_string(column) + ", stage " + std::to_string(stage) +
+        "; it must be a start entry (-1, -1) or lie in a grid of at most " +
+        std::to_string(kMaxSide) + " rows and columns, with a stage >= 0 below 2^31 - 1");
+  }
 }
 
 void add_saturated(std::int32_t* residual, const std::int32_t* update, std::int64_t count) {
@@ -177,6 +198,8 @@ void IntegerLayer::advance_tile(Workspace& w, std::int32_t* residual, const Entr
 void IntegerLayer::advance(std::int32_t* residual, std::int64_t batch, const EntryView& readers,
                            const std::int8_t* k, const std::int8_t* v, std::int64_t key_stride,
                            const EntryView& keys, int threads) const {
+  check_entries(readers, "reader");
+  check_entries(keys, "key");
   for (std::int64_t j = 0; j < std::max(keys.count, kStartEntries); ++j) {
     if (j >= keys.count || (keys.row[j] < 0) != (j < kStartEntries)) {
       throw std::invalid_argument("the first three keys, and no others, must be start entries");
