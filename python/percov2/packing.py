@@ -70,7 +70,7 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
     def intervals(group: list[tuple[Header, Tokens]]) -> list[tuple[Tokens, Tokens]]:
         grids = torch.from_numpy(np.stack([grid for _, grid in group]))
         schedule = SCHEDULES[group[0][0].schedule]
-        starts, freqs = coder.intervals(grids.to(coder.model.device), schedule, _threads())
+        starts, freqs = coder.intervals(grids, schedule, _threads())
         return list(zip(starts, freqs, strict=True))
 
     headers = [replace(header, dense=True) for header in headers]

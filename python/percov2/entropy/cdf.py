@@ -9,6 +9,8 @@ integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55. The compiled form is percov
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 MIN_PROB_BITS = 8
@@ -75,6 +77,13 @@ def check_precision(codebook_size: int, prob_bits: int) -> None:
         )
 
 
+@cache
+def _weight_table(device: torch.device) -> torch.Tensor:
+    """WEIGHT_TABLE as int64 [256]; uploaded once, because an upload may wait for the device."""
+    with torch.inference_mode(False):  # usable in every later context
+        return torch.tensor(WEIGHT_TABLE, dtype=torch.int64).to(device)
+
+
 def weights(logits: torch.Tensor) -> torch.Tensor:
     """Weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
 
@@ -86,7 +95,7 @@ def weights(logits: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; the last axis is the codebook")
     wide = logits.to(torch.int64)
     difference = wide.amax(dim=-1, keepdim=True) - wide
-    table = torch.tensor(WEIGHT_TABLE, dtype=torch.int64, device=logits.device)
+    table = _weight_table(logits.device)
     # A shift by 22 or more gives 0; the clamp keeps every shift below 63.
     return table[difference & 255] >> (difference >> 8).clamp(max=31)
 

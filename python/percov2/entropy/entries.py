@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ BLOCK_PAIRS = 2**17
 KEPT_PAIRS = 2**24
 """Plans up to this many pairs keep their relative indices; larger ones compute them per layer."""
 _TILE = 16
+
+Places = TypeVar("Places", NDArray[np.int64], torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,27 @@ def relative_index(reader: Entries, key: Entries) -> NDArray[np.int16]:
     START_INDEX + i for start key i, HIDDEN_INDEX for a key that the reader must not see. Start
     keys come first in ``key``, in their order.
     """
-    dy = key.row.astype(np.int16) - reader.row.astype(np.int16)[:, None] + np.int16(RADIUS)
-    dx = key.column.astype(np.int16) - reader.column.astype(np.int16)[:, None] + np.int16(RADIUS)
-    # A negative difference becomes a large unsigned one: two comparisons instead of four.
-    seen = (dy.view(np.uint16) < WINDOW) & (dx.view(np.uint16) < WINDOW)
-    seen &= key.key_stage <= reader.reads[:, None]
-    index = np.where(seen, dy * np.int16(WINDOW) + dx, np.int16(HIDDEN_INDEX))
-    starts = int(np.count_nonzero(key.key_stage == 0))
-    index[:, :starts] = START_INDEX + np.arange(starts, dtype=np.int16)
+    readers = _columns(reader.row, reader.column, reader.reads)
+    keys = _columns(key.row, key.column, key.key_stage)
+    return _relative_index(readers, keys, int(np.count_nonzero(key.key_stage == 0))).numpy()
+
+
+def _columns(*columns: NDArray[np.int32]) -> torch.Tensor:
+    """Columns of entries, one below the other: int32 [len(columns), E]."""
+    return torch.from_numpy(np.stack(columns))
+
+
+def _relative_index(reader: torch.Tensor, key: torch.Tensor, starts: int) -> torch.Tensor:
+    """``relative_index`` of int32 [3, nq] (row, column, reads) and [3, nk] (..., key_stage)."""
+    place, other = reader[:2].to(torch.int16)[:, :, None], key[:2].to(torch.int16)[:, None]
+    dy, dx = (other - place).unbind(0)
+    seen = (dy.abs() <= RADIUS).logical_and_(dx.abs() <= RADIUS)
+    seen.logical_and_(key[2] <= reader[2, :, None])
+    index = dy.add_(RADIUS).mul_(WINDOW).add_(dx.add_(RADIUS))
+    index.masked_fill_(seen.logical_not_(), HIDDEN_INDEX)
+    index[:, :starts] = torch.arange(
+        START_INDEX, START_INDEX + starts, dtype=torch.int16, device=index.device
+    )
     return index
 
 
@@ -159,36 +175,57 @@ def plan_blocks(
         ranked = readers[np.argsort(by, kind="stable")]
         half = len(ranked) // 2
         stack += [(ranked[half:], keys), (ranked[:half], keys)]
-    keep_indices = sum(len(r) * len(k) for r, k in parts) <= KEPT_PAIRS
-    return [_block(reader, key, r, k, torch.device(device), keep_indices) for r, k in parts]
+    return _blocks(reader, key, parts, torch.device(device))
+
+
+def _blocks(
+    reader: Entries,
+    key: Entries,
+    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    device: torch.device,
+) -> list[Block]:
+    """Blocks of (readers, keys), placed on a device by a single upload, however many they are."""
+    columns = [reader.row, reader.column, reader.reads, key.row, key.column, key.key_stage]
+    arrays = [*columns, *(array for part in parts for array in part)]
+    joined = np.concatenate([array.astype(np.int32, copy=False) for array in arrays])
+    placed = torch.from_numpy(joined).to(device, non_blocking=True)
+    sizes = [len(array) for array in arrays]
+    head, tail = placed.split([sum(sizes[:6]), sum(sizes[6:])])
+    readers, keys = (side.view(3, -1) for side in head.split([3 * len(reader), 3 * len(key)]))
+    starts = int(np.count_nonzero(key.key_stage == 0))
+    indices = tail.to(torch.int64).split(sizes[6:])
+    keep = sum(len(r) * len(k) for r, k in parts) <= KEPT_PAIRS
+    return [
+        _block(readers, keys, starts, mine, theirs, keep)
+        for mine, theirs in zip(indices[::2], indices[1::2], strict=True)
+    ]
 
 
 def _block(
-    reader: Entries,
-    key: Entries,
-    readers: NDArray[np.int64],
-    keys: NDArray[np.int64],
-    device: torch.device,
+    reader: torch.Tensor,
+    key: torch.Tensor,
+    starts: int,
+    readers: torch.Tensor,
+    keys: torch.Tensor,
     keep: bool,
 ) -> Block:
-    mine, theirs = reader.take(readers), key.take(keys)
+    mine, theirs = reader.index_select(1, readers), key.index_select(1, keys)
 
     def relative() -> torch.Tensor:
-        return torch.from_numpy(relative_index(mine, theirs).reshape(-1)).to(device)
+        return _relative_index(mine, theirs, starts).flatten()
 
     if keep:
         kept = relative()
-        return Block(_index(readers, device), _index(keys, device), lambda: kept.to(torch.int64))
-    return Block(_index(readers, device), _index(keys, device), lambda: relative().to(torch.int64))
+        return Block(readers, keys, lambda: kept.to(torch.int64))
+    return Block(readers, keys, lambda: relative().to(torch.int64))
 
 
-def _index(values: NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).to(device)
+def sixteenth(position: Places, length: int) -> Places:
+    """Which sixteenth of a side of ``length`` tokens each position 0 .. length - 1 lies in.
 
-
-def sixteenths(length: int) -> NDArray[np.int64]:
-    """Which sixteenth of the side each of ``length`` positions lies in: int64 [length]."""
-    return np.arange(length, dtype=np.int64) * SIXTEENTHS // length
+    An int64 array or a tensor on any device; the result is of the same kind and shape.
+    """
+    return position * SIXTEENTHS // length
 
 
 def size_class(length: int) -> int:

@@ -26,7 +26,7 @@ from percov2.entropy.entries import (
     Entries,
     content_entries,
     join,
-    sixteenths,
+    sixteenth,
     size_class,
     start_entries,
 )
@@ -235,8 +235,8 @@ class IntTransformer:
 
     def place_payload(self, height: int, width: int, position: Tensor) -> Tensor:
         """What entries at raster positions add for their place: int64 [n] -> int32 [n, dim]."""
-        rows = torch.from_numpy(sixteenths(height)).to(self.device)[position // width]
-        columns = torch.from_numpy(sixteenths(width)).to(self.device)[position % width]
+        rows = sixteenth(position // width, height)
+        columns = sixteenth(position % width, width)
         return self._tables["embedding.row"][rows] + self._tables["embedding.column"][columns]
 
     def content_payload(self, tokens: Tensor, place: Tensor) -> Tensor:

@@ -40,9 +40,13 @@ def _check_stages(stages: NDArray[np.int32]) -> NDArray[np.int32]:
     return stages.astype(np.int32, copy=False)
 
 
-def _check_tokens(tokens: Tensor, codebook_size: int) -> None:
+def _check_dtype(tokens: Tensor) -> None:
     if tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens have dtype {tokens.dtype}; they must be int32")
+
+
+def _check_tokens(tokens: Tensor, codebook_size: int) -> None:
+    _check_dtype(tokens)
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < codebook_size:
         raise ValueError(
             f"tokens range from {int(tokens.min())} to {int(tokens.max())}; "
@@ -50,12 +54,27 @@ def _check_tokens(tokens: Tensor, codebook_size: int) -> None:
         )
 
 
+def _placed_tokens(model: IntTransformer, tokens: Tensor) -> Tensor:
+    """Tokens in the codebook, int64 on the model's device, without waiting for a device.
+
+    Tokens on the CPU are checked; on another device, whose values only its host can tell after
+    waiting for it, they are clamped.
+    """
+    size = model.config.codebook_size
+    if tokens.device.type == "cpu":
+        _check_tokens(tokens, size)
+        return tokens.to(model.device, torch.int64, non_blocking=True)
+    _check_dtype(tokens)
+    return tokens.to(model.device, torch.int64).clamp(0, size - 1)
+
+
 def one_pass_residual(model: IntTransformer, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
     """The residual of all queries after the last layer, in coding order.
 
     tokens int32 [B, h, w]; stages int32 [h, w] with values 1 .. S. Returns int32 [B, h * w, dim];
-    ``model.logits`` turns any part of it into logits. Raises ValueError for wrong tokens or stages,
-    RuntimeError where torch is set to reduced precision.
+    ``model.logits`` turns any part of it into logits. Tokens on another device than the CPU are
+    clamped to the codebook, because comparing them would wait for the device. Raises ValueError for
+    wrong tokens or stages, RuntimeError where torch is set to reduced precision.
     """
     stages = _check_stages(stages)
     height, width = stages.shape
@@ -63,7 +82,7 @@ def one_pass_residual(model: IntTransformer, tokens: Tensor, stages: NDArray[np.
         raise ValueError(
             f"tokens have shape {tuple(tokens.shape)}; they must be [B, {height}, {width}]"
         )
-    _check_tokens(tokens, model.config.codebook_size)
+    payload = _placed_tokens(model, tokens)
     with intmath.exact_float32(model.device):
         coding = order(stages)
         stage = stages.reshape(-1)[coding]
@@ -75,9 +94,9 @@ def one_pass_residual(model: IntTransformer, tokens: Tensor, stages: NDArray[np.
         query_plan = model.plan(query_entries(stage, coding, width), keys)
 
         batch = tokens.shape[0]
-        sequence = torch.from_numpy(coding).to(model.device)
+        sequence = torch.from_numpy(coding).to(model.device, non_blocking=True)
         place = model.place_payload(height, width, sequence)
-        ordered = tokens.to(model.device, torch.int64).reshape(batch, -1)[:, sequence[:known]]
+        ordered = payload.reshape(batch, -1)[:, sequence[:known]]
         start = model.start_payload(height, width).expand(batch, -1, -1)
         known_residual = torch.cat([start, model.content_payload(ordered, place[:known])], 1)
         residual = model.query_payload(batch, place)

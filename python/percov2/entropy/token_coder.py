@@ -36,19 +36,51 @@ class TokenCoder:
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Intervals of every token, at ``prob_bits``: (starts, freqs), int32 [B, N].
 
-        tokens int32 [B, h, w]; N = h * w in coding order (``schedule.order``). Raises ValueError
-        for tokens outside the codebook or an unknown schedule, RuntimeError where torch is set to
-        reduced precision.
+        tokens int32 [B, h, w] on any device; N = h * w in coding order (``schedule.order``). On a
+        GPU the host waits once, for both results. Raises ValueError for tokens outside the codebook
+        or an unknown schedule, RuntimeError where torch is set to reduced precision.
         """
         stages = schedule.stages(schedule_name, *tokens.shape[1:])
+        tokens = tokens.to(self.model.device, non_blocking=self.model.device.type != "cpu")
         residual = one_pass_residual(self.model, tokens, stages)
-        batch, count = residual.shape[:2]
-        coding = torch.from_numpy(schedule.order(stages)).to(tokens.device)
-        symbols = tokens.reshape(batch, count)[:, coding].to(torch.int32)
-        starts = np.empty((batch, count), dtype=np.int32)
-        freqs = np.empty((batch, count), dtype=np.int32)
+        coding = torch.from_numpy(schedule.order(stages))
+        coding = coding.to(tokens.device, non_blocking=True)
+        symbols = tokens.flatten(1)[:, coding].to(torch.int32)
+        if tokens.device.type == "cpu":
+            return self._intervals_on_cpu(residual, symbols, threads)
+        return self._intervals_on_device(residual, symbols)
+
+    def _intervals_on_cpu(
+        self, residual: torch.Tensor, symbols: torch.Tensor, threads: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        starts = np.empty(symbols.shape, dtype=np.int32)
+        freqs = np.empty(symbols.shape, dtype=np.int32)
         for part, logits in self._logits(residual):
-            starts[:, part], freqs[:, part] = self._quantize(logits, symbols[:, part], threads)
+            starts[:, part], freqs[:, part] = rans.intervals(
+                logits, symbols[:, part], self.prob_bits, threads
+            )
+        return starts, freqs
+
+    def _intervals_on_device(
+        self, residual: torch.Tensor, symbols: torch.Tensor
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Intervals that reach the CPU by one copy, for which alone the CPU waits.
+
+        Symbols outside the codebook are only known after that copy: their freq is 0.
+        """
+        known = symbols.clamp(0, self.model.config.codebook_size - 1)
+        both = symbols.new_empty(2, *symbols.shape)
+        for part, logits in self._logits(residual):
+            both[0, :, part], both[1, :, part] = cdf.intervals(
+                logits, known[:, part], self.prob_bits
+            )
+        both[1] *= known == symbols
+        starts, freqs = both.cpu().numpy()
+        if not freqs.all():
+            raise ValueError(
+                f"tokens range from {int(symbols.min())} to {int(symbols.max())}; "
+                f"the codebook has {self.model.config.codebook_size} entries"
+            )
         return starts, freqs
 
     def _logits(self, residual: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -60,14 +92,6 @@ class TokenCoder:
             with intmath.exact_float32(self.model.device):
                 logits = self.model.logits(residual[:, part])
             yield part, logits
-
-    def _quantize(
-        self, logits: torch.Tensor, symbols: torch.Tensor, threads: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        if logits.device.type == "cpu":
-            return rans.intervals(logits, symbols, self.prob_bits, threads)
-        starts, freqs = cdf.intervals(logits, symbols.to(logits.device), self.prob_bits)
-        return starts.cpu().numpy(), freqs.cpu().numpy()
 
     def decode(
         self,

@@ -33,7 +33,7 @@ from percov2.entropy.entries import (
     content_entries,
     join,
     relative_index,
-    sixteenths,
+    sixteenth,
     size_class,
     start_entries,
 )
@@ -91,8 +91,8 @@ def crop_batch(crops: list[Crop], height: int, width: int) -> TokenBatch:
         right = slice(crop.left, crop.left + width)
         tokens.append(crop.tokens[down, right].astype(np.int64))
         stages.append(crop.stages[down, right].astype(np.int32))
-        rows.append(sixteenths(whole[0])[down])
-        columns.append(sixteenths(whole[1])[right])
+        rows.append(sixteenth(np.arange(whole[0])[down], whole[0]))
+        columns.append(sixteenth(np.arange(whole[1])[right], whole[1]))
         sizes.append((size_class(whole[0]), size_class(whole[1])))
     return TokenBatch(
         torch.from_numpy(np.stack(tokens)),

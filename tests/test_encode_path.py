@@ -1,0 +1,146 @@
+"""Encoding asks a device once for its results, and waits for it at no other moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from percov2.entropy import cdf, schedule, token_coder
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.transformer_config import TransformerConfig
+from pretended_device import DEVICE, PretendedDevice
+
+SIZES = TransformerConfig(codebook_size=40, dim=16, heads=2, head_dim=8, layers=2, hidden=24)
+UPLOADS = 5  # tokens, coding order (model and coder), plan of the contents, plan of the queries
+
+
+@pytest.fixture
+def device() -> Iterator[PretendedDevice]:
+    with PretendedDevice() as mode:
+        yield mode
+
+
+def coder_on(device: PretendedDevice | None, config: TransformerConfig = SIZES) -> TokenCoder:
+    """A coder whose model lies on the pretended device (None: on the CPU)."""
+    coder = TokenCoder(IntTransformer.random(config, 3, DEVICE if device else "cpu", "torch"))
+    if device:
+        cdf.weights(torch.zeros(1, 2, dtype=torch.int16).to(DEVICE))  # its table is uploaded once
+        device.forget()
+    return coder
+
+
+def tokens_of(batch: int, height: int, width: int, size: int = 40) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch)
+    return torch.randint(0, size, (batch, height, width), generator=generator).to(torch.int32)
+
+
+def assert_no_waste(device: PretendedDevice, tokens: torch.Tensor) -> None:
+    batch, height, width = tokens.shape
+    assert device.waits == []
+    assert device.downloads == [(2, batch, height * width)]
+    assert len(device.uploads) == UPLOADS
+
+
+@pytest.mark.parametrize("name", [name for name in schedule.SCHEDULES if name != "raster"])
+def test_a_batch_is_one_copy_and_no_wait(device, name):
+    coder, tokens = coder_on(device), tokens_of(3, 12, 20)
+    starts, freqs = coder.intervals(tokens, name)
+    assert_no_waste(device, tokens)
+    expected = coder_on(None).intervals(tokens, name)
+    assert np.array_equal(starts, expected[0]) and np.array_equal(freqs, expected[1])
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("at_once", [40 * 500, 2**21])
+def test_the_count_does_not_grow(device, monkeypatch, batch, at_once):
+    monkeypatch.setattr(token_coder, "_LOGITS_AT_ONCE", at_once)
+    config = TransformerConfig(
+        codebook_size=40, dim=16, heads=2, head_dim=8, layers=1 + batch % 4, hidden=24
+    )
+    tokens = tokens_of(batch, 17, 40)  # wider than a window: several blocks of entries
+    coder_on(device, config).intervals(tokens, "qlds12")
+    assert_no_waste(device, tokens)
+
+
+def test_tokens_may_already_be_there(device):
+    coder, tokens = coder_on(device), tokens_of(2, 6, 5)
+    placed = tokens.to(DEVICE, non_blocking=True)
+    starts, _ = coder.intervals(placed, "qlds8")
+    assert_no_waste(device, tokens)
+    assert np.array_equal(starts, coder_on(None).intervals(tokens, "qlds8")[0])
+
+
+@pytest.mark.parametrize("wrong", [-1, 40, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("placed", [False, True])
+def test_wrong_tokens_are_refused_after_the_copy(device, wrong, placed):
+    coder, tokens = coder_on(device), tokens_of(2, 3, 3)
+    tokens[1, 2, 2] = wrong
+    with pytest.raises(ValueError, match=rf"{wrong}.*codebook has 40"):
+        coder.intervals(tokens.to(DEVICE) if placed else tokens, "var")
+
+
+def test_plans_too_large_to_keep_are_not_uploaded_either(device, monkeypatch):
+    monkeypatch.setattr("percov2.entropy.entries.KEPT_PAIRS", 0)
+    coder, tokens = coder_on(device), tokens_of(1, 9, 9)
+    coder.intervals(tokens, "checkerboard")
+    assert_no_waste(device, tokens)
+
+
+WASTE: dict[str, Callable[[torch.Tensor], object]] = {
+    "item": lambda x: x[0].item(),
+    "int": lambda x: int(x.sum()),
+    "if": lambda x: bool((x > 3).any()),
+    "cpu": lambda x: x.cpu(),
+    "copy_": lambda x: torch.empty(8, dtype=torch.int32).copy_(x),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 3],
+    "put by mask": lambda x: x.index_put_((x > 3,), x.new_zeros(())),
+    "masked_select": lambda x: x.masked_select(x > 3),
+    "unique": lambda x: x.unique(),
+    "bincount": lambda x: x.bincount(),
+    "repeat": lambda x: x.repeat_interleave(x),
+    "equal": lambda x: torch.equal(x, x + 1),
+    "upload": lambda x: torch.zeros(3).to(x.device),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("name", WASTE)
+def test_the_pretended_device_notices(device, name, inference):
+    with torch.inference_mode(inference):
+        tensor = torch.arange(8, dtype=torch.int32).to(DEVICE, non_blocking=True)
+        device.forget()
+        WASTE[name](tensor)
+    assert device.waits or device.downloads
+
+
+def test_the_pretended_device_refuses_what_a_device_refuses(device):
+    tensor = torch.arange(8, device=DEVICE)
+    with pytest.raises(RuntimeError, match="mixes"):
+        tensor + torch.arange(8)
+    with pytest.raises(RuntimeError, match="unseen"):
+        tensor + torch.tensor([1], device=DEVICE)
+    with pytest.raises(RuntimeError, match="numpy"):
+        tensor.numpy()
+    with pytest.raises(RuntimeError, match="tolist"):
+        tensor.tolist()
+    assert device.waits == device.downloads == []
+
+
+@pytest.mark.parametrize("name", ["item", "mask", "cpu", "upload"])
+def test_the_test_notices(device, monkeypatch, name):
+    coder, tokens = coder_on(device), tokens_of(1, 4, 4)
+    quantize = cdf.intervals
+
+    def wasteful(logits: torch.Tensor, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
+        WASTE[name](logits[0, 0, :8].to(torch.int32))
+        return quantize(logits, *rest)
+
+    monkeypatch.setattr(cdf, "intervals", wasteful)
+    coder.intervals(tokens, "qlds5")
+    with pytest.raises(AssertionError):
+        assert_no_waste(device, tokens)
