@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -186,7 +186,7 @@ def _blocks(
 ) -> list[Block]:
     """Blocks of (readers, keys), placed on a device by a single upload, however many they are."""
     columns = [reader.row, reader.column, reader.reads, key.row, key.column, key.key_stage]
-    arrays = [*columns, *(array for part in parts for array in part)]
+    arrays: list[NDArray[Any]] = [*columns, *(array for part in parts for array in part)]
     joined = np.concatenate([array.astype(np.int32, copy=False) for array in arrays])
     placed = torch.from_numpy(joined).to(device, non_blocking=True)
     sizes = [len(array) for array in arrays]
