@@ -256,3 +256,17 @@ def test_importing_is_light(statement: str, absent: list[str]) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]", f"{statement} also loads {result.stdout.strip()}"
+
+
+def test_the_entropy_library_loads_torch_and_numpy_and_itself() -> None:
+    code = (
+        "import sys, numpy, torch; before = set(sys.modules); "
+        "import percov2.entropy as e; [getattr(e, n) for n in e.__all__]; "
+        "print(*sorted({n.partition('.')[0] for n in set(sys.modules) - before}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    foreign = set(result.stdout.split()) - {"percov2", "numpy"} - sys.stdlib_module_names
+    assert not foreign, f"import percov2.entropy also loads {foreign}"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from percov2.entropy.int_transformer import IntTransformer
     from percov2.entropy.rans import RansDecoder, RansEncoder
     from percov2.entropy.schedule import SCHEDULES, order, stages
+    from percov2.entropy.streams import SymbolDecoder, SymbolEncoder, decode, encode
     from percov2.entropy.token_coder import TokenCoder
 
 _HOME = {
@@ -20,8 +21,12 @@ _HOME = {
     "RansDecoder": "rans",
     "RansEncoder": "rans",
     "SCHEDULES": "schedule",
+    "SymbolDecoder": "streams",
+    "SymbolEncoder": "streams",
     "TokenCoder": "token_coder",
+    "decode": "streams",
     "default_prob_bits": "cdf",
+    "encode": "streams",
     "order": "schedule",
     "stages": "schedule",
 }
@@ -31,8 +36,12 @@ __all__ = [
     "IntTransformer",
     "RansDecoder",
     "RansEncoder",
+    "SymbolDecoder",
+    "SymbolEncoder",
     "TokenCoder",
+    "decode",
     "default_prob_bits",
+    "encode",
     "order",
     "stages",
 ]

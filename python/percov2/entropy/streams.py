@@ -1,0 +1,230 @@
+"""Byte strings from logits and back, for a model of your own: at once or step by step.
+
+B streams are coded side by side, symbol n of all of them given logits [B, n, V]; the logits may
+depend on all earlier symbols. Each stream carries a 16-bit check of its symbols and nothing else:
+neither its length nor its number of symbols, which the caller knows.
+
+The decoder must be given *the same* logits: a float model that is run again, on another machine or
+with another batch, rarely returns the same bits, and one other bit may change all that follows. The
+check then refuses the stream. Integer logits of an exact model (``IntTransformer``, or a table)
+are the same everywhere.
+
+>>> import numpy as np
+>>> logits = np.array([[[0, 256, 512], [512, 256, 0]]], np.int16)  # the last is 4 times the first
+>>> streams = encode(logits, [[2, 0]])
+>>> decode(streams, logits)
+array([[2, 0]], dtype=int32)
+"""
+
+from __future__ import annotations
+
+import binascii
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.entropy import rans
+from percov2.entropy.cdf import default_prob_bits
+from percov2.entropy.rans import ArrayLike, RansDecoder, RansEncoder
+
+CHECK_START = 0xFFFF
+"""The check of no symbols; those that follow enter a CRC-16 (CCITT) as little-endian int32."""
+
+Logits = NDArray[Any] | torch.Tensor
+"""[B, n, V] of any kind that percov2.entropy.rans.intervals takes."""
+
+
+class SymbolEncoder:
+    """B streams that are made in the order in which they will be read.
+
+    Args:
+        batch: B, the number of streams.
+        prob_bits: precision of the intervals, 8 to 20; by default what the number of symbols V
+            needs (``default_prob_bits``).
+        threads: threads to use; they never change a byte.
+
+    Raises ValueError for a batch below 1. Eight bytes per symbol are kept until ``finish``, because
+    the last symbol is coded first.
+
+    >>> import numpy as np
+    >>> encoder = SymbolEncoder(batch=2)
+    >>> encoder.put(np.zeros((2, 3, 8), np.int16), [[7, 1, 2], [0, 0, 5]])
+    >>> encoder.put(np.zeros((2, 1, 100), np.int16), [[99], [42]])  # another codebook
+    >>> [len(stream) for stream in encoder.finish()]
+    [4, 4]
+    """
+
+    def __init__(self, batch: int, prob_bits: int | None = None, threads: int = 1) -> None:
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; it must be at least 1")
+        self._batch, self._prob_bits, self._threads = batch, prob_bits, threads
+        self._checks = [CHECK_START] * batch
+        self._parts: list[tuple[int, NDArray[np.int32], NDArray[np.int32]]] = []
+
+    def put(self, logits: Logits, symbols: ArrayLike) -> None:
+        """Append n symbols to each stream.
+
+        Args:
+            logits: [B, n, V], as ``rans.intervals`` takes them.
+            symbols: integers [B, n] in 0 .. V - 1.
+
+        Raises ValueError for wrong shapes, dtypes, symbols or precision, and then nothing was
+        appended.
+        """
+        if isinstance(symbols, torch.Tensor):
+            symbols = symbols.detach().cpu().numpy()
+        chosen = np.asarray(symbols)
+        if chosen.ndim != 2 or len(chosen) != self._batch:
+            raise ValueError(
+                f"symbols have shape {chosen.shape}; they must be [{self._batch}, n], "
+                "one row for each stream"
+            )
+        bits = _bits(self._prob_bits, logits)
+        starts, freqs = rans.intervals(logits, chosen, bits, self._threads)
+        self._parts.append((bits, starts, freqs))
+        self._checks = _extended(self._checks, chosen)
+
+    def finish(self, checks: ArrayLike | None = None) -> list[bytes]:
+        """The streams so far, B byte strings.
+
+        Args:
+            checks: uint16 [B] in place of the check of the symbols, for those who have something
+                else to protect as well.
+
+        Raises ValueError for wrong checks. More may be put and finished again.
+        """
+        encoder = RansEncoder(_one_each(self._checks if checks is None else checks, self._batch))
+        # The last symbol goes onto the stack first; a push takes symbols of one precision.
+        for bits, group in groupby(reversed(self._parts), key=lambda part: part[0]):
+            parts = list(group)[::-1]
+            starts = np.concatenate([part[1] for part in parts], axis=1)
+            freqs = np.concatenate([part[2] for part in parts], axis=1)
+            counts = np.full(self._batch, starts.shape[1], dtype=np.int64)
+            encoder.push(starts.ravel(), freqs.ravel(), counts, bits, self._threads)
+        buffer, offsets = encoder.finish()
+        data = buffer.tobytes()
+        return [data[begin:end] for begin, end in pairwise(offsets.tolist())]
+
+
+class SymbolDecoder:
+    """Reads B streams of a ``SymbolEncoder``, or of anything that writes such streams.
+
+    Args:
+        streams: one byte string each, at least one.
+        prob_bits, threads: as for ``SymbolEncoder``.
+
+    Raises ValueError if there is no stream. What ``get`` returns is not to be trusted before
+    ``finish``: from a damaged stream it reads symbols that were never written, in the codebook but
+    wrong, and does not notice.
+
+    >>> import numpy as np
+    >>> logits = np.zeros((1, 2, 8), np.int16)
+    >>> decoder = SymbolDecoder(encode(logits, [[3, 4]]))
+    >>> decoder.get(logits[:, :1]), decoder.get(logits[:, 1:])
+    (array([[3]], dtype=int32), array([[4]], dtype=int32))
+    >>> decoder.finish()
+    """
+
+    def __init__(
+        self, streams: Sequence[bytes], prob_bits: int | None = None, threads: int = 1
+    ) -> None:
+        if isinstance(streams, bytes | bytearray | memoryview) or not len(streams):
+            raise ValueError("give a list of at least one byte string, one for each stream")
+        self._lengths = np.array([len(stream) for stream in streams], dtype=np.int64)
+        self._prob_bits, self._threads = prob_bits, threads
+        self._checks = [CHECK_START] * len(streams)
+        self._decoder = RansDecoder(b"".join(streams), np.cumsum([0, *self._lengths]))
+
+    def get(self, logits: Logits) -> NDArray[np.int32]:
+        """The next n symbols of each stream: logits [B, n, V] -> int32 [B, n].
+
+        The logits must be those that were put, bit for bit; how many are given at a time does not
+        matter. Raises ValueError for wrong shapes, dtypes or precision; nothing was read then.
+        """
+        symbols = self._decoder.decode_logits(
+            logits, _bits(self._prob_bits, logits), threads=self._threads
+        )
+        self._checks = _extended(self._checks, symbols)
+        return symbols
+
+    def finish(self, checks: ArrayLike | None = None) -> None:
+        """Raise ValueError unless every stream has been read to its end and fits its check.
+
+        Args:
+            checks: what the encoder's ``finish`` was given.
+        """
+        expected = _one_each(self._checks if checks is None else checks, len(self._lengths))
+        valid = self._decoder.finished(expected)
+        for i in np.flatnonzero(~valid):
+            name = f"stream {i} of {len(valid)}"
+            if self._decoder.positions[i] < self._lengths[i]:
+                raise ValueError(
+                    f"{name} has bytes left: it is damaged, was made with other logits, or holds "
+                    "more symbols"
+                )
+            raise ValueError(
+                f"{name} does not fit its check: it is damaged or cut, or was made with other "
+                "logits or another number of symbols"
+            )
+
+
+def encode(
+    logits: Logits,
+    symbols: ArrayLike,
+    prob_bits: int | None = None,
+    threads: int = 1,
+    checks: ArrayLike | None = None,
+) -> list[bytes]:
+    """Streams of symbols whose logits are all known: [B, N, V] and [B, N] -> B byte strings.
+
+    Arguments and errors as for ``SymbolEncoder``, its ``put`` and its ``finish``.
+
+    >>> import numpy as np
+    >>> encode(np.zeros((2, 4, 256), np.int16), [[1, 2, 3, 4], [1, 2, 3, 4]])[0].hex()
+    'c60102030440'
+    """
+    encoder = SymbolEncoder(len(logits), prob_bits, threads)
+    encoder.put(logits, symbols)
+    return encoder.finish(checks)
+
+
+def decode(
+    streams: Sequence[bytes],
+    logits: Logits,
+    prob_bits: int | None = None,
+    threads: int = 1,
+    checks: ArrayLike | None = None,
+) -> NDArray[np.int32]:
+    """What ``encode`` coded with these logits [B, N, V]: int32 [B, N].
+
+    Raises ValueError for damaged streams; the rest as for ``SymbolDecoder``.
+    """
+    decoder = SymbolDecoder(streams, prob_bits, threads)
+    symbols = decoder.get(logits)
+    decoder.finish(checks)
+    return symbols
+
+
+def _bits(prob_bits: int | None, logits: Logits) -> int:
+    """The precision for these logits."""
+    if prob_bits is not None:
+        return prob_bits
+    if len(logits.shape) != 3:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be [B, n, V]")
+    return default_prob_bits(logits.shape[-1])
+
+
+def _extended(checks: Sequence[int], symbols: NDArray[Any]) -> list[int]:
+    """Checks after symbols [B, n] more: CRC-16 (CCITT) over them as little-endian int32."""
+    rows = symbols.astype("<i4")
+    return [binascii.crc_hqx(row.tobytes(), c) for row, c in zip(rows, checks, strict=True)]
+
+
+def _one_each(checks: ArrayLike, batch: int) -> ArrayLike:
+    if len(checks) != batch:
+        raise ValueError(f"there are {len(checks)} checks for {batch} streams; give one for each")
+    return checks
