@@ -53,3 +53,19 @@ def test_hostile_calls_under_sanitizers(request: pytest.FixtureRequest) -> None:
     tools("cmake", "c++")
     said = run(build(request, "native", "fuzz_coder"), str(FUZZ_SECONDS), str(SEED))
     assert "no finding" in said
+
+
+def test_kernels_agree_with_plain_statements(request: pytest.FixtureRequest) -> None:
+    tools("cmake", "c++")
+    said = run(build(request, "native", "check_kernels"))
+    assert "DIFFER" not in said
+
+
+def test_kernels_agree_on_aarch64(request: pytest.FixtureRequest) -> None:
+    """NEON kernels, or whatever AArch64 runs, under emulation."""
+    tools("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64", required="FAIL_WITHOUT_QEMU")
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={NATIVE / 'aarch64.cmake'}"
+    program = build(request, "native-aarch64", "check_kernels", toolchain)
+    said = run("qemu-aarch64", program, "3")
+    assert "neon" in said
+    assert "DIFFER" not in said

@@ -8,6 +8,7 @@
 #include "coder.h"
 #include "fuzz.h"
 #include "plain_coder.h"
+#include "streams.h"
 
 namespace percov2_test {
 
@@ -71,13 +72,13 @@ void fuzz_encoder_arguments(Random& random, Outcomes& outcomes) {
     const int threads = random_threads(random);
     std::vector<std::uint8_t> before, after;
     std::vector<std::int64_t> offsets;
-    encoder->finish(before, offsets);
+    finish(*encoder, before, offsets);
     const bool pushed = returns(outcomes, [&] {
       encoder->push(starts.data(), freqs.data(), total, counts.data(), prob_bits, threads);
     });
     PERCOV2_PROMISE(pushed || hostile);
     if (!pushed) {  // all or none
-      encoder->finish(after, offsets);
+      finish(*encoder, after, offsets);
       PERCOV2_PROMISE(before == after);
       continue;
     }
@@ -92,7 +93,7 @@ void fuzz_encoder_arguments(Random& random, Outcomes& outcomes) {
   }
   std::vector<std::uint8_t> buffer;
   std::vector<std::int64_t> offsets;
-  encoder->finish(buffer, offsets);
+  finish(*encoder, buffer, offsets);
   PERCOV2_PROMISE(offsets.size() == checks.size() + 1);
   for (std::size_t b = 0; b < said.size(); ++b) {
     PERCOV2_PROMISE(

@@ -11,6 +11,7 @@
 #include "fuzz.h"
 #include "isa.h"
 #include "plain_coder.h"
+#include "streams.h"
 
 namespace percov2_test {
 namespace {
@@ -92,7 +93,7 @@ Message random_message(Random& random) {
   for (auto s = message.segments.rbegin(); s != message.segments.rend(); ++s) {
     push(message, *s, random_threads(random), encoder);
   }
-  encoder.finish(message.buffer, message.offsets);
+  finish(encoder, message.buffer, message.offsets);
   return message;
 }
 
