@@ -1,4 +1,4 @@
-"""The command line: ``percov2 compress|decompress|info|roundtrip|eval|train``.
+"""The command line: ``percov2 compress|decompress|info|roundtrip|eval|train|bench``.
 
 Nothing heavy is imported before a command needs it: ``info`` answers without torch. What can be
 known to be wrong without a model is said before one is loaded.
@@ -95,6 +95,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``, a function of the parsed arguments."""
     from percov2 import __version__
+    from percov2.bench import command as bench
 
     parser = _Parser(prog="percov2", description="Photographs in a few hundred bytes.")
     parser.add_argument("--version", action="version", version=f"percov2 {__version__}")
@@ -149,6 +150,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling(added)
 
     _add_train(commands)
+    bench.add_parser(commands)
     return parser
 
 

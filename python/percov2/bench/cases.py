@@ -1,0 +1,106 @@
+"""Synthetic data: logits, symbols drawn from their softmax, and what these cost ideally.
+
+Logits are independent normal numbers with a standard deviation of ``SPREAD`` nats, so that 256
+symbols cost about 5.4 bits each, which is what tokens of a trained model cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from percov2.entropy.cdf import default_prob_bits
+
+SPREAD = 1.9
+UNITS_PER_NAT = np.float32(256 / np.log(2.0))
+"""Integer logits count 1/256 of an octave."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a case: codebook entries V, tokens per image, images (one stream each)."""
+
+    codebook: int
+    tokens: int
+    images: int
+
+    @property
+    def symbols(self) -> int:
+        """Symbols of all images."""
+        return self.tokens * self.images
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is coded: logits in nats, float32 [B, n, V]; symbols int32 [B, n]; checks uint16 [B]."""
+
+    shape: Shape
+    seed: int
+    logits: NDArray[np.float32]
+    symbols: NDArray[np.int32]
+    checks: NDArray[np.uint16]
+
+    @property
+    def prob_bits(self) -> int:
+        """The precision that percov2 uses for this codebook."""
+        return default_prob_bits(self.shape.codebook)
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """Symbols of each stream: int64 [B]."""
+        return np.full(self.shape.images, self.shape.tokens, dtype=np.int64)
+
+    def first(self, images: int) -> Case:
+        """The same with the first images only."""
+        shape = replace(self.shape, images=min(images, self.shape.images))
+        kept = slice(shape.images)
+        return Case(shape, self.seed, self.logits[kept], self.symbols[kept], self.checks[kept])
+
+
+def make_case(shape: Shape, seed: int = 0) -> Case:
+    """The case of a shape and a seed."""
+    rng = np.random.default_rng([seed, shape.codebook, shape.tokens, shape.images])
+    logits = np.empty((shape.images, shape.tokens, shape.codebook), dtype=np.float32)
+    symbols = np.empty((shape.images, shape.tokens), dtype=np.int32)
+    for image, chosen in zip(logits, symbols, strict=True):
+        rng.standard_normal(out=image, dtype=np.float32)
+        image *= np.float32(SPREAD)
+        chosen[:] = _draw(image, rng)
+    checks = rng.integers(0, 2**16, shape.images, dtype=np.uint16)
+    return Case(shape, seed, logits, symbols, checks)
+
+
+def _draw(logits: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.int64]:
+    """One symbol per row of logits [n, V], drawn from the softmax: int64 [n]."""
+    bounds = np.exp(logits, dtype=np.float64)
+    np.cumsum(bounds, axis=1, out=bounds)
+    target = rng.random((len(bounds), 1)) * bounds[:, -1:]
+    return np.minimum((bounds <= target).sum(1), logits.shape[1] - 1)
+
+
+def integer_logits(logits: NDArray[np.float32]) -> NDArray[np.int16]:
+    """Logits in nats as base-2 logits with 8 fractional bits, each row's largest at 0."""
+    integers = np.empty(logits.shape, dtype=np.int16)
+    for image, result in zip(logits, integers, strict=True):
+        difference = image - image.max(-1, keepdims=True)
+        result[:] = np.rint(np.maximum(difference * UNITS_PER_NAT, np.float32(-32768)))
+    return integers
+
+
+def ideal_bytes(logits: NDArray[np.float32], symbols: NDArray[np.int32]) -> NDArray[np.float64]:
+    """What the symbols of each image cost at least by the softmax of logits in nats: [B]."""
+    costs = np.empty(len(logits))
+    for i, (image, chosen) in enumerate(zip(logits, symbols, strict=True)):
+        exact = image.astype(np.float64)
+        exact -= exact.max(1, keepdims=True)
+        taken = np.take_along_axis(exact, chosen[:, None].astype(np.int64), 1)[:, 0]
+        nats = np.log(np.exp(exact).sum(1)) - taken
+        costs[i] = nats.sum() / np.log(2.0) / 8
+    return costs
+
+
+def interval_bytes(freqs: NDArray[np.int32], prob_bits: int) -> NDArray[np.float64]:
+    """What intervals of the given widths, int32 [B, n], cost at least: [B]."""
+    return (prob_bits - np.log2(freqs)).sum(1) / 8

@@ -1,0 +1,96 @@
+"""``percov2 bench entropy``: its options, and what becomes of the report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from percov2.cli_faults import about
+
+SECTIONS = ("coder", "logits", "overhead", "model", "cold")
+PEERS = Path(".peers/bin/python")
+ENTROPY_MODEL = Path(__file__).parent.parent / "pretrained" / "tiny" / "r031" / "entropy"
+_NAME = "bench entropy"
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``bench`` to the commands of the command line."""
+    benches = commands.add_parser("bench", help="Measure the parts of percov2.")
+    added = benches.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    help_ = "Measure the entropy engine, also beside other coders."
+    parser = added.add_parser("entropy", help=help_, description=help_)
+    parser.set_defaults(run=bench_entropy)
+    parser.add_argument("--quick", action="store_true", help="few and small cases, seconds only")
+    parser.add_argument(
+        "--only",
+        type=_sections,
+        default=SECTIONS,
+        metavar="SECTIONS",
+        help=f"some of {','.join(SECTIONS)}",
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        nargs="?",
+        const=PEERS,
+        metavar="PYTHON",
+        help=f"also time the coders that benchmarks/peers.sh installs ({PEERS})",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write PNGs (needs matplotlib)")
+    parser.add_argument(
+        "--entropy-model",
+        type=Path,
+        default=ENTROPY_MODEL,
+        metavar="DIR",
+        help="folder of an integer entropy model (default: that of tiny, r031)",
+    )
+    parser.add_argument(
+        "--instruction-set", metavar="NAME", help="scalar, avx2, ... (default: the best one)"
+    )
+
+
+def _sections(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in text.split(",") if name)
+    wrong = [name for name in names if name not in SECTIONS]
+    if wrong or not names:
+        raise argparse.ArgumentTypeError(f"must be some of {','.join(SECTIONS)}, not {text}")
+    return names
+
+
+def bench_entropy(arguments: argparse.Namespace) -> None:
+    """``percov2 bench entropy``."""
+    with about(_NAME):
+        _check_outputs([arguments.json, arguments.markdown])
+        from percov2.bench import entropy, plan, plots, tables
+        from percov2.bench.peers import Peers
+        from percov2.entropy import rans
+
+        peers = None if arguments.peers is None else Peers(arguments.peers)
+        if arguments.plots is not None:
+            plots.require_matplotlib()
+        if arguments.instruction_set is not None:
+            rans.use_instruction_set(arguments.instruction_set)
+        chosen = plan.QUICK_PLAN if arguments.quick else plan.FULL_PLAN
+        report = entropy.run(chosen, arguments.only, arguments.entropy_model, peers)
+    if arguments.json is not None:
+        with about(arguments.json):
+            text = json.dumps(report, indent=2) + "\n"
+            arguments.json.write_text(text, encoding="utf-8")
+    if arguments.markdown is not None:
+        with about(arguments.markdown):
+            arguments.markdown.write_text(tables.as_markdown(report), encoding="utf-8")
+    if arguments.plots is not None:
+        with about(arguments.plots):
+            plots.write_plots(report, arguments.plots)
+    print(tables.as_text(report), end="")
+
+
+def _check_outputs(paths: list[Path | None]) -> None:
+    """Raise ValueError for a file that could not be written after minutes of measuring."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ValueError(f"cannot write {path}: it is a folder, or its folder does not exist")

@@ -1,0 +1,142 @@
+"""What only a fresh process shows: the first call with its imports, and the peak of memory.
+
+``python -m percov2.bench.fresh cold FOLDER`` and ``... encode|decode FOLDER IMAGES SIDE`` print one
+JSON object; ``cold`` and ``memory`` here start them. FOLDER holds an integer entropy model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+STATUS = Path("/proc/self/status")
+CLEAR = Path("/proc/self/clear_refs")
+SCHEDULE = "qlds12"
+
+
+def _start(*arguments: object) -> dict[str, Any]:
+    """The JSON object that a fresh process of this module prints, and its wall time."""
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", __name__, *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    wall = time.perf_counter() - started
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(f"a fresh process failed: {lines[-1]}")
+    return {**json.loads(done.stdout), "process_s": wall}
+
+
+def cold(folder: Path) -> dict[str, Any]:
+    """Seconds of a first use in a new process, step by step: see ``_cold``."""
+    return {"section": "cold", **_start("cold", folder)}
+
+
+def memory(what: str, folder: Path, images: int, side: int) -> dict[str, Any]:
+    """Peak memory of "encode" or "decode" of a batch: see ``_memory``."""
+    sizes = {"images": images, "grid": side}
+    return {"section": "memory", "what": what, **sizes, **_start(what, folder, images, side)}
+
+
+def _cold(folder: Path) -> dict[str, float]:
+    # Nothing but the standard library is imported yet.
+    marks: dict[str, float] = {}
+    last = time.perf_counter()
+
+    def mark(name: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        marks[name] = now - last
+        last = time.perf_counter()
+
+    import torch
+
+    from percov2.bench import cases, own_coder
+
+    mark("import_s")
+    torch.set_num_threads(1)
+    case = cases.make_case(cases.Shape(256, 256, 1))
+    logits = cases.integer_logits(case.logits)
+    last = time.perf_counter()
+    streams = own_coder.encode(case, logits, case.prob_bits)
+    mark("first_encode_s")
+    decoder = own_coder.rans.RansDecoder(*streams)
+    decoder.decode_logits(logits, case.prob_bits)
+    mark("first_decode_s")
+    own_coder.encode(case, logits, case.prob_bits)
+    mark("second_encode_s")
+    own_coder.rans.RansDecoder(*streams).decode_logits(logits, case.prob_bits)
+    mark("second_decode_s")
+
+    from percov2.bench import model
+    from percov2.entropy import IntTransformer, TokenCoder
+
+    last = time.perf_counter()
+    coder = TokenCoder(IntTransformer.load(folder))
+    mark("load_model_s")
+    tokens = model.draw_tokens(coder, 1, 16)
+    mark("first_model_decode_s")
+    streams = model.encode(coder, tokens, SCHEDULE, 1)
+    mark("first_model_encode_s")
+    model.decode(coder, streams, SCHEDULE, 16, 1)
+    mark("second_model_decode_s")
+    model.encode(coder, tokens, SCHEDULE, 1)
+    mark("second_model_encode_s")
+    return marks
+
+
+def _kilobytes(name: str) -> int | None:
+    """A line of the process's status on Linux, in kB; None elsewhere."""
+    if not STATUS.exists():
+        return None
+    for line in STATUS.read_text(encoding="utf-8").splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1])
+    return None
+
+
+def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float | None]:
+    import torch
+
+    from percov2.bench import model
+    from percov2.entropy import IntTransformer, TokenCoder
+
+    torch.set_num_threads(1)
+    coder = TokenCoder(IntTransformer.load(folder))
+    # What is made once and kept is made before the peak is reset.
+    tokens = model.draw_tokens(coder, 1, side)
+    model.encode(coder, tokens, SCHEDULE, 1)
+    before = _kilobytes("VmRSS")
+    if before is None:
+        return {"peak_mb": None, "extra_mb": None}
+    CLEAR.write_text("5", encoding="ascii")  # resets the peak
+    if what == "encode":
+        model.encode(coder, tokens.expand(images, -1, -1), SCHEDULE, 1)
+    else:
+        model.decode(coder, model.random_streams(images, side), SCHEDULE, side, 1)
+    peak = _kilobytes("VmHWM") or before
+    return {"peak_mb": peak / 1024, "extra_mb": (peak - before) / 1024}
+
+
+def main() -> None:
+    """The process itself."""
+    what, folder, *sizes = sys.argv[1:]
+    if what == "cold":
+        answer: dict[str, Any] = _cold(Path(folder))
+    else:
+        images, side = map(int, sizes)
+        answer = _memory(what, Path(folder), images, side)
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

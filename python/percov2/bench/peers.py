@@ -1,0 +1,93 @@
+"""Runs the peers' coders in their own environment, on the data that percov2's coder got."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from percov2.bench.cases import Case
+from percov2.bench.timing import Effort
+
+_SCRIPT = Path(__file__).with_name("peer_coders.py")
+
+
+class Peers:
+    """The interpreter that has constriction, torchac and CompressAI.
+
+    Args:
+        python: its path, as ``benchmarks/peers.sh`` makes it.
+
+    Raises:
+        ValueError: there is none; the message says how to make it.
+    """
+
+    def __init__(self, python: Path) -> None:
+        if not python.is_file():
+            raise ValueError(f"no peers at {python}; make them with: bash benchmarks/peers.sh")
+        # Not resolved: an interpreter finds its environment by the path it was called by.
+        self.python = python.absolute()
+
+    def _environment(self) -> dict[str, str]:
+        folder = self.python.parent
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        return {
+            **kept,
+            "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, for torchac
+            "CXX": str(folder / "optimizing-c++"),  # or torchac compiles without optimisation
+            "TORCH_EXTENSIONS_DIR": str(folder.parent / "torch_extensions"),
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+        }
+
+    def _ask(self, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
+        answer = folder / "answer.json"
+        description = folder / "task.json"
+        description.write_text(json.dumps({**task, "answer": str(answer)}), encoding="utf-8")
+        done = subprocess.run(
+            [str(self.python), "-P", str(_SCRIPT), str(description)],
+            env=self._environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0 or not answer.is_file():
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise RuntimeError(
+                f"the peers at {self.python} failed: {lines[-1]}; "
+                "make them again with: bash benchmarks/peers.sh"
+            )
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the peers. Raises RuntimeError if they cannot be imported."""
+        with tempfile.TemporaryDirectory() as folder:
+            task: dict[str, Any] = {"logits": None, "symbols": None, "sections": [], "effort": None}
+            return self._ask(Path(folder), task)["versions"]
+
+    def measure(
+        self, case: Case, sections: tuple[str, ...], effort: Effort | None
+    ) -> list[dict[str, Any]]:
+        """Records of all peers on a case; without ``effort`` only what they write, no times.
+
+        A record is as ``results.result`` makes it, but for ``stream_bytes``, a list with the bytes
+        of each image, in place of their sum and the ideal. Raises RuntimeError if a peer fails or
+        does not return the symbols.
+        """
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            np.save(folder / "logits.npy", case.logits)
+            np.save(folder / "symbols.npy", case.symbols)
+            task = {
+                "logits": str(folder / "logits.npy"),
+                "symbols": str(folder / "symbols.npy"),
+                "sections": list(sections),
+                "effort": None if effort is None else asdict(effort),
+            }
+            return self._ask(folder, task)["records"]

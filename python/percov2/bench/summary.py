@@ -1,0 +1,110 @@
+"""The few ratios that a report is read for, each with the goal it is held against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Record = dict[str, Any]
+
+# Codebook -> how many times faster than constriction (encode, decode): from float32 logits, and
+# from what each is best prepared with.
+FASTER_FROM_LOGITS = {256: (5.0, 4.0), 1024: (6.0, 5.0)}
+FASTER_PREPARED = {256: (4.0, 3.5), 1024: (5.0, 4.0)}
+RANS_STEP = 250.0
+BYTES_ABOVE_IDEAL = 0.5
+PERCENT_ABOVE_INTERVALS = 0.01
+DECODE_PER_ENCODE = 1.5
+DECODE_PER_ENCODE_ALONE = 2.0
+TWO_THREADS = 1.7
+FLAT = 1.1
+
+
+def summarize(records: list[Record]) -> list[Record]:
+    """Name, value, goal and which side of the goal is good, for all that was measured."""
+    return [
+        *_against_constriction(records, "float32", FASTER_FROM_LOGITS),
+        *_against_constriction(records, "prepared", FASTER_PREPARED),
+        *_coder(records),
+        *_model(records),
+    ]
+
+
+def _line(name: str, value: float, goal: float, at_least: bool) -> Record:
+    met = value >= goal if at_least else value <= goal
+    return {"name": name, "value": value, "goal": goal, "at_least": at_least, "met": met}
+
+
+def _picked(records: list[Record], **wanted: Any) -> list[Record]:
+    return [r for r in records if all(r.get(key) == value for key, value in wanted.items())]
+
+
+def _best(records: list[Record], way: str) -> float:
+    return max(r[way]["msym_per_s"] for r in records)
+
+
+def _against_constriction(
+    records: list[Record], given: str, goals: dict[int, tuple[float, float]]
+) -> Iterator[Record]:
+    ours, theirs = ("int16", "probabilities") if given == "prepared" else (given, "logits")
+    for codebook, goal in goals.items():
+        at = _picked(records, section="logits", codebook=codebook)
+        peers = [r for r in at if "constriction" in r["coder"] and theirs in r["given"]]
+        shapes = {(r["tokens"], r["images"]) for r in peers}
+        mine = [
+            r
+            for r in _picked(at, coder="percov2", given=f"{ours} logits")
+            if (r["tokens"], r["images"]) in shapes
+        ]
+        if not peers or not mine:
+            continue
+        for way, least in zip(("encode", "decode"), goal, strict=True):
+            ratio = _best(mine, way) / _best(peers, way)
+            what = "best prepared input" if given == "prepared" else "float32 logits"
+            yield _line(f"{way} from {what}, V={codebook}: x constriction", ratio, least, True)
+
+
+def _coder(records: list[Record]) -> Iterator[Record]:
+    steps = _picked(records, section="coder", coder="percov2")
+    if steps:
+        name = "rANS step, intervals given: Msym/s"
+        yield _line(name, _best(steps, "encode"), RANS_STEP, True)
+    for r in _picked(records, section="overhead", coder="percov2"):
+        name = f"bytes above ideal and check, V={r['codebook']}, {r['tokens']} tokens"
+        yield _line(name, r["above_ideal"], BYTES_ABOVE_IDEAL, False)
+    for r in _picked(records, section="long"):
+        name = f"long stream, V={r['codebook']}, {r['prob_bits']} bits: % above its intervals"
+        yield _line(name, r["percent_above_intervals"], PERCENT_ABOVE_INTERVALS, False)
+
+
+def _model(records: list[Record]) -> Iterator[Record]:
+    keys = ("what", "schedule", "grid", "images", "threads")
+    found = _picked(records, section="model")
+    times = {tuple(r[key] for key in keys): r["median_s"] for r in found}
+    for (what, schedule, grid, images, threads), seconds in times.items():
+        size = f"{schedule}, {images} x {grid}x{grid}"
+        encode = times.get(("encode", schedule, grid, images, threads))
+        single = times.get((what, schedule, grid, images, 1))
+        if what == "float32 torch" and encode:
+            yield _line(f"one pass, {size}: time / float32 torch", encode / seconds, 1.0, False)
+        elif what == "decode" and schedule != "raster" and threads == 1 and encode:
+            goal = DECODE_PER_ENCODE if images > 1 else DECODE_PER_ENCODE_ALONE
+            yield _line(f"staged decoding, {size}: time / one pass", seconds / encode, goal, False)
+        if threads == 2 and single:
+            yield _line(f"{what}, {size}: 2 threads x 1", single / seconds, TWO_THREADS, True)
+    yield from _flat(found)
+
+
+def _flat(found: list[Record]) -> Iterator[Record]:
+    """The cost per image of the largest batch, in terms of that of the first one from 8 on."""
+    for what in ("encode", "decode"):
+        costs: dict[tuple[str, int], dict[int, float]] = {}
+        for r in _picked(found, what=what, threads=1):
+            if r["images"] >= 8:
+                at = costs.setdefault((r["schedule"], r["grid"]), {})
+                at[r["images"]] = r["ms_per_image"]
+        for (schedule, grid), by_images in costs.items():
+            few, many = min(by_images), max(by_images)
+            if few < many:
+                name = f"{what}, {schedule}, {grid}x{grid}: cost per image, {many} / {few} images"
+                yield _line(name, by_images[many] / by_images[few], FLAT, False)

@@ -1,0 +1,62 @@
+"""Wall times of repeated calls: the first one, and the median and the best of the rest."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a call is repeated: for ``seconds``, ``least`` to ``most`` times."""
+
+    seconds: float
+    least: int
+    most: int
+
+
+QUICK = Effort(0.05, 3, 10)
+FULL = Effort(1.0, 7, 200)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call.
+
+    Attributes:
+        first_s: of the first call on this data: memory is new, caches do not know it.
+        median_s, best_s: of the calls after it.
+        runs: how many these were.
+    """
+
+    first_s: float
+    median_s: float
+    best_s: float
+    runs: int
+
+
+def measure(work: Callable[[], object], effort: Effort) -> Timing:
+    """Time ``work``; the garbage collector waits meanwhile, as it does in ``timeit``."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        first = _once(work)
+        times: list[float] = []
+        while len(times) < effort.least or (
+            len(times) < effort.most and sum(times) < effort.seconds
+        ):
+            times.append(_once(work))
+    finally:
+        if collects:
+            gc.enable()
+    return Timing(first, statistics.median(times), min(times), len(times))
+
+
+def _once(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

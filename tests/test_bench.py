@@ -1,0 +1,441 @@
+"""``percov2 bench``: what it measures is right, and what it writes holds together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from percov2 import cli
+from percov2.bench import (
+    cases,
+    entropy,
+    fresh,
+    overhead,
+    own_coder,
+    peer_coders,
+    plan,
+    summary,
+    tables,
+)
+from percov2.bench.cases import Shape
+from percov2.bench.float_transformer import FloatTransformer
+from percov2.bench.peers import Peers
+from percov2.bench.timing import Effort, Timing, measure
+from percov2.entropy import RansDecoder, schedule
+from percov2.entropy.transformer_config import TransformerConfig
+
+MODEL = Path(__file__).parent / "data" / "entropy_v1"
+SHORT = Effort(0.0, 1, 1)
+TINY = plan.Plan(
+    effort=SHORT,
+    compared=(Shape(16, 12, 3),),
+    scaling=(Shape(16, 5, 2),),
+    short=(Shape(64, 20, 4),),
+    long=((64, 16),),
+    long_symbols=300,
+    schedules=("qlds5", "checkerboard"),
+    grid=4,
+    batch=3,
+    batches=(1, 9),
+    memory=(),
+    large_grid=6,
+    raster_grid=2,
+)
+SECTIONS = ("coder", "logits", "overhead", "model")
+REAL_PEERS = Path(__file__).parent.parent / ".peers" / "bin" / "python"
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    return entropy.run(TINY, SECTIONS, MODEL)
+
+
+# The report --------------------------------------------------------------------------------------
+
+
+def test_report_survives_json_and_says_where_it_was_taken(report: dict) -> None:
+    assert json.loads(json.dumps(report)) == report
+    assert report["schema"] == entropy.SCHEMA
+    where = report["environment"]
+    assert where["torch"] == torch.__version__
+    assert where["numpy"] == np.__version__
+    assert where["instruction_set"] in where["instruction_sets"]
+    assert where["threads"] == 1
+    assert report["peers"] is None
+
+
+def test_every_step_left_its_records(report: dict) -> None:
+    count: dict[str, int] = {}
+    for record in report["records"]:
+        count[record["section"]] = count.get(record["section"], 0) + 1
+    kinds = len(own_coder.KINDS)
+    shapes = len(TINY.compared) + len(TINY.scaling)
+    # Float pass; both ways of two schedules, two further batches, a large and a raster grid, and
+    # of two threads where there are two cores.
+    ways = 1 + 2 * (6 + (report["environment"]["cores"] > 1))
+    expected = {"coder": shapes, "logits": kinds * shapes, "overhead": 1, "long": 1, "model": ways}
+    assert count == expected
+
+
+def test_coder_records_hold_times_and_bytes(report: dict) -> None:
+    for record in report["records"]:
+        if record["section"] not in ("coder", "logits"):
+            continue
+        for way in ("encode", "decode"):
+            timing = record[way]
+            assert 0 < timing["best_s"] <= timing["median_s"]
+            symbols = record["tokens"] * record["images"]
+            assert timing["msym_per_s"] == pytest.approx(symbols / timing["median_s"] / 1e6)
+        streams = record["images"]
+        # The check costs two bytes, and no stream wastes more than one.
+        assert record["ideal_bytes"] + 0.9 * streams < record["bytes"]
+        assert record["bytes"] < record["ideal_bytes"] + 3.5 * streams
+
+
+def test_overhead_is_that_of_the_written_bytes(report: dict) -> None:
+    (record,) = [r for r in report["records"] if r["section"] == "overhead"]
+    case = cases.make_case(TINY.short[0])
+    ideal = naive_cost(case.logits, case.symbols) / 8 / 4
+    assert record["ideal_bytes_per_image"] == pytest.approx(ideal)
+    assert record["above_ideal"] == pytest.approx(record["bytes_per_image"] - 2 - ideal)
+    assert -0.5 < record["above_ideal"] < 1
+    (long,) = [r for r in report["records"] if r["section"] == "long"]
+    assert long["symbols"] == TINY.long_symbols
+    assert 0 < long["percent_above_intervals"] < 3
+
+
+def test_tables_show_every_record(report: dict) -> None:
+    text, page = tables.as_text(report), tables.as_markdown(report)
+    made = tables.tables(report)
+    assert sum(len(table.rows) for table in made[1:]) == len(report["records"])
+    for table in made:
+        assert f"\n{table.title}\n" in text
+        assert f"### {table.title}\n\n| " in page
+        for row in table.rows:
+            assert len(row) == len(table.header)
+            assert "| " + " | ".join(row) + " |" in page
+    assert "percov2 0" in text.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (0.0, "0"), (3.0, "3"), (1234.5, "1234"), (12.34, "12.3"), (0.01234, "0.0123")],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert tables.number(value) == text
+
+
+def test_sections_can_be_left_out() -> None:
+    report = entropy.run(TINY, ("overhead",), MODEL)
+    assert {r["section"] for r in report["records"]} == {"overhead", "long"}
+
+
+# Cases -------------------------------------------------------------------------------------------
+
+
+def naive_cost(logits: np.ndarray, symbols: np.ndarray) -> float:
+    """Bits of all symbols, one by one."""
+    bits = 0.0
+    for row, symbol in zip(logits.reshape(-1, logits.shape[-1]), symbols.reshape(-1), strict=True):
+        p = np.exp(row.astype(np.float64))
+        bits -= np.log2(p[symbol] / p.sum())
+    return float(bits)
+
+
+def test_symbols_follow_their_logits() -> None:
+    case = cases.make_case(Shape(64, 500, 4))
+    p = np.exp(case.logits.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    entropy_bits = -(p * np.log2(p)).sum()
+    cost = naive_cost(case.logits, case.symbols)
+    assert cases.ideal_bytes(case.logits, case.symbols).sum() * 8 == pytest.approx(cost)
+    assert cost == pytest.approx(entropy_bits, rel=0.03)
+    expected = p.sum((0, 1))
+    counts = np.bincount(case.symbols.reshape(-1), minlength=64)
+    assert np.abs(counts - expected).max() < 6 * np.sqrt(expected.max())
+
+
+def test_cases_repeat_and_differ() -> None:
+    a, b = (cases.make_case(Shape(8, 4, 2)) for _ in range(2))
+    other = cases.make_case(Shape(8, 4, 2), seed=1)
+    np.testing.assert_array_equal(a.logits, b.logits)
+    np.testing.assert_array_equal(a.symbols, b.symbols)
+    assert not np.array_equal(a.logits, other.logits)
+    assert a.first(1).shape == Shape(8, 4, 1)
+    np.testing.assert_array_equal(a.first(1).logits, a.logits[:1])
+
+
+def test_integer_logits_are_the_nearest() -> None:
+    logits = cases.make_case(Shape(16, 9, 2)).logits
+    integers = cases.integer_logits(logits)
+    assert (integers.max(-1) == 0).all()
+    exact = (logits - logits.max(-1, keepdims=True)).astype(np.float64) * 256 / np.log(2)
+    assert np.abs(integers - exact).max() <= 0.501
+    far = np.array([[[0.0, -1e9]]], dtype=np.float32)
+    assert cases.integer_logits(far).tolist() == [[[0, -32768]]]
+
+
+# Nothing wrong is timed --------------------------------------------------------------------------
+
+
+def test_wrong_symbols_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RansDecoder.decode_logits
+
+    def wrong(*arguments: object, **options: object) -> np.ndarray:
+        symbols = right(*arguments, **options)
+        symbols[-1, -1] ^= 1
+        return symbols
+
+    monkeypatch.setattr(RansDecoder, "decode_logits", wrong)
+    case = cases.make_case(Shape(16, 4, 2))
+    with pytest.raises(own_coder.Mismatch, match="other symbols"):
+        own_coder.from_logits(case, "int16", SHORT)
+    with pytest.raises(own_coder.Mismatch, match="other symbols"):
+        overhead.short_streams(case)
+    with pytest.raises(own_coder.Mismatch, match="other symbols"):
+        overhead.long_stream(Shape(16, 4, 1), 2, 16)
+
+
+def test_wrong_intervals_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = own_coder.rans.intervals
+
+    def wrong(logits: np.ndarray, symbols: np.ndarray, prob_bits: int) -> tuple:
+        starts, freqs = right(logits, symbols, prob_bits)
+        starts[0, 0] += 1
+        return starts, freqs
+
+    monkeypatch.setattr(own_coder.rans, "intervals", wrong)
+    case = cases.make_case(Shape(16, 4, 2))
+    with pytest.raises(own_coder.Mismatch, match="intervals differ"):
+        own_coder.coder_only(case, SHORT)
+
+
+def test_measure_keeps_the_first_call_apart() -> None:
+    calls: list[int] = []
+    timing = measure(lambda: calls.append(1), Effort(0.0, 3, 5))
+    assert isinstance(timing, Timing)
+    assert timing.runs == 3
+    assert len(calls) == 4
+    assert measure(lambda: None, Effort(60.0, 1, 5)).runs == 5
+
+
+# The float transformer ---------------------------------------------------------------------------
+
+
+def test_float_transformer_sees_earlier_stages_only() -> None:
+    torch.manual_seed(0)
+    stages = schedule.stages("qlds5", 4, 5)
+    config = TransformerConfig(codebook_size=9, dim=16, heads=2, head_dim=8, layers=3, hidden=32)
+    model = FloatTransformer(config, stages).eval()
+    tokens = torch.randint(0, 9, (2, 4, 5))
+    coding = schedule.order(stages)
+    stage = stages.reshape(-1)[coding]
+    with torch.inference_mode():
+        before = model(tokens)
+        assert before.shape == (2, 20, 9)
+        for changed in range(20):
+            other = tokens.clone()
+            other.view(2, -1)[:, coding[changed]] += 1
+            other %= 9
+            moved = (model(other) - before).abs().amax((0, 2)).numpy() > 1e-6
+            np.testing.assert_array_equal(moved, stage > stage[changed])
+
+
+# Fresh processes ---------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_reports_memory() -> None:
+    record = fresh.memory("decode", MODEL, 4, 8)
+    assert record["section"] == "memory"
+    assert record["process_s"] > 0
+    if fresh.STATUS.exists():
+        assert 20 < record["peak_mb"] < 2000
+        assert 0 <= record["extra_mb"] < 200
+
+
+def test_a_failing_process_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"a fresh process failed: .*config\.json"):
+        fresh.memory("encode", tmp_path, 1, 4)
+
+
+# Peers -------------------------------------------------------------------------------------------
+
+
+def fake_interpreter(folder: Path, script: str) -> Path:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_missing_peers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = tmp_path / "python"
+    assert cli.main(["bench", "entropy", "--quick", "--peers", str(absent)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    expected = f"no peers at {absent}; make them with: bash benchmarks/peers.sh"
+    assert captured.err == f"percov2: bench entropy: {expected}\n"
+
+
+def test_failing_peers_say_why(tmp_path: Path) -> None:
+    python = fake_interpreter(tmp_path, "echo first >&2; echo no torchac >&2; exit 1")
+    with pytest.raises(RuntimeError, match=r"failed: no torchac; .*peers\.sh"):
+        Peers(python).versions()
+    silent = fake_interpreter(tmp_path, "exit 0")
+    with pytest.raises(RuntimeError, match="exit status 0"):
+        Peers(silent).versions()
+
+
+def pair_of(coder: str, decode: object) -> peer_coders.Peer:
+    return peer_coders.Peer(
+        "logits",
+        coder,
+        "float32 logits",
+        lambda logits, symbols: (logits, symbols),
+        lambda given: given[1].tobytes(),
+        decode,
+    )
+
+
+def test_a_peer_that_decodes_wrongly_is_not_timed() -> None:
+    case = cases.make_case(Shape(16, 6, 3))
+    task = {"effort": {"seconds": 0.0, "least": 1, "most": 1}}
+    right = pair_of("right", lambda given, stream: np.frombuffer(stream, np.int32))
+    record = peer_coders.measure(right, case.logits, case.symbols, task)
+    assert record["stream_bytes"] == [24, 24, 24]
+    assert record["encode"]["runs"] == 1
+    assert record["encode"]["msym_per_s"] > 0
+    untimed = peer_coders.measure(right, case.logits, case.symbols, {"effort": None})
+    assert "encode" not in untimed
+    wrong = pair_of("wrong", lambda given, stream: np.zeros(6, np.int32))
+    with pytest.raises(RuntimeError, match="wrong decoded other symbols"):
+        peer_coders.measure(wrong, case.logits, case.symbols, task)
+
+
+@pytest.mark.skipif(not REAL_PEERS.exists(), reason="benchmarks/peers.sh was not run")
+def test_real_peers_are_measured_on_the_same_data() -> None:
+    report = entropy.run(TINY, ("coder", "logits", "overhead"), MODEL, Peers(REAL_PEERS))
+    assert set(report["peers"]) >= {"constriction", "torchac", "compressai"}
+    coders = {(r["coder"], r["given"]) for r in report["records"] if r["section"] == "logits"}
+    assert len(coders) == 6 + len(own_coder.KINDS)
+    above = {r["coder"]: r["above_ideal"] for r in report["records"] if r["section"] == "overhead"}
+    assert len(above) == 5
+    assert all(0 < value < 12 for coder, value in above.items() if coder != own_coder.NAME)
+
+
+# The summary -------------------------------------------------------------------------------------
+
+
+def coded(coder: str, given: str, encode: float, decode: float) -> dict:
+    return {
+        "section": "logits",
+        "coder": coder,
+        "given": given,
+        "codebook": 256,
+        "tokens": 64,
+        "images": 2,
+        "encode": {"msym_per_s": encode},
+        "decode": {"msym_per_s": decode},
+    }
+
+
+def passed(what: str, schedule_name: str, images: int, threads: int, seconds: float) -> dict:
+    return {
+        "section": "model",
+        "what": what,
+        "schedule": schedule_name,
+        "grid": 16,
+        "images": images,
+        "threads": threads,
+        "median_s": seconds,
+        "ms_per_image": seconds / images * 1e3,
+    }
+
+
+def test_summary_compares_with_the_faster_coder() -> None:
+    lines = summary.summarize(
+        [
+            coded("percov2", "int16 logits", 12.0, 6.0),
+            coded("constriction Range", "float32 probabilities", 3.0, 1.0),
+            coded("constriction ANS", "float32 probabilities", 2.0, 2.0),
+            coded("constriction ANS", "float32 logits", 9.0, 9.0),
+        ]
+    )
+    values = {line["name"]: (line["value"], line["goal"], line["met"]) for line in lines}
+    assert values == {
+        "encode from best prepared input, V=256: x constriction": (4.0, 4.0, True),
+        "decode from best prepared input, V=256: x constriction": (3.0, 3.5, False),
+    }
+
+
+def test_summary_of_the_model() -> None:
+    lines = summary.summarize(
+        [
+            passed("float32 torch", "qlds12", 64, 1, 2.0),
+            passed("encode", "qlds12", 64, 1, 1.6),
+            passed("decode", "qlds12", 64, 1, 3.2),
+            passed("encode", "qlds12", 64, 2, 0.8),
+            passed("encode", "qlds12", 8, 1, 0.1),
+            passed("decode", "raster", 1, 1, 9.0),
+            passed("encode", "raster", 1, 1, 0.1),
+        ]
+    )
+    values = {line["name"]: (round(line["value"], 6), line["met"]) for line in lines}
+    assert values == {
+        "one pass, qlds12, 64 x 16x16: time / float32 torch": (0.8, True),
+        "staged decoding, qlds12, 64 x 16x16: time / one pass": (2.0, False),
+        "encode, qlds12, 64 x 16x16: 2 threads x 1": (2.0, True),
+        "encode, qlds12, 16x16: cost per image, 64 / 8 images": (2.0, False),
+    }
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+def test_command_writes_table_json_page_and_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "QUICK_PLAN", TINY)
+    figures, page, folder = tmp_path / "a.json", tmp_path / "a.md", tmp_path / "plots"
+    arguments = ["bench", "entropy", "--quick", "--only", "logits,overhead,model"]
+    outputs = ["--json", figures, "--markdown", page, "--plots", folder, "--entropy-model", MODEL]
+    assert cli.main([*arguments, *map(str, outputs)]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(figures.read_text(encoding="utf-8"))
+    assert captured.out == tables.as_text(report)
+    assert page.read_text(encoding="utf-8") == tables.as_markdown(report)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"throughput.png", "overhead.png", "cost_per_image.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--json", "absent/a.json"], "cannot write absent/a.json"),
+        (["--markdown", "."], "cannot write ."),
+        (["--entropy-model", "absent"], "absent/config.json: No such file"),
+        (["--instruction-set", "mmx"], "mmx"),
+    ],
+)
+def test_faults_are_one_line(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "entropy", "--quick", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("percov2: bench entropy: ")
+    assert text in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["", "nothing", "coder,nothing"])
+def test_unknown_sections_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "entropy", "--only", value])
+    assert stop.value.code == 2
+    assert "must be some of coder,logits,overhead,model,cold" in capsys.readouterr().err
