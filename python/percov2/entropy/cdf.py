@@ -56,6 +56,9 @@ def default_prob_bits(codebook_size: int) -> int:
     """Precision used for a codebook: 16 bits up to 256 entries, 18 up to 1024, 20 above.
 
     Raises ValueError unless 2 <= codebook_size <= 8192.
+
+    >>> default_prob_bits(256), default_prob_bits(1024), default_prob_bits(1025)
+    (16, 18, 20)
     """
     if not MIN_CODEBOOK <= codebook_size <= MAX_CODEBOOK:
         raise ValueError(f"the codebook has {codebook_size} entries; it must have 2 to 8192")
@@ -104,6 +107,9 @@ def cdf(logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
     """Interval bounds: int16 logits [..., V] -> int32 [..., V + 1], from 0 to 2^prob_bits.
 
     Raises ValueError for a wrong dtype, codebook size or precision.
+
+    >>> cdf(torch.tensor([0, -256, -512], dtype=torch.int16), prob_bits=8)  # 4 : 2 : 1
+    tensor([  0, 145, 218, 256], dtype=torch.int32)
     """
     symbol_weights = weights(logits)
     size = logits.shape[-1]

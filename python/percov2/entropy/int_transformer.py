@@ -157,6 +157,11 @@ class IntTransformer:
         ValueError: tensors that do not fit the config or the ranges of the program, or an executor
             that does not fit the device.
         RuntimeError: the device or the executor does not compute exactly.
+
+    >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
+    >>> model = IntTransformer.random(config, seed=1)
+    >>> model.logits(torch.zeros(1, 4, 8, dtype=torch.int32)).shape
+    torch.Size([1, 4, 16])
     """
 
     def __init__(

@@ -122,6 +122,12 @@ class RansEncoder:
     """B stacks that become B byte strings.
 
     checks: uint16 [B], the initial state of each stream. Raises ValueError if one exceeds 65535.
+
+    >>> encoder = RansEncoder(checks=[0xBEEF])
+    >>> encoder.push(starts=[12, 20], freqs=[4, 4], counts=[2], prob_bits=8)
+    >>> buffer, offsets = encoder.finish()
+    >>> buffer.tobytes().hex(), offsets
+    ('0beec50f', array([0, 4]))
     """
 
     def __init__(self, checks: ArrayLike) -> None:
@@ -172,6 +178,12 @@ class RansDecoder:
     buffer: bytes or uint8 [n]; offsets: int64 [B + 1], not decreasing, within the buffer;
     states, positions: where to resume (uint32 [B] below 2^31 and int64 [B], the next byte counted
     from the stream's beginning), both or neither. Raises ValueError for anything else.
+
+    >>> decoder = RansDecoder(bytes.fromhex("0beec50f"), offsets=[0, 4])
+    >>> decoder.decode_logits(np.zeros((1, 2, 64), np.int16), prob_bits=8)  # uniform: 4 slots each
+    array([[3, 5]], dtype=int32)
+    >>> decoder.finished([0xBEEF])
+    array([ True])
     """
 
     def __init__(

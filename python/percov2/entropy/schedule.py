@@ -63,6 +63,11 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
 
     Raises:
         ValueError: unknown name, or a grid without positions or with more than ``MAX_POSITIONS``.
+
+    >>> stages("quincunx", 3, 5)
+    array([[1, 5, 3, 5, 1],
+           [5, 4, 5, 4, 5],
+           [3, 5, 2, 5, 3]], dtype=int32)
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
@@ -95,6 +100,9 @@ def order(stage_map: np.ndarray) -> np.ndarray:
 
     Returns:
         int64 [height * width] raster indices.
+
+    >>> order(stages("checkerboard", 2, 3))
+    array([0, 2, 4, 1, 3, 5])
     """
     return np.argsort(stage_map.reshape(-1), kind="stable").astype(np.int64, copy=False)
 

@@ -202,6 +202,10 @@ def decode(
     """What ``encode`` coded with these logits [B, N, V]: int32 [B, N].
 
     Raises ValueError for damaged streams; the rest as for ``SymbolDecoder``.
+
+    >>> import numpy as np
+    >>> decode([bytes.fromhex("c60102030440")], np.zeros((1, 4, 256), np.int16))
+    array([[1, 2, 3, 4]], dtype=int32)
     """
     decoder = SymbolDecoder(streams, prob_bits, threads)
     symbols = decoder.get(logits)

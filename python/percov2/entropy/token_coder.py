@@ -25,6 +25,18 @@ class TokenCoder:
 
     Args:
         model: the integer transformer; its device decides where the passes run.
+
+    >>> from percov2.entropy.transformer_config import TransformerConfig
+    >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
+    >>> coder = TokenCoder(IntTransformer.random(config, seed=1))
+    >>> starts, freqs = coder.intervals(torch.zeros(1, 2, 3, dtype=torch.int32), "checkerboard")
+    >>> freqs.shape
+    (1, 6)
+    >>> encoder = rans.RansEncoder([7])
+    >>> encoder.push(starts.ravel(), freqs.ravel(), [6], coder.prob_bits)
+    >>> coder.decode(rans.RansDecoder(*encoder.finish()), "checkerboard", 2, 3)
+    tensor([[[0, 0, 0],
+             [0, 0, 0]]], dtype=torch.int32)
     """
 
     def __init__(self, model: IntTransformer) -> None:

@@ -1,0 +1,43 @@
+"""What the guide and the docstrings of percov2.entropy show is what happens."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import percov2.entropy
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+MODULES = sorted(module.name for module in pkgutil.iter_modules(percov2.entropy.__path__))
+
+
+@pytest.mark.parametrize("page", ["entropy-library.md"])
+def test_the_blocks_of_a_page_run_in_order(page: str) -> None:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    blocks = list(re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    assert blocks
+    for block in blocks:
+        # Empty lines in front, so that a traceback names the line of the page.
+        lines = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * lines + block[1], DOCS / page, "exec"), names)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str) -> None:
+    failed, _ = doctest.testmod(importlib.import_module(f"percov2.entropy.{name}"))
+    assert not failed
+
+
+def test_every_public_name_shows_its_use() -> None:
+    finder = doctest.DocTestFinder(recurse=True)
+    for name in percov2.entropy.__all__:
+        value = getattr(percov2.entropy, name)
+        if callable(value):
+            tests = finder.find(value, name)
+            assert any(test.examples for test in tests), f"{name} has no example in its docstring"
