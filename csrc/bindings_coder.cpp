@@ -8,6 +8,7 @@
 
 #include "bindings.h"
 #include "coder.h"
+#include "lanes.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -129,6 +130,49 @@ py::array_t<std::int32_t> cdf_of(py::handle logits, int prob_bits, int threads) 
   return table;
 }
 
+void push_lanes(LaneEncoder& encoder, py::handle starts, py::handle freqs, int prob_bits) {
+  const TensorView<std::int32_t> start(starts, "starts");
+  const TensorView<std::int32_t> freq(freqs, "freqs");
+  start.require_ndim(1);
+  freq.require_ndim(1);
+  same_size("freqs", freq.size(), start.size());
+  const py::gil_scoped_release unlocked;
+  encoder.push(start.data(), freq.data(), start.size(), prob_bits);
+}
+
+py::array_t<std::uint8_t> finish_lanes(const LaneEncoder& encoder) {
+  py::array_t<std::uint8_t> stream(encoder.size());
+  encoder.finish(stream.mutable_data());
+  return stream;
+}
+
+LaneDecoder make_lane_decoder(py::handle stream, std::int64_t lanes) {
+  const TensorView<std::uint8_t> bytes(stream, "stream");
+  bytes.require_ndim(1);
+  return LaneDecoder(bytes.data(), bytes.size(), lanes);
+}
+
+py::array_t<std::int32_t> decode_lane_logits(LaneDecoder& decoder, py::handle logits,
+                                             int prob_bits) {
+  const TensorView<std::int16_t> logit(logits, "logits");
+  logit.require_ndim(2);
+  py::array_t<std::int32_t> symbols(logit.shape(0));
+  std::int32_t* out = symbols.mutable_data();
+  const py::gil_scoped_release unlocked;
+  decoder.decode_logits(logit.data(), logit.shape(0), logit.shape(1), prob_bits, out);
+  return symbols;
+}
+
+py::array_t<std::int32_t> decode_lane_cdf(LaneDecoder& decoder, py::handle cdf, int prob_bits) {
+  const TensorView<std::int32_t> table(cdf, "cdf");
+  table.require_ndim(2);
+  py::array_t<std::int32_t> symbols(table.shape(0));
+  std::int32_t* out = symbols.mutable_data();
+  const py::gil_scoped_release unlocked;
+  decoder.decode_cdf(table.data(), table.shape(0), table.shape(1) - 1, prob_bits, out);
+  return symbols;
+}
+
 }  // namespace
 
 void bind_coder(py::module_& module) {
@@ -154,6 +198,15 @@ void bind_coder(py::module_& module) {
       .def("positions", [](const BatchDecoder& d) { return to_array(d.positions()); })
       .def("exhausted", &exhausted)
       .def("finished", &finished, py::arg("checks"));
+  py::class_<LaneEncoder>(module, "LaneEncoder")
+      .def(py::init<std::int64_t, std::int64_t>(), py::arg("lanes"), py::arg("check"))
+      .def("push", &push_lanes, py::arg("starts"), py::arg("freqs"), py::arg("prob_bits"))
+      .def("finish", &finish_lanes);
+  py::class_<LaneDecoder>(module, "LaneDecoder")
+      .def(py::init(&make_lane_decoder), py::arg("stream"), py::arg("lanes"))
+      .def("decode_logits", &decode_lane_logits, py::arg("logits"), py::arg("prob_bits"))
+      .def("decode_cdf", &decode_lane_cdf, py::arg("cdf"), py::arg("prob_bits"))
+      .def("finished", &LaneDecoder::finished, py::arg("check"));
 }
 
 }  // namespace percov2

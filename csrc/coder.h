@@ -19,6 +19,14 @@ void check_prob_bits(int prob_bits);
 // Throws std::invalid_argument unless 2 <= codebook <= 8192 and 2^prob_bits >= 2 * codebook.
 void check_codebook(std::int64_t codebook, int prob_bits);
 
+// Throws std::invalid_argument unless prob_bits and all intervals are valid.
+void check_intervals(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
+                     int prob_bits);
+// Throws std::invalid_argument unless prob_bits is valid and the rows first .. last - 1 of cdf
+// [rows, codebook + 1] increase strictly from 0 to 2^prob_bits.
+void check_tables(const std::int32_t* cdf, std::int64_t first, std::int64_t last,
+                  std::int64_t codebook, int prob_bits);
+
 // The 256 entries of the weight table, w(d) = table[d & 255] >> (d >> 8).
 const std::uint32_t* weight_table();
 

@@ -33,21 +33,6 @@ struct Lane {
   std::size_t stream;
 };
 
-// Whether all intervals are valid, as valid_interval says, without a branch per interval.
-bool all_valid(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
-               int prob_bits) {
-  const std::uint32_t top = 1u << prob_bits;
-  std::uint32_t signs = 0;
-  for (std::int64_t i = 0; i < total; ++i) {
-    const auto start = static_cast<std::uint32_t>(starts[i]);
-    const auto freq = static_cast<std::uint32_t>(freqs[i]);
-    // Bit 31 is a minus sign. The first of the five that ought to be negative is so; only those
-    // behind it may have wrapped around.
-    signs |= start | freq | (freq - 1) | (top - start) | (top - start - freq);
-  }
-  return (signs >> 31) == 0;
-}
-
 // Encodes `steps` symbols of each of Width lanes. 3 * steps + 1 bytes below every top are free.
 template <int Width>
 void encode_lanes(Lane* lanes, std::int64_t steps, int prob_bits) {
@@ -73,11 +58,7 @@ void encode_lanes(Lane* lanes, std::int64_t steps, int prob_bits) {
     for (std::int64_t i = count - 1; i >= 0; --i) {
       for (int k = 0; k < Width; ++k) {
         const std::uint32_t bytes = surplus_bytes(x[k], freq[k][i], prob_bits);
-        // All four bytes are written; those that stay in the state are written over later.
-        top[k][-1] = static_cast<std::uint8_t>(x[k]);
-        top[k][-2] = static_cast<std::uint8_t>(x[k] >> 8);
-        top[k][-3] = static_cast<std::uint8_t>(x[k] >> 16);
-        top[k][-4] = static_cast<std::uint8_t>(x[k] >> 24);
+        store_below(top[k], x[k]);
         top[k] -= bytes;
         x[k] = encode_symbol(x[k] >> (8 * bytes), start[k][i], freq[k][i], prob_bits);
       }
@@ -123,13 +104,7 @@ void BatchEncoder::push(const std::int32_t* starts, const std::int32_t* freqs, s
     throw std::invalid_argument("counts sum to " + std::to_string(offsets.back()) + ", but " +
                                 std::to_string(total) + " intervals were given");
   }
-  if (!all_valid(starts, freqs, total, prob_bits)) {
-    std::int64_t i = 0;
-    while (valid_interval(starts[i], freqs[i], prob_bits)) ++i;
-    throw std::invalid_argument("interval " + std::to_string(i) + " (start " +
-                                std::to_string(starts[i]) + ", freq " + std::to_string(freqs[i]) +
-                                ") is empty or not inside 0 .. 2^" + std::to_string(prob_bits));
-  }
+  check_intervals(starts, freqs, total, prob_bits);
   parallel_ranges(size(), threads, [&](std::int64_t first, std::int64_t last) {
     Lane lanes[kWidth];
     int live = 0;

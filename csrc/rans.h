@@ -38,6 +38,15 @@ PERCOV2_HOST_DEVICE std::uint32_t surplus_bytes(std::uint32_t x, std::uint32_t f
          static_cast<std::uint32_t>((x >> 16) >= limit);
 }
 
+// Writes a state below `top`, its lowest byte at the highest address, as a decoder reads it. An
+// encoder stores all four bytes and moves `top` by the surplus only; the others are written over.
+PERCOV2_HOST_DEVICE void store_below(std::uint8_t* top, std::uint32_t x) {
+  top[-1] = static_cast<std::uint8_t>(x);
+  top[-2] = static_cast<std::uint8_t>(x >> 8);
+  top[-3] = static_cast<std::uint8_t>(x >> 16);
+  top[-4] = static_cast<std::uint8_t>(x >> 24);
+}
+
 // Encodes one symbol into a state that has lost its surplus bytes. Returns the new state, < 2^31.
 // It is never smaller than x, and at least L if bytes have left: a state that has reached L stays
 // there.
@@ -71,6 +80,25 @@ PERCOV2_HOST_DEVICE std::uint32_t refill(std::uint32_t x, const std::uint8_t* by
     x = (x << 8) | bytes[position++];
   }
   return x;
+}
+
+// How many bytes a state in [L, 2^31) lacks after advance(): 0 to 3.
+PERCOV2_HOST_DEVICE std::uint32_t lacking_bytes(std::uint32_t x) {
+  return static_cast<std::uint32_t>(x < kLowerBound) +
+         static_cast<std::uint32_t>(x < (kLowerBound >> 8)) +
+         static_cast<std::uint32_t>(x < (kLowerBound >> 16));
+}
+
+// Four bytes, the first one highest.
+PERCOV2_HOST_DEVICE std::uint32_t load_word(const std::uint8_t* bytes) {
+  return std::uint32_t{bytes[0]} << 24 | std::uint32_t{bytes[1]} << 16 |
+         std::uint32_t{bytes[2]} << 8 | std::uint32_t{bytes[3]};
+}
+
+// Shifts in the first `bytes` of the four bytes of `word`.
+PERCOV2_HOST_DEVICE std::uint32_t shift_in(std::uint32_t x, std::uint32_t word,
+                                           std::uint32_t bytes) {
+  return static_cast<std::uint32_t>((std::uint64_t{x} << 32 | word) << (8 * bytes) >> 32);
 }
 
 }  // namespace percov2

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from percov2.entropy.cdf import default_prob_bits
     from percov2.entropy.int_transformer import IntTransformer
+    from percov2.entropy.lanes import LaneDecoder, LaneEncoder
     from percov2.entropy.rans import RansDecoder, RansEncoder
     from percov2.entropy.schedule import SCHEDULES, order, stages
     from percov2.entropy.streams import SymbolDecoder, SymbolEncoder, decode, encode
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "IntTransformer": "int_transformer",
+    "LaneDecoder": "lanes",
+    "LaneEncoder": "lanes",
     "RansDecoder": "rans",
     "RansEncoder": "rans",
     "SCHEDULES": "schedule",
@@ -34,6 +37,8 @@ _HOME = {
 __all__ = [
     "SCHEDULES",
     "IntTransformer",
+    "LaneDecoder",
+    "LaneEncoder",
     "RansDecoder",
     "RansEncoder",
     "SymbolDecoder",

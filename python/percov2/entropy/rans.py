@@ -27,6 +27,9 @@ except ImportError as error:  # pragma: no cover - only in a tree that was never
 attention_weights = _native.attention_weights
 IntegerLayer = _native.IntegerLayer
 IntegerHead = _native.IntegerHead
+# For percov2.entropy.lanes.
+NativeLaneEncoder = _native.LaneEncoder
+NativeLaneDecoder = _native.LaneDecoder
 
 
 def instruction_sets() -> tuple[str, ...]:
