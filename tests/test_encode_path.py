@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from percov2 import packing
+from percov2.bitstream import Header
 from percov2.entropy import cdf, schedule, token_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
@@ -88,6 +90,16 @@ def test_plans_too_large_to_keep_are_not_uploaded_either(device, monkeypatch):
     coder, tokens = coder_on(device), tokens_of(1, 9, 9)
     coder.intervals(tokens, "checkerboard")
     assert_no_waste(device, tokens)
+
+
+def test_files_are_written_with_one_copy_for_each_batch(device):
+    shapes = [(3, 4), (3, 4), (5, 2), (3, 4)]
+    maps = [tokens_of(i + 1, *shape)[0].numpy() for i, shape in enumerate(shapes)]
+    headers = [Header(model_id=7, height=16 * h, width=16 * w) for h, w in shapes]
+    files = packing.pack(coder_on(device), headers, maps)
+    assert device.waits == []
+    assert device.downloads == [(2, 3, 12), (2, 1, 10)]
+    assert files == packing.pack(coder_on(None), headers, maps)
 
 
 WASTE: dict[str, Callable[[torch.Tensor], object]] = {
