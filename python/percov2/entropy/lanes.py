@@ -21,6 +21,12 @@ class LaneEncoder:
 
     lanes: 1 to 64; a decoder must be told the same number. check: 0 to 65535, which the decoder
     must meet at the end. Raises ValueError for anything else.
+
+    >>> encoder = LaneEncoder(lanes=2, check=0xBEEF)
+    >>> starts, freqs = np.array([[12, 20, 8], [4, 4, 4]], np.int32)
+    >>> encoder.push(starts, freqs, prob_bits=8)
+    >>> encoder.finish().tobytes().hex()
+    '080bee0f200000140b'
     """
 
     def __init__(self, lanes: int, check: int = 0) -> None:
@@ -49,6 +55,12 @@ class LaneDecoder:
 
     stream: bytes or contiguous uint8 [n], copied; lanes: as it was encoded. Raises ValueError
     unless the stream begins with that many states between 2^23 and 2^31 - 1.
+
+    >>> decoder = LaneDecoder(bytes.fromhex("080bee0f200000140b"), lanes=2)
+    >>> decoder.decode_logits(np.zeros((3, 64), np.int16), prob_bits=8)  # uniform: 4 slots each
+    array([3, 5, 2], dtype=int32)
+    >>> decoder.finished(0xBEEF)
+    True
     """
 
     def __init__(
