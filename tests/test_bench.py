@@ -214,7 +214,7 @@ def test_wrong_intervals_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
         own_coder.coder_only(case, SHORT)
 
 
-def test_measure_keeps_the_first_call_apart() -> None:
+def test_measure_does_not_count_the_first_call() -> None:
     calls: list[int] = []
     timing = measure(lambda: calls.append(1), Effort(0.0, 3, 5))
     assert isinstance(timing, Timing)

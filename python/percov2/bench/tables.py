@@ -62,7 +62,7 @@ def _summary(lines: list[Record]) -> Table:
 
 
 def _coders(title: str, records: list[Record]) -> Table:
-    header = ("coder", "given", "V", "images x tokens", "encode", "decode", "first encode, ms")
+    header = ("coder", "given", "V", "images x tokens", "encode", "decode")
     rows = [
         (
             r["coder"],
@@ -71,7 +71,6 @@ def _coders(title: str, records: list[Record]) -> Table:
             f"{r['images']} x {r['tokens']}",
             number(r["encode"]["msym_per_s"]),
             number(r["decode"]["msym_per_s"]),
-            number(r["encode"]["first_s"] * 1e3),
         )
         for r in sorted(records, key=lambda r: (r["codebook"], r["tokens"], r["images"]))
     ]
@@ -113,7 +112,7 @@ def _long(records: list[Record]) -> Table:
 
 
 def _model(records: list[Record]) -> Table:
-    header = ("what", "schedule", "tokens", "images", "threads", "ms per image", "first call, ms")
+    header = ("what", "schedule", "tokens", "images", "threads", "ms per image")
     rows = [
         (
             r["what"],
@@ -122,7 +121,6 @@ def _model(records: list[Record]) -> Table:
             str(r["images"]),
             str(r["threads"]),
             number(r["ms_per_image"]),
-            number(r["first_s"] * 1e3),
         )
         for r in records
     ]

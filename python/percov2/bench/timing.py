@@ -1,4 +1,4 @@
-"""Wall times of repeated calls: the first one, and the median and the best of the rest."""
+"""Wall times of repeated calls: the median and the best."""
 
 from __future__ import annotations
 
@@ -24,27 +24,23 @@ FULL = Effort(1.0, 7, 200)
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call.
+    """Seconds per call: median and best of ``runs`` calls."""
 
-    Attributes:
-        first_s: of the first call on this data: memory is new, caches do not know it.
-        median_s, best_s: of the calls after it.
-        runs: how many these were.
-    """
-
-    first_s: float
     median_s: float
     best_s: float
     runs: int
 
 
 def measure(work: Callable[[], object], effort: Effort) -> Timing:
-    """Time ``work``; the garbage collector waits meanwhile, as it does in ``timeit``."""
+    """Time ``work`` after one call that does not count.
+
+    The garbage collector waits meanwhile, as it does in ``timeit``.
+    """
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
-        first = _once(work)
+        work()
         times: list[float] = []
         while len(times) < effort.least or (
             len(times) < effort.most and sum(times) < effort.seconds
@@ -53,7 +49,7 @@ def measure(work: Callable[[], object], effort: Effort) -> Timing:
     finally:
         if collects:
             gc.enable()
-    return Timing(first, statistics.median(times), min(times), len(times))
+    return Timing(statistics.median(times), min(times), len(times))
 
 
 def _once(work: Callable[[], object]) -> float:
