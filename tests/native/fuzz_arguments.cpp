@@ -57,12 +57,11 @@ void fuzz_encoder_arguments(Random& random, Outcomes& outcomes) {
       }
     }
     if (!counts.empty() && random.one_in(6)) {
-      hostile = true;
       auto& count = counts[static_cast<std::size_t>(
           random.between(0, static_cast<std::int64_t>(counts.size()) - 1))];
       const std::int64_t before = count;
       count = random.one_in(2) ? random.hostile() : count + random.pick({-1, 1});
-      hostile = hostile && count != before;
+      hostile = hostile || count != before;
     }
     int prob_bits = bits;
     if (random.one_in(12)) {
