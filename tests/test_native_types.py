@@ -14,8 +14,11 @@ STUB = Path(_native.__file__).with_name("_native.pyi")
 if not STUB.exists():  # installed editable: the module lies elsewhere
     STUB = Path(__file__).resolve().parent.parent / "python" / "percov2" / "_native.pyi"
 
-Signatures = dict[str, list[tuple[str, bool]]]
-"""Dotted name -> its parameters without self: (name, has a default)."""
+Signature = tuple[list[tuple[str, bool]], str]
+"""Parameters without self, (name, has a default) each, and the type of the result."""
+NOTHING: Signature = ([], "")
+Signatures = dict[str, Signature]
+"""Dotted name -> its signature."""
 
 
 def stubbed(tree: ast.Module) -> Signatures:
@@ -24,30 +27,27 @@ def stubbed(tree: ast.Module) -> Signatures:
 
     def read(body: list[ast.stmt], prefix: str) -> None:
         for node in body:
-            if isinstance(node, ast.ClassDef):
-                found[node.name] = []
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found[node.name] = NOTHING
                 read(node.body, f"{node.name}.")
             elif isinstance(node, ast.FunctionDef):
                 plain = [*node.args.posonlyargs, *node.args.args]
                 optional = len(plain) - len(node.args.defaults)
                 parameters = [(a.arg, i >= optional) for i, a in enumerate(plain)]
                 assert not node.args.kwonlyargs and not node.args.vararg and not node.args.kwarg
-                found[prefix + node.name] = parameters[1 if prefix else 0 :]
+                result = ast.unparse(node.returns) if node.returns else ""
+                found[prefix + node.name] = (parameters[1 if prefix else 0 :], result)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                found[prefix + node.target.id] = []
+                found[prefix + node.target.id] = NOTHING
 
     read(tree.body, "")
     return found
 
 
-def parameters(docstring: str) -> list[tuple[str, bool]]:
-    """Parameters in the first line of a pybind11 docstring, without self.
-
-    >>> parameters("f(self: m.C, x: tuple[int, int] = (1, 2), y: int) -> None")
-    [('x', True), ('y', False)]
-    """
+def signature(docstring: str) -> Signature:
+    """What the first line of a pybind11 docstring says."""
     line = docstring.partition("\n")[0]
-    match = re.fullmatch(r"\w+\((.*)\) -> .*", line)
+    match = re.fullmatch(r"\w+\((.*)\) -> (.*)", line)
     assert match, f"{line!r} is not a pybind11 signature; are there overloads? name them apart"
     parts, depth = [""], 0
     for character in match[1]:
@@ -58,11 +58,12 @@ def parameters(docstring: str) -> list[tuple[str, bool]]:
         else:
             parts[-1] += character
     named = [part.partition(":")[0].strip() for part in parts]
+    result = match[2].replace("numpy.typing.", "").replace("numpy.", "np.")
     return [
         (name, " = " in part)
         for name, part in zip(named, parts, strict=True)
         if name not in ("self", "")
-    ]
+    ], result.replace("np.bool]", "np.bool_]")
 
 
 def compiled(module: object) -> Signatures:
@@ -71,7 +72,7 @@ def compiled(module: object) -> Signatures:
     for name, value in vars(module).items():
         if name.startswith("_"):
             continue
-        found[name] = [] if isinstance(value, type) else _called(value)
+        found[name] = NOTHING if isinstance(value, type) else _called(value)
         if isinstance(value, type):
             for member, method in vars(value).items():
                 if member == "__init__" or not member.startswith("_"):
@@ -79,21 +80,36 @@ def compiled(module: object) -> Signatures:
     return found
 
 
-def _called(value: object) -> list[tuple[str, bool]]:
+def _called(value: object) -> Signature:
     docstring = getattr(value, "__doc__", None)
-    return parameters(docstring) if callable(value) and docstring else []
+    return signature(docstring) if callable(value) and docstring else NOTHING
+
+
+def _agree(promised: Signature, present: Signature) -> bool:
+    """The compiled module does not say what is in a tuple."""
+    results = promised[1].partition("[")[0] if present[1] == "tuple" else promised[1]
+    return promised[0] == present[0] and results == present[1]
 
 
 def faults(promised: Signatures, present: Signatures) -> list[str]:
     """What someone has to write into the stub, or take out of it."""
-    missing = [f"{n}{p} is missing in {STUB.name}" for n, p in present.items() if n not in promised]
+    missing = [
+        f"{n} {p} is missing in {STUB.name}" for n, p in present.items() if n not in promised
+    ]
     stale = [f"{n} is not in the module" for n in promised if n not in present]
     wrong = [
-        f"{n} has the parameters {present[n]}, not {promised[n]} (name, has a default)"
+        f"{n} has the parameters (name, has a default) and result {present[n]}, not {promised[n]}"
         for n in promised.keys() & present.keys()
-        if promised[n] != present[n]
+        if not _agree(promised[n], present[n])
     ]
     return missing + stale + sorted(wrong)
+
+
+def test_a_docstring_is_read() -> None:
+    line = "f(self: m.C, x: tuple[int, int] = (1, 2), y: int) -> numpy.typing.NDArray[numpy.int8]"
+    assert signature(line) == ([("x", True), ("y", False)], "NDArray[np.int8]")
+    with pytest.raises(AssertionError, match="overloads"):
+        signature("f(*args, **kwargs)")
 
 
 def test_stub_and_module_agree() -> None:
@@ -107,6 +123,7 @@ def test_stub_and_module_agree() -> None:
         ("def instruction_set() -> str: ...", "def instruction_set(name: str) -> str: ..."),
         ("def use_instruction_set(name: str)", "def use_instruction_set(named: str)"),
         ("def use_instruction_set(name: str)", 'def use_instruction_set(name: str = "")'),
+        ("def instruction_set() -> str: ...", "def instruction_set() -> int: ..."),
         ("def symbols_before_output(self)", "def symbols_after_output(self)"),
         ("class BatchDecoder:", "class Spare: ...\n\nclass BatchDecoder:"),
     ],

@@ -1,9 +1,20 @@
-"""Types of the compiled module (csrc/bindings.cpp). Use it through percov2.entropy.rans."""
+"""Types of the compiled module (csrc/bindings*.cpp). Use it through percov2.entropy.
 
-from typing import Any
+Arrays are C-contiguous and on the CPU; what they hold is said beside them. All raise ValueError for
+another element type, shape or range than is said, and then nothing has changed.
+"""
+
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+class _Array(Protocol):
+    """A numpy array, a torch tensor or another array that speaks DLPack."""
+
+    def __dlpack__(self) -> object: ...
+
+_Bytes = bytes | bytearray | memoryview | _Array
 
 def instruction_sets() -> tuple[str, ...]: ...
 def instruction_set() -> str: ...
@@ -16,33 +27,50 @@ def cdf(logits: Any, prob_bits: int, threads: int) -> NDArray[np.int32]: ...
 def attention_weights(distances: NDArray[np.int32]) -> NDArray[np.float32]: ...
 
 class BatchEncoder:
-    def __init__(self, checks: Any) -> None: ...
-    def push(self, starts: Any, freqs: Any, counts: Any, prob_bits: int, threads: int) -> None: ...
+    def __init__(self, checks: _Array) -> None:
+        """checks uint32 [B], at most 65535."""
+
+    def push(
+        self, starts: _Array, freqs: _Array, counts: _Array, prob_bits: int, threads: int
+    ) -> None:
+        """starts, freqs int32 [sum(counts)]; counts int64 [B]; prob_bits 8 to 20."""
+
     def symbols_before_output(self) -> NDArray[np.int64]: ...
     def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]: ...
 
 class BatchDecoder:
-    def __init__(self, buffer: Any, offsets: Any, states: Any, positions: Any) -> None: ...
+    def __init__(
+        self, buffer: _Bytes, offsets: _Array, states: _Array | None, positions: _Array | None
+    ) -> None:
+        """buffer uint8 [n]; offsets int64 [B + 1]; states uint32 [B] and positions int64 [B]."""
+
     def decode_logits(
         self, logits: Any, streams: Any, prob_bits: int, threads: int
     ) -> NDArray[np.int32]: ...
     def decode_cdf(
-        self, cdf: Any, streams: Any, prob_bits: int, threads: int
-    ) -> NDArray[np.int32]: ...
+        self, cdf: _Array, streams: _Array, prob_bits: int, threads: int
+    ) -> NDArray[np.int32]:
+        """cdf int32 [b, n, V + 1], streams int64 [b] -> [b, n]."""
+
     def states(self) -> NDArray[np.uint32]: ...
     def positions(self) -> NDArray[np.int64]: ...
     def exhausted(self) -> NDArray[np.bool_]: ...
-    def finished(self, checks: Any) -> NDArray[np.bool_]: ...
+    def finished(self, checks: _Array) -> NDArray[np.bool_]:
+        """checks uint32 [B]."""
 
 class LaneEncoder:
     def __init__(self, lanes: int, check: int) -> None: ...
-    def push(self, starts: Any, freqs: Any, prob_bits: int) -> None: ...
+    def push(self, starts: _Array, freqs: _Array, prob_bits: int) -> None:
+        """starts, freqs int32 [n]; prob_bits 8 to 20."""
+
     def finish(self) -> NDArray[np.uint8]: ...
 
 class LaneDecoder:
-    def __init__(self, stream: Any, lanes: int) -> None: ...
+    def __init__(self, stream: _Bytes, lanes: int) -> None: ...
     def decode_logits(self, logits: Any, prob_bits: int) -> NDArray[np.int32]: ...
-    def decode_cdf(self, cdf: Any, prob_bits: int) -> NDArray[np.int32]: ...
+    def decode_cdf(self, cdf: _Array, prob_bits: int) -> NDArray[np.int32]:
+        """cdf int32 [n, V + 1] -> [n]."""
+
     def finished(self, check: int) -> bool: ...
 
 class IntegerLayer:
