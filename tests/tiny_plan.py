@@ -1,0 +1,30 @@
+"""A benchmark of a second: every kind of step of ``percov2 bench entropy``, as small as can be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from percov2.bench.cases import Shape
+from percov2.bench.plan import Plan
+from percov2.bench.timing import Effort
+
+MODEL = Path(__file__).parent / "data" / "entropy_v1"
+SHORT = Effort(0.0, 1, 1)
+TINY = Plan(
+    effort=SHORT,
+    compared=(Shape(16, 12, 3),),
+    scaling=(Shape(16, 5, 2),),
+    single=Shape(16, 50, 1),
+    lanes=(2,),
+    short=(Shape(64, 20, 4),),
+    long=((64, 16),),
+    long_symbols=300,
+    schedules=("qlds5", "checkerboard"),
+    grid=4,
+    batch=3,
+    batches=(1, 9),
+    memory=(),
+    large_grid=6,
+    raster_grid=2,
+)
+SECTIONS = ("coder", "logits", "overhead", "model")
