@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -52,18 +54,53 @@ BatchDecoder make_decoder(py::handle buffer, py::handle offsets, py::handle stat
                       std::move(state), position);
 }
 
+// Logits of any type that the quantizer takes.
+class LogitsView {
+ public:
+  LogitsView(py::handle logits, const std::string& type, std::int64_t ndim) {
+    if (type == "int16") {
+      open(int16_, LogitType::kInt16, logits, ndim);
+    } else if (type == "float32") {
+      open(float32_, LogitType::kFloat32, logits, ndim);
+    } else if (type == "bfloat16") {
+      open(bfloat16_, LogitType::kBfloat16, logits, ndim);
+    } else {
+      throw py::value_error("logits have dtype " + type +
+                            "; they must be int16, float32 or bfloat16");
+    }
+  }
+  std::int64_t shape(std::size_t axis) const { return shape_.at(axis); }
+  const Logits& logits() const { return logits_; }
+
+ private:
+  template <class Element>
+  void open(std::optional<TensorView<Element>>& view, LogitType type, py::handle logits,
+            std::int64_t ndim) {
+    view.emplace(logits, "logits");
+    view->require_ndim(ndim);
+    for (std::int64_t axis = 0; axis < ndim; ++axis) shape_.push_back(view->shape(axis));
+    logits_ = {view->data(), type, shape_.back()};
+  }
+
+  std::optional<TensorView<std::int16_t>> int16_;
+  std::optional<TensorView<float>> float32_;
+  std::optional<TensorView<Bfloat16>> bfloat16_;
+  std::vector<std::int64_t> shape_;
+  Logits logits_{};
+};
+
 py::array_t<std::int32_t> decode_logits(BatchDecoder& decoder, py::handle logits,
-                                        py::handle streams, int prob_bits, int threads) {
-  const TensorView<std::int16_t> logit(logits, "logits");
+                                        const std::string& type, py::handle streams, int prob_bits,
+                                        int threads) {
+  const LogitsView logit(logits, type, 3);
   const TensorView<std::int64_t> stream(streams, "streams");
-  logit.require_ndim(3);
   stream.require_ndim(1);
   same_size("streams", stream.size(), logit.shape(0));
   py::array_t<std::int32_t> symbols({logit.shape(0), logit.shape(1)});
   std::int32_t* out = symbols.mutable_data();
   const py::gil_scoped_release unlocked;
-  decoder.decode_logits(logit.data(), stream.data(), logit.shape(0), logit.shape(1), logit.shape(2),
-                        prob_bits, threads, out);
+  decoder.decode_logits(logit.logits(), stream.data(), logit.shape(0), logit.shape(1), prob_bits,
+                        threads, out);
   return symbols;
 }
 
@@ -99,10 +136,10 @@ py::array_t<bool> finished(const BatchDecoder& decoder, py::handle checks) {
   return result;
 }
 
-py::tuple intervals_of(py::handle logits, py::handle symbols, int prob_bits, int threads) {
-  const TensorView<std::int16_t> logit(logits, "logits");
+py::tuple intervals_of(py::handle logits, const std::string& type, py::handle symbols,
+                       int prob_bits, int threads) {
+  const LogitsView logit(logits, type, 2);
   const TensorView<std::int32_t> symbol(symbols, "symbols");
-  logit.require_ndim(2);
   symbol.require_ndim(1);
   same_size("symbols", symbol.size(), logit.shape(0));
   py::array_t<std::int32_t> starts(logit.shape(0));
@@ -111,21 +148,20 @@ py::tuple intervals_of(py::handle logits, py::handle symbols, int prob_bits, int
   std::int32_t* freq = freqs.mutable_data();
   {
     const py::gil_scoped_release unlocked;
-    intervals(logit.data(), symbol.data(), logit.shape(0), logit.shape(1), prob_bits, threads,
-              start, freq);
+    intervals(logit.logits(), symbol.data(), logit.shape(0), prob_bits, threads, start, freq);
   }
   return py::make_tuple(starts, freqs);
 }
 
-py::array_t<std::int32_t> cdf_of(py::handle logits, int prob_bits, int threads) {
-  const TensorView<std::int16_t> logit(logits, "logits");
-  logit.require_ndim(2);
+py::array_t<std::int32_t> cdf_of(py::handle logits, const std::string& type, int prob_bits,
+                                 int threads) {
+  const LogitsView logit(logits, type, 2);
   check_codebook(logit.shape(1), prob_bits);  // before a table of that size is allocated
   py::array_t<std::int32_t> table({logit.shape(0), logit.shape(1) + 1});
   std::int32_t* out = table.mutable_data();
   {
     const py::gil_scoped_release unlocked;
-    cdf_table(logit.data(), logit.shape(0), logit.shape(1), prob_bits, threads, out);
+    cdf_table(logit.logits(), logit.shape(0), prob_bits, threads, out);
   }
   return table;
 }
@@ -153,13 +189,12 @@ LaneDecoder make_lane_decoder(py::handle stream, std::int64_t lanes) {
 }
 
 py::array_t<std::int32_t> decode_lane_logits(LaneDecoder& decoder, py::handle logits,
-                                             int prob_bits) {
-  const TensorView<std::int16_t> logit(logits, "logits");
-  logit.require_ndim(2);
+                                             const std::string& type, int prob_bits) {
+  const LogitsView logit(logits, type, 2);
   py::array_t<std::int32_t> symbols(logit.shape(0));
   std::int32_t* out = symbols.mutable_data();
   const py::gil_scoped_release unlocked;
-  decoder.decode_logits(logit.data(), logit.shape(0), logit.shape(1), prob_bits, out);
+  decoder.decode_logits(logit.logits(), logit.shape(0), prob_bits, out);
   return symbols;
 }
 
@@ -177,9 +212,10 @@ py::array_t<std::int32_t> decode_lane_cdf(LaneDecoder& decoder, py::handle cdf, 
 
 void bind_coder(py::module_& module) {
   module.def("weight_table", [] { return py::array_t<std::uint32_t>(256, weight_table()); });
-  module.def("intervals", &intervals_of, py::arg("logits"), py::arg("symbols"),
+  module.def("intervals", &intervals_of, py::arg("logits"), py::arg("type"), py::arg("symbols"),
              py::arg("prob_bits"), py::arg("threads"));
-  module.def("cdf", &cdf_of, py::arg("logits"), py::arg("prob_bits"), py::arg("threads"));
+  module.def("cdf", &cdf_of, py::arg("logits"), py::arg("type"), py::arg("prob_bits"),
+             py::arg("threads"));
   py::class_<BatchEncoder>(module, "BatchEncoder")
       .def(py::init(&make_encoder), py::arg("checks"))
       .def("push", &push, py::arg("starts"), py::arg("freqs"), py::arg("counts"),
@@ -190,7 +226,7 @@ void bind_coder(py::module_& module) {
   py::class_<BatchDecoder>(module, "BatchDecoder")
       .def(py::init(&make_decoder), py::arg("buffer"), py::arg("offsets"), py::arg("states"),
            py::arg("positions"))
-      .def("decode_logits", &decode_logits, py::arg("logits"), py::arg("streams"),
+      .def("decode_logits", &decode_logits, py::arg("logits"), py::arg("type"), py::arg("streams"),
            py::arg("prob_bits"), py::arg("threads"))
       .def("decode_cdf", &decode_cdf, py::arg("cdf"), py::arg("streams"), py::arg("prob_bits"),
            py::arg("threads"))
@@ -204,7 +240,8 @@ void bind_coder(py::module_& module) {
       .def("finish", &finish_lanes);
   py::class_<LaneDecoder>(module, "LaneDecoder")
       .def(py::init(&make_lane_decoder), py::arg("stream"), py::arg("lanes"))
-      .def("decode_logits", &decode_lane_logits, py::arg("logits"), py::arg("prob_bits"))
+      .def("decode_logits", &decode_lane_logits, py::arg("logits"), py::arg("type"),
+           py::arg("prob_bits"))
       .def("decode_cdf", &decode_lane_cdf, py::arg("cdf"), py::arg("prob_bits"))
       .def("finished", &LaneDecoder::finished, py::arg("check"));
 }

@@ -7,17 +7,10 @@
 #include <vector>
 
 #include "byte_stack.h"
+#include "intervals.h"
 #include "rans.h"
 
 namespace percov2 {
-
-constexpr int kMinCodebook = 2;
-constexpr int kMaxCodebook = 8192;
-
-// Throws std::invalid_argument unless 8 <= prob_bits <= 20.
-void check_prob_bits(int prob_bits);
-// Throws std::invalid_argument unless 2 <= codebook <= 8192 and 2^prob_bits >= 2 * codebook.
-void check_codebook(std::int64_t codebook, int prob_bits);
 
 // Throws std::invalid_argument unless prob_bits and all intervals are valid.
 void check_intervals(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
@@ -26,30 +19,6 @@ void check_intervals(const std::int32_t* starts, const std::int32_t* freqs, std:
 // [rows, codebook + 1] increase strictly from 0 to 2^prob_bits.
 void check_tables(const std::int32_t* cdf, std::int64_t first, std::int64_t last,
                   std::int64_t codebook, int prob_bits);
-
-// The 256 entries of the weight table, w(d) = table[d & 255] >> (d >> 8).
-const std::uint32_t* weight_table();
-
-// Intervals of chosen symbols. logits [rows, codebook], symbols/starts/freqs [rows].
-void intervals(const std::int16_t* logits, const std::int32_t* symbols, std::int64_t rows,
-               std::int64_t codebook, int prob_bits, int threads, std::int32_t* starts,
-               std::int32_t* freqs);
-
-// Strictly increasing tables from 0 to 2^prob_bits. logits [rows, codebook],
-// cdf [rows, codebook + 1].
-void cdf_table(const std::int16_t* logits, std::int64_t rows, std::int64_t codebook, int prob_bits,
-               int threads, std::int32_t* cdf);
-
-struct Found {
-  std::int32_t symbol;
-  std::uint32_t start;
-  std::uint32_t freq;
-};
-
-// The symbol whose interval holds `target`, without building a table. `scratch` has room for
-// `codebook` numbers.
-Found search(const std::int16_t* logits, std::int64_t codebook, int prob_bits, std::uint32_t target,
-             std::uint32_t* scratch);
 
 // A batch of rANS stacks. What is pushed last is decoded first.
 class BatchEncoder {
@@ -83,9 +52,9 @@ class BatchDecoder {
 
   std::int64_t size() const { return static_cast<std::int64_t>(states_.size()); }
   // logits [rows, count, codebook] -> symbols [rows, count]; row r belongs to stream streams[r].
-  void decode_logits(const std::int16_t* logits, const std::int64_t* streams, std::int64_t rows,
-                     std::int64_t count, std::int64_t codebook, int prob_bits, int threads,
-                     std::int32_t* symbols);
+  // Nothing is decoded if it throws.
+  void decode_logits(const Logits& logits, const std::int64_t* streams, std::int64_t rows,
+                     std::int64_t count, int prob_bits, int threads, std::int32_t* symbols);
   // cdf [rows, count, codebook + 1] -> symbols [rows, count].
   void decode_cdf(const std::int32_t* cdf, const std::int64_t* streams, std::int64_t rows,
                   std::int64_t count, std::int64_t codebook, int prob_bits, int threads,

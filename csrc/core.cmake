@@ -16,6 +16,11 @@ function(percov2_add_core name)
       "-march=x86-64-v3;-ffp-contract=off")
     set_source_files_properties(${avx512_units} PROPERTIES COMPILE_OPTIONS
       "-march=x86-64-v4;-mavx512vbmi;-mavx512vnni;-mprefer-vector-width=512;-ffp-contract=off")
+    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+      # GCC's own AVX-512 headers set them off (GCC bug 105593).
+      set_property(SOURCE ${avx512_units} APPEND PROPERTY COMPILE_OPTIONS
+        "-Wno-uninitialized;-Wno-maybe-uninitialized")
+    endif()
     target_compile_definitions(${name} PUBLIC PERCOV2_X86_KERNELS)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
     file(GLOB neon_units CONFIGURE_DEPENDS ${folder}/*_neon.cpp)

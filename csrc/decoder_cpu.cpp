@@ -11,6 +11,11 @@
 #include "parallel.h"
 
 namespace percov2 {
+namespace {
+
+constexpr std::int64_t kTogether = 2;  // streams that one thread decodes side by side
+
+}  // namespace
 
 BatchDecoder::BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::int64_t> offsets,
                            bool resumed, std::vector<std::uint32_t> states,
@@ -76,28 +81,55 @@ void BatchDecoder::check_streams(const std::int64_t* streams, std::int64_t rows)
 void BatchDecoder::step(std::int64_t stream, std::uint32_t start, std::uint32_t freq,
                         int prob_bits) {
   const auto b = static_cast<std::size_t>(stream);
-  states_[b] = refill(advance(states_[b], start, freq, prob_bits), buffer_.data(), next_[b],
-                      offsets_[b + 1]);
+  std::uint32_t x = states_[b];
+  const bool whole = x >= kLowerBound && offsets_[b + 1] - next_[b] >= 4;
+  x = advance(x, start, freq, prob_bits);
+  if (whole) {
+    // No branch: such a state keeps at least 3 bits, and 4 bytes are there to be read.
+    const std::uint32_t bytes = lacking_bytes(x);
+    x = shift_in(x, load_word(buffer_.data() + next_[b]), bytes);
+    next_[b] += bytes;
+  } else {
+    x = refill(x, buffer_.data(), next_[b], offsets_[b + 1]);
+  }
+  states_[b] = x;
 }
 
-void BatchDecoder::decode_logits(const std::int16_t* logits, const std::int64_t* streams,
-                                 std::int64_t rows, std::int64_t count, std::int64_t codebook,
-                                 int prob_bits, int threads, std::int32_t* symbols) {
-  check_codebook(codebook, prob_bits);
+void BatchDecoder::decode_logits(const Logits& logits, const std::int64_t* streams,
+                                 std::int64_t rows, std::int64_t count, int prob_bits, int threads,
+                                 std::int32_t* symbols) {
+  check_codebook(logits.codebook, prob_bits);
   check_streams(streams, rows);
-  parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
-    std::vector<std::uint32_t> scratch(static_cast<std::size_t>(codebook));
-    for (std::int64_t row = first; row < last; ++row) {
-      const std::int64_t stream = streams[row];
-      for (std::int64_t i = row * count; i < (row + 1) * count; ++i) {
-        const std::uint32_t target = slot(states_[static_cast<std::size_t>(stream)], prob_bits);
-        const Found found =
-            search(logits + i * codebook, codebook, prob_bits, target, scratch.data());
-        symbols[i] = found.symbol;
-        step(stream, found.start, found.freq, prob_bits);
+  const std::vector<std::uint32_t> states = states_;
+  const std::vector<std::int64_t> next = next_;
+  try {
+    parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
+      // A stream's next state waits for its last symbol. Streams do not wait for each other, so a
+      // few go hand in hand, and the processor works on one while another waits.
+      std::vector<RowQuantizer> quantizers(
+          static_cast<std::size_t>(std::min(kTogether, last - first)),
+          RowQuantizer(logits, prob_bits));
+      for (; first < last; first += kTogether) {
+        const std::int64_t some = std::min(kTogether, last - first);
+        for (std::int64_t i = first * count; i < (first + 1) * count; ++i) {
+          for (std::int64_t r = 0; r < some; ++r) {
+            quantizers[static_cast<std::size_t>(r)].prepare(i + r * count);
+          }
+          for (std::int64_t r = 0; r < some; ++r) {
+            const std::int64_t stream = streams[first + r];
+            const std::uint32_t target = slot(states_[static_cast<std::size_t>(stream)], prob_bits);
+            const Found found = quantizers[static_cast<std::size_t>(r)].find(target);
+            symbols[i + r * count] = found.symbol;
+            step(stream, found.start, found.freq, prob_bits);
+          }
+        }
       }
-    }
-  });
+    });
+  } catch (...) {
+    states_ = states;
+    next_ = next;
+    throw;
+  }
 }
 
 void BatchDecoder::decode_cdf(const std::int32_t* cdf, const std::int64_t* streams,
@@ -105,31 +137,15 @@ void BatchDecoder::decode_cdf(const std::int32_t* cdf, const std::int64_t* strea
                               int prob_bits, int threads, std::int32_t* symbols) {
   check_prob_bits(prob_bits);
   check_streams(streams, rows);
-  const std::int64_t width = codebook + 1;
-  const std::int32_t top = std::int32_t{1} << prob_bits;
-  if (codebook < 1) throw std::invalid_argument("a cdf needs at least 2 numbers");
-  for (std::int64_t i = 0; i < rows * count; ++i) {
-    const std::int32_t* line = cdf + i * width;
-    bool increasing = true;
-    for (std::int64_t j = 0; j < codebook; ++j) increasing &= line[j] < line[j + 1];
-    if (line[0] != 0 || line[codebook] != top || !increasing) {
-      throw std::invalid_argument(
-          "cdf row " + std::to_string(i) + " runs from " + std::to_string(line[0]) + " to " +
-          std::to_string(line[codebook]) +
-          "; it must increase strictly from 0 to 2^prob_bits = " + std::to_string(top));
-    }
-  }
+  check_tables(cdf, 0, rows * count, codebook, prob_bits);
   parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t row = first; row < last; ++row) {
       const std::int64_t stream = streams[row];
       for (std::int64_t i = row * count; i < (row + 1) * count; ++i) {
-        const std::int32_t* line = cdf + i * width;
-        const auto target =
-            static_cast<std::int32_t>(slot(states_[static_cast<std::size_t>(stream)], prob_bits));
-        const std::int64_t symbol = std::upper_bound(line, line + width, target) - line - 1;
-        symbols[i] = static_cast<std::int32_t>(symbol);
-        step(stream, static_cast<std::uint32_t>(line[symbol]),
-             static_cast<std::uint32_t>(line[symbol + 1] - line[symbol]), prob_bits);
+        const std::uint32_t target = slot(states_[static_cast<std::size_t>(stream)], prob_bits);
+        const Found found = find_in_table(cdf + i * (codebook + 1), codebook, target);
+        symbols[i] = found.symbol;
+        step(stream, found.start, found.freq, prob_bits);
       }
     }
   });

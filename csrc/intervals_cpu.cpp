@@ -1,75 +1,28 @@
-// Integer logits -> integer intervals.
-//
-// d = max - logit (1/256 of an octave), w = table[d & 255] >> (d >> 8), P = prefix sums of w,
-// S = their total, M = 2^prob_bits, V = codebook size:
-//     start_i = floor(P_i * (M - V) / S) + i
-// is strictly increasing from 0 (P_0 = 0) to M (P_V = S), so every symbol has freq >= 1.
-// Bounds: w < 2^22, V <= 2^13, hence S < 2^35 and P * (M - V) < 2^55: 64 bits always suffice.
-
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "coder.h"
+#include "intervals.h"
+#include "isa.h"
 #include "parallel.h"
-#include "weight_table.h"
-
-// Baseline code runs everywhere; where the loader can choose, an AVX2 clone gathers eight weights
-// at a time. The integers are the same.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define PERCOV2_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define PERCOV2_CLONES
-#endif
+#include "rans.h"
 
 namespace percov2 {
 namespace {
 
-PERCOV2_CLONES std::int32_t row_max(const std::int16_t* logits, std::int64_t codebook) {
-  std::int16_t best = logits[0];
-  for (std::int64_t i = 1; i < codebook; ++i) best = std::max(best, logits[i]);
-  return best;
-}
-
-inline std::uint32_t weight(std::int32_t difference) {
-  // Entries are below 2^22, so a shift by 22 or more gives 0; 31 keeps the shift defined.
-  return kWeightTable[difference & 255] >> std::min(difference >> 8, 31);
-}
-
-// Sum of the weights of logits[0 .. count).
-PERCOV2_CLONES std::uint64_t weight_sum(const std::int16_t* logits, std::int64_t count,
-                                        std::int32_t top) {
-  std::uint64_t total = 0;
-  for (std::int64_t block = 0; block < count; block += 1024) {
-    const std::int64_t end = std::min(count, block + 1024);
-    std::uint32_t sum = 0;  // 1024 * (2^22 - 1) < 2^32
-    for (std::int64_t i = block; i < end; ++i) sum += weight(top - logits[i]);
-    total += sum;
+const IntervalKernels& active_kernels() {
+  switch (active_isa()) {
+#if defined(PERCOV2_X86_KERNELS)
+    case Isa::kAvx2:
+      return kAvx2Intervals;
+    case Isa::kAvx512:
+      return kAvx512Intervals;
+#endif
+    default:
+      return kScalarIntervals;
   }
-  return total;
-}
-
-PERCOV2_CLONES std::uint64_t fill_weights(const std::int16_t* logits, std::int64_t count,
-                                          std::int32_t top, std::uint32_t* out) {
-  std::uint64_t total = 0;
-  for (std::int64_t block = 0; block < count; block += 1024) {
-    const std::int64_t end = std::min(count, block + 1024);
-    std::uint32_t sum = 0;
-    for (std::int64_t i = block; i < end; ++i) {
-      const std::uint32_t w = weight(top - logits[i]);
-      out[i] = w;
-      sum += w;
-    }
-    total += sum;
-  }
-  return total;
-}
-
-inline std::uint32_t boundary(std::uint64_t prefix, std::uint64_t spread, std::uint64_t total,
-                              std::int64_t index) {
-  return static_cast<std::uint32_t>(prefix * spread / total + static_cast<std::uint64_t>(index));
 }
 
 }  // namespace
@@ -96,75 +49,138 @@ void check_codebook(std::int64_t codebook, int prob_bits) {
 
 const std::uint32_t* weight_table() { return kWeightTable; }
 
-void intervals(const std::int16_t* logits, const std::int32_t* symbols, std::int64_t rows,
-               std::int64_t codebook, int prob_bits, int threads, std::int32_t* starts,
-               std::int32_t* freqs) {
-  check_codebook(codebook, prob_bits);
+RowQuantizer::RowQuantizer(const Logits& logits, int prob_bits)
+    : kernels_(active_kernels()), logits_(logits) {
+  check_codebook(logits.codebook, prob_bits);
+  blocks_ = (logits.codebook + kRowBlock - 1) / kRowBlock;
+  spread_ = (std::uint64_t{1} << prob_bits) - static_cast<std::uint64_t>(logits.codebook);
+  const auto size = static_cast<std::size_t>(logits.codebook);
+  if (logits.type == LogitType::kBfloat16) widened_.resize(size);
+  if (logits.type != LogitType::kInt16) rounded_.resize(size);
+}
+
+void RowQuantizer::open(std::int64_t row) {
+  const std::int64_t at = row * logits_.codebook;
+  if (logits_.type == LogitType::kInt16) {
+    line_ = static_cast<const std::int16_t*>(logits_.data) + at;
+    top_ = kernels_.row_max(line_, logits_.codebook);
+    return;
+  }
+  const float* floats = widened_.data();
+  if (logits_.type == LogitType::kFloat32) {
+    floats = static_cast<const float*>(logits_.data) + at;
+  } else {
+    const std::uint16_t* narrow = static_cast<const std::uint16_t*>(logits_.data) + at;
+    for (std::int64_t i = 0; i < logits_.codebook; ++i) {
+      const std::uint32_t bits = static_cast<std::uint32_t>(narrow[i]) << 16;
+      std::memcpy(widened_.data() + i, &bits, sizeof bits);
+    }
+  }
+  if (!kernels_.round_logits(floats, logits_.codebook, rounded_.data())) {
+    throw std::invalid_argument("row " + std::to_string(row) +
+                                " of the logits holds NaN or +inf, or nothing finite");
+  }
+  line_ = rounded_.data();
+  top_ = 0;  // rounding is relative to the largest
+}
+
+Interval RowQuantizer::between(const Share& share, double inverse, std::int64_t symbol) const {
+  // floor(prefix * spread / total) + index. The product with the inverse is off by less than one:
+  // the quotient is below 2^20, and three roundings cost less than 2^-50 of it.
+  const auto boundary = [&](std::uint64_t prefix, std::int64_t index) {
+    const std::uint64_t numerator = prefix * spread_;
+    const auto total = static_cast<std::int64_t>(share.total);
+    auto quotient = static_cast<std::int64_t>(static_cast<double>(numerator) * inverse);
+    const std::int64_t remainder = static_cast<std::int64_t>(numerator) - quotient * total;
+    quotient += static_cast<std::int64_t>(remainder >= total);
+    quotient -= static_cast<std::int64_t>(remainder < 0);
+    return static_cast<std::uint32_t>(quotient + index);
+  };
+  const std::uint32_t start = boundary(share.prefix, symbol);
+  return {start, boundary(share.prefix + share.weight, symbol + 1) - start};
+}
+
+Interval RowQuantizer::interval(std::int64_t row, std::int32_t symbol) {
+  open(row);
+  const Share share = kernels_.share(line_, logits_.codebook, top_, symbol);
+  return between(share, 1.0 / static_cast<double>(share.total), symbol);
+}
+
+void RowQuantizer::bounds(std::int64_t row, std::int32_t* cdf) {
+  open(row);
+  const std::uint64_t total = kernels_.share(line_, logits_.codebook, top_, 0).total;
+  std::uint64_t prefix = 0;
+  for (std::int64_t i = 0; i < logits_.codebook; ++i) {
+    cdf[i] = static_cast<std::int32_t>(prefix * spread_ / total) + static_cast<std::int32_t>(i);
+    prefix += logit_weight(top_ - line_[i]);
+  }
+  cdf[logits_.codebook] =
+      static_cast<std::int32_t>(spread_) + static_cast<std::int32_t>(logits_.codebook);
+}
+
+void RowQuantizer::prepare(std::int64_t row) {
+  open(row);
+  weights_.resize(static_cast<std::size_t>(blocks_ * kRowBlock));
+  kernels_.weigh(line_, logits_.codebook, top_, weights_.data(), group_sums_, block_sums_);
+  total_ = 0;
+  for (std::int64_t b = 0; b < blocks_; ++b) total_ += block_sums_[b];
+  inverse_ = 1.0 / static_cast<double>(total_);
+}
+
+Found RowQuantizer::find(std::uint32_t target) const {
+  // start_i <= target  <=>  P_i * (M - V) + i * S < (target + 1) * S; true for i = 0, and false
+  // from some i on. Both sides stay below 2^56.
+  const std::uint64_t bound = (static_cast<std::uint64_t>(target) + 1) * total_;
+  std::uint64_t prefix = 0;
+  std::uint64_t before = 0;  // of the block that holds the symbol
+  std::int64_t block = 0;
+  for (std::int64_t b = 1; b < blocks_; ++b) {
+    prefix += block_sums_[b - 1];
+    const bool reached =
+        prefix * spread_ + static_cast<std::uint64_t>(b * kRowBlock) * total_ < bound;
+    block += reached;
+    before = reached ? prefix : before;
+  }
+  const std::int64_t first = block * kRowBlock;
+  const Place found =
+      kernels_.search(weights_.data() + first, group_sums_ + block * kRowGroup,
+                      std::min(kRowBlock, logits_.codebook - first), spread_, total_,
+                      bound - before * spread_ - static_cast<std::uint64_t>(first) * total_);
+  const std::int64_t symbol = first + found.index;
+  const Interval interval =
+      between({before + found.prefix, total_, found.weight}, inverse_, symbol);
+  return {static_cast<std::int32_t>(symbol), interval.start, interval.freq};
+}
+
+void intervals(const Logits& logits, const std::int32_t* symbols, std::int64_t rows, int prob_bits,
+               int threads, std::int32_t* starts, std::int32_t* freqs) {
+  check_codebook(logits.codebook, prob_bits);
   for (std::int64_t row = 0; row < rows; ++row) {
-    if (symbols[row] < 0 || symbols[row] >= codebook) {
+    if (symbols[row] < 0 || symbols[row] >= logits.codebook) {
       throw std::invalid_argument("symbol " + std::to_string(symbols[row]) + " at row " +
                                   std::to_string(row) + " is not in 0 .. " +
-                                  std::to_string(codebook - 1));
+                                  std::to_string(logits.codebook - 1));
     }
   }
-  const std::uint64_t spread =
-      (std::uint64_t{1} << prob_bits) - static_cast<std::uint64_t>(codebook);
   parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
+    RowQuantizer quantizer(logits, prob_bits);
     for (std::int64_t row = first; row < last; ++row) {
-      const std::int16_t* line = logits + row * codebook;
-      const std::int32_t symbol = symbols[row];
-      const std::int32_t top = row_max(line, codebook);
-      const std::uint64_t prefix = weight_sum(line, symbol, top);
-      const std::uint64_t next = prefix + weight(top - line[symbol]);
-      const std::uint64_t total = next + weight_sum(line + symbol + 1, codebook - symbol - 1, top);
-      const std::uint32_t start = boundary(prefix, spread, total, symbol);
-      starts[row] = static_cast<std::int32_t>(start);
-      freqs[row] = static_cast<std::int32_t>(boundary(next, spread, total, symbol + 1) - start);
+      const Interval interval = quantizer.interval(row, symbols[row]);
+      starts[row] = static_cast<std::int32_t>(interval.start);
+      freqs[row] = static_cast<std::int32_t>(interval.freq);
     }
   });
 }
 
-void cdf_table(const std::int16_t* logits, std::int64_t rows, std::int64_t codebook, int prob_bits,
-               int threads, std::int32_t* cdf) {
-  check_codebook(codebook, prob_bits);
-  const std::uint64_t spread =
-      (std::uint64_t{1} << prob_bits) - static_cast<std::uint64_t>(codebook);
+void cdf_table(const Logits& logits, std::int64_t rows, int prob_bits, int threads,
+               std::int32_t* cdf) {
+  check_codebook(logits.codebook, prob_bits);
   parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
+    RowQuantizer quantizer(logits, prob_bits);
     for (std::int64_t row = first; row < last; ++row) {
-      const std::int16_t* line = logits + row * codebook;
-      std::int32_t* out = cdf + row * (codebook + 1);
-      const std::int32_t top = row_max(line, codebook);
-      const std::uint64_t total = weight_sum(line, codebook, top);
-      std::uint64_t prefix = 0;
-      for (std::int64_t i = 0; i <= codebook; ++i) {
-        out[i] = static_cast<std::int32_t>(boundary(prefix, spread, total, i));
-        if (i < codebook) prefix += weight(top - line[i]);
-      }
+      quantizer.bounds(row, cdf + row * (logits.codebook + 1));
     }
   });
-}
-
-Found search(const std::int16_t* logits, std::int64_t codebook, int prob_bits, std::uint32_t target,
-             std::uint32_t* scratch) {
-  const std::uint64_t spread =
-      (std::uint64_t{1} << prob_bits) - static_cast<std::uint64_t>(codebook);
-  const std::uint64_t total = fill_weights(logits, codebook, row_max(logits, codebook), scratch);
-  // start_i <= target  <=>  P_i * (M - V) < (target - i + 1) * S; false for every i > target. The
-  // condition is monotone in i and true for i = 0: walk to the last i that meets it. The right-hand
-  // side is kept by subtraction, so the walk neither divides nor multiplies: both sides < 2^56.
-  std::uint64_t prefix = 0;
-  std::int64_t right = (static_cast<std::int64_t>(target) + 1) * static_cast<std::int64_t>(total);
-  std::int64_t symbol = 0;
-  while (symbol + 1 < codebook) {
-    const std::uint64_t next = prefix + scratch[symbol];
-    right -= static_cast<std::int64_t>(total);
-    if (static_cast<std::int64_t>(next * spread) >= right) break;
-    prefix = next;
-    ++symbol;
-  }
-  const std::uint32_t start = boundary(prefix, spread, total, symbol);
-  const std::uint32_t end = boundary(prefix + scratch[symbol], spread, total, symbol + 1);
-  return {static_cast<std::int32_t>(symbol), start, end - start};
 }
 
 }  // namespace percov2

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "byte_stack.h"
+#include "intervals.h"
 #include "rans.h"
 
 namespace percov2 {
@@ -45,8 +46,8 @@ class LaneDecoder {
   LaneDecoder(const std::uint8_t* stream, std::int64_t size, std::int64_t lanes);
 
   // logits [count, codebook] -> symbols [count].
-  void decode_logits(const std::int16_t* logits, std::int64_t count, std::int64_t codebook,
-                     int prob_bits, std::int32_t* symbols);
+  void decode_logits(const Logits& logits, std::int64_t count, int prob_bits,
+                     std::int32_t* symbols);
   // cdf [count, codebook + 1] -> symbols [count].
   void decode_cdf(const std::int32_t* cdf, std::int64_t count, std::int64_t codebook, int prob_bits,
                   std::int32_t* symbols);

@@ -134,14 +134,21 @@ void LaneDecoder::decode(std::int64_t count, int prob_bits, std::int32_t* symbol
   decoded_ += count;
 }
 
-void LaneDecoder::decode_logits(const std::int16_t* logits, std::int64_t count,
-                                std::int64_t codebook, int prob_bits, std::int32_t* symbols) {
-  check_codebook(codebook, prob_bits);
-  std::vector<std::uint32_t> scratch(static_cast<std::size_t>(codebook));
+void LaneDecoder::decode_logits(const Logits& logits, std::int64_t count, int prob_bits,
+                                std::int32_t* symbols) {
+  std::vector<RowQuantizer> rows(static_cast<std::size_t>(std::min(kTogether, count)),
+                                 RowQuantizer(logits, prob_bits));
+  std::int64_t prepared = 0;
   decode(
-      count, prob_bits, symbols, [](std::int64_t, std::int64_t) {},
+      count, prob_bits, symbols,
+      [&](std::int64_t first, std::int64_t last) {
+        prepared = first;
+        for (std::int64_t i = first; i < last; ++i) {
+          rows[static_cast<std::size_t>(i - first)].prepare(i);
+        }
+      },
       [&](std::int64_t i, std::uint32_t target) {
-        return search(logits + i * codebook, codebook, prob_bits, target, scratch.data());
+        return rows[static_cast<std::size_t>(i - prepared)].find(target);
       });
 }
 
@@ -154,18 +161,7 @@ void LaneDecoder::decode_cdf(const std::int32_t* cdf, std::int64_t count, std::i
         check_tables(cdf, first, last, codebook, prob_bits);
       },
       [&](std::int64_t i, std::uint32_t target) {
-        // The last bound that is not above the target, halving without a branch: what is compared
-        // next does not wait for a guess, so the searches of several lanes overlap.
-        const std::int32_t* bound = cdf + i * (codebook + 1);
-        for (std::int64_t left = codebook; left > 1;) {
-          const std::int64_t half = left / 2;
-          bound +=
-              half & -static_cast<std::int64_t>(static_cast<std::uint32_t>(bound[half]) <= target);
-          left -= half;
-        }
-        const std::int64_t symbol = bound - (cdf + i * (codebook + 1));
-        return Found{static_cast<std::int32_t>(symbol), static_cast<std::uint32_t>(bound[0]),
-                     static_cast<std::uint32_t>(bound[1] - bound[0])};
+        return find_in_table(cdf + i * (codebook + 1), codebook, target);
       });
 }
 

@@ -38,7 +38,39 @@ struct ManagedTensor {
 constexpr std::int32_t kCpu = 1;
 constexpr std::uint8_t kInt = 0;
 constexpr std::uint8_t kUInt = 1;
+constexpr std::uint8_t kFloat = 2;
+constexpr std::uint8_t kBfloat = 4;
 }  // namespace dlpack
+
+// A bfloat16 number as it is stored. Only DLPack has a name for it.
+struct Bfloat16 {
+  std::uint16_t bits;
+};
+
+// How the two protocols name an element: letters of the buffer protocol, DLPack's type code, and
+// what an error message calls it.
+template <class Element>
+struct ElementNames {
+  static constexpr bool kSigned = static_cast<Element>(-1) < static_cast<Element>(0);
+  // Sizes come from itemsize: 'l' and 'q' are the same thing on one system and not on another.
+  static constexpr const char* kLetters = kSigned ? "bhilq" : "BHILQ";
+  static constexpr std::uint8_t kCode = kSigned ? dlpack::kInt : dlpack::kUInt;
+  static std::string name() {
+    return (kSigned ? "int" : "uint") + std::to_string(8 * sizeof(Element));
+  }
+};
+template <>
+struct ElementNames<float> {
+  static constexpr const char* kLetters = "f";
+  static constexpr std::uint8_t kCode = dlpack::kFloat;
+  static std::string name() { return "float32"; }
+};
+template <>
+struct ElementNames<Bfloat16> {
+  static constexpr const char* kLetters = "";
+  static constexpr std::uint8_t kCode = dlpack::kBfloat;
+  static std::string name() { return "bfloat16"; }
+};
 
 // A C-contiguous array of `Element` on the CPU, read only. Throws pybind11::value_error for any
 // other kind, naming the argument. Must be created and destroyed with the interpreter lock held.
@@ -74,7 +106,7 @@ class TensorView {
   }
 
  private:
-  static constexpr bool kSigned = static_cast<Element>(-1) < static_cast<Element>(0);
+  using Names = ElementNames<Element>;
   static constexpr int kBits = 8 * static_cast<int>(sizeof(Element));
 
   [[noreturn]] void refuse(const std::string& reason) const {
@@ -84,8 +116,6 @@ class TensorView {
     release();
     refuse(reason);
   }
-  static std::string wanted() { return (kSigned ? "int" : "uint") + std::to_string(kBits); }
-
   void release() {
     if (has_buffer_) PyBuffer_Release(&buffer_);
     if (managed_ != nullptr && managed_->deleter != nullptr) managed_->deleter(managed_);
@@ -100,11 +130,9 @@ class TensorView {
     }
     has_buffer_ = true;
     const std::string format = buffer_.format == nullptr ? "B" : buffer_.format;
-    // Sizes come from itemsize: 'l' and 'q' are the same thing on one system and not on another.
-    const std::string kinds = kSigned ? "bhilq" : "BHILQ";
-    if (format.size() != 1 || kinds.find(format) == std::string::npos ||
+    if (format.size() != 1 || std::string(Names::kLetters).find(format) == std::string::npos ||
         buffer_.itemsize != static_cast<Py_ssize_t>(sizeof(Element))) {
-      fail("has element type '" + format + "'; it must be " + wanted());
+      fail("has element type '" + format + "'; it must be " + Names::name());
     }
     data_ = static_cast<const Element*>(buffer_.buf);
     for (int axis = 0; axis < buffer_.ndim; ++axis) shape_.push_back(buffer_.shape[axis]);
@@ -118,9 +146,9 @@ class TensorView {
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // from here on release() owns it
     const dlpack::Tensor& tensor = managed_->tensor;
     if (tensor.device.type != dlpack::kCpu) fail("is not on the CPU; move it there first");
-    if (tensor.dtype.code != (kSigned ? dlpack::kInt : dlpack::kUInt) ||
-        tensor.dtype.bits != kBits || tensor.dtype.lanes != 1) {
-      fail("has another element type; it must be " + wanted());
+    if (tensor.dtype.code != Names::kCode || tensor.dtype.bits != kBits ||
+        tensor.dtype.lanes != 1) {
+      fail("has another element type; it must be " + Names::name());
     }
     shape_.assign(tensor.shape, tensor.shape + tensor.ndim);
     if (tensor.strides != nullptr && size() > 0) {

@@ -163,7 +163,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="int16"):
         rans.cdf(logits.astype(np.int32), 12)
     with pytest.raises(ValueError, match="int16"):
-        rans.cdf(torch.zeros(2, 8), 12)
+        rans.cdf(torch.zeros(2, 8, dtype=torch.float64), 12)
     with pytest.raises(ValueError, match="symbol 8"):
         rans.intervals(logits, symbols + 8, 12)
     with pytest.raises(ValueError, match="symbol -1"):

@@ -95,8 +95,8 @@ void check_decoding(const Case& c, const std::vector<std::uint8_t>& bytes,
     Fenced<std::int32_t> symbols(c.rows * c.count);
     percov2::BatchDecoder decoder(bytes, offsets, false, {}, {});
     percov2::BatchDecoder other = decoder;
-    decoder.decode_logits(c.logits.data(), streams.data(), c.rows, c.count, codebook, prob_bits,
-                          threads, symbols.data());
+    decoder.decode_logits(percov2::int16_logits(c.logits.data(), codebook), streams.data(), c.rows,
+                          c.count, prob_bits, threads, symbols.data());
     subjects.from_logits.compare(symbols.data(), expected.data(), symbols.size(), codebook,
                                  prob_bits);
     other.decode_cdf(cdf.data(), streams.data(), c.rows, c.count, codebook, prob_bits, threads,
@@ -125,12 +125,13 @@ void check_case(Random& random, const Case& c, Subjects& subjects,
   for (const percov2::Isa isa : sets) {
     percov2::use_isa(isa);
     Fenced<std::int32_t> starts(total, random.one_in(2)), freqs(total, random.one_in(2));
-    percov2::intervals(c.logits.data(), symbols.data(), total, codebook, prob_bits, threads,
-                       starts.data(), freqs.data());
+    percov2::intervals(percov2::int16_logits(c.logits.data(), codebook), symbols.data(), total,
+                       prob_bits, threads, starts.data(), freqs.data());
     subjects.intervals.compare(starts.data(), c.starts.data(), total, codebook, prob_bits);
     subjects.intervals.compare(freqs.data(), c.freqs.data(), total, codebook, prob_bits);
     Fenced<std::int32_t> cdf(total * (codebook + 1), random.one_in(2));
-    percov2::cdf_table(c.logits.data(), total, codebook, prob_bits, threads, cdf.data());
+    percov2::cdf_table(percov2::int16_logits(c.logits.data(), codebook), total, prob_bits, threads,
+                       cdf.data());
     subjects.tables.compare(cdf.data(), expected_cdf.data(), cdf.size(), codebook, prob_bits);
 
     percov2::BatchEncoder encoder(c.checks);

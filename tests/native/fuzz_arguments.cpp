@@ -134,21 +134,22 @@ void fuzz_interval_arguments(Random& random, Outcomes& outcomes) {
     threads = static_cast<int>(random.pick({0, -1, INT32_MIN}));
   }
   const bool done = returns(outcomes, [&] {
-    percov2::intervals(logits.data(), symbols.data(), rows, sizes.codebook, sizes.prob_bits,
-                       threads, starts.data(), freqs.data());
+    percov2::intervals(percov2::int16_logits(logits.data(), sizes.codebook), symbols.data(), rows,
+                       sizes.prob_bits, threads, starts.data(), freqs.data());
   });
   PERCOV2_PROMISE(done == !hostile);
   if (hostile && sizes.codebook != codebook) {
     Fenced<std::int32_t> nothing(0);
     PERCOV2_PROMISE(!returns(outcomes, [&] {
-      percov2::cdf_table(logits.data(), rows, sizes.codebook, sizes.prob_bits, threads,
-                         nothing.data());
+      percov2::cdf_table(percov2::int16_logits(logits.data(), sizes.codebook), rows,
+                         sizes.prob_bits, threads, nothing.data());
     }));
     return;
   }
   Fenced<std::int32_t> cdf(rows * (codebook + 1), random.one_in(2));
   if (!returns(outcomes, [&] {
-        percov2::cdf_table(logits.data(), rows, codebook, sizes.prob_bits, threads, cdf.data());
+        percov2::cdf_table(percov2::int16_logits(logits.data(), codebook), rows, sizes.prob_bits,
+                           threads, cdf.data());
       })) {
     PERCOV2_PROMISE(hostile);
     return;

@@ -42,8 +42,9 @@ struct Message {
 void push(const Message& message, const Segment& segment, int threads, BatchEncoder& encoder) {
   const std::int64_t total = message.rows() * segment.count;
   Fenced<std::int32_t> starts(total), freqs(total);
-  percov2::intervals(segment.logits->data(), segment.symbols.data(), total, segment.sizes.codebook,
-                     segment.sizes.prob_bits, threads, starts.data(), freqs.data());
+  percov2::intervals(percov2::int16_logits(segment.logits->data(), segment.sizes.codebook),
+                     segment.symbols.data(), total, segment.sizes.prob_bits, threads, starts.data(),
+                     freqs.data());
   Fenced<std::int32_t> ordered_starts(total), ordered_freqs(total);
   for (std::int64_t r = 0; r < message.rows(); ++r) {
     const std::int64_t at = message.streams[static_cast<std::size_t>(r)] * segment.count;
@@ -105,12 +106,14 @@ std::vector<std::int32_t> decode(BatchDecoder& decoder, const Message& message,
   Fenced<std::int32_t> symbols(total);
   if (from_tables) {
     Fenced<std::int32_t> cdf(total * (codebook + 1));
-    percov2::cdf_table(segment.logits->data(), total, codebook, prob_bits, threads, cdf.data());
+    percov2::cdf_table(percov2::int16_logits(segment.logits->data(), codebook), total, prob_bits,
+                       threads, cdf.data());
     decoder.decode_cdf(cdf.data(), message.streams.data(), message.rows(), segment.count, codebook,
                        prob_bits, threads, symbols.data());
   } else {
-    decoder.decode_logits(segment.logits->data(), message.streams.data(), message.rows(),
-                          segment.count, codebook, prob_bits, threads, symbols.data());
+    decoder.decode_logits(percov2::int16_logits(segment.logits->data(), codebook),
+                          message.streams.data(), message.rows(), segment.count, prob_bits, threads,
+                          symbols.data());
   }
   for (std::int64_t i = 0; i < total; ++i) {
     PERCOV2_PROMISE(symbols[i] >= 0 && symbols[i] < codebook);
@@ -311,8 +314,8 @@ void fuzz_decoder_arguments(Random& random, Outcomes& outcomes) {
       // A size that is refused is refused before anything is read.
       if (random.one_in(6)) sizes.codebook = random.pick({-1, 0, 1, 8193, INT64_MAX, INT64_MIN});
       done = returns(outcomes, [&] {
-        decoder->decode_logits(logits.data(), names.data(), rows, count, sizes.codebook,
-                               sizes.prob_bits, threads, symbols.data());
+        decoder->decode_logits(percov2::int16_logits(logits.data(), sizes.codebook), names.data(),
+                               rows, count, sizes.prob_bits, threads, symbols.data());
       });
     } else {
       const int bits = std::min(std::max(sizes.prob_bits, 8), 20);

@@ -52,6 +52,9 @@ WEIGHT_TABLE: tuple[int, ...] = (
 # fmt: on
 
 
+_STEPS_PER_NAT = 369.329925537109375  # 256 / ln 2 in float32
+
+
 def default_prob_bits(codebook_size: int) -> int:
     """Precision used for a codebook: 16 bits up to 256 entries, 18 up to 1024, 20 above.
 
@@ -85,6 +88,26 @@ def _weight_table(device: torch.device) -> torch.Tensor:
     """WEIGHT_TABLE as int64 [256]; uploaded once, because an upload may wait for the device."""
     with torch.inference_mode(False):  # usable in every later context
         return torch.tensor(WEIGHT_TABLE, dtype=torch.int64).to(device)
+
+
+def round_logits(logits: torch.Tensor) -> torch.Tensor:
+    """Natural-log logits as base-2 logits in 1/256 of an octave below the row's largest.
+
+    float32 or bfloat16 [..., V] -> int16 [..., V]: in float32, ``rint((x - max) * (256 / ln 2))``,
+    ties to even, not below -32768. Three operations that IEEE 754 defines to the bit, so equal
+    floats give equal integers on every machine. -inf is allowed. Raises ValueError for another
+    dtype, an empty last axis, and rows with NaN, +inf or nothing finite.
+    """
+    if logits.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"logits have dtype {logits.dtype}; they must be float32 or bfloat16")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits have shape {tuple(logits.shape)}; the last axis is the codebook")
+    wide = logits.to(torch.float32)
+    top = wide.amax(dim=-1, keepdim=True)
+    if not torch.isfinite(top).all():  # amax hands NaN on
+        raise ValueError("a row of the logits holds NaN or +inf, or nothing finite")
+    steps = torch.round((wide - top) * _STEPS_PER_NAT)
+    return steps.clamp(min=-32768).to(torch.int16)
 
 
 def weights(logits: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from percov2.entropy.rans import NativeLaneDecoder, NativeLaneEncoder
+from percov2.entropy.rans import (
+    Logits,
+    NativeLaneDecoder,
+    NativeLaneEncoder,
+    borrowed_logits,
+)
 
 
 class LaneEncoder:
@@ -68,16 +73,14 @@ class LaneDecoder:
     ) -> None:
         self._native = NativeLaneDecoder(stream, lanes)
 
-    def decode_logits(
-        self, logits: NDArray[np.int16] | torch.Tensor, prob_bits: int
-    ) -> NDArray[np.int32]:
-        """The next n symbols: contiguous int16 logits [n, V] -> int32 [n].
+    def decode_logits(self, logits: Logits, prob_bits: int) -> NDArray[np.int32]:
+        """The next n symbols: logits [n, V] -> int32 [n].
 
         Beyond the end of a damaged stream the symbols mean nothing and stay in 0 .. V - 1: ask
-        ``finished``. Raises ValueError for wrong shapes, dtypes or precision; nothing was decoded
-        then.
+        ``finished``. Raises ValueError for wrong shapes, dtypes, precision or float logits; nothing
+        was decoded then.
         """
-        return self._native.decode_logits(logits, prob_bits)
+        return self._native.decode_logits(*borrowed_logits(logits), prob_bits)
 
     def decode_cdf(
         self, cdf: NDArray[np.int32] | torch.Tensor, prob_bits: int

@@ -53,6 +53,13 @@ def use_instruction_set(name: str) -> None:
     _native.use_instruction_set(name)
 
 
+Logits = NDArray[np.int16] | NDArray[np.float32] | torch.Tensor
+"""int16 base-2 logits in 1/256 of an octave, or natural-log float32 or bfloat16 logits.
+
+The latter are rounded by ``percov2.entropy.cdf.round_logits``. Floats must be the same bits on both
+sides of a stream; float models rarely give them twice. Those of percov2 give int16.
+"""
+
 ArrayLike = NDArray[Any] | torch.Tensor | Sequence[int]
 
 
@@ -83,42 +90,48 @@ def _borrowed(values: NDArray[Any] | torch.Tensor, name: str) -> NDArray[Any] | 
     return np.ascontiguousarray(values)
 
 
+def borrowed_logits(values: Logits) -> tuple[NDArray[Any] | torch.Tensor, str]:
+    """Contiguous logits on the CPU and the name of their dtype."""
+    rows = _borrowed(values, "logits")
+    if len(rows.shape) == 0:
+        raise ValueError("logits have no axis; the last axis is the codebook")
+    return rows, str(rows.dtype).removeprefix("torch.")
+
+
 def intervals(
-    logits: NDArray[np.int16] | torch.Tensor,
+    logits: Logits,
     symbols: ArrayLike,
     prob_bits: int,
     threads: int = 1,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Intervals of chosen symbols, equal to percov2.entropy.cdf.intervals.
 
-    logits int16 [..., V], symbols int32 [...] in 0 .. V - 1 -> starts, freqs int32 [...].
-    Raises ValueError for wrong shapes, dtypes, symbols or precision.
+    logits [..., V], symbols int32 [...] in 0 .. V - 1 -> starts, freqs int32 [...].
+    Raises ValueError for wrong shapes, dtypes, symbols or precision, and for float logits with NaN,
+    +inf or nothing finite.
     """
-    rows = _borrowed(logits, "logits")
+    rows, dtype = borrowed_logits(logits)
     chosen = _integers(symbols, np.int32, "symbols")
-    if len(rows.shape) == 0 or tuple(rows.shape[:-1]) != chosen.shape:
+    if tuple(rows.shape[:-1]) != chosen.shape:
         raise ValueError(
             f"symbols have shape {chosen.shape} for logits of {tuple(rows.shape)}; "
             "there must be one symbol for each row of logits"
         )
     flat = rows.reshape(chosen.size, rows.shape[-1])
-    starts, freqs = _native.intervals(flat, chosen.reshape(-1), prob_bits, threads)
+    starts, freqs = _native.intervals(flat, dtype, chosen.reshape(-1), prob_bits, threads)
     return starts.reshape(chosen.shape), freqs.reshape(chosen.shape)
 
 
-def cdf(
-    logits: NDArray[np.int16] | torch.Tensor, prob_bits: int, threads: int = 1
-) -> NDArray[np.int32]:
-    """Interval bounds, equal to percov2.entropy.cdf.cdf: int16 [..., V] -> int32 [..., V + 1].
+def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> NDArray[np.int32]:
+    """Interval bounds, equal to percov2.entropy.cdf.cdf: logits [..., V] -> int32 [..., V + 1].
 
-    Raises ValueError for a wrong dtype, codebook size or precision.
+    Raises ValueError for a wrong dtype, codebook size or precision, and for float logits with NaN,
+    +inf or nothing finite.
     """
-    rows = _borrowed(logits, "logits")
-    if len(rows.shape) == 0:
-        raise ValueError("logits have no axis; the last axis is the codebook")
+    rows, dtype = borrowed_logits(logits)
     lead = tuple(rows.shape[:-1])
     flat = rows.reshape(int(np.prod(lead, dtype=np.int64)), rows.shape[-1])
-    return _native.cdf(flat, prob_bits, threads).reshape(*lead, rows.shape[-1] + 1)
+    return _native.cdf(flat, dtype, prob_bits, threads).reshape(*lead, rows.shape[-1] + 1)
 
 
 class RansEncoder:
@@ -215,20 +228,19 @@ class RansDecoder:
 
     def decode_logits(
         self,
-        logits: NDArray[np.int16] | torch.Tensor,
+        logits: Logits,
         prob_bits: int,
         streams: ArrayLike | None = None,
         threads: int = 1,
     ) -> NDArray[np.int32]:
-        """Decode n symbols per row: int16 logits [B, n, V] -> int32 [B, n].
+        """Decode n symbols per row: logits [B, n, V] -> int32 [B, n].
 
         streams: int64 [B], the stream of each row, no stream twice; all of them if None.
         Reading past the end gives symbols, not an error: ask ``finished``. Raises ValueError for
-        wrong shapes, dtypes, streams or precision; nothing was decoded then.
+        wrong shapes, dtypes, streams, precision or float logits; nothing was decoded then.
         """
-        return self._native.decode_logits(
-            _borrowed(logits, "logits"), self._streams(streams), prob_bits, threads
-        )
+        rows, dtype = borrowed_logits(logits)
+        return self._native.decode_logits(rows, dtype, self._streams(streams), prob_bits, threads)
 
     def decode_cdf(
         self,

@@ -29,13 +29,10 @@ from numpy.typing import NDArray
 
 from percov2.entropy import rans
 from percov2.entropy.cdf import default_prob_bits
-from percov2.entropy.rans import ArrayLike, RansDecoder, RansEncoder
+from percov2.entropy.rans import ArrayLike, Logits, RansDecoder, RansEncoder
 
 CHECK_START = 0xFFFF
 """The check of no symbols; those that follow enter a CRC-16 (CCITT) as little-endian int32."""
-
-Logits = NDArray[Any] | torch.Tensor
-"""[B, n, V] of any kind that percov2.entropy.rans.intervals takes."""
 
 
 class SymbolEncoder:
