@@ -97,12 +97,18 @@ void fuzz_lanes(Random& random, Outcomes& outcomes) {
     PERCOV2_PROMISE(!same);
     return;
   }
+  bool same_symbols = true;
   for (const Part& part : parts) {
-    for (const std::int32_t symbol : decode(*decoder, part)) {
+    const auto symbols = decode(*decoder, part);
+    same_symbols &= symbols == part.symbols;
+    for (const std::int32_t symbol : symbols) {
       PERCOV2_PROMISE(symbol >= 0 && symbol < part.codebook);
     }
   }
-  PERCOV2_PROMISE(decoder->finished(check) == same);
+  // The states alone may miss a symbol that was changed for another of frequency 1, or be hit by
+  // chance. A check made from the symbols catches the first, and coding is one to one: a damaged
+  // stream never gives the right symbols and the right end.
+  PERCOV2_PROMISE(decoder->finished(check) ? same == same_symbols : !same);
 }
 
 }  // namespace percov2_test
