@@ -138,6 +138,16 @@ def test_own_checks_replace_that_of_the_symbols():
             encode(LOGITS, SYMBOLS, checks=wrong)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float_logits_are_coded_as_their_rounding(dtype):
+    logits = torch.from_numpy(LOGITS).to(torch.float32).div(300).to(dtype).requires_grad_()
+    streams = encode(logits, SYMBOLS)
+    assert streams == encode(cdf.round_logits(logits), SYMBOLS)
+    assert np.array_equal(decode(streams, logits), SYMBOLS)
+    with pytest.raises(ValueError, match="NaN"):
+        encode(logits.detach().index_fill(2, torch.tensor([3]), float("nan")), SYMBOLS)
+
+
 def test_no_symbols_are_a_stream_too():
     assert encode(LOGITS[:, :0], SYMBOLS[:, :0]) == [b"\xff\xff"] * 3 == SymbolEncoder(3).finish()
     SymbolDecoder([b"\xff\xff"]).finish()

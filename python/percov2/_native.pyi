@@ -14,6 +14,7 @@ class _Array(Protocol):
 
     def __dlpack__(self) -> object: ...
 
+_LogitType = str  # "int16", "float32" or "bfloat16"
 _Bytes = bytes | bytearray | memoryview | _Array
 
 def instruction_sets() -> tuple[str, ...]: ...
@@ -21,9 +22,13 @@ def instruction_set() -> str: ...
 def use_instruction_set(name: str) -> None: ...
 def weight_table() -> NDArray[np.uint32]: ...
 def intervals(
-    logits: Any, type: str, symbols: Any, prob_bits: int, threads: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
-def cdf(logits: Any, type: str, prob_bits: int, threads: int) -> NDArray[np.int32]: ...
+    logits: _Array, type: _LogitType, symbols: _Array, prob_bits: int, threads: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """logits [n, V] of that type, symbols int32 [n] -> starts, freqs [n]."""
+
+def cdf(logits: _Array, type: _LogitType, prob_bits: int, threads: int) -> NDArray[np.int32]:
+    """logits [n, V] of that type -> [n, V + 1]."""
+
 def attention_weights(distances: NDArray[np.int32]) -> NDArray[np.float32]: ...
 
 class BatchEncoder:
@@ -45,8 +50,10 @@ class BatchDecoder:
         """buffer uint8 [n]; offsets int64 [B + 1]; states uint32 [B] and positions int64 [B]."""
 
     def decode_logits(
-        self, logits: Any, type: str, streams: Any, prob_bits: int, threads: int
-    ) -> NDArray[np.int32]: ...
+        self, logits: _Array, type: _LogitType, streams: _Array, prob_bits: int, threads: int
+    ) -> NDArray[np.int32]:
+        """logits [b, n, V] of that type, streams int64 [b] -> [b, n]."""
+
     def decode_cdf(
         self, cdf: _Array, streams: _Array, prob_bits: int, threads: int
     ) -> NDArray[np.int32]:
@@ -67,7 +74,9 @@ class LaneEncoder:
 
 class LaneDecoder:
     def __init__(self, stream: _Bytes, lanes: int) -> None: ...
-    def decode_logits(self, logits: Any, type: str, prob_bits: int) -> NDArray[np.int32]: ...
+    def decode_logits(self, logits: _Array, type: _LogitType, prob_bits: int) -> NDArray[np.int32]:
+        """logits [n, V] of that type -> [n]."""
+
     def decode_cdf(self, cdf: _Array, prob_bits: int) -> NDArray[np.int32]:
         """cdf int32 [n, V + 1] -> [n]."""
 
