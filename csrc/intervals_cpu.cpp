@@ -19,6 +19,9 @@ const IntervalKernels& active_kernels() {
       return kAvx2Intervals;
     case Isa::kAvx512:
       return kAvx512Intervals;
+#elif defined(PERCOV2_NEON_KERNELS)
+    case Isa::kNeon:
+      return kNeonIntervals;
 #endif
     default:
       return kScalarIntervals;

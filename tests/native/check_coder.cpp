@@ -8,6 +8,7 @@
 #include "coder.h"
 #include "plain_coder.h"
 #include "random_input.h"
+#include "random_logits.h"
 #include "streams.h"
 
 namespace percov2_test {
@@ -17,7 +18,7 @@ namespace {
 struct Case {
   Sizes sizes;
   std::int64_t rows, count;                       // row r is stream r, with `count` symbols
-  Fenced<std::int16_t> logits;                    // [rows, count, codebook]
+  RandomLogits logits;                            // [rows, count, codebook]
   std::vector<std::vector<std::int64_t>> tables;  // [rows * count][codebook + 1]
   std::vector<std::int32_t> symbols, starts, freqs;
   std::vector<std::uint32_t> checks;
@@ -28,11 +29,9 @@ struct Case {
       : sizes(of),
         rows(row_count),
         count(symbol_count),
-        logits(row_count * symbol_count * of.codebook, random.one_in(3)) {
+        logits(random, row_count * symbol_count, of.codebook) {
     for (std::int64_t i = 0; i < rows * count; ++i) {
-      std::int16_t* line = logits.data() + i * sizes.codebook;
-      fill_logits(random, line, sizes.codebook);
-      tables.push_back(plain::cdf(line, sizes.codebook, sizes.prob_bits));
+      tables.push_back(plain::cdf(logits.line(i), sizes.codebook, sizes.prob_bits));
       const std::int64_t symbol =
           random.one_in(3)
               ? plain::find(tables.back(), random.between(0, (1 << sizes.prob_bits) - 1))
@@ -95,8 +94,8 @@ void check_decoding(const Case& c, const std::vector<std::uint8_t>& bytes,
     Fenced<std::int32_t> symbols(c.rows * c.count);
     percov2::BatchDecoder decoder(bytes, offsets, false, {}, {});
     percov2::BatchDecoder other = decoder;
-    decoder.decode_logits(percov2::int16_logits(c.logits.data(), codebook), streams.data(), c.rows,
-                          c.count, prob_bits, threads, symbols.data());
+    decoder.decode_logits(c.logits.view(), streams.data(), c.rows, c.count, prob_bits, threads,
+                          symbols.data());
     subjects.from_logits.compare(symbols.data(), expected.data(), symbols.size(), codebook,
                                  prob_bits);
     other.decode_cdf(cdf.data(), streams.data(), c.rows, c.count, codebook, prob_bits, threads,
@@ -125,13 +124,12 @@ void check_case(Random& random, const Case& c, Subjects& subjects,
   for (const percov2::Isa isa : sets) {
     percov2::use_isa(isa);
     Fenced<std::int32_t> starts(total, random.one_in(2)), freqs(total, random.one_in(2));
-    percov2::intervals(percov2::int16_logits(c.logits.data(), codebook), symbols.data(), total,
-                       prob_bits, threads, starts.data(), freqs.data());
+    percov2::intervals(c.logits.view(), symbols.data(), total, prob_bits, threads, starts.data(),
+                       freqs.data());
     subjects.intervals.compare(starts.data(), c.starts.data(), total, codebook, prob_bits);
     subjects.intervals.compare(freqs.data(), c.freqs.data(), total, codebook, prob_bits);
     Fenced<std::int32_t> cdf(total * (codebook + 1), random.one_in(2));
-    percov2::cdf_table(percov2::int16_logits(c.logits.data(), codebook), total, prob_bits, threads,
-                       cdf.data());
+    percov2::cdf_table(c.logits.view(), total, prob_bits, threads, cdf.data());
     subjects.tables.compare(cdf.data(), expected_cdf.data(), cdf.size(), codebook, prob_bits);
 
     percov2::BatchEncoder encoder(c.checks);

@@ -8,6 +8,7 @@
 #include "coder.h"
 #include "fuzz.h"
 #include "plain_coder.h"
+#include "random_logits.h"
 #include "streams.h"
 
 namespace percov2_test {
@@ -61,7 +62,7 @@ void fuzz_encoder_arguments(Random& random, Outcomes& outcomes) {
           random.between(0, static_cast<std::int64_t>(counts.size()) - 1))];
       const std::int64_t before = count;
       count = random.one_in(2) ? random.hostile() : count + random.pick({-1, 1});
-      hostile = hostile || count != before;
+      hostile |= count != before;
     }
     int prob_bits = bits;
     if (random.one_in(12)) {
@@ -105,11 +106,11 @@ void fuzz_encoder_arguments(Random& random, Outcomes& outcomes) {
 void fuzz_interval_arguments(Random& random, Outcomes& outcomes) {
   Sizes sizes = random_sizes(random);
   const std::int64_t rows = random.between(0, std::min<std::int64_t>(65536 / sizes.codebook, 24));
-  Fenced<std::int16_t> logits(rows * sizes.codebook, random.one_in(2));
+  const RandomLogits rows_of(random, rows, sizes.codebook, random.one_in(8));
+  percov2::Logits logits = rows_of.view();
   Fenced<std::int32_t> symbols(rows), starts(rows), freqs(rows);
-  bool hostile = false;
+  bool hostile = !rows_of.valid();
   for (std::int64_t r = 0; r < rows; ++r) {
-    fill_logits(random, logits.data() + r * sizes.codebook, sizes.codebook);
     symbols[r] = static_cast<std::int32_t>(
         random.pick({0, sizes.codebook - 1, random.between(0, sizes.codebook - 1)}));
     if (random.one_in(100)) {
@@ -121,7 +122,7 @@ void fuzz_interval_arguments(Random& random, Outcomes& outcomes) {
   const std::int64_t codebook = sizes.codebook;
   if (random.one_in(6)) {
     hostile = true;
-    sizes.codebook = random.pick({-1, 0, 1, 8193, INT64_MAX, INT64_MIN});
+    logits.codebook = random.pick({-1, 0, 1, 8193, INT64_MAX, INT64_MIN});
   }
   if (random.one_in(6)) {
     hostile = true;
@@ -134,23 +135,20 @@ void fuzz_interval_arguments(Random& random, Outcomes& outcomes) {
     threads = static_cast<int>(random.pick({0, -1, INT32_MIN}));
   }
   const bool done = returns(outcomes, [&] {
-    percov2::intervals(percov2::int16_logits(logits.data(), sizes.codebook), symbols.data(), rows,
-                       sizes.prob_bits, threads, starts.data(), freqs.data());
+    percov2::intervals(logits, symbols.data(), rows, sizes.prob_bits, threads, starts.data(),
+                       freqs.data());
   });
   PERCOV2_PROMISE(done == !hostile);
-  if (hostile && sizes.codebook != codebook) {
+  if (hostile && logits.codebook != codebook) {
     Fenced<std::int32_t> nothing(0);
     PERCOV2_PROMISE(!returns(outcomes, [&] {
-      percov2::cdf_table(percov2::int16_logits(logits.data(), sizes.codebook), rows,
-                         sizes.prob_bits, threads, nothing.data());
+      percov2::cdf_table(logits, rows, sizes.prob_bits, threads, nothing.data());
     }));
     return;
   }
   Fenced<std::int32_t> cdf(rows * (codebook + 1), random.one_in(2));
-  if (!returns(outcomes, [&] {
-        percov2::cdf_table(percov2::int16_logits(logits.data(), codebook), rows, sizes.prob_bits,
-                           threads, cdf.data());
-      })) {
+  if (!returns(outcomes,
+               [&] { percov2::cdf_table(logits, rows, sizes.prob_bits, threads, cdf.data()); })) {
     PERCOV2_PROMISE(hostile);
     return;
   }

@@ -11,6 +11,7 @@
 #include "fuzz.h"
 #include "isa.h"
 #include "plain_coder.h"
+#include "random_logits.h"
 #include "streams.h"
 
 namespace percov2_test {
@@ -23,7 +24,7 @@ using percov2::BatchEncoder;
 struct Segment {
   Sizes sizes;
   std::int64_t count;
-  std::unique_ptr<Fenced<std::int16_t>> logits;
+  std::unique_ptr<RandomLogits> logits;
   std::vector<std::int32_t> symbols;  // [rows, count]
 };
 
@@ -42,9 +43,8 @@ struct Message {
 void push(const Message& message, const Segment& segment, int threads, BatchEncoder& encoder) {
   const std::int64_t total = message.rows() * segment.count;
   Fenced<std::int32_t> starts(total), freqs(total);
-  percov2::intervals(percov2::int16_logits(segment.logits->data(), segment.sizes.codebook),
-                     segment.symbols.data(), total, segment.sizes.prob_bits, threads, starts.data(),
-                     freqs.data());
+  percov2::intervals(segment.logits->view(), segment.symbols.data(), total, segment.sizes.prob_bits,
+                     threads, starts.data(), freqs.data());
   Fenced<std::int32_t> ordered_starts(total), ordered_freqs(total);
   for (std::int64_t r = 0; r < message.rows(); ++r) {
     const std::int64_t at = message.streams[static_cast<std::size_t>(r)] * segment.count;
@@ -78,11 +78,9 @@ Message random_message(Random& random) {
     const std::int64_t most = std::max<std::int64_t>(budget / (rows * segment.sizes.codebook), 1);
     segment.count = random.between(random.one_in(20) ? 0 : 1, std::min<std::int64_t>(most, 40));
     const std::int64_t total = rows * segment.count;
-    segment.logits =
-        std::make_unique<Fenced<std::int16_t>>(total * segment.sizes.codebook, random.one_in(4));
+    segment.logits = std::make_unique<RandomLogits>(random, total, segment.sizes.codebook);
     for (std::int64_t i = 0; i < total; ++i) {
-      std::int16_t* line = segment.logits->data() + i * segment.sizes.codebook;
-      fill_logits(random, line, segment.sizes.codebook);
+      const std::int16_t* line = segment.logits->line(i);
       std::int64_t symbol = random.between(0, segment.sizes.codebook - 1);
       if (random.one_in(2)) symbol = std::max_element(line, line + segment.sizes.codebook) - line;
       if (random.one_in(16)) symbol = random.pick({0, segment.sizes.codebook - 1});
@@ -106,14 +104,12 @@ std::vector<std::int32_t> decode(BatchDecoder& decoder, const Message& message,
   Fenced<std::int32_t> symbols(total);
   if (from_tables) {
     Fenced<std::int32_t> cdf(total * (codebook + 1));
-    percov2::cdf_table(percov2::int16_logits(segment.logits->data(), codebook), total, prob_bits,
-                       threads, cdf.data());
+    percov2::cdf_table(segment.logits->view(), total, prob_bits, threads, cdf.data());
     decoder.decode_cdf(cdf.data(), message.streams.data(), message.rows(), segment.count, codebook,
                        prob_bits, threads, symbols.data());
   } else {
-    decoder.decode_logits(percov2::int16_logits(segment.logits->data(), codebook),
-                          message.streams.data(), message.rows(), segment.count, prob_bits, threads,
-                          symbols.data());
+    decoder.decode_logits(segment.logits->view(), message.streams.data(), message.rows(),
+                          segment.count, prob_bits, threads, symbols.data());
   }
   for (std::int64_t i = 0; i < total; ++i) {
     PERCOV2_PROMISE(symbols[i] >= 0 && symbols[i] < codebook);
@@ -142,8 +138,8 @@ void compare_with_plain(const Message& message,
   for (std::size_t n = 0; n < message.segments.size(); ++n) {
     const Segment& segment = message.segments[n];
     for (std::int64_t i = 0; i < segment.count; ++i) {
-      const auto cdf = plain::cdf(segment.logits->data() + i * segment.sizes.codebook,
-                                  segment.sizes.codebook, segment.sizes.prob_bits);
+      const auto cdf =
+          plain::cdf(segment.logits->line(i), segment.sizes.codebook, segment.sizes.prob_bits);
       PERCOV2_PROMISE(reader.decode(cdf, segment.sizes.prob_bits) ==
                       decoded[n][static_cast<std::size_t>(i)]);
     }
@@ -307,16 +303,17 @@ void fuzz_decoder_arguments(Random& random, Outcomes& outcomes) {
     Fenced<std::int32_t> symbols(rows * count);
     bool done = false;
     if (random.one_in(2)) {
-      Fenced<std::int16_t> logits(rows * count * sizes.codebook, random.one_in(2));
-      for (std::int64_t i = 0; i < rows * count; ++i) {
-        fill_logits(random, logits.data() + i * sizes.codebook, sizes.codebook);
-      }
+      const RandomLogits rows_of(random, rows * count, sizes.codebook, random.one_in(3));
+      percov2::Logits logits = rows_of.view();
       // A size that is refused is refused before anything is read.
-      if (random.one_in(6)) sizes.codebook = random.pick({-1, 0, 1, 8193, INT64_MAX, INT64_MIN});
+      if (random.one_in(6)) logits.codebook = random.pick({-1, 0, 1, 8193, INT64_MAX, INT64_MIN});
+      const std::vector<std::uint32_t> before = decoder->states();
       done = returns(outcomes, [&] {
-        decoder->decode_logits(percov2::int16_logits(logits.data(), sizes.codebook), names.data(),
-                               rows, count, sizes.prob_bits, threads, symbols.data());
+        decoder->decode_logits(logits, names.data(), rows, count, sizes.prob_bits, threads,
+                               symbols.data());
       });
+      PERCOV2_PROMISE(done || decoder->states() == before);
+      PERCOV2_PROMISE(!done || rows_of.valid());
     } else {
       const int bits = std::min(std::max(sizes.prob_bits, 8), 20);
       Fenced<std::int32_t> cdf(rows * count * (sizes.codebook + 1), random.one_in(2));

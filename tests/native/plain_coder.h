@@ -3,8 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "coder.h"
@@ -29,6 +31,23 @@ inline std::vector<std::int64_t> cdf(const std::int16_t* logits, std::int64_t co
     p = p * spread / total + i;
   }
   return prefix;
+}
+
+// Natural logarithms as int16 logits to base 2: rint((x - max) * 256 / ln 2) in float32, at least
+// -32768; none if one is NaN or +inf or all are -inf.
+inline std::vector<std::int16_t> round_logits(const float* logits, std::int64_t count) {
+  float top = logits[0];
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (std::isnan(logits[i])) return {};
+    if (logits[i] > top) top = logits[i];
+  }
+  if (std::isinf(top)) return {};
+  std::vector<std::int16_t> rounded;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const float steps = (logits[i] - top) * percov2::kStepsPerNat;
+    rounded.push_back(static_cast<std::int16_t>(steps < -32768 ? -32768 : std::nearbyint(steps)));
+  }
+  return rounded;
 }
 
 // The symbol i with cdf[i] <= target < cdf[i + 1].
