@@ -1,72 +1,78 @@
-// Attention of the integer token transformer: one reader and one head against a window of keys.
+// Where entries are and when, and the keys and values that lie there.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "transformer.h"
+#include "aligned_array.h"
+#include "attention_kernels.h"
 
 namespace percov2 {
 
-constexpr std::int64_t kRadius = 15;
-constexpr std::int64_t kWindow = 2 * kRadius + 1;
-constexpr std::int64_t kLine = 32;  // a row of the window, padded
-constexpr std::int64_t kStartEntries = 3;
-constexpr std::int64_t kMaxHeadDim = 64;
-constexpr std::int32_t kHidden = -(1 << 20);
+// A grid of tokens and its schedule: what is coded when, and what that may see.
+class StageGrid {
+ public:
+  // stages [height, width], 1 .. S. Throws std::invalid_argument for a stage below 1 or an empty
+  // grid.
+  StageGrid(const std::int32_t* stages, std::int64_t height, std::int64_t width);
 
-// Sixteen values that never straddle cache lines.
-struct alignas(64) Line {
-  float lane[16];
-};
-
-// Weights of scores that lie `distances` (>= 0) below the maximum, as `attend` computes them.
-void attention_weights(const std::int32_t* distances, std::int64_t count, float* weights);
-
-// Keys and values around some readers, placed on the grid; those of one head at a time, in float.
-struct Box {
-  std::int64_t head_dim = 0;
-  std::int64_t top = 0;  // grid row of box row 0
-  std::int64_t left = 0;
-  std::int64_t rows = 0;
-  std::int64_t stride = 0;                         // columns of the box
-  std::vector<std::int64_t> members;               // keys inside, indices into the keys
-  std::vector<std::int64_t> cells;                 // their cells in the box
-  std::vector<std::int32_t> stage;                 // [rows, stride], the largest int32: no key
-  std::vector<std::int32_t> first_stage;           // [rows], the earliest
-  std::vector<float> key;                          // [head_dim, rows, stride]
-  std::vector<Line> value;                         // [rows, stride, padded / 16]
-  float start_key[kStartEntries * kMaxHeadDim];    // [3, head_dim]
-  float start_value[kStartEntries * kMaxHeadDim];  // [3, padded]
-
-  // Width of a value, a multiple of 16, zeros beyond head_dim.
-  std::int64_t padded() const { return (head_dim + 15) / 16 * 16; }
-  float* value_at(std::int64_t cell) { return value[at(cell)].lane; }
-  const float* value_at(std::int64_t cell) const { return value[at(cell)].lane; }
-  std::int64_t plane() const { return rows * stride; }
-  // Covers the windows of readers in `high` x `wide` positions from (row, column) on.
-  void place(std::int64_t row, std::int64_t column, std::int64_t high, std::int64_t wide,
-             std::int64_t dims, const EntryView& keys);
-  // Loads the keys and values of one head: k and v point to its part of the first key (start keys
-  // are the first three), keys are `inner` apart.
-  void load(const std::int8_t* k, const std::int8_t* v, std::int64_t inner);
+  std::int64_t height() const { return height_; }
+  std::int64_t width() const { return width_; }
+  std::int64_t rows() const { return rows_; }        // padded
+  std::int64_t columns() const { return columns_; }  // padded
+  std::int64_t positions() const { return height_ * width_; }
+  // Raster positions in coding order: by stage, raster order inside a stage.
+  const std::vector<std::int32_t>& order() const { return order_; }
+  // Where stage g ends in `order`: ends[g], ends[0] = 0.
+  const std::vector<std::int64_t>& ends() const { return ends_; }
+  std::int64_t stages() const { return static_cast<std::int64_t>(ends_.size()) - 1; }
+  const std::int32_t* stage() const { return stage_.data(); }
+  const std::int32_t* first_stage() const { return first_stage_.data(); }
+  // The sight of the content (or, one stage earlier, of the query) at a raster position.
+  Sight content_sight(std::int32_t position) const;
+  Sight query_sight(std::int32_t position) const;
+  static Sight start_sight() { return {0, 0, 0, 0, 0, 0}; }
 
  private:
-  std::size_t at(std::int64_t cell) const { return static_cast<std::size_t>(cell * padded() / 16); }
+  std::int64_t height_, width_, rows_, columns_;
+  std::vector<std::int32_t> order_;
+  std::vector<std::int64_t> ends_;
+  std::vector<std::int32_t> stage_;        // [rows, columns], the largest int32: no key
+  std::vector<std::int32_t> first_stage_;  // [rows / 4]
 };
 
-// What a head adds to products of queries and keys.
-struct ScoreParameters {
-  const std::int32_t* window;  // [31, 32], hidden in the last column
-  const std::int32_t* start;   // [3]
-  std::int32_t shift;
-  int gain_bits;
+// How keys and values of one image and one layer lie in memory.
+class KeyLayout {
+ public:
+  KeyLayout(const StageGrid& grid, std::int64_t heads, std::int64_t head_dim);
+  // Bytes of one image and one layer, a multiple of 64.
+  std::int64_t bytes() const { return heads_ * head_bytes(); }
+  HeadKeys head(const StageGrid& grid, const std::int8_t* memory, std::int64_t h) const;
+  // Writes the key and value of all heads, kv [2, heads * head_dim], of a raster position or, for
+  // `position` < 0, of start entry -1 - position.
+  void store(const StageGrid& grid, std::int64_t position, const std::int8_t* kv,
+             std::int8_t* memory) const;
+
+ private:
+  std::int64_t head_bytes() const { return key_bytes_ + value_bytes_ + sum_bytes_; }
+
+  std::int64_t heads_, head_dim_, quads_, value_blocks_;
+  std::int64_t key_bytes_, value_bytes_, sum_bytes_;
 };
 
-// Integer attention of one reader of a loaded box: q and mean [head_dim], integers of at most 127
-// in magnitude. row < 0: a start entry, which sees start entries only.
-void attend(const Box& box, const ScoreParameters& scores, std::int32_t row, std::int32_t column,
-            std::int32_t reads, const float* q, float* mean);
+// The scores that heads add to products, as the kernels read them.
+class ScoreTables {
+ public:
+  // bias [heads, 964], shift [heads]. Throws std::invalid_argument for values out of range.
+  ScoreTables(const std::int16_t* bias, const std::int8_t* shift, int gain_bits,
+              std::int64_t heads);
+  HeadScores head(std::int64_t h) const;
+
+ private:
+  int gain_bits_;
+  std::vector<std::int32_t> shift_;
+  AlignedArray<std::int32_t> window_;  // [heads, 37, 64]
+  AlignedArray<std::int32_t> start_;   // [heads, 16]
+};
 
 }  // namespace percov2

@@ -10,16 +10,16 @@
 #include <string>
 #include <vector>
 
-#include "attention.h"
 #include "bindings.h"
 #include "tensor_view.h"
+#include "transformer.h"
 
 namespace py = pybind11;
 
 namespace percov2 {
 namespace {
 
-// Arrays of a layer or a head by name, kept alive while the constructor reads them.
+// Arrays of a model by name, kept alive while the constructor reads them.
 class Parameters {
  public:
   explicit Parameters(const py::dict& arrays) : arrays_(arrays) {}
@@ -52,131 +52,137 @@ class Parameters {
   std::vector<std::shared_ptr<void>> views_;
 };
 
-IntegerLayer make_layer(const py::dict& arrays, std::int64_t dim, std::int64_t heads,
-                        std::int64_t head_dim, std::int64_t hidden) {
-  Parameters p(arrays);
+LayerParameters layer_parameters(Parameters& p, const std::string& prefix, std::int64_t dim,
+                                 std::int64_t heads, std::int64_t head_dim, std::int64_t hidden) {
   const std::int64_t inner = heads * head_dim;
   LayerParameters layer{};
-  layer.dim = dim;
-  layer.heads = heads;
-  layer.head_dim = head_dim;
-  layer.attention_gain = p.read<std::int16_t>("attention_norm.gain", {dim});
-  layer.q = p.linear("q", inner, dim);
-  layer.kv = p.linear("kv", 2 * inner, dim);
-  layer.score_bias = p.read<std::int16_t>("attention.bias", {heads, 31 * 31 + 3});
-  layer.score_shift = p.read<std::int8_t>("attention.shift", {heads});
-  layer.gain_bits = *p.read<std::int8_t>("attention.gain_bits", {1});
-  layer.out = p.linear("out", dim, inner);
-  layer.mlp_gain = p.read<std::int16_t>("mlp_norm.gain", {dim});
-  layer.up = p.linear("up", hidden, dim);
-  layer.gelu = p.read<std::int8_t>("gelu", {256});
-  layer.down = p.linear("down", dim, hidden);
-  return IntegerLayer(layer);
+  layer.attention_gain = p.read<std::int16_t>(prefix + "attention_norm.gain", {dim});
+  layer.q = p.linear(prefix + "q", inner, dim);
+  layer.kv = p.linear(prefix + "kv", 2 * inner, dim);
+  layer.score_bias =
+      p.read<std::int16_t>(prefix + "attention.bias", {heads, kWindow * kWindow + kStartEntries});
+  layer.score_shift = p.read<std::int8_t>(prefix + "attention.shift", {heads});
+  layer.gain_bits = *p.read<std::int8_t>(prefix + "attention.gain_bits", {1});
+  layer.out = p.linear(prefix + "out", dim, inner);
+  layer.mlp_gain = p.read<std::int16_t>(prefix + "mlp_norm.gain", {dim});
+  layer.up = p.linear(prefix + "up", hidden, dim);
+  layer.gelu = p.read<std::int8_t>(prefix + "gelu", {256});
+  layer.down = p.linear(prefix + "down", dim, hidden);
+  return layer;
 }
 
-IntegerHead make_head(const py::dict& arrays, std::int64_t dim, std::int64_t outputs) {
+std::unique_ptr<IntegerTransformer> make_transformer(const py::dict& arrays, std::int64_t codebook,
+                                                     std::int64_t dim, std::int64_t heads,
+                                                     std::int64_t head_dim, std::int64_t layers,
+                                                     std::int64_t hidden) {
   Parameters p(arrays);
-  const std::int16_t* gain = p.read<std::int16_t>("head_norm.gain", {dim});
-  return IntegerHead(dim, gain, p.linear("head", outputs, dim));
+  TransformerParameters all{};
+  all.codebook = codebook;
+  all.dim = dim;
+  all.heads = heads;
+  all.head_dim = head_dim;
+  all.token = p.read<std::int16_t>("embedding.token", {codebook, dim});
+  all.query = p.read<std::int16_t>("embedding.query", {dim});
+  all.row = p.read<std::int16_t>("embedding.row", {16, dim});
+  all.column = p.read<std::int16_t>("embedding.column", {16, dim});
+  all.start = p.read<std::int16_t>("embedding.start", {kStartEntries, dim});
+  all.height = p.read<std::int16_t>("embedding.height", {17, dim});
+  all.width = p.read<std::int16_t>("embedding.width", {17, dim});
+  for (std::int64_t i = 0; i < layers; ++i) {
+    const std::string prefix = "layers." + std::to_string(i) + ".";
+    all.layers.push_back(layer_parameters(p, prefix, dim, heads, head_dim, hidden));
+  }
+  all.head_gain = p.read<std::int16_t>("head_norm.gain", {dim});
+  all.head = p.linear("head", codebook, dim);
+  return std::make_unique<IntegerTransformer>(all);
 }
 
-py::tuple keys_values(const IntegerLayer& layer, py::handle residual, int threads) {
+py::array_t<std::int16_t> logits_of(const IntegerTransformer& model, py::handle residual,
+                                    int threads) {
   const TensorView<std::int32_t> input(residual, "residual");
   input.require_ndim(3);
-  same_size("residual's last axis", input.shape(2), layer.dim());
-  const std::vector<py::ssize_t> shape{input.shape(0), input.shape(1), layer.inner()};
-  py::array_t<std::int8_t> k(shape);
-  py::array_t<std::int8_t> v(shape);
-  std::int8_t* to_k = k.mutable_data();
-  std::int8_t* to_v = v.mutable_data();
-  {
-    const py::gil_scoped_release unlocked;
-    layer.keys_values(input.data(), input.shape(0) * input.shape(1), threads, to_k, to_v);
-  }
-  return py::make_tuple(k, v);
-}
-
-struct EntryArrays {
-  EntryArrays(const py::tuple& arrays, const char* name)
-      : row(py::object(arrays[0]), name),
-        column(py::object(arrays[1]), name),
-        stage(py::object(arrays[2]), name) {
-    for (const auto* view : {&row, &column, &stage}) {
-      view->require_ndim(1);
-      same_size(name, view->size(), row.size());
-    }
-  }
-  EntryView view() const { return {row.data(), column.data(), stage.data(), row.size()}; }
-
-  TensorView<std::int32_t> row, column, stage;
-};
-
-py::array_t<std::int32_t> advance_layer(const IntegerLayer& layer, py::handle residual,
-                                        const py::tuple& readers, py::handle k, py::handle v,
-                                        const py::tuple& keys, int threads) {
-  const TensorView<std::int32_t> input(residual, "residual");
-  const TensorView<std::int8_t> key(k, "k");
-  const TensorView<std::int8_t> value(v, "v");
-  const EntryArrays reading(readers, "readers");
-  const EntryArrays read(keys, "keys");
-  input.require_ndim(3);
-  same_size("residual's last axis", input.shape(2), layer.dim());
-  same_size("readers", reading.row.size(), input.shape(1));
-  for (const auto* cache : {&key, &value}) {
-    cache->require_ndim(3);
-    same_size("k and v's first axis", cache->shape(0), input.shape(0));
-    same_size("k and v's last axis", cache->shape(2), layer.inner());
-    same_size("k and v's second axis", cache->shape(1), key.shape(1));
-  }
-  if (read.row.size() > key.shape(1)) {
-    throw py::value_error("there are " + std::to_string(read.row.size()) + " keys but k holds " +
-                          std::to_string(key.shape(1)));
-  }
-  py::array_t<std::int32_t> output({input.shape(0), input.shape(1), input.shape(2)});
-  std::copy_n(input.data(), input.size(), output.mutable_data());
-  std::int32_t* out = output.mutable_data();
-  {
-    const py::gil_scoped_release unlocked;
-    layer.advance(out, input.shape(0), reading.view(), key.data(), value.data(), key.shape(1),
-                  read.view(), threads);
-  }
-  return output;
-}
-
-py::array_t<float> attention_weights_of(py::handle distances) {
-  const TensorView<std::int32_t> distance(distances, "distances");
-  distance.require_ndim(1);
-  py::array_t<float> weights(distance.size());
-  attention_weights(distance.data(), distance.size(), weights.mutable_data());
-  return weights;
-}
-
-py::array_t<std::int16_t> logits_of(const IntegerHead& head, py::handle residual, int threads) {
-  const TensorView<std::int32_t> input(residual, "residual");
-  input.require_ndim(3);
-  same_size("residual's last axis", input.shape(2), head.dim());
-  py::array_t<std::int16_t> output({input.shape(0), input.shape(1), head.outputs()});
+  same_size("residual's last axis", input.shape(2), model.dim());
+  py::array_t<std::int16_t> output({input.shape(0), input.shape(1), model.codebook()});
   std::int16_t* out = output.mutable_data();
   {
     const py::gil_scoped_release unlocked;
-    head.logits(input.data(), input.shape(0) * input.shape(1), threads, out);
+    model.logits(input.data(), input.shape(0) * input.shape(1), threads, out);
   }
   return output;
+}
+
+py::array_t<std::int32_t> encode(const IntegerTransformer& model, py::handle stages,
+                                 py::handle tokens, int threads) {
+  const TensorView<std::int32_t> map(stages, "stages");
+  const TensorView<std::int32_t> input(tokens, "tokens");
+  map.require_ndim(2);
+  input.require_ndim(3);
+  same_size("tokens' second axis", input.shape(1), map.shape(0));
+  same_size("tokens' last axis", input.shape(2), map.shape(1));
+  const TokenPass pass(model, map.data(), map.shape(0), map.shape(1));
+  py::array_t<std::int32_t> output({input.shape(0), pass.grid().positions(), model.dim()});
+  std::int32_t* out = output.mutable_data();
+  {
+    const py::gil_scoped_release unlocked;
+    pass.encode(input.data(), input.shape(0), threads, out);
+  }
+  return output;
+}
+
+std::unique_ptr<StagedPass> make_staged(const IntegerTransformer& model, py::handle stages,
+                                        std::int64_t batch) {
+  const TensorView<std::int32_t> map(stages, "stages");
+  map.require_ndim(2);
+  return std::make_unique<StagedPass>(model, map.data(), map.shape(0), map.shape(1), batch);
+}
+
+py::array_t<std::int32_t> staged_residual(StagedPass& pass, int threads) {
+  py::array_t<std::int32_t> output({pass.batch(), pass.next_count(), pass.model().dim()});
+  std::int32_t* out = output.mutable_data();
+  {
+    const py::gil_scoped_release unlocked;
+    pass.decode(threads, out);
+  }
+  return output;
+}
+
+void accept_tokens(StagedPass& pass, py::handle tokens) {
+  const TensorView<std::int32_t> input(tokens, "tokens");
+  input.require_ndim(2);
+  same_size("tokens' first axis", input.shape(0), pass.batch());
+  same_size("tokens' last axis", input.shape(1), pass.next_count());
+  pass.accept(input.data());
+}
+
+py::array_t<std::int32_t> tokens_of(const StagedPass& pass) {
+  py::array_t<std::int32_t> output({pass.batch(), pass.grid().height(), pass.grid().width()});
+  std::copy_n(pass.tokens(), output.size(), output.mutable_data());
+  return output;
+}
+
+py::array_t<std::uint8_t> attention_weights_of(py::handle distances) {
+  const TensorView<std::int32_t> distance(distances, "distances");
+  distance.require_ndim(1);
+  py::array_t<std::uint8_t> weights(distance.size());
+  attention_kernels().weigh(distance.data(), distance.size(), weights.mutable_data());
+  return weights;
 }
 
 }  // namespace
 
 void bind_transformer(py::module_& module) {
   module.def("attention_weights", &attention_weights_of, py::arg("distances"));
-  py::class_<IntegerLayer>(module, "IntegerLayer")
-      .def(py::init(&make_layer), py::arg("arrays"), py::arg("dim"), py::arg("heads"),
-           py::arg("head_dim"), py::arg("hidden"))
-      .def("keys_values", &keys_values, py::arg("residual"), py::arg("threads"))
-      .def("advance", &advance_layer, py::arg("residual"), py::arg("readers"), py::arg("k"),
-           py::arg("v"), py::arg("keys"), py::arg("threads"));
-  py::class_<IntegerHead>(module, "IntegerHead")
-      .def(py::init(&make_head), py::arg("arrays"), py::arg("dim"), py::arg("outputs"))
-      .def("logits", &logits_of, py::arg("residual"), py::arg("threads"));
+  py::class_<IntegerTransformer>(module, "IntegerTransformer")
+      .def(py::init(&make_transformer), py::arg("arrays"), py::arg("codebook_size"), py::arg("dim"),
+           py::arg("heads"), py::arg("head_dim"), py::arg("layers"), py::arg("hidden"))
+      .def("logits", &logits_of, py::arg("residual"), py::arg("threads"))
+      .def("encode", &encode, py::arg("stages"), py::arg("tokens"), py::arg("threads"));
+  py::class_<StagedPass>(module, "StagedPass")
+      .def(py::init(&make_staged), py::arg("model"), py::arg("stages"), py::arg("batch"),
+           py::keep_alive<1, 2>())
+      .def("residual", &staged_residual, py::arg("threads"))
+      .def("accept", &accept_tokens, py::arg("tokens"))
+      .def("tokens", &tokens_of);
 }
 
 }  // namespace percov2

@@ -1,51 +1,50 @@
-// Independent ranges of work on a few threads.
+// Independent pieces of work on a few threads.
+//
+// Threads are started when they are first asked for and wait without using the processor. They end
+// with the process; a forked child starts its own.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <exception>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
-#include <vector>
+#include <type_traits>
 
 namespace percov2 {
 
-// Runs work(first, last) over [0, items), split evenly on up to `threads` threads.
-// Throws std::invalid_argument unless threads >= 1; rethrows the first exception of a worker.
+namespace parallel {
+// Calls piece(context, i) for i in [0, count) on the calling thread and up to helpers others;
+// rethrows the first exception once all have ended. May be called by several threads at once and
+// from inside a piece.
+void run(std::int64_t count, int helpers, void (*piece)(void*, std::int64_t), void* context);
+}  // namespace parallel
+
+// Calls work(i) for i in [0, count) on up to `threads` threads; pieces are handed out one by one.
+// Throws std::invalid_argument unless threads >= 1; rethrows the first exception of a piece.
 template <class Work>
-void parallel_ranges(std::int64_t items, int threads, Work&& work) {
+void parallel_pieces(std::int64_t count, int threads, Work&& work) {
   if (threads < 1) {
     throw std::invalid_argument("threads is " + std::to_string(threads) + "; it must be >= 1");
   }
-  const std::int64_t parts = std::min<std::int64_t>(threads, items);
-  if (parts <= 1) {
-    work(std::int64_t{0}, items);
+  if (threads == 1 || count <= 1) {
+    for (std::int64_t i = 0; i < count; ++i) work(i);
     return;
   }
-  std::vector<std::exception_ptr> errors(static_cast<std::size_t>(parts));
-  const auto run = [&](std::int64_t part) {
-    try {
-      work(items * part / parts, items * (part + 1) / parts);
-    } catch (...) {
-      errors[static_cast<std::size_t>(part)] = std::current_exception();
-    }
-  };
-  std::vector<std::thread> pool;
-  pool.reserve(static_cast<std::size_t>(parts - 1));
-  for (std::int64_t part = 1; part < parts; ++part) {
-    try {
-      pool.emplace_back(run, part);
-    } catch (const std::system_error&) {
-      run(part);  // no thread to be had: the caller's own does the work
-    }
-  }
-  run(0);
-  for (std::thread& thread : pool) thread.join();
-  for (const std::exception_ptr& error : errors) {
-    if (error) std::rethrow_exception(error);
-  }
+  parallel::run(
+      count, static_cast<int>(std::min<std::int64_t>(threads, count)) - 1,
+      [](void* context, std::int64_t i) {
+        (*static_cast<std::remove_reference_t<Work>*>(context))(i);
+      },
+      const_cast<void*>(static_cast<const void*>(&work)));
+}
+
+// Runs work(first, last) over [0, items), split evenly on up to `threads` threads.
+template <class Work>
+void parallel_ranges(std::int64_t items, int threads, Work&& work) {
+  const std::int64_t parts = std::max<std::int64_t>(1, std::min<std::int64_t>(threads, items));
+  parallel_pieces(parts, threads, [&](std::int64_t part) {
+    work(items * part / parts, items * (part + 1) / parts);
+  });
 }
 
 }  // namespace percov2

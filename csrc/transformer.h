@@ -1,59 +1,20 @@
-// The integer token transformer on the CPU: docs/entropy-model.md, operation by operation.
+// The integer token transformer on the CPU: docs/entropy-model.md, as passes over token grids.
 //
-// Products of integers are computed in float: every partial sum stays below 2^24, where float is
-// exact in any order, and loops over float vectorise on every machine. Nothing else is float except
-// quotients in double, whose floors are exact in the ranges given. All functions are pure.
+// One pass for all stages (encoding) or one for each (decoding) runs every layer over some images
+// at a time, so that what is between two operations stays in cache and memory does not grow with
+// the batch. All sums are exact integers: results depend neither on that, nor on threads.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "aligned_array.h"
+#include "attention.h"
+#include "linear.h"
+
 namespace percov2 {
 
-// A linear map with requantization, as stored: weight [outputs, terms], the rest [outputs].
-struct LinearParameters {
-  const std::int8_t* weight;
-  const std::int32_t* bias;
-  const std::int8_t* multiplier;
-  const std::int8_t* shift;
-  std::int64_t outputs;
-  std::int64_t terms;
-};
-
-// clamp((x . w + bias) * multiplier + 2^(shift - 1) >> shift, low, high).
-class QuantizedLinear {
- public:
-  QuantizedLinear(const LinearParameters& parameters, std::int32_t low, std::int32_t high);
-  // x [rows, terms], integers of at most 127 in magnitude; y [rows, outputs].
-  void run(const float* x, std::int64_t rows, std::int32_t* y) const;
-  std::int64_t outputs() const { return outputs_; }
-  std::int64_t terms() const { return terms_; }
-
- private:
-  std::int64_t outputs_;
-  std::int64_t terms_;
-  std::int32_t low_;
-  std::int32_t high_;
-  std::vector<std::int8_t> weight_;  // [tile of 32 outputs][terms][32], zeros beyond the last
-  std::vector<float> bias_;
-  std::vector<std::int32_t> multiplier_;
-  std::vector<std::int32_t> shift_;
-};
-
-constexpr std::int32_t kMaxSide = 16384;  // of a grid of tokens
-
-// Positions and times of entries; start entries have row and column -1 and come first among keys.
-struct EntryView {
-  const std::int32_t* row;
-  const std::int32_t* column;
-  const std::int32_t* stage;  // keys: key_stage; readers: reads
-  std::int64_t count;
-};
-
 struct LayerParameters {
-  std::int64_t dim;
-  std::int64_t heads;
-  std::int64_t head_dim;
   const std::int16_t* attention_gain;  // [dim]
   LinearParameters q;
   LinearParameters kv;
@@ -67,64 +28,137 @@ struct LayerParameters {
   LinearParameters down;
 };
 
-// One layer of the transformer.
-class IntegerLayer {
- public:
-  explicit IntegerLayer(const LayerParameters& parameters);
-
-  std::int64_t dim() const { return dim_; }
-  std::int64_t inner() const { return heads_ * head_dim_; }
-
-  // Keys and values of contents: residual [rows, dim]; k and v [rows, inner].
-  void keys_values(const std::int32_t* residual, std::int64_t rows, int threads, std::int8_t* k,
-                   std::int8_t* v) const;
-
-  // The residual of readers after this layer, in place. residual [batch, readers, dim]; k and v
-  // [batch, keys, inner], images `key_stride` keys apart. Throws std::invalid_argument for entries
-  // outside a grid of kMaxSide, and for negative or the largest stages.
-  void advance(std::int32_t* residual, std::int64_t batch, const EntryView& readers,
-               const std::int8_t* k, const std::int8_t* v, std::int64_t key_stride,
-               const EntryView& keys, int threads) const;
-
- private:
-  struct Workspace;
-  void attend_tile(Workspace& w, const EntryView& readers, const std::int64_t* picks,
-                   std::int64_t count, const std::int8_t* k, const std::int8_t* v) const;
-  void advance_tile(Workspace& w, std::int32_t* residual, const EntryView& readers,
-                    const std::int64_t* picks, std::int64_t count, const std::int8_t* k,
-                    const std::int8_t* v, const EntryView& keys) const;
-
-  std::int64_t dim_;
-  std::int64_t heads_;
-  std::int64_t head_dim_;
-  int gain_bits_;
-  std::vector<std::int32_t> attention_gain_;
-  std::vector<std::int32_t> mlp_gain_;
-  std::vector<std::int32_t> window_bias_;  // [heads, 31, 32], hidden in the last
-  std::vector<std::int32_t> start_bias_;   // [heads, 3]
-  std::vector<std::int32_t> score_shift_;
-  std::vector<float> gelu_;
-  QuantizedLinear q_, kv_, out_, up_, down_;
+struct TransformerParameters {
+  std::int64_t codebook, dim, heads, head_dim, hidden;
+  const std::int16_t* token;   // [codebook, dim]
+  const std::int16_t* query;   // [dim]
+  const std::int16_t* row;     // [16, dim]
+  const std::int16_t* column;  // [16, dim]
+  const std::int16_t* start;   // [3, dim]
+  const std::int16_t* height;  // [17, dim]
+  const std::int16_t* width;   // [17, dim]
+  std::vector<LayerParameters> layers;
+  const std::int16_t* head_gain;  // [dim]
+  LinearParameters head;
 };
 
-// The last LayerNorm and the map to logits.
-class IntegerHead {
+// The parameters, packed. Rows of residuals are row_lanes(dim) apart, of activations row_bytes.
+class IntegerTransformer {
  public:
-  IntegerHead(std::int64_t dim, const std::int16_t* gain, const LinearParameters& parameters);
+  explicit IntegerTransformer(const TransformerParameters& parameters);
+
+  std::int64_t codebook() const { return codebook_; }
   std::int64_t dim() const { return dim_; }
-  std::int64_t outputs() const { return linear_.outputs(); }
-  // residual [rows, dim] -> logits [rows, outputs].
+  std::int64_t heads() const { return heads_; }
+  std::int64_t head_dim() const { return head_dim_; }
+  std::int64_t inner() const { return heads_ * head_dim_; }
+  std::int64_t layers() const { return static_cast<std::int64_t>(layers_.size()); }
+
+  // residual [rows, dim] -> logits [rows, codebook], both without padding.
   void logits(const std::int32_t* residual, std::int64_t rows, int threads,
               std::int16_t* out) const;
 
  private:
-  std::int64_t dim_;
-  std::vector<std::int32_t> gain_;
-  QuantizedLinear linear_;
+  friend class TokenPass;
+
+  struct Layer {
+    Layer(const LayerParameters& parameters, std::int64_t dim, std::int64_t heads);
+    NormGain attention_gain;
+    QuantizedLinear q, kv;
+    ScoreTables scores;
+    QuantizedLinear out;
+    NormGain mlp_gain;
+    QuantizedLinear up;
+    AlignedArray<std::int8_t> gelu;  // [256], by the byte of x
+    QuantizedLinear down;
+  };
+
+  std::int64_t codebook_, dim_, heads_, head_dim_;
+  std::vector<std::int16_t> token_, query_, row_, column_, start_, height_, width_;
+  std::vector<Layer> layers_;
+  NormGain head_gain_;
+  QuantizedLinear head_;
 };
 
-// Integer LayerNorm of each row: residual [rows, dim] -> out [rows, dim], integers in float.
-void layer_norm(const std::int32_t* residual, const std::int32_t* gain, std::int64_t rows,
-                std::int64_t dim, float* out);
+// Passes over token grids of one shape and schedule.
+class TokenPass {
+ public:
+  // `model` must outlive the pass. stages [height, width], 1 .. S without gaps.
+  TokenPass(const IntegerTransformer& model, const std::int32_t* stages, std::int64_t height,
+            std::int64_t width);
+
+  const StageGrid& grid() const { return grid_; }
+  const IntegerTransformer& model() const { return model_; }
+
+  // The residual of all queries after the last layer, in coding order: tokens [batch, positions] in
+  // raster order -> out [batch, positions, dim]. Throws std::invalid_argument for a token outside
+  // the codebook.
+  void encode(const std::int32_t* tokens, std::int64_t batch, int threads, std::int32_t* out) const;
+
+ protected:
+  // The entries of every image in one pass: contents (start entries and tokens of known stages),
+  // which become keys, then queries.
+  struct Entries {
+    std::vector<std::int32_t> position;  // in raster order, -1 - s for start entry s
+    std::vector<Sight> sight;
+    std::int64_t contents = 0;
+
+    std::int64_t count() const { return static_cast<std::int64_t>(position.size()); }
+    std::int64_t queries() const { return count() - contents; }
+  };
+  // Where the keys of image b and layer l are: base + b * image_stride + l * layer_stride.
+  struct KeyMemory {
+    std::int8_t* base;
+    std::int64_t image_stride;
+    std::int64_t layer_stride;
+  };
+
+  void add_starts(Entries& entries) const;
+  // Positions first .. last of the coding order.
+  void add_contents(Entries& entries, std::int64_t first, std::int64_t last) const;
+  void add_queries(Entries& entries, std::int64_t first, std::int64_t last) const;
+  // The residual of the queries, out [batch, queries, dim]. With `cache`, keys are kept there, and
+  // those of earlier passes are read; without, the contents are all keys.
+  void run(const Entries& entries, const std::int32_t* tokens, std::int64_t batch,
+           const KeyMemory* cache, int threads, std::int32_t* out) const;
+
+  const IntegerTransformer& model_;
+  StageGrid grid_;
+  KeyLayout layout_;
+
+ private:
+  struct Chunk;
+
+  void run_chunk(Chunk& chunk, int threads, std::int32_t* out) const;
+  void embed(Chunk& chunk, std::int64_t first, std::int64_t last) const;
+  void project(Chunk& chunk, std::int64_t layer, std::int64_t first, std::int64_t last) const;
+  void attend(Chunk& chunk, std::int64_t layer, int threads) const;
+  void feed_forward(Chunk& chunk, std::int64_t layer, std::int64_t first, std::int64_t last) const;
+};
+
+// Decoding: keys and values of all known tokens are kept from stage to stage.
+class StagedPass : public TokenPass {
+ public:
+  StagedPass(const IntegerTransformer& model, const std::int32_t* stages, std::int64_t height,
+             std::int64_t width, std::int64_t batch);
+
+  std::int64_t batch() const { return batch_; }
+  // Positions per image of the next stage, 0 after the last.
+  std::int64_t next_count() const;
+  // The residual of the next stage's queries: out [batch, next_count(), dim]. Throws
+  // std::out_of_range if no stage remains. May be called again before accept().
+  void decode(int threads, std::int32_t* out);
+  // Takes the tokens of the next stage, [batch, next_count()] in raster order. Throws
+  // std::invalid_argument for a token outside the codebook.
+  void accept(const std::int32_t* tokens);
+  // The tokens so far, 0 elsewhere: [batch, positions] in raster order.
+  const std::int32_t* tokens() const { return tokens_.data(); }
+
+ private:
+  std::int64_t batch_;
+  std::int64_t known_ = 0;  // stages
+  AlignedArray<std::int32_t> tokens_;
+  AlignedArray<std::int8_t> cache_;
+};
 
 }  // namespace percov2

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import reference_int_transformer as reference
-from percov2.entropy import cpu_layers, int_transformer, intmath, rans, schedule
+from percov2.entropy import cpu_executor, int_transformer, rans, schedule
 from percov2.entropy.entries import (
     content_entries,
     join,
@@ -115,36 +115,42 @@ def test_executors_agree(heads, head_dim):
         assert len(logits[0].unique()) > 1000
 
 
-def test_compiled_weights_equal_the_table():
-    distances = np.arange(2**16, dtype=np.int32)
-    weights = rans.attention_weights(distances)
-    assert weights[:128].tolist() == list(intmath.WEIGHT_TABLE)
-    assert not weights[128:].any()
-    assert rans.attention_weights(np.array([2**31 - 1, 0], dtype=np.int32)).tolist() == [0, 127]
-
-
-def test_compiled_layers_refuse_wrong_arrays():
-    layer = cpu_layers.Layer(SMALL, random_tensors(SMALL, 1), 0)
-    keys = start_entries()
-    plan = cpu_layers.plan(keys, keys, torch.device("cpu"))
-    residual = torch.zeros(1, 3, 24, dtype=torch.int32)
-    k, v = layer.keys_values(residual)
-    assert layer.advance(residual, k, v, plan).shape == residual.shape
-    with pytest.raises(ValueError, match="there are 3 keys but k holds 2"):
-        layer.advance(residual, k[:, :2], v[:, :2], plan)
-    with pytest.raises(ValueError, match="readers has 3 elements"):
-        layer.advance(residual[:, :2], k, v, plan)
-    with pytest.raises(ValueError, match="last axis"):
-        layer.keys_values(torch.zeros(1, 3, 23, dtype=torch.int32))
-    grid = content_entries(np.ones(3, np.int32), np.arange(3), 3)
-    with pytest.raises(ValueError, match="must be start entries"):
-        layer.advance(residual, k, v, cpu_layers.plan(grid, grid, torch.device("cpu")))
-    with pytest.raises(ValueError, match="cannot run on meta"):
-        cpu_layers.plan(keys, keys, torch.device("meta"))
+def test_compiled_passes_refuse_wrong_arrays():
     tensors = random_tensors(SMALL, 1)
+    executor = cpu_executor.Executor(SMALL, tensors, torch.device("cpu"))
+    native = executor._native
+    stages = np.array([[1, 2, 2]], dtype=np.int32)
+    tokens = np.zeros((2, 1, 3), dtype=np.int32)
+    assert native.encode(stages, tokens, 1).shape == (2, 3, 24)
+    with pytest.raises(ValueError, match="last axis"):
+        native.encode(stages, tokens[:, :, :2].copy(), 1)
+    with pytest.raises(ValueError, match="token 16 is not in 0"):
+        native.encode(stages, tokens + 16, 1)
+    with pytest.raises(ValueError, match="stages must be"):
+        native.encode(stages - 1, tokens, 1)
+    with pytest.raises(ValueError, match="stages must be"):
+        native.encode(stages + 2, tokens, 1)
+    with pytest.raises(ValueError, match="threads is 0"):
+        native.encode(stages, tokens, 0)
+    with pytest.raises(ValueError, match="last axis"):
+        native.logits(np.zeros((1, 3, 23), dtype=np.int32), 1)
+    staged = rans.StagedPass(native, stages, 2)
+    assert staged.residual(1).shape == (2, 1, 24)
+    with pytest.raises(ValueError, match="last axis"):
+        staged.accept(np.zeros((2, 2), dtype=np.int32))
+    with pytest.raises(ValueError, match="first axis"):
+        staged.accept(np.zeros((1, 1), dtype=np.int32))
+    with pytest.raises(ValueError, match="token -1 is not in 0"):
+        staged.accept(np.full((2, 1), -1, dtype=np.int32))
+    for count in (1, 2):
+        staged.accept(np.ones((2, count), dtype=np.int32))
+    with pytest.raises(IndexError, match="every stage is decoded"):
+        staged.residual(1)
+    with pytest.raises(ValueError, match="cannot run on meta"):
+        cpu_executor.Executor(SMALL, tensors, torch.device("meta"))
     del tensors["layers.0.gelu"]
-    with pytest.raises(ValueError, match="has no gelu"):
-        cpu_layers.Layer(SMALL, tensors, 0)
+    with pytest.raises(ValueError, match=r"has no layers\.0\.gelu"):
+        cpu_executor.Executor(SMALL, tensors, torch.device("cpu"))
 
 
 def test_a_wrong_executor_is_refused():
@@ -153,8 +159,8 @@ def test_a_wrong_executor_is_refused():
 
 
 def test_an_executor_that_disagrees_is_refused(monkeypatch):
-    exact = cpu_layers.Head.logits
-    monkeypatch.setattr(cpu_layers.Head, "logits", lambda self, r: exact(self, r) + 1)
+    exact = cpu_executor.Executor.logits
+    monkeypatch.setattr(cpu_executor.Executor, "logits", lambda self, r: exact(self, r) + 1)
     int_transformer._executor.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="'cpu' does not compute"):

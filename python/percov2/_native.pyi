@@ -29,7 +29,7 @@ def intervals(
 def cdf(logits: _Array, type: _LogitType, prob_bits: int, threads: int) -> NDArray[np.int32]:
     """logits [n, V] of that type -> [n, V + 1]."""
 
-def attention_weights(distances: NDArray[np.int32]) -> NDArray[np.float32]: ...
+def attention_weights(distances: NDArray[np.int32]) -> NDArray[np.uint8]: ...
 
 class BatchEncoder:
     def __init__(self, checks: _Array) -> None:
@@ -82,23 +82,22 @@ class LaneDecoder:
 
     def finished(self, check: int) -> bool: ...
 
-class IntegerLayer:
+class IntegerTransformer:
     def __init__(
-        self, arrays: dict[str, Any], dim: int, heads: int, head_dim: int, hidden: int
-    ) -> None: ...
-    def keys_values(
-        self, residual: Any, threads: int
-    ) -> tuple[NDArray[np.int8], NDArray[np.int8]]: ...
-    def advance(
         self,
-        residual: Any,
-        readers: tuple[Any, Any, Any],
-        k: Any,
-        v: Any,
-        keys: tuple[Any, Any, Any],
-        threads: int,
-    ) -> NDArray[np.int32]: ...
-
-class IntegerHead:
-    def __init__(self, arrays: dict[str, Any], dim: int, outputs: int) -> None: ...
+        arrays: dict[str, Any],
+        codebook_size: int,
+        dim: int,
+        heads: int,
+        head_dim: int,
+        layers: int,
+        hidden: int,
+    ) -> None: ...
     def logits(self, residual: Any, threads: int) -> NDArray[np.int16]: ...
+    def encode(self, stages: Any, tokens: Any, threads: int) -> NDArray[np.int32]: ...
+
+class StagedPass:
+    def __init__(self, model: IntegerTransformer, stages: Any, batch: int) -> None: ...
+    def residual(self, threads: int) -> NDArray[np.int32]: ...
+    def accept(self, tokens: Any) -> None: ...
+    def tokens(self) -> NDArray[np.int32]: ...

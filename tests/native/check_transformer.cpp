@@ -1,5 +1,5 @@
-// LayerNorm, linear maps, attention, layers and heads of every instruction set against
-// plain_transformer.h, through the interface that the bindings use.
+// LayerNorm, GELU, linear maps, attention, heads and passes of every instruction set against
+// plain_transformer.h.
 
 #include <algorithm>
 #include <cstdint>
@@ -13,170 +13,251 @@ namespace percov2_test {
 namespace {
 
 struct Subjects {
-  Subject norm{"layer norm"}, head{"head"}, keys{"keys and values"};
-  Subject attention{"attention"}, layer{"layer"};
+  Subject norm{"layer norm"}, bytes{"linear to bytes"}, words{"linear to words"};
+  Subject sums{"linear added"}, look_up{"gelu"}, head{"head"};
+  Subject attention{"attention"}, one_pass{"one pass"}, staged{"staged passes"};
 
   bool report() const {
     bool equal = true;
-    for (const Subject* s : {&norm, &head, &keys, &attention, &layer}) {
+    for (const Subject* s :
+         {&norm, &bytes, &words, &sums, &look_up, &head, &attention, &one_pass, &staged}) {
       equal = s->report() && equal;
     }
     return equal;
   }
 };
 
-plain::Numbers row_of(const Fenced<std::int32_t>& values, std::int64_t row, std::int64_t width) {
-  return plain::Numbers(values.data() + row * width, values.data() + (row + 1) * width);
-}
-
 void append(std::vector<std::int64_t>& all, const plain::Numbers& more) {
   all.insert(all.end(), more.begin(), more.end());
 }
 
-// x -> clamp(x, -127, 127), so that what enters the map comes out.
-Linear identity(std::int64_t size) {
-  Linear map;
-  map.outputs = map.terms = size;
-  map.weight.assign(static_cast<std::size_t>(size * size), 0);
-  for (std::int64_t i = 0; i < size; ++i) map.weight[static_cast<std::size_t>(i * size + i)] = 1;
-  map.bias.assign(static_cast<std::size_t>(size), 0);
-  map.multiplier.assign(static_cast<std::size_t>(size), 2);
-  map.shift.assign(static_cast<std::size_t>(size), 1);
-  return map;
+template <class T>
+plain::Numbers row_of(const Fenced<T>& values, std::int64_t row, std::int64_t stride,
+                      std::int64_t width) {
+  const T* first = values.data() + row * stride;
+  return plain::Numbers(first, first + width);
 }
 
-Linear zero(std::int64_t outputs, std::int64_t terms) {
-  Linear map;
-  map.outputs = outputs;
-  map.terms = terms;
-  map.weight.assign(static_cast<std::size_t>(outputs * terms), 0);
-  map.bias.assign(static_cast<std::size_t>(outputs), 0);
-  map.multiplier.assign(static_cast<std::size_t>(outputs), 1);
-  map.shift.assign(static_cast<std::size_t>(outputs), 1);
-  return map;
-}
-
-// Rows along the signs of a map's weights: its accumulators come near their limits.
-void align(Random& random, const Linear& map, std::int32_t* residual, std::int64_t rows) {
-  for (std::int64_t r = 0; r < rows; ++r) {
-    if (random.one_in(2)) continue;
-    const std::int64_t output = random.between(0, map.outputs - 1);
-    const std::int64_t size = random.pick({3000, 400000, kResidual});
-    for (std::int64_t t = 0; t < map.terms; ++t) {
-      const int w = map.weight[static_cast<std::size_t>(output * map.terms + t)];
-      residual[r * map.terms + t] = static_cast<std::int32_t>(w < 0 ? -size : size);
-    }
-  }
-}
-
-void check_heads(Random& random, Subjects& subjects, const std::vector<percov2::Isa>& sets) {
+void check_norms(Random& random, Subjects& subjects, const std::vector<percov2::Isa>& sets) {
   const std::int64_t dim = random.one_in(8) ? random.between(1, 1024) : random.between(1, 130);
-  const std::int64_t rows = random.pick({1, 2, 3, 5, 8, 13, 65});
+  const std::int64_t rows = random.pick({1, 2, 3, 5, 8, 13}), lanes = percov2::row_lanes(dim);
   std::vector<std::int16_t> gain;
   const bool extreme = random.one_in(2);
   const std::int64_t limit = random.pick({16, 100, 2047});
   for (std::int64_t i = 0; i < dim; ++i) {
     gain.push_back(static_cast<std::int16_t>(symmetric(random, limit, extreme)));
   }
-  Linear map;
-  map.fill(random, random.size(1, 300), dim, 20000);
-  Fenced<std::int32_t> residual(rows * dim, random.one_in(2));
-  fill_residual(random, residual.data(), rows, dim);
-  align(random, map, residual.data(), rows);
-  std::vector<std::int64_t> norms, logits;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const plain::Numbers x = plain::layer_norm(row_of(residual, r, dim), gain);
-    append(norms, x);
-    append(logits, plain::linear(map, x, -32768, 32767));
-  }
-  const Linear same = identity(dim);
-  for (const percov2::Isa isa : sets) {
-    percov2::use_isa(isa);
-    const int threads = random.one_in(4) ? 2 : 1;
-    Fenced<std::int16_t> out(rows * dim, random.one_in(2));
-    percov2::IntegerHead(dim, gain.data(), same.view())
-        .logits(residual.data(), rows, threads, out.data());
-    subjects.norm.compare(out.data(), norms.data(), rows * dim, rows, dim);
-    Fenced<std::int16_t> got(rows * map.outputs, random.one_in(2));
-    percov2::IntegerHead(dim, gain.data(), map.view())
-        .logits(residual.data(), rows, threads, got.data());
-    subjects.head.compare(got.data(), logits.data(), got.size(), dim, map.outputs);
-  }
-}
-
-void check_keys(Random& random, const Layer& layer, Subjects& subjects,
-                const std::vector<percov2::Isa>& sets) {
-  const std::int64_t rows = random.pick({1, 2, 7, 16, 33, 70}), inner = layer.inner();
-  Fenced<std::int32_t> residual(rows * layer.dim, random.one_in(2));
-  fill_residual(random, residual.data(), rows, layer.dim);
-  align(random, layer.kv, residual.data(), rows);
-  std::vector<std::int64_t> k, v;
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const plain::Numbers x =
-        plain::layer_norm(row_of(residual, r, layer.dim), layer.attention_gain);
-    const plain::Numbers both = plain::linear(layer.kv, x, -127, 127);
-    k.insert(k.end(), both.begin(), both.begin() + inner);
-    v.insert(v.end(), both.begin() + inner, both.end());
-  }
-  for (const percov2::Isa isa : sets) {
-    percov2::use_isa(isa);
-    const percov2::IntegerLayer compiled(layer.view());
-    Fenced<std::int8_t> got_k(rows * inner, random.one_in(2)), got_v(rows * inner);
-    compiled.keys_values(residual.data(), rows, random.one_in(4) ? 2 : 1, got_k.data(),
-                         got_v.data());
-    subjects.keys.compare(got_k.data(), k.data(), rows * inner, layer.dim, inner);
-    subjects.keys.compare(got_v.data(), v.data(), rows * inner, layer.dim, inner);
-  }
-}
-
-void check_layer(Random& random, const Layer& layer, Subject& subject,
-                 const std::vector<percov2::Isa>& sets) {
-  const std::int64_t high = random.between(1, 40), wide = random.between(1, 70);
-  const Entries keys = grid_keys(random, high, wide, random.pick({1, 3, 30}));
-  const Entries readers = grid_readers(random, high, wide, random.between(1, 24));
-  const std::int64_t batch = random.between(1, 2), inner = layer.inner(), dim = layer.dim;
-  const std::int64_t stride = keys.count() + random.between(0, 2);
-  Fenced<std::int8_t> k(batch * stride * inner, random.one_in(4)), v(batch * stride * inner);
-  const bool extreme = random.one_in(3);
-  for (auto* values : {&k, &v}) {
-    for (std::int64_t i = 0; i < values->size(); ++i) {
-      (*values)[i] = static_cast<std::int8_t>(symmetric(random, 127, extreme));
-    }
-  }
-  Fenced<std::int32_t> residual(batch * readers.count() * dim);
-  fill_residual(random, residual.data(), batch * readers.count(), dim);
+  std::vector<std::int32_t> dense(static_cast<std::size_t>(rows * dim));
+  fill_residual(random, dense.data(), rows, dim);
+  Fenced<std::int32_t> residual(rows * lanes, random.one_in(2));
   std::vector<std::int64_t> expected;
-  for (std::int64_t b = 0; b < batch; ++b) {
-    for (std::int64_t i = 0; i < readers.count(); ++i) {
-      const std::int64_t offset = b * stride * inner;
-      append(expected, plain::advance(layer, row_of(residual, b * readers.count() + i, dim),
-                                      readers, static_cast<std::size_t>(i), k.data() + offset,
-                                      v.data() + offset, keys));
-    }
+  for (std::int64_t r = 0; r < rows; ++r) {
+    std::copy_n(dense.data() + r * dim, dim, residual.data() + r * lanes);
+    append(expected, plain::layer_norm(row_of(residual, r, lanes, dim), gain));
+    expected.resize(static_cast<std::size_t>((r + 1) * percov2::row_bytes(dim)), 0);
   }
+  std::vector<std::int8_t> table(256);
+  for (auto& entry : table) entry = static_cast<std::int8_t>(symmetric(random, 127, false));
+  const std::int64_t count = 64 * random.between(1, 9);
+  std::vector<std::int8_t> values;
+  std::vector<std::int64_t> looked_up;
+  for (std::int64_t i = 0; i < count; ++i) {
+    values.push_back(static_cast<std::int8_t>(symmetric(random, 127, false)));
+    looked_up.push_back(table[static_cast<std::uint8_t>(values.back())]);
+  }
+  const percov2::NormGain norm(gain.data(), dim);
   for (const percov2::Isa isa : sets) {
     percov2::use_isa(isa);
-    const percov2::IntegerLayer compiled(layer.view());
-    Fenced<std::int32_t> got(residual.size(), random.one_in(2));
-    std::copy_n(residual.data(), residual.size(), got.data());
-    compiled.advance(got.data(), batch, readers.view(), k.data(), v.data(), stride, keys.view(),
-                     random.one_in(4) ? 3 : 1);
-    subject.compare(got.data(), expected.data(), got.size(), keys.count(), layer.head_dim);
+    Fenced<std::int8_t> out(rows * percov2::row_bytes(dim), random.one_in(2));
+    norm.run(residual.data(), rows, out.data());
+    subjects.norm.compare(out.data(), expected.data(), out.size(), rows, dim);
+    Fenced<std::int8_t> got(count, random.one_in(2));
+    std::copy(values.begin(), values.end(), got.data());
+    percov2::norm_kernels().look_up(table.data(), got.data(), count);
+    subjects.look_up.compare(got.data(), looked_up.data(), count, count, 0);
   }
 }
 
-// A layer whose output shows its attention: the mean is added to the residual, the feed-forward
-// part adds nothing.
-void bare_attention(Layer& layer) {
-  layer.dim = layer.inner();
-  layer.attention_gain.assign(static_cast<std::size_t>(layer.dim), 100);
-  layer.mlp_gain.assign(static_cast<std::size_t>(layer.dim), 100);
-  layer.q = identity(layer.dim);
-  layer.kv = zero(2 * layer.dim, layer.dim);
-  layer.out = identity(layer.dim);
-  layer.hidden = 1;
-  layer.up = zero(1, layer.dim);
-  layer.down = zero(layer.dim, 1);
+void check_maps(Random& random, Subjects& subjects, const std::vector<percov2::Isa>& sets) {
+  const std::int64_t terms =
+      random.one_in(8) ? random.pick({1040, random.between(1, 1040)}) : random.between(1, 140);
+  Linear map;
+  map.fill(random, random.size(1, 300), terms, random.pick({127, 20000, kResidual}));
+  const std::int64_t rows = random.pick({1, 2, 3, 4, 5, 6, 7, 11, 12, 25}), n = map.outputs;
+  const std::int64_t stride = percov2::row_bytes(terms), lanes = percov2::row_lanes(n);
+  Fenced<std::int8_t> x(rows * stride, random.one_in(2));
+  const bool extreme = random.one_in(3);
+  for (std::int64_t i = 0; i < x.size(); ++i) {
+    x[i] = static_cast<std::int8_t>(symmetric(random, 127, extreme));
+  }
+  for (std::int64_t r = 0; r < rows; r += random.between(1, 3)) {  // the largest sums
+    const std::int64_t o = random.between(0, n - 1);
+    for (std::int64_t t = 0; t < terms; ++t) {
+      x[r * stride + t] = map.weight[static_cast<std::size_t>(o * terms + t)] < 0 ? -127 : 127;
+    }
+  }
+  std::vector<std::int32_t> residual(static_cast<std::size_t>(rows * lanes));
+  fill_residual(random, residual.data(), rows, lanes);
+  std::vector<std::int64_t> bytes, words, sums;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const plain::Numbers in = row_of(x, r, stride, terms);
+    append(bytes, plain::linear(map, in, -127, 127));
+    bytes.resize(static_cast<std::size_t>((r + 1) * lanes), 0);
+    append(words, plain::linear(map, in, -32768, 32767));
+    plain::Numbers line(residual.data() + r * lanes, residual.data() + (r + 1) * lanes);
+    plain::Numbers update = plain::linear(map, in, -kResidual, kResidual);
+    update.resize(line.size(), 0);
+    plain::add(line, update);
+    append(sums, line);
+  }
+  const percov2::QuantizedLinear packed(map.view());
+  for (const percov2::Isa isa : sets) {
+    percov2::use_isa(isa);
+    const percov2::LinearKernels& kernels = percov2::linear_kernels();
+    Fenced<std::int8_t> got_bytes(rows * lanes, random.one_in(2));
+    kernels.to_bytes(packed.map(), x.data(), stride, rows, got_bytes.data(), lanes);
+    subjects.bytes.compare(got_bytes.data(), bytes.data(), rows * lanes, terms, n);
+    Fenced<std::int16_t> got_words(rows * n, random.one_in(2));
+    kernels.to_words(packed.map(), x.data(), stride, rows, got_words.data(), n);
+    subjects.words.compare(got_words.data(), words.data(), rows * n, terms, n);
+    Fenced<std::int32_t> got_sums(rows * lanes, random.one_in(2));
+    std::copy(residual.begin(), residual.end(), got_sums.data());
+    kernels.add_to(packed.map(), x.data(), stride, rows, got_sums.data(), lanes);
+    subjects.sums.compare(got_sums.data(), sums.data(), rows * lanes, terms, n);
+  }
+}
+
+// Keys, values and queries up to their limits, on a grid whose positions all have keys in the end.
+void check_attention(Random& random, Subject& subject, const std::vector<percov2::Isa>& sets) {
+  Layer layer;
+  layer.fill_sizes(random, true);
+  layer.fill(random);
+  const std::int64_t high = random.between(1, 40), wide = random.between(1, 70);
+  const std::int64_t inner = layer.inner();
+  const std::vector<std::int32_t> stages = random_stages(random, high * wide);
+  const percov2::StageGrid grid(stages.data(), high, wide);
+  const percov2::KeyLayout layout(grid, layer.heads, layer.head_dim);
+  percov2::AlignedArray<std::int8_t> memory(layout.bytes());
+  const bool extreme = random.one_in(3);
+  const auto draw = [&](std::int64_t count) {
+    std::vector<std::int8_t> values;
+    for (std::int64_t i = 0; i < count; ++i) {
+      values.push_back(static_cast<std::int8_t>(symmetric(random, 127, extreme)));
+    }
+    return values;
+  };
+  plain::Entries keys, readers;
+  std::vector<plain::Numbers> k, v;
+  for (std::int64_t j = -3; j < high * wide; ++j) {
+    const std::vector<std::int8_t> kv = draw(2 * inner);
+    k.emplace_back(kv.begin(), kv.begin() + inner);
+    v.emplace_back(kv.begin() + inner, kv.end());
+    // Start entries -3, -2, -1 are numbers 0, 1, 2, stored as -1, -2, -3.
+    layout.store(grid, j < 0 ? -4 - j : j, kv.data(), memory.data());
+    if (j < 0) {
+      keys.add(-1, -1, 0);
+    } else {
+      keys.add(j / wide, j % wide, stages[static_cast<std::size_t>(j)]);
+    }
+  }
+  std::vector<percov2::Sight> sights;
+  for (std::int64_t i = random.between(1, 20); i > 0; --i) {
+    const auto at = static_cast<std::int32_t>(random.between(0, high * wide - 1));
+    const bool content = random.one_in(2);
+    if (random.one_in(10)) {
+      sights.push_back(percov2::StageGrid::start_sight());
+      readers.add(-1, -1, 0);
+    } else {
+      sights.push_back(content ? grid.content_sight(at) : grid.query_sight(at));
+      readers.add(at / wide, at % wide, stages[static_cast<std::size_t>(at)] - (content ? 0 : 1));
+    }
+  }
+  const auto count = static_cast<std::int64_t>(sights.size());
+  const std::int64_t stride = percov2::row_bytes(inner);
+  const std::vector<std::int8_t> q = draw(count * stride + 64);
+  std::vector<std::int64_t> expected;
+  for (std::int64_t i = 0; i < count; ++i) {
+    const plain::Numbers mine(q.data() + i * stride, q.data() + i * stride + inner);
+    append(expected, plain::attend(layer, mine, readers, static_cast<std::size_t>(i), k, v, keys));
+  }
+  const percov2::ScoreTables scores(layer.score_bias.data(), layer.score_shift.data(),
+                                    layer.gain_bits, layer.heads);
+  for (const percov2::Isa isa : sets) {
+    percov2::use_isa(isa);
+    Fenced<std::int8_t> mean(count * inner, random.one_in(2));
+    for (std::int64_t h = 0; h < layer.heads; ++h) {
+      percov2::attention_kernels().attend(layout.head(grid, memory.data(), h), scores.head(h),
+                                          sights.data(), count, q.data() + h * layer.head_dim,
+                                          stride, mean.data() + h * layer.head_dim, inner);
+    }
+    subject.compare(mean.data(), expected.data(), mean.size(), keys.row.size(), layer.head_dim);
+  }
+}
+
+// A whole model on a small batch, in one pass and by stages.
+void check_passes(Random& random, Subjects& subjects, const std::vector<percov2::Isa>& sets,
+                  bool small) {
+  Model model;
+  model.fill(random, small);
+  const std::int64_t high = random.between(1, 9), wide = random.between(1, random.pick({9, 20}));
+  const std::int64_t batch = random.between(1, 3), positions = high * wide, dim = model.dim;
+  const std::vector<std::int32_t> stages = random_stages(random, positions);
+  Fenced<std::int32_t> tokens(batch * positions, random.one_in(2));
+  for (std::int64_t i = 0; i < tokens.size(); ++i) {
+    tokens[i] = static_cast<std::int32_t>(random.between(0, model.codebook - 1));
+  }
+  std::vector<std::vector<plain::Numbers>> raster;
+  for (std::int64_t b = 0; b < batch; ++b) {
+    raster.push_back(plain::encode(model, stages, high, wide, tokens.data() + b * positions));
+  }
+  const percov2::IntegerTransformer compiled(model.view());
+  const percov2::TokenPass pass(compiled, stages.data(), high, wide);
+  const auto& order = pass.grid().order();
+  // Coded positions first .. last of all images.
+  const auto part = [&](std::int64_t first, std::int64_t last) {
+    std::vector<std::int64_t> all;
+    for (const auto& image : raster) {
+      for (std::int64_t i = first; i < last; ++i) {
+        append(all, image[static_cast<std::size_t>(order[static_cast<std::size_t>(i)])]);
+      }
+    }
+    return all;
+  };
+  std::vector<std::int64_t> logits;
+  for (const auto& r : raster[0]) {
+    append(logits, plain::linear(model.head, plain::layer_norm(r, model.head_gain), -32768, 32767));
+  }
+  Fenced<std::int32_t> last(positions * dim, random.one_in(2));
+  for (std::int64_t i = 0; i < positions; ++i) {
+    std::copy_n(raster[0][static_cast<std::size_t>(i)].begin(), dim, last.data() + i * dim);
+  }
+  for (const percov2::Isa isa : sets) {
+    percov2::use_isa(isa);
+    const int threads = random.one_in(4) ? static_cast<int>(random.between(2, 3)) : 1;
+    Fenced<std::int32_t> got(batch * positions * dim, random.one_in(2));
+    pass.encode(tokens.data(), batch, threads, got.data());
+    subjects.one_pass.compare(got.data(), part(0, positions).data(), got.size(), positions, dim);
+    Fenced<std::int16_t> got_logits(positions * model.codebook, random.one_in(2));
+    compiled.logits(last.data(), positions, threads, got_logits.data());
+    subjects.head.compare(got_logits.data(), logits.data(), got_logits.size(), dim, model.codebook);
+
+    percov2::StagedPass staged(compiled, stages.data(), high, wide, batch);
+    for (std::int64_t known = 0; staged.next_count() > 0;) {
+      const std::int64_t count = staged.next_count();
+      Fenced<std::int32_t> next(batch * count * dim, random.one_in(2));
+      staged.decode(threads, next.data());
+      subjects.staged.compare(next.data(), part(known, known + count).data(), next.size(), known,
+                              dim);
+      std::vector<std::int32_t> decoded;
+      for (std::int64_t b = 0; b < batch; ++b) {
+        for (std::int64_t i = known; i < known + count; ++i) {
+          decoded.push_back(tokens[b * positions + order[static_cast<std::size_t>(i)]]);
+        }
+      }
+      staged.accept(decoded.data());
+      known += count;
+    }
+  }
 }
 
 }  // namespace
@@ -186,15 +267,12 @@ bool check_transformer(std::int64_t effort, std::uint64_t seed) {
   Subjects subjects;
   for (std::int64_t n = 0; n < 8 * effort; ++n) {
     Random random(seed * 2000003 + static_cast<std::uint64_t>(n));
-    for (int i = 0; i < 3; ++i) check_heads(random, subjects, sets);
-    Layer layer;
-    layer.fill(random, n % 8 != 0);
-    check_keys(random, layer, subjects, sets);
-    check_layer(random, layer, subjects.layer, sets);
-    Layer bare;
-    bare.fill(random, true);
-    bare_attention(bare);
-    check_layer(random, bare, subjects.attention, sets);
+    for (int i = 0; i < 3; ++i) {
+      check_norms(random, subjects, sets);
+      check_maps(random, subjects, sets);
+    }
+    check_attention(random, subjects.attention, sets);
+    check_passes(random, subjects, sets, n % 8 != 0);
   }
   return subjects.report();
 }

@@ -1,4 +1,4 @@
-// Random layers and heads of the integer transformer inside the ranges of docs/entropy-model.md,
+// Random models of the integer transformer inside the ranges of docs/entropy-model.md,
 // which every loaded model has passed, up to their ends.
 #pragma once
 
@@ -66,11 +66,14 @@ struct Layer {
 
   std::int64_t inner() const { return heads * head_dim; }
 
-  void fill(Random& random, bool small) {
+  void fill_sizes(Random& random, bool small) {
     dim = random.one_in(12) && !small ? random.between(1, 1024) : random.between(1, 72);
     heads = random.between(1, 4);
     head_dim = random.pick({1, 2, 8, 15, 16, 17, 32, 33, 48, 63, 64, random.between(1, 64)});
     hidden = random.one_in(12) && !small ? random.between(1, 1040) : random.between(1, 80);
+  }
+  // The numbers, once the sizes are known.
+  void fill(Random& random) {
     for (auto* gain : {&attention_gain, &mlp_gain}) {
       const bool extreme = random.one_in(4);
       const std::int64_t limit = random.pick({16, 100, 2047});
@@ -98,9 +101,6 @@ struct Layer {
   }
   percov2::LayerParameters view() const {
     percov2::LayerParameters p{};
-    p.dim = dim;
-    p.heads = heads;
-    p.head_dim = head_dim;
     p.attention_gain = attention_gain.data();
     p.q = q.view();
     p.kv = kv.view();
@@ -116,45 +116,67 @@ struct Layer {
   }
 };
 
-// Positions and times of readers or keys.
-struct Entries {
-  std::vector<std::int32_t> row, column, stage;
+// A whole model.
+struct Model {
+  std::int64_t codebook = 0, dim = 0;
+  std::vector<std::int16_t> token, query, row, column, start, height, width, head_gain;
+  std::vector<Layer> layers;
+  Linear head;
 
-  void add(std::int64_t r, std::int64_t c, std::int64_t s) {
-    row.push_back(static_cast<std::int32_t>(r));
-    column.push_back(static_cast<std::int32_t>(c));
-    stage.push_back(static_cast<std::int32_t>(s));
+  void fill(Random& random, bool small) {
+    codebook = random.size(2, small ? 60 : 600);
+    Layer first;
+    first.fill_sizes(random, small);
+    dim = first.dim;
+    layers.assign(static_cast<std::size_t>(random.between(1, 3)), first);
+    for (Layer& layer : layers) layer.fill(random);
+    const bool extreme = random.one_in(4);
+    const std::int64_t limit = random.pick({1, 5000, 32767});
+    const auto draw = [&](std::vector<std::int16_t>& table, std::int64_t rows, std::int64_t most) {
+      for (std::int64_t i = 0; i < rows * dim; ++i) {
+        table.push_back(static_cast<std::int16_t>(symmetric(random, most, extreme)));
+      }
+    };
+    draw(token, codebook, limit);
+    for (auto* one : {&query, &head_gain}) draw(*one, 1, one == &query ? limit : 2047);
+    for (auto* sixteenths : {&row, &column}) draw(*sixteenths, 16, limit);
+    for (auto* classes : {&height, &width}) draw(*classes, 17, limit);
+    draw(start, 3, limit);
+    head.fill(random, codebook, dim, 20000);
   }
-  std::int64_t count() const { return static_cast<std::int64_t>(row.size()); }
-  percov2::EntryView view() const { return {row.data(), column.data(), stage.data(), count()}; }
+  percov2::TransformerParameters view() const {
+    percov2::TransformerParameters p{};
+    p.codebook = codebook;
+    p.dim = dim;
+    p.heads = layers[0].heads;
+    p.head_dim = layers[0].head_dim;
+    p.hidden = layers[0].hidden;
+    p.token = token.data();
+    p.query = query.data();
+    p.row = row.data();
+    p.column = column.data();
+    p.start = start.data();
+    p.height = height.data();
+    p.width = width.data();
+    for (const Layer& layer : layers) p.layers.push_back(layer.view());
+    p.head_gain = head_gain.data();
+    p.head = head.view();
+    return p;
+  }
 };
 
-// Three start entries, then each position of a grid with probability 1 / sparse, in random order
-// of stages; `reading`: some of them only, and queries besides.
-inline Entries grid_keys(Random& random, std::int64_t high, std::int64_t wide,
-                         std::int64_t sparse) {
-  Entries keys;
-  for (int s = 0; s < 3; ++s) keys.add(-1, -1, 0);
-  const std::int64_t stages = random.between(1, 8);
-  for (std::int64_t y = 0; y < high; ++y) {
-    for (std::int64_t x = 0; x < wide; ++x) {
-      if (random.one_in(sparse)) keys.add(y, x, random.between(1, stages));
-    }
+// A stage for every position of a grid, 1 .. S, none left out.
+inline std::vector<std::int32_t> random_stages(Random& random, std::int64_t positions) {
+  const std::int64_t stages = std::min(positions, random.pick({1, 2, 5, 12, 40}));
+  std::vector<std::int32_t> stage;
+  for (std::int64_t i = 0; i < positions; ++i) {
+    stage.push_back(static_cast<std::int32_t>(i < stages ? i + 1 : random.between(1, stages)));
   }
-  return keys;
-}
-
-inline Entries grid_readers(Random& random, std::int64_t high, std::int64_t wide,
-                            std::int64_t count) {
-  Entries readers;
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (random.one_in(10)) {
-      readers.add(-1, -1, 0);
-    } else {
-      readers.add(random.between(0, high - 1), random.between(0, wide - 1), random.between(0, 9));
-    }
+  for (std::int64_t i = positions - 1; i > 0; --i) {
+    std::swap(stage[static_cast<std::size_t>(i)],
+              stage[static_cast<std::size_t>(random.between(0, i))]);
   }
-  return readers;
+  return stage;
 }
 
 // Residuals: rows of one kind each, up to the ends of the range.

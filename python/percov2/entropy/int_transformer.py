@@ -1,8 +1,8 @@
 """The integer token transformer: parameters, their ranges, files and payloads.
 
 docs/entropy-model.md defines the program; percov2.entropy.transformer holds the float form that is
-trained and exported to this one. Its layers are in torch_layers (the oracle, any device) and
-cpu_layers (C++), passes over entries (one for encoding, one per stage for decoding) in stage_pass.
+trained and exported to this one. torch_executor (the oracle, any device) and cpu_executor (C++) run
+it; stage_pass offers their passes (one for encoding, one per stage for decoding).
 """
 
 from __future__ import annotations
@@ -23,12 +23,6 @@ from percov2.entropy.entries import (
     SIXTEENTHS,
     SIZE_CLASSES,
     START_ENTRIES,
-    Entries,
-    content_entries,
-    join,
-    sixteenth,
-    size_class,
-    start_entries,
 )
 from percov2.entropy.transformer_config import TransformerConfig
 
@@ -122,20 +116,17 @@ def _executor(name: str) -> Any:
 
     Raises RuntimeError if it does not.
     """
-    module = importlib.import_module(f"percov2.entropy.{name}_layers")
-    oracle = importlib.import_module("percov2.entropy.torch_layers")
+    module = importlib.import_module(f"percov2.entropy.{name}_executor")
+    oracle = importlib.import_module("percov2.entropy.torch_executor")
     if module is not oracle:
         config = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
-        tensors = random_tensors(config, 0)
-        grid = content_entries(np.arange(1, 101, dtype=np.int32) % 5 + 1, np.arange(100), 5)
-        keys, cpu = join(start_entries(), grid), torch.device("cpu")
-        span = torch.arange(103 * 48, dtype=torch.int32).view(1, 103, 48) * 7919 % 40009 - 20000
+        tensors, cpu = random_tensors(config, 0), torch.device("cpu")
+        stages = np.arange(100, dtype=np.int32).reshape(5, 20) * 7 % 5 + 1
+        tokens = torch.from_numpy(stages * 31 % 40)[None].to(torch.int64)
         results = []
         for executor in (module, oracle):
-            layer = executor.Layer(config, tensors, 0)
-            k, v = layer.keys_values(span)
-            after = layer.advance(span, k, v, executor.plan(keys, keys, cpu))
-            results.append(executor.Head(config, tensors).logits(after))
+            model = executor.Executor(config, tensors, cpu)
+            results.append(model.logits(model.encode(tokens, stages)))
         if not torch.equal(*results):
             raise RuntimeError(
                 f"the executor {name!r} does not compute what torch computes on this machine: "
@@ -174,26 +165,15 @@ class IntTransformer:
         check_tensors(config, tensors)
         self.config = config
         self.device = torch.device(device)
-        self.executor = executor or ("cpu" if self.device.type == "cpu" else "torch")
-        if self.executor not in EXECUTORS:
+        name = executor or ("cpu" if self.device.type == "cpu" else "torch")
+        if name not in EXECUTORS:
             raise ValueError(f"executor is {executor!r}; it must be one of {EXECUTORS}")
         self.tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
         }
         intmath.self_test(self.device)
         placed = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
-        self._tables = {
-            name: tensor.to(torch.int32)
-            for name, tensor in placed.items()
-            if name.startswith("embedding.")
-        }
-        self._module = _executor(self.executor)
-        self.layers = [self._module.Layer(config, placed, i) for i in range(config.layers)]
-        self._head = self._module.Head(config, placed)
-
-    def plan(self, readers: Entries, keys: Entries) -> Any:
-        """What the layers' ``advance`` needs to know about who reads whom."""
-        return self._module.plan(readers, keys, self.device)
+        self.executor = _executor(name).Executor(config, placed, self.device)
 
     def to(self, device: torch.device | str) -> IntTransformer:
         """The same model on another device."""
@@ -231,30 +211,9 @@ class IntTransformer:
         tensors = tensor_file.read_tensors(folder / "model.safetensors")
         return cls(config, tensors, device, executor)
 
-    def start_payload(self, height: int, width: int) -> Tensor:
-        """Residual of the start entries of a grid: int32 [3, dim]."""
-        payload = self._tables["embedding.start"].clone()
-        payload[1] += self._tables["embedding.height"][size_class(height)]
-        payload[2] += self._tables["embedding.width"][size_class(width)]
-        return payload
-
-    def place_payload(self, height: int, width: int, position: Tensor) -> Tensor:
-        """What entries at raster positions add for their place: int64 [n] -> int32 [n, dim]."""
-        rows = sixteenth(position // width, height)
-        columns = sixteenth(position % width, width)
-        return self._tables["embedding.row"][rows] + self._tables["embedding.column"][columns]
-
-    def content_payload(self, tokens: Tensor, place: Tensor) -> Tensor:
-        """Residual of contents: tokens int64 [B, n], place int32 [n, dim] -> int32 [B, n, dim]."""
-        return self._tables["embedding.token"][tokens] + place
-
-    def query_payload(self, batch: int, place: Tensor) -> Tensor:
-        """Residual of queries: place int32 [n, dim] -> int32 [batch, n, dim]."""
-        return (self._tables["embedding.query"] + place).repeat(batch, 1, 1)
-
     def logits(self, residual: Tensor) -> Tensor:
         """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
-        return self._head.logits(residual)
+        return self.executor.logits(residual)
 
     @classmethod
     def random(

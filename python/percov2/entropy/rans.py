@@ -23,10 +23,10 @@ except ImportError as error:  # pragma: no cover - only in a tree that was never
         "pip, or build it in place as CONTRIBUTING.md says"
     ) from error
 
-# For percov2.entropy.cpu_layers; named here because one module imports the compiled code.
+# For percov2.entropy.cpu_executor; named here because one module imports the compiled code.
 attention_weights = _native.attention_weights
-IntegerLayer = _native.IntegerLayer
-IntegerHead = _native.IntegerHead
+IntegerTransformer = _native.IntegerTransformer
+StagedPass = _native.StagedPass
 # For percov2.entropy.lanes.
 NativeLaneEncoder = _native.LaneEncoder
 NativeLaneDecoder = _native.LaneDecoder

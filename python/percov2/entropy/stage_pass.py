@@ -1,8 +1,7 @@
 """Passes of the integer transformer over the entries of token grids.
 
-Encoding is one pass with the contents and queries of all stages. Decoding stage g is one pass with
-the contents of stage g - 1 and the queries of stage g over cached keys and values. An entry sees
-the same keys either way and the arithmetic is exact, so the logits are equal integers.
+Encoding is one pass with the contents and queries of all stages, decoding one pass per stage. Both
+give the same integers (docs/entropy-model.md); what computes them is the model's executor.
 """
 
 from __future__ import annotations
@@ -13,15 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from percov2.entropy import intmath
-from percov2.entropy.entries import (
-    START_ENTRIES,
-    content_entries,
-    join,
-    query_entries,
-    start_entries,
-)
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.schedule import order
 
 MAX_SIDE = 16384
 """Longest side of a token grid (relative positions are kept as int16)."""
@@ -82,30 +73,9 @@ def one_pass_residual(model: IntTransformer, tokens: Tensor, stages: NDArray[np.
         raise ValueError(
             f"tokens have shape {tuple(tokens.shape)}; they must be [B, {height}, {width}]"
         )
-    payload = _placed_tokens(model, tokens)
+    placed = _placed_tokens(model, tokens)
     with intmath.exact_float32(model.device):
-        coding = order(stages)
-        stage = stages.reshape(-1)[coding]
-        # Nobody reads the contents of the last stage.
-        known = int(np.searchsorted(stage, stage[-1]))
-        contents = content_entries(stage[:known], coding[:known], width)
-        keys = join(start_entries(), contents)
-        content_plan = model.plan(keys, keys)
-        query_plan = model.plan(query_entries(stage, coding, width), keys)
-
-        batch = tokens.shape[0]
-        sequence = torch.from_numpy(coding).to(model.device, non_blocking=True)
-        place = model.place_payload(height, width, sequence)
-        ordered = payload.reshape(batch, -1)[:, sequence[:known]]
-        start = model.start_payload(height, width).expand(batch, -1, -1)
-        known_residual = torch.cat([start, model.content_payload(ordered, place[:known])], 1)
-        residual = model.query_payload(batch, place)
-        for layer in model.layers:
-            k, v = layer.keys_values(known_residual)
-            residual = layer.advance(residual, k, v, query_plan)
-            if layer is not model.layers[-1]:  # nobody reads what contents become after it
-                known_residual = layer.advance(known_residual, k, v, content_plan)
-        return residual
+        return model.executor.encode(placed, stages)
 
 
 def one_pass_logits(model: IntTransformer, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
@@ -116,16 +86,6 @@ def one_pass_logits(model: IntTransformer, tokens: Tensor, stages: NDArray[np.in
     residual = one_pass_residual(model, tokens, stages)
     with intmath.exact_float32(model.device):
         return model.logits(residual)
-
-
-def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """int8 zeros; on the CPU memory that is not used before it is written.
-
-    A file may declare a large grid and then turn out to be broken.
-    """
-    if device.type == "cpu":
-        return torch.from_numpy(np.zeros(shape, dtype=np.int8))
-    return torch.zeros(shape, dtype=torch.int8, device=device)
 
 
 class StagedDecoder:
@@ -144,25 +104,16 @@ class StagedDecoder:
         stages = _check_stages(stages)
         if batch < 1:
             raise ValueError(f"batch is {batch}; it must be at least 1")
-        self._model, self._shape, self._batch = model, stages.shape, batch
-        coding = order(stages)
-        stage = stages.reshape(-1)[coding]
-        self._ends = np.searchsorted(stage, np.arange(stage[-1] + 1), side="right")
-        self._stage = 0  # the last stage whose tokens are known
-        width = stages.shape[1]
-        self._keys = join(start_entries(), content_entries(stage, coding, width))
-        self._queries = query_entries(stage, coding, width)
-        self._coding = torch.from_numpy(coding).to(model.device)
-        # In coding order; stage g occupies [ends[g - 1], ends[g]).
-        self._tokens = torch.zeros(batch, len(coding), dtype=torch.int64, device=model.device)
-        capacity = START_ENTRIES + int(self._ends[-2])
-        shape = (batch, capacity, model.config.inner)
-        self._cache = [tuple(_untouched(shape, model.device) for _ in "kv") for _ in model.layers]
+        self._model, self._batch = model, batch
+        # Positions per stage, and how many stages are known.
+        self._counts = np.bincount(stages.reshape(-1))[1:]
+        self._known = 0
+        self._staged = model.executor.staged(stages, batch)
 
     @property
     def remaining(self) -> int:
         """Tokens per grid that are not decoded yet."""
-        return int(self._ends[-1] - self._ends[self._stage])
+        return int(self._counts[self._known :].sum())
 
     def logits(self) -> Tensor:
         """Logits of the next stage: int16 [B, n, V], its positions in raster order.
@@ -180,47 +131,24 @@ class StagedDecoder:
         """
         if not self.remaining:
             raise RuntimeError("every stage is decoded; no logits remain")
-        model = self._model
-        known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
-        first = int(self._ends[self._stage - 1]) if self._stage else 0
-        with intmath.exact_float32(model.device):
-            height, width = self._shape
-            place = model.place_payload(height, width, self._coding[first:end])
-            if self._stage:
-                new = model.content_payload(self._tokens[:, first:known], place[: known - first])
-                fresh = slice(START_ENTRIES + first, START_ENTRIES + known)
-            else:
-                new = model.start_payload(height, width).repeat(self._batch, 1, 1)
-                fresh = slice(0, START_ENTRIES)
-            residual = model.query_payload(self._batch, place[known - first :])
-            keys = self._keys.take(slice(0, fresh.stop))
-            content_plan = model.plan(self._keys.take(fresh), keys)
-            query_plan = model.plan(self._queries.take(slice(known, end)), keys)
-            for layer, (k, v) in zip(model.layers, self._cache, strict=True):
-                k[:, fresh], v[:, fresh] = layer.keys_values(new)
-                residual = layer.advance(residual, k, v, query_plan)
-                if layer is not model.layers[-1]:
-                    new = layer.advance(new, k, v, content_plan)
-            return residual
+        with intmath.exact_float32(self._model.device):
+            return self._staged.residual()
 
     def accept(self, tokens: Tensor) -> None:
         """Take the tokens of the stage whose logits were computed last: int32 [B, n].
 
         Raises ValueError for a wrong shape, dtype or token.
         """
-        known = int(self._ends[self._stage])
-        end = int(self._ends[self._stage + 1]) if self.remaining else known
-        if end == known or tuple(tokens.shape) != (self._batch, end - known):
+        count = int(self._counts[self._known]) if self.remaining else 0
+        if count == 0 or tuple(tokens.shape) != (self._batch, count):
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; "
-                f"the next stage needs [{self._batch}, {end - known}]"
+                f"the next stage needs [{self._batch}, {count}]"
             )
         _check_tokens(tokens, self._model.config.codebook_size)
-        self._tokens[:, known:end] = tokens.to(self._tokens.device)
-        self._stage += 1
+        self._staged.accept(tokens)
+        self._known += 1
 
     def tokens(self) -> Tensor:
         """The tokens decoded so far (0 elsewhere): int32 [B, h, w]."""
-        grid = torch.zeros_like(self._tokens)
-        grid[:, self._coding] = self._tokens
-        return grid.to(torch.int32).view(self._batch, *self._shape)
+        return self._staged.tokens()

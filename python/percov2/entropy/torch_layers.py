@@ -1,4 +1,4 @@
-"""Layers of the integer transformer in torch: the oracle of all executors, on any device."""
+"""Layers of the integer transformer in torch, on any device."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import torch
 from torch import Tensor
 
 from percov2.entropy import intmath
-from percov2.entropy.entries import Block, Entries, plan_blocks
+from percov2.entropy.entries import Block
 from percov2.entropy.transformer_config import TransformerConfig
 
 _ROWS_AT_ONCE = 1024
 """Rows that go through a layer together, so that what is between two products stays in cache."""
 
 Plan = list[Block]
-
-
-def plan(readers: Entries, keys: Entries, device: torch.device) -> Plan:
-    """What ``Layer.advance`` needs to know about who reads whom."""
-    return plan_blocks(readers, keys, device)
+"""Who reads whom: ``entries.plan_blocks``."""
 
 
 class _Linear:

@@ -1,0 +1,32 @@
+// Kernels of what lies between linear maps, row by row: LayerNorm and GELU.
+#pragma once
+
+#include <cstdint>
+
+namespace percov2 {
+
+constexpr std::int64_t kRowLanes = 16;  // residuals and gains are padded to multiples of this
+
+struct NormKernels {
+  // Integer LayerNorm (docs/entropy-model.md, section 3) of `rows` rows of a residual in +-2^20,
+  // `stride` apart. dim <= 1024; rows and gain (integers in -2047 .. 2047) hold zeros from dim up
+  // to the next multiple of 16, and so does out, int8 in -127 .. 127, `out_stride` apart.
+  void (*layer_norm)(const std::int32_t* residual, std::int64_t stride, std::int64_t rows,
+                     std::int64_t dim, const double* gain, std::int8_t* out,
+                     std::int64_t out_stride);
+  // values[i] = table[the byte of values[i]], in place. table: [256], values in -127 .. 127 belong
+  // to bytes 0 .. 127, 129 .. 255. values has room for a multiple of 64 numbers, and as many may
+  // be replaced.
+  void (*look_up)(const std::int8_t* table, std::int8_t* values, std::int64_t count);
+};
+
+extern const NormKernels kNormScalar;
+#if defined(PERCOV2_X86_KERNELS)
+extern const NormKernels kNormAvx2;
+extern const NormKernels kNormAvx512;
+#endif
+
+// Those of the active instruction set.
+const NormKernels& norm_kernels();
+
+}  // namespace percov2

@@ -1,0 +1,172 @@
+"""The integer transformer in torch: the oracle of all executors, on any device.
+
+Encoding is one pass with the contents and queries of all stages. Decoding stage g is one pass with
+the contents of stage g - 1 and the queries of stage g over cached keys and values. An entry sees
+the same keys either way and the arithmetic is exact, so the results are equal integers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from percov2.entropy.entries import (
+    START_ENTRIES,
+    content_entries,
+    join,
+    plan_blocks,
+    query_entries,
+    sixteenth,
+    size_class,
+    start_entries,
+)
+from percov2.entropy.schedule import order
+from percov2.entropy.torch_layers import Head, Layer
+from percov2.entropy.transformer_config import TransformerConfig
+
+
+class Executor:
+    """Runs the layers of one model on one device.
+
+    tensors: those of ``int_transformer.tensor_layout(config)``, on ``device``. Stage maps
+    are int32 [h, w] with values 1 .. S; the callers check them, and the tokens.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, tensors: dict[str, Tensor], device: torch.device
+    ) -> None:
+        self.inner, self.device = config.inner, device
+        self._tables = {
+            name.removeprefix("embedding."): tensor.to(torch.int32)
+            for name, tensor in tensors.items()
+            if name.startswith("embedding.")
+        }
+        self.layers = [Layer(config, tensors, i) for i in range(config.layers)]
+        self._head = Head(config, tensors)
+
+    def encode(self, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
+        """The residual of all queries in coding order: int32 [B, h * w, dim].
+
+        tokens: int64 [B, h, w], on the device.
+        """
+        height, width = stages.shape
+        coding = order(stages)
+        stage = stages.reshape(-1)[coding]
+        # Nobody reads the contents of the last stage.
+        known = int(np.searchsorted(stage, stage[-1]))
+        contents = content_entries(stage[:known], coding[:known], width)
+        keys = join(start_entries(), contents)
+        content_plan = plan_blocks(keys, keys, self.device)
+        query_plan = plan_blocks(query_entries(stage, coding, width), keys, self.device)
+
+        batch = tokens.shape[0]
+        sequence = torch.from_numpy(coding).to(self.device, non_blocking=True)
+        place = self.place_payload(height, width, sequence)
+        ordered = tokens.reshape(batch, -1)[:, sequence[:known]]
+        start = self.start_payload(height, width).expand(batch, -1, -1)
+        known_residual = torch.cat([start, self.content_payload(ordered, place[:known])], 1)
+        residual = self.query_payload(batch, place)
+        for layer in self.layers:
+            k, v = layer.keys_values(known_residual)
+            residual = layer.advance(residual, k, v, query_plan)
+            if layer is not self.layers[-1]:  # nobody reads what contents become after it
+                known_residual = layer.advance(known_residual, k, v, content_plan)
+        return residual
+
+    def staged(self, stages: NDArray[np.int32], batch: int) -> Staged:
+        """Stage after stage of ``batch`` grids."""
+        return Staged(self, stages, batch)
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
+        return self._head.logits(residual)
+
+    def start_payload(self, height: int, width: int) -> Tensor:
+        """Residual of the start entries of a grid: int32 [3, dim]."""
+        payload = self._tables["start"].clone()
+        payload[1] += self._tables["height"][size_class(height)]
+        payload[2] += self._tables["width"][size_class(width)]
+        return payload
+
+    def place_payload(self, height: int, width: int, position: Tensor) -> Tensor:
+        """What entries at raster positions add for their place: int64 [n] -> int32 [n, dim]."""
+        rows = sixteenth(position // width, height)
+        columns = sixteenth(position % width, width)
+        return self._tables["row"][rows] + self._tables["column"][columns]
+
+    def content_payload(self, tokens: Tensor, place: Tensor) -> Tensor:
+        """Residual of contents: tokens int64 [B, n], place int32 [n, dim] -> int32 [B, n, dim]."""
+        return self._tables["token"][tokens] + place
+
+    def query_payload(self, batch: int, place: Tensor) -> Tensor:
+        """Residual of queries: place int32 [n, dim] -> int32 [batch, n, dim]."""
+        return (self._tables["query"] + place).repeat(batch, 1, 1)
+
+
+def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """int8 zeros; on the CPU memory that is not used before it is written.
+
+    A file may declare a large grid and then turn out to be broken.
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, dtype=np.int8))
+    return torch.zeros(shape, dtype=torch.int8, device=device)
+
+
+class Staged:
+    """The passes of decoding: ``residual`` of the next stage, ``accept`` its tokens, and so on."""
+
+    def __init__(self, executor: Executor, stages: NDArray[np.int32], batch: int) -> None:
+        self._executor, self._shape, self._batch = executor, stages.shape, batch
+        coding = order(stages)
+        stage = stages.reshape(-1)[coding]
+        self._ends = np.searchsorted(stage, np.arange(stage[-1] + 1), side="right")
+        self._stage = 0  # the last stage whose tokens are known
+        width = stages.shape[1]
+        self._keys = join(start_entries(), content_entries(stage, coding, width))
+        self._queries = query_entries(stage, coding, width)
+        self._coding = torch.from_numpy(coding).to(executor.device)
+        # In coding order; stage g occupies [ends[g - 1], ends[g]).
+        self._tokens = torch.zeros(batch, len(coding), dtype=torch.int64, device=executor.device)
+        shape = (batch, START_ENTRIES + int(self._ends[-2]), executor.inner)
+        self._cache = [
+            tuple(_untouched(shape, executor.device) for _ in "kv") for _ in executor.layers
+        ]
+
+    def residual(self) -> Tensor:
+        """The residual of the next stage's queries: int32 [B, n, dim]."""
+        executor = self._executor
+        known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
+        first = int(self._ends[self._stage - 1]) if self._stage else 0
+        height, width = self._shape
+        place = executor.place_payload(height, width, self._coding[first:end])
+        if self._stage:
+            new = executor.content_payload(self._tokens[:, first:known], place[: known - first])
+            fresh = slice(START_ENTRIES + first, START_ENTRIES + known)
+        else:
+            new = executor.start_payload(height, width).repeat(self._batch, 1, 1)
+            fresh = slice(0, START_ENTRIES)
+        residual = executor.query_payload(self._batch, place[known - first :])
+        keys = self._keys.take(slice(0, fresh.stop))
+        content_plan = plan_blocks(self._keys.take(fresh), keys, executor.device)
+        query_plan = plan_blocks(self._queries.take(slice(known, end)), keys, executor.device)
+        for layer, (k, v) in zip(executor.layers, self._cache, strict=True):
+            k[:, fresh], v[:, fresh] = layer.keys_values(new)
+            residual = layer.advance(residual, k, v, query_plan)
+            if layer is not executor.layers[-1]:
+                new = layer.advance(new, k, v, content_plan)
+        return residual
+
+    def accept(self, tokens: Tensor) -> None:
+        """The tokens of the next stage: [B, n]."""
+        known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
+        self._tokens[:, known:end] = tokens.to(self._tokens.device)
+        self._stage += 1
+
+    def tokens(self) -> Tensor:
+        """The tokens so far, 0 elsewhere: int32 [B, h, w]."""
+        grid = torch.zeros_like(self._tokens)
+        grid[:, self._coding] = self._tokens
+        return grid.to(torch.int32).view(self._batch, *self._shape)
