@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 SHARED_TABLES = 64
-COMPRESSAI_LOGITS = 2**21
+COMPRESSAI_LOGITS = 2**20
 """CompressAI takes a Python list per symbol; it gets the first images with so many logits."""
 
 
@@ -169,12 +169,17 @@ def compressai_extension(name: str) -> Any:
 
 def compressai_peers() -> list[Peer]:
     """From logits with a table per symbol, and one stream for all with few tables."""
-    ans, quantize = compressai_extension("ans"), compressai_extension("_CXX").pmf_to_quantized_cdf
+    ans = compressai_extension("ans")
 
     def tables(logits: np.ndarray) -> list[list[int]]:
-        # Its last entry is always the escape to symbols beyond the table; they get no mass here.
-        rows = np.pad(softmax(logits), ((0, 0), (0, 1)))
-        return [quantize(row, 16) for row in rows.tolist()]
+        # Made as torchac makes its own: CompressAI's pmf_to_quantized_cdf takes quadratic time. The
+        # last entry is always the escape to symbols beyond the table; it gets one slot.
+        bounds = torch.softmax(torch.from_numpy(logits), -1).cumsum(-1).clamp_(max=1.0)
+        rows = torch.nn.functional.pad(bounds, (1, 1))
+        rows[:, -1] = 1.0
+        size = rows.shape[1] - 1
+        steps = (rows * (2**16 - size)).round().to(torch.int32) + torch.arange(size + 1)
+        return steps.tolist()
 
     def described(rows: list[list[int]]) -> tuple[list[list[int]], list[int], list[int]]:
         return rows, [len(row) for row in rows], [0] * len(rows)
