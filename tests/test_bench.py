@@ -148,6 +148,17 @@ def test_cases_repeat_and_differ() -> None:
     np.testing.assert_array_equal(a.first(1).logits, a.logits[:1])
 
 
+def test_many_images_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overhead, "LOGITS_AT_ONCE", 100)
+    shape = Shape(8, 6, 5)
+    parts = list(overhead.parts_of(shape))
+    assert [part.shape.images for part in parts] == [2, 2, 1]
+    assert not np.array_equal(parts[0].logits, parts[1].logits)
+    record = overhead.short_streams(shape)
+    costs = [naive_cost(part.logits, part.symbols) for part in parts]
+    assert record["ideal_bytes_per_image"] == pytest.approx(sum(costs) / 8 / 5)
+
+
 def test_integer_logits_are_the_nearest() -> None:
     logits = cases.make_case(Shape(16, 9, 2)).logits
     integers = cases.integer_logits(logits)
@@ -174,7 +185,7 @@ def test_wrong_symbols_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(own_coder.Mismatch, match="other symbols"):
         own_coder.from_logits(case, "int16", SHORT)
     with pytest.raises(own_coder.Mismatch, match="other symbols"):
-        overhead.short_streams(case)
+        overhead.short_streams(Shape(16, 4, 2))
     with pytest.raises(own_coder.Mismatch, match="other symbols"):
         overhead.long_stream(Shape(16, 4, 1), 2, 16)
 

@@ -102,11 +102,11 @@ def _lanes(plan: Plan, lanes: int) -> list[dict[str, Any]]:
 
 
 def _bytes(shape: Shape, peers: Peers | None) -> list[dict[str, Any]]:
-    case = make_case(shape)
-    records = [overhead.short_streams(case)]
+    records = [overhead.short_streams(shape)]
     if peers is not None:
+        case = next(overhead.parts_of(shape))
         records += [
-            overhead.peer_streams(case, peer["coder"], peer["given"], peer["stream_bytes"])
+            overhead.peer_streams(case, peer["coder"], peer["stream_bytes"])
             for peer in peers.measure(case, ("logits",), None)
             if peer["given"] == "float32 logits"
         ]

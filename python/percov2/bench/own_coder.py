@@ -19,7 +19,7 @@ from percov2.entropy.lanes import LaneDecoder, LaneEncoder
 NAME = "percov2"
 _ORACLE_LOGITS = 2**20
 """So many logits of a case are also given to the oracle in torch."""
-KINDS = ("int16",)
+KINDS = ("float32", "bfloat16", "int16")
 """Types of logits that are measured."""
 Streams = tuple[NDArray[np.uint8], NDArray[np.int64]]
 

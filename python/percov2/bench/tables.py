@@ -104,16 +104,27 @@ def _lanes(records: list[Record]) -> Table:
 
 
 def _overhead(records: list[Record]) -> Table:
-    header = ("coder", "V", "tokens", "ideal, B", "written, B", "check, B", "above, B", "above, %")
+    header = (
+        "coder",
+        "V",
+        "images x tokens",
+        "ideal, B",
+        "written, B",
+        "check, B",
+        "above, B",
+        "± error",
+        "above, %",
+    )
     rows = [
         (
             r["coder"],
             str(r["codebook"]),
-            str(r["tokens"]),
+            f"{r['images']} x {r['tokens']}",
             number(r["ideal_bytes_per_image"]),
             number(r["bytes_per_image"]),
             str(r["check_bytes"]),
             number(r["above_ideal"]),
+            number(r["above_ideal_error"]),
             number(100 * r["above_ideal"] / r["ideal_bytes_per_image"]),
         )
         for r in records
