@@ -26,6 +26,9 @@ const AttentionKernels& attention_kernels() {
 #if defined(PERCOV2_X86_KERNELS)
   static constexpr const AttentionKernels* kTable[kIsaCount] = {
       &kAttentionScalar, &kAttentionAvx2, &kAttentionAvx512, &kAttentionScalar};
+#elif defined(PERCOV2_NEON_KERNELS)
+  static constexpr const AttentionKernels* kTable[kIsaCount] = {
+      &kAttentionScalar, &kAttentionScalar, &kAttentionScalar, &kAttentionNeon};
 #else
   static constexpr const AttentionKernels* kTable[kIsaCount] = {
       &kAttentionScalar, &kAttentionScalar, &kAttentionScalar, &kAttentionScalar};

@@ -77,6 +77,8 @@ extern const AttentionKernels kAttentionScalar;
 #if defined(PERCOV2_X86_KERNELS)
 extern const AttentionKernels kAttentionAvx2;
 extern const AttentionKernels kAttentionAvx512;
+#elif defined(PERCOV2_NEON_KERNELS)
+extern const AttentionKernels kAttentionNeon;
 #endif
 
 // Those of the active instruction set.

@@ -99,25 +99,16 @@ void weigh(const std::int16_t* logits, std::int64_t count, std::int32_t top, std
 
 bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
   float top = logits[0];
-  bool number = true;
   std::int64_t i = 0;
   if (count >= 4) {
     float32x4_t most = vld1q_f32(logits);
-    uint32x4_t ordered = vceqq_f32(most, most);
-    for (i = 4; i + 4 <= count; i += 4) {
-      const float32x4_t x = vld1q_f32(logits + i);
-      ordered = vandq_u32(ordered, vceqq_f32(x, x));
-      most = vmaxq_f32(most, x);
-    }
-    number = vminvq_u32(ordered) != 0;
+    for (i = 4; i + 4 <= count; i += 4) most = vmaxq_f32(most, vld1q_f32(logits + i));
     top = vmaxvq_f32(most);
   }
-  for (; i < count; ++i) {
-    top = logits[i] > top ? logits[i] : top;
-    number &= logits[i] == logits[i];
-  }
+  // Unlike a comparison, the instruction keeps every NaN it meets.
+  for (; i < count; ++i) top = vget_lane_f32(vmax_f32(vdup_n_f32(top), vdup_n_f32(logits[i])), 0);
   // The difference of a number to itself is 0; of an infinity, or of a NaN, it is not.
-  if (!number || !(top - top == 0.0f)) return false;
+  if (!(top - top == 0.0f)) return false;
   const float32x4_t tops = vdupq_n_f32(top);
   for (i = 0; i + 4 <= count; i += 4) {
     const float32x4_t steps =

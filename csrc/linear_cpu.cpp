@@ -9,6 +9,9 @@ const LinearKernels& linear_kernels() {
 #if defined(PERCOV2_X86_KERNELS)
   static constexpr const LinearKernels* kTable[kIsaCount] = {&kLinearScalar, &kLinearAvx2,
                                                              &kLinearAvx512, &kLinearScalar};
+#elif defined(PERCOV2_NEON_KERNELS)
+  static constexpr const LinearKernels* kTable[kIsaCount] = {&kLinearScalar, &kLinearScalar,
+                                                             &kLinearScalar, &kLinearNeon};
 #else
   static constexpr const LinearKernels* kTable[kIsaCount] = {&kLinearScalar, &kLinearScalar,
                                                              &kLinearScalar, &kLinearScalar};
@@ -20,6 +23,9 @@ const NormKernels& norm_kernels() {
 #if defined(PERCOV2_X86_KERNELS)
   static constexpr const NormKernels* kTable[kIsaCount] = {&kNormScalar, &kNormAvx2, &kNormAvx512,
                                                            &kNormScalar};
+#elif defined(PERCOV2_NEON_KERNELS)
+  static constexpr const NormKernels* kTable[kIsaCount] = {&kNormScalar, &kNormScalar, &kNormScalar,
+                                                           &kNormNeon};
 #else
   static constexpr const NormKernels* kTable[kIsaCount] = {&kNormScalar, &kNormScalar, &kNormScalar,
                                                            &kNormScalar};

@@ -45,6 +45,8 @@ extern const LinearKernels kLinearScalar;
 #if defined(PERCOV2_X86_KERNELS)
 extern const LinearKernels kLinearAvx2;
 extern const LinearKernels kLinearAvx512;
+#elif defined(PERCOV2_NEON_KERNELS)
+extern const LinearKernels kLinearNeon;
 #endif
 
 // Those of the active instruction set.

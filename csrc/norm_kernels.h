@@ -24,6 +24,8 @@ extern const NormKernels kNormScalar;
 #if defined(PERCOV2_X86_KERNELS)
 extern const NormKernels kNormAvx2;
 extern const NormKernels kNormAvx512;
+#elif defined(PERCOV2_NEON_KERNELS)
+extern const NormKernels kNormNeon;
 #endif
 
 // Those of the active instruction set.

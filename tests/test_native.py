@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 NATIVE = Path(__file__).resolve().parent / "native"
-FUZZ_SECONDS = 12
+FUZZ_SECONDS, RACE_SECONDS = 12, 6
 SEED = 1
 
 
@@ -52,6 +52,12 @@ def run(*command: str | Path) -> str:
 def test_hostile_calls_under_sanitizers(request: pytest.FixtureRequest) -> None:
     tools("cmake", "c++")
     said = run(build(request, "native", "fuzz_coder"), str(FUZZ_SECONDS), str(SEED))
+    assert "no finding" in said
+
+
+def test_no_data_races(request: pytest.FixtureRequest) -> None:
+    tools("cmake", "c++")
+    said = run(build(request, "native", "fuzz_threads"), str(RACE_SECONDS), str(SEED))
     assert "no finding" in said
 
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 #include "check.h"
@@ -59,11 +60,12 @@ struct Case {
 struct Subjects {
   Subject intervals{"intervals"}, tables{"cdf tables"}, encoder{"encoder bytes"};
   Subject from_logits{"decoding from logits"}, from_tables{"decoding from tables"};
-  Subject states{"decoder states"};
+  Subject states{"decoder states"}, refused{"refused rows"};
 
   bool report() const {
     bool equal = true;
-    for (const Subject* s : {&intervals, &tables, &encoder, &from_logits, &from_tables, &states}) {
+    for (const Subject* s :
+         {&intervals, &tables, &encoder, &from_logits, &from_tables, &states, &refused}) {
       equal = s->report() && equal;
     }
     return equal;
@@ -150,6 +152,23 @@ void check_case(Random& random, const Case& c, Subjects& subjects,
   check_decoding(c, rubbish, c.offsets, expected_cdf, threads, subjects, sets);
 }
 
+// Rows with a NaN, an infinity or nothing finite are refused, and no others.
+void check_refusals(Random& random, Sizes sizes, Subject& subject,
+                    const std::vector<percov2::Isa>& sets) {
+  const RandomLogits row(random, 1, sizes.codebook, true);
+  const std::int32_t symbol = 0, expected = row.valid();
+  for (const percov2::Isa isa : sets) {
+    percov2::use_isa(isa);
+    std::int32_t start, freq, taken = 1;
+    try {
+      percov2::intervals(row.view(), &symbol, 1, sizes.prob_bits, 1, &start, &freq);
+    } catch (const std::invalid_argument&) {
+      taken = 0;
+    }
+    subject.compare(&taken, &expected, 1, sizes.codebook, sizes.prob_bits);
+  }
+}
+
 }  // namespace
 
 bool check_coder(std::int64_t effort, std::uint64_t seed) {
@@ -166,6 +185,7 @@ bool check_coder(std::int64_t effort, std::uint64_t seed) {
     const std::int64_t most = std::max<std::int64_t>(20000 / (rows * sizes.codebook), 1);
     const std::int64_t count = random.between(1, std::min<std::int64_t>(most, 24));
     check_case(random, Case(random, sizes, rows, count), subjects, sets);
+    for (int i = 0; i < 4; ++i) check_refusals(random, sizes, subjects.refused, sets);
   }
   return subjects.report();
 }
