@@ -11,7 +11,7 @@
 namespace percov2 {
 namespace {
 
-constexpr int kRows = 3;  // 3 x 4 accumulators, one weight and one x of the 16 registers
+constexpr int kRows = 3;                 // with two sums each; GCC 12 keeps more of them in memory
 constexpr std::int64_t kLongest = 1056;  // terms of a row of x, in whole registers
 
 // Rows of x as int16.
@@ -52,13 +52,14 @@ inline __m256i requantized(const LinearMap& map, std::int64_t at, __m256i first,
   return _mm256_srav_epi32(scaled, load(map.shift + at));
 }
 
+// Eight outputs of some rows: half a block.
 template <int rows>
-inline void multiply(const LinearMap& map, std::int64_t block, const Widened& x, Outputs* out) {
-  __m256i acc[rows][4];
-  for (auto& row : acc) {
-    for (__m256i& sum : row) sum = _mm256_setzero_si256();
-  }
-  const std::int8_t* weight = map.weight + block * map.quads * kOutputBlock * kQuad;
+inline void multiply(const LinearMap& map, std::int64_t at, const Widened& x, __m256i* out) {
+  __m256i acc[rows][2];
+  for (auto& row : acc) row[0] = row[1] = _mm256_setzero_si256();
+  const std::int64_t block = at / kOutputBlock;
+  const std::int8_t* weight =
+      map.weight + (block * map.quads * kOutputBlock + at % kOutputBlock) * kQuad;
   for (std::int64_t q = 0; q < map.quads; ++q) {
     __m256i same[rows];
     for (int r = 0; r < rows; ++r) {
@@ -66,7 +67,7 @@ inline void multiply(const LinearMap& map, std::int64_t block, const Widened& x,
       __builtin_memcpy(&quad, x.row[r] + q * kQuad, sizeof quad);
       same[r] = _mm256_set1_epi64x(quad);
     }
-    for (int part = 0; part < 4; ++part) {
+    for (int part = 0; part < 2; ++part) {
       const __m128i bytes = _mm_load_si128(
           reinterpret_cast<const __m128i*>(weight + (q * kOutputBlock + part * 4) * kQuad));
       const __m256i w = _mm256_cvtepi8_epi16(bytes);
@@ -75,11 +76,7 @@ inline void multiply(const LinearMap& map, std::int64_t block, const Widened& x,
       }
     }
   }
-  const std::int64_t at = block * kOutputBlock;
-  for (int r = 0; r < rows; ++r) {
-    out[r].low = requantized(map, at, acc[r][0], acc[r][1]);
-    out[r].high = requantized(map, at + 8, acc[r][2], acc[r][3]);
-  }
+  for (int r = 0; r < rows; ++r) out[r] = requantized(map, at, acc[r][0], acc[r][1]);
 }
 
 // Sixteen numbers as int16, saturated.
@@ -144,9 +141,10 @@ void some_rows(const LinearMap& map, const std::int8_t* x, std::int64_t x_stride
   Widened widened;
   widen(x + row * x_stride, x_stride, rows, map.quads * kQuad, &widened);
   for (std::int64_t block = 0; block < map.blocks; ++block) {
-    Outputs outputs[rows];
-    multiply<rows>(map, block, widened, outputs);
-    for (int r = 0; r < rows; ++r) sink.put(map, row + r, block, outputs[r]);
+    __m256i low[rows], high[rows];
+    multiply<rows>(map, block * kOutputBlock, widened, low);
+    multiply<rows>(map, block * kOutputBlock + kOutputBlock / 2, widened, high);
+    for (int r = 0; r < rows; ++r) sink.put(map, row + r, block, {low[r], high[r]});
   }
 }
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -155,3 +159,45 @@ def test_weights_equal_the_table(instruction_set):
     assert weights[:128].tolist() == list(intmath.WEIGHT_TABLE)
     assert not weights[128:].any()
     assert rans.attention_weights(np.array([2**31 - 1, 0], dtype=np.int32)).tolist() == [0, 127]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own():
+    script = """
+import os, sys
+import numpy as np
+from percov2.entropy import rans
+logits = np.arange(64 * 40, dtype=np.int16).reshape(64, 40)
+symbols = np.zeros(64, dtype=np.int32)
+expected = rans.intervals(logits, symbols, 12, 1)
+def right():
+    return np.array_equal(rans.intervals(logits, symbols, 12, 3), expected)
+assert right()
+child = os.fork()
+if child == 0:
+    fine = right() and right()
+    tasks = "/proc/self/task"
+    os._exit(0 if fine and (not os.path.exists(tasks) or len(os.listdir(tasks)) == 3) else 1)
+status = os.waitpid(child, 0)[1]
+assert status == 0 and right()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_calls_from_several_threads_at_once():
+    model = IntTransformer.random(SIZES["ragged"], 5, executor="cpu")
+    stages = schedule.stages("qlds5", 5, 6)
+    grids = [tokens_of(3 + i, 5, 6, 40) for i in range(6)]
+    expected = [one_pass_logits(model, tokens, stages) for tokens in grids]
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                results = pool.map(lambda tokens: one_pass_logits(model, tokens, stages), grids)
+                assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
