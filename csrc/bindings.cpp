@@ -34,6 +34,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("instruction_sets", &percov2::instruction_sets);
   module.def("instruction_set", [] { return percov2::isa_name(percov2::active_isa()); });
   module.def("use_instruction_set", &percov2::use_instruction_set, pybind11::arg("name"));
+  percov2::bind_attention(module);
   percov2::bind_coder(module);
   percov2::bind_transformer(module);
 }

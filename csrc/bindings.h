@@ -32,6 +32,7 @@ inline void same_size(const char* name, std::int64_t size, std::int64_t wanted) 
   }
 }
 
+void bind_attention(pybind11::module_& module);
 void bind_coder(pybind11::module_& module);
 void bind_transformer(pybind11::module_& module);
 

@@ -11,6 +11,7 @@ import torch
 
 from percov2 import cli
 from percov2.bench import (
+    attention,
     cases,
     entropy,
     fresh,
@@ -22,9 +23,11 @@ from percov2.bench import (
 from percov2.bench.cases import Shape
 from percov2.bench.float_transformer import FloatTransformer
 from percov2.bench.timing import Effort, Timing, measure
-from percov2.entropy import RansDecoder, schedule
+from percov2.entropy import RansDecoder, rans, schedule
 from percov2.entropy.transformer_config import TransformerConfig
 from tiny_plan import MODEL, SECTIONS, SHORT, TINY
+
+SMALL = TransformerConfig(codebook_size=9, dim=16, heads=2, head_dim=12, layers=1, hidden=32)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,7 @@ def test_every_step_left_its_records(report: dict) -> None:
     # of two threads where there are two cores.
     ways = 1 + 2 * (6 + (report["environment"]["cores"] > 1))
     expected = {"coder": shapes, "logits": kinds * shapes, "lanes": 1, "overhead": 1, "long": 1}
-    expected["model"] = ways
+    expected["model"], expected["attention"] = ways, 4
     assert count == expected
 
 
@@ -213,6 +216,45 @@ def test_measure_does_not_count_the_first_call() -> None:
     assert measure(lambda: None, Effort(60.0, 1, 5)).runs == 5
 
 
+def test_wrong_attention_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = attention.rans.stage_attention
+
+    def wrong(*arguments: object) -> np.ndarray:
+        mean = right(*arguments)
+        mean[-1, -1, -1] ^= 1
+        return mean
+
+    monkeypatch.setattr(attention.rans, "stage_attention", wrong)
+    with pytest.raises(own_coder.Mismatch, match="attention"):
+        attention.attention(SMALL, "qlds5", 5, 2, SHORT)
+
+
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+def test_attention_kernel_equals_the_oracle(name: str) -> None:
+    case = attention.AttentionCase(SMALL, name, 18, 2)
+    result = case.compiled()
+    for image in range(2):
+        np.testing.assert_array_equal(result[image], case.oracle(image))
+
+
+def test_attention_refuses_arrays_that_do_not_fit() -> None:
+    case = attention.AttentionCase(SMALL, "qlds5", 4, 1)
+    q, kv, bias = case.q, case.kv, case.bias.numpy()
+
+    def refused(text: str, stages=case.stages, bias=bias, gain=1, q=q, kv=kv) -> None:
+        with pytest.raises(ValueError, match=text):
+            rans.stage_attention(stages, bias, case.shift.numpy(), gain, q, kv)
+
+    refused("q's second axis", q=q[:, 1:].copy())
+    refused("kv's first axis", kv=np.repeat(kv, 2, axis=0))
+    refused("kv's second axis", kv=kv[:, 1:].copy())
+    refused("kv's last axis", kv=kv[:, :, 1:].copy())
+    refused("bias's last axis", bias=bias[:, 1:].copy())
+    refused("head_dim", q=q[:, :, :-4].copy())
+    refused("gain_bits", gain=9)
+    refused("stages", stages=case.stages + 1)
+
+
 # The float transformer ---------------------------------------------------------------------------
 
 
@@ -297,4 +339,4 @@ def test_unknown_sections_are_refused(value: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "entropy", "--only", value])
     assert stop.value.code == 2
-    assert "must be some of coder,logits,overhead,model,cold" in capsys.readouterr().err
+    assert "must be some of coder,logits,overhead,model,attention,cold" in capsys.readouterr().err

@@ -27,4 +27,4 @@ TINY = Plan(
     large_grid=6,
     raster_grid=2,
 )
-SECTIONS = ("coder", "logits", "overhead", "model")
+SECTIONS = ("coder", "logits", "overhead", "model", "attention")

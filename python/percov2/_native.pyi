@@ -30,6 +30,15 @@ def cdf(logits: _Array, type: _LogitType, prob_bits: int, threads: int) -> NDArr
     """logits [n, V] of that type -> [n, V + 1]."""
 
 def attention_weights(distances: NDArray[np.int32]) -> NDArray[np.uint8]: ...
+def stage_attention(
+    stages: _Array, bias: _Array, shift: _Array, gain_bits: int, q: _Array, kv: _Array
+) -> NDArray[np.int8]:
+    """One layer's attention in one pass over all stages -> [B, E, inner].
+
+    stages int32 [h, w], bias int16 [heads, 964], shift int8 [heads], q int8 [B, E, inner], kv int8
+    [B, K, 2 * inner]: keys, then values. The K keys are the start entries and the contents of all
+    stages but the last, in coding order; the E readers are these and the queries of all positions.
+    """
 
 class BatchEncoder:
     def __init__(self, checks: _Array) -> None:

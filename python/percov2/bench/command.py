@@ -9,7 +9,7 @@ from typing import Any
 
 from percov2.cli_faults import about
 
-SECTIONS = ("coder", "logits", "overhead", "model", "cold")
+SECTIONS = ("coder", "logits", "overhead", "model", "attention", "cold")
 PEERS = Path(".peers/bin/python")
 ENTROPY_MODEL = Path(__file__).parent.parent / "pretrained" / "tiny" / "r031" / "entropy"
 _NAME = "bench entropy"

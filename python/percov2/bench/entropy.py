@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from percov2.bench import fresh, model, overhead, own_coder
+from percov2.bench import attention, fresh, model, overhead, own_coder
 from percov2.bench.cases import Shape, make_case
 from percov2.bench.environment import environment
 from percov2.bench.peers import Peers
@@ -73,6 +73,14 @@ def _steps(
         yield from _model_steps(plan, coder)
         for images in plan.memory:
             yield f"memory, {images} images", partial(_memory, plan, folder, images)
+    if "attention" in sections:
+        config = IntTransformer.load(folder).config
+        cases = [(plan.grid, plan.batch), *([(plan.large_grid, 1)] if plan.large_grid else [])]
+        for side, images in cases:
+            yield (
+                f"attention, {images} x {side}x{side}",
+                partial(attention.attention, config, plan.schedules[0], side, images, plan.effort),
+            )
     if "cold" in sections:
         yield "fresh process", lambda: [fresh.cold(folder)]
 

@@ -43,6 +43,7 @@ def tables(report: Record) -> list[Table]:
         _overhead(by_section.get("overhead", [])),
         _long(by_section.get("long", [])),
         _model(by_section.get("model", [])),
+        _attention(by_section.get("attention", [])),
         _memory(by_section.get("memory", [])),
         _cold(by_section.get("cold", [])),
     ]
@@ -162,6 +163,22 @@ def _model(records: list[Record]) -> Table:
         for r in records
     ]
     return Table("Whole entropy model", header, rows)
+
+
+def _attention(records: list[Record]) -> Table:
+    header = ("coder", "schedule", "tokens", "images", "entries x keys", "ms per image")
+    rows = [
+        (
+            r["coder"],
+            r["schedule"],
+            f"{r['grid']}x{r['grid']}",
+            str(r["images"]),
+            f"{r['entries']} x {r['keys']}",
+            number(r["ms_per_image"]),
+        )
+        for r in records
+    ]
+    return Table("Attention of one layer, one thread", header, rows)
 
 
 def _memory(records: list[Record]) -> Table:

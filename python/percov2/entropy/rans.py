@@ -25,6 +25,7 @@ except ImportError as error:  # pragma: no cover - only in a tree that was never
 
 # For percov2.entropy.cpu_executor; named here because one module imports the compiled code.
 attention_weights = _native.attention_weights
+stage_attention = _native.stage_attention
 IntegerTransformer = _native.IntegerTransformer
 StagedPass = _native.StagedPass
 # For percov2.entropy.lanes.
