@@ -48,15 +48,12 @@ def _save(figure: Any, path: Path) -> Path:
 
 
 def _throughput(records: list[Record], path: Path) -> Path | None:
-    """Bars per coder, from logits: a panel per codebook, the shape that most coders share."""
-    found = [r for r in records if r["section"] == "logits"]
-    by_shape: dict[tuple[int, int], list[Record]] = {}
-    for r in found:
-        by_shape.setdefault((r["codebook"], r["tokens"]), []).append(r)
-    panels: dict[int, list[Record]] = {}
-    for (codebook, _), group in by_shape.items():
-        if len(group) > len(panels.get(codebook, [])):
-            panels[codebook] = group
+    """Bars per coder, from logits: a panel per codebook, the shape that was compared first."""
+    bars: dict[int, dict[tuple[str, str], Record]] = {}
+    for r in records:
+        if r["section"] == "logits":
+            bars.setdefault(r["codebook"], {}).setdefault((r["coder"], r["given"]), r)
+    panels = {codebook: list(group.values()) for codebook, group in bars.items()}
     if not panels:
         return None
     figure, axes = _figure(len(panels))
