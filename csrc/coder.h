@@ -67,6 +67,8 @@ class BatchDecoder {
 
  private:
   void check_streams(const std::int64_t* streams, std::int64_t rows) const;
+  template <class Decode>
+  void undo_if_it_throws(Decode&& decode);
   void step(std::int64_t stream, std::uint32_t start, std::uint32_t freq, int prob_bits);
 
   std::vector<std::uint8_t> buffer_;

@@ -14,6 +14,7 @@ namespace percov2 {
 namespace {
 
 constexpr std::int64_t kTogether = 2;  // streams that one thread decodes side by side
+constexpr std::int64_t kChecked = 8;   // tables that are checked together
 
 }  // namespace
 
@@ -95,14 +96,25 @@ void BatchDecoder::step(std::int64_t stream, std::uint32_t start, std::uint32_t 
   states_[b] = x;
 }
 
+template <class Decode>
+void BatchDecoder::undo_if_it_throws(Decode&& decode) {
+  const std::vector<std::uint32_t> states = states_;
+  const std::vector<std::int64_t> next = next_;
+  try {
+    decode();
+  } catch (...) {
+    states_ = states;
+    next_ = next;
+    throw;
+  }
+}
+
 void BatchDecoder::decode_logits(const Logits& logits, const std::int64_t* streams,
                                  std::int64_t rows, std::int64_t count, int prob_bits, int threads,
                                  std::int32_t* symbols) {
   check_codebook(logits.codebook, prob_bits);
   check_streams(streams, rows);
-  const std::vector<std::uint32_t> states = states_;
-  const std::vector<std::int64_t> next = next_;
-  try {
+  undo_if_it_throws([&] {
     parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
       // A stream's next state waits for its last symbol. Streams do not wait for each other, so a
       // few go hand in hand, and the processor works on one while another waits.
@@ -125,11 +137,7 @@ void BatchDecoder::decode_logits(const Logits& logits, const std::int64_t* strea
         }
       }
     });
-  } catch (...) {
-    states_ = states;
-    next_ = next;
-    throw;
-  }
+  });
 }
 
 void BatchDecoder::decode_cdf(const std::int32_t* cdf, const std::int64_t* streams,
@@ -137,17 +145,23 @@ void BatchDecoder::decode_cdf(const std::int32_t* cdf, const std::int64_t* strea
                               int prob_bits, int threads, std::int32_t* symbols) {
   check_prob_bits(prob_bits);
   check_streams(streams, rows);
-  check_tables(cdf, 0, rows * count, codebook, prob_bits);
-  parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t row = first; row < last; ++row) {
-      const std::int64_t stream = streams[row];
-      for (std::int64_t i = row * count; i < (row + 1) * count; ++i) {
-        const std::uint32_t target = slot(states_[static_cast<std::size_t>(stream)], prob_bits);
-        const Found found = find_in_table(cdf + i * (codebook + 1), codebook, target);
-        symbols[i] = found.symbol;
-        step(stream, found.start, found.freq, prob_bits);
+  check_tables(cdf, 0, 0, codebook, prob_bits);  // also without a row
+  undo_if_it_throws([&] {
+    parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
+      for (std::int64_t row = first; row < last; ++row) {
+        const std::int64_t stream = streams[row];
+        for (std::int64_t i = row * count; i < (row + 1) * count; ++i) {
+          // Checked while it is in cache, a few rows ahead of the states.
+          if ((i - row * count) % kChecked == 0) {
+            check_tables(cdf, i, std::min(i + kChecked, (row + 1) * count), codebook, prob_bits);
+          }
+          const std::uint32_t target = slot(states_[static_cast<std::size_t>(stream)], prob_bits);
+          const Found found = find_in_table(cdf + i * (codebook + 1), codebook, target);
+          symbols[i] = found.symbol;
+          step(stream, found.start, found.freq, prob_bits);
+        }
       }
-    }
+    });
   });
 }
 

@@ -28,6 +28,13 @@ const IntervalKernels& active_kernels() {
   }
 }
 
+// bfloat16 is the upper half of float32. In two steps, the first of which becomes vectors.
+void widen(const std::uint16_t* narrow, std::int64_t count, float* wide) {
+  std::uint32_t bits[kMaxCodebook];
+  for (std::int64_t i = 0; i < count; ++i) bits[i] = static_cast<std::uint32_t>(narrow[i]) << 16;
+  std::memcpy(wide, bits, static_cast<std::size_t>(count) * sizeof(float));
+}
+
 }  // namespace
 
 void check_prob_bits(int prob_bits) {
@@ -73,11 +80,7 @@ void RowQuantizer::open(std::int64_t row) {
   if (logits_.type == LogitType::kFloat32) {
     floats = static_cast<const float*>(logits_.data) + at;
   } else {
-    const std::uint16_t* narrow = static_cast<const std::uint16_t*>(logits_.data) + at;
-    for (std::int64_t i = 0; i < logits_.codebook; ++i) {
-      const std::uint32_t bits = static_cast<std::uint32_t>(narrow[i]) << 16;
-      std::memcpy(widened_.data() + i, &bits, sizeof bits);
-    }
+    widen(static_cast<const std::uint16_t*>(logits_.data) + at, logits_.codebook, widened_.data());
   }
   if (!kernels_.round_logits(floats, logits_.codebook, rounded_.data())) {
     throw std::invalid_argument("row " + std::to_string(row) +
