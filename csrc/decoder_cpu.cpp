@@ -13,8 +13,11 @@
 namespace percov2 {
 namespace {
 
-constexpr std::int64_t kTogether = 2;  // streams that one thread decodes side by side
-constexpr std::int64_t kChecked = 8;   // tables that are checked together
+// Streams that one thread decodes side by side. A long row keeps it busy without a second stream,
+// whose rows would only be fetched from elsewhere in memory.
+std::int64_t streams_together(std::int64_t codebook) { return codebook <= 512 ? 2 : 1; }
+
+constexpr std::int64_t kChecked = 8;  // tables that are checked together
 
 }  // namespace
 
@@ -114,15 +117,16 @@ void BatchDecoder::decode_logits(const Logits& logits, const std::int64_t* strea
                                  std::int32_t* symbols) {
   check_codebook(logits.codebook, prob_bits);
   check_streams(streams, rows);
+  const std::int64_t together = streams_together(logits.codebook);
   undo_if_it_throws([&] {
     parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
       // A stream's next state waits for its last symbol. Streams do not wait for each other, so a
       // few go hand in hand, and the processor works on one while another waits.
       std::vector<RowQuantizer> quantizers(
-          static_cast<std::size_t>(std::min(kTogether, last - first)),
+          static_cast<std::size_t>(std::min(together, last - first)),
           RowQuantizer(logits, prob_bits));
-      for (; first < last; first += kTogether) {
-        const std::int64_t some = std::min(kTogether, last - first);
+      for (; first < last; first += together) {
+        const std::int64_t some = std::min(together, last - first);
         for (std::int64_t i = first * count; i < (first + 1) * count; ++i) {
           for (std::int64_t r = 0; r < some; ++r) {
             quantizers[static_cast<std::size_t>(r)].prepare(i + r * count);

@@ -22,6 +22,7 @@ from percov2.bench import (
 )
 from percov2.bench.cases import Shape
 from percov2.bench.float_transformer import FloatTransformer
+from percov2.bench.results import middle
 from percov2.bench.timing import Effort, Timing, measure
 from percov2.entropy import RansDecoder, rans, schedule
 from percov2.entropy.transformer_config import TransformerConfig
@@ -173,6 +174,18 @@ def test_integer_logits_are_the_nearest() -> None:
 
 
 # Nothing wrong is timed --------------------------------------------------------------------------
+
+
+def test_of_several_rounds_the_middle_one_counts() -> None:
+    def round_of(encode: float, decode: float) -> list[dict]:
+        times = {"encode": {"median_s": encode}, "decode": {"median_s": decode}}
+        return [{"coder": "a", "given": "b", "bytes": 7, **times}]
+
+    rounds = [round_of(3, 1), round_of(1, 2), round_of(2, 9)]
+    assert middle(rounds) == round_of(2, 2)
+    assert middle(rounds[:2]) == round_of(1, 1)
+    with pytest.raises(ValueError, match="same records"):
+        middle([round_of(1, 1), [{**round_of(1, 1)[0], "bytes": 8}]])
 
 
 def test_wrong_symbols_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

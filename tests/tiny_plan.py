@@ -12,6 +12,7 @@ MODEL = Path(__file__).parent / "data" / "entropy_v1"
 SHORT = Effort(0.0, 1, 1)
 TINY = Plan(
     effort=SHORT,
+    rounds=2,
     compared=(Shape(16, 12, 3),),
     scaling=(Shape(16, 5, 2),),
     single=Shape(16, 50, 1),

@@ -12,10 +12,11 @@ import torch
 from tqdm import tqdm
 
 from percov2.bench import attention, fresh, model, overhead, own_coder
-from percov2.bench.cases import Shape, make_case
+from percov2.bench.cases import Case, Shape, make_case
 from percov2.bench.environment import environment
 from percov2.bench.peers import Peers
 from percov2.bench.plan import Plan
+from percov2.bench.results import middle
 from percov2.bench.summary import summarize
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
@@ -92,7 +93,18 @@ def _title(what: str, shape: Shape) -> str:
 def _coders(
     plan: Plan, shape: Shape, sections: tuple[str, ...], peers: Peers | None
 ) -> list[dict[str, Any]]:
+    """Records of all coders on a shape, in rounds when they are to be compared.
+
+    A shared machine is faster at one time and slower at another: taking turns lets both have both.
+    """
     case = make_case(shape)
+    rounds = 1 if peers is None else plan.rounds
+    return middle([_round(plan, case, sections, peers) for _ in range(rounds)])
+
+
+def _round(
+    plan: Plan, case: Case, sections: tuple[str, ...], peers: Peers | None
+) -> list[dict[str, Any]]:
     records = []
     if "coder" in sections:
         records.append(own_coder.coder_only(case, plan.effort))

@@ -14,6 +14,7 @@ class Plan:
 
     Attributes:
         effort: how long each call is repeated.
+        rounds: how often percov2 and its peers take turns.
         compared: shapes on which the coders, also the peers', are timed.
         scaling: further shapes, for percov2 alone: other lengths and numbers of images.
         single: shape of one long stream, coded with each number of ``lanes``.
@@ -28,6 +29,7 @@ class Plan:
     """
 
     effort: Effort
+    rounds: int
     compared: tuple[Shape, ...]
     scaling: tuple[Shape, ...]
     single: Shape
@@ -46,6 +48,7 @@ class Plan:
 
 FULL_PLAN = Plan(
     effort=FULL,
+    rounds=3,
     compared=(
         Shape(64, 1024, 64),
         Shape(256, 1024, 64),
@@ -80,6 +83,7 @@ FULL_PLAN = Plan(
 )
 QUICK_PLAN = Plan(
     effort=QUICK,
+    rounds=1,
     compared=(Shape(256, 256, 16), Shape(1024, 256, 4)),
     scaling=(Shape(256, 64, 16),),
     single=Shape(256, 2**12, 1),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -45,3 +47,24 @@ def result(
         "bytes": int(stream_bytes.sum()),
         "ideal_bytes": float(ideal.sum()),
     }
+
+
+def middle(rounds: Iterable[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One round out of several of the same records: of every timing the one with the middle median.
+
+    Raises ValueError if the rounds do not hold the same records.
+    """
+    merged = []
+    for same in zip(*rounds, strict=True):
+        record = dict(same[0])
+        if any(
+            (r["coder"], r["given"], r["bytes"])
+            != (record["coder"], record["given"], record["bytes"])
+            for r in same
+        ):
+            raise ValueError("the rounds of a measurement do not hold the same records")
+        for way in ("encode", "decode"):
+            wanted = statistics.median_low([r[way]["median_s"] for r in same])
+            record[way] = next(r[way] for r in same if r[way]["median_s"] == wanted)
+        merged.append(record)
+    return merged

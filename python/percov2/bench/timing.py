@@ -19,7 +19,7 @@ class Effort:
 
 
 QUICK = Effort(0.05, 3, 10)
-FULL = Effort(1.0, 5, 200)
+FULL = Effort(0.5, 5, 200)
 
 
 @dataclass(frozen=True)
