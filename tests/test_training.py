@@ -22,12 +22,13 @@ crops = { sides = [32], counts = [2] }
 loop = { steps = 4, warmup = 1, log_every = 1 }
 
 [codec]
-rate = "r031"
+text_encoder = { buckets = 32, dim = 8, length = 4 }
+loop = { steps = 4, warmup = 1, log_every = 1 }
+
+[codec.rates.r031]
 hyper_encoder = { channels = 8, hyper_channels = 8, stride = 2 }
 quantizer = { hyper_channels = 8, codebook_size = 16, code_dim = 4, output_channels = 4 }
-text_encoder = { buckets = 32, dim = 8, length = 4 }
 crops = { sides = [32, 48], counts = [4, 2] }
-loop = { steps = 4, warmup = 1, log_every = 1 }
 
 [codec.flow]
 sample_size = 8
@@ -147,7 +148,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert all(torch.equal(v, stage.state_dict()[k]) for k, v in fresh.state_dict().items())
     assert (tmp_path / "once" / "samples.png").is_file()
     lines = (tmp_path / "twice" / "log.csv").read_text().splitlines()
-    assert len(lines) == 5 and lines[0].startswith("step,seconds,l1,lpips")
+    names = "l1,lpips" if kind == "autoencoder" else "l1_r031,lpips_r031"
+    assert len(lines) == 5 and lines[0].startswith(f"step,seconds,{names}")
 
 
 def test_missing_checkpoint_is_explained(config: Path, cache: Path, tmp_path: Path) -> None:

@@ -13,17 +13,18 @@ import torch
 from tqdm import tqdm
 
 from percov2.codec import Codec
-from percov2.models.autoencoder import PatchAutoencoder
-from percov2.models.preset import CodecModel, ModelConfig, Rate
+from percov2.models.preset import CodecModel, ModelConfig
 from percov2.models.storage import save_component
-from percov2.training.data import PhotoCrops, decode_shards
+from percov2.training import warm_start
+from percov2.training.adversary import AdversaryConfig
+from percov2.training.data import CropPlan, PhotoCrops, decode_shards
 from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.stage1 import (
     AutoencoderConfig,
     AutoencoderStage,
     CodecConfig,
     CodecStage,
-    CropPlan,
 )
 from percov2.training.stage2 import EntropyConfig, train_entropy
 
@@ -55,24 +56,34 @@ def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
     return kind(**values)
 
 
-def _split(table: dict[str, Any], *drop: str) -> tuple[dict[str, Any], LoopConfig]:
-    values = {k: v for k, v in table.items() if k not in ("loop", *drop)}
-    if "crops" in values:
-        crops = {k: tuple(v) for k, v in values["crops"].items()}
-        values["crops"] = build_config(CropPlan, crops)
-    return values, build_config(LoopConfig, table.get("loop", {}))
+def _crops(values: dict[str, Any]) -> CropPlan:
+    return build_config(CropPlan, {k: tuple(v) for k, v in values.items()})
 
 
 def autoencoder_stage(config: Path, data: PhotoCrops) -> tuple[AutoencoderStage, LoopConfig]:
-    """The autoencoder phase of a configuration file, freshly initialised."""
-    values, loop = _split(read_section(config, "autoencoder"))
+    """The autoencoder phase of a configuration file, freshly initialised by the run's seed."""
+    values = read_section(config, "autoencoder")
+    loop = build_config(LoopConfig, values.pop("loop", {}))
+    if "crops" in values:
+        values["crops"] = _crops(values["crops"])
+    torch.manual_seed(loop.seed)
     return AutoencoderStage(build_config(AutoencoderConfig, values), data), loop
 
 
 def codec_stage(config: Path, data: PhotoCrops) -> tuple[CodecStage, LoopConfig]:
-    """The joint phase, freshly initialised."""
+    """The joint phase, freshly initialised by the run's seed."""
     first, _ = autoencoder_stage(config, data)
-    values, loop = _split(read_section(config, "codec"), "rate")
+    values = read_section(config, "codec")
+    loop = build_config(LoopConfig, values.pop("loop", {}))
+    values["rates"] = {
+        name: build_config(RateConfig, {**rate, "crops": _crops(rate.get("crops", {}))})
+        for name, rate in values.get("rates", {}).items()
+    }
+    adversary = dict(values.get("adversary", {}))
+    if "widths" in adversary:
+        adversary["widths"] = tuple(adversary["widths"])
+    values["adversary"] = build_config(AdversaryConfig, adversary)
+    torch.manual_seed(loop.seed)
     return CodecStage(build_config(CodecConfig, values), first.autoencoder, data), loop
 
 
@@ -88,47 +99,82 @@ def run_autoencoder(config: Path, data: Path, out: Path, minutes: float | None =
 
 
 def run_codec(
-    config: Path, data: Path, autoencoder_run: Path, out: Path, minutes: float | None = None
+    config: Path,
+    data: Path,
+    out: Path,
+    autoencoder_run: Path | None = None,
+    start_from: Path | None = None,
+    minutes: float | None = None,
 ) -> None:
-    """`percov2 train codec`."""
+    """`percov2 train codec`.
+
+    Args:
+        autoencoder_run: out of `train autoencoder`; hyper-encoders and flow start at random.
+        start_from: out of an earlier `train codec`: its averaged weights, autoencoder included.
+
+    Raises:
+        ValueError: unless exactly one of the two is given.
+    """
+    if (autoencoder_run is None) == (start_from is None):
+        raise ValueError("give either --autoencoder-run or --start-from")
     crops = PhotoCrops(data)
-    first, _ = autoencoder_stage(config, crops)
-    load_averaged(autoencoder_run, first)
     stage, loop = codec_stage(config, crops)
-    stage.autoencoder.load_state_dict(first.autoencoder.state_dict())
+    # An interrupted run goes on from its own checkpoint, which holds everything.
+    if not (out / "checkpoint.pt").is_file():
+        if autoencoder_run is not None:
+            first, _ = autoencoder_stage(config, crops)
+            load_averaged(autoencoder_run, first)
+            stage.autoencoder.load_state_dict(first.autoencoder.state_dict())
+        if start_from is not None:
+            for rate, origin in warm_start.start_from(stage, start_from).items():
+                print(f"{rate}: {origin}")
     train(stage, loop, out, stop_after_minutes=minutes)
 
 
 def run_export(
-    config: Path, data: Path, codec_run: Path, out: Path, entropy: Path | None = None
+    config: Path, data: Path, codec_run: Path, out: Path, entropy: list[str] | None = None
 ) -> None:
     """`percov2 train export`: averaged weights of a run -> a model folder.
 
     Args:
-        entropy: folder of an exported integer entropy model; without it the folder can make tokens
-            and pictures but not files.
+        out: may exist already: entropy models in it stay where no other is given.
+        entropy: ``RATE=FOLDER`` per rate (``FOLDER`` alone: the first rate), exported integer
+            entropy models; rates without one can make tokens and pictures but not files.
+
+    Raises:
+        ValueError: an entropy model for a rate that the configuration does not have.
     """
     stage, _ = codec_stage(config, PhotoCrops(data))
+    first = next(iter(stage.rates))
+    folders = dict(_rate_and_folder(text, first) for text in entropy or ())
+    unknown = sorted(set(folders) - set(stage.rates))
+    if unknown:
+        raise ValueError(f"no such rates: {unknown}; {config.name} has {list(stage.rates)}")
     load_averaged(codec_run, stage)
-    rate = read_section(config, "codec")["rate"]
     save_component(stage.autoencoder, out / "autoencoder", "float16")
     save_component(stage.flow, out / "flow", "int8")
     save_component(stage.text_encoder, out / "text_encoder", "int8")
-    save_component(stage.hyper_encoder, out / rate / "hyper_encoder", "float16")
-    save_component(stage.quantizer, out / rate / "quantizer", "float32")
-    side = PatchAutoencoder.stride * int(stage.hyper_encoder.config["stride"])
-    size = int(stage.quantizer.config["codebook_size"])
+    points = []
+    for name, networks in stage.rates.items():
+        assert isinstance(networks, RateNetworks)
+        save_component(networks.hyper_encoder, out / name / "hyper_encoder", "float16")
+        save_component(networks.quantizer, out / name / "quantizer", "float32")
+        points.append(networks.point(name))
     ModelConfig(
-        name=out.name,
-        rates=(Rate(rate, side, size),),
-        default_rate=rate,
-        prediction=stage.config.prediction,
+        name=out.name, rates=tuple(points), default_rate=first, prediction=stage.config.prediction
     ).save(out)
-    if entropy is not None:
-        shutil.copytree(entropy, out / rate / "entropy", dirs_exist_ok=True)
-        # Beside the config, so that `percov2 info` can name model and rate without loading them.
-        known = Codec.from_pretrained(out).model_id(rate)
-        (out / "model_id").write_text(f"{known:04x} {rate}\n", encoding="utf-8")
+    for name, folder in folders.items():
+        shutil.copytree(folder, out / name / "entropy", dirs_exist_ok=True)
+    # Beside the config, so that `percov2 info` can name model and rate without loading them.
+    codec = Codec.from_pretrained(out)
+    able = [p.name for p in points if (out / p.name / "entropy" / "config.json").is_file()]
+    lines = [f"{codec.model_id(name):04x} {name}\n" for name in able]
+    (out / "model_id").write_text("".join(lines), encoding="utf-8")
+
+
+def _rate_and_folder(text: str, first: str) -> tuple[str, Path]:
+    name, equals, folder = text.partition("=")
+    return (name, Path(folder)) if equals else (first, Path(text))
 
 
 def run_tokens(

@@ -121,3 +121,27 @@ class PhotoCrops:
             captions.append(str(generator.choice(photo.captions)) if photo.captions else "")
         images = torch.from_numpy(crops).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
         return images, captions
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """Crop sides and how many crops of each side make a batch; one side is drawn per step.
+
+    Raises:
+        ValueError: when there is not one positive count per positive side.
+    """
+
+    sides: tuple[int, ...] = (128, 192, 256)
+    counts: tuple[int, ...] = (16, 8, 4)
+
+    def __post_init__(self) -> None:
+        if not self.sides or len(self.sides) != len(self.counts):
+            raise ValueError(f"crops need one count per side, not {self.sides} and {self.counts}")
+        if min(*self.sides, *self.counts) < 1:
+            raise ValueError(f"crops need positive sides and counts: {self.sides}, {self.counts}")
+
+    def draw(self, data: PhotoCrops, generator: np.random.Generator) -> tuple[Tensor, list[str]]:
+        """A batch of crops of one side: images [B, 3, S, S] in [-1, 1], and captions."""
+        pick = int(generator.integers(len(self.sides)))
+        images, captions = data.batch(generator, self.counts[pick], self.sides[pick])
+        return images.contiguous(memory_format=torch.channels_last), captions

@@ -55,7 +55,10 @@ class TrainingStage(nn.Module):
     """One stage of training: networks, data and losses."""
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw a batch and return the loss and figures to log (scalars)."""
+        """Draw a batch and return the loss and figures to log.
+
+        Figures are scalars, the same names at every step; NaN where a step has none.
+        """
         raise TypeError(f"{type(self).__name__} must define forward")
 
     def start_step(self, step: int, total: int) -> None:
@@ -66,6 +69,13 @@ class TrainingStage(nn.Module):
 
     def draw_samples(self, folder: Path, step: int) -> None:
         """Called at every checkpoint, in evaluation mode with averaged weights."""
+
+    def side_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the stage's own weights (e.g. a discriminator)."""
+        return {}
+
+    def load_side_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`side_state` returned; {} from a run that had none."""
 
 
 class _Averaged:
@@ -93,6 +103,12 @@ class _Averaged:
             yield
         finally:
             module.load_state_dict(live)
+
+
+def _mean(values: list[float]) -> float:
+    """Mean of the values that are not NaN; NaN if there is none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _learning_rate(config: LoopConfig, step: int) -> float:
@@ -171,6 +187,7 @@ def train(
         averaged.state = state["ema"]
         generator.bit_generator.state = state["generator"]
         torch.set_rng_state(state["torch_rng"])
+        stage.load_side_state(state.get("side", {}))
         step = int(state["step"])
     model, optimizer = accelerator.prepare(stage, optimizer)
 
@@ -183,6 +200,7 @@ def train(
                 "model": stage.state_dict(),
                 "ema": averaged.state,
                 "optimizer": optimizer.state_dict(),
+                "side": stage.side_state(),
                 "generator": generator.bit_generator.state,
                 "torch_rng": torch.get_rng_state(),
                 "step": step,
@@ -198,8 +216,7 @@ def train(
     started = saved = time.monotonic()
     last = config.steps if stop_after_steps is None else min(config.steps, step + stop_after_steps)
     stage.train()
-    sums: dict[str, float] = {}
-    logged = 0
+    recent: dict[str, list[float]] = {}
     bar = tqdm(total=config.steps, initial=step, desc=out.name, unit="step", mininterval=5.0)
     with open(out / "log.csv", "a", newline="") as log:
         writer = csv.writer(log)
@@ -218,18 +235,17 @@ def train(
             stage.after_step()
             averaged.update(stage, step)
             step += 1
-            logged += 1
             for key, value in figures.items():
-                sums[key] = sums.get(key, 0.0) + float(value)
+                recent.setdefault(key, []).append(float(value))
             bar.update()
             if step % config.log_every == 0 and accelerator.is_main_process:
-                means = {k: v / logged for k, v in sums.items()}
+                means = {key: _mean(values) for key, values in recent.items()}
                 if log.tell() == 0:
                     writer.writerow(["step", "seconds", *means])
                 writer.writerow([step, round(time.time()), *(f"{v:.5g}" for v in means.values())])
                 log.flush()
                 bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
-                sums, logged = {}, 0
+                recent = {}
             now = time.monotonic()
             if now - saved > config.checkpoint_seconds:
                 save()

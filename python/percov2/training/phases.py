@@ -14,7 +14,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "data": {"type": Path, "required": True, "help": "photos (entropy: token maps)"},
     "out": {"type": Path, "required": True, "help": "what the phase writes"},
     "minutes": {"type": float, "help": "stop after this time; the same command goes on"},
-    "autoencoder_run": {"type": Path, "required": True, "help": "out of `train autoencoder`"},
+    "autoencoder_run": {"type": Path, "help": "start from this out of `train autoencoder`"},
+    "start_from": {
+        "type": Path,
+        "help": "start from the averaged weights of this out of `train codec` instead; rates that "
+        "it does not have start from its first",
+    },
     "codec_run": {"type": Path, "required": True, "help": "out of `train codec`"},
     "model": {"type": Path, "required": True, "help": "model folder"},
     "rate": {"help": "rate of the model (default: its default)"},
@@ -23,14 +28,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "default": "no",
         "help": "bf16 halves the time; a few tokens near a tie may differ from the codec's",
     },
-    "entropy": {"type": Path, "help": "out of `train entropy`"},
+    "entropy": {
+        "nargs": "+",
+        "metavar": "RATE=FOLDER",
+        "help": "folders `entropy` in the outs of `train entropy`; FOLDER alone: the first rate",
+    },
 }
 PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("Decode photo shards into a memory-mapped cache.", ("data", "out")),
     "autoencoder": ("Train the autoencoder.", ("config", "data", "out", "minutes")),
     "codec": (
-        "Train hyper-encoder, quantizer and flow together.",
-        ("config", "data", "autoencoder_run", "out", "minutes"),
+        "Train hyper-encoders, quantizers, flow and decoder together.",
+        ("config", "data", "autoencoder_run", "start_from", "out", "minutes"),
     ),
     "tokens": (
         "Make the token maps for `train entropy`.",

@@ -7,8 +7,10 @@ the whole chain, the trainable decoder included.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,26 +19,13 @@ from torch import Tensor
 
 from percov2.models.autoencoder import PatchAutoencoder
 from percov2.models.flow import build_flow, estimate_clean, upsample_z_hat
-from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.quantizer import VectorQuantizer
+from percov2.models.quantizer import Quantized
 from percov2.models.text_encoder import HashedTextEncoder
-from percov2.training.data import PhotoCrops
+from percov2.training.adversary import Adversary, AdversaryConfig
+from percov2.training.data import CropPlan, PhotoCrops
 from percov2.training.loop import TrainingStage
 from percov2.training.losses import ReconstructionLoss
-
-
-@dataclass(frozen=True)
-class CropPlan:
-    """Crop sides and how many crops of each side make a batch; one side is drawn per step."""
-
-    sides: tuple[int, ...] = (128, 192, 256)
-    counts: tuple[int, ...] = (16, 8, 4)
-
-    def draw(self, data: PhotoCrops, generator: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """A batch of crops of one side: images [B, 3, S, S] in [-1, 1], and captions."""
-        pick = int(generator.integers(len(self.sides)))
-        images, captions = data.batch(generator, self.counts[pick], self.sides[pick])
-        return images.contiguous(memory_format=torch.channels_last), captions
+from percov2.training.rates import RateConfig, RateNetworks, build_rates, draw_rate
 
 
 def _save_rows(path: Path, rows: list[Tensor]) -> None:
@@ -89,15 +78,15 @@ class CodecConfig:
     """Configuration of the joint phase.
 
     Attributes:
+        rates: settings per rate, in the order of the rates in a model folder.
         one_step: share of samples at t = 1; the others draw t as SD3 does (logit-normal).
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
+        adversary: the patch discriminator; there is none by default.
     """
 
-    hyper_encoder: dict = field(default_factory=dict)
-    quantizer: dict = field(default_factory=dict)
+    rates: dict[str, RateConfig] = field(default_factory=dict)
     flow: dict = field(default_factory=dict)
     text_encoder: dict = field(default_factory=dict)
-    crops: CropPlan = field(default_factory=CropPlan)
     prediction: str = "sample"
     one_step: float = 0.75
     lpips_weight: float = 0.8
@@ -105,10 +94,14 @@ class CodecConfig:
     vq_weight: float = 0.25
     spread_weight: float = 0.05
     caption_dropout: float = 0.1
+    adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
 
 class CodecStage(TrainingStage):
-    """Phase B: tokens that the flow transformer and the decoder can use (encoder frozen)."""
+    """Phase B: tokens that the flow transformer and the decoder can use (encoder frozen).
+
+    Every step trains one rate, drawn by its share.
+    """
 
     def __init__(
         self, config: CodecConfig, autoencoder: PatchAutoencoder, data: PhotoCrops
@@ -117,26 +110,37 @@ class CodecStage(TrainingStage):
         self.config, self.data = config, data
         self.autoencoder = autoencoder
         self.autoencoder.encoder.requires_grad_(False)
-        self.hyper_encoder = HyperEncoder(**config.hyper_encoder)
-        self.quantizer = VectorQuantizer(**config.quantizer)
-        self.flow = build_flow(self.quantizer.config["output_channels"], **config.flow)
+        self.rates = build_rates(config.rates)
+        channels = int(self._rate(next(iter(self.rates))).quantizer.config["output_channels"])
+        self.flow = build_flow(channels, **config.flow)
         self.flow.pos_embed.proj.reset_parameters()
         self.text_encoder = HashedTextEncoder(**config.text_encoder)
-        for part in (self.autoencoder, self.hyper_encoder):
-            part.to(memory_format=torch.channels_last)
+        self.autoencoder.to(memory_format=torch.channels_last)
         self.loss = ReconstructionLoss(config.lpips_weight)
-        self._codebook_input: tuple[Tensor, Tensor] | None = None
+        self.adversary = Adversary(config.adversary) if config.adversary.weight else None
+        self._step = 0
+        self._discriminator_loss = math.nan
+
+    def _rate(self, name: str) -> RateNetworks:
+        networks = self.rates[name]
+        assert isinstance(networks, RateNetworks)
+        return networks
+
+    def start_step(self, step: int, total: int) -> None:
+        """See :meth:`TrainingStage.start_step`."""
+        self._step = step
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`TrainingStage.forward`."""
         config = self.config
-        images, captions = config.crops.draw(self.data, generator)
+        name = draw_rate(config.rates, generator)
+        networks = self._rate(name)
+        images, captions = config.rates[name].crops.draw(self.data, generator)
         keep = generator.random(len(captions)) >= config.caption_dropout
         captions = [c if k else "" for c, k in zip(captions, keep, strict=True)]
         with torch.no_grad():
             latents = self.autoencoder.encode(images).float()
-        quantized = self.quantizer(self.hyper_encoder(latents))
-        self._codebook_input = (quantized.directions, quantized.tokens)
+        quantized: Quantized = networks(latents)
         count = len(latents)
         t = torch.sigmoid(torch.randn(count))
         t = 3 * t / (1 + 2 * t)
@@ -152,32 +156,71 @@ class CodecStage(TrainingStage):
             config.prediction,
         ).float()
         latent_error = (clean - latents).square().mean()
-        rebuilt = self.autoencoder.decode(clean.contiguous(memory_format=torch.channels_last))
+        clean = clean.contiguous(memory_format=torch.channels_last)
+        rebuilt = self.autoencoder.decode(clean)
         loss, figures = self.loss(rebuilt, images)
         loss = loss + config.latent_weight * latent_error + config.vq_weight * quantized.loss
         loss = loss - config.spread_weight * quantized.spread
-        used = torch.bincount(quantized.tokens.flatten().long()).gt(0).sum()
-        return loss, {
-            **figures,
-            "latent": latent_error.detach(),
-            "vq": quantized.loss.detach(),
-            "spread": quantized.spread.detach(),
-            "codes": used.float(),
-        }
+        adversarial = self._adversarial(clean, rebuilt, images)
+        if adversarial is not None:
+            loss = loss + adversarial
+        return loss, self._figures(
+            name,
+            adversarial,
+            {
+                **figures,
+                "latent": latent_error.detach(),
+                "vq": quantized.loss.detach(),
+                "spread": quantized.spread.detach(),
+                "codes": networks.codes_in_use(),
+            },
+        )
+
+    def _adversarial(self, clean: Tensor, rebuilt: Tensor, images: Tensor) -> Tensor | None:
+        if self.adversary is None or not self.adversary.weight(self._step):
+            return None
+        if self.config.adversary.reach == "decoder":
+            rebuilt = self.autoencoder.decode(clean.detach())
+        return self.adversary.loss(rebuilt, images, self._step)
+
+    def _figures(
+        self, rate: str, adversarial: Tensor | None, figures: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Figures of a step under the names of its rate, NaN for the other rates'."""
+        missing = torch.tensor(math.nan)
+        named = {f"{key}_{name}": missing for name in self.rates for key in figures}
+        named.update({f"{key}_{rate}": value for key, value in figures.items()})
+        named["adversarial"] = missing if adversarial is None else adversarial.detach()
+        # The discriminator learns after the step, so its loss is that of the step before.
+        named["discriminator"] = torch.tensor(self._discriminator_loss)
+        return named
 
     def after_step(self) -> None:
-        """Move the codebook toward this step's hyper-latents."""
-        if self._codebook_input is not None:
-            self.quantizer.update_codebook(*self._codebook_input)
+        """Move the codebook of this step's rate, and let the discriminator learn."""
+        for name in self.rates:
+            self._rate(name).move_codebook()
+        if self.adversary is not None:
+            loss = self.adversary.learn()
+            self._discriminator_loss = math.nan if loss is None else float(loss)
 
-    def reconstruct(self, images: Tensor, captions: list[str]) -> Tensor:
+    def side_state(self) -> dict[str, Any]:
+        """See :meth:`TrainingStage.side_state`."""
+        return {} if self.adversary is None else {"adversary": self.adversary.state_dict()}
+
+    def load_side_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`TrainingStage.load_side_state`; a discriminator may join a run late."""
+        if self.adversary is not None and "adversary" in state:
+            self.adversary.load_state_dict(state["adversary"])
+
+    def reconstruct(self, images: Tensor, captions: list[str], rate: str) -> Tensor:
         """One-step reconstruction of images [B, 3, H, W] in [-1, 1], dense (training samples)."""
+        networks = self._rate(rate)
         latents = self.autoencoder.encode(images).float()
-        z_hat = self.quantizer.lookup(self.quantizer.tokens(self.hyper_encoder(latents)))
+        tokens = networks.quantizer.tokens(networks.hyper_encoder(latents))
         clean = estimate_clean(
             self.flow,
             torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)),
-            upsample_z_hat(z_hat, *latents.shape[-2:]),
+            upsample_z_hat(networks.quantizer.lookup(tokens), *latents.shape[-2:]),
             torch.ones(len(latents)),
             self.text_encoder(captions),
             self.config.prediction,
@@ -185,8 +228,10 @@ class CodecStage(TrainingStage):
         return self.autoencoder.decode(clean)
 
     def draw_samples(self, folder: Path, step: int) -> None:
-        """Fixed crops above their one-step reconstructions."""
-        images, captions = self.data.batch(
-            np.random.default_rng(123), 6, self.config.crops.sides[-1]
-        )
-        _save_rows(folder / "samples.png", [images, self.reconstruct(images, captions)])
+        """Fixed crops above their one-step reconstructions, one row per rate."""
+        # The largest crop side that every rate's tokens divide.
+        unit = max(self._rate(name).token_side for name in self.rates)
+        side = max(max(rate.crops.sides) for rate in self.config.rates.values())
+        images, captions = self.data.batch(np.random.default_rng(123), 6, side - side % unit)
+        rebuilt = [self.reconstruct(images, captions, name) for name in self.rates]
+        _save_rows(folder / "samples.png", [images, *rebuilt])

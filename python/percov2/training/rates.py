@@ -1,0 +1,107 @@
+"""Rate points in training: each has its own tokens; autoencoder, flow and text are shared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from percov2.models.autoencoder import PatchAutoencoder
+from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.preset import Rate
+from percov2.models.quantizer import Quantized, VectorQuantizer
+from percov2.training.data import CropPlan
+
+
+@dataclass(frozen=True)
+class RateConfig:
+    """Settings of one rate.
+
+    Attributes:
+        share: of the training steps; shares need not sum to 1.
+        crops: sides must be multiples of the token side.
+        codebook_decay: of the codebook's moving averages; nearer to 1 where a step has few tokens
+            per code.
+    """
+
+    hyper_encoder: dict = field(default_factory=dict)
+    quantizer: dict = field(default_factory=dict)
+    crops: CropPlan = field(default_factory=CropPlan)
+    share: float = 1.0
+    codebook_decay: float = 0.97
+
+
+class RateNetworks(nn.Module):
+    """Hyper-encoder and quantizer of one rate.
+
+    Raises:
+        ValueError: when a crop side is no multiple of the token side.
+    """
+
+    def __init__(self, config: RateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.hyper_encoder = HyperEncoder(**config.hyper_encoder)
+        self.hyper_encoder.to(memory_format=torch.channels_last)
+        self.quantizer = VectorQuantizer(**config.quantizer)
+        odd = [side for side in config.crops.sides if side % self.token_side]
+        if odd:
+            raise ValueError(f"crop sides {odd} are no multiples of the token side of this rate")
+        self._last: Quantized | None = None
+
+    @property
+    def token_side(self) -> int:
+        """Pixels per token side."""
+        return PatchAutoencoder.stride * int(self.hyper_encoder.config["stride"])
+
+    def point(self, name: str) -> Rate:
+        """The rate as a model folder describes it."""
+        return Rate(name, self.token_side, int(self.quantizer.config["codebook_size"]))
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Quantize latents [B, 16, h, w], differentiably; remembered for `move_codebook`."""
+        quantized: Quantized = self.quantizer(self.hyper_encoder(latents))
+        self._last = quantized
+        return quantized
+
+    def move_codebook(self) -> None:
+        """Move the codes toward the last step's hyper-latents, once."""
+        if self._last is not None:
+            directions, tokens = self._last.directions, self._last.tokens
+            self.quantizer.update_codebook(directions, tokens, decay=self.config.codebook_decay)
+            self._last = None
+
+    def codes_in_use(self) -> Tensor:
+        """Perplexity of the recent code usage: V if all codes are equally frequent."""
+        share = self.quantizer.usage / self.quantizer.usage.sum().clamp_min(1e-9)
+        return (-(share * share.clamp_min(1e-9).log()).sum()).exp()
+
+
+def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
+    """Networks of every rate, in the order of the rates in a model folder.
+
+    Raises:
+        ValueError: no rate, a share that is not positive, crops that do not fit the tokens, or
+            quantizers whose z_hat differ in channels (the flow has one input for all).
+    """
+    if not configs:
+        raise ValueError("give at least one rate, e.g. a table [codec.rates.r031]")
+    bad = {name: c.share for name, c in configs.items() if not c.share > 0}
+    if bad:
+        raise ValueError(f"shares of the steps must be positive, not {bad}")
+    rates = {name: RateNetworks(config) for name, config in configs.items()}
+    channels = {n: int(r.quantizer.config["output_channels"]) for n, r in rates.items()}
+    if len(set(channels.values())) > 1:
+        raise ValueError(f"output_channels of all quantizers must be equal, not {channels}")
+    return nn.ModuleDict(rates)
+
+
+def draw_rate(configs: dict[str, RateConfig], generator: np.random.Generator) -> str:
+    """The rate of a step; draws nothing if there is only one."""
+    names = list(configs)
+    if len(names) == 1:
+        return names[0]
+    shares = np.array([configs[name].share for name in names])
+    return names[int(generator.choice(len(names), p=shares / shares.sum()))]

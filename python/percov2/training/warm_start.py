@@ -1,0 +1,94 @@
+"""Start the joint phase from the averaged weights of another run of it, possibly of other rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from percov2.training.rates import RateNetworks
+from percov2.training.stage1 import CodecStage
+
+_SHARED = ("autoencoder", "flow", "text_encoder")
+_OWN = ("codebook", "usage")
+
+
+def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    start = prefix + "."
+    return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+
+
+def _stored_rates(state: dict[str, Tensor], first: str) -> dict[str, dict[str, Tensor]]:
+    """Weights of every rate of a run. The oldest runs had one rate and no name for it."""
+    if any(key.startswith("hyper_encoder.") for key in state):
+        own = ("hyper_encoder.", "quantizer.")
+        return {first: {k: v for k, v in state.items() if k.startswith(own)}}
+    names = dict.fromkeys(key.split(".")[1] for key in state if key.startswith("rates."))
+    return {name: _part(state, f"rates.{name}") for name in names}
+
+
+def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
+    """Copy what fits from another rate; names of the tensors that stay as initialised.
+
+    A strided 5×5 convolution where the donor has a 1×1 one gets it averaged over 2×2 latents, so
+    the new rate starts as the donor on coarser latents. Its codes come from its first batch.
+    """
+    fresh = []
+    for name, value in networks.state_dict().items():
+        old = donor.get(name)
+        if old is None or name.removeprefix("quantizer.") in _OWN:
+            fresh.append(name)
+        elif old.shape == value.shape:
+            value.copy_(old)
+        elif old.shape[:2] == value.shape[:2] and (old.shape[2:], value.shape[2:]) == (
+            (1, 1),
+            (5, 5),
+        ):
+            # Padding 2, stride 2: taps 2 and 3 of output i lie on latents 2i and 2i + 1.
+            value.zero_()
+            value[:, :, 2:4, 2:4] = old / 4
+        else:
+            fresh.append(name)
+    return fresh
+
+
+@torch.no_grad()
+def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
+    """Load the averaged weights of a codec run: shared networks, and every rate it has.
+
+    Rates that the run does not have start from its first one.
+
+    Args:
+        stage: freshly initialised; changed in place.
+        run: folder of a run of ``percov2 train codec``.
+
+    Returns:
+        Per rate a sentence on where its weights come from.
+
+    Raises:
+        ValueError: no checkpoint there, or networks of other sizes.
+    """
+    path = run / "checkpoint.pt"
+    if not path.is_file():
+        raise ValueError(f"{run} holds no checkpoint.pt; give the folder of a codec run")
+    state = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    stored = _stored_rates(state, next(iter(stage.rates)))
+    if not stored:
+        raise ValueError(f"{path} is of another phase; give the folder of a codec run")
+    origins = {}
+    try:
+        for name in _SHARED:
+            stage.get_submodule(name).load_state_dict(_part(state, name))
+        donor_name, donor = next(iter(stored.items()))
+        for name, networks in stage.rates.items():
+            assert isinstance(networks, RateNetworks)
+            if name in stored:
+                networks.load_state_dict(stored[name])
+                origins[name] = f"from {name}"
+            else:
+                fresh = _inherit(networks, donor)
+                origins[name] = f"from {donor_name}, but new: {', '.join(fresh)}"
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the configuration: {error}") from error
+    return origins
