@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -18,12 +19,17 @@ namespace py = pybind11;
 namespace percov2 {
 namespace {
 
-BatchEncoder make_encoder(py::handle checks) {
-  return BatchEncoder(copy(TensorView<std::uint32_t>(checks, "checks")));
+using Encoder = Shared<BatchEncoder>;
+using Decoder = Shared<BatchDecoder>;
+using LanedEncoder = Shared<LaneEncoder>;
+using LanedDecoder = Shared<LaneDecoder>;
+
+std::unique_ptr<Encoder> make_encoder(py::handle checks) {
+  return std::make_unique<Encoder>(copy(TensorView<std::uint32_t>(checks, "checks")));
 }
 
-void push(BatchEncoder& encoder, py::handle starts, py::handle freqs, py::handle counts,
-          int prob_bits, int threads) {
+void push(Encoder& encoder, py::handle starts, py::handle freqs, py::handle counts, int prob_bits,
+          int threads) {
   const TensorView<std::int32_t> start(starts, "starts");
   const TensorView<std::int32_t> freq(freqs, "freqs");
   const TensorView<std::int64_t> count(counts, "counts");
@@ -32,26 +38,33 @@ void push(BatchEncoder& encoder, py::handle starts, py::handle freqs, py::handle
   count.require_ndim(1);
   same_size("freqs", freq.size(), start.size());
   same_size("counts", count.size(), encoder.size());
+  const Turn turn(encoder);
   const py::gil_scoped_release unlocked;
   encoder.push(start.data(), freq.data(), start.size(), count.data(), prob_bits, threads);
 }
 
-py::tuple finish(const BatchEncoder& encoder) {
+py::array_t<std::int64_t> symbols_before_output(Encoder& encoder) {
+  const Turn turn(encoder);
+  return to_array(encoder.symbols_before_output());
+}
+
+py::tuple finish(Encoder& encoder) {
+  const Turn turn(encoder);
   const std::vector<std::int64_t> offsets = encoder.offsets();
   py::array_t<std::uint8_t> buffer(offsets.back());
   encoder.finish(buffer.mutable_data());
   return py::make_tuple(buffer, to_array(offsets));
 }
 
-BatchDecoder make_decoder(py::handle buffer, py::handle offsets, py::handle states,
-                          py::handle positions) {
+std::unique_ptr<Decoder> make_decoder(py::handle buffer, py::handle offsets, py::handle states,
+                                      py::handle positions) {
   std::vector<std::uint32_t> state;
   std::vector<std::int64_t> position;
   if (!states.is_none()) state = copy(TensorView<std::uint32_t>(states, "states"));
   if (!positions.is_none()) position = copy(TensorView<std::int64_t>(positions, "positions"));
-  return BatchDecoder(copy(TensorView<std::uint8_t>(buffer, "buffer")),
-                      copy(TensorView<std::int64_t>(offsets, "offsets")), !states.is_none(),
-                      std::move(state), position);
+  return std::make_unique<Decoder>(copy(TensorView<std::uint8_t>(buffer, "buffer")),
+                                   copy(TensorView<std::int64_t>(offsets, "offsets")),
+                                   !states.is_none(), std::move(state), position);
 }
 
 // Logits of any type that the quantizer takes.
@@ -89,7 +102,7 @@ class LogitsView {
   Logits logits_{};
 };
 
-py::array_t<std::int32_t> decode_logits(BatchDecoder& decoder, py::handle logits,
+py::array_t<std::int32_t> decode_logits(Decoder& decoder, py::handle logits,
                                         const std::string& type, py::handle streams, int prob_bits,
                                         int threads) {
   const LogitsView logit(logits, type, 3);
@@ -98,13 +111,14 @@ py::array_t<std::int32_t> decode_logits(BatchDecoder& decoder, py::handle logits
   same_size("streams", stream.size(), logit.shape(0));
   py::array_t<std::int32_t> symbols({logit.shape(0), logit.shape(1)});
   std::int32_t* out = symbols.mutable_data();
+  const Turn turn(decoder);
   const py::gil_scoped_release unlocked;
   decoder.decode_logits(logit.logits(), stream.data(), logit.shape(0), logit.shape(1), prob_bits,
                         threads, out);
   return symbols;
 }
 
-py::array_t<std::int32_t> decode_cdf(BatchDecoder& decoder, py::handle cdf, py::handle streams,
+py::array_t<std::int32_t> decode_cdf(Decoder& decoder, py::handle cdf, py::handle streams,
                                      int prob_bits, int threads) {
   const TensorView<std::int32_t> table(cdf, "cdf");
   const TensorView<std::int64_t> stream(streams, "streams");
@@ -113,22 +127,35 @@ py::array_t<std::int32_t> decode_cdf(BatchDecoder& decoder, py::handle cdf, py::
   same_size("streams", stream.size(), table.shape(0));
   py::array_t<std::int32_t> symbols({table.shape(0), table.shape(1)});
   std::int32_t* out = symbols.mutable_data();
+  const Turn turn(decoder);
   const py::gil_scoped_release unlocked;
   decoder.decode_cdf(table.data(), stream.data(), table.shape(0), table.shape(1),
                      table.shape(2) - 1, prob_bits, threads, out);
   return symbols;
 }
 
-py::array_t<bool> exhausted(const BatchDecoder& decoder) {
+py::array_t<std::uint32_t> states(Decoder& decoder) {
+  const Turn turn(decoder);
+  return to_array(decoder.states());
+}
+
+py::array_t<std::int64_t> positions(Decoder& decoder) {
+  const Turn turn(decoder);
+  return to_array(decoder.positions());
+}
+
+py::array_t<bool> exhausted(Decoder& decoder) {
+  const Turn turn(decoder);
   py::array_t<bool> result(decoder.size());
   for (std::int64_t b = 0; b < decoder.size(); ++b) result.mutable_at(b) = decoder.exhausted(b);
   return result;
 }
 
-py::array_t<bool> finished(const BatchDecoder& decoder, py::handle checks) {
+py::array_t<bool> finished(Decoder& decoder, py::handle checks) {
   const TensorView<std::uint32_t> check(checks, "checks");
   check.require_ndim(1);
   same_size("checks", check.size(), decoder.size());
+  const Turn turn(decoder);
   py::array_t<bool> result(decoder.size());
   for (std::int64_t b = 0; b < decoder.size(); ++b) {
     result.mutable_at(b) = decoder.finished(b, check.data()[b]);
@@ -166,46 +193,55 @@ py::array_t<std::int32_t> cdf_of(py::handle logits, const std::string& type, int
   return table;
 }
 
-void push_lanes(LaneEncoder& encoder, py::handle starts, py::handle freqs, int prob_bits) {
+void push_lanes(LanedEncoder& encoder, py::handle starts, py::handle freqs, int prob_bits) {
   const TensorView<std::int32_t> start(starts, "starts");
   const TensorView<std::int32_t> freq(freqs, "freqs");
   start.require_ndim(1);
   freq.require_ndim(1);
   same_size("freqs", freq.size(), start.size());
+  const Turn turn(encoder);
   const py::gil_scoped_release unlocked;
   encoder.push(start.data(), freq.data(), start.size(), prob_bits);
 }
 
-py::array_t<std::uint8_t> finish_lanes(const LaneEncoder& encoder) {
+py::array_t<std::uint8_t> finish_lanes(LanedEncoder& encoder) {
+  const Turn turn(encoder);
   py::array_t<std::uint8_t> stream(encoder.size());
   encoder.finish(stream.mutable_data());
   return stream;
 }
 
-LaneDecoder make_lane_decoder(py::handle stream, std::int64_t lanes) {
+std::unique_ptr<LanedDecoder> make_lane_decoder(py::handle stream, std::int64_t lanes) {
   const TensorView<std::uint8_t> bytes(stream, "stream");
   bytes.require_ndim(1);
-  return LaneDecoder(bytes.data(), bytes.size(), lanes);
+  return std::make_unique<LanedDecoder>(bytes.data(), bytes.size(), lanes);
 }
 
-py::array_t<std::int32_t> decode_lane_logits(LaneDecoder& decoder, py::handle logits,
+py::array_t<std::int32_t> decode_lane_logits(LanedDecoder& decoder, py::handle logits,
                                              const std::string& type, int prob_bits) {
   const LogitsView logit(logits, type, 2);
   py::array_t<std::int32_t> symbols(logit.shape(0));
   std::int32_t* out = symbols.mutable_data();
+  const Turn turn(decoder);
   const py::gil_scoped_release unlocked;
   decoder.decode_logits(logit.logits(), logit.shape(0), prob_bits, out);
   return symbols;
 }
 
-py::array_t<std::int32_t> decode_lane_cdf(LaneDecoder& decoder, py::handle cdf, int prob_bits) {
+py::array_t<std::int32_t> decode_lane_cdf(LanedDecoder& decoder, py::handle cdf, int prob_bits) {
   const TensorView<std::int32_t> table(cdf, "cdf");
   table.require_ndim(2);
   py::array_t<std::int32_t> symbols(table.shape(0));
   std::int32_t* out = symbols.mutable_data();
+  const Turn turn(decoder);
   const py::gil_scoped_release unlocked;
   decoder.decode_cdf(table.data(), table.shape(0), table.shape(1) - 1, prob_bits, out);
   return symbols;
+}
+
+bool finished_lanes(LanedDecoder& decoder, std::int64_t check) {
+  const Turn turn(decoder);
+  return decoder.finished(check);
 }
 
 }  // namespace
@@ -216,34 +252,33 @@ void bind_coder(py::module_& module) {
              py::arg("prob_bits"), py::arg("threads"));
   module.def("cdf", &cdf_of, py::arg("logits"), py::arg("type"), py::arg("prob_bits"),
              py::arg("threads"));
-  py::class_<BatchEncoder>(module, "BatchEncoder")
+  py::class_<Encoder>(module, "BatchEncoder")
       .def(py::init(&make_encoder), py::arg("checks"))
       .def("push", &push, py::arg("starts"), py::arg("freqs"), py::arg("counts"),
            py::arg("prob_bits"), py::arg("threads"))
-      .def("symbols_before_output",
-           [](const BatchEncoder& e) { return to_array(e.symbols_before_output()); })
+      .def("symbols_before_output", &symbols_before_output)
       .def("finish", &finish);
-  py::class_<BatchDecoder>(module, "BatchDecoder")
+  py::class_<Decoder>(module, "BatchDecoder")
       .def(py::init(&make_decoder), py::arg("buffer"), py::arg("offsets"), py::arg("states"),
            py::arg("positions"))
       .def("decode_logits", &decode_logits, py::arg("logits"), py::arg("type"), py::arg("streams"),
            py::arg("prob_bits"), py::arg("threads"))
       .def("decode_cdf", &decode_cdf, py::arg("cdf"), py::arg("streams"), py::arg("prob_bits"),
            py::arg("threads"))
-      .def("states", [](const BatchDecoder& d) { return to_array(d.states()); })
-      .def("positions", [](const BatchDecoder& d) { return to_array(d.positions()); })
+      .def("states", &states)
+      .def("positions", &positions)
       .def("exhausted", &exhausted)
       .def("finished", &finished, py::arg("checks"));
-  py::class_<LaneEncoder>(module, "LaneEncoder")
+  py::class_<LanedEncoder>(module, "LaneEncoder")
       .def(py::init<std::int64_t, std::int64_t>(), py::arg("lanes"), py::arg("check"))
       .def("push", &push_lanes, py::arg("starts"), py::arg("freqs"), py::arg("prob_bits"))
       .def("finish", &finish_lanes);
-  py::class_<LaneDecoder>(module, "LaneDecoder")
+  py::class_<LanedDecoder>(module, "LaneDecoder")
       .def(py::init(&make_lane_decoder), py::arg("stream"), py::arg("lanes"))
       .def("decode_logits", &decode_lane_logits, py::arg("logits"), py::arg("type"),
            py::arg("prob_bits"))
       .def("decode_cdf", &decode_lane_cdf, py::arg("cdf"), py::arg("prob_bits"))
-      .def("finished", &LaneDecoder::finished, py::arg("check"));
+      .def("finished", &finished_lanes, py::arg("check"));
 }
 
 }  // namespace percov2

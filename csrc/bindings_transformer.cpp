@@ -19,6 +19,8 @@ namespace py = pybind11;
 namespace percov2 {
 namespace {
 
+using Staged = Shared<StagedPass>;
+
 // Arrays of a model by name, kept alive while the constructor reads them.
 class Parameters {
  public:
@@ -129,14 +131,15 @@ py::array_t<std::int32_t> encode(const IntegerTransformer& model, py::handle sta
   return output;
 }
 
-std::unique_ptr<StagedPass> make_staged(const IntegerTransformer& model, py::handle stages,
-                                        std::int64_t batch) {
+std::unique_ptr<Staged> make_staged(const IntegerTransformer& model, py::handle stages,
+                                    std::int64_t batch) {
   const TensorView<std::int32_t> map(stages, "stages");
   map.require_ndim(2);
-  return std::make_unique<StagedPass>(model, map.data(), map.shape(0), map.shape(1), batch);
+  return std::make_unique<Staged>(model, map.data(), map.shape(0), map.shape(1), batch);
 }
 
-py::array_t<std::int32_t> staged_residual(StagedPass& pass, int threads) {
+py::array_t<std::int32_t> staged_residual(Staged& pass, int threads) {
+  const Turn turn(pass);
   py::array_t<std::int32_t> output({pass.batch(), pass.next_count(), pass.model().dim()});
   std::int32_t* out = output.mutable_data();
   {
@@ -146,15 +149,17 @@ py::array_t<std::int32_t> staged_residual(StagedPass& pass, int threads) {
   return output;
 }
 
-void accept_tokens(StagedPass& pass, py::handle tokens) {
+void accept_tokens(Staged& pass, py::handle tokens) {
   const TensorView<std::int32_t> input(tokens, "tokens");
   input.require_ndim(2);
+  const Turn turn(pass);
   same_size("tokens' first axis", input.shape(0), pass.batch());
   same_size("tokens' last axis", input.shape(1), pass.next_count());
   pass.accept(input.data());
 }
 
-py::array_t<std::int32_t> tokens_of(const StagedPass& pass) {
+py::array_t<std::int32_t> tokens_of(Staged& pass) {
+  const Turn turn(pass);
   py::array_t<std::int32_t> output({pass.batch(), pass.grid().height(), pass.grid().width()});
   std::copy_n(pass.tokens(), output.size(), output.mutable_data());
   return output;
@@ -177,7 +182,7 @@ void bind_transformer(py::module_& module) {
            py::arg("heads"), py::arg("head_dim"), py::arg("layers"), py::arg("hidden"))
       .def("logits", &logits_of, py::arg("residual"), py::arg("threads"))
       .def("encode", &encode, py::arg("stages"), py::arg("tokens"), py::arg("threads"));
-  py::class_<StagedPass>(module, "StagedPass")
+  py::class_<Staged>(module, "StagedPass")
       .def(py::init(&make_staged), py::arg("model"), py::arg("stages"), py::arg("batch"),
            py::keep_alive<1, 2>())
       .def("residual", &staged_residual, py::arg("threads"))

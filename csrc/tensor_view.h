@@ -72,8 +72,9 @@ struct ElementNames<Bfloat16> {
   static std::string name() { return "bfloat16"; }
 };
 
-// A C-contiguous array of `Element` on the CPU, read only. Throws pybind11::value_error for any
-// other kind, naming the argument. Must be created and destroyed with the interpreter lock held.
+// An aligned C-contiguous array of `Element` on the CPU, read only. Throws pybind11::value_error
+// for any other kind, naming the argument. Must be created and destroyed with the interpreter lock
+// held.
 template <class Element>
 class TensorView {
  public:
@@ -84,6 +85,9 @@ class TensorView {
       borrow_dlpack(object);
     } else {
       fail("is neither an array with the buffer protocol nor a DLPack tensor");
+    }
+    if (reinterpret_cast<std::uintptr_t>(data_) % alignof(Element) != 0) {
+      fail("does not begin at a multiple of its element size in memory; copy it first");
     }
   }
   TensorView(const TensorView&) = delete;

@@ -70,7 +70,7 @@ def _integers(values: ArrayLike, dtype: Any, name: str) -> NDArray[Any]:
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
     if array.dtype == dtype:
-        return np.ascontiguousarray(array)
+        return _compact(array)
     if array.size and array.dtype.kind not in "iu":
         raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers")
     limits = np.iinfo(dtype)
@@ -83,12 +83,18 @@ def _integers(values: ArrayLike, dtype: Any, name: str) -> NDArray[Any]:
 
 
 def _borrowed(values: NDArray[Any] | torch.Tensor, name: str) -> NDArray[Any] | torch.Tensor:
-    """A contiguous array on the CPU; copied only if it is not one yet."""
+    """A contiguous and aligned array on the CPU; copied only if it is not one yet."""
     if isinstance(values, torch.Tensor):
-        return values.detach().cpu().contiguous()
+        tensor = values.detach().cpu().contiguous()
+        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{name} is a {type(values).__name__}; give a numpy array or a tensor")
-    return np.ascontiguousarray(values)
+    return _compact(values)
+
+
+def _compact(array: NDArray[Any]) -> NDArray[Any]:
+    """C-contiguous and aligned (a file mapped from an odd byte on is not)."""
+    return np.require(array, requirements=("C", "A", "E"))
 
 
 def borrowed_logits(values: Logits) -> tuple[NDArray[Any] | torch.Tensor, str]:
@@ -137,6 +143,8 @@ def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> NDArray[np.int32]:
 
 class RansEncoder:
     """B stacks that become B byte strings.
+
+    Threads that use one encoder, or one decoder, at the same time take turns.
 
     checks: uint16 [B], the initial state of each stream. Raises ValueError if one exceeds 65535.
 
