@@ -157,7 +157,7 @@ ScoreTables::ScoreTables(const std::int16_t* bias, const std::int8_t* shift, int
   std::fill_n(window_.data(), window_.size(), kHidden);
   std::fill_n(start_.data(), start_.size(), kHidden);
   for (std::int64_t h = 0; h < heads; ++h) {
-    if (shift[h] < 1 || shift[h] > 12) {
+    if (shift[h] < 5 || shift[h] > 12) {
       throw std::invalid_argument("a score shift of the entropy model is out of range");
     }
     shift_.push_back(shift[h]);

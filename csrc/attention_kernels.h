@@ -44,7 +44,7 @@ struct HeadKeys {
 struct HeadScores {
   const std::int32_t* window;  // [37][64]: bias of (dy, dx) at (dy + 18, dx + 31), else hidden
   const std::int32_t* start;   // [16]: bias of the start entries, hidden from the third on
-  std::int32_t shift;          // 1 .. 12
+  std::int32_t shift;          // 5 .. 12: products stay far above kHidden
   std::int32_t gain_bits;      // 0 .. 5
 };
 

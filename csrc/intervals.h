@@ -98,8 +98,8 @@ class RowQuantizer {
   std::vector<std::uint32_t> weights_;  // of the prepared row, up to a whole block
   std::uint64_t total_ = 0;
   double inverse_ = 0;
-  std::uint32_t block_sums_[kMaxBlocks];
-  std::uint32_t group_sums_[kMaxBlocks * kRowGroup];
+  std::uint32_t block_sums_[kMaxBlocks] = {};  // defined, because quantizers are copied
+  std::uint32_t group_sums_[kMaxBlocks * kRowGroup] = {};
 };
 
 // Intervals of chosen symbols. logits [rows, codebook], symbols/starts/freqs [rows].

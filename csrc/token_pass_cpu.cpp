@@ -23,6 +23,11 @@ std::int64_t size_class(std::int64_t n) {
   return std::min<std::int64_t>(bits, 16);
 }
 
+std::int64_t checked_batch(std::int64_t batch) {
+  if (batch >= 1) return batch;
+  throw std::invalid_argument("batch is " + std::to_string(batch) + "; it must be at least 1");
+}
+
 }  // namespace
 
 // Some images of a batch on their way through the layers. Rows are the contents of all images,
@@ -226,7 +231,7 @@ void TokenPass::run(const Entries& entries, const std::int32_t* tokens, std::int
       std::max<std::int64_t>(1, std::min(share, kRowsOfChunk / entries.count()));
   const std::int64_t chunks = (batch + images - 1) / images;
   // Images are independent: whole chunks on each thread are best, unless they would not be even.
-  const bool apart = chunks >= 4 * threads || chunks % threads == 0;
+  const bool apart = chunks / 4 >= threads || chunks % threads == 0;
   const std::int64_t workers = apart ? std::min<std::int64_t>(threads, chunks) : 1;
   std::atomic<std::int64_t> next{0};
   parallel_pieces(workers, threads, [&](std::int64_t) {
@@ -265,7 +270,7 @@ void TokenPass::encode(const std::int32_t* tokens, std::int64_t batch, int threa
 StagedPass::StagedPass(const IntegerTransformer& model, const std::int32_t* stages,
                        std::int64_t height, std::int64_t width, std::int64_t batch)
     : TokenPass(model, stages, height, width),
-      batch_(batch),
+      batch_(checked_batch(batch)),
       tokens_(batch * grid_.positions()),
       cache_(batch * model.layers() * layout_.bytes()) {}
 
@@ -291,6 +296,7 @@ void StagedPass::decode(int threads, std::int32_t* out) {
 
 void StagedPass::accept(const std::int32_t* tokens) {
   const std::int64_t count = next_count();
+  if (count == 0) throw std::invalid_argument("every stage is decoded; no tokens are due");
   for (std::int64_t i = 0; i < batch_ * count; ++i) {
     if (tokens[i] < 0 || tokens[i] >= model_.codebook()) {
       throw std::invalid_argument("token " + std::to_string(tokens[i]) + " is not in 0 .. " +

@@ -29,7 +29,7 @@ struct LayerParameters {
 };
 
 struct TransformerParameters {
-  std::int64_t codebook, dim, heads, head_dim, hidden;
+  std::int64_t codebook, dim, heads, head_dim;
   const std::int16_t* token;   // [codebook, dim]
   const std::int16_t* query;   // [dim]
   const std::int16_t* row;     // [16, dim]
@@ -139,6 +139,7 @@ class TokenPass {
 // Decoding: keys and values of all known tokens are kept from stage to stage.
 class StagedPass : public TokenPass {
  public:
+  // Throws std::invalid_argument for a batch below 1.
   StagedPass(const IntegerTransformer& model, const std::int32_t* stages, std::int64_t height,
              std::int64_t width, std::int64_t batch);
 
@@ -149,7 +150,7 @@ class StagedPass : public TokenPass {
   // std::out_of_range if no stage remains. May be called again before accept().
   void decode(int threads, std::int32_t* out);
   // Takes the tokens of the next stage, [batch, next_count()] in raster order. Throws
-  // std::invalid_argument for a token outside the codebook.
+  // std::invalid_argument for a token outside the codebook, or if no stage remains.
   void accept(const std::int32_t* tokens);
   // The tokens so far, 0 elsewhere: [batch, positions] in raster order.
   const std::int32_t* tokens() const { return tokens_.data(); }

@@ -144,6 +144,13 @@ def test_compiled_passes_refuse_wrong_arrays():
         staged.accept(np.full((2, 1), -1, dtype=np.int32))
     for count in (1, 2):
         staged.accept(np.ones((2, count), dtype=np.int32))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no tokens are due"):
+            staged.accept(np.ones((2, 0), dtype=np.int32))
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match=f"batch is {batch}"):
+            rans.StagedPass(native, stages, batch)
+    assert native.encode(stages, tokens, 2**31 - 1).shape == (2, 3, 24)
     with pytest.raises(IndexError, match="every stage is decoded"):
         staged.residual(1)
     with pytest.raises(ValueError, match="cannot run on meta"):

@@ -64,6 +64,8 @@ void fuzz_stages(Random& random, Outcomes& outcomes, const percov2::IntegerTrans
     PERCOV2_PROMISE(returns(outcomes, [&] { staged.accept(tokens.data()); }) == fit);
     if (!fit) return;
   }
+  PERCOV2_PROMISE(!returns(outcomes, [&] { staged.accept(nullptr); }));
+  PERCOV2_PROMISE(staged.next_count() == 0);
 }
 
 }  // namespace
@@ -119,7 +121,7 @@ void fuzz_transformer_parameters(Random& random, Outcomes& outcomes) {
       break;
     case 2:
       layer.score_shift[static_cast<std::size_t>(random.between(0, layer.heads - 1))] =
-          static_cast<std::int8_t>(random.pick({0, -1, -128, 13, 31, 32, 127}));
+          static_cast<std::int8_t>(random.pick({0, 4, -1, -128, 13, 31, 32, 127}));
       break;
     case 3:
       layer.gain_bits = static_cast<int>(random.pick({-1, 6, 31, INT32_MAX, INT32_MIN}));

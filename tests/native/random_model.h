@@ -150,7 +150,6 @@ struct Model {
     p.dim = dim;
     p.heads = layers[0].heads;
     p.head_dim = layers[0].head_dim;
-    p.hidden = layers[0].hidden;
     p.token = token.data();
     p.query = query.data();
     p.row = row.data();
