@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from percov2.entropy import cdf, schedule
-from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.int_transformer import EXECUTORS, IntTransformer
 from percov2.entropy.rans import RansDecoder, RansEncoder
 from percov2.entropy.stage_pass import one_pass_logits
 from percov2.entropy.token_coder import TokenCoder
@@ -144,6 +144,14 @@ def test_decoding_ends_when_the_caller_says_so(coder):
 
     with pytest.raises(ValueError, match="3000 tokens"):
         coder.decode(decoder, "qlds12", 50, 60, on_stage=refuse)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_no_image_has_no_intervals(coder, executor):
+    model = IntTransformer(coder.model.config, coder.model.tensors, executor=executor)
+    tokens = torch.zeros(0, 4, 5, dtype=torch.int32)
+    starts, freqs = TokenCoder(model).intervals(tokens, "qlds12")
+    assert starts.shape == freqs.shape == (0, 20)
 
 
 def test_tokens_outside_the_codebook_are_refused(coder):

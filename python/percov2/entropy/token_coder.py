@@ -98,7 +98,7 @@ class TokenCoder:
     def _logits(self, residual: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of a residual int32 [B, n, dim], some positions at a time: int16 [B, m, V]."""
         batch, count = residual.shape[:2]
-        step = max(1, _LOGITS_AT_ONCE // (batch * self.model.config.codebook_size))
+        step = max(1, _LOGITS_AT_ONCE // max(1, batch * self.model.config.codebook_size))
         for begin in range(0, count, step):
             part = slice(begin, begin + step)
             with intmath.exact_float32(self.model.device):

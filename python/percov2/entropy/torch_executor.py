@@ -64,7 +64,7 @@ class Executor:
         batch = tokens.shape[0]
         sequence = torch.from_numpy(coding).to(self.device, non_blocking=True)
         place = self.place_payload(height, width, sequence)
-        ordered = tokens.reshape(batch, -1)[:, sequence[:known]]
+        ordered = tokens.flatten(1)[:, sequence[:known]]
         start = self.start_payload(height, width).expand(batch, -1, -1)
         known_residual = torch.cat([start, self.content_payload(ordered, place[:known])], 1)
         residual = self.query_payload(batch, place)

@@ -61,7 +61,8 @@ class Layer:
         parts = [
             linear(intmath.layer_norm(part, self._attention_gain)).to(torch.int8) for part in rows
         ]
-        return torch.cat(parts).view(*residual.shape[:2], -1, self._heads, self._head_dim)
+        parts_of_rows = torch.cat(parts).unflatten(1, (-1, self._heads, self._head_dim))
+        return parts_of_rows.unflatten(0, residual.shape[:2])
 
     def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
         """Residual int32 [B, K, dim] -> k, v int8 [B, K, heads * head_dim]."""
