@@ -6,6 +6,7 @@ docs/testing.md says what each of them proves and how to run them longer.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 NATIVE = Path(__file__).resolve().parent / "native"
 FUZZ_SECONDS, RACE_SECONDS = 12, 6
 SEED = 1
+UNITS = re.compile(r"_(avx2|avx512|neon)\.cpp\.o")
 
 
 def tools(*names: str, required: str | None = None) -> None:
@@ -65,6 +67,17 @@ def test_kernels_agree_with_plain_statements(request: pytest.FixtureRequest) -> 
     tools("cmake", "c++")
     said = run(build(request, "native", "check_kernels"))
     assert "DIFFER" not in said
+
+
+def test_vector_units_share_no_function(request: pytest.FixtureRequest) -> None:
+    """A weak function of theirs could be linked into code that runs on every machine."""
+    tools("cmake", "c++", "nm")
+    library = build(request, "native", "check_kernels").with_name("libcore_of_check_kernels.a")
+    symbols = [line.split(":", 2)[1:] for line in run("nm", "-A", library).splitlines()]
+    vector = [(unit, rest.split()) for unit, rest in symbols if UNITS.search(unit)]
+    kinds = {unit: {words[-2] for name, words in vector if name == unit} for unit, _ in vector}
+    assert kinds
+    assert not {unit: kind & set("uvwVW") for unit, kind in kinds.items() if kind & set("uvwVW")}
 
 
 def test_kernels_agree_on_aarch64(request: pytest.FixtureRequest) -> None:
