@@ -163,6 +163,18 @@ def test_many_images_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["ideal_bytes_per_image"] == pytest.approx(sum(costs) / 8 / 5)
 
 
+def test_one_image_has_no_standard_error() -> None:
+    record = overhead.short_streams(Shape(16, 12, 1))
+    assert record["above_ideal_error"] is None
+    assert tables.number(record["above_ideal_error"]) == "-"
+    case = cases.make_case(Shape(16, 12, 2))
+    ideal = cases.ideal_bytes(case.logits, case.symbols)
+    lengths = np.rint(ideal).astype(int) + np.array([1, 5])
+    record = overhead.peer_streams(case, "other", lengths.tolist())
+    above = lengths - ideal
+    assert record["above_ideal_error"] == pytest.approx(abs(above[1] - above[0]) / 2)
+
+
 def test_integer_logits_are_the_nearest() -> None:
     logits = cases.make_case(Shape(16, 9, 2)).logits
     integers = cases.integer_logits(logits)

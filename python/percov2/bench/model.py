@@ -100,15 +100,6 @@ def encode_and_decode(
         ]
 
 
-def encode_only(
-    coder: TokenCoder, tokens: torch.Tensor, name: str, effort: Effort
-) -> dict[str, Any]:
-    """Time of one-pass encoding on one thread."""
-    with torch_threads(1):
-        timing = measure(lambda: encode(coder, tokens, name, 1), effort)
-    return _record("encode", name, tokens, 1, timing)
-
-
 def _pass(model: FloatTransformer, parts: Sequence[torch.Tensor]) -> None:
     for part in parts:
         model(part)

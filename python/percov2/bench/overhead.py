@@ -73,8 +73,13 @@ def _record(
         "bytes_per_image": float(lengths.mean()),
         "check_bytes": check,
         "above_ideal": float(above.mean()),
-        "above_ideal_error": float(above.std() / np.sqrt(len(above))),
+        "above_ideal_error": _standard_error(above),
     }
+
+
+def _standard_error(values: NDArray[np.float64]) -> float | None:
+    """Of the mean; None for a single value, which tells nothing about others."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def long_stream(shape: Shape, parts: int, prob_bits: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def _against_constriction(
 def _coder(records: list[Record]) -> Iterator[Record]:
     steps = _picked(records, section="coder", coder="percov2")
     if steps:
-        name = "rANS step, intervals given: Msym/s"
+        name = "rANS step, intervals given, best case: Msym/s"
         yield _line(name, _best(steps, "encode"), RANS_STEP, True)
     for r in _picked(records, section="overhead", coder="percov2"):
         name = f"bytes above ideal and check, V={r['codebook']}, {r['tokens']} tokens"
