@@ -12,8 +12,8 @@ namespace percov2 {
 
 enum class Isa : std::int32_t {
   kScalar,  // plain C++ that every machine runs
-  kAvx2,    // x86-64-v3: AVX2, FMA, BMI2
-  kAvx512,  // x86-64-v4 with VBMI and VNNI: Ice Lake, Zen 4 and later
+  kAvx2,    // AVX2, FMA, BMI2
+  kAvx512,  // those and AVX-512 F, BW, DQ, VL, VBMI, VNNI: Ice Lake, Zen 4 and later
   kNeon,    // AArch64
 };
 constexpr int kIsaCount = 4;
