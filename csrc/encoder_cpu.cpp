@@ -53,7 +53,7 @@ void encode_lanes(Lane* lanes, std::int64_t steps, int prob_bits) {
       lanes[k].start -= count;
       lanes[k].freq -= count;
       std::memcpy(start[k], lanes[k].start, static_cast<std::size_t>(count) * sizeof(start[k][0]));
-      std::memcpy(freq[k], lanes[k].freq, static_cast<std::size_t>(count) * sizeof(freq[k][0]));
+      for (std::int64_t i = 0; i < count; ++i) freq[k][i] = at_least_one(lanes[k].freq[i]);
     }
     for (std::int64_t i = count - 1; i >= 0; --i) {
       for (int k = 0; k < Width; ++k) {
@@ -116,7 +116,7 @@ void BatchEncoder::push(const std::int32_t* starts, const std::int32_t* freqs, s
         // Symbols before any output are few, and counted: one by one. They emit nothing.
         for (; lane.left > 0; --lane.left) {
           const auto start = static_cast<std::uint32_t>(lane.start[-1]);
-          const auto freq = static_cast<std::uint32_t>(lane.freq[-1]);
+          const std::uint32_t freq = at_least_one(lane.freq[-1]);
           if (lane.x >= kLowerBound || surplus_bytes(lane.x, freq, prob_bits) > 0) break;
           lane.x = encode_symbol(lane.x, start, freq, prob_bits);
           --lane.start;

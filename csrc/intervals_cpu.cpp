@@ -161,17 +161,16 @@ Found RowQuantizer::find(std::uint32_t target) const {
 void intervals(const Logits& logits, const std::int32_t* symbols, std::int64_t rows, int prob_bits,
                int threads, std::int32_t* starts, std::int32_t* freqs) {
   check_codebook(logits.codebook, prob_bits);
-  for (std::int64_t row = 0; row < rows; ++row) {
-    if (symbols[row] < 0 || symbols[row] >= logits.codebook) {
-      throw std::invalid_argument("symbol " + std::to_string(symbols[row]) + " at row " +
-                                  std::to_string(row) + " is not in 0 .. " +
-                                  std::to_string(logits.codebook - 1));
-    }
-  }
   parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
     RowQuantizer quantizer(logits, prob_bits);
     for (std::int64_t row = first; row < last; ++row) {
-      const Interval interval = quantizer.interval(row, symbols[row]);
+      const std::int32_t symbol = symbols[row];  // read once: the caller's memory may change
+      if (symbol < 0 || symbol >= logits.codebook) {
+        throw std::invalid_argument("symbol " + std::to_string(symbol) + " at row " +
+                                    std::to_string(row) + " is not in 0 .. " +
+                                    std::to_string(logits.codebook - 1));
+      }
+      const Interval interval = quantizer.interval(row, symbol);
       starts[row] = static_cast<std::int32_t>(interval.start);
       freqs[row] = static_cast<std::int32_t>(interval.freq);
     }

@@ -50,7 +50,7 @@ void LaneEncoder::push(const std::int32_t* starts, const std::int32_t* freqs, st
     std::uint8_t* top = emitted_.reserve(static_cast<std::size_t>(kMaxBytesPerSymbol * steps + 1));
     for (std::int64_t i = count - 1; i >= count - steps; --i) {
       const std::uint32_t x = states_[lane];
-      const auto freq = static_cast<std::uint32_t>(freqs[i]);
+      const std::uint32_t freq = at_least_one(freqs[i]);
       const std::uint32_t bytes = surplus_bytes(x, freq, prob_bits);
       store_below(top, x);
       top -= bytes;

@@ -10,14 +10,6 @@ namespace {
 
 constexpr std::int32_t kResidualLimit = 1 << 20;
 
-inline std::int64_t integer_sqrt(std::int64_t square) {
-  const __m128d wide = _mm_set_sd(static_cast<double>(square));
-  std::int64_t root = _mm_cvttsd_si64(_mm_sqrt_sd(wide, wide));
-  root -= root * root > square;
-  root += (root + 1) * (root + 1) <= square;
-  return root;
-}
-
 inline __m256i load(const std::int32_t* from) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
 }

@@ -13,14 +13,6 @@ namespace {
 
 constexpr std::int32_t kResidualLimit = 1 << 20;
 
-inline std::int64_t integer_sqrt(std::int64_t square) {
-  const __m128d wide = _mm_set_sd(static_cast<double>(square));
-  std::int64_t root = _mm_cvttsd_si64(_mm_sqrt_sd(wide, wide));
-  root -= root * root > square;
-  root += (root + 1) * (root + 1) <= square;
-  return root;
-}
-
 // Eight outputs from eight residuals.
 inline __m256i eight(__m256i y, const double* gain, __m512d half, __m512d inverse) {
   const __m512d product = _mm512_mul_pd(_mm512_cvtepi32_pd(y), _mm512_loadu_pd(gain));

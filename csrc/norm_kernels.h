@@ -20,6 +20,14 @@ struct NormKernels {
   void (*look_up)(const std::int8_t* table, std::int8_t* values, std::int64_t count);
 };
 
+// The largest integer whose square is at most `square` (< 2^51).
+static inline std::int64_t integer_sqrt(std::int64_t square) {
+  auto root = static_cast<std::int64_t>(__builtin_sqrt(static_cast<double>(square)));
+  root -= root * root > square;
+  root += (root + 1) * (root + 1) <= square;
+  return root;
+}
+
 extern const NormKernels kNormScalar;
 #if defined(PERCOV2_X86_KERNELS)
 extern const NormKernels kNormAvx2;

@@ -9,14 +9,6 @@ namespace {
 
 constexpr std::int32_t kResidualLimit = 1 << 20;
 
-inline std::int64_t integer_sqrt(std::int64_t square) {
-  const float64x1_t wide = vdup_n_f64(static_cast<double>(square));
-  auto root = static_cast<std::int64_t>(vget_lane_f64(vsqrt_f64(wide), 0));
-  root -= root * root > square;
-  root += (root + 1) * (root + 1) <= square;
-  return root;
-}
-
 // Two outputs before their limits.
 inline int32x2_t two(int32x2_t y, const double* gain, float64x2_t half, float64x2_t inverse) {
   const float64x2_t product = vmulq_f64(vcvtq_f64_s64(vmovl_s32(y)), vld1q_f64(gain));

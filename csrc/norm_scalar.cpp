@@ -1,21 +1,11 @@
 // LayerNorm and GELU, number by number.
 
-#include <cmath>
-
 #include "norm_kernels.h"
 
 namespace percov2 {
 namespace {
 
 constexpr std::int64_t kResidualLimit = 1 << 20;
-
-// The largest integer whose square is at most `square` (< 2^51).
-std::int64_t integer_sqrt(std::int64_t square) {
-  std::int64_t root = static_cast<std::int64_t>(std::sqrt(static_cast<double>(square)));
-  if (root * root > square) --root;
-  if ((root + 1) * (root + 1) <= square) ++root;
-  return root;
-}
 
 void layer_norm(const std::int32_t* residual, std::int64_t stride, std::int64_t rows,
                 std::int64_t dim, const double* gain, std::int8_t* out, std::int64_t out_stride) {

@@ -29,6 +29,12 @@ PERCOV2_HOST_DEVICE bool valid_interval(std::int64_t start, std::int64_t freq, i
   return start >= 0 && freq >= 1 && start + freq <= (std::int64_t{1} << prob_bits);
 }
 
+// A checked frequency, read once more before it divides: if another thread has made it 0 since, the
+// stream is worth nothing, but the program goes on.
+PERCOV2_HOST_DEVICE std::uint32_t at_least_one(std::int32_t freq) {
+  return static_cast<std::uint32_t>(freq) + static_cast<std::uint32_t>(freq == 0);
+}
+
 // How many bytes must leave a state before a symbol of this frequency is encoded: 0 to 3. They are
 // the lowest bytes of x, the lowest one first. Requires x < 2^31 and a valid interval.
 PERCOV2_HOST_DEVICE std::uint32_t surplus_bytes(std::uint32_t x, std::uint32_t freq,

@@ -253,18 +253,25 @@ void TokenPass::run(const Entries& entries, const std::int32_t* tokens, std::int
 
 void TokenPass::encode(const std::int32_t* tokens, std::int64_t batch, int threads,
                        std::int32_t* out) const {
-  for (std::int64_t i = 0; i < batch * grid_.positions(); ++i) {
-    if (tokens[i] < 0 || tokens[i] >= model_.codebook()) {
-      throw std::invalid_argument("token " + std::to_string(tokens[i]) + " is not in 0 .. " +
-                                  std::to_string(model_.codebook() - 1));
-    }
-  }
+  const std::vector<std::int32_t> own = checked_tokens(tokens, batch * grid_.positions());
   Entries entries;
   add_starts(entries);
   // Nobody reads the contents of the last stage.
   add_contents(entries, 0, grid_.ends()[static_cast<std::size_t>(grid_.stages() - 1)]);
   add_queries(entries, 0, grid_.positions());
-  run(entries, tokens, batch, nullptr, threads, out);
+  run(entries, own.data(), batch, nullptr, threads, out);
+}
+
+std::vector<std::int32_t> TokenPass::checked_tokens(const std::int32_t* tokens,
+                                                    std::int64_t count) const {
+  std::vector<std::int32_t> own(tokens, tokens + count);
+  for (const std::int32_t token : own) {
+    if (token < 0 || token >= model_.codebook()) {
+      throw std::invalid_argument("token " + std::to_string(token) + " is not in 0 .. " +
+                                  std::to_string(model_.codebook() - 1));
+    }
+  }
+  return own;
 }
 
 StagedPass::StagedPass(const IntegerTransformer& model, const std::int32_t* stages,
@@ -297,17 +304,12 @@ void StagedPass::decode(int threads, std::int32_t* out) {
 void StagedPass::accept(const std::int32_t* tokens) {
   const std::int64_t count = next_count();
   if (count == 0) throw std::invalid_argument("every stage is decoded; no tokens are due");
-  for (std::int64_t i = 0; i < batch_ * count; ++i) {
-    if (tokens[i] < 0 || tokens[i] >= model_.codebook()) {
-      throw std::invalid_argument("token " + std::to_string(tokens[i]) + " is not in 0 .. " +
-                                  std::to_string(model_.codebook() - 1));
-    }
-  }
+  const std::vector<std::int32_t> own = checked_tokens(tokens, batch_ * count);
   const std::int32_t* position =
       grid_.order().data() + grid_.ends()[static_cast<std::size_t>(known_)];
   for (std::int64_t b = 0; b < batch_; ++b) {
     for (std::int64_t i = 0; i < count; ++i) {
-      tokens_[b * grid_.positions() + position[i]] = tokens[b * count + i];
+      tokens_[b * grid_.positions() + position[i]] = own[static_cast<std::size_t>(b * count + i)];
     }
   }
   ++known_;

@@ -113,6 +113,9 @@ class TokenPass {
     std::int64_t layer_stride;
   };
 
+  // A copy of tokens that stays as it was checked, whatever happens to the caller's memory. Throws
+  // std::invalid_argument for one outside the codebook.
+  std::vector<std::int32_t> checked_tokens(const std::int32_t* tokens, std::int64_t count) const;
   void add_starts(Entries& entries) const;
   // Positions first .. last of the coding order.
   void add_contents(Entries& entries, std::int64_t first, std::int64_t last) const;

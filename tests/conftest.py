@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from PIL import Image
 
 if TYPE_CHECKING:
     from percov2.codec import Codec
@@ -25,3 +27,21 @@ def codec(random_model: Path) -> Codec:
     from percov2.codec import Codec
 
     return Codec.from_pretrained(random_model)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A PNG of 70x50 pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture
+def file(picture: Path, codec: Codec, tmp_path: Path) -> Path:
+    """That picture as a file with a caption."""
+    path = tmp_path / "photo.pcv2"
+    with Image.open(picture) as image:
+        path.write_bytes(codec.compress([image], captions=["a red door"])[0])
+    return path

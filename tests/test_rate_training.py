@@ -20,6 +20,7 @@ from percov2.training.loop import train
 from percov2.training.rates import RateConfig, build_rates, draw_rate
 from percov2.training.stage1 import CodecStage
 from percov2.training.warm_start import start_from
+from tiny_flow import TINY_FLOW
 
 RATES = {"r031": (2, 16, 32), "r010": (4, 32, 64), "r002": (8, 16, 64)}
 """Rate -> stride, codes, crop side."""
@@ -48,19 +49,7 @@ text_encoder = {{ buckets = 32, dim = 8, length = 4 }}
 loop = {{ steps = {steps}, warmup = 1, log_every = 2, learning_rate = 1e-3 }}
 {adversary}
 {tables}
-[codec.flow]
-sample_size = 8
-patch_size = 2
-in_channels = 16
-out_channels = 16
-num_layers = 1
-attention_head_dim = 8
-num_attention_heads = 2
-joint_attention_dim = 8
-caption_projection_dim = 16
-pooled_projection_dim = 8
-pos_embed_max_size = 16
-"""
+{TINY_FLOW}"""
 
 
 ALL = list(RATES)

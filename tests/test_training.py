@@ -14,6 +14,7 @@ from PIL import Image
 from percov2.training.commands import autoencoder_stage, codec_stage, read_section
 from percov2.training.data import PhotoCrops, decode_shards
 from percov2.training.loop import TrainingStage, load_averaged, train
+from tiny_flow import TINY_FLOW
 
 CONFIG = """
 [autoencoder]
@@ -29,20 +30,8 @@ loop = { steps = 4, warmup = 1, log_every = 1 }
 hyper_encoder = { channels = 8, hyper_channels = 8, stride = 2 }
 quantizer = { hyper_channels = 8, codebook_size = 16, code_dim = 4, output_channels = 4 }
 crops = { sides = [32, 48], counts = [4, 2] }
-
-[codec.flow]
-sample_size = 8
-patch_size = 2
-in_channels = 16
-out_channels = 16
-num_layers = 1
-attention_head_dim = 8
-num_attention_heads = 2
-joint_attention_dim = 8
-caption_projection_dim = 16
-pooled_projection_dim = 8
-pos_embed_max_size = 16
 """
+CONFIG += TINY_FLOW
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

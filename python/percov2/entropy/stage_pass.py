@@ -105,15 +105,15 @@ class StagedDecoder:
         if batch < 1:
             raise ValueError(f"batch is {batch}; it must be at least 1")
         self._model, self._batch = model, batch
-        # Positions per stage, and how many stages are known.
-        self._counts = np.bincount(stages.reshape(-1))[1:]
+        # Positions of the first g stages, g = 0 .. S, and how many stages are known.
+        self._ends = np.bincount(stages.reshape(-1)).cumsum()
         self._known = 0
         self._staged = model.executor.staged(stages, batch)
 
     @property
     def remaining(self) -> int:
         """Tokens per grid that are not decoded yet."""
-        return int(self._counts[self._known :].sum())
+        return int(self._ends[-1] - self._ends[self._known])
 
     def logits(self) -> Tensor:
         """Logits of the next stage: int16 [B, n, V], its positions in raster order.
@@ -139,7 +139,7 @@ class StagedDecoder:
 
         Raises ValueError for a wrong shape, dtype or token.
         """
-        count = int(self._counts[self._known]) if self.remaining else 0
+        count = int(self._ends[self._known + 1] - self._ends[self._known]) if self.remaining else 0
         if count == 0 or tuple(tokens.shape) != (self._batch, count):
             raise ValueError(
                 f"tokens have shape {tuple(tokens.shape)}; "
