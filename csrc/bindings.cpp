@@ -36,5 +36,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("use_instruction_set", &percov2::use_instruction_set, pybind11::arg("name"));
   percov2::bind_attention(module);
   percov2::bind_coder(module);
+  percov2::bind_cuda(module);
   percov2::bind_transformer(module);
 }

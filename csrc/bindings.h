@@ -58,6 +58,7 @@ class Turn {
 
 void bind_attention(pybind11::module_& module);
 void bind_coder(pybind11::module_& module);
+void bind_cuda(pybind11::module_& module);
 void bind_transformer(pybind11::module_& module);
 
 }  // namespace percov2

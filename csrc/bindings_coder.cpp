@@ -28,6 +28,14 @@ std::unique_ptr<Encoder> make_encoder(py::handle checks) {
   return std::make_unique<Encoder>(copy(TensorView<std::uint32_t>(checks, "checks")));
 }
 
+std::unique_ptr<Encoder> resume_encoder(py::handle buffer, py::handle offsets, py::handle quiet) {
+  const TensorView<std::uint8_t> bytes(buffer, "buffer");
+  bytes.require_ndim(1);
+  return std::make_unique<Encoder>(bytes.data(), bytes.size(),
+                                   copy(TensorView<std::int64_t>(offsets, "offsets")),
+                                   copy(TensorView<std::int64_t>(quiet, "quiet")));
+}
+
 void push(Encoder& encoder, py::handle starts, py::handle freqs, py::handle counts, int prob_bits,
           int threads) {
   const TensorView<std::int32_t> start(starts, "starts");
@@ -258,6 +266,8 @@ void bind_coder(py::module_& module) {
            py::arg("prob_bits"), py::arg("threads"))
       .def("symbols_before_output", &symbols_before_output)
       .def("finish", &finish);
+  module.def("resume_encoder", &resume_encoder, py::arg("buffer"), py::arg("offsets"),
+             py::arg("quiet"));
   py::class_<Decoder>(module, "BatchDecoder")
       .def(py::init(&make_decoder), py::arg("buffer"), py::arg("offsets"), py::arg("states"),
            py::arg("positions"))

@@ -24,6 +24,10 @@ void check_tables(const std::int32_t* cdf, std::int64_t first, std::int64_t last
 class BatchEncoder {
  public:
   explicit BatchEncoder(std::vector<std::uint32_t> checks);
+  // Goes on with streams that were finished elsewhere: stream b is bytes[offsets[b] .. offsets[b +
+  // 1]) and has quiet[b] symbols before its output. Throws for streams that no encoder writes.
+  BatchEncoder(const std::uint8_t* bytes, std::int64_t size,
+               const std::vector<std::int64_t>& offsets, std::vector<std::int64_t> quiet);
 
   std::int64_t size() const { return static_cast<std::int64_t>(states_.size()); }
   // Pushes counts[b] symbols on stream b, the last one first. Either all are pushed or none.

@@ -87,6 +87,41 @@ BatchEncoder::BatchEncoder(std::vector<std::uint32_t> checks)
   }
 }
 
+BatchEncoder::BatchEncoder(const std::uint8_t* bytes, std::int64_t size,
+                           const std::vector<std::int64_t>& offsets,
+                           std::vector<std::int64_t> quiet)
+    : states_(quiet.size(), 0), emitted_(quiet.size()), quiet_(std::move(quiet)) {
+  if (offsets.size() != quiet_.size() + 1) {
+    throw std::invalid_argument("offsets has " + std::to_string(offsets.size()) + " numbers for " +
+                                std::to_string(quiet_.size()) + " streams; it must have one more");
+  }
+  std::int64_t least = 0;
+  for (const std::int64_t offset : offsets) {
+    if (offset < least || offset > size) {
+      throw std::invalid_argument("an offset is " + std::to_string(offset) + "; it must lie in " +
+                                  std::to_string(least) + " .. " + std::to_string(size));
+    }
+    least = offset;
+  }
+  for (std::size_t b = 0; b < quiet_.size(); ++b) {
+    // What a decoder would shift in first is the state; what is left was emitted.
+    std::int64_t next = offsets[b];
+    if (next < offsets[b + 1] && bytes[next] == 0) {
+      throw std::invalid_argument("stream " + std::to_string(b) + " begins with a zero byte");
+    }
+    if (quiet_[b] < 0) {
+      throw std::invalid_argument("quiet[" + std::to_string(b) + "] is " +
+                                  std::to_string(quiet_[b]));
+    }
+    states_[b] = refill(0, bytes, next, offsets[b + 1]);
+    const auto rest = static_cast<std::size_t>(offsets[b + 1] - next);
+    if (rest == 0) continue;
+    std::uint8_t* const top = emitted_[b].reserve(rest) - rest;
+    std::memcpy(top, bytes + next, rest);
+    emitted_[b].move_top(top);
+  }
+}
+
 void BatchEncoder::push(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
                         const std::int64_t* counts, int prob_bits, int threads) {
   check_prob_bits(prob_bits);

@@ -44,6 +44,16 @@ PERCOV2_HOST_DEVICE std::uint32_t surplus_bytes(std::uint32_t x, std::uint32_t f
          static_cast<std::uint32_t>((x >> 16) >= limit);
 }
 
+// The state without its surplus bytes: x >> (8 * surplus_bytes()), by choices that do not wait for
+// each other.
+PERCOV2_HOST_DEVICE std::uint32_t without_surplus(std::uint32_t x, std::uint32_t freq,
+                                                  int prob_bits) {
+  const std::uint32_t limit = freq << (31 - prob_bits);
+  const std::uint32_t few = x >= limit ? x >> 8 : x;
+  const std::uint32_t many = (x >> 16) >= limit ? x >> 24 : x >> 16;
+  return (x >> 8) >= limit ? many : few;
+}
+
 // Writes a state below `top`, its lowest byte at the highest address, as a decoder reads it. An
 // encoder stores all four bytes and moves `top` by the surplus only; the others are written over.
 PERCOV2_HOST_DEVICE void store_below(std::uint8_t* top, std::uint32_t x) {

@@ -36,6 +36,7 @@ struct ManagedTensor {
   void (*deleter)(ManagedTensor*);
 };
 constexpr std::int32_t kCpu = 1;
+constexpr std::int32_t kCuda = 2;
 constexpr std::uint8_t kInt = 0;
 constexpr std::uint8_t kUInt = 1;
 constexpr std::uint8_t kFloat = 2;
@@ -72,14 +73,15 @@ struct ElementNames<Bfloat16> {
   static std::string name() { return "bfloat16"; }
 };
 
-// An aligned C-contiguous array of `Element` on the CPU, read only. Throws pybind11::value_error
-// for any other kind, naming the argument. Must be created and destroyed with the interpreter lock
-// held.
+// An aligned C-contiguous array of `Element` on the CPU, or on a device that only DLPack reaches,
+// read only. Throws pybind11::value_error for any other kind, naming the argument. Must be created
+// and destroyed with the interpreter lock held.
 template <class Element>
 class TensorView {
  public:
-  TensorView(pybind11::handle object, const char* name) : name_(name) {
-    if (PyObject_CheckBuffer(object.ptr())) {
+  TensorView(pybind11::handle object, const char* name, std::int32_t device_type = dlpack::kCpu)
+      : name_(name), device_type_(device_type) {
+    if (device_type == dlpack::kCpu && PyObject_CheckBuffer(object.ptr())) {
       borrow_buffer(object);
     } else if (pybind11::hasattr(object, "__dlpack__")) {
       borrow_dlpack(object);
@@ -95,6 +97,8 @@ class TensorView {
   ~TensorView() { release(); }
 
   const Element* data() const { return data_; }
+  // Ordinal of the device that it lies on.
+  int device() const { return device_; }
   std::int64_t ndim() const { return static_cast<std::int64_t>(shape_.size()); }
   std::int64_t shape(std::int64_t axis) const { return shape_.at(static_cast<std::size_t>(axis)); }
   std::int64_t size() const {
@@ -143,13 +147,20 @@ class TensorView {
   }
 
   void borrow_dlpack(pybind11::handle object) {
-    pybind11::object capsule = object.attr("__dlpack__")();
+    // -1: nobody waits. Kernels go to the stream that their caller names.
+    pybind11::object capsule = device_type_ == dlpack::kCpu
+                                   ? object.attr("__dlpack__")()
+                                   : object.attr("__dlpack__")(pybind11::arg("stream") = -1);
     void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
     if (pointer == nullptr) throw pybind11::error_already_set();
     managed_ = static_cast<dlpack::ManagedTensor*>(pointer);
     PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // from here on release() owns it
     const dlpack::Tensor& tensor = managed_->tensor;
-    if (tensor.device.type != dlpack::kCpu) fail("is not on the CPU; move it there first");
+    if (tensor.device.type != device_type_) {
+      fail(device_type_ == dlpack::kCpu ? "is not on the CPU; move it there first"
+                                        : "is not on a CUDA device; move it there first");
+    }
+    device_ = tensor.device.id;
     if (tensor.dtype.code != Names::kCode || tensor.dtype.bits != kBits ||
         tensor.dtype.lanes != 1) {
       fail("has another element type; it must be " + Names::name());
@@ -169,6 +180,8 @@ class TensorView {
   }
 
   const char* name_;
+  std::int32_t device_type_;
+  int device_ = 0;
   const Element* data_ = nullptr;
   std::vector<std::int64_t> shape_;
   Py_buffer buffer_{};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,18 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from percov2.codec import Codec
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked ``cuda`` need a card; FAIL_WITHOUT_CUDA=1 makes failures of their skips."""
+    if item.get_closest_marker("cuda") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        if os.environ.get("FAIL_WITHOUT_CUDA"):
+            pytest.fail("FAIL_WITHOUT_CUDA is set, but torch finds no CUDA device")
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(scope="session")

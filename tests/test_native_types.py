@@ -59,6 +59,7 @@ def signature(docstring: str) -> Signature:
             parts[-1] += character
     named = [part.partition(":")[0].strip() for part in parts]
     result = match[2].replace("numpy.typing.", "").replace("numpy.", "np.")
+    result = result.replace("percov2._native.", "")
     return [
         (name, " = " in part)
         for name, part in zip(named, parts, strict=True)

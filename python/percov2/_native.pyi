@@ -40,6 +40,48 @@ def stage_attention(
     stages but the last, in coding order; the E readers are these and the queries of all positions.
     """
 
+def cuda_built() -> bool: ...
+def cuda_devices() -> tuple[str, ...]:
+    """This and all cuda_ functions raise RuntimeError in a build without CUDA."""
+
+def cuda_encode_sizes(streams: int, symbols: int) -> tuple[int, int, int]:
+    """Bytes of scratch memory, of the head of ``packed``, and of the longest streams behind it."""
+
+def cuda_encode(
+    starts: _Array,
+    freqs: _Array,
+    counts: _Array | None,
+    checks: _Array,
+    prob_bits: int,
+    scratch: _Array,
+    packed: _Array,
+    stream: int,
+) -> None:
+    """Tensors of one CUDA device; csrc/coder_cuda.h has the order of ``packed``.
+
+    starts, freqs int32 [B, n]; counts, checks int32 [B]; scratch, packed uint8, 16-byte aligned.
+    """
+
+def cuda_decode(
+    logits: _Array,
+    bytes: _Array,
+    offsets: _Array,
+    states: _Array,
+    positions: _Array,
+    prob_bits: int,
+    symbols: _Array,
+    status: _Array,
+    stream: int,
+) -> None:
+    """Tensors of one CUDA device; the last four but prob_bits are written.
+
+    logits int16 [B, n, V]; bytes uint8 [size]; offsets int64 [B + 1]; states int32 [B]; positions
+    int64 [B]; symbols int32 [B, n]; status int32 [B].
+    """
+
+def resume_encoder(buffer: _Bytes, offsets: _Array, quiet: _Array) -> BatchEncoder:
+    """buffer uint8 [n]; offsets int64 [B + 1]; quiet int64 [B]: finished streams, to go on with."""
+
 class BatchEncoder:
     def __init__(self, checks: _Array) -> None:
         """checks uint32 [B], at most 65535."""

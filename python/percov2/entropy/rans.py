@@ -31,6 +31,12 @@ StagedPass = _native.StagedPass
 # For percov2.entropy.lanes.
 NativeLaneEncoder = _native.LaneEncoder
 NativeLaneDecoder = _native.LaneDecoder
+# For percov2.entropy.rans_cuda.
+cuda_built = _native.cuda_built
+cuda_devices = _native.cuda_devices
+cuda_encode_sizes = _native.cuda_encode_sizes
+cuda_encode = _native.cuda_encode
+cuda_decode = _native.cuda_decode
 
 
 def instruction_sets() -> tuple[str, ...]:
@@ -157,6 +163,28 @@ class RansEncoder:
 
     def __init__(self, checks: ArrayLike) -> None:
         self._native = _native.BatchEncoder(_integers(checks, np.uint32, "checks"))
+
+    @classmethod
+    def resumed(cls, buffer: ArrayLike, offsets: ArrayLike, quiet: ArrayLike) -> RansEncoder:
+        """Stacks that go on where finished streams, from here or from a GPU, end.
+
+        buffer: uint8 [n]; offsets: int64 [B + 1]; quiet: int64 [B], their symbols_before_output.
+        Raises ValueError for streams that no encoder writes.
+
+        >>> first = RansEncoder([0xBEEF])
+        >>> first.push(starts=[20], freqs=[4], counts=[1], prob_bits=8)
+        >>> second = RansEncoder.resumed(*first.finish(), first.symbols_before_output)
+        >>> second.push(starts=[12], freqs=[4], counts=[1], prob_bits=8)
+        >>> second.finish()[0].tobytes().hex()
+        '0beec50f'
+        """
+        encoder = cls.__new__(cls)
+        encoder._native = _native.resume_encoder(
+            _integers(buffer, np.uint8, "buffer"),
+            _integers(offsets, np.int64, "offsets"),
+            _integers(quiet, np.int64, "quiet"),
+        )
+        return encoder
 
     def push(
         self,

@@ -1,0 +1,240 @@
+"""Batches of rANS streams on a CUDA device: the bytes and symbols of percov2.entropy.rans.
+
+Everything stays on the device, on torch's current stream, and nothing waits for it, except where
+it is said: ``EncodedStreams.to_host`` copies once, ``finished`` and ``exhausted`` wait for a few
+bytes. docs/gpu.md describes the kernels. In a build without CUDA every call raises RuntimeError
+and says how to get one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.entropy import rans
+
+DEVICE_TYPE = "cuda"
+
+_FAULTS = {
+    1: "an interval is empty or not inside 0 .. 2^prob_bits",
+    2: "its count is negative or exceeds the intervals given",
+    3: "its check does not fit 16 bits",
+    5: "it does not lie in the buffer",
+    6: "its state is not below 2^31",
+    7: "its position is not in the stream",
+}
+"""csrc/coder_cuda.h, CudaStatus: what a kernel finds wrong with a stream."""
+
+
+def _queue(device: torch.device) -> int:
+    """torch's current stream on ``device`` as a number."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _require(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.device.type != DEVICE_TYPE:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on a {DEVICE_TYPE} device")
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it must be {dtype} {shape}"
+        )
+
+
+def _refuse(status: NDArray[np.int32]) -> None:
+    """ValueError for the first stream that has a fault."""
+    if status.any():
+        b = int(np.flatnonzero(status)[0])
+        raise ValueError(f"stream {b}: {_FAULTS[int(status[b])]}")
+
+
+@dataclass(frozen=True)
+class EncodedStreams:
+    """Finished streams, still on the device.
+
+    Attributes:
+        packed: uint8: offsets int64 [B + 1], status int32 [B], quiet int32 [B], padding up to a
+            multiple of 16 bytes, and the streams one after another.
+        size: B.
+        head: bytes before the first stream.
+        likely: bytes of streams that the first copy takes along.
+    """
+
+    packed: torch.Tensor
+    size: int
+    head: int
+    likely: int
+
+    def to_host(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
+        """(buffer, offsets, quiet): uint8 [n], int64 [B + 1], int64 [B]. Waits for the device.
+
+        That is what RansEncoder.finish returns and its symbols_before_output; the three are what
+        RansEncoder.resumed takes. One copy; a second one for streams that are longer than
+        ``likely``. Raises ValueError if an interval, a count or a check was not valid.
+        """
+        first = self.packed[: self.head + self.likely].cpu().numpy()
+        b = self.size
+        offsets = first[: 8 * (b + 1)].view(np.int64)
+        status, quiet = first[8 * (b + 1) : 16 * b + 8].view(np.int32).reshape(2, b)
+        _refuse(status)
+        length = int(offsets[-1])
+        buffer = first[self.head : self.head + length]
+        if length > self.likely:
+            rest = self.packed[self.head + self.likely : self.head + length]
+            buffer = np.concatenate([buffer, rest.cpu().numpy()])
+        return buffer, offsets, quiet.astype(np.int64)
+
+
+def encode(
+    starts: torch.Tensor,
+    freqs: torch.Tensor,
+    checks: torch.Tensor,
+    prob_bits: int,
+    counts: torch.Tensor | None = None,
+) -> EncodedStreams:
+    """Encode B streams on the device of ``starts``; two kernels are queued, nothing waits.
+
+    Args:
+        starts: int32 [B, n] in decoding order, with freq >= 1 and start + freq <= 2^prob_bits.
+        freqs: int32 [B, n].
+        checks: int32 [B], 0 .. 65535: the initial states.
+        prob_bits: 8 to 20.
+        counts: int32 [B]: only the first counts[b] intervals of a row belong to its stream.
+
+    Raises:
+        ValueError: wrong devices, dtypes or shapes, or a prob_bits out of range. What the tensors
+            hold is checked on the device; ``EncodedStreams.to_host`` tells.
+        RuntimeError: a build without CUDA.
+    """
+    if starts.dim() != 2:
+        raise ValueError(f"starts has shape {tuple(starts.shape)}; it must be [B, n]")
+    size, symbols = starts.shape
+    _require(starts, "starts", torch.int32, (size, symbols))
+    _require(freqs, "freqs", torch.int32, (size, symbols))
+    _require(checks, "checks", torch.int32, (size,))
+    if counts is not None:
+        _require(counts, "counts", torch.int32, (size,))
+        counts = counts.contiguous()
+    scratch_bytes, head, most = rans.cuda_encode_sizes(size, symbols)
+    device = starts.device
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8, device=device)
+    packed = torch.empty(head + most, dtype=torch.uint8, device=device)
+    rans.cuda_encode(
+        starts.contiguous(),
+        freqs.contiguous(),
+        counts,
+        checks.contiguous(),
+        prob_bits,
+        scratch,
+        packed,
+        _queue(device),
+    )
+    # 5/8 of prob_bits are 10, 11.25 and 12.5 bits at the precision of 256, 1024 and 8192 tokens: a
+    # model that is worth having stays below that, and a copy of so much is still a short one.
+    likely = min(most, size * (symbols * prob_bits * 5 // 64 + 8))
+    return EncodedStreams(packed, size, head, likely)
+
+
+class CudaRansDecoder:
+    """Reads B streams forward, with all state on a device.
+
+    Args:
+        buffer: uint8 [n] on the CPU or on the device.
+        offsets: int64 [B + 1], not decreasing, within the buffer.
+        device: a CUDA device.
+        states: int32 [B], to resume; with ``positions``, int64 [B], the next byte of each stream
+            counted from its beginning.
+
+    Attributes:
+        states: int32 [B] on the device: the states, all due bytes shifted in.
+        positions: int64 [B] on the device.
+    """
+
+    def __init__(
+        self,
+        buffer: torch.Tensor,
+        offsets: torch.Tensor,
+        device: torch.device | str,
+        states: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        if (states is None) != (positions is None):
+            raise ValueError("states and positions resume a stream together; give both or neither")
+        if offsets.dim() != 1 or offsets.numel() == 0:
+            raise ValueError("offsets must hold one number more than streams")
+        device = torch.device(device)
+        self.size = offsets.numel() - 1
+        self._fresh = states is None
+        self._buffer = buffer.to(device, non_blocking=True).contiguous()
+        self._offsets = offsets.to(device, non_blocking=True).contiguous()
+        if states is None or positions is None:
+            self.states = torch.zeros(self.size, dtype=torch.int32, device=device)
+            self.positions = torch.zeros(self.size, dtype=torch.int64, device=device)
+        else:  # copies: kernels write to them
+            self.states = torch.empty(self.size, dtype=torch.int32, device=device).copy_(states)
+            self.positions = torch.empty(self.size, dtype=torch.int64, device=device).copy_(
+                positions
+            )
+        _require(self._buffer, "buffer", torch.uint8, (buffer.numel(),))
+        _require(self._offsets, "offsets", torch.int64, (self.size + 1,))
+        self._faults = torch.zeros(self.size, dtype=torch.int32, device=device)
+        self._decode(torch.zeros(self.size, 0, 2, dtype=torch.int16, device=device), 8)
+
+    def _decode(self, logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
+        symbols = torch.empty(logits.shape[:2], dtype=torch.int32, device=logits.device)
+        status = torch.empty(self.size, dtype=torch.int32, device=logits.device)
+        rans.cuda_decode(
+            logits.contiguous(),
+            self._buffer,
+            self._offsets,
+            self.states,
+            self.positions,
+            prob_bits,
+            symbols,
+            status,
+            _queue(logits.device),
+        )
+        self._faults = torch.maximum(self._faults, status)
+        return symbols
+
+    def decode_logits(self, logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
+        """Decode n symbols per stream: int16 logits [B, n, V] -> int32 [B, n] on the device.
+
+        Queues one kernel. Reading past the end gives symbols, not an error: ask ``finished``.
+        Raises ValueError for wrong devices, shapes, dtypes or precision; nothing was decoded then.
+        """
+        if logits.dim() != 3:
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be [B, n, V]")
+        _require(logits, "logits", torch.int16, (self.size, *logits.shape[1:]))
+        return self._decode(logits, prob_bits)
+
+    def _ended(self) -> torch.Tensor:
+        return self.positions == self._offsets[1:] - self._offsets[:-1]
+
+    def exhausted(self) -> NDArray[np.bool_]:
+        """bool [B]: no byte is left and the state is below 2^23. Waits for the device.
+
+        Raises ValueError if offsets, states or positions were not valid.
+        """
+        return self._answer(self._ended() & (self.states < 1 << 23))
+
+    def finished(self, checks: torch.Tensor) -> NDArray[np.bool_]:
+        """bool [B]: the state is the check (int32 [B]) and no byte is left. Waits for the device.
+
+        A stream that was read from its beginning must not start with a zero byte either. Raises
+        ValueError if offsets, states or positions were not valid.
+        """
+        right = self._ended() & (self.states == checks.to(self.states.device, non_blocking=True))
+        if self._fresh and self._buffer.numel():
+            begins = self._offsets[:-1].clamp(0, self._buffer.numel() - 1)
+            empty = self._offsets[1:] == self._offsets[:-1]
+            right &= empty | (self._buffer[begins] != 0)
+        return self._answer(right)
+
+    def _answer(self, flags: torch.Tensor) -> NDArray[np.bool_]:
+        """Flags and faults in one copy."""
+        flag, faults = torch.stack([flags.to(torch.int32), self._faults]).cpu().numpy()
+        _refuse(faults)
+        return flag.astype(np.bool_)

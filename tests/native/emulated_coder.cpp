@@ -1,0 +1,8 @@
+// The batch coder for CUDA devices, for the emulation.
+#include "../../csrc/coder_cuda.cu"
+
+namespace percov2 {
+
+std::vector<std::string> cuda_devices() { return {"emulation"}; }
+
+}  // namespace percov2

@@ -1,0 +1,9 @@
+// A Python module with the CUDA part of percov2._native, whose kernels run in the emulation and
+// whose tensors lie on the CPU.
+#include "bindings.h"
+#include "cuda_emulation.h"
+
+PYBIND11_MODULE(emulated_cuda, module) {
+  percov2::bind_cuda(module);
+  module.def("launches", &percov2_emulation::launch_count);
+}

@@ -1,0 +1,162 @@
+"""What nvcc makes of the CUDA kernels, and when CMake asks it to."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+UNIT = ROOT / "csrc" / "coder_cuda.cu"
+ARCHITECTURES = (80, 90, 100)
+KERNELS = {"encode_kernel", "pack_kernel", "decode_kernel<true>", "decode_kernel<false>"}
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one kernel needs on one architecture: ptxas's report."""
+
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+
+
+def usages(report: str) -> dict[tuple[str, int], Usage]:
+    """(kernel, architecture) -> usage, from the output of nvcc --resource-usage."""
+    found = {}
+    parts = re.split(r"Compiling entry function '([^']+)' for 'sm_(\d+)a?'", report)
+    for name, architecture, text in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+
+        def number(pattern: str, default: int | None = None, text: str = text) -> int:
+            match = re.search(pattern, text)
+            if match is None and default is not None:
+                return default
+            assert match, f"no {pattern!r} in {text!r}"
+            return int(match[1])
+
+        found[kernel(name), int(architecture)] = Usage(
+            registers=number(r"Used (\d+) registers"),
+            shared=number(r"(\d+) bytes smem", 0),
+            stack=number(r"(\d+) bytes stack frame"),
+            spilled=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        )
+    return found
+
+
+def kernel(symbol: str) -> str:
+    """The name of a kernel in the source: _ZN7percov213decode_kernelILb1EEE... -> with <true>."""
+    match = re.search(r"(encode|pack|decode)_kernel(ILb([01])E)?", symbol)
+    assert match, symbol
+    suffix = {None: "", "0": "<false>", "1": "<true>"}[match[3]]
+    return f"{match[1]}_kernel{suffix}"
+
+
+def compiled(unit: Path, architectures: tuple[int, ...], folder: Path, *options: str) -> str:
+    """nvcc's report on a unit; the tests that need it are skipped where there is no nvcc."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
+    command = ["nvcc", "-std=c++17", "-O3", "--resource-usage", *options, *targets]
+    done = subprocess.run(
+        [*command, "-c", str(unit), "-o", str(folder / "unit.o")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_no_kernel_spills(tmp_path: Path) -> None:
+    found = usages(compiled(UNIT, ARCHITECTURES, tmp_path, "--Werror=all-warnings"))
+    assert set(found) == {(k, a) for k in KERNELS for a in ARCHITECTURES}
+    for (name, architecture), usage in sorted(found.items()):
+        print(f"{name:20} sm_{architecture:<4} {usage}")
+        assert usage.stack == usage.spilled == 0, (name, architecture, usage)
+        # 4 warps of 128 registers still leave room for 4 blocks on a multiprocessor.
+        assert usage.registers <= 128 and usage.shared <= 4096, (name, architecture, usage)
+
+
+SPILLING = """
+extern "C" __global__ void encode_kernel(float* data) {
+  float kept[32];
+#pragma unroll
+  for (int i = 0; i < 32; ++i) kept[i] = data[i];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 32; ++i) data[threadIdx.x + i] = kept[31 - i];
+}
+"""
+
+
+def test_a_spill_would_be_seen(tmp_path: Path) -> None:
+    unit = tmp_path / "spilling.cu"
+    unit.write_text(SPILLING)
+    usage = usages(compiled(unit, (80,), tmp_path, "-maxrregcount=24"))["encode_kernel", 80]
+    assert usage.spilled and usage.stack and usage.registers == 24
+
+
+PROJECT = """cmake_minimum_required(VERSION 3.20)
+project(probe LANGUAGES CXX)
+include({root}/csrc/cuda.cmake)
+percov2_add_cuda(kernels "${{MODE}}")
+if(TARGET kernels)
+  message(STATUS "kernels: yes")
+else()
+  message(STATUS "kernels: no")
+endif()
+"""
+
+
+def configured(tmp_path: Path, mode: str, with_nvcc: bool) -> subprocess.CompletedProcess[str]:
+    """CMake's answer in a project with nothing but csrc/cuda.cmake."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")}
+    if not with_nvcc:
+        folders = environment["PATH"].split(os.pathsep)
+        kept = [f for f in folders if not (Path(f) / "nvcc").exists()]
+        environment["PATH"] = os.pathsep.join(kept)
+    for tool in ("cmake", "c++", *(["nvcc"] if with_nvcc else [])):
+        if shutil.which(tool, path=environment["PATH"]) is None:
+            pytest.skip(f"needs {tool}")
+    (tmp_path / "CMakeLists.txt").write_text(PROJECT.format(root=ROOT))
+    generator = ["-G", "Ninja"] if shutil.which("ninja", path=environment["PATH"]) else []
+    return subprocess.run(
+        ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "b"), f"-DMODE={mode}", *generator],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+
+
+@pytest.mark.parametrize("mode", ["AUTO", "OFF"])
+def test_a_build_without_nvcc_has_no_kernels(tmp_path: Path, mode: str) -> None:
+    done = configured(tmp_path, mode, with_nvcc=False)
+    assert done.returncode == 0, done.stderr
+    assert "kernels: no" in done.stdout
+
+
+def test_on_fails_loudly_without_nvcc(tmp_path: Path) -> None:
+    done = configured(tmp_path, "ON", with_nvcc=False)
+    assert done.returncode != 0
+    assert "PERCOV2_CUDA is ON, but no CUDA compiler was found" in done.stderr
+
+
+def test_another_mode_is_refused(tmp_path: Path) -> None:
+    done = configured(tmp_path, "YES", with_nvcc=False)
+    assert done.returncode != 0
+    assert "it must be ON, OFF or AUTO" in done.stderr
+
+
+@pytest.mark.parametrize("mode", ["AUTO", "OFF"])
+def test_a_build_with_nvcc(tmp_path: Path, mode: str) -> None:
+    done = configured(tmp_path, mode, with_nvcc=True)
+    assert done.returncode == 0, done.stderr
+    assert f"kernels: {'yes' if mode == 'AUTO' else 'no'}" in done.stdout
+    assert ("CUDA compiler" in done.stdout) == (mode == "AUTO")
