@@ -1,0 +1,98 @@
+"""Fused logits to intervals: interpreted against percov2.entropy.cdf, compiled ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from compiled_kernels import CAPABILITIES, compile_kernel, interpreted, needs_triton
+from percov2 import triton_kernels
+from percov2.entropy import cdf
+
+TABLE = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32)
+
+
+@needs_triton
+def test_interpreted_kernel_agrees_with_the_oracle() -> None:
+    interpreted("interpreted_intervals.py")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("size", "kind", "pointer", "capability"),
+    [
+        *((size, "INT16", "*i16", each) for size in (256, 1024, 8192) for each in CAPABILITIES),
+        (1024, "BFLOAT16", "*i16", 90),
+        (1024, "FLOAT32", "*fp32", 90),
+    ],
+)
+def test_rows_are_read_once_in_128_bit_loads(
+    size: int, kind: str, pointer: str, capability: int, tmp_path: Path
+) -> None:
+    from percov2.triton_kernels import intervals
+
+    rows, columns, warps = intervals.block_sizes(size)
+    types = dict.fromkeys(("symbols", "table", "starts", "freqs"), "*i32")
+    report = compile_kernel(
+        intervals.intervals_kernel,
+        {"logits": pointer, **types, "rows": "i32", "spread": "i32"},
+        {
+            "SIZE": size,
+            "KIND": getattr(intervals, kind),
+            "BLOCK_ROWS": rows,
+            "BLOCK_SIZE": columns,
+        },
+        ("logits", *types),
+        capability,
+        tmp_path,
+        warps,
+    )
+    assert report.stack == 0, report
+    assert report.registers <= 128, report
+    # Each logit once: the tile in 16-byte pieces, one for each thread and load.
+    width = 32 if kind == "FLOAT32" else 16
+    pieces = rows * columns * width // 128 // (32 * warps)
+    assert report.loads[128] == report.wide_loads == pieces, report
+    # Nothing travels between threads but a few row results.
+    assert report.shared <= 256, report
+
+
+@needs_triton
+def test_a_codebook_of_any_size_compiles(tmp_path: Path) -> None:
+    from percov2.triton_kernels import intervals
+
+    rows, columns, warps = intervals.block_sizes(50)
+    types = dict.fromkeys(("symbols", "table", "starts", "freqs"), "*i32")
+    report = compile_kernel(
+        intervals.intervals_kernel,
+        {"logits": "*i16", **types, "rows": "i32", "spread": "i32"},
+        {"SIZE": 50, "KIND": 0, "BLOCK_ROWS": rows, "BLOCK_SIZE": columns},
+        ("logits", *types),
+        90,
+        tmp_path,
+        warps,
+    )
+    assert report.stack == 0, report
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("logits", "symbols", "prob_bits", "message"),
+    [
+        (torch.zeros(3, 4), torch.zeros(3), 16, "float32 \\(3,\\)"),
+        (torch.zeros(3, 4).double(), torch.zeros(3).int(), 16, "float64"),
+        (torch.zeros(3, 4), torch.zeros(2).int(), 16, "one for each row"),
+        (torch.zeros(3, 1), torch.zeros(3).int(), 16, "1 entries"),
+        (torch.zeros(3, 300), torch.zeros(3).int(), 9, "twice"),
+        (torch.zeros(3, 4), torch.zeros(3).int(), 21, "8 to 20"),
+        (torch.zeros(3, 4), torch.zeros(3, device="meta").int(), 16, "meta"),
+        (torch.zeros(3, 4), torch.zeros(3).int(), 16, "TRITON_INTERPRET"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        triton_kernels.symbol_intervals(logits, symbols, prob_bits, TABLE)

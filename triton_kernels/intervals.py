@@ -1,0 +1,176 @@
+"""Logits to the coded interval of one symbol per row, fused: nothing else is written.
+
+With d = max(logits) - logit, w = table[d & 255] >> (d >> 8) (0 from 22 octaves on), prefix sums P,
+total S and M = 2^prob_bits, the interval of symbol s in a codebook of V begins at
+floor(P_s (M - V) / S) + s and ends where the next one begins (percov2.entropy.cdf). A row is read
+once and stays in registers; of P only two values are needed, so the scan is one masked sum.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from percov2.triton_kernels.placement import require_runnable
+
+MAX_CODEBOOK = 8192
+NARROW = 1024
+"""Up to here the 22-bit weights of a row (the largest is 2^22 - 1) sum to less than 2^32."""
+TILE = 4096
+"""Logits of one program: 32 for each thread."""
+
+INT16, BFLOAT16, FLOAT32 = 0, 1, 2
+_KINDS = {torch.int16: INT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
+
+
+@triton.jit
+def corrected_quotient(numerator, divisor, estimate):
+    """floor(numerator / divisor) from an estimate that is off by at most one; all int64."""
+    rest = numerator - estimate * divisor
+    return estimate - (rest < 0).to(tl.int64) + (rest >= divisor).to(tl.int64)
+
+
+@triton.jit
+def quotient(numerator, divisor):
+    """floor(numerator / divisor) of int64 numbers: 0 <= numerator < 2^55, 1 <= divisor < 2^35.
+
+    For quotients up to 2^20. Both roundings to float32 err by 2^-24 of the value and the quickest
+    division of a GPU by 2^-22 (two units in the last place), together less than 2^-21: the
+    estimate is off by less than 2^-1 before it is cut, so by at most one after.
+    """
+    estimate = (numerator.to(tl.float32) / divisor.to(tl.float32)).to(tl.int64)
+    return corrected_quotient(numerator, divisor, estimate)
+
+
+@triton.jit
+def read_logits(pointers, mask, KIND: tl.constexpr):
+    """int16 logits as int32; others as float32, bfloat16 from its bits."""
+    if KIND == 0:
+        values = tl.load(pointers, mask=mask, other=-32768).to(tl.int32)
+    elif KIND == 1:
+        bits = tl.load(pointers, mask=mask, other=-128).to(tl.int32) << 16  # -128: -inf
+        values = bits.to(tl.float32, bitcast=True)
+    else:
+        values = tl.load(pointers, mask=mask, other=float("-inf"))
+    return values
+
+
+@triton.jit
+def octave_steps(logits, top, KIND: tl.constexpr):
+    """How far logits lie below the largest of their row, in 1/256 of an octave: int32 >= 0."""
+    if KIND == 0:
+        steps = top - logits
+    else:
+        # To the nearest, ties to even: |scaled| <= 2^15, and adding 1.5 * 2^23 leaves no bits for
+        # a fraction. The clamp between keeps product and sum from being fused.
+        scaled = tl.maximum((logits - top) * 369.329925537109375, -32768.0)
+        steps = -((scaled + 12582912.0) - 12582912.0).to(tl.int32)
+    return steps
+
+
+@triton.jit
+def symbol_weights(table, steps, mask):
+    """22-bit weights, uint32; 0 where not mask."""
+    known = tl.load(table + (steps & 255), mask=mask & (steps < 5632), other=0)
+    return known.to(tl.uint32) >> ((steps >> 8) & 31).to(tl.uint32)
+
+
+@triton.jit
+def intervals_kernel(
+    logits,
+    symbols,
+    table,
+    starts,
+    freqs,
+    rows,
+    spread,
+    SIZE: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """logits [rows, SIZE], symbols int32 [rows], table int32 [256] -> starts, freqs int32 [rows].
+
+    spread = 2^prob_bits - SIZE.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    real = row < rows
+    column = tl.arange(0, BLOCK_SIZE)
+    inside = real[:, None] & (column < SIZE)[None, :]
+    values = read_logits(logits + row[:, None] * SIZE + column[None, :], inside, KIND)
+    symbol = tl.load(symbols + row, mask=real, other=0)
+    valid = real & (symbol >= 0) & (symbol < SIZE)
+    own = read_logits(logits + row * SIZE + symbol, valid, KIND)
+    top = tl.max(values, axis=1)
+    if KIND != 0:
+        strange = tl.sum((inside & (values != values)).to(tl.int32), axis=1)
+        valid = valid & (strange == 0) & (tl.abs(top) < float("inf"))
+        top = tl.where(valid, top, 0.0)
+        values = tl.where(valid[:, None], values, 0.0)  # NaN and inf have no int32
+        own = tl.where(valid, own, 0.0)
+    weights = symbol_weights(table, octave_steps(values, top[:, None], KIND), inside)
+    own_weight = symbol_weights(table, octave_steps(own, top, KIND), valid).to(tl.int64)
+    if SIZE > 1024:
+        weights = weights.to(tl.int64)
+    total = tl.sum(weights, axis=1).to(tl.int64)
+    below = tl.sum(tl.where(column[None, :] < symbol[:, None], weights, 0), axis=1).to(tl.int64)
+    total = tl.maximum(total, 1)  # rows that are not there
+    start = quotient(below * spread, total)
+    end = quotient((below + own_weight) * spread, total)
+    freq = (end - start).to(tl.int32) + 1
+    tl.store(starts + row, tl.where(valid, start.to(tl.int32) + symbol, 0), mask=real)
+    tl.store(freqs + row, tl.where(valid, freq, 0), mask=real)
+
+
+def block_sizes(size: int) -> tuple[int, int, int]:
+    """Rows and padded columns of one program, and its warps, for a codebook of ``size``."""
+    columns = max(triton.next_power_of_2(size), 16)
+    return max(TILE // columns, 1), columns, 4 if columns <= TILE else 8
+
+
+def launch(
+    logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int, table: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Check the arguments and run the kernel; see percov2.triton_kernels.symbol_intervals."""
+    if logits.dtype not in _KINDS:
+        raise ValueError(f"logits have dtype {logits.dtype}; they must be int16, bfloat16, float32")
+    size = logits.shape[-1] if logits.dim() else 0
+    if not 2 <= size <= MAX_CODEBOOK:
+        raise ValueError(f"the codebook has {size} entries; it must have 2 to {MAX_CODEBOOK}")
+    if not 8 <= prob_bits <= 20 or 1 << prob_bits < 2 * size:
+        raise ValueError(
+            f"prob_bits is {prob_bits}; it must be 8 to 20, and 2^prob_bits at least twice the "
+            f"codebook of {size}"
+        )
+    if symbols.dtype != torch.int32 or symbols.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"symbols are {symbols.dtype} {tuple(symbols.shape)} for logits of "
+            f"{tuple(logits.shape)}; they must be int32, one for each row"
+        )
+    if table.dtype != torch.int32 or tuple(table.shape) != (256,):
+        raise ValueError(f"table is {table.dtype} {tuple(table.shape)}; it must be int32 [256]")
+    require_runnable(logits=logits, symbols=symbols, table=table)
+    flat = logits.contiguous()
+    if logits.dtype == torch.bfloat16:
+        flat = flat.view(torch.int16)
+    starts = torch.empty(symbols.shape, dtype=torch.int32, device=symbols.device)
+    freqs = torch.empty_like(starts)
+    rows = symbols.numel()
+    if rows:
+        block_rows, block_size, warps = block_sizes(size)
+        intervals_kernel[(triton.cdiv(rows, block_rows),)](
+            flat,
+            symbols.contiguous(),
+            table,
+            starts,
+            freqs,
+            rows,
+            (1 << prob_bits) - size,
+            SIZE=size,
+            KIND=_KINDS[logits.dtype],
+            BLOCK_ROWS=block_rows,
+            BLOCK_SIZE=block_size,
+            num_warps=warps,
+        )
+    return starts, freqs
