@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,14 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def interpreted(script: str) -> None:
-    """Run a script of this folder with interpreted kernels; it must end with "agreed"."""
+def compare_on(device: str, script: str) -> None:
+    """Run a script of this folder that compares kernels with their oracles, in its own process.
+
+    On "cpu" with interpreted kernels (triton must learn that before it is imported), or on "cuda".
+    """
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / script)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, str(Path(__file__).parent / script), device],
+        env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
         capture_output=True,
         text=True,
         check=False,
@@ -47,12 +50,17 @@ class Report:
     shared: int
     loads: Counter[int]
     stores: Counter[int]
-    machine: str
+    machine: str = field(repr=False)
 
     @property
     def wide_loads(self) -> int:
         """128-bit loads in the machine code: LDG.E.128, or LDGSTS straight to shared memory."""
-        return len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:[A-Z]+\.)*128\b", self.machine))
+        return len(re.findall(r"\b(?:LDG|LDGSTS)\.E\.(?:\w+\.)*128\b", self.machine))
+
+    @property
+    def tensor_cores(self) -> int:
+        """Integer products of tensor cores in the machine code."""
+        return len(re.findall(r"\b(?:IMMA|IGMMA|UTC\w*MMA)\b", self.machine))
 
 
 def _widths(kind: str, ptx: str) -> Counter[int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiled_kernels import CAPABILITIES, compile_kernel, interpreted, needs_triton
+from compiled_kernels import CAPABILITIES, compare_on, compile_kernel, needs_triton
 from percov2 import triton_kernels
 from percov2.entropy import cdf
 
@@ -16,7 +16,7 @@ TABLE = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32)
 
 @needs_triton
 def test_interpreted_kernel_agrees_with_the_oracle() -> None:
-    interpreted("interpreted_intervals.py")
+    compare_on("cpu", "compare_intervals.py")
 
 
 @needs_triton

@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["nearest_codes", "symbol_intervals"]
+__all__ = [
+    "attention",
+    "attention_blocks",
+    "check_device",
+    "layer_norm",
+    "linear",
+    "nearest_codes",
+    "symbol_intervals",
+]
 
 
 def _kernel(name: str) -> ModuleType:
@@ -41,8 +49,8 @@ def nearest_codes(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor
 
 def symbol_intervals(
     logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int, table: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Interval of one symbol per row of logits: starts and freqs, int32 [...].
+) -> torch.Tensor:
+    """Interval of one symbol per row of logits: int32 [2, ...], starts and freqs.
 
     logits [..., V]: int16 to base 2 with 8 fractional bits, or float32 or bfloat16 to base e, which
     are rounded to those first; symbols: int32 [...]; table: int32 [256], percov2.entropy.cdf's
@@ -51,7 +59,82 @@ def symbol_intervals(
     have to wait to raise an error. Raises RuntimeError if triton is not installed and ValueError
     for wrong shapes, dtypes, devices or prob_bits.
     """
-    result: tuple[torch.Tensor, torch.Tensor] = _kernel("intervals").launch(
-        logits, symbols, prob_bits, table
+    result: torch.Tensor = _kernel("intervals").launch(logits, symbols, prob_bits, table)
+    return result
+
+
+def check_device(device: torch.device) -> None:
+    """Raise RuntimeError if triton is not installed, ValueError if kernels cannot run on device."""
+    _kernel("placement").require_device("the model", device)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    multiplier: torch.Tensor,
+    shift: torch.Tensor,
+    *,
+    table: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """An integer linear map and what follows it, as docs/entropy-model.md defines them.
+
+    x int8 [..., K] in +-127, K <= 1040; weight int8 [n, K]; bias int32 [n]; multiplier int8 [n] in
+    1 .. 127; shift int8 [n] in 1 .. 24; for every output 127 sum |weight| + |bias| < 2^24 (not
+    checked here). Returns [..., n]: with a table (int8 [256]) table[y + 128] for y in +-127, int8;
+    with a residual (int32 [..., n] in +-2^20) the saturated sum, int32, a new tensor; else int8 in
+    +-127 (by default) or int16 over its range. Raises RuntimeError if triton is not installed and
+    ValueError for wrong shapes, dtypes or devices.
+    """
+    kernel = _kernel("int_linear")
+    result: torch.Tensor = kernel.launch(x, weight, bias, multiplier, shift, table, residual, dtype)
+    return result
+
+
+def layer_norm(residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """The integer LayerNorm of docs/entropy-model.md.
+
+    residual int32 [..., d] in +-2^20, d <= 1024; gain int16 [d] in +-2047. Returns int8 [..., d] in
+    +-127. Raises RuntimeError if triton is not installed and ValueError for wrong shapes, dtypes or
+    devices.
+    """
+    result: torch.Tensor = _kernel("int_layernorm").launch(residual, gain)
+    return result
+
+
+def attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: tuple[torch.Tensor, ...],
+    biases: torch.Tensor,
+    shifts: torch.Tensor,
+    gain_bits: int,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """The integer attention of docs/entropy-model.md, heads side by side.
+
+    queries int8 [B, E, H * D], keys and values int8 [B, at least K, H * D] in +-127, D <= 64; the
+    first three keys are the start entries. plan, all int32: reader_places [2, E] (place, reads),
+    readers [blocks, BLOCK] (indices, -1 for none), first_keys [blocks + 1] and listed_keys [3, L]
+    (index, place, key_stage; nobody sees key_stage 2^31 - 1): block i looks at listed_keys[:,
+    first_keys[i] : first_keys[i + 1]], whose length is a multiple of GROUP. A place is row * 2^16 +
+    column, both below 2^14; of start entry j it is (2^15 - 1) * 2^16 + j, with key_stage 0. Keys
+    that a reader must not see may be listed, keys that it sees must be. biases int16 [H, 964],
+    shifts int8 [H], gain_bits 0 .. 5, weights int8 [128] (percov2.entropy.intmath.WEIGHT_TABLE).
+    Returns int8 [B, E, H * D]; undefined for readers in no block. Indices are not checked: the host
+    would wait for them. Raises RuntimeError if triton is not installed and ValueError for wrong
+    shapes, dtypes or devices.
+    """
+    result: torch.Tensor = _kernel("stage_attention").launch(
+        queries, keys, values, plan, biases, shifts, gain_bits, weights
     )
     return result
+
+
+def attention_blocks() -> tuple[int, int]:
+    """BLOCK and GROUP of ``attention``: readers of a block, keys in a group."""
+    kernel = _kernel("stage_attention")
+    return kernel.BLOCK, kernel.GROUP

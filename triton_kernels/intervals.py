@@ -131,7 +131,7 @@ def block_sizes(size: int) -> tuple[int, int, int]:
 
 def launch(
     logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int, table: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Check the arguments and run the kernel; see percov2.triton_kernels.symbol_intervals."""
     if logits.dtype not in _KINDS:
         raise ValueError(f"logits have dtype {logits.dtype}; they must be int16, bfloat16, float32")
@@ -154,8 +154,7 @@ def launch(
     flat = logits.contiguous()
     if logits.dtype == torch.bfloat16:
         flat = flat.view(torch.int16)
-    starts = torch.empty(symbols.shape, dtype=torch.int32, device=symbols.device)
-    freqs = torch.empty_like(starts)
+    both = torch.empty(2, *symbols.shape, dtype=torch.int32, device=symbols.device)
     rows = symbols.numel()
     if rows:
         block_rows, block_size, warps = block_sizes(size)
@@ -163,8 +162,8 @@ def launch(
             flat,
             symbols.contiguous(),
             table,
-            starts,
-            freqs,
+            both[0],
+            both[1],
             rows,
             (1 << prob_bits) - size,
             SIZE=size,
@@ -173,4 +172,4 @@ def launch(
             BLOCK_SIZE=block_size,
             num_warps=warps,
         )
-    return starts, freqs
+    return both

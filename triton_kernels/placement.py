@@ -1,4 +1,4 @@
-"""Where the tensors of a kernel may lie."""
+"""Where kernels run."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ import torch
 import triton
 
 
-def require_runnable(**tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all tensors lie on one device on which kernels run.
+def require_device(what: str, device: torch.device) -> None:
+    """Raise ValueError unless kernels run on the device: ``what`` would lie there.
 
     A GPU, or the CPU if TRITON_INTERPRET=1 was set before triton was imported.
     """
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"{what} is on the CPU; move it to a GPU, or set TRITON_INTERPRET=1 before the "
+            "first call to interpret the kernels"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{what} is on {device}; the Triton kernels run on cuda devices")
+
+
+def require_runnable(**tensors: torch.Tensor) -> None:
+    """Raise ValueError unless all tensors lie on one device on which kernels run."""
     first, *rest = tensors
     device = tensors[first].device
     for name in rest:
         if tensors[name].device != device:
             raise ValueError(f"{first} is on {device}, {name} on {tensors[name].device}")
-    if device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise ValueError(
-            f"{first} is on the CPU; move it to a GPU, or set TRITON_INTERPRET=1 before the "
-            "first call to interpret the kernel"
-        )
+    require_device(first, device)

@@ -4,11 +4,13 @@ With d = max(logits) - logit in 1/256 of an octave, the weight of a symbol is
 ``w = table[d & 255] >> (d >> 8)`` (22 bits; 0 from 22 octaves on). With prefix sums P, total S,
 M = 2^prob_bits and V symbols, ``start_i = floor(P_i * (M - V) / S) + i``: strictly increasing from
 0 to M, so every symbol has at least one slot and a single interval needs no table. All numbers are
-integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55. The compiled form is percov2.entropy.rans.
+integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55. The compiled form is percov2.entropy.rans;
+on CUDA devices ``intervals`` is one Triton kernel where triton is installed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from functools import cache
 
 import torch
@@ -90,6 +92,13 @@ def _weight_table(device: torch.device) -> torch.Tensor:
         return torch.tensor(WEIGHT_TABLE, dtype=torch.int64).to(device)
 
 
+@cache
+def _kernel_table(device: torch.device) -> torch.Tensor:
+    """WEIGHT_TABLE as the kernel reads it: int32 [256]."""
+    with torch.inference_mode(False):
+        return torch.tensor(WEIGHT_TABLE, dtype=torch.int32).to(device)
+
+
 def round_logits(logits: torch.Tensor) -> torch.Tensor:
     """Natural-log logits as base-2 logits in 1/256 of an octave below the row's largest.
 
@@ -144,6 +153,14 @@ def cdf(logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
     return ((prefix * spread) // prefix[..., -1:] + index).to(torch.int32)
 
 
+def fused(device: torch.device) -> bool:
+    """Whether ``intervals`` is one Triton kernel there: on CUDA devices, if triton is installed.
+
+    Elsewhere it is a dozen torch operators with the same results.
+    """
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def intervals(
     logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,6 +170,31 @@ def intervals(
     outside the codebook is an error of torch's gather on the CPU and undefined on a GPU, where a
     check would have to wait for the device. Raises ValueError for wrong shapes or dtypes.
     """
+    _check_symbols(logits, symbols)
+    if fused(logits.device):
+        starts, freqs = _fused_intervals(logits, symbols, prob_bits)
+        return starts, freqs
+    bounds = cdf(logits, prob_bits)
+    index = symbols.to(torch.int64).unsqueeze(-1)
+    starts = bounds.gather(-1, index).squeeze(-1)
+    return starts, bounds.gather(-1, index + 1).squeeze(-1) - starts
+
+
+def marked_intervals(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> torch.Tensor:
+    """``intervals`` that say which symbols lie outside the codebook: their freq is 0.
+
+    Returns int32 [2, ...], starts and freqs. Never waits for a device: who copies the freqs to the
+    host finds out there. Arguments and errors as for ``intervals``.
+    """
+    _check_symbols(logits, symbols)
+    if fused(logits.device):
+        return _fused_intervals(logits, symbols, prob_bits)
+    known = symbols.clamp(0, logits.shape[-1] - 1)
+    starts, freqs = intervals(logits, known, prob_bits)
+    return torch.stack([starts, freqs * (known == symbols)])
+
+
+def _check_symbols(logits: torch.Tensor, symbols: torch.Tensor) -> None:
     if symbols.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"symbols have dtype {symbols.dtype}; they must be torch.int32")
     if symbols.shape != logits.shape[:-1]:
@@ -160,7 +202,13 @@ def intervals(
             f"symbols have shape {tuple(symbols.shape)} for logits of {tuple(logits.shape)}; "
             "there must be one symbol for each row of logits"
         )
-    bounds = cdf(logits, prob_bits)
-    index = symbols.to(torch.int64).unsqueeze(-1)
-    starts = bounds.gather(-1, index).squeeze(-1)
-    return starts, bounds.gather(-1, index + 1).squeeze(-1) - starts
+
+
+def _fused_intervals(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> torch.Tensor:
+    from percov2.triton_kernels import symbol_intervals
+
+    if logits.dtype != torch.int16:
+        raise ValueError(f"logits have dtype {logits.dtype}; they must be torch.int16")
+    check_precision(logits.shape[-1] if logits.dim() else 0, prob_bits)
+    known = symbols.clamp(-1, MAX_CODEBOOK) if symbols.dtype == torch.int64 else symbols
+    return symbol_intervals(logits, known.to(torch.int32), prob_bits, _kernel_table(logits.device))

@@ -141,15 +141,18 @@ class Block:
     relative: Callable[[], torch.Tensor]
 
 
-def plan_blocks(
-    reader: Entries, key: Entries, device: torch.device | str = "cpu", pairs: int = BLOCK_PAIRS
-) -> list[Block]:
-    """Split readers into blocks that leave out most keys which nobody in the block may see.
+Part = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""Indices of readers and of the keys that any of them may see, start keys first."""
 
-    Neighbours share a window, so readers are split by place first; inside a tile of 16 x 16, by
-    what they may read. ``key`` has its start entries first. The split changes speed only.
+
+def split_readers(
+    reader: Entries, key: Entries, enough: Callable[[int, int], bool], tile: int = _TILE
+) -> list[Part]:
+    """Split readers until ``enough(number of readers, number of keys)`` or one reader is left.
+
+    By place first; inside a square of ``tile`` x ``tile``, by what they may read.
     """
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    parts: list[Part] = []
     everyone = np.arange(len(reader), dtype=np.int64)
     placed = reader.row >= 0
     if not placed.all():
@@ -164,24 +167,36 @@ def plan_blocks(
         keep &= (near[1] >= left - RADIUS) & (near[1] <= right + RADIUS)
         keep |= near[0] < 0
         keys = keys[keep & (key.key_stage[keys] <= reader.reads[readers].max())]
-        if len(readers) == 1 or len(readers) * len(keys) <= pairs:
+        if len(readers) == 1 or enough(len(readers), len(keys)):
             parts.append((readers, keys))
             continue
         high, wide = bottom - top, right - left
-        if max(high, wide) >= _TILE:
+        if max(high, wide) >= tile:
             by = rows if high >= wide else columns
         else:
             by = reader.reads[readers]
         ranked = readers[np.argsort(by, kind="stable")]
         half = len(ranked) // 2
         stack += [(ranked[half:], keys), (ranked[:half], keys)]
+    return parts
+
+
+def plan_blocks(
+    reader: Entries, key: Entries, device: torch.device | str = "cpu", pairs: int = BLOCK_PAIRS
+) -> list[Block]:
+    """Split readers into blocks that leave out most keys which nobody in the block may see.
+
+    Neighbours share a window, so readers are split by place first (``split_readers``). ``key`` has
+    its start entries first. The split changes speed only.
+    """
+    parts = split_readers(reader, key, lambda many, keys: many * keys <= pairs)
     return _blocks(reader, key, parts, torch.device(device))
 
 
 def _blocks(
     reader: Entries,
     key: Entries,
-    parts: list[tuple[NDArray[np.int64], NDArray[np.int64]]],
+    parts: list[Part],
     device: torch.device,
 ) -> list[Block]:
     """Blocks of (readers, keys), placed on a device by a single upload, however many they are."""

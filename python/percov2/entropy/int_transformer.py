@@ -1,14 +1,17 @@
 """The integer token transformer: parameters, their ranges, files and payloads.
 
 docs/entropy-model.md defines the program; percov2.entropy.transformer holds the float form that is
-trained and exported to this one. torch_executor (the oracle, any device) and cpu_executor (C++) run
-it; stage_pass offers their passes (one for encoding, one per stage for decoding).
+trained and exported to this one. torch_executor (the oracle, any device), cpu_executor (C++) and
+triton_executor (GPUs) run it; stage_pass offers their passes (one for encoding, one per stage for
+decoding).
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from percov2.entropy.entries import (
 )
 from percov2.entropy.transformer_config import TransformerConfig
 
-EXECUTORS = ("cpu", "torch")
+EXECUTORS = ("cpu", "torch", "triton")
 
 
 def _linear_shapes(name: str, outputs: int, terms: int) -> dict[str, tuple[torch.dtype, tuple]]:
@@ -110,23 +113,54 @@ def check_tensors(config: TransformerConfig, tensors: dict[str, Tensor]) -> None
             _check_range(f"the largest sum of {name[:-5]}", reach, 0, intmath.ACC_LIMIT - 1)
 
 
+_TRITON_CAPABILITY = (8, 0)
+"""The oldest cards for which the kernels are compiled in tests."""
+
+
+def default_executor(device: torch.device) -> str:
+    """What runs a model on ``device`` unless its user says otherwise.
+
+    "cpu" on the CPU; on CUDA devices "triton" if triton is installed and the card is one of compute
+    capability 8.0 or later, else "torch", with a warning that says why; "torch" elsewhere.
+    """
+    if device.type == "cpu":
+        return "cpu"
+    if device.type != "cuda":
+        return "torch"
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed (pip install 'percov2[gpu]')"
+    elif torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
+        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    else:
+        return "triton"
+    warnings.warn(
+        f"the entropy model runs on {device} in torch, slower than in Triton kernels: {reason}; "
+        "executor='torch' silences this",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "torch"
+
+
 @cache
-def _executor(name: str) -> Any:
+def _executor(name: str, device: torch.device) -> Any:
     """The module of an executor, proven to agree with torch on this machine.
 
-    Raises RuntimeError if it does not.
+    The compiled executor and the kernels of ``device`` compute a random layer, which torch computes
+    on the CPU. Raises RuntimeError if they disagree.
     """
     module = importlib.import_module(f"percov2.entropy.{name}_executor")
     oracle = importlib.import_module("percov2.entropy.torch_executor")
     if module is not oracle:
         config = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
-        tensors, cpu = random_tensors(config, 0), torch.device("cpu")
+        tensors = random_tensors(config, 0)
         stages = np.arange(100, dtype=np.int32).reshape(5, 20) * 7 % 5 + 1
         tokens = torch.from_numpy(stages * 31 % 40)[None].to(torch.int64)
         results = []
-        for executor in (module, oracle):
-            model = executor.Executor(config, tensors, cpu)
-            results.append(model.logits(model.encode(tokens, stages)))
+        for executor, place in ((module, device), (oracle, torch.device("cpu"))):
+            placed = {name: tensor.to(place) for name, tensor in tensors.items()}
+            model = executor.Executor(config, placed, place)
+            results.append(model.logits(model.encode(tokens.to(place), stages)).cpu())
         if not torch.equal(*results):
             raise RuntimeError(
                 f"the executor {name!r} does not compute what torch computes on this machine: "
@@ -142,12 +176,14 @@ class IntTransformer:
         config: its sizes.
         tensors: what ``tensor_layout(config)`` lists.
         device: where it runs.
-        executor: what runs it, "torch" (any device) or "cpu" (C++); by default the faster one.
+        executor: what runs it, "torch" (any device), "cpu" (C++) or "triton" (CUDA devices); by
+            default what ``default_executor`` says. ``executor_name`` tells which it became.
 
     Raises:
         ValueError: tensors that do not fit the config or the ranges of the program, or an executor
             that does not fit the device.
-        RuntimeError: the device or the executor does not compute exactly.
+        RuntimeError: the device or the executor does not compute exactly, or triton is missing for
+            the executor "triton".
 
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
     >>> model = IntTransformer.random(config, seed=1)
@@ -165,15 +201,16 @@ class IntTransformer:
         check_tensors(config, tensors)
         self.config = config
         self.device = torch.device(device)
-        name = executor or ("cpu" if self.device.type == "cpu" else "torch")
-        if name not in EXECUTORS:
+        if executor is not None and executor not in EXECUTORS:
             raise ValueError(f"executor is {executor!r}; it must be one of {EXECUTORS}")
+        self.executor_name = executor or default_executor(self.device)
         self.tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
         }
         intmath.self_test(self.device)
         placed = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
-        self.executor = _executor(name).Executor(config, placed, self.device)
+        module = _executor(self.executor_name, self.device)
+        self.executor = module.Executor(config, placed, self.device)
 
     def to(self, device: torch.device | str) -> IntTransformer:
         """The same model on another device."""

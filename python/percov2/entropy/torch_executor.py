@@ -7,6 +7,8 @@ the same keys either way and the arithmetic is exact, so the results are equal i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from percov2.entropy.entries import (
     START_ENTRIES,
+    Entries,
     content_entries,
     join,
     plan_blocks,
@@ -31,8 +34,12 @@ class Executor:
     """Runs the layers of one model on one device.
 
     tensors: those of ``int_transformer.tensor_layout(config)``, on ``device``. Stage maps
-    are int32 [h, w] with values 1 .. S; the callers check them, and the tokens.
+    are int32 [h, w] with values 1 .. S; the callers check them, and the tokens. Executors that make
+    the same passes with other layers replace ``layer_type``, ``head_type`` and ``plan``.
     """
+
+    layer_type: Any = Layer
+    head_type: Any = Head
 
     def __init__(
         self, config: TransformerConfig, tensors: dict[str, Tensor], device: torch.device
@@ -43,8 +50,12 @@ class Executor:
             for name, tensor in tensors.items()
             if name.startswith("embedding.")
         }
-        self.layers = [Layer(config, tensors, i) for i in range(config.layers)]
-        self._head = Head(config, tensors)
+        self.layers = [self.layer_type(config, tensors, i) for i in range(config.layers)]
+        self._head = self.head_type(config, tensors)
+
+    def plan(self, reader: Entries, key: Entries) -> Any:
+        """Who reads whom, in the form that the layers need."""
+        return plan_blocks(reader, key, self.device)
 
     def encode(self, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
         """The residual of all queries in coding order: int32 [B, h * w, dim].
@@ -58,8 +69,8 @@ class Executor:
         known = int(np.searchsorted(stage, stage[-1]))
         contents = content_entries(stage[:known], coding[:known], width)
         keys = join(start_entries(), contents)
-        content_plan = plan_blocks(keys, keys, self.device)
-        query_plan = plan_blocks(query_entries(stage, coding, width), keys, self.device)
+        content_plan = self.plan(keys, keys)
+        query_plan = self.plan(query_entries(stage, coding, width), keys)
 
         batch = tokens.shape[0]
         sequence = torch.from_numpy(coding).to(self.device, non_blocking=True)
@@ -150,8 +161,8 @@ class Staged:
             fresh = slice(0, START_ENTRIES)
         residual = executor.query_payload(self._batch, place[known - first :])
         keys = self._keys.take(slice(0, fresh.stop))
-        content_plan = plan_blocks(self._keys.take(fresh), keys, executor.device)
-        query_plan = plan_blocks(self._queries.take(slice(known, end)), keys, executor.device)
+        content_plan = executor.plan(self._keys.take(fresh), keys)
+        query_plan = executor.plan(self._queries.take(slice(known, end)), keys)
         for layer, (k, v) in zip(executor.layers, self._cache, strict=True):
             k[:, fresh], v[:, fresh] = layer.keys_values(new)
             residual = layer.advance(residual, k, v, query_plan)

@@ -1,6 +1,8 @@
-"""Run by test_triton_intervals.py with TRITON_INTERPRET=1: the kernel against the torch form."""
+"""Logits to intervals on a device, against the torch form: ``compare_intervals.py cpu`` or cuda."""
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 import torch
@@ -13,7 +15,8 @@ from percov2.entropy import cdf
 from percov2.triton_kernels import symbol_intervals
 from percov2.triton_kernels.intervals import corrected_quotient, quotient
 
-TABLE = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32)
+DEVICE = torch.device(sys.argv[1])
+TABLE = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32).to(DEVICE)
 
 
 def drawn_logits(kind: str, rows: int, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -28,10 +31,14 @@ def drawn_logits(kind: str, rows: int, size: int, generator: torch.Generator) ->
     return torch.randint(low, high, shape, generator=generator).to(torch.int16)
 
 
+def on_device(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> torch.Tensor:
+    return symbol_intervals(logits.to(DEVICE), symbols.to(DEVICE), prob_bits, TABLE).cpu()
+
+
 def compare(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> None:
     rounded = logits if logits.dtype == torch.int16 else cdf.round_logits(logits)
     expected = cdf.intervals(rounded, symbols, prob_bits)
-    starts, freqs = symbol_intervals(logits, symbols, prob_bits, TABLE)
+    starts, freqs = on_device(logits, symbols, prob_bits)
     assert starts.dtype == freqs.dtype == torch.int32
     assert torch.equal(starts, expected[0]) and torch.equal(freqs, expected[1])
 
@@ -39,7 +46,7 @@ def compare(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> None
 SIZES = st.one_of(st.integers(2, 300), st.integers(301, 1100), st.sampled_from([2049, 8191, 8192]))
 
 
-@settings(max_examples=80, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60 if DEVICE.type == "cpu" else 30, deadline=None, derandomize=True, database=None)
 @given(
     size=SIZES,
     rows=st.sampled_from([1, 1, 2, 3, 9, 17]),
@@ -70,7 +77,7 @@ def float_cases() -> None:
             broken = logits.clone()
             broken[1, size // 2] = odd
             broken[3] = float("-inf")
-            _, freqs = symbol_intervals(broken, symbols, 18, TABLE)
+            _, freqs = on_device(broken, symbols, 18)
             assert (freqs == 0).tolist() == [False, True, False, True, False]
 
 
@@ -78,15 +85,15 @@ def edges() -> None:
     logits = drawn_logits("spread", 24, 40, torch.Generator().manual_seed(1))
     symbols = torch.arange(24, dtype=torch.int32) - 1
     symbols[20:] = torch.tensor([40, -(2**31), 2**31 - 1, 39])
-    starts, freqs = symbol_intervals(logits, symbols, 16, TABLE)
+    starts, freqs = on_device(logits, symbols, 16)
     bad = (symbols < 0) | (symbols >= 40)
     assert torch.equal(freqs == 0, bad) and not starts[bad].any()
     compare(logits[~bad], symbols[~bad], 16)
     shaped = logits.view(2, 3, 4, 40), symbols.clamp(0, 39).view(2, 3, 4)
     compare(*shaped, 12)
     compare(shaped[0].transpose(0, 2), shaped[1].transpose(0, 2), 12)  # not contiguous
-    empty = symbol_intervals(logits[:0], symbols[:0], 16, TABLE)
-    assert [tuple(part.shape) for part in empty] == [(0,), (0,)]
+    empty = on_device(logits[:0], symbols[:0], 16)
+    assert tuple(empty.shape) == (2, 0)
 
 
 @triton.jit
@@ -109,11 +116,11 @@ def divisions() -> None:
     part = np.where(generator.random(size) < 0.3, 0, generator.integers(0, divisor))
     part = np.where(generator.random(size) < 0.3, divisor - 1, part)
     given = [whole * divisor + part, divisor, generator.integers(-1, 2, size)]
-    arrays = [torch.from_numpy(array.astype(np.int64)) for array in given]
-    results = torch.empty(2, size, dtype=torch.int64)
+    arrays = [torch.from_numpy(array.astype(np.int64)).to(DEVICE) for array in given]
+    results = torch.empty(2, size, dtype=torch.int64, device=DEVICE)
     quotient_kernel[(1,)](*arrays, results, BLOCK=size)
     expected = torch.from_numpy(whole.astype(np.int64)).expand(2, -1)
-    assert torch.equal(results, expected)
+    assert torch.equal(results.cpu(), expected)
 
 
 divisions()

@@ -1,0 +1,105 @@
+"""The Triton executor on a device, against torch on the CPU: argument cpu or cuda."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from percov2.entropy import cdf, rans, schedule
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.stage_pass import StagedDecoder, one_pass_logits
+from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.transformer_config import TransformerConfig
+
+DEVICE = torch.device(sys.argv[1])
+
+
+def staged_logits(model: IntTransformer, tokens: torch.Tensor, stages: np.ndarray) -> torch.Tensor:
+    decoder = StagedDecoder(model, stages, len(tokens))
+    ordered = tokens.flatten(1)[:, torch.from_numpy(schedule.order(stages))]
+    parts: list[torch.Tensor] = []
+    known = 0
+    while decoder.remaining:
+        parts.append(decoder.logits().cpu())
+        count = parts[-1].shape[1]
+        decoder.accept(ordered[:, known : known + count])
+        known += count
+    assert torch.equal(decoder.tokens().cpu(), tokens)
+    return torch.cat(parts, 1)
+
+
+def compare(config: TransformerConfig, name: str, shape: tuple[int, int, int]) -> None:
+    tokens = torch.randint(0, config.codebook_size, shape).to(torch.int32)
+    stages = schedule.stages(name, *shape[1:])
+    oracle = IntTransformer.random(config, 3, executor="torch")
+    model = IntTransformer.random(config, 3, DEVICE, executor="triton")
+    assert model.executor_name == "triton"
+    expected = one_pass_logits(oracle, tokens, stages)
+    assert expected.float().std() > 100
+    for _ in range(2):  # the second time with kept plans
+        logits = one_pass_logits(model, tokens, stages).cpu()
+        assert logits.dtype == torch.int16
+        assert torch.equal(logits, expected)
+    assert torch.equal(staged_logits(model, tokens, stages), expected)
+
+
+def kernel_codes_tokens(config: TransformerConfig) -> None:
+    """cdf's functions as they are on a GPU: the same intervals, and wrong tokens are marked."""
+    model = IntTransformer.random(config, 5, executor="torch")
+    tokens = torch.randint(0, config.codebook_size, (2, 3, 4)).to(torch.int32)
+    expected = TokenCoder(model).intervals(tokens, "qlds5")
+    stages = schedule.stages("qlds5", 3, 4)
+    logits = one_pass_logits(model, tokens, stages).to(DEVICE)
+    symbols = tokens.flatten(1)[:, torch.from_numpy(schedule.order(stages))].to(DEVICE)
+    chosen = cdf.fused
+    cdf.fused = lambda device: True
+    try:
+        both = cdf.marked_intervals(logits, symbols, 16)
+        pair = cdf.intervals(logits, symbols.long(), 16)
+        symbols[0, 3], symbols[1, 0] = -1, config.codebook_size
+        marked = cdf.marked_intervals(logits, symbols.long() + 2**32 * (symbols < 0), 16)
+    finally:
+        cdf.fused = chosen
+    for got in (both, pair):
+        assert np.array_equal(got[0].cpu().numpy(), expected[0])
+        assert np.array_equal(got[1].cpu().numpy(), expected[1])
+    assert (marked[1] == 0).nonzero().tolist() == [[0, 3], [1, 0]]
+
+
+def coder_round_trip(config: TransformerConfig, shape: tuple[int, int, int]) -> None:
+    """On a GPU: the default executor, intervals equal to the CPU's, and payloads that decode."""
+    tokens = torch.randint(0, config.codebook_size, shape).to(torch.int32)
+    model = IntTransformer.random(config, 7, DEVICE)
+    assert model.executor_name == "triton" and cdf.fused(DEVICE)
+    coder, oracle = TokenCoder(model), TokenCoder(IntTransformer.random(config, 7))
+    starts, freqs = coder.intervals(tokens, "qlds12")
+    expected = oracle.intervals(tokens, "qlds12")
+    assert np.array_equal(starts, expected[0]) and np.array_equal(freqs, expected[1])
+    encoder = rans.RansEncoder([11] * len(tokens))
+    count = [starts.shape[1]] * len(tokens)
+    encoder.push(starts.ravel(), freqs.ravel(), count, coder.prob_bits)
+    decoder = rans.RansDecoder(*encoder.finish())
+    assert torch.equal(coder.decode(decoder, "qlds12", *shape[1:]), tokens)
+    wrong = tokens.to(DEVICE)
+    wrong[0, 0, 0] = config.codebook_size
+    with pytest.raises(ValueError, match=f"codebook has {config.codebook_size}"):
+        coder.intervals(wrong, "qlds12")
+
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=2, hidden=40)
+compare(SMALL, "qlds5", (2, 3, 4))
+ODD = TransformerConfig(codebook_size=50, dim=33, heads=1, head_dim=20, layers=1, hidden=70)
+compare(ODD, "var", (1, 1, 1))
+compare(ODD, "raster", (1, 1, 3))
+kernel_codes_tokens(SMALL)
+if DEVICE.type == "cuda":
+    compare(SMALL, "checkerboard", (3, 18, 33))
+    compare(TransformerConfig(), "qlds12", (4, 16, 16))
+    coder_round_trip(TransformerConfig(), (5, 32, 48))
+    coder_round_trip(TransformerConfig(codebook_size=1024, layers=2), (2, 8, 8))
+print("agreed")
