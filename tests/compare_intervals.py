@@ -46,7 +46,9 @@ def compare(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> None
 SIZES = st.one_of(st.integers(2, 300), st.integers(301, 1100), st.sampled_from([2049, 8191, 8192]))
 
 
-@settings(max_examples=60 if DEVICE.type == "cpu" else 30, deadline=None, derandomize=True, database=None)
+@settings(
+    max_examples=60 if DEVICE.type == "cpu" else 30, deadline=None, derandomize=True, database=None
+)
 @given(
     size=SIZES,
     rows=st.sampled_from([1, 1, 2, 3, 9, 17]),
