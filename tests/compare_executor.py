@@ -70,10 +70,10 @@ def kernel_codes_tokens(config: TransformerConfig) -> None:
 
 
 def coder_round_trip(config: TransformerConfig, shape: tuple[int, int, int]) -> None:
-    """On a GPU: the default executor, intervals equal to the CPU's, and payloads that decode."""
+    """The default executor: intervals equal to the CPU's, payloads that decode, wrong tokens."""
     tokens = torch.randint(0, config.codebook_size, shape).to(torch.int32)
     model = IntTransformer.random(config, 7, DEVICE)
-    assert model.executor_name == "triton" and cdf.fused(DEVICE)
+    assert (model.executor_name == "triton") == cdf.fused(DEVICE) == (DEVICE.type == "cuda")
     coder, oracle = TokenCoder(model), TokenCoder(IntTransformer.random(config, 7))
     starts, freqs = coder.intervals(tokens, "qlds12")
     expected = oracle.intervals(tokens, "qlds12")
@@ -97,6 +97,7 @@ ODD = TransformerConfig(codebook_size=50, dim=33, heads=1, head_dim=20, layers=1
 compare(ODD, "var", (1, 1, 1))
 compare(ODD, "raster", (1, 1, 3))
 kernel_codes_tokens(SMALL)
+coder_round_trip(SMALL, (2, 3, 4))
 if DEVICE.type == "cuda":
     compare(SMALL, "checkerboard", (3, 18, 33))
     compare(TransformerConfig(), "qlds12", (4, 16, 16))

@@ -18,6 +18,7 @@ from percov2.triton_kernels.int_layernorm import (
     corrected_root,
     integer_root,
     rounded_quotient,
+    settled_root,
 )
 
 DEVICE = torch.device(sys.argv[1])
@@ -69,12 +70,13 @@ def norms(rows: int, dim: int, kind: str, seed: int) -> None:
 
 
 @triton.jit
-def root_kernel(numbers, guesses, results, BLOCK: tl.constexpr):
-    """Roots as the LayerNorm computes them, and from given guesses."""
+def root_kernel(numbers, guesses, neighbours, results, BLOCK: tl.constexpr):
+    """Roots as the LayerNorm computes them, from given guesses, and from roots off by one."""
     at = tl.arange(0, BLOCK)
     number = tl.load(numbers + at)
     tl.store(results + at, integer_root(number))
     tl.store(results + BLOCK + at, corrected_root(number, tl.load(guesses + at)))
+    tl.store(results + 2 * BLOCK + at, settled_root(number, tl.load(neighbours + at)))
 
 
 @triton.jit
@@ -97,10 +99,11 @@ def guesses_do_not_matter() -> None:
     # Small guesses are floors of nearly exact roots, wrong only next to an integer.
     near = np.where(number == root**2, -1, (number == (root + 1) ** 2 - 1).astype(np.int64))
     off = np.where(root >= 2**12 + 64, rng.integers(-60, 61, size), near)
-    results = torch.empty(2, size, dtype=torch.int64, device=DEVICE)
-    arrays = [torch.from_numpy(a.astype(np.int64)) for a in (number, np.maximum(root + off, 0))]
+    results = torch.empty(3, size, dtype=torch.int64, device=DEVICE)
+    guesses = np.maximum(root + off, 0), np.maximum(root + rng.integers(-1, 2, size), 0)
+    arrays = [torch.from_numpy(a.astype(np.int64)) for a in (number, *guesses)]
     root_kernel[(1,)](*(array.to(DEVICE) for array in arrays), results, BLOCK=size)
-    assert np.array_equal(results.cpu().numpy(), np.stack([root, root]))
+    assert np.array_equal(results.cpu().numpy(), np.stack([root] * 3))
 
     divisor = 2 ** rng.integers(0, 25, size) + rng.integers(0, 100, size)
     product = rng.integers(-(2**32), 2**32, size)

@@ -63,7 +63,7 @@ def test_linear_compiles_without_spills(
 ) -> None:
     from percov2.triton_kernels import int_linear
 
-    block_rows, block_outputs, block_terms = int_linear.block_sizes(rows, 512)
+    block_rows, block_outputs, block_terms, warps = int_linear.block_sizes(rows, 512)
     what, limit, extra, out = ENDS[end]
     pointers = {"x": "*i8", "weight": "*i8", "bias": "*i32", "multiplier": "*i8", "shift": "*i8"}
     pointers |= {"extra": extra, "out": out}
@@ -81,8 +81,10 @@ def test_linear_compiles_without_spills(
         (*pointers, "outputs"),
         capability,
         tmp_path,
+        warps,
     )
     assert report.stack == 0, report
+    assert report.registers <= 128, report
     assert report.wide_loads >= 2, report  # both operands
     assert report.shared <= 99 * 1024, report  # of the smallest card of this generation
     assert report.tensor_cores, report

@@ -19,6 +19,13 @@ TILE = 2048
 
 
 @triton.jit
+def settled_root(value, root):
+    """floor(sqrt(value)) from a root that is off by at most one; int64, value below 2^50."""
+    root -= (root * root > value).to(tl.int64)
+    return root + ((root + 1) * (root + 1) <= value).to(tl.int64)
+
+
+@triton.jit
 def corrected_root(value, guess):
     """floor(sqrt(value)) of int64 values below 2^50, from an int64 guess less than 64 off.
 
@@ -29,10 +36,7 @@ def corrected_root(value, guess):
     """
     safe = tl.maximum(guess, 1)
     step = (value - safe * safe).to(tl.float32) / (2 * safe).to(tl.float32)
-    root = safe + tl.floor(step).to(tl.int64)
-    root -= (root * root > value).to(tl.int64)
-    root += ((root + 1) * (root + 1) <= value).to(tl.int64)
-    return root
+    return settled_root(value, safe + tl.floor(step).to(tl.int64))
 
 
 @triton.jit

@@ -80,10 +80,10 @@ def int_linear_kernel(
     tl.store(out + place, result.to(out.dtype.element_ty), mask=inside)
 
 
-def block_sizes(rows: int, terms: int) -> tuple[int, int, int]:
-    """Rows, outputs and terms of one tile: small where few rows must fill a whole GPU."""
+def block_sizes(rows: int, terms: int) -> tuple[int, int, int, int]:
+    """Rows, outputs, terms and warps of one tile: small where few rows must fill a whole GPU."""
     block_terms = min(max(triton.next_power_of_2(terms), 32), 128)
-    return (128, 64, block_terms) if rows > 1024 else (32, 32, block_terms)
+    return (128, 64, block_terms, 8) if rows > 1024 else (32, 32, block_terms, 4)
 
 
 def _check(
@@ -146,7 +146,7 @@ def launch(
     out = torch.empty(shape, dtype=dtype or torch.int8, device=x.device)
     rows = x.numel() // terms
     if rows:
-        block_rows, block_outputs, block_terms = block_sizes(rows, terms)
+        block_rows, block_outputs, block_terms, warps = block_sizes(rows, terms)
         grid = triton.cdiv(rows, block_rows) * triton.cdiv(outputs, block_outputs)
         int_linear_kernel[(grid,)](
             x.contiguous(),
@@ -164,5 +164,6 @@ def launch(
             BLOCK_ROWS=block_rows,
             BLOCK_OUTPUTS=block_outputs,
             BLOCK_TERMS=block_terms,
+            num_warps=warps,
         )
     return out
