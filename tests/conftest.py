@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 if TYPE_CHECKING:
+    import torch
+
     from percov2.codec import Codec
 
 
@@ -58,3 +60,16 @@ def file(picture: Path, codec: Codec, tmp_path: Path) -> Path:
     with Image.open(picture) as image:
         path.write_bytes(codec.compress([image], captions=["a red door"])[0])
     return path
+
+
+@pytest.fixture(params=["emulation", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the kernels of percov2.entropy.rans_cuda run: emulated on the CPU, and on a card."""
+    import torch
+
+    if request.param == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    import emulated_cuda
+
+    emulated_cuda.use(monkeypatch, emulated_cuda.module(request, "emulated_cuda"))
+    return torch.device("cpu")

@@ -6,12 +6,6 @@ Every test runs twice: with kernels emulated on the CPU, from tests/native, and 
 from __future__ import annotations
 
 import ctypes
-import importlib.machinery
-import importlib.util
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,43 +13,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from emulated_cuda import module, use
 from percov2.entropy import rans, rans_cuda
-from test_native import build, tools
-
-CALLS = ("cuda_built", "cuda_devices", "cuda_encode_sizes", "cuda_encode", "cuda_decode")
-
-
-def module(request: pytest.FixtureRequest, name: str) -> ModuleType:
-    """A Python module of tests/native."""
-    tools("cmake", "c++")
-    found = subprocess.run(
-        [sys.executable, "-m", "pybind11", "--cmakedir"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if found.returncode != 0:
-        pytest.skip("needs pybind11")
-    options = (f"-Dpybind11_DIR={found.stdout.strip()}", f"-DPython_EXECUTABLE={sys.executable}")
-    path = Path(f"{build(request, 'native', name, *options)}")
-    path = path.with_name(name + importlib.machinery.EXTENSION_SUFFIXES[0])
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-@pytest.fixture(params=["emulation", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the kernels run."""
-    if request.param == "cuda":
-        return torch.device("cuda", torch.cuda.current_device())
-    emulated = module(request, "emulated_cuda")
-    for name in CALLS:
-        monkeypatch.setattr(rans, name, getattr(emulated, name))
-    monkeypatch.setattr(rans_cuda, "DEVICE_TYPE", "cpu")
-    return torch.device("cpu")
 
 
 def random_intervals(
@@ -206,7 +165,7 @@ def test_symbols_are_those_of_the_cpu(device: torch.device, codebook: int) -> No
         assert got.tolist() == symbols[:, begin : begin + count].tolist()
         assert decoder.states.tolist() == reference.states.tolist()
         assert decoder.positions.tolist() == reference.positions.tolist()
-        assert decoder.exhausted().tolist() == reference.exhausted.tolist()
+        assert decoder.exhausted.tolist() == reference.exhausted.tolist()
         begin += count
     assert decoder.finished(torch.from_numpy(checks)).all()
     assert not decoder.finished(torch.from_numpy(checks + 1)).any()
@@ -248,7 +207,7 @@ def test_zero_bytes_in_front_are_no_stream(device: torch.device) -> None:
 def test_a_decoder_refuses(device: torch.device) -> None:
     buffer, offsets = torch.zeros(4, dtype=torch.uint8), torch.tensor([0, 5])
     with pytest.raises(ValueError, match="stream 0: it does not lie in the buffer"):
-        rans_cuda.CudaRansDecoder(buffer, offsets, device).exhausted()
+        _ = rans_cuda.CudaRansDecoder(buffer, offsets, device).exhausted
     one = torch.ones(1, dtype=torch.int32)
     with pytest.raises(ValueError, match="both or neither"):
         rans_cuda.CudaRansDecoder(buffer, offsets, device, states=one)
@@ -313,10 +272,7 @@ def test_a_build_with_cuda_works_without_a_card() -> None:
 def test_a_build_without_cuda_says_so(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    absent = module(request, "absent_cuda")
-    for name in CALLS:
-        monkeypatch.setattr(rans, name, getattr(absent, name))
-    monkeypatch.setattr(rans_cuda, "DEVICE_TYPE", "cpu")
+    use(monkeypatch, module(request, "absent_cuda"))
     assert not rans.cuda_built()
     numbers = torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"built without CUDA.*PERCOV2_CUDA=ON"):

@@ -23,6 +23,11 @@ def test_interpreted_passes_equal_torch() -> None:
 
 
 @needs_triton
+def test_encoding_takes_three_launches_and_one_copy_after_the_transformer() -> None:
+    compare_on("cpu", "compare_launches.py")
+
+
+@needs_triton
 def test_a_cpu_without_interpreter_is_refused() -> None:
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
         IntTransformer.random(SMALL, 1, executor="triton")

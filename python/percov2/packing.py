@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from percov2 import bitstream
 from percov2.bitstream import BitstreamError, Header, ParsedFile
-from percov2.entropy.rans import RansDecoder, RansEncoder
 from percov2.entropy.schedule import SCHEDULES
 from percov2.entropy.token_coder import TokenCoder
 
 Tokens = NDArray[np.int32]
 
 TOKENS_AT_ONCE = 16384
-"""Tokens that go through a network together (bounds memory)."""
+"""Tokens whose pictures go through a network together (bounds memory)."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,21 +33,23 @@ def by_group(
     keys: Sequence[Hashable],
     sizes: Sequence[int],
     work: Callable[[list[Item]], Sequence[Result]],
+    at_once: int = TOKENS_AT_ONCE,
 ) -> list[Result]:
     """Run ``work`` on lists of items with equal keys and return its results in the items' order.
 
     Args:
         items: what ``work`` takes; it returns one result per item.
         keys: only items with equal keys share a call.
-        sizes: tokens per item; a call takes TOKENS_AT_ONCE of them at most, but one item at least.
+        sizes: tokens per item.
         work: the function.
+        at_once: tokens that one call takes at most, but it takes one item at least.
     """
     results: dict[int, Result] = {}
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     for members in groups.values():
-        step = max(1, TOKENS_AT_ONCE // max(1, sizes[members[0]]))
+        step = max(1, at_once // max(1, sizes[members[0]]))
         for begin in range(0, len(members), step):
             chosen = members[begin : begin + step]
             results.update(zip(chosen, work([items[i] for i in chosen]), strict=True))
@@ -66,20 +67,10 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
     Raises:
         ValueError: a file that cannot keep the dense promise and has too many stages.
     """
-
-    def intervals(group: list[tuple[Header, Tokens]]) -> list[tuple[Tokens, Tokens]]:
-        grids = torch.from_numpy(np.stack([grid for _, grid in group]))
-        schedule = SCHEDULES[group[0][0].schedule]
-        starts, freqs = coder.intervals(grids, schedule, _threads())
-        return list(zip(starts, freqs, strict=True))
-
     headers = [replace(header, dense=True) for header in headers]
-    pairs = list(zip(headers, tokens, strict=True))
-    keys = [(header.schedule, grid.shape) for header, grid in pairs]
-    coded = by_group(pairs, keys, [grid.size for grid in tokens], intervals)
-    files, tails = _write(headers, tokens, coded, coder.prob_bits)
+    written = _write(coder, headers, tokens)
     # The check covers the flag, so a file that breaks the promise is written again without it.
-    broken = [i for i, file in enumerate(files) if not _is_dense(file, tokens[i].size, tails[i])]
+    broken = [i for i, (f, tail) in enumerate(written) if not _is_dense(f, tokens[i].size, tail)]
     for i in broken:
         if too_many_stages(headers[i].schedule, tokens[i].shape):
             raise ValueError(
@@ -87,15 +78,11 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
                 f"{headers[i].width}x{headers[i].height} {tokens[i].size} stages, more than the "
                 f"{bitstream.MAX_SPARSE_STAGES} that a reader accepts; choose another schedule"
             )
-    sparse, _ = _write(
-        [replace(headers[i], dense=False) for i in broken],
-        [tokens[i] for i in broken],
-        [coded[i] for i in broken],
-        coder.prob_bits,
-    )
-    for i, file in zip(broken, sparse, strict=True):
-        files[i] = file
-    return files
+    sparse = [replace(headers[i], dense=False) for i in broken]
+    again = _write(coder, sparse, [tokens[i] for i in broken])
+    for i, file in zip(broken, again, strict=True):
+        written[i] = file
+    return [file for file, _ in written]
 
 
 def _is_dense(file: bytes, tokens: int, tail: int) -> bool:
@@ -118,41 +105,38 @@ def _check(header: Header, tokens: Tokens) -> int:
 
 
 def _write(
-    headers: Sequence[Header],
-    tokens: Sequence[Tokens],
-    coded: Sequence[tuple[Tokens, Tokens]],
-    prob_bits: int,
-) -> tuple[list[bytes], list[int]]:
-    """Code tokens, then caption and header on top of them.
+    coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens]
+) -> list[tuple[bytes, int]]:
+    """Files, each with the number of tokens that its reader meets in exhausted data."""
+    keys = [(h.schedule, grid.shape) for h, grid in zip(headers, tokens, strict=True)]
+    return by_group(
+        list(zip(headers, tokens, strict=True)),
+        keys,
+        [grid.size for grid in tokens],
+        lambda group: _write_equal(coder, group),
+        coder.tokens_at_once,
+    )
 
-    Returns the files and, per file, the number of tokens that a reader meets in exhausted data.
-    """
-    if not headers:
-        return [], []
-    encoder = RansEncoder([_check(h, t) for h, t in zip(headers, tokens, strict=True)])
-    encoder.push(
-        np.concatenate([starts for starts, _ in coded]),
-        np.concatenate([freqs for _, freqs in coded]),
-        np.array([starts.size for starts, _ in coded], dtype=np.int64),
-        prob_bits,
-        _threads(),
-    )
+
+def _write_equal(
+    coder: TokenCoder, files: Sequence[tuple[Header, Tokens]]
+) -> list[tuple[bytes, int]]:
+    """``_write`` for files of one schedule and grid: tokens, then caption and header on them."""
+    headers = [header for header, _ in files]
+    grids = torch.from_numpy(np.stack([grid for _, grid in files]))
+    checks = [_check(header, grid) for header, grid in files]
+    encoder = coder.encoder(grids, SCHEDULES[headers[0].schedule], checks, _threads())
     tails = encoder.symbols_before_output.tolist()
-    fields = [np.array(bitstream.header_intervals(h), dtype=np.int32) for h in headers]
+    fields = [np.array(bitstream.header_intervals(header), dtype=np.int32) for header in headers]
     joined = np.concatenate(fields)
-    encoder.push(
-        joined[:, 0],
-        joined[:, 1],
-        np.array([len(field) for field in fields], dtype=np.int64),
-        bitstream.PROB_BITS,
-        _threads(),
-    )
+    counts = np.array([len(field) for field in fields], dtype=np.int64)
+    encoder.push(joined[:, 0], joined[:, 1], counts, bitstream.PROB_BITS, _threads())
     buffer, offsets = encoder.finish()
     payload = buffer.tobytes()
     return [
-        bitstream.prefix(header) + payload[begin:end]
-        for header, begin, end in zip(headers, offsets[:-1], offsets[1:], strict=True)
-    ], tails
+        (bitstream.prefix(header) + payload[begin:end], tail)
+        for header, begin, end, tail in zip(headers, offsets[:-1], offsets[1:], tails, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -204,12 +188,14 @@ def unpack(coder: TokenCoder, files: Sequence[OpenFile]) -> list[Tokens]:
         file.check_plausible()
     keys = [(file.parsed.header.schedule, file.grid) for file in files]
     sizes = [file.grid[0] * file.grid[1] for file in files]
-    return by_group(files, keys, sizes, lambda group: _unpack_equal(coder, group))
+    return by_group(
+        files, keys, sizes, lambda group: _unpack_equal(coder, group), coder.tokens_at_once
+    )
 
 
 def _unpack_equal(coder: TokenCoder, files: Sequence[OpenFile]) -> list[Tokens]:
     """``unpack`` for files of one schedule and grid, together."""
-    decoder = RansDecoder(
+    decoder = coder.decoder(
         b"".join(file.data for file in files),
         np.cumsum([0, *(len(file.data) for file in files)]),
         np.array([file.parsed.state for file in files], dtype=np.uint32),

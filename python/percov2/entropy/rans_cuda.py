@@ -213,6 +213,7 @@ class CudaRansDecoder:
     def _ended(self) -> torch.Tensor:
         return self.positions == self._offsets[1:] - self._offsets[:-1]
 
+    @property
     def exhausted(self) -> NDArray[np.bool_]:
         """bool [B]: no byte is left and the state is below 2^23. Waits for the device.
 
@@ -220,13 +221,14 @@ class CudaRansDecoder:
         """
         return self._answer(self._ended() & (self.states < 1 << 23))
 
-    def finished(self, checks: torch.Tensor) -> NDArray[np.bool_]:
-        """bool [B]: the state is the check (int32 [B]) and no byte is left. Waits for the device.
+    def finished(self, checks: rans.ArrayLike) -> NDArray[np.bool_]:
+        """bool [B]: the state is the check (uint16 [B]) and no byte is left. Waits for the device.
 
         A stream that was read from its beginning must not start with a zero byte either. Raises
         ValueError if offsets, states or positions were not valid.
         """
-        right = self._ended() & (self.states == checks.to(self.states.device, non_blocking=True))
+        wanted = torch.as_tensor(checks).to(self.states.device, non_blocking=True)
+        right = self._ended() & (self.states == wanted)
         if self._fresh and self._buffer.numel():
             begins = self._offsets[:-1].clamp(0, self._buffer.numel() - 1)
             empty = self._offsets[1:] == self._offsets[:-1]

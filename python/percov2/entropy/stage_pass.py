@@ -137,7 +137,8 @@ class StagedDecoder:
     def accept(self, tokens: Tensor) -> None:
         """Take the tokens of the stage whose logits were computed last: int32 [B, n].
 
-        Raises ValueError for a wrong shape, dtype or token.
+        Tokens on another device than the CPU are clamped to the codebook, because comparing them
+        would wait for the device. Raises ValueError for a wrong shape, dtype or token.
         """
         count = int(self._ends[self._known + 1] - self._ends[self._known]) if self.remaining else 0
         if count == 0 or tuple(tokens.shape) != (self._batch, count):
@@ -145,8 +146,7 @@ class StagedDecoder:
                 f"tokens have shape {tuple(tokens.shape)}; "
                 f"the next stage needs [{self._batch}, {count}]"
             )
-        _check_tokens(tokens, self._model.config.codebook_size)
-        self._staged.accept(tokens)
+        self._staged.accept(_placed_tokens(self._model, tokens))
         self._known += 1
 
     def tokens(self) -> Tensor:

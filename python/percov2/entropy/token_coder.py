@@ -6,13 +6,14 @@ integers only, and the model never sees bytes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from percov2.entropy import cdf, intmath, rans, schedule
+from percov2.entropy import cdf, intmath, rans, rans_cuda, schedule
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.stage_pass import StagedDecoder, one_pass_residual
 
@@ -21,29 +22,111 @@ _LOGITS_AT_ONCE = 2**21
 _LOGITS_AT_ONCE_FUSED = 2**28
 """The same where one kernel codes them: 512 MiB, one launch for 256 images of 1024 tokens."""
 
+_TOKENS_AT_ONCE = {"cpu": 2**14, "cuda": 2**18}
+
+CODERS = ("cpu", "cuda")
+
+
+def default_coder(device: torch.device) -> str:
+    """What codes the tokens of a model on ``device`` unless its user says otherwise.
+
+    "cuda" on CUDA devices, or "cpu" with a warning if the package was built without; "cpu"
+    elsewhere. Both write the same bytes.
+    """
+    if device.type != "cuda" or rans.cuda_built():
+        return "cuda" if device.type == "cuda" else "cpu"
+    warnings.warn(
+        f"percov2 was built without CUDA: tokens are made on {device} and coded on the CPU; "
+        "coder='cpu' silences this, and docs/gpu.md says how to build with CUDA",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "cpu"
+
 
 class TokenCoder:
     """Codes token grids with one integer transformer.
 
     Args:
         model: the integer transformer; its device decides where the passes run.
+        coder: "cpu" or "cuda", where the streams are written and read; by default what
+            ``default_coder`` says. ``coder_name`` tells which it became.
+
+    Raises:
+        ValueError: an unknown coder.
 
     >>> from percov2.entropy.transformer_config import TransformerConfig
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
     >>> coder = TokenCoder(IntTransformer.random(config, seed=1))
-    >>> starts, freqs = coder.intervals(torch.zeros(1, 2, 3, dtype=torch.int32), "checkerboard")
-    >>> freqs.shape
-    (1, 6)
-    >>> encoder = rans.RansEncoder([7])
-    >>> encoder.push(starts.ravel(), freqs.ravel(), [6], coder.prob_bits)
-    >>> coder.decode(rans.RansDecoder(*encoder.finish()), "checkerboard", 2, 3)
+    >>> grids = torch.zeros(1, 2, 3, dtype=torch.int32)
+    >>> encoder = coder.encoder(grids, "checkerboard", checks=[7])
+    >>> decoder = coder.decoder(*encoder.finish())
+    >>> coder.decode(decoder, "checkerboard", 2, 3)
     tensor([[[0, 0, 0],
              [0, 0, 0]]], dtype=torch.int32)
+    >>> decoder.finished([7])
+    array([ True])
     """
 
-    def __init__(self, model: IntTransformer) -> None:
+    def __init__(self, model: IntTransformer, coder: str | None = None) -> None:
+        if coder is not None and coder not in CODERS:
+            raise ValueError(f"coder is {coder!r}; it must be one of {CODERS}")
         self.model = model
         self.prob_bits = cdf.default_prob_bits(model.config.codebook_size)
+        self.coder_name = coder or default_coder(model.device)
+
+    @property
+    def tokens_at_once(self) -> int:
+        """Tokens of a batch that keeps the device busy and needs a few GB at most."""
+        return _TOKENS_AT_ONCE.get(self.model.device.type, _TOKENS_AT_ONCE["cpu"])
+
+    def encoder(
+        self, tokens: torch.Tensor, schedule_name: str, checks: rans.ArrayLike, threads: int = 1
+    ) -> rans.RansEncoder:
+        """Streams that hold the tokens of each grid, ready for what precedes them in a file.
+
+        tokens int32 [B, h, w] on any device; checks uint16 [B], the initial states. Wherever the
+        streams are written, the host waits for a GPU once: for intervals or for bytes. Raises
+        ValueError for tokens outside the codebook, wrong checks or an unknown schedule,
+        RuntimeError where torch is set to reduced precision.
+        """
+        if self.coder_name == "cpu":
+            starts, freqs = self.intervals(tokens, schedule_name, threads)
+            encoder = rans.RansEncoder(checks)
+            counts = np.full(len(starts), starts.shape[1], dtype=np.int64)
+            encoder.push(starts.ravel(), freqs.ravel(), counts, self.prob_bits, threads)
+            return encoder
+        states = torch.from_numpy(np.array(checks, dtype=np.int32))
+        states = states.to(self.model.device, non_blocking=True)
+        residual, symbols = self._passed(tokens, schedule_name)
+        starts, freqs = self._intervals_on_device(residual, symbols)
+        streams = rans_cuda.encode(starts, freqs, states, self.prob_bits)
+        try:
+            return rans.RansEncoder.resumed(*streams.to_host())
+        except ValueError:
+            self._refuse_outsiders(symbols)
+            raise
+
+    def decoder(
+        self,
+        buffer: bytes | NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        states: NDArray[np.uint32] | None = None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> rans.RansDecoder | rans_cuda.CudaRansDecoder:
+        """What ``decode`` reads: streams as of ``RansEncoder.finish``, or resumed ones.
+
+        Arguments and errors as for ``rans.RansDecoder``.
+        """
+        if self.coder_name == "cpu":
+            return rans.RansDecoder(buffer, offsets, states, positions)
+        return rans_cuda.CudaRansDecoder(
+            torch.from_numpy(np.frombuffer(buffer, dtype=np.uint8).copy()),
+            torch.from_numpy(np.asarray(offsets, dtype=np.int64)),
+            self.model.device,
+            None if states is None else torch.from_numpy(states.astype(np.int32)),
+            None if positions is None else torch.from_numpy(np.asarray(positions, dtype=np.int64)),
+        )
 
     def intervals(
         self, tokens: torch.Tensor, schedule_name: str, threads: int = 1
@@ -54,15 +137,24 @@ class TokenCoder:
         GPU the host waits once, for both results. Raises ValueError for tokens outside the codebook
         or an unknown schedule, RuntimeError where torch is set to reduced precision.
         """
+        residual, symbols = self._passed(tokens, schedule_name)
+        if residual.device.type == "cpu":
+            return self._intervals_on_cpu(residual, symbols, threads)
+        starts, freqs = self._intervals_on_device(residual, symbols).cpu().numpy()
+        if not freqs.all():
+            self._refuse_outsiders(symbols)
+        return starts, freqs
+
+    def _passed(
+        self, tokens: torch.Tensor, schedule_name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Residual of all tokens after the one pass, and the tokens: both in coding order."""
         stages = schedule.stages(schedule_name, *tokens.shape[1:])
         tokens = tokens.to(self.model.device, non_blocking=self.model.device.type != "cpu")
         residual = one_pass_residual(self.model, tokens, stages)
         coding = torch.from_numpy(schedule.order(stages))
         coding = coding.to(tokens.device, non_blocking=True)
-        symbols = tokens.flatten(1)[:, coding].to(torch.int32)
-        if tokens.device.type == "cpu":
-            return self._intervals_on_cpu(residual, symbols, threads)
-        return self._intervals_on_device(residual, symbols)
+        return residual, tokens.flatten(1)[:, coding].to(torch.int32)
 
     def _intervals_on_cpu(
         self, residual: torch.Tensor, symbols: torch.Tensor, threads: int
@@ -75,25 +167,25 @@ class TokenCoder:
             )
         return starts, freqs
 
-    def _intervals_on_device(
-        self, residual: torch.Tensor, symbols: torch.Tensor
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Intervals that reach the CPU by one copy, for which alone the CPU waits.
+    def _intervals_on_device(self, residual: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
+        """Starts and freqs, int32 [2, B, N], for which nothing waits.
 
-        Symbols outside the codebook are only known after that copy: their freq is 0.
+        So symbols outside the codebook are not refused here: their freq is 0.
         """
         parts = [
             cdf.marked_intervals(logits, symbols[:, part], self.prob_bits)
             for part, logits in self._logits(residual)
         ]
-        both = torch.cat(parts, 2) if len(parts) > 1 else parts[0]
-        starts, freqs = both.cpu().numpy()
-        if not freqs.all():
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+    def _refuse_outsiders(self, symbols: torch.Tensor) -> None:
+        """ValueError if a symbol lies outside the codebook. Waits for the device."""
+        low, high = int(symbols.min()), int(symbols.max())
+        if low < 0 or high >= self.model.config.codebook_size:
             raise ValueError(
-                f"tokens range from {int(symbols.min())} to {int(symbols.max())}; "
+                f"tokens range from {low} to {high}; "
                 f"the codebook has {self.model.config.codebook_size} entries"
             )
-        return starts, freqs
 
     def _logits(self, residual: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """Logits of a residual int32 [B, n, dim], some positions at a time: int16 [B, m, V]."""
@@ -109,7 +201,7 @@ class TokenCoder:
 
     def decode(
         self,
-        decoder: rans.RansDecoder,
+        decoder: rans.RansDecoder | rans_cuda.CudaRansDecoder,
         schedule_name: str,
         height: int,
         width: int,
@@ -117,6 +209,8 @@ class TokenCoder:
         threads: int = 1,
     ) -> torch.Tensor:
         """Decode the tokens of all streams of ``decoder``: int32 [B, height, width] on the CPU.
+
+        With a CudaRansDecoder tokens stay on the device until they are complete.
 
         ``on_stage(remaining)`` is called before each stage with the number of tokens per grid that
         are still to come; what it raises ends the decoding. Raises ValueError for an unknown
@@ -127,9 +221,12 @@ class TokenCoder:
         while staged.remaining:
             if on_stage is not None:
                 on_stage(staged.remaining)
-            parts = [
-                decoder.decode_logits(logits.cpu(), self.prob_bits, threads=threads)
-                for _, logits in self._logits(staged.residual())
-            ]
-            staged.accept(torch.from_numpy(np.concatenate(parts, axis=1)))
+            parts: list[torch.Tensor] = []
+            for _, logits in self._logits(staged.residual()):
+                if isinstance(decoder, rans.RansDecoder):
+                    coded = decoder.decode_logits(logits, self.prob_bits, threads=threads)
+                    parts.append(torch.from_numpy(coded))
+                else:
+                    parts.append(decoder.decode_logits(logits, self.prob_bits))
+            staged.accept(torch.cat(parts, 1))
         return staged.tokens().cpu()

@@ -138,7 +138,7 @@ class Staged:
         width = stages.shape[1]
         self._keys = join(start_entries(), content_entries(stage, coding, width))
         self._queries = query_entries(stage, coding, width)
-        self._coding = torch.from_numpy(coding).to(executor.device)
+        self._coding = torch.from_numpy(coding).to(executor.device, non_blocking=True)
         # In coding order; stage g occupies [ends[g - 1], ends[g]).
         self._tokens = torch.zeros(batch, len(coding), dtype=torch.int64, device=executor.device)
         shape = (batch, START_ENTRIES + int(self._ends[-2]), executor.inner)

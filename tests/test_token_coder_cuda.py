@@ -1,0 +1,179 @@
+"""Files whose streams CUDA kernels write and read: the bytes and tokens of the CPU's coder."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import emulated_cuda
+from percov2 import bitstream, packing
+from percov2.bitstream import BitstreamError, Header
+from percov2.entropy import cdf, rans, rans_cuda, schedule, token_coder
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.rans import RansDecoder
+from percov2.entropy.token_coder import TokenCoder, default_coder
+from percov2.packing import OpenFile, Tokens
+from pretended_device import DEVICE, Held, PretendedDevice
+from test_codec import certain_model
+
+FROZEN = Path(__file__).parent / "data" / "entropy_v1"
+
+
+@pytest.fixture
+def coder(device: torch.device) -> TokenCoder:
+    """A coder on ``device``: on a card as it comes, else with the emulated kernels."""
+    model = IntTransformer.load(FROZEN, device)
+    return TokenCoder(model, None if device.type == "cuda" else "cuda")
+
+
+@pytest.fixture(scope="module")
+def cpu_coder() -> TokenCoder:
+    return TokenCoder(IntTransformer.load(FROZEN))
+
+
+def maps() -> list[Tokens]:
+    """Noise and plain maps of several sizes."""
+    rng = np.random.default_rng(1)
+    noise = [rng.integers(0, 16, shape, np.int32) for shape in ((5, 7), (5, 7), (1, 1), (9, 12))]
+    return [*noise, np.zeros((9, 12), np.int32), np.full((5, 7), 3, np.int32)]
+
+
+def headers(grids: list[Tokens], name: str) -> list[Header]:
+    return [
+        Header(
+            model_id=0xA5,
+            height=16 * grid.shape[0],
+            width=16 * grid.shape[1],
+            schedule=schedule.SCHEDULES.index(name),
+        )
+        for grid in grids
+    ]
+
+
+def opened(files: list[bytes], grids: list[Tokens]) -> list[OpenFile]:
+    return [
+        OpenFile(data, bitstream.read(data), (grid.shape[0], grid.shape[1]), f"file {i}: ")
+        for i, (data, grid) in enumerate(zip(files, grids, strict=True))
+    ]
+
+
+@pytest.mark.parametrize("name", ["qlds12", "checkerboard", "raster"])
+def test_files_are_those_of_the_cpu(coder, cpu_coder, name):
+    assert (coder.coder_name, cpu_coder.coder_name) == ("cuda", "cpu")
+    grids = maps()
+    files = packing.pack(coder, headers(grids, name), grids)
+    assert files == packing.pack(cpu_coder, headers(grids, name), grids)
+    assert files[3:4] == packing.pack(coder, headers(grids[3:4], name), grids[3:4])
+    for reader in (coder, cpu_coder):
+        decoded = packing.unpack(reader, opened(files, grids))
+        assert all(np.array_equal(a, b) for a, b in zip(decoded, grids, strict=True))
+
+
+def test_plain_maps_are_written_again_without_the_dense_promise(coder):
+    certain = IntTransformer(certain_model().config, certain_model().tensors, coder.model.device)
+    sure = TokenCoder(certain, coder.coder_name)
+    grids = [np.zeros((60, 60), np.int32), np.full((60, 60), 255, np.int32)]
+    files = packing.pack(sure, headers(grids, "qlds12"), grids)
+    assert [bitstream.read(file).header.dense for file in files] == [False, True]
+    assert files == packing.pack(TokenCoder(certain_model()), headers(grids, "qlds12"), grids)
+    decoded = packing.unpack(sure, opened(files, grids))
+    assert all(np.array_equal(a, b) for a, b in zip(decoded, grids, strict=True))
+
+
+def test_damaged_files_are_refused_as_on_the_cpu(coder, cpu_coder):
+    grids = maps()
+    files = packing.pack(cpu_coder, headers(grids, "qlds5"), grids)
+    refused = 0
+    for i, cut in ((0, 1), (0, 4), (3, 2), (3, 25), (3, 40)):
+        damaged = [files[i][:-cut], files[i][:-cut] + bytes([files[i][-cut] ^ 64])]
+        for data in damaged:
+            messages = []
+            for reader in (coder, cpu_coder):
+                with pytest.raises(BitstreamError) as caught:
+                    packing.unpack(reader, opened([files[i], data], [grids[i]] * 2))
+                messages.append(str(caught.value))
+            assert messages[0] == messages[1]
+            assert messages[0].startswith("file 1: ")
+            refused += 1
+    assert refused == 10
+
+
+@pytest.mark.parametrize("wrong", [-1, 16])
+def test_wrong_tokens_are_refused(coder, wrong):
+    tokens = torch.zeros(2, 3, 4, dtype=torch.int32)
+    tokens[1, 2, 3] = wrong
+    with pytest.raises(ValueError, match=rf"{wrong}.*codebook has 16"):
+        coder.encoder(tokens.to(coder.model.device), "qlds5", [1, 2])
+
+
+@pytest.mark.parametrize("wrong", [-1, 65536])
+def test_wrong_checks_are_refused(coder, cpu_coder, wrong):
+    tokens = torch.zeros(2, 3, 4, dtype=torch.int32)
+    for one in (coder, cpu_coder):
+        with pytest.raises(ValueError, match="check"):
+            one.encoder(tokens, "qlds5", [1, wrong])
+
+
+def test_the_host_waits_once_for_the_bytes(request, monkeypatch, cpu_coder):
+    """On a pretended device that runs the emulated kernels: one copy back, and no other wait."""
+    kernels = emulated_cuda.module(request, "emulated_cuda")
+    calls: list[str] = []
+
+    def on_the_device(name):
+        def call(*arguments):
+            calls.append(name)
+            given = [a.held if isinstance(a, Held) else a for a in arguments]
+            return getattr(kernels, name)(*given)
+
+        return call
+
+    for name in ("cuda_encode", "cuda_decode"):
+        monkeypatch.setattr(rans, name, on_the_device(name))
+    monkeypatch.setattr(rans, "cuda_encode_sizes", kernels.cuda_encode_sizes)
+    monkeypatch.setattr(rans_cuda, "DEVICE_TYPE", DEVICE.type)
+    tokens = torch.from_numpy(np.random.default_rng(2).integers(0, 16, (6, 9, 12), np.int32))
+    expected = cpu_coder.encoder(tokens, "qlds12", range(6)).finish()
+    with PretendedDevice() as device:
+        coder = TokenCoder(IntTransformer.load(FROZEN, DEVICE, "torch"), "cuda")
+        cdf.weights(torch.zeros(1, 2, dtype=torch.int16).to(DEVICE))  # its table is uploaded once
+        device.forget()
+        encoder = coder.encoder(tokens, "qlds12", range(6))
+        assert device.waits == []
+        assert len(device.downloads) == 1
+        assert calls == ["cuda_encode"]
+        buffer, offsets = encoder.finish()
+        assert np.array_equal(buffer, expected[0]) and np.array_equal(offsets, expected[1])
+        decoder = coder.decoder(buffer, offsets)
+        device.forget()
+        decoded = coder.decode(decoder, "qlds12", 9, 12)
+        assert device.waits == []
+        assert device.downloads == [(6, 9, 12)]
+        assert torch.equal(decoded, tokens)
+        assert decoder.finished(range(6)).all()
+        assert len(device.downloads) == 2
+
+
+def test_the_choice_of_a_coder_is_visible(monkeypatch):
+    card = torch.device("cuda", 0)
+    assert default_coder(torch.device("cpu")) == "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        monkeypatch.setattr(rans, "cuda_built", lambda: True)
+        assert default_coder(card) == "cuda"
+    monkeypatch.setattr(rans, "cuda_built", lambda: False)
+    with pytest.warns(RuntimeWarning, match="built without CUDA"):
+        assert default_coder(card) == "cpu"
+
+
+def test_an_unknown_coder_is_refused(cpu_coder):
+    with pytest.raises(ValueError, match="'gpu'; it must be one of"):
+        TokenCoder(cpu_coder.model, "gpu")
+
+
+def test_a_coder_of_the_cpu_reads_with_the_cpu(cpu_coder):
+    assert isinstance(cpu_coder.decoder(b"\x07", np.array([0, 1])), RansDecoder)
+    assert cpu_coder.tokens_at_once == token_coder._TOKENS_AT_ONCE["cpu"]
