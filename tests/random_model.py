@@ -11,7 +11,7 @@ from percov2.entropy.transformer_config import TransformerConfig
 from percov2.models.autoencoder import PatchAutoencoder
 from percov2.models.flow import build_flow
 from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.preset import ModelConfig, Rate
+from percov2.models.model_config import ModelConfig, Rate
 from percov2.models.quantizer import VectorQuantizer
 from percov2.models.storage import save_component
 from percov2.models.text_encoder import HashedTextEncoder

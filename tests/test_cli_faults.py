@@ -95,7 +95,7 @@ def test_faults_known_before_loading_load_no_model(
     def load(_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "_open_codec", load)
+    monkeypatch.setattr(cli, "open_codec", load)
     for command in [
         ("compress", picture, tmp_path / "none" / "a.pcv2"),
         ("decompress", file, tmp_path / "none" / "a.png"),

@@ -271,7 +271,7 @@ def test_another_model_is_refused_by_both_ids(codec: Codec, tmp_path: Path) -> N
 
 def test_the_model_id_depends_on_what_tokens_mean(codec: Codec) -> None:
     from percov2.codec import model_id
-    from percov2.models.preset import Rate
+    from percov2.models.model_config import Rate
 
     base = (Rate("a", 16, 4), b"f" * 32, b"c" * 64)
     variants = [

@@ -14,7 +14,7 @@ import pytest
 import random_model
 from percov2 import BitstreamError, Codec, bitstream
 from percov2.entropy import SCHEDULES
-from percov2.models.preset import Rate
+from percov2.models.model_config import Rate
 from percov2.packing import pack
 
 CHECK_LUCK = 2

@@ -44,7 +44,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.models": (
         {"percov2.models"},
         {"diffusers", "numpy", "safetensors", "torch"},
-        {"transformers"},
+        {"huggingface_hub", "transformers"},
     ),
     "percov2.images": ({"percov2.bitstream"}, {"numpy", "PIL", "torch"}, set()),
     "percov2.packing": ({"percov2.bitstream", "percov2.entropy"}, {"numpy", "torch"}, set()),
@@ -72,8 +72,9 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     # Runs under another interpreter, which has no percov2.
     "percov2.bench.peer_coders": (set(), {"numpy", "torch"}, {"constriction", "torchac"}),
     "percov2.cli_faults": (set(), set(), set()),
+    "percov2.cli_model": ({"percov2.cli_faults"}, set(), set()),
     "percov2.cli": (
-        {*BITSTREAM, "percov2.cli_faults"},
+        {*BITSTREAM, "percov2.cli_faults", "percov2.cli_model"},
         set(),
         {"numpy", "PIL", "torch", "tqdm"},
     ),
@@ -87,6 +88,7 @@ LAZY_FIRST_PARTY = {
         "percov2.evaluation",
         "percov2.training",
     },
+    "percov2.cli_model": CODEC_AND_BELOW,
     "percov2.entropy": {"percov2.triton_kernels"},
     "percov2.models": {"percov2.triton_kernels"},
 }

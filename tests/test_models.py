@@ -21,7 +21,7 @@ from percov2.models.flow import (
     window_starts,
 )
 from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.preset import ModelConfig, Rate
+from percov2.models.model_config import ModelConfig, Rate
 from percov2.models.quantizer import VectorQuantizer
 from percov2.models.storage import load_component, load_tensor, save_component
 from percov2.models.text_encoder import HashedTextEncoder

@@ -12,12 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from percov2.bitstream import BitstreamError
     from percov2.codec import Codec
+    from percov2.models.backbone import BackboneOptions
 
 __version__ = "0.1.0"
 
-_HOME = {"BitstreamError": "bitstream", "Codec": "codec"}
+_HOME = {
+    "BackboneOptions": "models.backbone",
+    "BitstreamError": "bitstream",
+    "Codec": "codec",
+}
 
-__all__ = ["BitstreamError", "Codec", "__version__"]
+__all__ = ["BackboneOptions", "BitstreamError", "Codec", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from percov2 import bitstream
 from percov2.cli_faults import about, report_faults
+from percov2.cli_model import add_model, open_codec
 
 if TYPE_CHECKING:
     from percov2.bitstream import ParsedFile
-    from percov2.codec import Codec
 
 MAX_FILE_BYTES = 1 << 26
 """No image within the largest pixel limit needs a longer ``.pcv2`` file."""
@@ -51,11 +51,6 @@ def _number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str
         return value
 
     return parse
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="tiny", help="model name or folder (default: tiny)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     added = command("compress", compress, "Compress a picture into a .pcv2 file.")
     added.add_argument("input", type=Path, metavar="IN")
     added.add_argument("output", type=Path, metavar="OUT.pcv2")
-    _add_model(added)
+    add_model(added)
     _add_encoding(added)
     added.add_argument("--caption", default="", help="text that guides the decoder; costs bytes")
     _add_limit(added)
@@ -117,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     added = command("decompress", decompress, "Restore the picture of a .pcv2 file.")
     added.add_argument("input", type=Path, metavar="IN.pcv2")
     added.add_argument("output", type=Path, metavar="OUT.png")
-    _add_model(added)
+    add_model(added)
     _add_sampling(added)
     _add_limit(added)
 
@@ -127,14 +122,14 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--verify", action="store_true", help="decode the tokens and print their SHA-256"
     )
-    _add_model(added)
+    add_model(added)
     _add_limit(added)
 
     added = command("roundtrip", roundtrip, "Compress, restore and measure pictures.")
     added.add_argument("inputs", type=Path, nargs="+", metavar="IN")
     added.add_argument("--out", type=Path, required=True, metavar="DIR")
     added.add_argument("--json", action="store_true", help="print a JSON list of records")
-    _add_model(added)
+    add_model(added)
     _add_encoding(added)
     _add_sampling(added)
 
@@ -145,7 +140,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument(
         "--baselines", default="", help="jpeg,webp,avif,jpeg2000: compare at equal bytes"
     )
-    _add_model(added)
+    add_model(added)
     _add_encoding(added)
     _add_sampling(added)
 
@@ -155,16 +150,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 # Compress, decompress, info ----------------------------------------------------------------------
-
-
-def _open_codec(arguments: argparse.Namespace) -> Codec:
-    from percov2.codec import Codec
-
-    with about(f"model {arguments.model}"):
-        codec = Codec.from_pretrained(arguments.model, arguments.device)
-        for rate in codec.config.rates:
-            codec.model_id(rate.name)
-    return codec
 
 
 def _read_file(path: Path) -> bytes:
@@ -183,7 +168,7 @@ def compress(arguments: argparse.Namespace) -> None:
         check_outputs([arguments.output], [arguments.input])
     with about(arguments.input):
         image = read_image(arguments.input, arguments.max_pixels)
-    codec = _open_codec(arguments)
+    codec = open_codec(arguments)
     with about(arguments.input):
         (data,) = codec.compress(
             [image],
@@ -213,7 +198,7 @@ def decompress(arguments: argparse.Namespace) -> None:
     with about(arguments.input):
         data = _read_file(arguments.input)
         bitstream.read(data, arguments.max_pixels)  # a wrong file is known before torch is loaded
-    codec = _open_codec(arguments)
+    codec = open_codec(arguments)
     with about(arguments.input):
         (image,) = codec.decompress(
             [data], arguments.steps, arguments.guidance, arguments.seed, arguments.max_pixels
@@ -230,7 +215,7 @@ def info(arguments: argparse.Namespace) -> None:
         parsed = bitstream.read(data, arguments.max_pixels)
         record = _describe(arguments.input, data, parsed)
     if arguments.verify:
-        codec = _open_codec(arguments)
+        codec = open_codec(arguments)
         with about(arguments.input):
             (decoded,) = codec.decode([data], arguments.max_pixels)
         import hashlib
@@ -319,7 +304,7 @@ def roundtrip(arguments: argparse.Namespace) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
     with about("roundtrip"):
         stems = report.plan_outputs(arguments.inputs, arguments.out)
-    codec = _open_codec(arguments)
+    codec = open_codec(arguments)
     setting = _setting(arguments)
     with about(f"model {arguments.model}"):
         report.warm_up(codec, setting)
@@ -355,7 +340,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     name = f"eval {arguments.benchmark}"
     with about(name):
         report.plan_evaluation(arguments.folder, arguments.out, baselines)
-    codec = _open_codec(arguments)
+    codec = open_codec(arguments)
     with about(name):
         result = report.evaluate(
             codec, arguments.folder, arguments.out, _setting(arguments), baselines

@@ -25,7 +25,8 @@ from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES
 from percov2.entropy.token_coder import TokenCoder
 from percov2.images import check_size, pad, to_rgb
-from percov2.models.preset import CodecModel, ModelConfig, Rate, model_folder
+from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
+from percov2.models.model_config import ModelConfig, Rate
 from percov2.packing import OpenFile, Tokens
 
 
@@ -71,19 +72,26 @@ class Codec:
         model: the float networks; the entropy models lie in the same folder.
     """
 
-    def __init__(self, model: CodecModel) -> None:
+    def __init__(self, model: Backbone) -> None:
         self.model = model
         self._entropy = lru_cache(None)(self._load_entropy)
         self._ids = lru_cache(None)(self._compute_id)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path = "tiny", device: str = "cpu") -> Codec:
-        """Open an embedded model by name, or a model folder; networks load when first needed.
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "tiny",
+        device: str = "cpu",
+        options: BackboneOptions | None = None,
+    ) -> Codec:
+        """Open a model ("tiny", a folder, "sd3:PATH", …); networks load when first needed.
+
+        Arguments as for ``percov2.models.backbone.open_backbone``.
 
         Raises:
-            ValueError: no such model, or no such device.
+            ValueError: no such model or device, or options that the model does not take.
         """
-        return cls(CodecModel(model_folder(name_or_path), _known_device(device)))
+        return cls(open_backbone(name_or_path, device, options))
 
     @property
     def config(self) -> ModelConfig:
@@ -373,18 +381,6 @@ class Codec:
             f"rate {header.rate}, but the rates of model {name!r} have the ids {at_hand}; open it "
             "with the model that wrote it"
         )
-
-
-def _known_device(device: str) -> str:
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        place = None
-    if place is None or place.type not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {device!r}; use cpu or cuda")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is not available on this machine; use cpu")
-    return device
 
 
 def _arrays(images: Sequence[Image.Image], max_pixels: int) -> list[NDArray[np.uint8]]:

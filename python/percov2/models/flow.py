@@ -14,7 +14,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
-PREDICTIONS = ("velocity", "sample")
+from percov2.models.model_config import PREDICTIONS
 
 
 def widen_patch_embedding(transformer: SD3Transformer2DModel, extra_channels: int) -> None:

@@ -1,149 +1,26 @@
-"""Model folders and the networks in them, loaded when they are first needed.
+"""The backbone "tiny": the small networks of a model folder, loaded when they are first needed.
 
 Compressing never loads the flow transformer, decompressing never loads the hyper-encoder.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from percov2.models.autoencoder import PatchAutoencoder
-from percov2.models.flow import (
-    PREDICTIONS,
-    WindowedEstimate,
-    estimate_clean,
-    sample,
-    upsample_z_hat,
-)
+from percov2.models.backbone import BackboneOptions
+from percov2.models.flow import WindowedEstimate, estimate_clean, sample, upsample_z_hat
 from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.model_config import ModelConfig
 from percov2.models.quantizer import VectorQuantizer
 from percov2.models.storage import load_component, load_tensor
 from percov2.models.text_encoder import HashedTextEncoder
-
-EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A rate point: pixels per token side and codebook size."""
-
-    name: str
-    token_side: int
-    codebook_size: int
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """``config.json`` of a model folder.
-
-    Attributes:
-        rates: in the order of the rate index in files; never reorder.
-        default_schedule: name of the entropy schedule.
-        steps, guidance: default sampling.
-        prediction: what the flow transformer returns, "velocity" or "sample".
-        window, overlap: sampling windows in latent positions.
-    """
-
-    name: str
-    rates: tuple[Rate, ...]
-    default_rate: str
-    default_schedule: str = "qlds12"
-    steps: int = 1
-    guidance: float = 1.0
-    prediction: str = "sample"
-    window: int = 32
-    overlap: int = 8
-
-    @classmethod
-    def load(cls, folder: Path) -> ModelConfig:
-        """Read ``folder/config.json``.
-
-        Raises:
-            ValueError: when the file is missing, has unknown keys, or its values do not fit.
-        """
-        path = folder / "config.json"
-        if not path.is_file():
-            raise ValueError(f"{folder} is not a model folder: it has no config.json")
-        try:
-            values: Any = json.loads(path.read_text(encoding="utf-8"))
-            rates = tuple(Rate(**r) for r in values.pop("rates"))
-            config = cls(rates=rates, **values)
-            config.check()
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from error
-        return config
-
-    def check(self) -> None:
-        """Raise ValueError for a value of the wrong type or outside its range."""
-        for rate in self.rates:
-            # The name is also that of a folder in the model folder.
-            name = rate.name
-            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-                raise ValueError(f"a rate's name must be that of a folder, not {name!r}")
-            side, stride = rate.token_side, PatchAutoencoder.stride
-            _check_whole(f"token_side of {rate.name}", side, stride, 64)
-            if side % stride:
-                raise ValueError(f"token_side of {rate.name} is {side}, no multiple of {stride}")
-            _check_whole(f"codebook_size of {rate.name}", rate.codebook_size, 2, 8192)
-        if len({rate.name for rate in self.rates}) != len(self.rates):
-            raise ValueError("two rates have the same name")
-        for field in ("name", "default_schedule"):
-            if not isinstance(getattr(self, field), str):
-                raise ValueError(f"{field} must be a text, not {getattr(self, field)!r}")
-        self.rate(self.default_rate)
-        _check_whole("steps", self.steps, 1, 1000)
-        if type(self.guidance) not in (int, float) or not 0 <= self.guidance <= 100:
-            raise ValueError(f"guidance must be a number from 0 to 100, not {self.guidance!r}")
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"prediction must be one of {PREDICTIONS}, not {self.prediction!r}")
-        _check_whole("window", self.window, 1, 4096)
-        _check_whole("overlap", self.overlap, 0, self.window - 1)
-
-    def save(self, folder: Path) -> None:
-        """Write ``folder/config.json``."""
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(dataclasses.asdict(self), indent=2)
-        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-    def rate(self, name: str) -> Rate:
-        """The rate of that name.
-
-        Raises:
-            ValueError: naming the rates that exist.
-        """
-        for rate in self.rates:
-            if rate.name == name:
-                return rate
-        known = ", ".join(r.name for r in self.rates)
-        raise ValueError(f"unknown rate {name!r}; model {self.name} has {known}")
-
-
-def _check_whole(name: str, value: object, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-
-
-def model_folder(name_or_path: str | Path) -> Path:
-    """Folder of an embedded model's name or of a path.
-
-    Raises:
-        ValueError: when there is neither; the message lists the embedded models.
-    """
-    for folder in (Path(name_or_path), EMBEDDED / name_or_path):
-        if (folder / "config.json").is_file():
-            return folder
-    known = sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
-    raise ValueError(f"no model {str(name_or_path)!r}: give a model folder or one of {known}")
 
 
 class CodecModel:
@@ -152,9 +29,17 @@ class CodecModel:
     Args:
         folder: see docs/architecture.md for its layout.
         device: torch device of every network.
+        options: the defaults; these networks are small and take no others.
+
+    Raises:
+        ValueError: other options, or a folder that is no model.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
+    def __init__(
+        self, folder: Path, device: str = "cpu", options: BackboneOptions | None = None
+    ) -> None:
+        if options not in (None, BackboneOptions()):
+            raise ValueError(f"{folder} is a small model: it takes no {options}")
         self.folder = Path(folder)
         self.device = device
         self.config = ModelConfig.load(self.folder)

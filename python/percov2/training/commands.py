@@ -13,7 +13,8 @@ import torch
 from tqdm import tqdm
 
 from percov2.codec import Codec
-from percov2.models.preset import CodecModel, ModelConfig
+from percov2.models.model_config import ModelConfig
+from percov2.models.preset import CodecModel
 from percov2.models.storage import save_component
 from percov2.training import warm_start
 from percov2.training.adversary import AdversaryConfig

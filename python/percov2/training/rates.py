@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from percov2.models.autoencoder import PatchAutoencoder
 from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.preset import Rate
+from percov2.models.model_config import Rate
 from percov2.models.quantizer import Quantized, VectorQuantizer
 from percov2.training.data import CropPlan
 

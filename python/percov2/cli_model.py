@@ -1,0 +1,49 @@
+"""The command line's options that choose a model and how it runs, and the codec they give."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from percov2.cli_faults import about
+
+if TYPE_CHECKING:
+    from percov2.codec import Codec
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model``, ``--device`` and the options of big backbones."""
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        help="embedded model, model folder, sd3:FOLDER or perco:FOLDER (default: tiny)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    group = parser.add_argument_group("options of big models (sd3, perco)")
+    group.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], help="default: fp32 on cpu, bf16 on cuda"
+    )
+    group.add_argument(
+        "--offload", action="store_true", help="move each network to the device while it runs"
+    )
+    group.add_argument(
+        "--vae-tiling", action="store_true", help="bound the autoencoder's memory by tiles"
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the flow network (slow first picture)"
+    )
+
+
+def open_codec(arguments: argparse.Namespace) -> Codec:
+    """The codec of the chosen model, with the entropy models of all its rates."""
+    from percov2.codec import Codec
+    from percov2.models.backbone import BackboneOptions
+
+    with about(f"model {arguments.model}"):
+        options = BackboneOptions(
+            arguments.dtype, arguments.offload, arguments.vae_tiling, arguments.compile
+        )
+        codec = Codec.from_pretrained(arguments.model, arguments.device, options)
+        for rate in codec.config.rates:
+            codec.model_id(rate.name)
+    return codec

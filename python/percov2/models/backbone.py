@@ -1,0 +1,169 @@
+"""What a codec needs of its networks, and how a model's name becomes a backbone.
+
+A backbone turns images into tokens and tokens into images; entropy models and files are no concern
+of it. Its module is imported when it is opened, and its networks load when they are first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from percov2.models.model_config import BACKBONES, EMBEDDED, ModelConfig
+
+_HOME = {
+    "tiny": ("preset", "CodecModel"),
+    "sd3": ("sd3", "SD3Model"),
+    "perco": ("perco", "PerCoModel"),
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+DTYPES = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class BackboneOptions:
+    """How a big backbone runs; none of it changes a file's meaning, and "tiny" takes none.
+
+    Attributes:
+        dtype: of the base model's networks, "fp32", "bf16" or "fp16"; None: "fp32" on the CPU,
+            "bf16" elsewhere.
+        offload: keep networks in CPU memory and move each to the device only while it runs.
+        vae_tiling: run the base model's autoencoder in tiles, to bound its memory.
+        compile: compile the flow network with ``torch.compile`` (slow first picture).
+
+    Raises:
+        ValueError: for another dtype.
+    """
+
+    dtype: str | None = None
+    offload: bool = False
+    vae_tiling: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype must be one of {DTYPES}, not {self.dtype!r}")
+
+
+class Backbone(Protocol):
+    """The float networks of a model folder: images -> tokens, tokens -> images."""
+
+    folder: Path
+    device: str
+    config: ModelConfig
+
+    def codebook_bytes(self, rate: str) -> bytes:
+        """The stored codebook, float32 little-endian, row after row (part of the model id)."""
+        ...
+
+    def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
+        """Tokens int32 [B, H/s, W/s] of images, s = the rate's token side.
+
+        Args:
+            images: float [B, 3, H, W] in [-1, 1]; a batch never changes an image's tokens.
+
+        Raises:
+            ValueError: when H or W is not a multiple of s, or the rate is unknown.
+        """
+        ...
+
+    def reconstruct(
+        self,
+        tokens: Tensor,
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+    ) -> Tensor:
+        """Images float [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
+
+        Args:
+            captions: one per image, "" for none.
+            steps: evaluations of the flow, at least 1.
+            guidance: classifier-free guidance on captions; 1 turns it off.
+            seed: of the starting noise, the same for every image of the batch.
+
+        Raises:
+            ValueError: for tokens out of range, an unknown rate, or steps < 1.
+        """
+        ...
+
+
+def open_backbone(
+    name_or_path: str | Path, device: str = "cpu", options: BackboneOptions | None = None
+) -> Backbone:
+    """Open a model by name; networks load when first needed.
+
+    Args:
+        name_or_path: an embedded model ("tiny"), a model folder, or ``KIND:PATH`` with the kind of
+            backbone that the folder must have ("sd3:PATH", "perco:PATH"); after a kind, PATH may
+            also be a hub id ("owner/name"), which is downloaded.
+        device: torch device.
+        options: see there; defaults if None.
+
+    Raises:
+        ValueError: no such model or device, another kind of backbone, or unfit options.
+    """
+    _check_device(device)
+    kind, path = _split(str(name_or_path))
+    folder = model_folder(path, hub=kind is not None)
+    config = ModelConfig.load(folder)
+    if kind not in (None, config.backbone):
+        raise ValueError(f"{folder} holds a {config.backbone!r} model, not a {kind!r} one")
+    module, name = _HOME[config.backbone]
+    kind_of_model = getattr(importlib.import_module(f"percov2.models.{module}"), name)
+    return kind_of_model(folder, device, options or BackboneOptions())
+
+
+def _check_device(device: str) -> None:
+    """Raise ValueError unless there is such a device."""
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}; use cpu or cuda")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r} is not available on this machine; use cpu")
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    kind, colon, path = name.partition(":")
+    return (kind, path) if colon and kind in BACKBONES else (None, name)
+
+
+def model_folder(name_or_path: str | Path, hub: bool = False) -> Path:
+    """Folder of an embedded model's name, of a path, or (if ``hub``) of a hub id.
+
+    Raises:
+        ValueError: when there is none; the message lists the embedded models.
+    """
+    for folder in (Path(name_or_path), EMBEDDED / name_or_path):
+        if (folder / "config.json").is_file():
+            return folder
+    if hub and _HUB_ID.fullmatch(str(name_or_path)) and not Path(name_or_path).exists():
+        return _download(str(name_or_path))
+    known = sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+    raise ValueError(f"no model {str(name_or_path)!r}: give a model folder or one of {known}")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id))
+    except Exception as error:  # no network, no such name, no right to read it: all told apart
+        raise ValueError(
+            f"no model {hub_id!r}: no such folder, and the hub says: {error}"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")
+    return folder

@@ -1,0 +1,126 @@
+"""``config.json`` of a model folder: rates, defaults, and which backbone the folder belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
+BACKBONES = ("tiny", "sd3", "perco")
+PREDICTIONS = ("velocity", "sample")
+LATENT_SIDE = 8
+"""Pixels per side of a latent position, in every backbone."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A rate point: pixels per token side and codebook size."""
+
+    name: str
+    token_side: int
+    codebook_size: int
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """``config.json`` of a model folder.
+
+    Attributes:
+        rates: in the order of the rate index in files; never reorder.
+        backbone: which networks the folder belongs to, one of ``BACKBONES``.
+        base: hub id or folder of the base model that a big backbone builds on; "" for "tiny".
+        default_schedule: name of the entropy schedule.
+        steps, guidance: default sampling.
+        prediction: what the flow transformer returns, "velocity" or "sample".
+        window, overlap: sampling windows in latent positions.
+    """
+
+    name: str
+    rates: tuple[Rate, ...]
+    default_rate: str
+    default_schedule: str = "qlds12"
+    steps: int = 1
+    guidance: float = 1.0
+    prediction: str = "sample"
+    window: int = 32
+    overlap: int = 8
+    backbone: str = "tiny"
+    base: str = ""
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelConfig:
+        """Read ``folder/config.json``.
+
+        Raises:
+            ValueError: when the file is missing, has unknown keys, or its values do not fit.
+        """
+        path = folder / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{folder} is not a model folder: it has no config.json")
+        try:
+            values: Any = json.loads(path.read_text(encoding="utf-8"))
+            rates = tuple(Rate(**r) for r in values.pop("rates"))
+            config = cls(rates=rates, **values)
+            config.check()
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        return config
+
+    def check(self) -> None:
+        """Raise ValueError for a value of the wrong type or outside its range."""
+        for rate in self.rates:
+            # The name is also that of a folder in the model folder.
+            name = rate.name
+            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+                raise ValueError(f"a rate's name must be that of a folder, not {name!r}")
+            side, stride = rate.token_side, LATENT_SIDE
+            _check_whole(f"token_side of {rate.name}", side, stride, 64)
+            if side % stride:
+                raise ValueError(f"token_side of {rate.name} is {side}, no multiple of {stride}")
+            _check_whole(f"codebook_size of {rate.name}", rate.codebook_size, 2, 8192)
+        if len({rate.name for rate in self.rates}) != len(self.rates):
+            raise ValueError("two rates have the same name")
+        for field in ("name", "default_schedule", "base"):
+            if not isinstance(getattr(self, field), str):
+                raise ValueError(f"{field} must be a text, not {getattr(self, field)!r}")
+        self.rate(self.default_rate)
+        _check_whole("steps", self.steps, 1, 1000)
+        if type(self.guidance) not in (int, float) or not 0 <= self.guidance <= 100:
+            raise ValueError(f"guidance must be a number from 0 to 100, not {self.guidance!r}")
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone must be one of {BACKBONES}, not {self.backbone!r}")
+        if (self.backbone == "tiny") != (self.base == ""):
+            raise ValueError(
+                f"base is {self.base!r}; backbone {self.backbone} needs "
+                + ("none" if self.backbone == "tiny" else "a hub id or a folder")
+            )
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"prediction must be one of {PREDICTIONS}, not {self.prediction!r}")
+        _check_whole("window", self.window, 1, 4096)
+        _check_whole("overlap", self.overlap, 0, self.window - 1)
+
+    def save(self, folder: Path) -> None:
+        """Write ``folder/config.json``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(dataclasses.asdict(self), indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def rate(self, name: str) -> Rate:
+        """The rate of that name.
+
+        Raises:
+            ValueError: naming the rates that exist.
+        """
+        for rate in self.rates:
+            if rate.name == name:
+                return rate
+        known = ", ".join(r.name for r in self.rates)
+        raise ValueError(f"unknown rate {name!r}; model {self.name} has {known}")
+
+
+def _check_whole(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")

@@ -1,0 +1,56 @@
+"""The uniform entropy model: exact cost, round trips, and a fixed identity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from percov2.entropy import SCHEDULES, IntTransformer, RansDecoder, RansEncoder, TokenCoder
+from percov2.entropy.uniform import uniform_model
+
+
+@pytest.mark.parametrize("bits", range(1, 14))
+def test_a_token_costs_exactly_log2_of_the_codebook(bits: int) -> None:
+    coder = TokenCoder(uniform_model(1 << bits))
+    tokens = torch.randint(1 << bits, (2, 3, 5), dtype=torch.int32)
+    _, freqs = coder.intervals(tokens, "qlds12")
+    assert (freqs == 1 << (coder.prob_bits - bits)).all()
+
+
+@pytest.mark.parametrize("size", [3, 100, 300, 1025])
+def test_other_codebooks_differ_by_one_slot(size: int) -> None:
+    coder = TokenCoder(uniform_model(size))
+    _, freqs = coder.intervals(torch.arange(size, dtype=torch.int32)[None, None], "qlds5")
+    assert freqs.sum() == 1 << coder.prob_bits and freqs.max() - freqs.min() <= 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tokens_come_back_and_take_their_bytes(schedule: str) -> None:
+    coder = TokenCoder(uniform_model(256))
+    tokens = torch.randint(256, (1, 8, 8), dtype=torch.int32)
+    starts, freqs = coder.intervals(tokens, schedule)
+    encoder = RansEncoder([7])
+    encoder.push(starts.ravel(), freqs.ravel(), [64], coder.prob_bits)
+    data, offsets = encoder.finish()
+    assert 64 <= len(data) <= 67
+    assert torch.equal(coder.decode(RansDecoder(data, offsets), schedule, 8, 8), tokens)
+
+
+def test_it_is_small_and_survives_a_folder(tmp_path: Path) -> None:
+    model = uniform_model(256)
+    model.save(tmp_path)
+    assert IntTransformer.load(tmp_path).fingerprint() == model.fingerprint()
+    assert (tmp_path / "model.safetensors").stat().st_size < 12_000
+
+
+def test_its_identity_never_changes() -> None:
+    """Files coded with it depend on these integers."""
+    assert uniform_model(256).fingerprint().hex()[:16] == "39118ff62a58af83"
+
+
+@pytest.mark.parametrize("size", [1, 8193])
+def test_impossible_codebooks_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="codebook_size"):
+        uniform_model(size)
