@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from percov2.bench.gpu_compiled import kernel_name
+
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = ROOT / "csrc" / "coder_cuda.cu"
 ARCHITECTURES = (80, 90, 100)
@@ -40,21 +42,13 @@ def usages(report: str) -> dict[tuple[str, int], Usage]:
             assert match, f"no {pattern!r} in {text!r}"
             return int(match[1])
 
-        found[kernel(name), int(architecture)] = Usage(
+        found[kernel_name(name), int(architecture)] = Usage(
             registers=number(r"Used (\d+) registers"),
             shared=number(r"(\d+) bytes smem", 0),
             stack=number(r"(\d+) bytes stack frame"),
             spilled=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
         )
     return found
-
-
-def kernel(symbol: str) -> str:
-    """The name of a kernel in the source: _ZN7percov213decode_kernelILb1EEE... -> with <true>."""
-    match = re.search(r"(encode|pack|decode)_kernel(ILb([01])E)?", symbol)
-    assert match, symbol
-    suffix = {None: "", "0": "<false>", "1": "<true>"}[match[3]]
-    return f"{match[1]}_kernel{suffix}"
 
 
 def compiled(unit: Path, architectures: tuple[int, ...], folder: Path, *options: str) -> str:

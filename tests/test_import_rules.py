@@ -66,7 +66,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.bench": (
         {"percov2", "percov2.bench", "percov2.entropy"},
         {"numpy", "torch", "tqdm"},
-        {"matplotlib"},
+        {"matplotlib", "triton"},
     ),
     "percov2.bench.command": ({"percov2.cli_faults"}, set(), set()),
     # Runs under another interpreter, which has no percov2.
@@ -81,6 +81,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
 }
 # The command line loads every part only when its command runs.
 LAZY_FIRST_PARTY = {
+    "percov2.bench": {"percov2.triton_kernels"},
     "percov2.bench.command": {"percov2.bench", "percov2.entropy"},
     "percov2.cli": {
         *CODEC_AND_BELOW,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from compiled_kernels import CAPABILITIES, needs_triton
 from percov2 import triton_kernels
+from percov2.bench import gpu_sources
+from percov2.bench.gpu_compiled import compile_kernel
 
 HERE = Path(__file__).parent
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="triton is not installed"
-)
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,42 +36,12 @@ def test_interpreted_kernel_agrees_with_torch() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernel_compiles_without_spills(capability: int, tmp_path: Path) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from percov2.triton_kernels import nearest
-
-    signature = {
-        "vectors": "*fp32",
-        "codebook": "*fp32",
-        "indices": "*i32",
-        "rows": "i32",
-        "codes": "i32",
-        "dim": "i32",
-        "BLOCK_N": "constexpr",
-        "BLOCK_K": "constexpr",
-        "BLOCK_D": "constexpr",
-    }
-    blocks = {(6,): nearest.BLOCK_N, (7,): nearest.BLOCK_K, (8,): nearest.BLOCK_D}
-    # What a launch with allocator-aligned tensors and D = 32 would claim.
-    divisible = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 5)}
-    source = ASTSource(nearest.nearest_kernel, signature, constexprs=blocks, attrs=divisible)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
-    cubin = tmp_path / "nearest.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    report = subprocess.run(
-        [str(tool), "--dump-resource-usage", str(cubin)], capture_output=True, text=True, check=True
-    ).stdout
-    usage = {
-        key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", report)
-    }
-    assert usage["STACK"] == usage["LOCAL"] == 0, report  # spilled registers live there
-    assert 0 < usage["REG"] <= 255, report
-    assert compiled.metadata.shared <= 48 * 1024, compiled.metadata.shared
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernel_compiles_without_spills(capability: int) -> None:
+    report = compile_kernel(gpu_sources.nearest_codes(), capability)
+    assert report.stack == 0, report  # spilled registers live there
+    assert 0 < report.registers <= 255, report
+    assert report.shared <= 48 * 1024, report
 
 
 def test_missing_triton_is_explained_at_the_call(tmp_path: Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from compiled_kernels import CAPABILITIES, compare_on, compile_kernel, needs_triton
+from compiled_kernels import CAPABILITIES, compare_on, needs_triton
 from percov2 import triton_kernels
+from percov2.bench import gpu_sources
+from percov2.bench.gpu_compiled import compile_kernel
 from percov2.entropy import entries, schedule
 from percov2.entropy.reader_plan import plan_readers
 
@@ -22,27 +22,8 @@ def test_interpreted_kernel_agrees_with_plain_torch() -> None:
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("head_dim", [32, 64])
-def test_attention_compiles_without_spills(head_dim: int, capability: int, tmp_path: Path) -> None:
-    from percov2.triton_kernels import stage_attention
-
-    pointers = dict.fromkeys(("queries", "keys", "values", "out", "shifts", "weights"), "*i8")
-    places = ("reader_places", "readers", "first_keys", "listed_keys")
-    pointers |= {**dict.fromkeys(places, "*i32"), "biases": "*i16"}
-    strides = ("query_batch", "query_stride", "key_batch", "key_stride")
-    report = compile_kernel(
-        stage_attention.stage_attention_kernel,
-        {**pointers, **dict.fromkeys(("reader_count", "list_size", *strides), "i32")},
-        {
-            "GAIN_BITS": 2,
-            "HEAD_DIM": head_dim,
-            "BLOCK_DIM": head_dim,
-            "BLOCK": stage_attention.BLOCK,
-            "GROUP": stage_attention.GROUP,
-        },
-        (*pointers, "list_size", *strides),
-        capability,
-        tmp_path,
-    )
+def test_attention_compiles_without_spills(head_dim: int, capability: int) -> None:
+    report = compile_kernel(gpu_sources.attention(head_dim), capability)
     assert report.stack == 0, report
     assert report.registers <= 128, report  # four programs of four warps on a multiprocessor
     # A group of keys, and of values, is one load per thread.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from compiled_kernels import CAPABILITIES, compare_on, compile_kernel, needs_triton
+from compiled_kernels import CAPABILITIES, compare_on, needs_triton
 from percov2 import triton_kernels
+from percov2.bench import gpu_sources
+from percov2.bench.gpu_compiled import compile_kernel
 from percov2.entropy import cdf
 
 TABLE = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32)
@@ -21,59 +21,30 @@ def test_interpreted_kernel_agrees_with_the_oracle() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("size", "kind", "pointer", "capability"),
+    ("size", "kind", "capability"),
     [
-        *((size, "INT16", "*i16", each) for size in (256, 1024, 8192) for each in CAPABILITIES),
-        (1024, "BFLOAT16", "*i16", 90),
-        (1024, "FLOAT32", "*fp32", 90),
+        *((size, "INT16", each) for size in (256, 1024, 8192) for each in CAPABILITIES),
+        (1024, "BFLOAT16", 90),
+        (1024, "FLOAT32", 90),
     ],
 )
-def test_rows_are_read_once_in_128_bit_loads(
-    size: int, kind: str, pointer: str, capability: int, tmp_path: Path
-) -> None:
-    from percov2.triton_kernels import intervals
-
-    rows, columns, warps = intervals.block_sizes(size)
-    types = dict.fromkeys(("symbols", "table", "starts", "freqs"), "*i32")
-    report = compile_kernel(
-        intervals.intervals_kernel,
-        {"logits": pointer, **types, "rows": "i32", "spread": "i32"},
-        {
-            "SIZE": size,
-            "KIND": getattr(intervals, kind),
-            "BLOCK_ROWS": rows,
-            "BLOCK_SIZE": columns,
-        },
-        ("logits", *types),
-        capability,
-        tmp_path,
-        warps,
-    )
+def test_rows_are_read_once_in_128_bit_loads(size: int, kind: str, capability: int) -> None:
+    source = gpu_sources.symbol_intervals(size, kind)
+    report = compile_kernel(source, capability)
     assert report.stack == 0, report
     assert report.registers <= 128, report
     # Each logit once: the tile in 16-byte pieces, one for each thread and load.
     width = 32 if kind == "FLOAT32" else 16
-    pieces = rows * columns * width // 128 // (32 * warps)
+    logits = source.constants["BLOCK_ROWS"] * source.constants["BLOCK_SIZE"]
+    pieces = logits * width // 128 // (32 * source.warps)
     assert report.loads[128] == report.wide_loads == pieces, report
     # Nothing travels between threads but a few row results.
     assert report.shared <= 256, report
 
 
 @needs_triton
-def test_a_codebook_of_any_size_compiles(tmp_path: Path) -> None:
-    from percov2.triton_kernels import intervals
-
-    rows, columns, warps = intervals.block_sizes(50)
-    types = dict.fromkeys(("symbols", "table", "starts", "freqs"), "*i32")
-    report = compile_kernel(
-        intervals.intervals_kernel,
-        {"logits": "*i16", **types, "rows": "i32", "spread": "i32"},
-        {"SIZE": 50, "KIND": 0, "BLOCK_ROWS": rows, "BLOCK_SIZE": columns},
-        ("logits", *types),
-        90,
-        tmp_path,
-        warps,
-    )
+def test_a_codebook_of_any_size_compiles() -> None:
+    report = compile_kernel(gpu_sources.symbol_intervals(50), 90)
     assert report.stack == 0, report
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from compiled_kernels import CAPABILITIES, compare_on, compile_kernel, needs_triton
+from compiled_kernels import CAPABILITIES, compare_on, needs_triton
 from percov2 import triton_kernels
+from percov2.bench import gpu_sources
+from percov2.bench.gpu_compiled import compile_kernel
 
 
 @needs_triton
@@ -19,38 +19,22 @@ def test_interpreted_kernels_agree_with_the_oracle() -> None:
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dim", [128, 1024])
-def test_norm_compiles_without_spills(dim: int, capability: int, tmp_path: Path) -> None:
-    from percov2.triton_kernels import int_layernorm
-
-    rows, columns = int_layernorm.block_sizes(dim)
-    report = compile_kernel(
-        int_layernorm.int_layernorm_kernel,
-        {"residual": "*i32", "gain": "*i16", "out": "*i8", "rows": "i32"},
-        {"DIM": dim, "BLOCK_ROWS": rows, "BLOCK_DIM": columns},
-        ("residual", "gain", "out"),
-        capability,
-        tmp_path,
-    )
+def test_norm_compiles_without_spills(dim: int, capability: int) -> None:
+    source = gpu_sources.layer_norm(dim)
+    report = compile_kernel(source, capability)
     assert report.stack == 0, report
     assert report.registers <= 128, report
-    tile = rows * columns // 4 // 128  # four numbers for each thread and load
+    numbers = source.constants["BLOCK_ROWS"] * source.constants["BLOCK_DIM"]
+    tile = numbers // 4 // 128  # four numbers for each thread and load
     assert report.loads[128] == report.wide_loads, report
     assert report.loads[128] in (tile, tile + 1), report  # the gain may be wide, too
-
-
-ENDS = {
-    "int8": ("STORE", 127, "*i8", "*i8"),
-    "int16": ("STORE", 2**15 - 1, "*i8", "*i16"),
-    "table": ("TABLE", 127, "*i8", "*i8"),
-    "residual": ("RESIDUAL", 2**20, "*i32", "*i32"),
-}
 
 
 @needs_triton
 @pytest.mark.parametrize(
     ("rows", "end", "capability"),
     [
-        *((4096, end, 90) for end in ENDS),
+        *((4096, end, 90) for end in gpu_sources.ENDS),
         (4096, "table", 80),
         (4096, "residual", 100),
         (64, "table", 80),
@@ -58,31 +42,8 @@ ENDS = {
         (64, "int8", 100),
     ],
 )
-def test_linear_compiles_without_spills(
-    rows: int, end: str, capability: int, tmp_path: Path
-) -> None:
-    from percov2.triton_kernels import int_linear
-
-    block_rows, block_outputs, block_terms, warps = int_linear.block_sizes(rows, 512)
-    what, limit, extra, out = ENDS[end]
-    pointers = {"x": "*i8", "weight": "*i8", "bias": "*i32", "multiplier": "*i8", "shift": "*i8"}
-    pointers |= {"extra": extra, "out": out}
-    report = compile_kernel(
-        int_linear.int_linear_kernel,
-        {**pointers, "rows": "i32", "outputs": "i32"},
-        {
-            "TERMS": 512,
-            "LIMIT": limit,
-            "END": getattr(int_linear, what),
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_OUTPUTS": block_outputs,
-            "BLOCK_TERMS": block_terms,
-        },
-        (*pointers, "outputs"),
-        capability,
-        tmp_path,
-        warps,
-    )
+def test_linear_compiles_without_spills(rows: int, end: str, capability: int) -> None:
+    report = compile_kernel(gpu_sources.linear(rows, 512, end), capability)
     assert report.stack == 0, report
     assert report.registers <= 128, report
     assert report.wide_loads >= 2, report  # both operands

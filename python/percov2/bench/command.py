@@ -1,4 +1,4 @@
-"""``percov2 bench entropy``: its options, and what becomes of the report."""
+"""``percov2 bench``: its options, and what becomes of a report."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ def add_parser(commands: Any) -> None:
         metavar="PYTHON",
         help=f"also time the coders that benchmarks/peers.sh installs ({PEERS})",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    _add_outputs(parser)
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write PNGs (needs matplotlib)")
     parser.add_argument(
         "--entropy-model",
@@ -51,6 +50,16 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--instruction-set", metavar="NAME", help="scalar, avx2, ... (default: the best one)"
     )
+    help_ = "Measure the GPU kernels on a card, or predict them without one."
+    parser = added.add_parser("gpu", help=help_, description=help_)
+    parser.set_defaults(run=bench_gpu)
+    parser.add_argument("--quick", action="store_true", help="one kind of card, short measurements")
+    _add_outputs(parser)
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
 
 
 def _sections(text: str) -> tuple[str, ...]:
@@ -76,17 +85,33 @@ def bench_entropy(arguments: argparse.Namespace) -> None:
             rans.use_instruction_set(arguments.instruction_set)
         chosen = plan.QUICK_PLAN if arguments.quick else plan.FULL_PLAN
         report = entropy.run(chosen, arguments.only, arguments.entropy_model, peers)
+    _write(arguments, report, tables.as_markdown(report))
+    if arguments.plots is not None:
+        with about(arguments.plots):
+            plots.write_plots(report, arguments.plots)
+    print(tables.as_text(report), end="")
+
+
+def bench_gpu(arguments: argparse.Namespace) -> None:
+    """``percov2 bench gpu``."""
+    with about("bench gpu"):
+        _check_outputs([arguments.json, arguments.markdown])
+        from percov2.bench import gpu, gpu_plan, gpu_tables
+
+        report = gpu.run(gpu_plan.QUICK_PLAN if arguments.quick else gpu_plan.FULL_PLAN)
+    _write(arguments, report, gpu_tables.as_markdown(report))
+    print(gpu_tables.as_text(report), end="")
+
+
+def _write(arguments: argparse.Namespace, report: dict[str, Any], page: str) -> None:
+    """Write what --json and --markdown ask for."""
     if arguments.json is not None:
         with about(arguments.json):
             text = json.dumps(report, indent=2) + "\n"
             arguments.json.write_text(text, encoding="utf-8")
     if arguments.markdown is not None:
         with about(arguments.markdown):
-            arguments.markdown.write_text(tables.as_markdown(report), encoding="utf-8")
-    if arguments.plots is not None:
-        with about(arguments.plots):
-            plots.write_plots(report, arguments.plots)
-    print(tables.as_text(report), end="")
+            arguments.markdown.write_text(page, encoding="utf-8")
 
 
 def _check_outputs(paths: list[Path | None]) -> None:

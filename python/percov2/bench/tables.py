@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = dict[str, Any]
+_TEXT = ("", "coder", "given", "what", "schedule", "step", "kernel", "case", "limited by")
+"""Names of columns that hold text."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ def tables(report: Record) -> list[Table]:
     for record in records:
         by_section.setdefault(record["section"], []).append(record)
     made = [
-        _summary(report["summary"]),
+        summary_table(report["summary"]),
         _coders("Coder only (million symbols per second)", by_section.get("coder", [])),
         _coders("From logits (million symbols per second)", by_section.get("logits", [])),
         _lanes(by_section.get("lanes", [])),
@@ -50,7 +52,8 @@ def tables(report: Record) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def _summary(lines: list[Record]) -> Table:
+def summary_table(lines: list[Record]) -> Table:
+    """Name, value and goal of each line of a summary."""
     rows = [
         (
             line["name"],
@@ -223,8 +226,18 @@ def heading(report: Record) -> str:
 
 def as_text(report: Record) -> str:
     """The tables for a terminal."""
-    parts = [heading(report)]
-    for table in tables(report):
+    return text_of(heading(report), tables(report))
+
+
+def as_markdown(report: Record) -> str:
+    """The tables for a page."""
+    return markdown_of(heading(report), tables(report))
+
+
+def text_of(first: str, made: Sequence[Table]) -> str:
+    """Tables below a first paragraph, for a terminal."""
+    parts = [first]
+    for table in made:
         cells = [table.header, *table.rows]
         widths = [max(len(row[i]) for row in cells) for i in range(len(table.header))]
         lines = [
@@ -238,10 +251,10 @@ def as_text(report: Record) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def as_markdown(report: Record) -> str:
-    """The tables for a page."""
-    parts = [heading(report)]
-    for table in tables(report):
+def markdown_of(first: str, made: Sequence[Table]) -> str:
+    """Tables below a first paragraph, for a page."""
+    parts = [first]
+    for table in made:
         sides = [":--" if _is_text(table, i) else "--:" for i in range(len(table.header))]
         lines = ["| " + " | ".join(row) + " |" for row in (table.header, tuple(sides), *table.rows)]
         parts.append("\n".join([f"### {table.title}", "", *lines]))
@@ -249,4 +262,4 @@ def as_markdown(report: Record) -> str:
 
 
 def _is_text(table: Table, column: int) -> bool:
-    return table.header[column] in ("", "coder", "given", "what", "schedule", "step")
+    return table.header[column] in _TEXT

@@ -1,0 +1,216 @@
+"""``percov2 bench gpu``: predictions hold together, and what a card would run runs here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compiled_kernels import needs_triton
+from percov2 import cli
+from percov2.bench import (
+    gpu,
+    gpu_compiled,
+    gpu_kernels,
+    gpu_plan,
+    gpu_predict,
+    gpu_summary,
+    gpu_tables,
+)
+from percov2.bench.gpu_cards import CARDS, Card, occupancy
+from percov2.bench.gpu_compiled import Missing, instructions
+from percov2.bench.gpu_kernels import Kernel, Size
+from percov2.entropy.transformer_config import TransformerConfig
+
+H100 = next(card for card in CARDS if card.name.startswith("H100"))
+SMALL = Size(2, 16, TransformerConfig(codebook_size=16, dim=32, heads=1, layers=2, hidden=64))
+
+
+# Counting ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "grid", "expected"),
+    [
+        # CUDA's occupancy calculator for blocks of 4 warps: 65,536 registers, 64 warps, 32 blocks.
+        (32, 0, 10**6, (64, "warps")),
+        (72, 0, 10**6, (28, "registers")),
+        (128, 0, 10**6, (16, "registers")),
+        (255, 0, 10**6, (8, "registers")),
+        (32, 48 * 1024, 10**6, (16, "shared memory")),
+        (32, 0, 132, (4, "grid")),
+        (32, 0, 133, (8, "grid")),
+    ],
+)
+def test_occupancy(registers: int, shared: int, grid: int, expected: tuple[int, str]) -> None:
+    found = occupancy(H100, 4, registers, shared, grid)
+    assert (found.warps, found.limit) == expected
+
+
+def test_occupancy_by_blocks() -> None:
+    assert occupancy(H100, 1, 16, 0, 10**6).limit == "blocks"
+
+
+def machine(*lines: str) -> str:
+    """Machine code as cuobjdump prints it; a line's number is its address in sixteens."""
+    return "".join(f"        /*{16 * i:04x}*/  {line} ;\n" for i, line in enumerate(lines))
+
+
+def test_instructions_are_counted_once_and_loops_as_often_as_they_run() -> None:
+    body = ["IADD3 R1, R1, R2, RZ"] * 40
+    inner = [*body, "@P0 BRA 0x20"]
+    code = machine("MOV R1, RZ", "MOV R2, RZ", *inner, "@P1 EXIT", "EXIT", *body, "BRA 0x20")
+    assert instructions(code, (7,)) == 2 + 7 * 41 + 2
+    outer = machine("MOV R1, RZ", "NOP", *inner, "@!P1 BRA 0x10", "EXIT")
+    assert instructions(outer, (3, 3 * 7)) == 1 + 3 * 2 + 3 * 7 * 41 + 1
+    # A short loop waits; it runs once.
+    assert instructions(machine("NOP", "@P0 BRA 0x0", "EXIT")) == 3
+    for trips in ((), (7, 7)):
+        with pytest.raises(ValueError, match="has 1 loops"):
+            instructions(code, trips)
+
+
+def test_usage_is_read_from_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "_ZN7percov2{}EvNS_10DecodeTaskE"
+    line = "REG:{} STACK:{} SHARED:{} LOCAL:{} CONSTANT[0]:448 TEXTURE:0"
+    text = "".join(
+        f"Fatbin elf code:\n====\narch = sm_{arch}\ncode version = [1,8]\n\nResource usage:\n"
+        f" Common:\n  GLOBAL:0 CONSTANT[3]:1024\n Function {name.format(symbol)}:\n  {usage}\n"
+        for arch, symbol, usage in (
+            (80, "13decode_kernelILb0E", line.format(48, 0, 1024, 0)),
+            (90, "13decode_kernelILb1E", line.format(56, 8, 2048, 4)),
+            (90, "11pack_kernel", line.format(32, 0, 1088, 0)),
+        )
+    )
+    monkeypatch.setattr(gpu_compiled, "_cuobjdump", lambda *arguments: text)
+    assert gpu_compiled.module_usages(Path("module.so")) == {
+        ("decode_kernel<false>", 80): gpu_compiled.Usage(48, 0, 1024),
+        ("decode_kernel<true>", 90): gpu_compiled.Usage(56, 12, 1024),
+        ("pack_kernel", 90): gpu_compiled.Usage(32, 0, 64),
+    }
+    with pytest.raises(ValueError, match="other_kernel"):
+        gpu_compiled.kernel_name("other_kernel")
+
+
+@pytest.mark.parametrize(("capability", "code"), [(80, 80), (86, 80), (90, 90), (103, 100)])
+def test_a_card_runs_the_newest_code_that_it_can(capability: int, code: int) -> None:
+    assert gpu_compiled.code_for(capability, {80, 90, 100}) == code
+
+
+def test_a_card_without_code_is_explained() -> None:
+    with pytest.raises(Missing, match=r"sm_120 runs its PTX.*CMAKE_CUDA_ARCHITECTURES=120-real"):
+        gpu_compiled.code_for(120, {80, 90, 100})
+
+
+def test_the_longest_of_the_limits_is_the_time() -> None:
+    card = Card("card", 90, 10, 1e9, 1e9, 1e12)
+    kernel = Kernel(1000, 4, 5e6, chain_cycles=4e6, lookup_cycles=2e7, tensor_ops=1e9)
+    assert gpu_predict.times(kernel, card, 1.2e8) == {
+        "bandwidth": 5e-3,
+        "chain": 4e-3,
+        "lookups": 2e-3,
+        "tensor cores": 1e-3,
+        "issue": 3e-3,
+    }
+    # Two warps use two schedulers, not forty.
+    few = Kernel(1, 2, 0.0)
+    assert gpu_predict.times(few, card, 1.2e8) == {"issue": 6e-2}
+
+
+# Predictions -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    """The predictions for one card at a small size."""
+    plan = gpu_plan.GpuPlan((H100,), (SMALL,), gpu_plan.QUICK_PLAN.effort)
+    return gpu.run(plan)
+
+
+@needs_triton
+def test_every_kernel_is_predicted_and_says_so(report: dict) -> None:
+    assert json.loads(json.dumps(report)) == report
+    assert report["kind"] == "prediction"
+    kernels = [r for r in report["records"] if r["section"] == "kernels"]
+    names = {r["kernel"] for r in kernels}
+    triton = {"symbol_intervals", "layer_norm", "linear", "attention", "nearest_codes"}
+    cuda = {"encode_kernel", "pack_kernel", "decode_kernel<true>", "decode_kernel<false>"}
+    assert names == triton | cuda
+    for r in kernels:
+        if r["kernel"] in triton:
+            assert r["kind"] == "prediction"
+        if r["kind"] == "missing":
+            assert "-C cmake.define.PERCOV2_CUDA=ON" in r["why"]
+            continue
+        assert r["stack_bytes"] == 0 < r["registers"] <= 255
+        assert 0 < r["resident_warps"] <= 64
+        assert r["predicted_s"] == max(r["limits_s"].values())
+        assert r["limits_s"][r["predicted_limit"]] == r["predicted_s"]
+        assert r["predicted_s"] >= r["bytes"] / H100.bandwidth > 0
+
+
+def test_the_floors_are_met() -> None:
+    sizes = gpu_plan.FULL_PLAN.sizes
+    counted = [gpu_summary.launches(size, "prediction") for size in sizes]
+    lines = gpu_summary.summarize(sizes, counted)
+    assert len(lines) == 6
+    assert all(line["met"] for line in lines)
+    assert lines[0]["value"] == pytest.approx((2 * 256 + 12) / (2 * 256 + 6))
+
+
+def test_traffic_is_that_of_the_operands() -> None:
+    config = SMALL.config
+    assert gpu_kernels.interval_bytes(SMALL) == (32 * (32 + 12), 32 * (32 + 6))
+    assert gpu_kernels.encode(SMALL).bytes == 32 * (8 + 4 / 8)
+    assert gpu_kernels.decode(SMALL, True).bytes == 32 * (32 + 4 + 4 / 8)
+    maps = gpu_kernels.linear_maps(config)
+    assert maps[4] == ("down", 64, 32, "residual")
+
+
+def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise Missing(gpu_compiled.HOW_TO_GET_TRITON)
+
+    def absent() -> dict:
+        raise Missing(gpu_compiled.HOW_TO_GET_CUDA)
+
+    monkeypatch.setattr(gpu_compiled, "require_triton", missing)
+    monkeypatch.setattr(gpu_compiled, "installed_usages", absent)
+    plan = gpu_plan.GpuPlan((H100,), (SMALL,), gpu_plan.QUICK_PLAN.effort)
+    report = gpu.run(plan)
+    kernels = [r for r in report["records"] if r["section"] == "kernels"]
+    assert {r["kind"] for r in kernels} == {"missing"}
+    assert {r["why"] for r in kernels} == {
+        gpu_compiled.HOW_TO_GET_TRITON,
+        gpu_compiled.HOW_TO_GET_CUDA,
+    }
+    text = gpu_tables.as_text(report)
+    assert text.count("pip install 'percov2[gpu]'") == sum("triton" in r["why"] for r in kernels)
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_command_writes_tables_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = gpu_plan.GpuPlan((H100,), (SMALL,), gpu_plan.QUICK_PLAN.effort)
+    monkeypatch.setattr(gpu_plan, "QUICK_PLAN", plan)
+    figures, page = tmp_path / "a.json", tmp_path / "a.md"
+    arguments = ["bench", "gpu", "--quick", "--json", str(figures), "--markdown", str(page)]
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "PREDICTION: no CUDA device was found" in out
+    assert "PREDICTION for H100 SXM" in out
+    assert "### PREDICTION for H100 SXM" in page.read_text(encoding="utf-8")
+    assert json.loads(figures.read_text(encoding="utf-8"))["kind"] == "prediction"
+
+
+def test_faults_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "gpu", "--json", "absent/a.json"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("percov2: bench gpu: cannot write absent/a.json")
+    assert captured.err.count("\n") == 1
