@@ -37,6 +37,14 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an "sd3" model with random weights; its base model lies beside it."""
+    import random_sd3
+
+    return random_sd3.build(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="session")
 def codec(random_model: Path) -> Codec:
     """A codec with that model."""
     from percov2.codec import Codec

@@ -32,6 +32,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile", action="store_true", help="compile the flow network (slow first picture)"
     )
+    group.add_argument(
+        "--no-t5", dest="t5", action="store_false", help="sd3 without its largest text encoder"
+    )
 
 
 def open_codec(arguments: argparse.Namespace) -> Codec:
@@ -41,7 +44,11 @@ def open_codec(arguments: argparse.Namespace) -> Codec:
 
     with about(f"model {arguments.model}"):
         options = BackboneOptions(
-            arguments.dtype, arguments.offload, arguments.vae_tiling, arguments.compile
+            arguments.dtype,
+            arguments.offload,
+            arguments.vae_tiling,
+            arguments.compile,
+            arguments.t5,
         )
         codec = Codec.from_pretrained(arguments.model, arguments.device, options)
         for rate in codec.config.rates:

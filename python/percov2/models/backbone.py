@@ -37,6 +37,8 @@ class BackboneOptions:
         offload: keep networks in CPU memory and move each to the device only while it runs.
         vae_tiling: run the base model's autoencoder in tiles, to bound its memory.
         compile: compile the flow network with ``torch.compile`` (slow first picture).
+        t5: use SD3's third and by far largest text encoder; its part of a caption is zeros
+            without.
 
     Raises:
         ValueError: for another dtype.
@@ -46,6 +48,7 @@ class BackboneOptions:
     offload: bool = False
     vae_tiling: bool = False
     compile: bool = False
+    t5: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):

@@ -24,6 +24,19 @@ class Rate:
     codebook_size: int
 
 
+PAPER_RATES = (
+    Rate("r0020", 64, 256),
+    Rate("r0024", 64, 1024),
+    Rate("r0098", 32, 1024),
+    Rate("r0313", 16, 256),
+    Rate("r0508", 16, 8192),
+    Rate("r0938", 8, 64),
+    Rate("r1250", 8, 256),
+)
+"""The paper's seven rates, each named after its tokens' bits per pixel under uniform coding:
+log2 V / token_side², in ten thousandths. 512×512 pixels have a grid of 512 / token_side."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """``config.json`` of a model folder.

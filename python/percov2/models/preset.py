@@ -18,8 +18,8 @@ from percov2.models.backbone import BackboneOptions
 from percov2.models.flow import WindowedEstimate, estimate_clean, sample, upsample_z_hat
 from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.model_config import ModelConfig
-from percov2.models.quantizer import VectorQuantizer
-from percov2.models.storage import load_component, load_tensor
+from percov2.models.quantizer import VectorQuantizer, stored_codebook
+from percov2.models.storage import load_component
 from percov2.models.text_encoder import HashedTextEncoder
 
 
@@ -73,8 +73,7 @@ class CodecModel:
 
     def codebook_bytes(self, rate: str) -> bytes:
         """The stored codebook, float32 little-endian, row after row (part of the model id)."""
-        path = self.folder / self.config.rate(rate).name / "quantizer" / "model.safetensors"
-        return load_tensor(path, "codebook").float().numpy().astype("<f4").tobytes()
+        return stored_codebook(self.folder / self.config.rate(rate).name / "quantizer")
 
     @torch.inference_mode()
     def encode_tokens(self, images: Tensor, rate: str) -> Tensor:

@@ -6,6 +6,7 @@ nearest codebook vector; the vector is projected back for the flow transformer.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,19 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+from percov2.models.storage import load_tensor
+
+
+def stored_codebook(folder: Path) -> bytes:
+    """Codebook in a saved quantizer's folder, float32 little-endian, row after row.
+
+    Raises:
+        ValueError: when the file is damaged or holds none.
+        OSError: when it cannot be read.
+    """
+    codebook = load_tensor(folder / "model.safetensors", "codebook")
+    return codebook.float().numpy().astype("<f4").tobytes()
 
 
 class Quantized(NamedTuple):
