@@ -66,7 +66,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i, (height, width) in enumerate([(64, 96), (96, 64), (72, 80)]):
         photo = generator.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         photo = photo.repeat(8, 0).repeat(8, 1)
-        entries.append([f"p-{i}", offset, height, width, ["a red door"] if i else []])
+        entries.append([f"pic-{i}", offset, height, width, ["a red door"] if i else []])
         pixels.append(photo.tobytes())
         offset += photo.size
     (folder / "photos.bin").write_bytes(b"".join(pixels))

@@ -65,7 +65,8 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokens") / "tokens.npz"
     sizes = [(8, 12), (14, 14), (10, 8), (5, 9)]
     maps = {f"tokens_{i}": smooth_map(*sizes[i % 4], seed=i) for i in range(48)}
-    np.savez(path, codebook_size=np.int32(16), **maps)
+    held_out = np.arange(48) % 16 == 15
+    np.savez(path, codebook_size=np.int32(16), held_out=held_out, **maps)
     return path
 
 
@@ -232,7 +233,8 @@ def test_random_stages_are_orders():
 
 def test_draws_fit_and_hold_out_maps(token_file: Path):
     data = TokenMaps(token_file)
-    assert len(data.held_out) == 3
+    assert [grid.shape for grid in data.held_out] == [(5, 9)] * 3
+    assert np.array_equal(data.held_out[1], smooth_map(5, 9, seed=31))
     assert len(data.maps) == 45
     batch = data.draw(np.random.default_rng(0), (20, 20), CONFIG)
     assert tuple(batch.tokens.shape) == (3, 14, 14)
@@ -246,12 +248,16 @@ def test_broken_token_files_are_refused(tmp_path: Path):
     np.savez(path, tokens_0=np.zeros((2, 2), np.int32))
     with pytest.raises(ValueError, match="codebook_size"):
         TokenMaps(path)
-    np.savez(path, codebook_size=4, tokens_0=np.full((2, 2), 4))
+    np.savez(path, codebook_size=4, tokens_0=np.zeros((2, 2), np.int32))
+    with pytest.raises(ValueError, match="held_out"):
+        TokenMaps(path)
+    np.savez(path, codebook_size=4, held_out=[False], tokens_0=np.full((2, 2), 4))
     with pytest.raises(ValueError, match="tokens_0"):
         TokenMaps(path)
-    np.savez(path, codebook_size=4, tokens_0=np.zeros((2, 2), np.int32))
-    with pytest.raises(ValueError, match="at least 16"):
-        TokenMaps(path)
+    for held_out, counts in ((False, "1 maps .* 0 held out"), (True, "0 maps .* 1 held out")):
+        np.savez(path, codebook_size=4, held_out=[held_out], tokens_0=np.zeros((2, 2), np.int32))
+        with pytest.raises(ValueError, match=counts):
+            TokenMaps(path)
 
 
 def test_a_run_resumes_exactly_and_exports(token_file: Path, tmp_path: Path):

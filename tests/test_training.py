@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tarfile
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from percov2.training.commands import autoencoder_stage, codec_stage, read_section
-from percov2.training.data import PhotoCrops, decode_shards
+from percov2.training.data import PARTS, PhotoCrops, decode_shards
 from percov2.training.loop import TrainingStage, load_averaged, train
 from tiny_flow import TINY_FLOW
 
@@ -49,9 +50,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
             out = io.BytesIO()
             Image.fromarray(pixels).save(out, "png")
-            _add(tar, f"p-{i}.png", out.getvalue())
+            _add(tar, f"pic-{i}.png", out.getvalue())
             if i == 0:
-                _add(tar, f"p-{i}.txt", b"a red door\na blue door\n")
+                _add(tar, f"pic-{i}.txt", b"a red door\na blue door\n")
     decode_shards([folder / "photos-000.tar"], folder / "cache")
     return folder / "cache"
 
@@ -88,9 +89,35 @@ def test_crops_are_parts_of_photos_at_native_resolution(cache: Path) -> None:
     assert any(contains(p) or contains(p[:, ::-1]) for p in photos)
 
 
+def test_held_out_photos_are_never_drawn(tmp_path: Path) -> None:
+    keys = [f"photo-{i}" for i in range(40)]
+    held_out = [key for key in keys if hashlib.sha256(key.encode()).digest()[0] < 22]
+    assert "photo-2" in held_out and 2 <= len(held_out) <= 6
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for key in keys:
+            out = io.BytesIO()
+            colour = (0, 0, 255) if key in held_out else (255, 0, 0)
+            Image.new("RGB", (9, 9), colour).save(out, "png")
+            _add(tar, f"{key}.png", out.getvalue())
+    decode_shards([tmp_path / "photos.tar"], tmp_path / "cache")
+    parts = {part: PhotoCrops(tmp_path / "cache", part) for part in PARTS}
+    assert [p.key for p in parts["held out"].photos] == held_out
+    assert [p.key for p in parts["all"].photos] == keys
+    assert len(parts["training"].photos) + len(held_out) == len(keys)
+    red = torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1)
+    images, _ = PhotoCrops(tmp_path / "cache").batch(np.random.default_rng(0), 200, 8)
+    assert torch.equal(images, red.expand_as(images))
+    images, _ = parts["held out"].batch(np.random.default_rng(0), 20, 8)
+    assert torch.equal(images, red.flip(1).expand_as(images))
+
+
 def test_data_refusals(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="percov2 train data"):
         PhotoCrops(tmp_path)
+    with pytest.raises(ValueError, match="'test'; it must be one of"):
+        PhotoCrops(cache, "test")
+    with pytest.raises(ValueError, match="held out photos"):
+        PhotoCrops(cache, "held out")
     with pytest.raises(ValueError, match="smaller crop"):
         PhotoCrops(cache).batch(np.random.default_rng(0), 1, 65)
     with pytest.raises(ValueError, match=r"no \.tar"):

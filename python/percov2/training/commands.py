@@ -18,7 +18,7 @@ from percov2.models.preset import CodecModel
 from percov2.models.storage import save_component
 from percov2.training import warm_start
 from percov2.training.adversary import AdversaryConfig
-from percov2.training.data import CropPlan, PhotoCrops, decode_shards
+from percov2.training.data import CropPlan, PhotoCrops, decode_shards, is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.stage1 import (
@@ -184,13 +184,17 @@ def run_tokens(
     """`percov2 train tokens`: every photo's token map, for stage 2.
 
     Args:
-        out: ``.npz`` with ``tokens_<i>`` int32 [h, w] per photo and ``codebook_size``.
+        out: ``.npz`` with ``tokens_<i>`` int32 [h, w] per photo, ``held_out`` bool [photos] and
+            ``codebook_size``.
         precision: "bf16" halves the time; a few tokens near a tie may differ from the codec's own.
     """
     codec = CodecModel(model)
     point = codec.config.rate(rate or codec.config.default_rate)
-    photos = PhotoCrops(data)
-    maps: dict[str, Any] = {"codebook_size": np.int32(point.codebook_size)}
+    photos = PhotoCrops(data, "all")
+    maps: dict[str, Any] = {
+        "codebook_size": np.int32(point.codebook_size),
+        "held_out": np.array([is_held_out(photo.key) for photo in photos.photos]),
+    }
     for i, photo in enumerate(tqdm(photos.photos, desc="tokens", unit="photo")):
         pixels = photos.pixels(photo)
         height = photo.height - photo.height % point.token_side

@@ -34,7 +34,6 @@ from percov2.entropy.transformer import (
 )
 from percov2.training.loop import LoopConfig, TrainingStage, load_averaged, train
 
-_HELD_OUT_EVERY = 16
 _MAX_HELD_OUT = 48
 _OBSERVE_EVERY = 4
 
@@ -66,32 +65,41 @@ class TokenMaps:
     """Token maps of photos, as ``percov2 train tokens`` writes them.
 
     Args:
-        path: ``.npz`` with ``tokens_<i>`` integers [h, w] and ``codebook_size``.
+        path: ``.npz`` with ``tokens_<i>`` integers [h, w], ``held_out`` bool per map and
+            ``codebook_size``.
+
+    Attributes:
+        maps: of photos to train on.
+        held_out: of at most 48 of the others.
 
     Raises:
-        ValueError: no maps, or tokens outside the codebook.
+        ValueError: no maps of one of the two kinds, or tokens outside the codebook.
     """
 
     def __init__(self, path: Path) -> None:
         with np.load(path, allow_pickle=False) as stored:
-            if "codebook_size" not in stored:
-                raise ValueError(
-                    f"{path} has no codebook_size; make it with `percov2 train tokens`"
-                )
+            for name in ("codebook_size", "held_out"):
+                if name not in stored:
+                    raise ValueError(f"{path} has no {name}; make it with `percov2 train tokens`")
             self.codebook_size = int(stored["codebook_size"])
             count = sum(name.startswith("tokens_") for name in stored.files)
             maps = [stored[f"tokens_{i}"].astype(np.int32) for i in range(count)]
+            held = stored["held_out"].tolist()
         for i, tokens in enumerate(maps):
             if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= self.codebook_size:
                 raise ValueError(
                     f"{path}: tokens_{i} of shape {tokens.shape} must be [h, w] with tokens below "
                     f"{self.codebook_size}"
                 )
-        self.held_out = maps[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY][:_MAX_HELD_OUT]
-        held = {id(tokens) for tokens in self.held_out}
-        self.maps = [tokens for tokens in maps if id(tokens) not in held]
+        self.maps = [tokens for tokens, kept in zip(maps, held, strict=True) if not kept]
+        others = [tokens for tokens, kept in zip(maps, held, strict=True) if kept]
+        # Evenly spread, because neighbours come from the same shard.
+        self.held_out = others[:: max(1, len(others) // _MAX_HELD_OUT)][:_MAX_HELD_OUT]
         if not self.maps or not self.held_out:
-            raise ValueError(f"{path} holds {count} maps; at least {_HELD_OUT_EVERY} are needed")
+            raise ValueError(
+                f"{path} holds {len(self.maps)} maps to train on and {len(others)} held out; "
+                "both are needed"
+            )
         self._stages: dict[tuple[str, int, int], NDArray[np.int32]] = {}
 
     def counts(self) -> NDArray[np.int64]:
