@@ -20,6 +20,7 @@ CODEC_AND_BELOW = {
     "percov2",
     "percov2.bitstream",
     "percov2.caption",
+    "percov2.captioners",
     "percov2.codec",
     "percov2.entropy",
     "percov2.images",
@@ -41,6 +42,11 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.entropy.schedule": (set(), {"numpy", "torch"}, set()),
     "percov2.bitstream": (set(), set(), set()),
     "percov2.caption": ({"percov2.bitstream", "percov2.entropy"}, set(), {"transformers"}),
+    "percov2.captioners": (
+        {"percov2.caption", "percov2.images"},
+        {"PIL", "torch"},
+        {"transformers"},
+    ),
     "percov2.models": (
         {"percov2.models"},
         {"diffusers", "numpy", "safetensors", "torch"},
@@ -72,7 +78,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     # Runs under another interpreter, which has no percov2.
     "percov2.bench.peer_coders": (set(), {"numpy", "torch"}, {"constriction", "torchac"}),
     "percov2.cli_faults": (set(), set(), set()),
-    "percov2.cli_model": ({"percov2.cli_faults"}, set(), set()),
+    "percov2.cli_model": ({"percov2.caption", "percov2.cli_faults"}, set(), set()),
     "percov2.cli": (
         {*BITSTREAM, "percov2.cli_faults", "percov2.cli_model"},
         set(),

@@ -18,6 +18,9 @@ from percov2.bitstream import (
     BitstreamError,
 )
 
+CAPTIONERS = ("none", "text", "blip2", "molmo2")
+"""Names that ``percov2.captioners.open_captioner`` knows."""
+
 # A deflate stream often ends in zero bits; zero bytes at its end are not stored. The reader
 # appends this many again, more than any stream that the writer accepts has lost.
 _DEFLATE_PADDING = 4

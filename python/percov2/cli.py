@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from percov2 import bitstream
 from percov2.cli_faults import about, report_faults
-from percov2.cli_model import add_model, open_codec
+from percov2.cli_model import add_captioner, add_model, chosen_captioner, open_codec
 
 if TYPE_CHECKING:
     from percov2.bitstream import ParsedFile
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("output", type=Path, metavar="OUT.pcv2")
     add_model(added)
     _add_encoding(added)
-    added.add_argument("--caption", default="", help="text that guides the decoder; costs bytes")
+    add_captioner(added)
     _add_limit(added)
 
     added = command("decompress", decompress, "Restore the picture of a .pcv2 file.")
@@ -131,6 +131,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--json", action="store_true", help="print a JSON list of records")
     add_model(added)
     _add_encoding(added)
+    add_captioner(added)
     _add_sampling(added)
 
     added = command("eval", evaluate, "Write a report over the pictures of a folder.")
@@ -142,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_model(added)
     _add_encoding(added)
+    add_captioner(added)
     _add_sampling(added)
 
     _add_train(commands)
@@ -168,13 +170,15 @@ def compress(arguments: argparse.Namespace) -> None:
         check_outputs([arguments.output], [arguments.input])
     with about(arguments.input):
         image = read_image(arguments.input, arguments.max_pixels)
+    captioner = chosen_captioner(arguments)
     codec = open_codec(arguments)
     with about(arguments.input):
+        captions = captioner([image])
         (data,) = codec.compress(
             [image],
             arguments.rate,
             arguments.schedule,
-            [arguments.caption],
+            captions,
             arguments.max_pixels,
         )
     with about(arguments.output):
@@ -328,7 +332,12 @@ def _setting(arguments: argparse.Namespace) -> Any:
     from percov2.evaluation.report import Setting
 
     return Setting(
-        arguments.rate, arguments.schedule, arguments.steps, arguments.guidance, arguments.seed
+        arguments.rate,
+        arguments.schedule,
+        arguments.steps,
+        arguments.guidance,
+        arguments.seed,
+        chosen_captioner(arguments),
     )
 
 

@@ -1,13 +1,15 @@
-"""The command line's options that choose a model and how it runs, and the codec they give."""
+"""The command line's options that choose a model and a captioner, and what they give."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
+from percov2.caption import CAPTIONERS
 from percov2.cli_faults import about
 
 if TYPE_CHECKING:
+    from percov2.caption import Captioner
     from percov2.codec import Codec
 
 
@@ -54,3 +56,25 @@ def open_codec(arguments: argparse.Namespace) -> Codec:
         for rate in codec.config.rates:
             codec.model_id(rate.name)
     return codec
+
+
+def add_captioner(parser: argparse.ArgumentParser) -> None:
+    """Add ``--caption``, ``--captioner`` and ``--captioner-model``."""
+    parser.add_argument("--caption", default="", help="text that guides the decoder; costs bytes")
+    parser.add_argument(
+        "--captioner",
+        choices=CAPTIONERS,
+        help="who writes the caption (default: text with --caption, else none)",
+    )
+    parser.add_argument(
+        "--captioner-model", metavar="MODEL", help="hub id or folder of another BLIP-2 or Molmo2"
+    )
+
+
+def chosen_captioner(arguments: argparse.Namespace) -> Captioner:
+    """The captioner of the command line, on ``--device``; its network loads when it is called."""
+    from percov2.captioners import open_captioner
+
+    name = arguments.captioner or ("text" if arguments.caption else "none")
+    with about(f"captioner {name}"):
+        return open_captioner(name, arguments.caption, arguments.captioner_model, arguments.device)

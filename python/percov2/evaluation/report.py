@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from percov2 import __version__
+from percov2.caption import Captioner, NoCaptioner
 from percov2.codec import Codec
 from percov2.evaluation.baselines import BASELINES, encode_within
 from percov2.evaluation.metrics import METRICS, measure
@@ -34,6 +35,7 @@ class Setting:
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0
+    captioner: Captioner = field(default_factory=NoCaptioner)
 
 
 @dataclass
@@ -58,7 +60,7 @@ class RoundTrip:
 def warm_up(codec: Codec, setting: Setting) -> None:
     """Load every network of a setting, so that times are those of the work alone."""
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    files = codec.compress([grey], setting.rate, setting.schedule)
+    files = codec.compress([grey], setting.rate, setting.schedule, setting.captioner([grey]))
     codec.decompress(files, setting.steps, setting.guidance, setting.seed)
 
 
@@ -76,7 +78,9 @@ def round_trip(
     for warning in caught:
         warnings.warn(f"{path}: {warning.message}", warning.category, stacklevel=2)
     started = time.perf_counter()
-    (file,) = codec.compress([Image.fromarray(pixels)], setting.rate, setting.schedule)
+    picture = Image.fromarray(pixels)
+    captions = setting.captioner([picture])
+    (file,) = codec.compress([picture], setting.rate, setting.schedule, captions)
     encoded = time.perf_counter()
     (restored,) = codec.decompress([file], setting.steps, setting.guidance, setting.seed)
     decoded = time.perf_counter()
@@ -89,7 +93,7 @@ def round_trip(
         "encode_s": encoded - started,
         "decode_s": decoded - encoded,
     }
-    return RoundTrip(Image.fromarray(pixels), restored, file, record, notes)
+    return RoundTrip(picture, restored, file, record, notes)
 
 
 def side_by_side(pictures: Iterable[Image.Image], gap: int = 8) -> Image.Image:
@@ -219,6 +223,7 @@ def evaluate(
         "steps": codec.config.steps if setting.steps is None else setting.steps,
         "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
         "seed": setting.seed,
+        "captioner": type(setting.captioner).__name__,
         "mean": means(records),
         "images": records,
         "baselines": {name: {"mean": means(rows), "images": rows} for name, rows in rivals.items()},

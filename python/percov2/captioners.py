@@ -1,0 +1,173 @@
+"""Captioners that look at the picture: BLIP-2 and Molmo2, loaded once when first used.
+
+The paper's captions come from these networks (arXiv 2503.09368, §4); they run where pictures are
+compressed, never where they are restored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+
+from percov2.caption import CAPTIONERS, Captioner, NoCaptioner, TextCaptioner
+from percov2.images import to_rgb
+
+MAX_TOKENS = 32
+"""Length of a caption in the captioner's own tokens, as in the paper."""
+
+
+class Blip2Captioner:
+    """Captions by BLIP-2 (arXiv 2301.12597), greedily.
+
+    Args:
+        location: hub id or folder of a ``Blip2ForConditionalGeneration`` with its processor.
+        device: torch device; weights are float32 on the CPU and bfloat16 elsewhere.
+        batch: pictures described at once (bounds memory).
+    """
+
+    default_location = "Salesforce/blip2-opt-2.7b-coco"
+
+    def __init__(
+        self, location: str = default_location, device: str = "cpu", batch: int = 8
+    ) -> None:
+        self.location, self.device, self.batch = location, torch.device(device), batch
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    @cached_property
+    def _networks(self) -> tuple[Any, Any]:
+        from transformers import AutoProcessor, Blip2ForConditionalGeneration
+
+        return _load(AutoProcessor, Blip2ForConditionalGeneration, self)
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        """One caption of at most 32 tokens per image; ValueError if loading fails."""
+        processor, model = self._networks
+        captions = []
+        for group in _groups(images, self.batch):
+            pixels = processor.image_processor(group, return_tensors="pt").pixel_values
+            words = model.generate(
+                pixel_values=pixels.to(self.device, self.dtype),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=MAX_TOKENS,
+            )
+            captions += processor.tokenizer.batch_decode(words, skip_special_tokens=True)
+        return [tidy(caption) for caption in captions]
+
+
+class Molmo2Captioner:
+    """Captions by Molmo2, greedily, in answer to a question.
+
+    Args:
+        location: hub id or folder of a ``Molmo2ForConditionalGeneration`` with its processor.
+        device: torch device; weights are float32 on the CPU and bfloat16 elsewhere.
+        batch: pictures described at once (bounds memory).
+        question: what the network is asked about each picture.
+    """
+
+    default_location = "allenai/Molmo2-8B"
+
+    def __init__(
+        self,
+        location: str = default_location,
+        device: str = "cpu",
+        batch: int = 4,
+        question: str = "Describe this image in one short sentence.",
+    ) -> None:
+        self.location, self.device, self.batch = location, torch.device(device), batch
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.question = question
+
+    @cached_property
+    def _networks(self) -> tuple[Any, Any]:
+        from transformers import AutoProcessor, Molmo2ForConditionalGeneration
+
+        return _load(AutoProcessor, Molmo2ForConditionalGeneration, self)
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        """One caption of at most 32 tokens per image; ValueError if loading fails."""
+        processor, model = self._networks
+        captions = []
+        for group in _groups(images, self.batch):
+            inputs = processor.apply_chat_template(
+                [self._conversation(image) for image in group],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True, "padding_side": "left"},
+            ).to(self.device, self.dtype)
+            words = model.generate(
+                **inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_TOKENS
+            )
+            answers = words[:, inputs["input_ids"].shape[1] :]
+            captions += processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [tidy(caption) for caption in captions]
+
+    def _conversation(self, image: Image.Image) -> list[dict[str, Any]]:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": self.question}]
+        return [{"role": "user", "content": content}]
+
+
+def open_captioner(
+    name: str, text: str = "", location: str | None = None, device: str = "cpu"
+) -> Captioner:
+    """A captioner by name; networks load when it is first called.
+
+    Args:
+        name: "none", "text" (the given one), "blip2" or "molmo2".
+        text: for "text" alone.
+        location: hub id or folder of the network, for "blip2" and "molmo2" alone; their usual
+            weights if None.
+        device: torch device of the network.
+
+    Raises:
+        ValueError: an unknown name, or an argument that this captioner does not take.
+    """
+    if name not in CAPTIONERS:
+        raise ValueError(f"unknown captioner {name!r}; choose one of {', '.join(CAPTIONERS)}")
+    if bool(text) != (name == "text"):
+        raise ValueError(
+            "captioner 'text' needs a caption"
+            if name == "text"
+            else f"captioner {name!r} takes no caption of yours: leave out {text!r}"
+        )
+    if name in ("none", "text"):
+        if location is not None:
+            raise ValueError(f"captioner {name!r} has no network: leave out {location!r}")
+        return TextCaptioner(text) if text else NoCaptioner()
+    kind = Blip2Captioner if name == "blip2" else Molmo2Captioner
+    return kind(location or kind.default_location, device)
+
+
+def tidy(caption: str) -> str:
+    """A generated text on one line, without control characters and doubled spaces."""
+    printable = "".join(c if c.isprintable() else " " for c in caption)
+    return " ".join(printable.split())
+
+
+def _groups(images: Sequence[Any], size: int) -> list[list[Any]]:
+    pictures = [Image.fromarray(to_rgb(image)) for image in images]
+    return [pictures[i : i + size] for i in range(0, len(pictures), size)]
+
+
+@torch.inference_mode(False)
+def _load(
+    processor: Any, model: Any, captioner: Blip2Captioner | Molmo2Captioner
+) -> tuple[Any, Any]:
+    location = captioner.location
+    try:
+        return (
+            processor.from_pretrained(location),
+            model.from_pretrained(location, dtype=captioner.dtype).to(captioner.device).eval(),
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises whatever it stumbles over
+        raise ValueError(f"cannot load the captioner {location}: {error}") from error
