@@ -7,6 +7,7 @@ attention blocks (convolutional gates, Cheng et al. 2020), so any grid size work
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -33,14 +34,28 @@ class ResidualBottleneck(nn.Module):
         return x + self.body(x)
 
 
-class AttentionBlock(nn.Module):
-    """x + trunk(x) · sigmoid(mask(x)): the convolutional attention of Cheng et al. 2020."""
+class RectifiedBottleneck(ResidualBottleneck):
+    """relu(x + body(x)): the residual unit inside CompressAI's attention."""
 
-    def __init__(self, channels: int) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, h, w] to the same shape."""
+        return F.relu(super().forward(x))
+
+
+class AttentionBlock(nn.Module):
+    """x + trunk(x) · sigmoid(mask(x)): the convolutional attention of Cheng et al. 2020.
+
+    Args:
+        channels: C.
+        rectified: a ReLU after each residual unit, as in CompressAI.
+    """
+
+    def __init__(self, channels: int, rectified: bool = False) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(*[ResidualBottleneck(channels) for _ in range(3)])
+        unit = RectifiedBottleneck if rectified else ResidualBottleneck
+        self.trunk = nn.Sequential(*[unit(channels) for _ in range(3)])
         self.mask = nn.Sequential(
-            *[ResidualBottleneck(channels) for _ in range(3)], nn.Conv2d(channels, channels, 1)
+            *[unit(channels) for _ in range(3)], nn.Conv2d(channels, channels, 1)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,6 +71,8 @@ class HyperEncoder(ModelMixin, ConfigMixin):
         channels: N of the paper (192 there).
         hyper_channels: M of the paper (320 there).
         stride: s, latent positions per token side: 1, 2 (16-pixel tokens), 4 or 8.
+        rectified_attention: a ReLU after each residual unit of the attention blocks, as in
+            CompressAI and so in PerCo's published weights; the embedded model has none.
 
     Raises:
         ValueError: for another stride.
@@ -68,6 +85,7 @@ class HyperEncoder(ModelMixin, ConfigMixin):
         channels: int = 192,
         hyper_channels: int = 320,
         stride: int = 2,
+        rectified_attention: bool = False,
     ) -> None:
         super().__init__()
         if stride not in TOKEN_STRIDES:
@@ -86,11 +104,11 @@ class HyperEncoder(ModelMixin, ConfigMixin):
             *bottlenecks(),
             step(channels, stride >= 4),
             *bottlenecks(),
-            AttentionBlock(channels),
+            AttentionBlock(channels, rectified_attention),
             step(channels, stride >= 2),
             *bottlenecks(),
             nn.Conv2d(channels, hyper_channels, 1),
-            AttentionBlock(hyper_channels),
+            AttentionBlock(hyper_channels, rectified_attention),
         )
 
     def forward(self, latents: Tensor) -> Tensor:
