@@ -59,6 +59,11 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
         {"diffusers", "numpy", "PIL", "safetensors", "torch", "tqdm"},
         {"transformers"},
     ),
+    "percov2.import_perco": (
+        {"percov2.entropy", "percov2.models"},
+        {"diffusers", "safetensors", "torch"},
+        set(),
+    ),
     "percov2.training": (
         {*CODEC_AND_BELOW, "percov2.training", "percov2.evaluation"},
         {"diffusers", "numpy", "PIL", "safetensors", "torch", "tqdm"},
@@ -93,6 +98,7 @@ LAZY_FIRST_PARTY = {
         *CODEC_AND_BELOW,
         "percov2.bench",
         "percov2.evaluation",
+        "percov2.import_perco",
         "percov2.training",
     },
     "percov2.cli_model": CODEC_AND_BELOW,

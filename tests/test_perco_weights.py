@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import reference_perco as reference
 import torch
 from torch import Tensor
 
+import reference_perco as reference
 from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.perco_checkpoint import (
     hyper_encoder_tensors,

@@ -1,4 +1,4 @@
-"""The command line: ``percov2 compress|decompress|info|roundtrip|eval|train|bench``.
+"""The command line: ``percov2 compress|decompress|info|roundtrip|eval|train|import-perco|bench``.
 
 Nothing heavy is imported before a command needs it: ``info`` answers without torch. What can be
 known to be wrong without a model is said before one is loaded.
@@ -147,6 +147,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_sampling(added)
 
     _add_train(commands)
+    added = command("import-perco", import_perco, "Make a model of published PerCo (SD) weights.")
+    added.add_argument("folder", type=Path, metavar="FOLDER", help="of checkpoints, or one of them")
+    added.add_argument("out", type=Path, metavar="OUT", help="model folder to make")
+    added.add_argument(
+        "--base", help="folder or hub id of Stable Diffusion 2.1 (default: in the checkpoint)"
+    )
     bench.add_parser(commands)
     return parser
 
@@ -382,6 +388,17 @@ def train(arguments: argparse.Namespace) -> None:
         getattr(commands, f"run_{arguments.phase}")(
             **{option: getattr(arguments, option) for option in options}
         )
+
+
+def import_perco(arguments: argparse.Namespace) -> None:
+    """``percov2 import-perco``."""
+    from percov2 import import_perco as importer
+
+    with about("import-perco"):
+        found = importer.import_perco(arguments.folder, arguments.out, arguments.base)
+    for checkpoint in found:
+        print(f"{checkpoint.rate.name}: {checkpoint.folder}")
+    print(f"{arguments.out}: use it with --model perco:{arguments.out}")
 
 
 if __name__ == "__main__":
