@@ -98,10 +98,9 @@ LAZY_FIRST_PARTY = {
         *CODEC_AND_BELOW,
         "percov2.bench",
         "percov2.evaluation",
-        "percov2.import_perco",
         "percov2.training",
     },
-    "percov2.cli_model": CODEC_AND_BELOW,
+    "percov2.cli_model": {*CODEC_AND_BELOW, "percov2.import_perco"},
     "percov2.entropy": {"percov2.triton_kernels"},
     "percov2.models": {"percov2.triton_kernels"},
 }

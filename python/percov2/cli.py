@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from percov2 import bitstream
 from percov2.cli_faults import about, report_faults
-from percov2.cli_model import add_captioner, add_model, chosen_captioner, open_codec
+from percov2.cli_model import (
+    add_captioner,
+    add_import,
+    add_model,
+    chosen_captioner,
+    import_perco,
+    open_codec,
+)
 
 if TYPE_CHECKING:
     from percov2.bitstream import ParsedFile
@@ -148,11 +155,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_train(commands)
     added = command("import-perco", import_perco, "Make a model of published PerCo (SD) weights.")
-    added.add_argument("folder", type=Path, metavar="FOLDER", help="of checkpoints, or one of them")
-    added.add_argument("out", type=Path, metavar="OUT", help="model folder to make")
-    added.add_argument(
-        "--base", help="folder or hub id of Stable Diffusion 2.1 (default: in the checkpoint)"
-    )
+    add_import(added)
     bench.add_parser(commands)
     return parser
 
@@ -388,17 +391,6 @@ def train(arguments: argparse.Namespace) -> None:
         getattr(commands, f"run_{arguments.phase}")(
             **{option: getattr(arguments, option) for option in options}
         )
-
-
-def import_perco(arguments: argparse.Namespace) -> None:
-    """``percov2 import-perco``."""
-    from percov2 import import_perco as importer
-
-    with about("import-perco"):
-        found = importer.import_perco(arguments.folder, arguments.out, arguments.base)
-    for checkpoint in found:
-        print(f"{checkpoint.rate.name}: {checkpoint.folder}")
-    print(f"{arguments.out}: use it with --model perco:{arguments.out}")
 
 
 if __name__ == "__main__":

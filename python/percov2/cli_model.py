@@ -1,8 +1,9 @@
-"""The command line's options that choose a model and a captioner, and what they give."""
+"""The command line's choice of models and captioners, and the import of models."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from percov2.caption import CAPTIONERS
@@ -78,3 +79,25 @@ def chosen_captioner(arguments: argparse.Namespace) -> Captioner:
     name = arguments.captioner or ("text" if arguments.caption else "none")
     with about(f"captioner {name}"):
         return open_captioner(name, arguments.caption, arguments.captioner_model, arguments.device)
+
+
+def add_import(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of ``import-perco``."""
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="of checkpoints, or one of them"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="model folder to make")
+    parser.add_argument(
+        "--base", help="folder or hub id of Stable Diffusion 2.1 (default: in the checkpoint)"
+    )
+
+
+def import_perco(arguments: argparse.Namespace) -> None:
+    """``percov2 import-perco``."""
+    from percov2 import import_perco as importer
+
+    with about("import-perco"):
+        found = importer.import_perco(arguments.folder, arguments.out, arguments.base)
+    for checkpoint in found:
+        print(f"{checkpoint.rate.name}: {checkpoint.folder}")
+    print(f"{arguments.out}: use it with --model perco:{arguments.out}")
