@@ -26,6 +26,7 @@ CODEC_AND_BELOW = {
     "percov2.images",
     "percov2.models",
     "percov2.packing",
+    "percov2.pipeline",
 }
 # Module prefix -> (first-party prefixes, third-party roots at module level, the same inside
 # functions). The longest matching prefix counts; the standard library is always allowed.
@@ -64,6 +65,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
         {"diffusers", "safetensors", "torch"},
         set(),
     ),
+    "percov2.pipeline": (CODEC_AND_BELOW, {"diffusers", "PIL", "torch"}, set()),
     "percov2.training": (
         {*CODEC_AND_BELOW, "percov2.training", "percov2.evaluation"},
         {"diffusers", "numpy", "PIL", "safetensors", "torch", "tqdm"},

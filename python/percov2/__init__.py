@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from percov2.bitstream import BitstreamError
     from percov2.codec import Codec
     from percov2.models.backbone import BackboneOptions
+    from percov2.pipeline import PerCoV2Pipeline
 
 __version__ = "0.1.0"
 
@@ -20,9 +21,10 @@ _HOME = {
     "BackboneOptions": "models.backbone",
     "BitstreamError": "bitstream",
     "Codec": "codec",
+    "PerCoV2Pipeline": "pipeline",
 }
 
-__all__ = ["BackboneOptions", "BitstreamError", "Codec", "__version__"]
+__all__ = ["BackboneOptions", "BitstreamError", "Codec", "PerCoV2Pipeline", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

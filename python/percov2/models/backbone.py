@@ -24,6 +24,8 @@ _HOME = {
     "perco": ("perco", "PerCoModel"),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+IN_PIPELINE = "percov2"
+"""Our parts' folder in a saved ``PerCoV2Pipeline``."""
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -106,9 +108,9 @@ def open_backbone(
     """Open a model by name; networks load when first needed.
 
     Args:
-        name_or_path: an embedded model ("tiny"), a model folder, or ``KIND:PATH`` with the kind of
-            backbone that the folder must have ("sd3:PATH", "perco:PATH"); after a kind, PATH may
-            also be a hub id ("owner/name"), which is downloaded.
+        name_or_path: an embedded model ("tiny"), a model folder, a saved pipeline, or ``KIND:PATH``
+            with the kind of backbone that it must have ("sd3:PATH", "perco:PATH"); after a kind,
+            PATH may also be a hub id ("owner/name"), which is downloaded.
         device: torch device.
         options: see there; defaults if None.
 
@@ -149,7 +151,7 @@ def model_folder(name_or_path: str | Path, hub: bool = False) -> Path:
     Raises:
         ValueError: when there is none; the message lists the embedded models.
     """
-    for folder in (Path(name_or_path), EMBEDDED / name_or_path):
+    for folder in (Path(name_or_path), Path(name_or_path) / IN_PIPELINE, EMBEDDED / name_or_path):
         if (folder / "config.json").is_file():
             return folder
     if hub and _HUB_ID.fullmatch(str(name_or_path)) and not Path(name_or_path).exists():
@@ -167,6 +169,7 @@ def _download(hub_id: str) -> Path:
         raise ValueError(
             f"no model {hub_id!r}: no such folder, and the hub says: {error}"
         ) from error
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")
-    return folder
+    for place in (folder, folder / IN_PIPELINE):
+        if (place / "config.json").is_file():
+            return place
+    raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")

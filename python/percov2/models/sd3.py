@@ -109,7 +109,7 @@ class SD3Model:
         """
         autoencoder = self.base.autoencoder()
         with self.base.place.at_work(autoencoder):
-            encoded = autoencoder.encode(images.to(self.base.place.dtype)).latent_dist.mode()
+            encoded = autoencoder.encode(images.to(autoencoder.dtype)).latent_dist.mode()
         shift, scale = _normalisation(autoencoder)
         return (encoded.float() - shift) * scale
 
@@ -117,7 +117,7 @@ class SD3Model:
         """Images float32 [B, 3, 8h, 8w], nominally in [-1, 1], from latents [B, 16, h, w]."""
         autoencoder = self.base.autoencoder()
         shift, scale = _normalisation(autoencoder)
-        latents = (latents / scale + shift).to(self.base.place.dtype)
+        latents = (latents / scale + shift).to(autoencoder.dtype)
         with self.base.place.at_work(autoencoder):
             parts = [autoencoder.decode(x, return_dict=False)[0] for x in latents.split(1)]
         return torch.cat(parts).float()
@@ -181,19 +181,24 @@ class SD3Model:
             captions, steps, guidance, seed: as for ``reconstruct``.
 
         Raises:
-            ValueError: when steps < 1.
+            ValueError: when steps < 1, or a flow that does not fit z_hat.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
         place, flow = self.base.place, self.base.flow(rate)
-        width = flow.config["joint_attention_dim"]
+        channels, width = (int(flow.config[n]) for n in ("out_channels", "joint_attention_dim"))
+        if flow.config["in_channels"] != channels + z_hat.shape[1]:
+            raise ValueError(
+                f"{self.folder}: the flow reads {flow.config['in_channels']} channels, but latents "
+                f"and z_hat have {channels} and {z_hat.shape[1]}: they are not of one training"
+            )
         texts = [self._captions(captions, width)]
         if guidance != 1.0 and any(captions):
             texts.insert(0, self._captions([""] * len(captions), width))
-        z_hat = z_hat.to(place.dtype)
+        z_hat = z_hat.to(flow.dtype)
 
         def velocity(time: Tensor, noisy: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
-            inputs = torch.cat([noisy.to(place.dtype), cut], 1)
+            inputs = torch.cat([noisy.to(flow.dtype), cut], 1)
             output = flow(
                 hidden_states=torch.cat([inputs] * len(texts)),
                 timestep=time.expand(len(inputs) * len(texts)),
@@ -208,7 +213,6 @@ class SD3Model:
 
         scheduler = self.base.scheduler()
         scheduler.set_timesteps(steps, device=place.device)
-        channels = int(flow.config["out_channels"])
         noise = torch.randn(
             1, channels, *z_hat.shape[-2:], generator=torch.Generator().manual_seed(seed)
         )

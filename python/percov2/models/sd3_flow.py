@@ -1,8 +1,9 @@
 """The flow transformer of Stable Diffusion 3, widened for z_hat, with what training changed.
 
-A folder ``flow`` holds either the whole transformer (``config.json`` and weights, as diffusers
-saves it) or ``delta.safetensors``: the widened patch embedding and, per linear map, a low-rank
-update (LoRA, arXiv 2106.09685), both on top of the base model's transformer. Names in a delta:
+A folder ``flow`` holds the whole transformer (``config.json`` and weights, as diffusers saves it)
+or ``delta.safetensors``: the widened patch embedding and, per linear map, a low-rank
+update (LoRA, arXiv 2106.09685), both on top of the base model's transformer. Without such a folder
+the base's transformer must be widened already. Names in a delta:
 
     pos_embed.proj.weight [D, 16 + C, p, p], pos_embed.proj.bias [D]
     <linear>.lora_down [r, in], <linear>.lora_up [out, r]: weight += scale · up @ down
@@ -121,22 +122,34 @@ def _add_update(
         ) from error
 
 
+def _widened_base(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer2DModel:
+    """The base's own transformer, where it is already a flow, as in a saved pipeline."""
+    config = load_part(_TransformerConfig, location, "transformer")
+    if config["in_channels"] <= config["out_channels"]:
+        raise ValueError(
+            f"{folder} holds no flow: neither config.json and weights of a transformer nor "
+            f"{DELTA_FILE}, and the transformer of {location} has no input channels for z_hat"
+        )
+    return load_part(SD3Transformer2DModel, location, "transformer", torch_dtype=dtype)
+
+
+class _TransformerConfig:
+    from_pretrained = SD3Transformer2DModel.load_config
+
+
 def open_flow(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer2DModel:
     """The flow transformer of a folder ``flow``.
 
     Args:
-        location: hub id or folder of the base model; read only if the folder holds a delta.
+        location: hub id or folder of the base model; not read if ``folder`` holds a whole one.
 
     Raises:
-        ValueError: when the folder holds neither form, or what it holds does not fit.
+        ValueError: when there is no flow in any form, or what there is does not fit.
     """
     if (folder / "config.json").is_file():
         return load_part(SD3Transformer2DModel, str(folder.parent), folder.name, torch_dtype=dtype)
     if not (folder / DELTA_FILE).is_file():
-        raise ValueError(
-            f"{folder} holds no flow: neither config.json and weights of a transformer nor "
-            f"{DELTA_FILE}"
-        )
+        return _widened_base(folder, location, dtype)
     tensors, scale = load_delta(folder)
     transformer = load_part(SD3Transformer2DModel, location, "transformer", torch_dtype=dtype)
     try:

@@ -1,0 +1,239 @@
+"""The codec as a diffusers pipeline: ``from_pretrained``, ``compress``, ``decompress``.
+
+A saved pipeline is Stable Diffusion 3's folder layout, its transformer widened and trained, with
+one more component ``percov2``: a percov2 model folder whose base is the pipeline around it. So the
+same folder or hub repository also serves ``Codec.from_pretrained("sd3:PATH")``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ImagePipelineOutput,
+    SchedulerMixin,
+    SD3Transformer2DModel,
+)
+from PIL import Image
+
+from percov2.codec import Codec
+from percov2.models.backbone import BackboneOptions, open_backbone
+from percov2.models.model_config import ModelConfig
+from percov2.models.placement import Placement
+from percov2.models.sd3 import SD3Model
+from percov2.models.sd3_text import TextNetworks
+
+
+# Of the kinds of component that diffusers saves and loads, a scheduler is the one without weights
+# in memory: these parts stay in their folder until they are used.
+class TrainedParts(SchedulerMixin):
+    """Hyper-encoders, quantizers and entropy models of all rates: a folder, copied when saved.
+
+    Args:
+        folder: of a percov2 model with backbone "sd3".
+
+    Raises:
+        ValueError: another backbone, or no model folder.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.codec_config = ModelConfig.load(self.folder)
+        if self.codec_config.backbone != "sd3":
+            raise ValueError(f"{folder} has the backbone {self.codec_config.backbone!r}, not 'sd3'")
+
+    @classmethod
+    def from_pretrained(cls, path: Path | str, **_: Any) -> TrainedParts:
+        """The parts in a folder that ``save_pretrained`` wrote; other options do not matter."""
+        return cls(path)
+
+    def save_pretrained(self, save_directory: Path | str, **_: Any) -> None:
+        """Copy the parts of all rates into a component's folder of a pipeline."""
+        target = Path(save_directory)
+        dataclasses.replace(self.codec_config, base="..").save(target)
+        for rate in self.codec_config.rates:
+            for part in ("hyper_encoder", "quantizer", "entropy"):
+                source = self.folder / rate.name / part
+                shutil.copytree(source, target / rate.name / part, dirs_exist_ok=True)
+
+
+class _PipelineBase:
+    """The base model's networks as a pipeline holds them (an ``SD3Base``)."""
+
+    def __init__(self, pipeline: PerCoV2Pipeline, place: Placement) -> None:
+        self.pipeline, self.place = pipeline, place
+
+    def autoencoder(self) -> AutoencoderKL:
+        return self.pipeline.vae
+
+    def flow(self, rate: str) -> SD3Transformer2DModel:
+        return self.pipeline.transformer
+
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
+
+    def text_networks(self) -> TextNetworks:
+        pipe = self.pipeline
+        return TextNetworks(
+            (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3),
+            (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3),
+        )
+
+
+class PerCoV2Pipeline(DiffusionPipeline):
+    """PerCoV2 on Stable Diffusion 3, usable without the command line.
+
+    Args:
+        vae, transformer, scheduler, text_encoder…, tokenizer…: as in diffusers'
+            ``StableDiffusion3Pipeline``; the transformer is widened for z_hat. The third text
+            encoder and its tokenizer may be None.
+        percov2: our trained parts.
+
+    >>> pipe = PerCoV2Pipeline.from_pretrained("owner/name")     # doctest: +SKIP
+    >>> data = pipe.compress(image, prompt="a red door")         # doctest: +SKIP
+    >>> pipe(data, num_inference_steps=20).images[0]             # doctest: +SKIP
+    """
+
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->text_encoder_3->transformer->vae"
+    _optional_components = ["text_encoder_3", "tokenizer_3"]  # noqa: RUF012 (diffusers' own form)
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        transformer: SD3Transformer2DModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        text_encoder: Any,
+        tokenizer: Any,
+        text_encoder_2: Any,
+        tokenizer_2: Any,
+        percov2: TrainedParts,
+        text_encoder_3: Any = None,
+        tokenizer_3: Any = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            transformer=transformer,
+            scheduler=scheduler,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            text_encoder_2=text_encoder_2,
+            tokenizer_2=tokenizer_2,
+            text_encoder_3=text_encoder_3,
+            tokenizer_3=tokenizer_3,
+            percov2=percov2,
+        )
+        self._codec: tuple[Placement, Codec] | None = None
+
+    @classmethod
+    def from_percov2(
+        cls, name_or_path: str | Path, dtype: str | None = None, t5: bool = True
+    ) -> PerCoV2Pipeline:
+        """A pipeline with the networks of a percov2 folder and its base model, on the CPU.
+
+        Args:
+            name_or_path: "sd3:PATH" or a folder, as for ``Codec.from_pretrained``.
+            dtype: "fp32", "bf16" or "fp16"; "fp32" if None.
+            t5: with SD3's third text encoder.
+
+        Raises:
+            ValueError: no such model, another backbone, or rates with unlike flows: a pipeline has
+                one transformer.
+        """
+        model = open_backbone(name_or_path, "cpu", BackboneOptions(dtype=dtype, t5=t5))
+        if not isinstance(model, SD3Model):
+            raise ValueError(
+                f"{name_or_path} has the backbone {model.config.backbone!r}, not 'sd3'"
+            )
+        rates = [rate.name for rate in model.config.rates]
+        own = [rate for rate in rates if (model.folder / rate / "flow").is_dir()]
+        if own and len(rates) > 1:
+            raise ValueError(
+                f"{model.folder}: the rates {own} have flows of their own, but a pipeline has one "
+                "transformer; give each its own folder with one rate"
+            )
+        text = model.base.text_networks()
+        return cls(
+            vae=model.base.autoencoder(),
+            transformer=model.base.flow(model.config.default_rate),
+            scheduler=model.base.scheduler(),
+            text_encoder=text.encoders[0],
+            tokenizer=text.tokenizers[0],
+            text_encoder_2=text.encoders[1],
+            tokenizer_2=text.tokenizers[1],
+            text_encoder_3=text.encoders[2],
+            tokenizer_3=text.tokenizers[2],
+            percov2=TrainedParts(model.folder),
+        )
+
+    @property
+    def codec(self) -> Codec:
+        """The codec with this pipeline's networks, where they are now."""
+        place = Placement(str(self._execution_device), self.transformer.dtype, False)
+        if self._codec is None or self._codec[0] != place:
+            base = _PipelineBase(self, place)
+            model = SD3Model(self.percov2.folder, place.device, base=base)
+            self._codec = place, Codec(model)
+        return self._codec[1]
+
+    def compress(
+        self,
+        image: Image.Image | Sequence[Image.Image],
+        prompt: str | Sequence[str] = "",
+        rate: str | None = None,
+        schedule: str | None = None,
+    ) -> Any:
+        """Compress pictures into ``.pcv2`` files: bytes for one picture, a list for several.
+
+        Args:
+            image: one picture or several, of any sizes.
+            prompt: caption, for all pictures or one each; "" for none.
+            rate, schedule: names; the model's defaults if None.
+
+        Raises:
+            ValueError: as ``Codec.compress``.
+        """
+        images = [image] if isinstance(image, Image.Image) else list(image)
+        captions = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+        files = self.codec.compress(images, rate, schedule, captions)
+        self.maybe_free_model_hooks()
+        return files[0] if isinstance(image, Image.Image) else files
+
+    def decompress(self, file: bytes | Sequence[bytes], **options: Any) -> Any:
+        """The picture of a file, or a list of pictures for several; options as for a call."""
+        images = self(file, return_dict=False, **options)[0]
+        return images[0] if isinstance(file, bytes) else images
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        file: bytes | Sequence[bytes],
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[list[Image.Image]]:
+        """Restore the pictures of ``.pcv2`` files.
+
+        Args:
+            file: one file or several.
+            num_inference_steps, guidance_scale: the model's defaults if None.
+            seed: of the starting noise.
+            return_dict: a tuple instead if False.
+
+        Raises:
+            BitstreamError: a file is not valid.
+            ValueError: an option is out of range.
+        """
+        files = [file] if isinstance(file, bytes) else list(file)
+        images = self.codec.decompress(files, num_inference_steps, guidance_scale, seed)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -1,0 +1,148 @@
+"""The diffusers pipeline: the same files and pictures as the codec's, saved and loaded again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from command_line import run
+from percov2 import BitstreamError, Codec, PerCoV2Pipeline
+from percov2.pipeline import TrainedParts
+
+CAPTION = "a red door"
+
+
+def photo(seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 70, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def pipe(sd3_folder: Path) -> PerCoV2Pipeline:
+    return PerCoV2Pipeline.from_percov2(f"sd3:{sd3_folder}")
+
+
+@pytest.fixture(scope="module")
+def saved(pipe: PerCoV2Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "pipeline"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def equal(first: Image.Image, second: Image.Image) -> bool:
+    return np.array_equal(np.asarray(first), np.asarray(second))
+
+
+def test_it_gives_the_codecs_files_and_pictures(pipe: PerCoV2Pipeline, sd3_folder: Path) -> None:
+    codec = Codec.from_pretrained(sd3_folder)
+    data = pipe.compress(photo(), CAPTION, rate="r0938")
+    assert [data] == codec.compress([photo()], "r0938", captions=[CAPTION])
+    (expected,) = codec.decompress([data], 3, 2.5, 9)
+    output = pipe(data, num_inference_steps=3, guidance_scale=2.5, seed=9)
+    assert equal(output.images[0], expected) and expected.size == (70, 50)
+    again = pipe.decompress(data, num_inference_steps=3, guidance_scale=2.5, seed=9)
+    assert equal(again, expected)
+    assert equal(pipe(data, 3, 2.5, 9, return_dict=False)[0][0], expected)
+
+
+def test_several_pictures_and_prompts(pipe: PerCoV2Pipeline) -> None:
+    files = pipe.compress([photo(0), photo(1)], [CAPTION, ""])
+    assert files == [pipe.compress(photo(0), CAPTION), pipe.compress(photo(1))]
+    assert [image.size for image in pipe.decompress(files)] == [(70, 50)] * 2
+    with pytest.raises(ValueError, match="captions must be a list of 2"):
+        pipe.compress([photo(0), photo(1)], ["one"])
+    with pytest.raises(BitstreamError):
+        pipe(files[0][:-3])
+
+
+def test_it_survives_a_folder(pipe: PerCoV2Pipeline, saved: Path) -> None:
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["_class_name"] == "PerCoV2Pipeline"
+    assert index["percov2"] == ["percov2.pipeline", "TrainedParts"]
+    assert index["transformer"] == ["diffusers", "SD3Transformer2DModel"]
+    again = PerCoV2Pipeline.from_pretrained(saved)
+    data = pipe.compress(photo(), CAPTION)
+    assert again.compress(photo(), CAPTION) == data
+    assert equal(again.decompress(data), pipe.decompress(data))
+    for name, weights in pipe.transformer.state_dict().items():
+        assert torch.equal(weights, again.transformer.state_dict()[name])
+
+
+def test_a_saved_pipeline_is_self_contained_and_moves(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "elsewhere")
+    again = PerCoV2Pipeline.from_pretrained(tmp_path / "elsewhere")
+    again.save_pretrained(tmp_path / "further")
+    shutil.rmtree(tmp_path / "elsewhere")
+    last = PerCoV2Pipeline.from_pretrained(tmp_path / "further")
+    assert last.decompress(last.compress(photo())).size == (70, 50)
+
+
+def test_the_codec_and_the_command_line_open_saved_pipelines(
+    pipe: PerCoV2Pipeline, saved: Path, picture: Path, tmp_path: Path
+) -> None:
+    codec = Codec.from_pretrained(f"sd3:{saved}")
+    (data,) = codec.compress([photo()], captions=[CAPTION])
+    assert data == pipe.compress(photo(), CAPTION)
+    assert equal(codec.decompress([data])[0], pipe.decompress(data))
+    file, out = tmp_path / "p.pcv2", tmp_path / "p.png"
+    assert run("compress", picture, file, "--model", f"sd3:{saved}") == 0
+    assert run("decompress", file, out, "--model", saved) == 0
+
+
+def test_without_t5_and_in_half_precision(sd3_folder: Path, saved: Path, tmp_path: Path) -> None:
+    small = PerCoV2Pipeline.from_percov2(sd3_folder, dtype="bf16", t5=False)
+    assert small.text_encoder_3 is None and small.vae.dtype == torch.bfloat16
+    small.save_pretrained(tmp_path / "small")
+    assert not (tmp_path / "small" / "text_encoder_3").exists()
+    again = PerCoV2Pipeline.from_pretrained(tmp_path / "small", torch_dtype=torch.bfloat16)
+    assert again.transformer.dtype == torch.bfloat16
+    data = again.compress(photo(), CAPTION)
+    assert equal(again.decompress(data), small.decompress(data))
+    full = PerCoV2Pipeline.from_pretrained(saved)
+    before = full.decompress(data)
+    full.to(torch.bfloat16)
+    assert not equal(full.decompress(data), before)
+    dropped = PerCoV2Pipeline.from_pretrained(saved, text_encoder_3=None, tokenizer_3=None)
+    assert dropped.decompress(data).size == (70, 50)
+
+
+def test_unfit_folders_are_refused(sd3_folder: Path, random_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has the backbone 'tiny', not 'sd3'"):
+        PerCoV2Pipeline.from_percov2(random_model)
+    with pytest.raises(ValueError, match="has the backbone 'tiny', not 'sd3'"):
+        TrainedParts(random_model)
+    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
+    model = tmp_path / "copy" / "model"
+    shutil.copytree(model / "flow", model / "r0938" / "flow")
+    with pytest.raises(ValueError, match="have flows of their own"):
+        PerCoV2Pipeline.from_percov2(model)
+
+
+def test_rates_may_have_their_own_flows(sd3_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
+    model = tmp_path / "copy" / "model"
+    shutil.copytree(model / "flow", model / "r0938" / "flow")
+    shutil.rmtree(model / "flow")
+    codec = Codec.from_pretrained(model)
+    assert codec.decompress(codec.compress([photo()], "r0938"))[0].size == (70, 50)
+    with pytest.raises(ValueError, match="holds no flow"):
+        codec.decompress(codec.compress([photo()], "r0313"))
+
+
+def test_flow_and_tokens_of_different_trainings_are_refused(
+    sd3_folder: Path, tmp_path: Path
+) -> None:
+    from percov2.models.quantizer import VectorQuantizer
+    from percov2.models.storage import save_component
+
+    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
+    model = tmp_path / "copy" / "model"
+    save_component(VectorQuantizer(16, 256, 8, 12), model / "r0313" / "quantizer", "float32")
+    codec = Codec.from_pretrained(model)
+    with pytest.raises(ValueError, match="not of one training"):
+        codec.decompress(codec.compress([photo()], "r0313"))
