@@ -147,7 +147,7 @@ def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES) -> Path:
     save_delta({name: state[name] for name in names}, 1.0, model / "flow")
     for rate in rates:
         home = model / rate.name
-        hyper_encoder = HyperEncoder(16, 8, 16, rate.token_side // 8)
+        hyper_encoder = HyperEncoder(16, 8, 16, rate.token_side // 8, rectified_attention=True)
         save_component(hyper_encoder, home / "hyper_encoder", "float16")
         quantizer = VectorQuantizer(16, rate.codebook_size, 8, Z_CHANNELS)
         save_component(quantizer, home / "quantizer", "float32")

@@ -327,6 +327,15 @@ def test_missing_parts_are_named(
         )
 
 
+def test_pickled_weights_are_not_read(sd3_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
+    vae = tmp_path / "copy" / "base" / "vae"
+    random_sd3.autoencoder().save_pretrained(vae, safe_serialization=False)
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="cannot load its vae"):
+        Codec.from_pretrained(tmp_path / "copy" / "model").compress([photo(16, 16)])
+
+
 def test_missing_base_models_are_one_line(
     picture: Path, sd3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

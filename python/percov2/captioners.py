@@ -163,10 +163,9 @@ def _load(
 ) -> tuple[Any, Any]:
     location = captioner.location
     try:
-        return (
-            processor.from_pretrained(location),
-            model.from_pretrained(location, dtype=captioner.dtype).to(captioner.device).eval(),
-        )
+        prepare = processor.from_pretrained(location)
+        network = model.from_pretrained(location, dtype=captioner.dtype, use_safetensors=True)
+        return prepare, network.to(captioner.device).eval()
     except MemoryError:
         raise
     except Exception as error:  # the library raises whatever it stumbles over

@@ -58,7 +58,9 @@ class SD3Folder:
 
     @cached_property
     def _autoencoder(self) -> AutoencoderKL:
-        autoencoder = load_part(AutoencoderKL, self.location, "vae", torch_dtype=self.place.dtype)
+        autoencoder = load_part(
+            AutoencoderKL, self.location, "vae", torch_dtype=self.place.dtype, use_safetensors=True
+        )
         if self.options.vae_tiling:
             autoencoder.enable_tiling()
         return self.place.settle(autoencoder)

@@ -130,7 +130,9 @@ def _widened_base(folder: Path, location: str, dtype: torch.dtype) -> SD3Transfo
             f"{folder} holds no flow: neither config.json and weights of a transformer nor "
             f"{DELTA_FILE}, and the transformer of {location} has no input channels for z_hat"
         )
-    return load_part(SD3Transformer2DModel, location, "transformer", torch_dtype=dtype)
+    return load_part(
+        SD3Transformer2DModel, location, "transformer", torch_dtype=dtype, use_safetensors=True
+    )
 
 
 class _TransformerConfig:
@@ -147,11 +149,19 @@ def open_flow(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer
         ValueError: when there is no flow in any form, or what there is does not fit.
     """
     if (folder / "config.json").is_file():
-        return load_part(SD3Transformer2DModel, str(folder.parent), folder.name, torch_dtype=dtype)
+        return load_part(
+            SD3Transformer2DModel,
+            str(folder.parent),
+            folder.name,
+            torch_dtype=dtype,
+            use_safetensors=True,
+        )
     if not (folder / DELTA_FILE).is_file():
         return _widened_base(folder, location, dtype)
     tensors, scale = load_delta(folder)
-    transformer = load_part(SD3Transformer2DModel, location, "transformer", torch_dtype=dtype)
+    transformer = load_part(
+        SD3Transformer2DModel, location, "transformer", torch_dtype=dtype, use_safetensors=True
+    )
     try:
         with torch.inference_mode(False):
             apply_delta(transformer, tensors, scale)

@@ -46,7 +46,9 @@ def load_text_networks(location: str, place: Placement, t5: bool) -> TextNetwork
             break
         try:
             tokenizers[i] = load_part(AutoTokenizer, location, "tokenizer" + suffix)
-            encoder = load_part(kind, location, "text_encoder" + suffix, dtype=place.dtype)
+            encoder = load_part(
+                kind, location, "text_encoder" + suffix, dtype=place.dtype, use_safetensors=True
+            )
         except ValueError as error:
             if i == 2:
                 raise ValueError(f"{error} (to do without it: t5=False, --no-t5)") from error
