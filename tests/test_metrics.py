@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from percov2 import Codec
-from percov2.evaluation import metrics, report
-from percov2.evaluation.baselines import BASELINES, available, encode_within
+from percov2.evaluation import baselines, metrics, report
+from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.metrics import METRICS, measure
 from percov2.evaluation.perceptual import INSTALL_HINT, MetricWeightsMissing
 
@@ -117,18 +117,39 @@ def test_wrong_pictures_are_refused() -> None:
 
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_keep_to_their_bytes_and_prefer_more(name: str) -> None:
-    if not available(name):
-        pytest.skip(f"this Pillow has no {name}")
-    image = Image.fromarray(noise(side=128, sigma=10)[0])
+    if not BASELINES[name].available():
+        pytest.skip(f"this machine has no {name}")
+    image = Image.fromarray(noise(side=100, sigma=10)[0])
     scores = []
     for size in (900, 3000):
-        attempt = encode_within(name, image, size)
-        assert attempt is not None
-        assert attempt.size <= size
-        assert attempt.restored.size == image.size
-        scores.append(metrics.psnr(np.asarray(image), np.asarray(attempt.restored)))
+        attempts = attempts_within(name, image, size)
+        assert all(a.size <= size and a.restored.size == image.size for a in attempts)
+        assert len({a.scale for a in attempts}) == len(attempts)
+        scores.append(best_of(image, attempts, ["psnr"])["psnr"][0])
     assert scores[1] >= scores[0] > 12
-    assert encode_within(name, image, 10) is None
+    assert attempts_within(name, image, 10) == []
+
+
+def test_each_metric_has_its_own_best_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (8, 8))
+    attempts = [Attempt(Image.new("RGB", (8, 8), (i, 0, 0)), 10 + i, 1.0, i) for i in range(4)]
+    values = {"psnr": [20.0, 22.0, 22.0, None], "dists": [0.3, 0.4, 0.2, 0.1]}
+
+    def measured(original, restored, names):
+        return {name: values[name][restored[0, 0, 0]] for name in names}, []
+
+    monkeypatch.setattr(baselines, "measure", measured)
+    best = best_of(image, attempts, ["psnr", "dists"])
+    assert best == {"psnr": (22.0, attempts[1]), "dists": (0.1, attempts[3])}
+
+
+def test_wins_count_pictures() -> None:
+    own = [{"image": str(i), **dict.fromkeys(METRICS, 0.5)} for i in range(3)]
+    rivals = [{"image": str(i), **dict.fromkeys(METRICS, 0.5 + 0.1 * (i - 1))} for i in range(2)]
+    # Picture 0: the rival is lower, 1: equal, 2: the rival has no file.
+    assert report.wins(own, rivals) == {m: 2 if m in ("psnr", "ms_ssim") else 1 for m in METRICS}
+    rivals[1]["dists"] = None
+    assert report.wins(own, rivals)["dists"] is None
 
 
 def test_a_report_holds_what_it_says(codec: Codec, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("folder", type=Path, metavar="DIR")
     added.add_argument("--out", type=Path, required=True, metavar="DIR")
     added.add_argument(
-        "--baselines", default="", help="jpeg,webp,avif,jpeg2000: compare at equal bytes"
+        "--baselines", default="", help="jpeg,webp,avif,jpeg2000,vvc: compare at equal bytes"
     )
     add_model(added)
     _add_encoding(added)

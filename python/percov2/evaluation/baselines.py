@@ -1,19 +1,20 @@
-"""Classical codecs at a given number of bytes, through Pillow.
+"""Classical codecs at a given number of bytes: Pillow's, and VVC.
 
 At ultra-low rates they do best on a smaller picture that is enlarged again, so every scale of
-``SCALES`` is tried at the best quality that fits, and the best of those is kept.
+``SCALES`` is tried, at the best quality that fits.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, features
 
-from percov2.evaluation.metrics import HIGHER_IS_BETTER, measure
+from percov2.evaluation import vvc
+from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, measure
 
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 LEVELS = 100
@@ -68,54 +69,73 @@ def _jpeg2000(image: Image.Image, level: int) -> bytes:
     )
 
 
-BASELINES: dict[str, Callable[[Image.Image, int], bytes]] = {
-    "jpeg": _jpeg,
-    "webp": _webp,
-    "avif": _avif,
-    "jpeg2000": _jpeg2000,
+def _opened(data: bytes, size: tuple[int, int]) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A codec.
+
+    Attributes:
+        encode: picture (RGB) and quality 0 .. LEVELS -> file.
+        decode: file and (width, height) -> picture.
+        available: whether it works on this machine.
+    """
+
+    encode: Callable[[Image.Image, int], bytes]
+    decode: Callable[[bytes, tuple[int, int]], Image.Image]
+    available: Callable[[], bool]
+
+
+def _pillow(encode: Callable[[Image.Image, int], bytes], feature: str) -> Baseline:
+    return Baseline(encode, _opened, lambda: bool(features.check(feature)))
+
+
+BASELINES: dict[str, Baseline] = {
+    "jpeg": _pillow(_jpeg, "jpg"),
+    "webp": _pillow(_webp, "webp"),
+    "avif": _pillow(_avif, "avif"),
+    "jpeg2000": _pillow(_jpeg2000, "jpg_2000"),
+    "vvc": Baseline(vvc.encode, vvc.decode, vvc.available),
 }
-_FEATURES = {"jpeg": "jpg", "webp": "webp", "avif": "avif", "jpeg2000": "jpg_2000"}
 
 
-def available(name: str) -> bool:
-    """Whether this Pillow can write the format."""
-    return bool(features.check(_FEATURES[name]))
+def attempts_within(name: str, image: Image.Image, size: int) -> list[Attempt]:
+    """What a codec makes of ``image`` (RGB) in at most ``size`` bytes: one picture per scale.
 
-
-def encode_within(name: str, image: Image.Image, size: int, metric: str = "psnr") -> Attempt | None:
-    """The best picture that a codec makes of ``image`` (RGB) in at most ``size`` bytes.
-
-    Args:
-        name: one of ``BASELINES``.
-        image: mode RGB.
-        size: most bytes of the file.
-        metric: decides between scales, one of ``metrics.METRICS``.
-
-    Returns:
-        None where no scale and quality fits, or this Pillow does not have the format.
-
-    Raises:
-        ValueError: an unknown name or metric.
+    Empty where no scale and quality fits, or the codec is not available. Raises ValueError for a
+    name that ``BASELINES`` does not have.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; choose from {', '.join(BASELINES)}")
-    if not available(name):
-        return None
-    best: tuple[float, Attempt] | None = None
-    for scale in SCALES:
-        attempt = _at_scale(name, image, size, scale)
-        if attempt is None:
-            continue
-        value = measure(np.asarray(image), np.asarray(attempt.restored), [metric])[0][metric]
-        if value is None:
-            continue
-        score = value if metric in HIGHER_IS_BETTER else -value
-        if best is None or score > best[0]:
-            best = (score, attempt)
-    return None if best is None else best[1]
+    if not BASELINES[name].available():
+        return []
+    found = (_at_scale(BASELINES[name], image, size, scale) for scale in SCALES)
+    return [attempt for attempt in found if attempt is not None]
 
 
-def _at_scale(name: str, image: Image.Image, size: int, scale: float) -> Attempt | None:
+def best_of(
+    image: Image.Image, attempts: list[Attempt], names: Sequence[str] = METRICS
+) -> dict[str, tuple[float, Attempt]]:
+    """The strongest attempt by each metric that has a value: name -> (value, attempt).
+
+    So a codec may use another scale for each metric, which flatters it: no file has all the values.
+    Of equals the first counts.
+    """
+    best: dict[str, tuple[float, Attempt]] = {}
+    for attempt in attempts:
+        values, _ = measure(np.asarray(image), np.asarray(attempt.restored), names)
+        for metric, value in values.items():
+            if value is None:
+                continue
+            sign = 1 if metric in HIGHER_IS_BETTER else -1
+            if metric not in best or sign * value > sign * best[metric][0]:
+                best[metric] = (value, attempt)
+    return best
+
+
+def _at_scale(baseline: Baseline, image: Image.Image, size: int, scale: float) -> Attempt | None:
     """The best quality that fits at one scale, by bisection."""
     sides = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     small = image if scale == 1 else image.resize(sides, Image.Resampling.LANCZOS)
@@ -123,7 +143,7 @@ def _at_scale(name: str, image: Image.Image, size: int, scale: float) -> Attempt
     low, high = 0, LEVELS
     while low <= high:
         level = (low + high) // 2
-        data = BASELINES[name](small, level)
+        data = baseline.encode(small, level)
         if len(data) <= size:
             fitting, low = (level, data), level + 1
         else:
@@ -131,7 +151,7 @@ def _at_scale(name: str, image: Image.Image, size: int, scale: float) -> Attempt
     if fitting is None:
         return None
     level, data = fitting
-    restored = Image.open(io.BytesIO(data)).convert("RGB")
+    restored = baseline.decode(data, small.size)
     if restored.size != image.size:
         restored = restored.resize(image.size, Image.Resampling.LANCZOS)
     return Attempt(restored, len(data), scale, level)

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from percov2 import __version__
 from percov2.caption import Captioner, NoCaptioner
 from percov2.codec import Codec
-from percov2.evaluation.baselines import BASELINES, encode_within
-from percov2.evaluation.metrics import METRICS, measure
+from percov2.evaluation.baselines import BASELINES, attempts_within, best_of
+from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, measure
 from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
 
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
@@ -179,10 +179,14 @@ def evaluate(
     (original | restored | baselines).
 
     Args:
-        baselines: names from ``baselines.BASELINES``, each given as many bytes as percov2 used.
+        baselines: names from ``baselines.BASELINES``, each given as many bytes as percov2 used;
+            each value is that of the scale that is best by its metric, bytes are the largest
+            file's, and the picture shown is the best by LPIPS-VGG, or by PSNR where that cannot be
+            measured.
 
     Returns:
-        What report.json holds: setting, images, means, baselines, notes.
+        What report.json holds: setting, images, means, baselines (with wins: on how many pictures
+        percov2 is better by each metric), notes.
 
     Raises:
         ValueError: as for ``plan_evaluation``, or a picture that cannot be read, by name.
@@ -203,13 +207,15 @@ def evaluate(
         notes += trip.notes
         row = [trip.original, trip.restored]
         for name in baselines:
-            attempt = encode_within(name, trip.original, len(trip.file))
-            if attempt is None:
+            attempts = attempts_within(name, trip.original, len(trip.file))
+            if not attempts:
                 notes.append(f"{name} has no file of {len(trip.file)} bytes for {path.name}")
                 continue
-            values, _ = measure(np.asarray(trip.original), np.asarray(attempt.restored))
-            rivals[name].append({"image": path.name, "bytes": attempt.size, **values})
-            row.append(attempt.restored)
+            best = best_of(trip.original, attempts)
+            values = {metric: best[metric][0] if metric in best else None for metric in METRICS}
+            size = max(attempt.size for _, attempt in best.values())
+            rivals[name].append({"image": path.name, "bytes": size, **values})
+            row.append(best["lpips_vgg" if "lpips_vgg" in best else "psnr"][1].restored)
         if len(row) > 2:
             write_image(side_by_side(row), out / f"{stem}_compare.png")
     report = {
@@ -226,7 +232,10 @@ def evaluate(
         "captioner": type(setting.captioner).__name__,
         "mean": means(records),
         "images": records,
-        "baselines": {name: {"mean": means(rows), "images": rows} for name, rows in rivals.items()},
+        "baselines": {
+            name: {"mean": means(rows), "wins": wins(records, rows), "images": rows}
+            for name, rows in rivals.items()
+        },
         "notes": sorted(set(notes)),
     }
     write_bytes(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
@@ -241,6 +250,25 @@ def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     for key in columns:
         values = [record[key] for record in records]
         result[key] = None if None in values else float(np.mean(values))
+    return result
+
+
+def wins(
+    records: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]
+) -> dict[str, int | None]:
+    """On how many pictures records are better than the rivals' of the same name, by metric.
+
+    A picture of which the rival has no file counts. None where a value is missing.
+    """
+    others = {rival["image"]: rival for rival in rivals}
+    result: dict[str, int | None] = {}
+    for metric in METRICS:
+        sign = 1 if metric in HIGHER_IS_BETTER else -1
+        pairs = [
+            (r[metric], others.get(r["image"], {metric: -sign * np.inf})[metric]) for r in records
+        ]
+        missing = any(value is None for pair in pairs for value in pair)
+        result[metric] = None if missing else sum(sign * a > sign * b for a, b in pairs)
     return result
 
 
@@ -281,6 +309,15 @@ def sentence(record: dict[str, Any]) -> str:
     )
 
 
+def _wins_table(report: dict[str, Any]) -> str:
+    """On how many pictures percov2 is better, by codec and metric."""
+    lines = ["| percov2 is better than | " + " | ".join(METRICS) + " |", "|---" * 6 + "|"]
+    for name, entry in report["baselines"].items():
+        cells = ["–" if entry["wins"][m] is None else str(entry["wins"][m]) for m in METRICS]
+        lines.append(f"| {name}, on … of {len(report['images'])} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
     """The report as a page with tables and pictures."""
     images = [*report["images"], {"image": "**mean**", **report["mean"]}]
@@ -302,6 +339,8 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
         parts += [
             "## At the same number of bytes",
             table([{"image": f"percov2 {report['rate']}", **own}, *rivals], "codec"),
+            "Of a classical codec each value is that of the scale that is best by this metric.",
+            _wins_table(report),
         ]
     if report["notes"]:
         parts.append("\n".join(f"- {note}" for note in report["notes"]))
