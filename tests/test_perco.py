@@ -171,23 +171,29 @@ def test_compressing_and_restoring_load_their_own_networks_only(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbid(*names: str) -> Codec:
-        opened = Codec.from_pretrained(f"perco:{model}")
+        """A codec that was opened when these could no longer be had."""
         for name in names:
 
             def fail(*_: object, name: str = name) -> None:
                 raise AssertionError(f"{name} was loaded")
 
-            kind = property(fail) if hasattr(PerCoModel, name) and name[0] != "_" else fail
-            monkeypatch.setattr(PerCoModel, name, kind)
-        return opened
+            loader = callable(getattr(PerCoModel, name))
+            monkeypatch.setattr(PerCoModel, name, fail if loader else property(fail))
+        return Codec.from_pretrained(f"perco:{model}")
 
     image = Image.fromarray(PIXELS[:64, :64])
     with monkeypatch.context() as monkeypatch:
         (data,) = forbid("text_encoder", "tokenizer", "scheduler", "_load_unet").compress([image])
     with monkeypatch.context() as monkeypatch:
-        forbid("_load_hyper_encoder").decompress([data], steps=1)
+        codec = forbid("_load_hyper_encoder")
+        codec.decompress([data], steps=1)
         with pytest.raises(AssertionError, match="_load_hyper_encoder was loaded"):
-            Codec.from_pretrained(f"perco:{model}").compress([image])
+            codec.compress([image])
+    with monkeypatch.context() as monkeypatch:
+        codec = forbid("_load_unet")
+        assert codec.compress([image]) == [data]
+        with pytest.raises(AssertionError, match="_load_unet was loaded"):
+            codec.decompress([data], steps=1)
 
 
 def test_offload_and_tiling_change_nothing_here(model: Path, imported: Codec) -> None:
