@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
+import emulated_cuda
 from compiled_kernels import needs_triton
 from percov2 import cli
 from percov2.bench import (
     gpu,
     gpu_compiled,
+    gpu_device,
     gpu_kernels,
     gpu_plan,
     gpu_predict,
@@ -21,6 +29,7 @@ from percov2.bench import (
 from percov2.bench.gpu_cards import CARDS, Card, occupancy
 from percov2.bench.gpu_compiled import Missing, instructions
 from percov2.bench.gpu_kernels import Kernel, Size
+from percov2.bench.timing import Effort
 from percov2.entropy.transformer_config import TransformerConfig
 
 H100 = next(card for card in CARDS if card.name.startswith("H100"))
@@ -152,7 +161,7 @@ def test_every_kernel_is_predicted_and_says_so(report: dict) -> None:
 
 def test_the_floors_are_met() -> None:
     sizes = gpu_plan.FULL_PLAN.sizes
-    counted = [gpu_summary.launches(size, "prediction") for size in sizes]
+    counted = [gpu_summary.launches(size) for size in sizes]
     lines = gpu_summary.summarize(sizes, counted)
     assert len(lines) == 6
     assert all(line["met"] for line in lines)
@@ -187,6 +196,180 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     text = gpu_tables.as_text(report)
     assert text.count("pip install 'percov2[gpu]'") == sum("triton" in r["why"] for r in kernels)
+
+
+@needs_triton
+def test_encoding_is_predicted_as_the_sum_of_its_launches(report: dict) -> None:
+    kernels = [dict(r) for r in report["records"] if r["section"] == "kernels"]
+    for i, r in enumerate(kernels):
+        r.update(kind="prediction", predicted_s=float(2**i))
+    (whole,) = gpu_summary.whole(SMALL, kernels)
+    by_name = {(r["kernel"], r["case"].partition(",")[0]): r["predicted_s"] for r in kernels}
+    # Two layers, of which queries pass through both and contents through one.
+    assert whole["parts_s"]["layer_norm"] == (2 + 2 * 3 + 1) * by_name["layer_norm", "d = 32"]
+    assert whole["parts_s"]["kv"] == 2 * by_name["linear", "kv"]
+    assert whole["parts_s"]["down"] == 3 * by_name["linear", "down"]
+    assert whole["parts_s"]["attention"] == 1.5 * by_name["attention", "1 heads of 32"]
+    assert whole["predicted_s"] == sum(whole["parts_s"].values())
+    assert len(whole["parts_s"]) == 11
+    kernels[0].pop("predicted_s")
+    assert gpu_summary.whole(SMALL, kernels) == []
+
+
+# On a card ---------------------------------------------------------------------------------------
+
+
+class Clock(gpu_device.Gpu):
+    """A device on which every call takes a second longer than the one before it."""
+
+    def find(self) -> torch.device:
+        return torch.device("cpu")
+
+    def ask(self) -> Any:
+        self.now, self.waits, self.log = 0.0, 0, []
+        return SimpleNamespace(L2_cache_size=1, name="H200", major=9, minor=0, **PROPERTIES)
+
+    def mark(self) -> Any:
+        return self.now
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        return end - begin
+
+    def wait(self) -> None:
+        self.waits += 1
+
+    def work(self) -> None:
+        self.log.append("work")
+        self.now += len([x for x in self.log if x == "work"])
+
+
+PROPERTIES = {
+    "multi_processor_count": 132,
+    "max_threads_per_multi_processor": 2048,
+    "regs_per_multiprocessor": 65536,
+    "shared_memory_per_multiprocessor": 233472,
+}
+
+
+def test_times_are_the_devices_and_leave_out_what_comes_before() -> None:
+    clock = Clock()
+    timing = clock.time(clock.work, Effort(0.0, 3, 9), lambda: clock.log.append("before"))
+    assert clock.log == ["before", "work"] * (gpu_device.WARM_UP + 3)
+    assert (timing.median_s, timing.best_s, timing.runs) == (5.0, 4.0, 3)
+    assert clock.waits == 2
+    assert Clock().time(lambda: None, Effort(9.0, 3, 7)).runs == 9  # whole rounds
+
+
+def test_a_card_is_what_it_tells_of_itself() -> None:
+    clock = Clock()
+    card = clock.card()
+    assert (card.name, card.capability, card.bandwidth) == ("H200", 90, 4.8e12)
+    assert (card.multiprocessors, card.warps, card.shared) == (132, 64, 228 * 1024)
+    told = {"clock_rate": 1980000, "memory_clock_rate": 2619000, "memory_bus_width": 5120}
+    clock.properties = SimpleNamespace(name="New", major=8, minor=9, **told, **PROPERTIES)
+    card = clock.card()
+    assert (card.capability, card.blocks, card.clock_hz) == (89, 24, 1.98e9)
+    assert card.bandwidth == pytest.approx(3.352e12, rel=1e-3)
+    # What it does not tell limits nothing.
+    clock.properties = SimpleNamespace(name="New", major=12, minor=0, **PROPERTIES)
+    kernel = Kernel(1, 1, 1.0, chain_cycles=1.0, tensor_ops=1.0)
+    assert gpu_predict.times(kernel, clock.card(), 1.0) == {}
+
+
+def test_launches_are_counted_in_a_trace() -> None:
+    names = ["Memcpy HtoD (Pageable -> Device)", "int_linear_kernel", "void at::add<int>()"]
+    names += ["int_linear_kernel", "intervals_kernel", "void percov2::encode_kernel(...)"]
+    names += ["pack_kernel", "Memset (Device)", "Memcpy DtoH (Device -> Pageable)"]
+    found = gpu_device.launches(names)
+    after = ["intervals_kernel", "void percov2::encode_kernel(...)", "pack_kernel"]
+    assert found == {
+        "kernels": 7,
+        "after_transformer": [*after, "Memset (Device)"],
+        "to_host": 1,
+        "to_device": 1,
+    }
+    assert gpu_device.launches([])["after_transformer"] == []
+
+
+def emulation(request: pytest.FixtureRequest, *changed: str) -> subprocess.CompletedProcess[str]:
+    """The benchmark as on a card: tests/measure_emulated.py."""
+    module = emulated_cuda.module(request, "emulated_cuda")
+    script = Path(__file__).parent / "measure_emulated.py"
+    return subprocess.run(
+        [sys.executable, str(script), str(module.__file__), *changed],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_triton
+def test_what_a_card_runs_runs_here(request: pytest.FixtureRequest) -> None:
+    done = emulation(request)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    report = answer["report"]
+    assert report["kind"] == "measurement"
+    sections: dict[str, list[dict]] = {}
+    for record in report["records"]:
+        sections.setdefault(record["section"], []).append(record)
+    # Every row of the predictions is measured, and nothing else.
+    measured = sections["measured"]
+    rows = [(n, r["case"]) for r in measured for n in r["kernel"].split(" + ")]
+    assert rows == [(r["kernel"], r["case"]) for r in sections["kernels"]]
+    for r in measured:
+        assert r["kind"] == "measurement"
+        assert r["gpu"]["median_s"] > 0
+        assert r["share_of_peak"] == pytest.approx(r["bytes"] / r["gpu"]["median_s"] / 3.35e12)
+        assert r["launches"] == len(r["kernel"].split(" + "))
+        coder = "V = " in r["case"]
+        assert (r["cpu"] is not None) == (coder or r["kernel"] == "attention")
+        assert (r["unfused"] is not None) == (r["kernel"] == "symbol_intervals")
+        assert (r["predicted_s"] is not None) == ("_kernel" in r["kernel"])
+    (bandwidth,) = sections["bandwidth"]
+    assert (bandwidth["peak_bytes_per_s"], bandwidth["peak_from"]) == (3.35e12, "its data sheet")
+    # The code queues what the predictions count.
+    paths = {(r["what"], r["coder"], r["launches"] is None): r for r in sections["paths"]}
+    assert len(paths) == len(sections["paths"]) == 6
+    encoded = paths["encode", "cuda", False]["launches"]
+    assert encoded["after_transformer"] == ["intervals_kernel", "encode_kernel", "pack_kernel"]
+    assert encoded["to_host"] == 1
+    (counted,) = sections["launches"]
+    assert len(counted["after_transformer"]) == 3
+    assert encoded["kernels"] == 3 + sum(counted["layers_and_head"].values())
+    assert [line["value"] for line in report["summary"][1:]] == [3, 1]
+    for title in ("Measured, after", "Whole coding, random weights", "GB/s by its data sheet"):
+        assert title in answer["text"]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("intervals", "symbol_intervals (V = 16) does not return what the CPU returns"),
+        ("tokens", "other tokens than on the CPU"),
+    ],
+)
+def test_a_mismatch_ends_the_benchmark(
+    request: pytest.FixtureRequest, changed: str, message: str
+) -> None:
+    done = emulation(request, changed)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.cuda
+@needs_triton
+def test_a_card_is_measured() -> None:
+    config = TransformerConfig(layers=2)
+    report = gpu.run(gpu_plan.GpuPlan((), (Size(4, 64, config),), Effort(0.0, 3, 3)), gpu.find())
+    assert report["kind"] == "measurement"
+    assert {line["met"] for line in report["summary"]} == {True}
+    for r in report["records"]:
+        if r["section"] == "measured":
+            assert r["launches"] >= len(r["kernel"].split(" + "))
 
 
 # The command line --------------------------------------------------------------------------------

@@ -98,7 +98,8 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
         _check_outputs([arguments.json, arguments.markdown])
         from percov2.bench import gpu, gpu_plan, gpu_tables
 
-        report = gpu.run(gpu_plan.QUICK_PLAN if arguments.quick else gpu_plan.FULL_PLAN)
+        plan = gpu_plan.QUICK_PLAN if arguments.quick else gpu_plan.FULL_PLAN
+        report = gpu.run(plan, gpu.find())
     _write(arguments, report, gpu_tables.as_markdown(report))
     print(gpu_tables.as_text(report), end="")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -95,32 +95,60 @@ class Row:
 
 
 def rows(sizes: tuple[Size, ...]) -> Iterator[Row]:
-    """All kernels: coder and intervals at every size, the model's layers at the first."""
+    """All kernels: coder and quantizer at every size, the model's layers at the first."""
     for size in sizes:
-        codebook = size.config.codebook_size
-        row = partial(Row, case=f"V = {codebook}", symbols=size.symbols)
-        yield row("symbol_intervals", make=partial(intervals, size))
-        yield row("encode_kernel", make=partial(encode, size), triton=False)
-        yield row("pack_kernel", make=partial(pack, size), triton=False)
-        yield row("decode_kernel<true>", make=partial(decode, size, True), triton=False)
-        yield row("decode_kernel<false>", make=partial(decode, size, False), triton=False)
-    size = sizes[0]
-    yield from layers(size)
-    for other in sizes:
-        codes = other.config.codebook_size
-        case = f"{codes} codes of {LATENT}"
-        yield Row("nearest_codes", case, other.symbols, partial(nearest, other))
+        yield from coder_rows(size).values()
+    yield from layer_rows(sizes[0])
+    for size in sizes:
+        yield nearest_row(size)
 
 
-def layers(size: Size) -> Iterator[Row]:
-    """What a layer of the model and its head launch: for queries, attention for all entries."""
+def coder_rows(size: Size) -> dict[str, Row]:
+    """Kernel -> row, of what codes tokens once their logits are there."""
+    makes: dict[str, Callable[[], Kernel]] = {
+        "symbol_intervals": partial(intervals, size),
+        "encode_kernel": partial(encode, size),
+        "pack_kernel": partial(pack, size),
+        "decode_kernel<true>": partial(decode, size, True),
+        "decode_kernel<false>": partial(decode, size, False),
+    }
+    case = f"V = {size.config.codebook_size}"
+    return {
+        name: Row(name, case, size.symbols, make, name == "symbol_intervals")
+        for name, make in makes.items()
+    }
+
+
+def layer_rows(size: Size) -> tuple[Row, ...]:
+    """What a layer of the model and its head launch: for queries, attention for all entries.
+
+    LayerNorm, the maps in the order of ``linear_maps``, attention.
+    """
     config = size.config
-    yield Row("layer_norm", f"d = {config.dim}", size.symbols, partial(norm, size))
-    for name, terms, outputs, end in linear_maps(config):
-        case = f"{name}, {terms} -> {outputs}, {end}"
-        yield Row("linear", case, size.symbols, partial(linear, size, terms, outputs, end))
-    case = f"{config.heads} heads of {config.head_dim}, {SCHEDULE}"
-    yield Row("attention", case, size.symbols, partial(attention, size))
+    return (
+        Row("layer_norm", f"d = {config.dim}", size.symbols, partial(norm, size)),
+        *(
+            Row(
+                "linear",
+                f"{name}, {terms} -> {outputs}, {end}",
+                size.symbols,
+                partial(linear, size, terms, outputs, end),
+            )
+            for name, terms, outputs, end in linear_maps(config)
+        ),
+        Row(
+            "attention",
+            f"{config.heads} heads of {config.head_dim}, {SCHEDULE}",
+            size.symbols,
+            partial(attention, size),
+        ),
+    )
+
+
+def nearest_row(size: Size) -> Row:
+    """The quantizer's search."""
+    case = f"{size.config.codebook_size} codes of {LATENT}"
+    return Row("nearest_codes", case, size.symbols, partial(nearest, size))
 
 
 def linear_maps(config: TransformerConfig) -> tuple[tuple[str, int, int, str], ...]:
@@ -226,19 +254,24 @@ def attention(size: Size) -> Kernel:
     config = size.config
     source = gpu_sources.attention(config.head_dim)
     block, group = source.constants["BLOCK"], source.constants["GROUP"]
-    reading, keys = pass_entries(size.side)
-    _, readers, _, listed = plan_readers(reading, keys, torch.device("cpu"), block, group)
-    trips = listed.shape[1] / group / len(readers)
-    entry_bytes = config.inner * (2 * len(reading) + 2 * len(keys))
-    pairs = readers.shape[0] * trips * block * group
+    readers, keys, blocks, listed = _reading(size.side, block, group)
+    trips = listed / group / blocks
     return Kernel(
-        len(readers) * config.heads * size.images,
+        blocks * config.heads * size.images,
         source.warps,
-        size.images * entry_bytes + 12 * listed.shape[1],
+        size.images * config.inner * 2 * (readers + keys) + 12 * listed,
         source,
         trips=(trips, trips),
-        tensor_ops=2 * 2 * size.images * config.inner * pairs,
+        tensor_ops=2 * 2 * size.images * config.inner * listed * block,
     )
+
+
+@cache
+def _reading(side: int, block: int, group: int) -> tuple[int, int, int, int]:
+    """Readers, keys, blocks of readers and listed keys of one pass over a grid."""
+    reading, keys = pass_entries(side)
+    _, blocks, _, listed = plan_readers(reading, keys, torch.device("cpu"), block, group)
+    return len(reading), len(keys), len(blocks), listed.shape[1]
 
 
 def pass_entries(side: int) -> tuple[entries.Entries, entries.Entries]:

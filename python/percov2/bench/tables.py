@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = dict[str, Any]
-_TEXT = ("", "coder", "given", "what", "schedule", "step", "kernel", "case", "limited by")
+_TEXT = {"", "coder", "given", "what", "schedule", "step"}
+_TEXT |= {"kernel", "case", "warps per SM", "limited by", "layers and head", "after them"}
 """Names of columns that hold text."""
 
 
