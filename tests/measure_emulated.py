@@ -116,9 +116,10 @@ torch.set_num_threads(1)
 gpu_device.WARM_UP = 0
 gpu_paths.SCHEDULE = "checkerboard"  # two stages: interpreting takes long
 CONFIG = TransformerConfig(codebook_size=16, dim=24, heads=1, head_dim=32, layers=2, hidden=40)
-PLAN = GpuPlan(CARDS, (Size(1, 4, CONFIG),), Effort(0.0, 1, 1))
+ONCE = Effort(0.0, 1, 1)
+PLAN = GpuPlan(CARDS, (Size(1, 4, CONFIG),), ONCE, ONCE)
 if changed == ["tokens"]:
-    gpu_paths.measure_paths(Pretended(), CARDS[0], PLAN.sizes[0], 1, PLAN.effort)
+    gpu_paths.measure_paths(Pretended(), CARDS[0], PLAN.sizes[0], 1, ONCE, ONCE)
 # An interpreted kernel cannot be compiled: what it would need is another test's business.
 missing = gpu_compiled.Missing("an interpreted kernel")
 with mock.patch.object(gpu_compiled, "compile_kernel", side_effect=missing):

@@ -33,6 +33,7 @@ from percov2.bench.timing import Effort
 from percov2.entropy.transformer_config import TransformerConfig
 
 H100 = next(card for card in CARDS if card.name.startswith("H100"))
+SHORT = Effort(0.0, 1, 1)
 SMALL = Size(2, 16, TransformerConfig(codebook_size=16, dim=32, heads=1, layers=2, hidden=64))
 
 
@@ -133,7 +134,7 @@ def test_the_longest_of_the_limits_is_the_time() -> None:
 @pytest.fixture(scope="module")
 def report() -> dict:
     """The predictions for one card at a small size."""
-    plan = gpu_plan.GpuPlan((H100,), (SMALL,), gpu_plan.QUICK_PLAN.effort)
+    plan = gpu_plan.GpuPlan((H100,), (SMALL,), SHORT, SHORT)
     return gpu.run(plan)
 
 
@@ -186,7 +187,7 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(gpu_compiled, "require_triton", missing)
     monkeypatch.setattr(gpu_compiled, "installed_usages", absent)
-    plan = gpu_plan.GpuPlan((H100,), (SMALL,), gpu_plan.QUICK_PLAN.effort)
+    plan = gpu_plan.GpuPlan((H100,), (SMALL,), SHORT, SHORT)
     report = gpu.run(plan)
     kernels = [r for r in report["records"] if r["section"] == "kernels"]
     assert {r["kind"] for r in kernels} == {"missing"}
@@ -364,7 +365,7 @@ def test_a_mismatch_ends_the_benchmark(
 @needs_triton
 def test_a_card_is_measured() -> None:
     config = TransformerConfig(layers=2)
-    report = gpu.run(gpu_plan.GpuPlan((), (Size(4, 64, config),), Effort(0.0, 3, 3)), gpu.find())
+    report = gpu.run(gpu_plan.GpuPlan((), (Size(4, 64, config),), SHORT, SHORT), gpu.find())
     assert report["kind"] == "measurement"
     assert {line["met"] for line in report["summary"]} == {True}
     for r in report["records"]:
@@ -379,7 +380,7 @@ def test_a_card_is_measured() -> None:
 def test_command_writes_tables_and_json(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = gpu_plan.GpuPlan((H100,), (SMALL,), gpu_plan.QUICK_PLAN.effort)
+    plan = gpu_plan.GpuPlan((H100,), (SMALL,), SHORT, SHORT)
     monkeypatch.setattr(gpu_plan, "QUICK_PLAN", plan)
     figures, page = tmp_path / "a.json", tmp_path / "a.md"
     arguments = ["bench", "gpu", "--quick", "--json", str(figures), "--markdown", str(page)]

@@ -65,7 +65,13 @@ def measured(gpu: Gpu, plan: GpuPlan, predictions: Predictions) -> list[dict[str
     card = gpu.card()
     first = gpu_measure.bandwidth(gpu, card, plan.effort)
     bench = gpu_measure.Bench(
-        gpu, card, plan.effort, torch.get_num_threads(), first["peak_bytes_per_s"], predictions
+        gpu,
+        card,
+        plan.effort,
+        plan.cpu_effort,
+        torch.get_num_threads(),
+        first["peak_bytes_per_s"],
+        predictions,
     )
     records = [first]
     steps = list(gpu_measure.steps(bench, plan))

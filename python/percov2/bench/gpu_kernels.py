@@ -1,4 +1,4 @@
-"""The GPU kernels at given sizes: what a launch moves, computes and waits for (docs/gpu.md)."""
+"""The GPU kernels at given sizes: what launches move, compute and wait for (gpu-kernels.md)."""
 
 from __future__ import annotations
 

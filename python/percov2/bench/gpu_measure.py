@@ -33,7 +33,7 @@ class Bench:
     """What all measurements of a run share.
 
     Attributes:
-        gpu, card: the device; effort: how long each call is repeated.
+        gpu, card: the device; effort, cpu_effort: how long calls are repeated there and on the CPU.
         threads: of the CPU engine.
         peak: bytes per second of which shares are taken.
         predictions: (kernel, case) -> record of gpu_predict for this card.
@@ -42,6 +42,7 @@ class Bench:
     gpu: Gpu
     card: Card
     effort: Effort
+    cpu_effort: Effort
     threads: int
     peak: float
     predictions: dict[tuple[str, str], Record]
@@ -88,7 +89,8 @@ def steps(bench: Bench, plan: GpuPlan) -> Iterator[Step]:
     for size in plan.sizes:
         yield f"{size.config.codebook_size} codes", partial(_nearest, bench, size)
     for size in plan.sizes:
-        whole = partial(gpu_paths.measure_paths, gpu, bench.card, size, bench.threads, bench.effort)
+        efforts = (bench.effort, bench.cpu_effort)
+        whole = partial(gpu_paths.measure_paths, gpu, bench.card, size, bench.threads, *efforts)
         yield f"whole, V = {size.config.codebook_size}", whole
 
 
@@ -124,7 +126,9 @@ def measured(bench: Bench, job: Job) -> Record:
         "bytes": moved,
         "bytes_per_s": moved / timing.median_s,
         "share_of_peak": moved / timing.median_s / bench.peak,
-        "cpu": rate(measure(job.reference, effort), first.symbols) if job.engine else None,
+        "cpu": rate(measure(job.reference, bench.cpu_effort), first.symbols)
+        if job.engine
+        else None,
         "cpu_threads": bench.threads,
         "unfused": rate(gpu.time(job.unfused, effort), first.symbols) if job.unfused else None,
         "launches": launches(gpu.trace(job.work))["kernels"],

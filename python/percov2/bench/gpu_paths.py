@@ -23,7 +23,9 @@ Streams = tuple[Any, Any]
 Record = dict[str, Any]
 
 
-def measure_paths(gpu: Gpu, card: Card, size: Size, threads: int, effort: Effort) -> list[Record]:
+def measure_paths(
+    gpu: Gpu, card: Card, size: Size, threads: int, effort: Effort, cpu_effort: Effort
+) -> list[Record]:
     """Encoding and decoding with the model on the device and either coder, and on the CPU.
 
     The weights are random, which changes no time; the tokens are drawn from the model. Raises
@@ -56,6 +58,7 @@ def measure_paths(gpu: Gpu, card: Card, size: Size, threads: int, effort: Effort
         for who, coder in {**coders, "CPU engine": plain}.items():
             for what, way in (("encode", encode), ("decode", decode)):
                 work = partial(way, coder)
+                repeated = cpu_effort if coder is plain else effort
                 records.append(
                     {
                         "kind": MEASUREMENT,
@@ -67,7 +70,7 @@ def measure_paths(gpu: Gpu, card: Card, size: Size, threads: int, effort: Effort
                         "threads": threads,
                         "bytes": len(streams[0]),
                         # Every work ends with a copy to the host, for which the host waits.
-                        "wall": rate(measure(work, effort), size.symbols),
+                        "wall": rate(measure(work, repeated), size.symbols),
                         "launches": None if coder is plain else launches(gpu.trace(work)),
                     }
                 )

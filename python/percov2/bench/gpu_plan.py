@@ -17,16 +17,20 @@ class GpuPlan:
     Attributes:
         cards: for which times are predicted where there is no card.
         sizes: of the coder's kernels and of whole encoding; the first also of the model's layers.
-        effort: how long each call is repeated on a card.
+        effort: how long each call is repeated on a card; cpu_effort: on the CPU beside it.
     """
 
     cards: tuple[Card, ...]
     sizes: tuple[Size, ...]
     effort: Effort
+    cpu_effort: Effort
 
 
 SIZES = tuple(Size(256, 1024, TransformerConfig(codebook_size=size)) for size in (256, 1024))
-FULL_PLAN = GpuPlan(CARDS, SIZES, Effort(1.0, 20, 1000))
+FULL_PLAN = GpuPlan(CARDS, SIZES, Effort(1.0, 20, 1000), Effort(1.0, 3, 20))
 QUICK_PLAN = GpuPlan(
-    tuple(card for card in CARDS if card.name.startswith("H100")), SIZES, Effort(0.1, 5, 50)
+    tuple(card for card in CARDS if card.name.startswith("H100")),
+    SIZES,
+    Effort(0.1, 5, 50),
+    Effort(0.1, 1, 5),
 )
