@@ -388,7 +388,9 @@ def test_command_writes_tables_and_json(
     out = capsys.readouterr().out
     assert "PREDICTION: no CUDA device was found" in out
     assert "PREDICTION for H100 SXM" in out
-    assert "### PREDICTION for H100 SXM" in page.read_text(encoding="utf-8")
+    written = page.read_text(encoding="utf-8")
+    assert "### PREDICTION for H100 SXM" in written
+    assert "| `decode_kernel<true>` | V = 16 |" in written
     assert json.loads(figures.read_text(encoding="utf-8"))["kind"] == "prediction"
 
 

@@ -188,5 +188,10 @@ def as_text(report: Record) -> str:
 
 
 def as_markdown(report: Record) -> str:
-    """The tables for a page."""
-    return markdown_of(heading(report), tables(report))
+    """The tables for a page; kernels as code, because templates look like HTML."""
+    made = tables(report)
+    for i, table in enumerate(made):
+        if table.header[0] == "kernel":
+            rows = [(f"`{row[0]}`", *row[1:]) for row in table.rows]
+            made[i] = Table(table.title, table.header, rows)
+    return markdown_of(heading(report), made)
