@@ -98,6 +98,16 @@ class CodecModel:
             tokens.append(quantizer.tokens(hyper_encoder(latents)))
         return torch.cat(tokens)
 
+    def z_hat(self, tokens: Tensor, rate: str) -> Tensor:
+        """What the flow is given of tokens int [B, h, w]: [B, C, H/8, W/8].
+
+        Raises:
+            ValueError: for tokens out of range or an unknown rate.
+        """
+        ratio = self.config.rate(rate).token_side // PatchAutoencoder.stride
+        z_hat = self._quantizer(rate).lookup(tokens.to(self.device))
+        return upsample_z_hat(z_hat, tokens.shape[-2] * ratio, tokens.shape[-1] * ratio)
+
     @torch.inference_mode()
     def reconstruct(
         self,
@@ -123,10 +133,8 @@ class CodecModel:
         Raises:
             ValueError: for tokens out of range, an unknown rate, or steps < 1.
         """
-        ratio = self.config.rate(rate).token_side // PatchAutoencoder.stride
-        height, width = tokens.shape[-2] * ratio, tokens.shape[-1] * ratio
-        z_hat = self._quantizer(rate).lookup(tokens.to(self.device))
-        z_hat = upsample_z_hat(z_hat, height, width)
+        z_hat = self.z_hat(tokens, rate)
+        height, width = z_hat.shape[-2:]
         channels = int(self.flow.config["out_channels"])
         noise = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed))
         noise = noise.to(self.device).expand(len(tokens), -1, -1, -1)

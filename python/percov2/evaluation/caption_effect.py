@@ -1,0 +1,133 @@
+"""Whether captions help: the right one against another photo's, on the same crops and noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from percov2.codec import Codec
+from percov2.evaluation.perceptual import LPIPS
+from percov2.models.flow import estimate_clean
+from percov2.models.preset import CodecModel
+
+TIMES = (0.25, 0.5, 0.75, 1.0)
+"""Noise levels of the flow loss; 1 is pure noise."""
+_BATCH = 8
+_RESAMPLES = 10_000
+
+
+def paired_interval(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
+    """Mean of paired differences and its 95 % bootstrap interval: (mean, low, high).
+
+    The percentile interval of 10,000 resamples. Raises ValueError for fewer than two numbers.
+
+    >>> mean, low, high = paired_interval(np.full(9, 0.5))
+    >>> mean, low, high
+    (0.5, 0.5, 0.5)
+    """
+    if differences.ndim != 1 or len(differences) < 2:
+        raise ValueError(f"differences have shape {differences.shape}; give two or more numbers")
+    random = np.random.default_rng(seed)
+    picks = random.integers(0, len(differences), (_RESAMPLES, len(differences)))
+    resampled = differences[picks].mean(1)
+    low, high = np.percentile(resampled, [2.5, 97.5])
+    return float(differences.mean()), float(low), float(high)
+
+
+def caption_effect(
+    codec: Codec,
+    crops: NDArray[np.uint8],
+    captions: Sequence[str],
+    rate: str,
+    steps: int | None = None,
+    guidance: float | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Flow loss and LPIPS-VGG with right captions and with those of other crops.
+
+    The other caption of crop i is that of crop i + N // 2, so crops of one photo must not be N // 2
+    apart. The flow loss is the mean square error of the estimated clean latents, averaged over
+    ``TIMES``. All noise is the same for both captions.
+
+    Args:
+        crops: uint8 [N, S, S, 3], S a multiple of the rate's token side; held-out photos.
+        captions: one per crop, none empty.
+
+    Returns:
+        rate, crops, and for flow_loss and lpips_vgg: right, shuffled (means) and gain, the mean of
+        shuffled - right with its 95 % interval [low, high].
+
+    Raises:
+        ValueError: crops or captions that do not fit, or a model of another backbone than "tiny".
+        MetricWeightsMissing: LPIPS's weights are not installed.
+    """
+    model = codec.model
+    if not isinstance(model, CodecModel):
+        raise ValueError(f"{codec.config.name} has no latents of its own to compare; use tiny")
+    if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
+        raise ValueError(
+            f"{len(captions)} captions for crops {crops.dtype} {crops.shape}; give uint8 "
+            "[N, S, S, 3] and one caption each"
+        )
+    if len(crops) < 2 or not all(captions):
+        raise ValueError("give at least two crops, each with a caption")
+    count = len(crops)
+    shuffled = [captions[(i + count // 2) % count] for i in range(count)]
+    evaluations = codec.config.steps if steps is None else steps
+    strength = codec.config.guidance if guidance is None else guidance
+    network = LPIPS("vgg")
+    found: dict[str, list[Tensor]] = {f"{m}_{k}": [] for m in ("flow", "lpips") for k in "rs"}
+    photos = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
+    for begin in tqdm(range(0, count, _BATCH), desc=rate, disable=not progress):
+        part = slice(begin, begin + _BATCH)
+        tokens = model.encode_tokens(photos[part], rate)
+        with torch.inference_mode():
+            target = network.features(photos[part])
+            for kind, texts in (("r", captions[part]), ("s", shuffled[part])):
+                found[f"flow_{kind}"].append(_flow_loss(model, photos[part], tokens, rate, texts))
+                pixels = model.reconstruct(tokens, rate, texts, evaluations, strength, begin)
+                distance = network.distance(network.features(pixels.cpu().float()), target)
+                found[f"lpips_{kind}"].append(distance)
+    result: dict[str, Any] = {
+        "rate": rate,
+        "crops": count,
+        "side": crops.shape[1],
+        "steps": evaluations,
+        "guidance": strength,
+    }
+    for name, key in (("flow_loss", "flow"), ("lpips_vgg", "lpips")):
+        right, other = (torch.cat(found[f"{key}_{k}"]).double().numpy() for k in "rs")
+        mean, low, high = paired_interval(other - right)
+        result[name] = {
+            "right": float(right.mean()),
+            "shuffled": float(other.mean()),
+            "gain": mean,
+            "interval": [low, high],
+        }
+    return result
+
+
+def _flow_loss(
+    model: CodecModel, photos: Tensor, tokens: Tensor, rate: str, captions: Sequence[str]
+) -> Tensor:
+    """Error of the estimated clean latents, [B], averaged over TIMES, with noise of seed 0."""
+    latents = model.autoencoder.encode(
+        photos.to(model.device).contiguous(memory_format=torch.channels_last)
+    ).float()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    z_hat = model.z_hat(tokens, rate)
+    words = model.text_encoder(captions)
+    losses = []
+    for t in TIMES:
+        times = torch.full((len(latents),), t, device=latents.device)
+        noisy = (1 - t) * latents + t * noise
+        clean = estimate_clean(model.flow, noisy, z_hat, times, words, model.config.prediction)
+        losses.append((clean.float() - latents).square().mean((1, 2, 3)))
+    return torch.stack(losses).mean(0).cpu()

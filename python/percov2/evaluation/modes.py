@@ -1,0 +1,155 @@
+"""Operating modes (PerCoV2, Fig. 1): distortion and realism over flow steps and guidance."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from percov2.codec import Codec
+from percov2.evaluation.metrics import measure
+from percov2.evaluation.realism import FrechetDistance
+from percov2.images import write_bytes
+
+MODE_METRICS = ("psnr", "lpips_alex")
+_BATCH = 16
+
+
+def operating_modes(
+    codec: Codec,
+    crops: NDArray[np.uint8],
+    captions: Sequence[str],
+    out: Path,
+    rate: str | None = None,
+    steps: Sequence[int] = (1, 2, 4, 8, 20),
+    guidances: Sequence[float] = (1.0, 2.0),
+    features: torch.nn.Module | None = None,
+    progress: bool = True,
+) -> list[dict[str, Any]]:
+    """Restore crops in every mode and measure them; an interrupted run goes on where it was.
+
+    Batch i starts from the noise of seed i. Modes that out/modes.json holds already are kept, so
+    give every question (model, crops, rate) a folder of its own.
+
+    Args:
+        crops: uint8 [N, S, S, 3], S a multiple of the rate's token side; held-out photos.
+        captions: one per crop, "" for none.
+        out: folder for modes.json, made if missing.
+        features: of the Fréchet distance; EfficientNet-Lite0's by default.
+
+    Returns:
+        Per mode: steps, guidance, crops, psnr and lpips_alex (means), frechet, seconds per crop.
+
+    Raises:
+        ValueError: crops, captions, steps or guidance that do not fit.
+        MetricWeightsMissing: a network's weights are not installed.
+    """
+    if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
+        raise ValueError(
+            f"{len(captions)} captions for crops {crops.dtype} {crops.shape}; give uint8 "
+            "[N, S, S, 3] and one caption each"
+        )
+    name = codec.config.rate(codec.config.default_rate if rate is None else rate).name
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "modes.json"
+    records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    known = {(record["steps"], record["guidance"]) for record in records}
+    wanted = [mode for mode in product(steps, map(float, guidances)) if mode not in known]
+    if not wanted:
+        return records
+    photos = torch.from_numpy(crops).permute(0, 3, 1, 2)
+    parts = [slice(i, i + _BATCH) for i in range(0, len(crops), _BATCH)]
+    tokens = [
+        codec.model.encode_tokens(photos[part].float() / 127.5 - 1, name)
+        for part in tqdm(parts, desc="tokens", disable=not progress)
+    ]
+    for count, guidance in wanted:
+        distance = FrechetDistance(features)
+        values: list[list[float]] = []
+        started = time.perf_counter()
+        spent = 0.0
+        label = f"{count} steps, guidance {guidance:g}"
+        for i, part in enumerate(tqdm(parts, desc=label, disable=not progress)):
+            before = time.perf_counter()
+            pixels = codec.model.reconstruct(
+                tokens[i], name, captions[part], count, guidance, seed=i
+            )
+            spent += time.perf_counter() - before
+            restored = _levels(pixels)
+            distance.add(photos[part], real=True)
+            distance.add(restored, real=False)
+            values += _measured(crops[part], restored)
+        means = np.mean(values, 0)
+        records.append(
+            {
+                "rate": name,
+                "steps": count,
+                "guidance": guidance,
+                "crops": len(crops),
+                "side": crops.shape[1],
+                **dict(zip(MODE_METRICS, means.tolist(), strict=True)),
+                "frechet": distance.value(),
+                "seconds_per_crop": spent / len(crops),
+                "seconds": time.perf_counter() - started,
+            }
+        )
+        write_bytes(path, (json.dumps(records, indent=2) + "\n").encode())
+    return records
+
+
+def _levels(pixels: Tensor) -> Tensor:
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+def _measured(crops: NDArray[np.uint8], restored: Tensor) -> list[list[float]]:
+    rows = []
+    for crop, picture in zip(crops, restored.permute(0, 2, 3, 1).numpy(), strict=True):
+        values, notes = measure(crop, np.ascontiguousarray(picture), MODE_METRICS)
+        if None in values.values():
+            raise ValueError("; ".join(notes))
+        rows.append([float(values[metric] or 0.0) for metric in MODE_METRICS])
+    return rows
+
+
+def plot_modes(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """A PNG: PSNR and LPIPS against the Fréchet distance, one line per guidance."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    labels = ("PSNR, dB (higher is better)", "LPIPS, AlexNet (lower is better)")
+    for axis, metric, label in zip(axes, MODE_METRICS, labels, strict=True):
+        for guidance in sorted({record["guidance"] for record in records}):
+            line = sorted(
+                (r for r in records if r["guidance"] == guidance), key=lambda r: r["steps"]
+            )
+            axis.plot(
+                [r["frechet"] for r in line],
+                [r[metric] for r in line],
+                marker="o",
+                label=f"guidance {guidance:g}",
+            )
+            for record in line:
+                place = (record["frechet"], record[metric])
+                axis.annotate(
+                    str(record["steps"]), place, textcoords="offset points", xytext=(5, 4)
+                )
+        axis.set_xlabel("Fréchet distance, EfficientNet-Lite0 (lower is better)")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    title = f"{records[0]['rate']}: numbers are flow steps; {records[0]['crops']} held-out crops"
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
