@@ -74,7 +74,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.evaluation": (
         {*CODEC_AND_BELOW, "percov2.evaluation"},
         {"numpy", "PIL", "torch", "tqdm"},
-        {"imageio_ffmpeg", "matplotlib", "skimage", "torchmetrics"},
+        {"efficientnet_lite_pytorch", "imageio_ffmpeg", "matplotlib", "skimage", "torchmetrics"},
     ),
     "percov2.bench": (
         {"percov2", "percov2.bench", "percov2.entropy"},
