@@ -274,6 +274,22 @@ def test_offloaded_networks_are_on_the_device_only_at_work(
     assert places["CLIPTextModelWithProjection"] == 4 * pair
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_card_paints_what_the_cpu_paints(offload: bool, sd3_folder: Path) -> None:
+    card = SD3Model(sd3_folder, "cuda", BackboneOptions(dtype="fp32", offload=offload))
+    full = SD3Model(sd3_folder)
+    tokens = full.encode_tokens(noise_image(32, 32), "r0313")
+    assert card.encode_tokens(noise_image(32, 32), "r0313").device.type == "cuda"
+    expected = full.reconstruct(tokens, "r0313", ["a red door"], 2, 2.0, 0)
+    got = card.reconstruct(tokens, "r0313", ["a red door"], 2, 2.0, 0)
+    assert (got.cpu() - expected).abs().mean() < 0.02
+    networks = [card.base.flow("r0313"), card.base.autoencoder()]
+    networks += card.base.text_networks().encoders
+    waiting = "cpu" if offload else "cuda"
+    assert {p.device.type for network in networks for p in network.parameters()} == {waiting}
+
+
 def test_compiling_is_opt_in(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     monkeypatch.setattr(SD3Transformer2DModel, "compile", lambda self: compiled.append(self))
