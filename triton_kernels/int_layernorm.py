@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import require_runnable
+from percov2.triton_kernels.placement import queue, require_runnable
 
 MAX_DIM = 1024
 TILE = 2048
@@ -81,7 +81,8 @@ def int_layernorm_kernel(
     value = tl.load(residual + place, mask=inside, other=0)
     # The mean, shifted so that no negative number is divided: < 2^31 + 2^10, hence unsigned.
     shifted = (tl.sum(value, axis=1) + (DIM // 2)).to(tl.uint32) + (DIM << 20)
-    mean = (shifted // DIM).to(tl.int32) - (1 << 20)
+    # Triton 3.1 divides unsigned numbers by unsigned ones only.
+    mean = (shifted // tl.full([1], DIM, tl.uint32)).to(tl.int32) - (1 << 20)
     y = tl.where(inside, value - mean[:, None], 0)
     wide = y.to(tl.int64)
     energy = tl.sum(wide * wide, axis=1)  # < 2^51
@@ -117,9 +118,11 @@ def launch(residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     rows = residual.numel() // dim
     if rows:
         block_rows, block_dim = block_sizes(dim)
-        int_layernorm_kernel[(triton.cdiv(rows, block_rows),)](
+        queue(
+            int_layernorm_kernel,
+            (triton.cdiv(rows, block_rows),),
             residual.contiguous(),
-            gain,
+            gain.contiguous(),
             out,
             rows,
             DIM=dim,
