@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from percov2.entropy import entries, intmath, schedule
 from percov2.entropy.reader_plan import plan_readers
-from percov2.triton_kernels import attention, attention_blocks
+from percov2.triton_kernels import attention, attention_blocks, stage_attention
 
 DEVICE = torch.device(sys.argv[1])
 WEIGHTS = torch.tensor(intmath.WEIGHT_TABLE, dtype=torch.int8)
@@ -128,4 +128,7 @@ keys, queries = grid_entries("raster", 2, 3)
 compare(queries.take(slice(0, 0)), keys, 1, 8, 1, seed=5)
 compare(queries.take(slice(0, 1)), keys.take(slice(0, 3)), 2, 8, 3, seed=6)
 compare(queries, keys, 2, 8, 0, seed=7)
+# More images than one launch takes.
+stage_attention.IMAGES = 2
+compare(queries, keys, 2, 8, 5, seed=8)
 print("agreed")

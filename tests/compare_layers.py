@@ -185,6 +185,9 @@ assert linear(nothing.to(torch.int8), *tensors).shape == (2, 0, 5)
 # Views are read as what they mean.
 x = torch.arange(-60, 60, dtype=torch.int8).view(8, 15)[:, :9].T
 assert torch.equal(linear(x, *tensors), linear(x.contiguous(), *tensors))
+across = tensors[0].T.contiguous().T
+assert not across.is_contiguous()
+assert torch.equal(linear(x, across, *tensors[1:]), linear(x, *tensors))
 wide = x.to(torch.int32) * 999
 gain = torch.arange(100, 108, dtype=torch.int16)
 assert torch.equal(layer_norm(wide, gain), layer_norm(wide.contiguous(), gain))

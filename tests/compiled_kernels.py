@@ -20,7 +20,7 @@ needs_triton = pytest.mark.skipif(
 def compare_on(device: str, script: str) -> None:
     """Run a script of this folder that compares kernels with their oracles, in its own process.
 
-    On "cpu" with interpreted kernels (triton must learn that before it is imported), or on "cuda".
+    On "cpu" with interpreted kernels (triton must learn that before it is imported), or on a card.
     """
     result = subprocess.run(
         [sys.executable, str(Path(__file__).parent / script), device],

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import require_runnable
+from percov2.triton_kernels.placement import queue, require_runnable
 
 MAX_TERMS = 1040
 RESIDUAL_LIMIT = 2**20
@@ -124,7 +124,7 @@ def launch(
     """Check the arguments and run the kernel; see percov2.triton_kernels.linear."""
     _check(x, weight, bias, multiplier, shift)
     outputs, terms = weight.shape
-    shape = (*x.shape[:-1], outputs)
+    x, shape = x.contiguous(), (*x.shape[:-1], outputs)
     end, limit, extra = STORE, 127, x
     if table is not None and residual is not None:
         raise ValueError("give a table or a residual, not both")
@@ -133,7 +133,7 @@ def launch(
         if table.dtype != torch.int8 or tuple(table.shape) != (256,):
             raise ValueError(f"table is {table.dtype} {tuple(table.shape)}; it must be int8 [256]")
     elif residual is not None:
-        end, limit, extra, dtype = RESIDUAL, RESIDUAL_LIMIT, residual.contiguous(), torch.int32
+        end, limit, extra, dtype = RESIDUAL, RESIDUAL_LIMIT, residual, torch.int32
         if residual.dtype != torch.int32 or tuple(residual.shape) != shape:
             raise ValueError(
                 f"residual is {residual.dtype} {tuple(residual.shape)}; it must be int32 {shape}"
@@ -148,13 +148,15 @@ def launch(
     if rows:
         block_rows, block_outputs, block_terms, warps = block_sizes(rows, terms)
         grid = triton.cdiv(rows, block_rows) * triton.cdiv(outputs, block_outputs)
-        int_linear_kernel[(grid,)](
-            x.contiguous(),
-            weight,
-            bias,
-            multiplier,
-            shift,
-            extra,
+        queue(
+            int_linear_kernel,
+            (grid,),
+            x,
+            weight.contiguous(),
+            bias.contiguous(),
+            multiplier.contiguous(),
+            shift.contiguous(),
+            extra.contiguous(),
             out,
             rows,
             outputs,

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import require_runnable
+from percov2.triton_kernels.placement import queue, require_runnable
 
 MAX_CODEBOOK = 8192
 NARROW = 1024
@@ -158,10 +158,12 @@ def launch(
     rows = symbols.numel()
     if rows:
         block_rows, block_size, warps = block_sizes(size)
-        intervals_kernel[(triton.cdiv(rows, block_rows),)](
+        queue(
+            intervals_kernel,
+            (triton.cdiv(rows, block_rows),),
             flat,
             symbols.contiguous(),
-            table,
+            table.contiguous(),
             both[0],
             both[1],
             rows,

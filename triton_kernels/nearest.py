@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from percov2.triton_kernels.placement import queue, require_runnable
+
 # Larger tiles exceed the registers of sm_80: ptxas reports a stack at 64 x 64.
 BLOCK_N = 32
 BLOCK_K = 32
@@ -77,16 +79,12 @@ def launch(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"the codebook has shape {tuple(codebook.shape)}; it must not be empty")
     if codes * dim >= 2**31:
         raise ValueError(f"the codebook has {codes * dim} numbers; it must have fewer than 2^31")
-    if vectors.device != codebook.device:
-        raise ValueError(f"vectors are on {vectors.device}, the codebook on {codebook.device}")
-    if vectors.device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise ValueError(
-            "vectors are on the CPU; move them to a GPU, or set TRITON_INTERPRET=1 before the "
-            "first call to interpret the kernel"
-        )
+    require_runnable(vectors=vectors, codebook=codebook)
     indices = torch.empty(rows, dtype=torch.int32, device=vectors.device)
     if rows:
-        nearest_kernel[(triton.cdiv(rows, BLOCK_N),)](
+        queue(
+            nearest_kernel,
+            (triton.cdiv(rows, BLOCK_N),),
             vectors.contiguous(),
             codebook.contiguous(),
             indices,

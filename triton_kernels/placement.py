@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import torch
 import triton
 
@@ -28,3 +31,15 @@ def require_runnable(**tensors: torch.Tensor) -> None:
         if tensors[name].device != device:
             raise ValueError(f"{first} is on {device}, {name} on {tensors[name].device}")
     require_device(first, device)
+
+
+def queue(
+    kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *rest: Any, **named: Any
+) -> None:
+    """Queue a kernel on the device of its first argument, on torch's current stream there.
+
+    Triton itself takes the current device, wherever the tensors lie: with one model per card, the
+    other cards' pointers would reach a kernel that cannot use them.
+    """
+    with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
+        kernel[grid](first, *rest, **named)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import require_runnable
+from percov2.triton_kernels.placement import queue, require_runnable
 
 START_ENTRIES = 3
 TABLE_SIZE = 964
@@ -26,6 +26,8 @@ BLOCK = 32
 """Readers of one program."""
 GROUP = 32
 """Keys at a time; the plan pads its lists to multiples of it."""
+IMAGES = 65535
+"""Images of one launch: what CUDA allows along the third axis of a grid."""
 
 
 @triton.jit
@@ -242,22 +244,20 @@ def launch(
         listed_keys=listed_keys,
     )
     queries = queries.contiguous()
+    tables = [tensor.contiguous() for tensor in (*plan, biases, shifts, weights)]
     out = torch.empty_like(queries)
     batch, count, inner = queries.shape
     heads = len(shifts)
-    if batch and len(readers):
-        stage_attention_kernel[(len(readers), heads, batch)](
-            queries,
-            keys,
-            values,
-            out,
-            reader_places,
-            readers,
-            first_keys,
-            listed_keys,
-            biases,
-            shifts,
-            weights,
+    for first in range(0, batch if len(readers) else 0, IMAGES):
+        images = slice(first, first + IMAGES)
+        queue(
+            stage_attention_kernel,
+            (len(readers), heads, min(IMAGES, batch - first)),
+            queries[images],
+            keys[images],
+            values[images],
+            out[images],
+            *tables,
             count,
             listed_keys.shape[1],
             queries.stride(0),

@@ -37,9 +37,9 @@ def plan_readers(
     readers = np.full((len(parts), block), -1, dtype=np.int32)
     lengths = [-(-len(keys) // group) * group for _, keys in parts]
     first_keys = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    if first_keys[-1] >= 2**31:
+    if first_keys[-1] >= 2**30:  # the kernel's offsets of 32 bits reach twice as far
         raise ValueError(
-            f"{len(reader)} entries read {first_keys[-1]} keys in blocks; that must be below 2^31"
+            f"{len(reader)} entries read {first_keys[-1]} keys in blocks; that must be below 2^30"
         )
     listed = np.zeros((3, first_keys[-1]), dtype=np.int32)
     listed[2] = NEVER
