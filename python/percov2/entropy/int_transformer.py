@@ -142,6 +142,17 @@ def default_executor(device: torch.device) -> str:
     return "torch"
 
 
+def _trial(device: torch.device) -> tuple[Tensor, np.ndarray]:
+    """Tokens int64 [B, 5, 20] below 40 and stages for which an executor is proven on ``device``.
+
+    On a GPU the kernels take larger tiles from 1024 rows on: there the queries fill these, and the
+    contents do not.
+    """
+    stages = np.arange(100, dtype=np.int32).reshape(5, 20) * 7 % 5 + 1
+    images = np.arange(11 if device.type == "cuda" else 1)[:, None, None]
+    return torch.from_numpy((stages * 31 + images) % 40).to(torch.int64), stages
+
+
 @cache
 def _executor(name: str, device: torch.device) -> Any:
     """The module of an executor, proven to agree with torch on this machine.
@@ -154,8 +165,7 @@ def _executor(name: str, device: torch.device) -> Any:
     if module is not oracle:
         config = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
         tensors = random_tensors(config, 0)
-        stages = np.arange(100, dtype=np.int32).reshape(5, 20) * 7 % 5 + 1
-        tokens = torch.from_numpy(stages * 31 % 40)[None].to(torch.int64)
+        tokens, stages = _trial(device)
         results = []
         for executor, place in ((module, device), (oracle, torch.device("cpu"))):
             placed = {name: tensor.to(place) for name, tensor in tensors.items()}
@@ -167,6 +177,13 @@ def _executor(name: str, device: torch.device) -> Any:
                 "the entropy model would give other tokens; use executor='torch'"
             )
     return module
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """The device with its number: "cuda" is another card after set_device or in another thread."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class IntTransformer:
@@ -200,17 +217,18 @@ class IntTransformer:
     ) -> None:
         check_tensors(config, tensors)
         self.config = config
-        self.device = torch.device(device)
+        self.device = _numbered(torch.device(device))
         if executor is not None and executor not in EXECUTORS:
             raise ValueError(f"executor is {executor!r}; it must be one of {EXECUTORS}")
         self.executor_name = executor or default_executor(self.device)
         self.tensors = {
             name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
         }
-        intmath.self_test(self.device)
-        placed = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
-        module = _executor(self.executor_name, self.device)
-        self.executor = module.Executor(config, placed, self.device)
+        with torch.device("cpu"):  # whatever the default device of tensors is
+            intmath.self_test(self.device)
+            placed = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
+            module = _executor(self.executor_name, self.device)
+            self.executor = module.Executor(config, placed, self.device)
 
     def to(self, device: torch.device | str) -> IntTransformer:
         """The same model on another device."""

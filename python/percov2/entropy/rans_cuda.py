@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from percov2.entropy import rans
 
 DEVICE_TYPE = "cuda"
+CAPABILITY = (8, 0)
+"""The oldest cards that the kernels run on."""
 
 _FAULTS = {
     1: "an interval is empty or not inside 0 .. 2^prob_bits",
@@ -29,8 +31,8 @@ _FAULTS = {
 """csrc/coder_cuda.h, CudaStatus: what a kernel finds wrong with a stream."""
 
 
-def _queue(device: torch.device) -> int:
-    """torch's current stream on ``device`` as a number."""
+def queue(device: torch.device) -> int:
+    """torch's current stream on ``device`` as a number, 0 on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -129,7 +131,7 @@ def encode(
         prob_bits,
         scratch,
         packed,
-        _queue(device),
+        queue(device),
     )
     # 5/8 of prob_bits are 10, 11.25 and 12.5 bits at the precision of 256, 1024 and 8192 tokens: a
     # model that is worth having stays below that, and a copy of so much is still a short one.
@@ -194,7 +196,7 @@ class CudaRansDecoder:
             prob_bits,
             symbols,
             status,
-            _queue(logits.device),
+            queue(logits.device),
         )
         self._faults = torch.maximum(self._faults, status)
         return symbols

@@ -8,21 +8,22 @@ layer is nine launches for contents and seven for queries, and none waits for th
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from percov2.entropy import torch_executor
+from percov2.entropy import rans_cuda, torch_executor
 from percov2.entropy.entries import Entries
 from percov2.entropy.reader_plan import plan_readers
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.triton_layers import Head, Layer, Plan
 
 _KEPT_PLANS = 64
-_KEPT_KEYS = 2**18
-"""Plans with at most this many listed keys (3 MB) are kept: images often have the same size."""
+_KEPT_KEYS = 2**22
+"""Plans are kept up to so many listed keys (50 MB) in all: images often have the same size."""
 
 
 class Executor(torch_executor.Executor):
@@ -42,20 +43,34 @@ class Executor(torch_executor.Executor):
 
         triton_kernels.check_device(device)
         self._blocks = triton_kernels.attention_blocks()
-        self._plans: OrderedDict[bytes, Plan] = OrderedDict()
+        self._plans: OrderedDict[tuple[int, bytes], Plan] = OrderedDict()
+        self._lock = threading.Lock()
         super().__init__(config, tensors, device)
 
     def plan(self, reader: Entries, key: Entries) -> Plan:
-        """Who reads whom, in blocks; those of the last passes are kept on the device."""
+        """Who reads whom, in blocks; those of the last passes are kept on the device.
+
+        Each stream keeps its own: its kernels come after the upload and before the memory of a
+        dropped plan is given to somebody else.
+        """
         columns = [reader.row, reader.column, reader.reads, key.row, key.column, key.key_stage]
         sizes = np.array([len(reader), len(key)], dtype=np.int64)
         content = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
-        name = hashlib.sha256(sizes.tobytes() + content).digest()
-        plan = self._plans.pop(name, None)
-        if plan is None:
-            plan = plan_readers(reader, key, self.device, *self._blocks)
-        if plan[-1].shape[1] <= _KEPT_KEYS:
-            self._plans[name] = plan
-            if len(self._plans) > _KEPT_PLANS:
-                self._plans.popitem(last=False)
+        name = (rans_cuda.queue(self.device), hashlib.sha256(sizes.tobytes() + content).digest())
+        with self._lock:
+            plan = self._plans.pop(name, None)
+            if plan is None:
+                plan = plan_readers(reader, key, self.device, *self._blocks)
+            if _listed(plan) <= _KEPT_KEYS:
+                self._plans[name] = plan
+                while len(self._plans) > _KEPT_PLANS or self._kept_keys() > _KEPT_KEYS:
+                    self._plans.popitem(last=False)
         return plan
+
+    def _kept_keys(self) -> int:
+        return sum(map(_listed, self._plans.values()))
+
+
+def _listed(plan: Plan) -> int:
+    """Keys in the lists of a plan."""
+    return plan[-1].shape[1]
