@@ -19,6 +19,7 @@ namespace percov2 {
 
 inline void throw_if_failed(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // kept until it is asked for, by the next launch otherwise
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
 }
@@ -29,11 +30,12 @@ void launch(const CudaQueue& queue, std::int64_t blocks, int threads, void (*ker
             const Arguments&... arguments) {
   int before = 0;
   throw_if_failed(cudaGetDevice(&before), "no CUDA device can be used");
-  throw_if_failed(cudaSetDevice(queue.device), "the CUDA device cannot be used");
+  const bool other = before != queue.device;  // setting a device makes a context on it
+  if (other) throw_if_failed(cudaSetDevice(queue.device), "the CUDA device cannot be used");
   kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(queue.stream)>>>(
       arguments...);
   const cudaError_t launched = cudaGetLastError();
-  throw_if_failed(cudaSetDevice(before), "the CUDA device cannot be used");
+  if (other) throw_if_failed(cudaSetDevice(before), "the CUDA device cannot be used");
   throw_if_failed(launched, "a CUDA kernel could not be launched");
 }
 
