@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from percov2.entropy import cdf, rans, rans_cuda, schedule, token_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import RansDecoder
 from percov2.entropy.token_coder import TokenCoder, default_coder
+from percov2.entropy.transformer_config import TransformerConfig
 from percov2.packing import OpenFile, Tokens
 from pretended_device import DEVICE, Held, PretendedDevice
 from test_codec import certain_model
@@ -141,10 +143,20 @@ def test_the_host_waits_once_for_the_bytes(request, monkeypatch, cpu_coder):
         coder = TokenCoder(IntTransformer.load(FROZEN, DEVICE, "torch"), "cuda")
         cdf.weights(torch.zeros(1, 2, dtype=torch.int16).to(DEVICE))  # its table is uploaded once
         device.forget()
+        one_pass = token_coder.one_pass_residual
+
+        def passed(*arguments):
+            residual = one_pass(*arguments)
+            device.uploads.append("after the pass")
+            return residual
+
+        monkeypatch.setattr(token_coder, "one_pass_residual", passed)
         encoder = coder.encoder(tokens, "qlds12", range(6))
         assert device.waits == []
         assert len(device.downloads) == 1
         assert calls == ["cuda_encode"]
+        # CUDA may finish what is queued before it takes pageable memory.
+        assert device.uploads[-1] == "after the pass"
         buffer, offsets = encoder.finish()
         assert np.array_equal(buffer, expected[0]) and np.array_equal(offsets, expected[1])
         decoder = coder.decoder(buffer, offsets)
@@ -163,7 +175,16 @@ def test_the_choice_of_a_coder_is_visible(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         monkeypatch.setattr(rans, "cuda_built", lambda: True)
+        monkeypatch.setattr(rans, "cuda_devices", lambda: ("A Card",))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
         assert default_coder(card) == "cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    with pytest.warns(RuntimeWarning, match="Old Card is older"):
+        assert default_coder(card) == "cpu"
+    monkeypatch.setattr(rans, "cuda_devices", tuple)
+    with pytest.warns(RuntimeWarning, match="newer than the driver"):
+        assert default_coder(card) == "cpu"
     monkeypatch.setattr(rans, "cuda_built", lambda: False)
     with pytest.warns(RuntimeWarning, match="built without CUDA"):
         assert default_coder(card) == "cpu"
@@ -177,3 +198,13 @@ def test_an_unknown_coder_is_refused(cpu_coder):
 def test_a_coder_of_the_cpu_reads_with_the_cpu(cpu_coder):
     assert isinstance(cpu_coder.decoder(b"\x07", np.array([0, 1])), RansDecoder)
     assert cpu_coder.tokens_at_once == token_coder._TOKENS_AT_ONCE["cpu"]
+
+
+def test_batches_on_a_card_shrink_as_models_grow():
+    coder = TokenCoder.__new__(TokenCoder)
+    at_once = []
+    for sizes in ({}, {"layers": 64}, {"dim": 1024, "heads": 16, "head_dim": 64, "layers": 24}):
+        config = TransformerConfig(codebook_size=8192, **sizes)
+        coder.model = SimpleNamespace(device=torch.device("cuda", 0), config=config)
+        at_once.append(coder.tokens_at_once)
+    assert at_once[0] == 2**18 > at_once[1] > at_once[2] > 2**15

@@ -23,6 +23,8 @@ _LOGITS_AT_ONCE_FUSED = 2**28
 """The same where one kernel codes them: 512 MiB, one launch for 256 images of 1024 tokens."""
 
 _TOKENS_AT_ONCE = {"cpu": 2**14, "cuda": 2**18}
+_BYTES_AT_ONCE = 2**32
+"""What a batch may need on a CUDA device besides its logits."""
 
 CODERS = ("cpu", "cuda")
 
@@ -30,14 +32,21 @@ CODERS = ("cpu", "cuda")
 def default_coder(device: torch.device) -> str:
     """What codes the tokens of a model on ``device`` unless its user says otherwise.
 
-    "cuda" on CUDA devices, or "cpu" with a warning if the package was built without; "cpu"
-    elsewhere. Both write the same bytes.
+    "cuda" on CUDA devices, or "cpu" with a warning that says why it cannot be; "cpu" elsewhere.
+    Both write the same bytes.
     """
-    if device.type != "cuda" or rans.cuda_built():
-        return "cuda" if device.type == "cuda" else "cpu"
+    if device.type != "cuda":
+        return "cpu"
+    if not rans.cuda_built():
+        reason = "percov2 was built without CUDA, and docs/gpu.md says how to build with it"
+    elif not rans.cuda_devices():
+        reason = "the CUDA runtime in percov2 is newer than the driver of this machine"
+    elif torch.cuda.get_device_capability(device) < rans_cuda.CAPABILITY:
+        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    else:
+        return "cuda"
     warnings.warn(
-        f"percov2 was built without CUDA: tokens are made on {device} and coded on the CPU; "
-        "coder='cpu' silences this, and docs/gpu.md says how to build with CUDA",
+        f"tokens are made on {device} and coded on the CPU: {reason}; coder='cpu' silences this",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -77,8 +86,13 @@ class TokenCoder:
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens of a batch that keeps the device busy and needs a few GB at most."""
-        return _TOKENS_AT_ONCE.get(self.model.device.type, _TOKENS_AT_ONCE["cpu"])
+        """Tokens of a batch that keeps the device busy and fits its memory (docs/gpu.md)."""
+        if self.model.device.type != "cuda":
+            return _TOKENS_AT_ONCE["cpu"]
+        config = self.model.config
+        # Residuals of four bytes, hidden activations, and the cache of staged decoding.
+        bytes_per_token = 16 * config.dim + config.hidden + 2 * config.layers * config.inner
+        return min(_TOKENS_AT_ONCE["cuda"], _BYTES_AT_ONCE // bytes_per_token)
 
     def encoder(
         self, tokens: torch.Tensor, schedule_name: str, checks: rans.ArrayLike, threads: int = 1
@@ -151,9 +165,9 @@ class TokenCoder:
         """Residual of all tokens after the one pass, and the tokens: both in coding order."""
         stages = schedule.stages(schedule_name, *tokens.shape[1:])
         tokens = tokens.to(self.model.device, non_blocking=self.model.device.type != "cpu")
+        # Before the pass: CUDA may finish a stream before it takes pageable memory.
+        coding = torch.from_numpy(schedule.order(stages)).to(tokens.device, non_blocking=True)
         residual = one_pass_residual(self.model, tokens, stages)
-        coding = torch.from_numpy(schedule.order(stages))
-        coding = coding.to(tokens.device, non_blocking=True)
         return residual, tokens.flatten(1)[:, coding].to(torch.int32)
 
     def _intervals_on_cpu(
