@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -192,3 +194,25 @@ def test_reduced_precision_is_refused():
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
     intmath.require_exact_float32()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends, "fp32_precision"), reason="a torch with the older settings only"
+)
+@pytest.mark.parametrize("backend", ["torch.backends", "torch.backends.cuda.matmul"])
+def test_reduced_precision_by_the_newer_settings_is_refused(backend):
+    """In a process of its own: torch does not forget that these were used."""
+    script = f"""
+import torch
+from percov2.entropy import intmath
+{backend}.fp32_precision = "tf32"
+try:
+    intmath.require_exact_float32()
+except RuntimeError as error:
+    assert "call torch.set_float32_matmul_precision('highest')" in str(error), error
+else:
+    raise AssertionError("not refused")
+torch.set_float32_matmul_precision("highest")
+intmath.require_exact_float32()
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)

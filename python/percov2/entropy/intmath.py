@@ -14,7 +14,7 @@ float32 (no TF32, no bfloat16 passes): ``exact_float32`` refuses to go on otherw
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -63,12 +63,20 @@ WEIGHT_TABLE: tuple[int, ...] = (
 
 def require_exact_float32() -> None:
     """Raise RuntimeError if torch may round float32 factors before it multiplies them."""
-    modes = {
-        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision() != "highest",
-        "torch.backends.cuda.matmul.allow_tf32": bool(torch.backends.cuda.matmul.allow_tf32),
+    modes: dict[str, Callable[[], bool]] = {
+        "torch.get_float32_matmul_precision()": (
+            lambda: torch.get_float32_matmul_precision() != "highest"
+        ),
+        "torch.backends.cuda.matmul.allow_tf32": (
+            lambda: bool(torch.backends.cuda.matmul.allow_tf32)
+        ),
     }
     for name, fast in modes.items():
-        if fast:
+        try:
+            allowed = fast()
+        except RuntimeError:  # torch's answer if one of the newer fp32_precision settings says so
+            allowed = True
+        if allowed:
             raise RuntimeError(
                 f"{name} allows reduced-precision products, which would change the coded tokens: "
                 "call torch.set_float32_matmul_precision('highest') before coding"
