@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from command_line import failure, run, subprocess_run
-from percov2 import cli
+from percov2 import cli, cli_eval
 
 
 def test_expected_errors_are_one_line_about_the_file(
@@ -96,7 +96,11 @@ def test_faults_known_before_loading_load_no_model(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(cli, "open_codec", load)
+    monkeypatch.setattr(cli_eval, "open_codec", load)
     for command in [
+        ("eval", "modes", tmp_path, "--out", tmp_path / "o"),
+        ("eval", "modes", tmp_path, "--out", tmp_path / "o", "--steps", "1,x"),
+        ("eval", "captions", tmp_path, "--out", tmp_path / "o"),
         ("compress", picture, tmp_path / "none" / "a.pcv2"),
         ("decompress", file, tmp_path / "none" / "a.png"),
         ("decompress", file, tmp_path / "a.pdf"),

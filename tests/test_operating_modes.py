@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import run
 from percov2 import Codec
 from percov2.evaluation import caption_effect
 from percov2.evaluation.caption_effect import paired_interval
@@ -19,6 +22,7 @@ from percov2.evaluation.metrics import psnr
 from percov2.evaluation.modes import operating_modes, plot_modes
 from percov2.evaluation.perceptual import LPIPS, MetricWeightsMissing
 from percov2.evaluation.realism import FrechetDistance, LiteFeatures
+from percov2.training.data import decode_shards, is_held_out
 
 
 class Means(torch.nn.Module):
@@ -111,6 +115,31 @@ def test_modes_refuse_what_does_not_fit(codec: Codec, tmp_path: Path) -> None:
         operating_modes(codec, crops(3), ["a", "b"], tmp_path)
     with pytest.raises(ValueError, match="unknown rate"):
         operating_modes(codec, crops(2), ["a", "b"], tmp_path, "r9")
+
+
+def test_the_command_line_evaluates_held_out_photos(
+    random_model: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("percov2.evaluation.realism.lite_features", Means)
+    keys = [key for key in (f"photo-{i}" for i in range(60)) if is_held_out(key)]
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        for i, key in enumerate([*keys, "photo-0"]):
+            out = io.BytesIO()
+            Image.fromarray(crops(i + 1, 64)[i]).save(out, "png")
+            for name, data in ((f"{key}.png", out.getvalue()), (f"{key}.txt", b"no " + b"o" * i)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    decode_shards([tmp_path / "photos.tar"], tmp_path / "cache")
+    common = (tmp_path / "cache", "--out", tmp_path / "out", "--model", random_model)
+    sizes = ("--crops", 6, "--side", 64)
+    assert run("eval", "modes", *common, *sizes, "--steps", "1", "--guidance", "1,3") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 2 and "1 steps, guidance 3" in printed[1] and "6 crops" in printed[1]
+    assert (tmp_path / "out" / "modes.png").is_file()
+    assert run("eval", "captions", *common, *sizes, "--rate", "coarse") == 0
+    result = json.loads((tmp_path / "out" / "captions_coarse.json").read_text())
+    assert result["crops"] == 6 and result["lpips_vgg"]["right"] > 0
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:

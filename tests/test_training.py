@@ -89,6 +89,16 @@ def test_crops_are_parts_of_photos_at_native_resolution(cache: Path) -> None:
     assert any(contains(p) or contains(p[:, ::-1]) for p in photos)
 
 
+def test_photos_with_captions_can_be_chosen(cache: Path) -> None:
+    chosen = PhotoCrops(cache).with_captions()
+    assert [photo.key for photo in chosen.photos] == ["pic-0"]
+    assert set(chosen.batch(np.random.default_rng(0), 20, 32)[1]) == {"a red door", "a blue door"}
+    assert len(PhotoCrops(cache).photos) == 3
+    chosen.photos = chosen.photos[1:]
+    with pytest.raises(ValueError, match="has a caption"):
+        chosen.with_captions()
+
+
 def test_held_out_photos_are_never_drawn(tmp_path: Path) -> None:
     keys = [f"photo-{i}" for i in range(40)]
     held_out = [key for key in keys if hashlib.sha256(key.encode()).digest()[0] < 22]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from percov2 import bitstream
+from percov2 import bitstream, cli_eval
 from percov2.cli_faults import about, report_faults
 from percov2.cli_model import (
     add_captioner,
@@ -23,6 +23,7 @@ from percov2.cli_model import (
     import_perco,
     open_codec,
 )
+from percov2.cli_options import add_encoding, add_sampling, number
 
 if TYPE_CHECKING:
     from percov2.bitstream import ParsedFile
@@ -45,45 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 # Parser ------------------------------------------------------------------------------------------
 
 
-def _number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
-    """A parser of one number from ``low`` to ``high``."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(low - 1)
-        if not low <= value <= high:  # also false for nan
-            raise argparse.ArgumentTypeError(f"must be {low} to {high}, not {text}")
-        return value
-
-    return parse
-
-
-def _add_encoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rate", help="rate of the model, e.g. r031")
-    parser.add_argument("--schedule", help="entropy schedule, e.g. qlds12")
-
-
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--steps", type=_number(int, 1, 1000), help="flow evaluations: few fit, more look real"
-    )
-    parser.add_argument(
-        "--guidance", type=_number(float, 0, 100), help="weight of the caption; 1 turns it off"
-    )
-    parser.add_argument(
-        "--seed",
-        type=_number(int, 0, 2**63 - 1),
-        default=0,
-        help="of the starting noise (default: 0)",
-    )
-
-
 def _add_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-pixels",
-        type=_number(int, 1, bitstream.MAX_SIDE**2),
+        type=number(int, 1, bitstream.MAX_SIDE**2),
         default=bitstream.MAX_PIXELS,
         help="refuse larger images (%(default)s)",
     )
@@ -112,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("input", type=Path, metavar="IN")
     added.add_argument("output", type=Path, metavar="OUT.pcv2")
     add_model(added)
-    _add_encoding(added)
+    add_encoding(added)
     add_captioner(added)
     _add_limit(added)
 
@@ -120,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("input", type=Path, metavar="IN.pcv2")
     added.add_argument("output", type=Path, metavar="OUT.png")
     add_model(added)
-    _add_sampling(added)
+    add_sampling(added)
     _add_limit(added)
 
     added = command("info", info, "Say what a .pcv2 file holds.")
@@ -137,22 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("--out", type=Path, required=True, metavar="DIR")
     added.add_argument("--json", action="store_true", help="print a JSON list of records")
     add_model(added)
-    _add_encoding(added)
+    add_encoding(added)
     add_captioner(added)
-    _add_sampling(added)
+    add_sampling(added)
 
-    added = command("eval", evaluate, "Write a report over the pictures of a folder.")
-    added.add_argument("benchmark", choices=["kodak"], help="what the folder holds")
-    added.add_argument("folder", type=Path, metavar="DIR")
-    added.add_argument("--out", type=Path, required=True, metavar="DIR")
-    added.add_argument(
-        "--baselines", default="", help="jpeg,webp,avif,jpeg2000,vvc: compare at equal bytes"
-    )
-    add_model(added)
-    _add_encoding(added)
-    add_captioner(added)
-    _add_sampling(added)
-
+    cli_eval.add_parser(commands)
     _add_train(commands)
     added = command("import-perco", import_perco, "Make a model of published PerCo (SD) weights.")
     add_import(added)
@@ -318,7 +273,7 @@ def roundtrip(arguments: argparse.Namespace) -> None:
     with about("roundtrip"):
         stems = report.plan_outputs(arguments.inputs, arguments.out)
     codec = open_codec(arguments)
-    setting = _setting(arguments)
+    setting = cli_eval.chosen_setting(arguments)
     with about(f"model {arguments.model}"):
         report.warm_up(codec, setting)
     records, notes = [], []
@@ -335,36 +290,6 @@ def roundtrip(arguments: argparse.Namespace) -> None:
         print(json.dumps(records, indent=2))
     for note in sorted(set(notes)):
         print(f"percov2: note: {note}", file=sys.stderr if arguments.json else sys.stdout)
-
-
-def _setting(arguments: argparse.Namespace) -> Any:
-    from percov2.evaluation.report import Setting
-
-    return Setting(
-        arguments.rate,
-        arguments.schedule,
-        arguments.steps,
-        arguments.guidance,
-        arguments.seed,
-        chosen_captioner(arguments),
-    )
-
-
-def evaluate(arguments: argparse.Namespace) -> None:
-    """``percov2 eval``."""
-    from percov2.evaluation import report
-
-    baselines = [name for name in arguments.baselines.split(",") if name]
-    name = f"eval {arguments.benchmark}"
-    with about(name):
-        report.plan_evaluation(arguments.folder, arguments.out, baselines)
-    codec = open_codec(arguments)
-    with about(name):
-        result = report.evaluate(
-            codec, arguments.folder, arguments.out, _setting(arguments), baselines
-        )
-    print(report.table([{"image": "mean", **result["mean"]}], arguments.benchmark))
-    print(arguments.out / "report.md")
 
 
 # Train -------------------------------------------------------------------------------------------

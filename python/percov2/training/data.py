@@ -7,6 +7,7 @@ slices of a memory map. The cache is two files: ``photos.bin`` (uint8, RGB, phot
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -113,6 +114,15 @@ class PhotoCrops:
             raise ValueError(f"{part} photos: {cache} holds none among its {len(photos)}")
         self._pixels = np.memmap(cache / "photos.bin", dtype=np.uint8, mode="r")
         self._weights = np.sqrt([p.height * p.width for p in self.photos])
+
+    def with_captions(self) -> PhotoCrops:
+        """The same without photos that have no caption; ValueError if none is left."""
+        chosen = copy.copy(self)
+        chosen.photos = [photo for photo in self.photos if photo.captions]
+        if not chosen.photos:
+            raise ValueError("none of these photos has a caption")
+        chosen._weights = np.sqrt([p.height * p.width for p in chosen.photos])
+        return chosen
 
     def pixels(self, photo: Photo) -> np.ndarray:
         """The photo's uint8 pixels [H, W, 3], a view of the memory map."""

@@ -1,0 +1,149 @@
+"""The command line's evaluations: ``percov2 eval kodak|modes|captions``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from percov2.cli_faults import about
+from percov2.cli_model import add_captioner, add_model, chosen_captioner, open_codec
+from percov2.cli_options import add_encoding, add_sampling, number
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from percov2.evaluation.report import Setting
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``eval`` to the commands."""
+    parser = commands.add_parser("eval", help="Evaluate a model.", description="Evaluate a model.")
+    added = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
+
+    def command(name: str, run: Any, help_: str) -> argparse.ArgumentParser:
+        one: argparse.ArgumentParser = added.add_parser(name, help=help_, description=help_)
+        one.set_defaults(run=run)
+        add_model(one)
+        one.add_argument("--out", type=Path, required=True, metavar="DIR")
+        return one
+
+    one = command("kodak", evaluate_kodak, "Write a report over the pictures of a folder.")
+    one.add_argument("folder", type=Path, metavar="DIR")
+    one.add_argument(
+        "--baselines", default="", help="jpeg,webp,avif,jpeg2000,vvc: compare at equal bytes"
+    )
+    add_encoding(one)
+    add_captioner(one)
+    add_sampling(one)
+
+    def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
+        one.add_argument("photos", type=Path, help="out of `percov2 train data`")
+        one.add_argument("--rate", help="rate of the model, e.g. r031")
+        for name, default, most in (("crops", count, 10**6), ("side", side, 4096)):
+            one.add_argument(
+                f"--{name}", type=number(int, 2, most), default=default, help=f"default: {default}"
+            )
+
+    one = command("modes", evaluate_modes, "Distortion and realism over flow steps and guidance.")
+    crops(one, 2000, 128)
+    one.add_argument("--steps", default="1,2,4,8,20", help="default: 1,2,4,8,20")
+    one.add_argument("--guidance", default="1,2", help="default: 1,2")
+    one = command("captions", evaluate_captions, "Right captions against other photos' captions.")
+    crops(one, 500, 192)
+    one.add_argument("--steps", type=number(int, 1, 1000), help="flow evaluations")
+    one.add_argument("--guidance", type=number(float, 0, 100), help="weight of the caption")
+
+
+def _held_out(
+    arguments: argparse.Namespace, captioned: bool
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Crops of held-out photos, always the same ones: uint8 [N, S, S, 3] and their captions."""
+    import numpy as np
+
+    from percov2.training.data import PhotoCrops
+
+    photos = PhotoCrops(arguments.photos, "held out")
+    if captioned:
+        photos = photos.with_captions()
+    images, captions = photos.batch(np.random.default_rng(0), arguments.crops, arguments.side)
+    levels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    return levels.contiguous().numpy(), captions
+
+
+def _numbers(text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of numbers like 1,2,4") from error
+
+
+def evaluate_modes(arguments: argparse.Namespace) -> None:
+    """``percov2 eval modes``."""
+    with about("eval modes"):
+        steps, guidances = _numbers(arguments.steps, int), _numbers(arguments.guidance, float)
+        crops, captions = _held_out(arguments, captioned=False)
+    codec = open_codec(arguments)
+    with about("eval modes"):
+        from percov2.evaluation.modes import operating_modes, plot_modes
+
+        records = operating_modes(
+            codec, crops, captions, arguments.out, arguments.rate, steps, guidances
+        )
+        plot_modes(records, arguments.out / "modes.png")
+    for record in records:
+        print(
+            f"{record['steps']:3} steps, guidance {record['guidance']:g}: PSNR "
+            f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}, Fréchet distance "
+            f"{record['frechet']:.3f} (EfficientNet-Lite0, {record['crops']} crops)"
+        )
+
+
+def evaluate_captions(arguments: argparse.Namespace) -> None:
+    """``percov2 eval captions``."""
+    with about("eval captions"):
+        crops, captions = _held_out(arguments, captioned=True)
+    codec = open_codec(arguments)
+    with about("eval captions"):
+        from percov2.evaluation.caption_effect import caption_effect
+        from percov2.images import write_bytes
+
+        rate = arguments.rate or codec.config.default_rate
+        result = caption_effect(codec, crops, captions, rate, arguments.steps, arguments.guidance)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result, indent=2) + "\n"
+        write_bytes(arguments.out / f"captions_{rate}.json", text.encode())
+    print(text, end="")
+
+
+def chosen_setting(arguments: argparse.Namespace) -> Setting:
+    """The setting of a command line with encoding, sampling and captioner options."""
+    from percov2.evaluation.report import Setting
+
+    return Setting(
+        arguments.rate,
+        arguments.schedule,
+        arguments.steps,
+        arguments.guidance,
+        arguments.seed,
+        chosen_captioner(arguments),
+    )
+
+
+def evaluate_kodak(arguments: argparse.Namespace) -> None:
+    """``percov2 eval kodak``."""
+    from percov2.evaluation import report
+
+    baselines = [name for name in arguments.baselines.split(",") if name]
+    name = "eval kodak"
+    with about(name):
+        report.plan_evaluation(arguments.folder, arguments.out, baselines)
+    codec = open_codec(arguments)
+    with about(name):
+        result = report.evaluate(
+            codec, arguments.folder, arguments.out, chosen_setting(arguments), baselines
+        )
+    print(report.table([{"image": "mean", **result["mean"]}], "kodak"))
+    print(arguments.out / "report.md")

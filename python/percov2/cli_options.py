@@ -1,0 +1,43 @@
+"""Options that several commands share, and parsers of numbers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
+    """A parser of one number from ``low`` to ``high``."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(low - 1)
+        if not low <= value <= high:  # also false for nan
+            raise argparse.ArgumentTypeError(f"must be {low} to {high}, not {text}")
+        return value
+
+    return parse
+
+
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    """Add ``--rate`` and ``--schedule``."""
+    parser.add_argument("--rate", help="rate of the model, e.g. r031")
+    parser.add_argument("--schedule", help="entropy schedule, e.g. qlds12")
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Add ``--steps``, ``--guidance`` and ``--seed``."""
+    parser.add_argument(
+        "--steps", type=number(int, 1, 1000), help="flow evaluations: few fit, more look real"
+    )
+    parser.add_argument(
+        "--guidance", type=number(float, 0, 100), help="weight of the caption; 1 turns it off"
+    )
+    parser.add_argument(
+        "--seed",
+        type=number(int, 0, 2**63 - 1),
+        default=0,
+        help="of the starting noise (default: 0)",
+    )
