@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from percov2.entropy import cdf, intmath, rans, rans_cuda, schedule
+from percov2.entropy.coder_proof import prove_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.stage_pass import StagedDecoder, one_pass_residual
 
@@ -63,6 +64,7 @@ class TokenCoder:
 
     Raises:
         ValueError: an unknown coder.
+        RuntimeError: coding on the model's device gives other results than on the CPU.
 
     >>> from percov2.entropy.transformer_config import TransformerConfig
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
@@ -83,6 +85,8 @@ class TokenCoder:
         self.model = model
         self.prob_bits = cdf.default_prob_bits(model.config.codebook_size)
         self.coder_name = coder or default_coder(model.device)
+        if model.device.type == "cuda":
+            prove_coder(model.device, model.config.codebook_size, self.coder_name == "cuda")
 
     @property
     def tokens_at_once(self) -> int:
