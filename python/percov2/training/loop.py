@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from percov2.training import checkpoint
+from percov2.training.averaging import AveragedWeights
+from percov2.training.interrupts import StopSignals
+
+SCHEDULES = ("cosine", "constant")
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -28,31 +32,73 @@ class LoopConfig:
 
     Attributes:
         steps: length of the learning-rate schedule; training ends there.
-        learning_rate: peak of a linear warm-up followed by a cosine to 2 % of it.
+        learning_rate: peak, after a linear warm-up.
         warmup: warm-up steps.
+        schedule: after the warm-up "cosine" falls to 2 % of the peak, "constant" stays.
         weight_decay: AdamW's, on weights of two or more dimensions.
+        beta2: AdamW's decay of squared gradients.
         clip: gradient norm limit.
         ema: decay of the averaged weights that are exported.
         seed: seeds initialisation, batches and noise.
         precision: "no" or "bf16" (autocast).
+        accumulate: forward passes whose gradients make one step.
         checkpoint_seconds: time between checkpoints.
         log_every: steps between CSV lines.
+
+    Raises:
+        ValueError: for another schedule, or accumulate < 1.
     """
 
     steps: int
     learning_rate: float = 5e-4
     warmup: int = 200
+    schedule: str = "cosine"
     weight_decay: float = 0.01
+    beta2: float = 0.98
     clip: float = 1.0
     ema: float = 0.999
     seed: int = 0
     precision: str = "no"
+    accumulate: int = 1
     checkpoint_seconds: float = 180.0
     log_every: int = 50
 
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES}, not {self.schedule!r}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be at least 1, not {self.accumulate}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands in a run.
+
+    Attributes:
+        device: of the stage's weights in this process.
+        process: its index.
+        processes: how many there are.
+        accumulate: forward passes per step.
+        seed: of the run.
+    """
+
+    device: torch.device
+    process: int = 0
+    processes: int = 1
+    accumulate: int = 1
+    seed: int = 0
+
 
 class TrainingStage(nn.Module):
-    """One stage of training: networks, data and losses."""
+    """One stage of training: networks, data and losses.
+
+    Attributes:
+        whole_batches: every process draws (or knows) the whole batch and takes its own part. Then
+            the number of processes changes nothing but rounding, also when a run goes on.
+            Otherwise each process draws batches of its own.
+    """
+
+    whole_batches = False
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw a batch and return the loss and figures to log.
@@ -60,6 +106,13 @@ class TrainingStage(nn.Module):
         Figures are scalars, the same names at every step; NaN where a step has none.
         """
         raise TypeError(f"{type(self).__name__} must define forward")
+
+    def stored_keys(self) -> set[str]:
+        """Names of ``state_dict()`` that checkpoints hold (e.g. without frozen networks)."""
+        return set(self.state_dict())
+
+    def start_run(self, place: Place) -> None:
+        """Called once the weights are on their device, before anything is restored."""
 
     def start_step(self, step: int, total: int) -> None:
         """Called before every step (e.g. to switch fake quantization on)."""
@@ -71,38 +124,11 @@ class TrainingStage(nn.Module):
         """Called at every checkpoint, in evaluation mode with averaged weights."""
 
     def side_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the stage's own weights (e.g. a discriminator)."""
+        """What a checkpoint must hold beside the weights (e.g. a discriminator); collective."""
         return {}
 
     def load_side_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`side_state` returned; {} from a run that had none."""
-
-
-class _Averaged:
-    """Exponential moving average of parameters; buffers are copied."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.decay = decay
-        self.state = {k: v.detach().clone() for k, v in module.state_dict().items()}
-        self._averaged = {k for k, p in module.named_parameters() if p.requires_grad}
-
-    @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for key, value in module.state_dict().items():
-            if key in self._averaged:
-                self.state[key].lerp_(value, 1 - decay)
-            else:
-                self.state[key].copy_(value)
-
-    @contextmanager
-    def applied_to(self, module: nn.Module) -> Iterator[None]:
-        live = {k: v.detach().clone() for k, v in module.state_dict().items()}
-        module.load_state_dict(self.state)
-        try:
-            yield
-        finally:
-            module.load_state_dict(live)
 
 
 def _mean(values: list[float]) -> float:
@@ -114,6 +140,8 @@ def _mean(values: list[float]) -> float:
 def _learning_rate(config: LoopConfig, step: int) -> float:
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.learning_rate
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -124,27 +152,132 @@ def _optimizer(stage: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2))
 
 
-def _save(path: Path, state: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-def load_averaged(out: Path, stage: nn.Module) -> int:
+def load_averaged(out: Path, stage: TrainingStage) -> int:
     """Load a run's averaged weights into ``stage``; returns the step they belong to.
 
     Raises:
-        ValueError: when the folder holds no checkpoint.
+        ValueError: when the folder holds no checkpoint, or one of other networks.
     """
     path = out / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{out} holds no checkpoint.pt; train this stage first")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    stage.load_state_dict(state["ema"])
+    state = checkpoint.read(path)
+    checkpoint.restore(stage, state["ema"], stage.stored_keys(), path)
     return int(state["step"])
+
+
+class _Run:
+    """The state of a run in this process: all that a checkpoint holds."""
+
+    def __init__(self, stage: TrainingStage, config: LoopConfig, out: Path) -> None:
+        from accelerate import Accelerator
+
+        on_cpu = not torch.cuda.is_available()
+        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+        if str(self.accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
+            raise ValueError(
+                f"training shares work by whole copies (DDP), not {self.accelerator.distributed_type}"
+            )
+        self.stage, self.config, self.out = stage, config, out
+        self.path = out / "checkpoint.pt"
+        self.main = self.accelerator.is_main_process
+        process = 0 if stage.whole_batches else self.accelerator.process_index
+        self.generator = np.random.default_rng([config.seed, process])
+        torch.manual_seed(config.seed + process)
+        self.model, self.optimizer = self.accelerator.prepare(stage, _optimizer(stage, config))
+        place = Place(
+            self.accelerator.device,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            config.accumulate,
+            config.seed,
+        )
+        stage.start_run(place)
+        self.keys = stage.stored_keys()
+        self.averaged = AveragedWeights(stage, config.ema, self.keys)
+        self.step = 0
+        if self.path.is_file():
+            self._restore()
+
+    def _restore(self) -> None:
+        state = checkpoint.read(self.path)
+        checkpoint.restore(self.stage, state["model"], self.keys, self.path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.averaged.load(state["ema"])
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        if self.stage.whole_batches:
+            process, processes = 0, 1
+            state.pop("other_processes", None)
+        checkpoint.restore_draws(state, self.generator, process, processes, self.path)
+        self.stage.load_side_state(state.get("side", {}))
+        self.step = int(state["step"])
+
+    def save(self) -> None:
+        """Write a checkpoint and samples (collective)."""
+        draws = checkpoint.gather_draws(self.generator)
+        side = self.stage.side_state()
+        if self.main:
+            checkpoint.write(
+                self.path,
+                {
+                    "model": checkpoint.kept(self.stage, self.keys),
+                    "ema": self.averaged.state,
+                    "optimizer": self.optimizer.state_dict(),
+                    "side": side,
+                    **draws[0],
+                    "other_processes": draws[1:],
+                    "step": self.step,
+                },
+            )
+            rng = torch.get_rng_state()
+            self.stage.eval()
+            with self.averaged.applied_to(self.stage), torch.no_grad():
+                self.stage.draw_samples(self.out, self.step)
+            self.stage.train()
+            torch.set_rng_state(rng)
+        self.accelerator.wait_for_everyone()
+
+    def do_step(self) -> dict[str, Tensor]:
+        """One optimiser step; returns the figures of its last forward pass."""
+        self.stage.start_step(self.step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = _learning_rate(self.config, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in range(self.config.accumulate):
+            last = part == self.config.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    loss, figures = self.model(self.generator)
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"loss is {loss.item()} at step {self.step}; lower the rate"
+                    )
+                self.accelerator.backward(loss / self.config.accumulate)
+        self.accelerator.clip_grad_norm_(self.stage.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.stage.after_step()
+        self.averaged.update(self.stage, self.step)
+        self.step += 1
+        return figures
+
+    def agreed(self, *wishes: bool) -> list[bool]:
+        """Which of the wishes at least one process has (collective)."""
+        if self.accelerator.num_processes == 1:
+            return list(wishes)
+        counts = self.accelerator.reduce(
+            torch.tensor(wishes, dtype=torch.int32, device=self.accelerator.device), "sum"
+        )
+        return [count > 0 for count in counts.tolist()]
+
+    def means(self, recent: dict[str, list[float]]) -> dict[str, float]:
+        """Means of the figures over steps and processes (collective)."""
+        own = {key: _mean(values) for key, values in recent.items()}
+        rows = torch.tensor([list(own.values())], device=self.accelerator.device)
+        columns = self.accelerator.gather(rows).T.tolist()
+        return {key: _mean(values) for key, values in zip(own, columns, strict=True)}
 
 
 def train(
@@ -156,6 +289,8 @@ def train(
     stop_after_minutes: float | None = None,
 ) -> int:
     """Train ``stage`` until ``config.steps``, resuming exactly from ``out/checkpoint.pt``.
+
+    Ctrl-C or SIGTERM ends the call after the current step, with a checkpoint.
 
     Args:
         stage: networks are trained in place.
@@ -169,91 +304,51 @@ def train(
 
     Raises:
         FloatingPointError: when the loss is not finite.
+        ValueError: when ``out`` holds a run of other networks, or one that this number of
+            processes cannot go on with.
     """
-    from accelerate import Accelerator
-
     out.mkdir(parents=True, exist_ok=True)
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=not torch.cuda.is_available())
-    optimizer = _optimizer(stage, config)
-    averaged = _Averaged(stage, config.ema)
-    generator = np.random.default_rng([config.seed, accelerator.process_index])
-    torch.manual_seed(config.seed + accelerator.process_index)
-    step = 0
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.is_file():
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        stage.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        averaged.state = state["ema"]
-        generator.bit_generator.state = state["generator"]
-        torch.set_rng_state(state["torch_rng"])
-        stage.load_side_state(state.get("side", {}))
-        step = int(state["step"])
-    model, optimizer = accelerator.prepare(stage, optimizer)
-
-    def save() -> None:
-        if not accelerator.is_main_process:
-            return
-        _save(
-            checkpoint,
-            {
-                "model": stage.state_dict(),
-                "ema": averaged.state,
-                "optimizer": optimizer.state_dict(),
-                "side": stage.side_state(),
-                "generator": generator.bit_generator.state,
-                "torch_rng": torch.get_rng_state(),
-                "step": step,
-            },
-        )
-        rng = torch.get_rng_state()
-        stage.eval()
-        with averaged.applied_to(stage), torch.no_grad():
-            stage.draw_samples(out, step)
-        stage.train()
-        torch.set_rng_state(rng)
-
+    run = _Run(stage, config, out)
     started = saved = time.monotonic()
-    last = config.steps if stop_after_steps is None else min(config.steps, step + stop_after_steps)
+    last = config.steps
+    if stop_after_steps is not None:
+        last = min(last, run.step + stop_after_steps)
     stage.train()
     recent: dict[str, list[float]] = {}
-    bar = tqdm(total=config.steps, initial=step, desc=out.name, unit="step", mininterval=5.0)
-    with open(out / "log.csv", "a", newline="") as log:
+    bar = tqdm(
+        total=config.steps,
+        initial=run.step,
+        desc=out.name,
+        unit="step",
+        mininterval=5.0,
+        disable=not run.main,
+    )
+    with StopSignals() as signals, open(out / "log.csv", "a", newline="") as log:
         writer = csv.writer(log)
-        while step < last:
-            stage.start_step(step, config.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(config, step)
-            with accelerator.autocast():
-                loss, figures = model(generator)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"loss is {loss.item()} at step {step}; lower the rate")
-            optimizer.zero_grad(set_to_none=True)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(stage.parameters(), config.clip)
-            optimizer.step()
-            stage.after_step()
-            averaged.update(stage, step)
-            step += 1
-            for key, value in figures.items():
+        while run.step < last:
+            for key, value in run.do_step().items():
                 recent.setdefault(key, []).append(float(value))
             bar.update()
-            if step % config.log_every == 0 and accelerator.is_main_process:
-                means = {key: _mean(values) for key, values in recent.items()}
-                if log.tell() == 0:
-                    writer.writerow(["step", "seconds", *means])
-                writer.writerow([step, round(time.time()), *(f"{v:.5g}" for v in means.values())])
-                log.flush()
-                bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
+            if run.step % config.log_every == 0:
+                means = run.means(recent)
                 recent = {}
+                if run.main:
+                    if log.tell() == 0:
+                        writer.writerow(["step", "seconds", *means])
+                    figures = (f"{value:.5g}" for value in means.values())
+                    writer.writerow([run.step, round(time.time()), *figures])
+                    log.flush()
+                    bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
             now = time.monotonic()
-            if now - saved > config.checkpoint_seconds:
-                save()
-                saved = time.monotonic()
-            if stop_after_minutes is not None and now - started > stop_after_minutes * 60:
+            late = stop_after_minutes is not None and now - started > stop_after_minutes * 60
+            stop, due = run.agreed(late or signals.noticed, now - saved > config.checkpoint_seconds)
+            if stop:
                 break
-    save()
+            if due:
+                run.save()
+                saved = time.monotonic()
+    run.save()
     bar.close()
-    stage.load_state_dict(averaged.state)
+    stage.load_state_dict(run.averaged.state, strict=False)
     stage.eval()
-    return step
+    return run.step

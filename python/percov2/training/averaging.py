@@ -1,0 +1,54 @@
+"""Exponential moving averages of what a stage trains: the weights that are exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class AveragedWeights:
+    """Moving averages of trained parameters; everything else in ``keys`` is copied.
+
+    Args:
+        module: on its device; the averages lie beside it.
+        decay: of the averages, lower during the first steps.
+        keys: names of ``module.state_dict()`` to hold.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, keys: set[str]) -> None:
+        self.decay = decay
+        self.keys = keys
+        self.state = {k: v.clone() for k, v in self._values(module).items()}
+        self._averaged = {k for k, p in module.named_parameters() if p.requires_grad}
+
+    def _values(self, module: nn.Module) -> dict[str, Tensor]:
+        return {k: v.detach() for k, v in module.state_dict().items() if k in self.keys}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Follow the weights after step ``step``, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, value in self._values(module).items():
+            if key in self._averaged:
+                self.state[key].lerp_(value, 1 - decay)
+            else:
+                self.state[key].copy_(value)
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over stored averages, on the device where they already are."""
+        for key, value in self.state.items():
+            value.copy_(state[key])
+
+    @contextmanager
+    def applied_to(self, module: nn.Module) -> Iterator[None]:
+        """Let ``module`` hold the averages for a while."""
+        live = {k: v.clone() for k, v in self._values(module).items()}
+        module.load_state_dict(self.state, strict=False)
+        try:
+            yield
+        finally:
+            module.load_state_dict(live, strict=False)
