@@ -71,6 +71,11 @@ class TokenBatch:
     columns: Tensor
     sizes: Tensor
 
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch on a device."""
+        parts = (self.tokens, self.stages, self.rows, self.columns, self.sizes)
+        return TokenBatch(*(part.to(device) for part in parts))
+
 
 @dataclass(frozen=True)
 class Crop:
@@ -227,14 +232,14 @@ class TransformerLayer(nn.Module):
         if observing:
             self.mean_range.observe(mean.detach().abs().amax().view(1))
         mean = mean.transpose(1, 2).reshape(*x.shape[:2], self.config.inner)
-        residual = torch.tensor([RESIDUAL_SCALE])
+        residual = x.new_tensor([RESIDUAL_SCALE])
         if not quantized:
             x = x + self.out(mean)
             u = self.up(self.mlp_norm(x, quantized, observing))
             a = functional.gelu(u)
         else:
             step = self.mean_scale()
-            mean = round_to_int8(mean, torch.tensor([step]))
+            mean = round_to_int8(mean, mean.new_tensor([step]))
             x = x + self.out.rounded(mean, step, residual)
             y = self.mlp_norm(x, quantized, observing)
             u = self.up.rounded(y, self.mlp_norm.scale, self.up_range.scale)
@@ -324,7 +329,7 @@ class TokenTransformer(nn.Module):
         contents = torch.cat([start, table["token"][batch.tokens.view(count, -1)] + place], 1)
         x = table["query"] + place
 
-        index, outside = _geometry(height, width)
+        index, outside = (part.to(x.device) for part in _geometry(height, width))
         stage = functional.pad(batch.stages.view(count, -1), (START_ENTRIES, 0))
         mask = _mask(stage, stage, outside)
         query_mask = _mask(stage[:, START_ENTRIES:] - 1, stage, outside[START_ENTRIES:])
@@ -337,7 +342,7 @@ class TokenTransformer(nn.Module):
                 contents = layer(contents, pair, index, mask, *modes)
         y = self.head_norm(x, *modes)
         if self.quantized:
-            return self.head.rounded(y, self.head_norm.scale, torch.tensor([LOGIT_SCALE]))
+            return self.head.rounded(y, self.head_norm.scale, x.new_tensor([LOGIT_SCALE]))
         return self.head(y).to(torch.float32)
 
 

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from percov2.entropy.entries import size_class
 from percov2.entropy.export import export
+from percov2.entropy.quantization import ActivationRange
 from percov2.entropy.schedule import DEFAULT_SCHEDULE, SCHEDULES, stages
 from percov2.entropy.token_coder import TokenCoder
 from percov2.entropy.transformer import (
@@ -32,7 +33,7 @@ from percov2.entropy.transformer import (
     TransformerConfig,
     crop_batch,
 )
-from percov2.training.loop import LoopConfig, TrainingStage, load_averaged, train
+from percov2.training.loop import LoopConfig, Place, TrainingStage, load_averaged, train
 
 _MAX_HELD_OUT = 48
 _OBSERVE_EVERY = 4
@@ -45,7 +46,8 @@ class EntropyConfig:
     Attributes:
         model: sizes of the transformer (``TransformerConfig`` without codebook_size).
         shapes: crop heights and widths, in tokens; one shape is drawn per step.
-        tokens_per_step: crops of the drawn shape fill about this many tokens.
+        tokens_per_step: crops of the drawn shape fill about this many tokens, in all processes
+            together.
         real_orders: share of crops under a schedule of the format; the others are random orders.
         default_orders: share of those under the default schedule.
         round_from: share of the steps after which rounding is on.
@@ -61,38 +63,50 @@ class EntropyConfig:
     observe_until: float = 0.85
 
 
+def _read_maps(path: Path) -> tuple[int, list[tuple[NDArray[np.int32], bool]]]:
+    """Codebook size of one file, and its token maps, each with whether it is held out."""
+    with np.load(path, allow_pickle=False) as stored:
+        for name in ("codebook_size", "held_out"):
+            if name not in stored:
+                raise ValueError(f"{path} has no {name}; make it with `percov2 train tokens`")
+        codebook_size = int(stored["codebook_size"])
+        count = sum(name.startswith("tokens_") for name in stored.files)
+        maps = [stored[f"tokens_{i}"].astype(np.int32) for i in range(count)]
+        held = stored["held_out"].tolist()
+    for i, tokens in enumerate(maps):
+        if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= codebook_size:
+            raise ValueError(
+                f"{path}: tokens_{i} of shape {tokens.shape} must be [h, w] with tokens below "
+                f"{codebook_size}"
+            )
+    return codebook_size, list(zip(maps, held, strict=True))
+
+
 class TokenMaps:
     """Token maps of photos, as ``percov2 train tokens`` writes them.
 
     Args:
         path: ``.npz`` with ``tokens_<i>`` integers [h, w], ``held_out`` bool per map and
-            ``codebook_size``.
+            ``codebook_size``, or a folder of them.
 
     Attributes:
         maps: of photos to train on.
         held_out: of at most 48 of the others.
 
     Raises:
-        ValueError: no maps of one of the two kinds, or tokens outside the codebook.
+        ValueError: no maps of one of the two kinds, tokens outside the codebook, or files of
+            several codebooks.
     """
 
     def __init__(self, path: Path) -> None:
-        with np.load(path, allow_pickle=False) as stored:
-            for name in ("codebook_size", "held_out"):
-                if name not in stored:
-                    raise ValueError(f"{path} has no {name}; make it with `percov2 train tokens`")
-            self.codebook_size = int(stored["codebook_size"])
-            count = sum(name.startswith("tokens_") for name in stored.files)
-            maps = [stored[f"tokens_{i}"].astype(np.int32) for i in range(count)]
-            held = stored["held_out"].tolist()
-        for i, tokens in enumerate(maps):
-            if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= self.codebook_size:
-                raise ValueError(
-                    f"{path}: tokens_{i} of shape {tokens.shape} must be [h, w] with tokens below "
-                    f"{self.codebook_size}"
-                )
-        self.maps = [tokens for tokens, kept in zip(maps, held, strict=True) if not kept]
-        others = [tokens for tokens, kept in zip(maps, held, strict=True) if kept]
+        files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+        stored = [_read_maps(file) for file in files]
+        codebooks = {size for size, _ in stored}
+        if len(codebooks) != 1:
+            raise ValueError(f"{path} must hold maps of one codebook, not of {sorted(codebooks)}")
+        self.codebook_size = codebooks.pop()
+        self.maps = [tokens for _, part in stored for tokens, held in part if not held]
+        others = [tokens for _, part in stored for tokens, held in part if held]
         # Evenly spread, because neighbours come from the same shard.
         self.held_out = others[:: max(1, len(others) // _MAX_HELD_OUT)][:_MAX_HELD_OUT]
         if not self.maps or not self.held_out:
@@ -120,9 +134,14 @@ class TokenMaps:
         return self._stages[key]
 
     def draw(
-        self, generator: np.random.Generator, shape: tuple[int, int], config: EntropyConfig
+        self,
+        generator: np.random.Generator,
+        shape: tuple[int, int],
+        config: EntropyConfig,
+        process: int = 0,
+        processes: int = 1,
     ) -> TokenBatch:
-        """A batch of crops of ``shape``, cut down to what the maps have.
+        """A process's part of a batch of crops of ``shape``, cut down to what the maps have.
 
         Maps are drawn by area, so that every token is about as likely as any other.
         """
@@ -132,6 +151,7 @@ class TokenMaps:
         fitting = [t for t in fitting if t.shape[1] >= width]
         area = np.array([tokens.size for tokens in fitting], dtype=np.float64)
         count = max(1, round(config.tokens_per_step / (height * width)))
+        count += -count % processes  # equal parts: gradients are averaged over processes
         crops = []
         for pick in generator.choice(len(fitting), size=count, p=area / area.sum()):
             tokens = fitting[pick]
@@ -139,7 +159,7 @@ class TokenMaps:
             top = int(generator.integers(tokens.shape[0] - height + 1))
             left = int(generator.integers(tokens.shape[1] - width + 1))
             crops.append(Crop(tokens, order, top, left))
-        return crop_batch(crops, height, width)
+        return crop_batch(crops[process::processes], height, width)
 
     def _order(
         self, generator: np.random.Generator, shape: tuple[int, ...], config: EntropyConfig
@@ -168,12 +188,19 @@ def random_stages(generator: np.random.Generator, height: int, width: int) -> ND
 class EntropyStage(TrainingStage):
     """Tokens -> bits per token of the transformer."""
 
+    whole_batches = True
+
     def __init__(self, config: EntropyConfig, data: TokenMaps) -> None:
         super().__init__()
         self.config, self.data = config, data
+        self.place = Place(torch.device("cpu"))
         sizes = TransformerConfig(codebook_size=data.codebook_size, **config.model)
         self.transformer = TokenTransformer(sizes)
         self.transformer.set_frequencies(torch.from_numpy(data.counts()))
+
+    def start_run(self, place: Place) -> None:
+        """See :meth:`TrainingStage.start_run`."""
+        self.place = place
 
     def start_step(self, step: int, total: int) -> None:
         """See :meth:`TrainingStage.start_step`."""
@@ -184,13 +211,24 @@ class EntropyStage(TrainingStage):
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`TrainingStage.forward`."""
         shape = self.config.shapes[int(generator.integers(len(self.config.shapes)))]
-        batch = self.data.draw(generator, shape, self.config)
+        place = self.place
+        batch = self.data.draw(generator, shape, self.config, place.process, place.processes)
         loss = self._bits(batch)
         return loss, {"bits": loss.detach()}
 
+    def after_step(self) -> None:
+        """Let activations' magnitudes be the largest that any process saw."""
+        if self.place.processes > 1 and self.transformer.observing:
+            seen = [m.amax for m in self.modules() if isinstance(m, ActivationRange)]
+            largest = torch.cat(seen)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+            for amax, value in zip(seen, largest.split([len(m) for m in seen]), strict=True):
+                amax.copy_(value)
+
     def _bits(self, batch: TokenBatch) -> Tensor:
         """Mean bits per token."""
-        device = batch.tokens.device.type
+        batch = batch.to(self.place.device)
+        device = self.place.device.type
         # Rounding to 8 bits on top of bfloat16's 8 would train for another arithmetic.
         allowed = torch.is_autocast_enabled(device) and not self.transformer.quantized
         with torch.autocast(device, dtype=torch.bfloat16, enabled=allowed):
@@ -274,7 +312,8 @@ def train_entropy(
         schedules: what the report measures.
 
     Returns:
-        The report, or None if the run has not reached its last step.
+        The report, or None if the run has not reached its last step (or in another process than
+        the first).
 
     Raises:
         ValueError: token maps or settings that do not fit.
@@ -282,8 +321,10 @@ def train_entropy(
     """
     torch.manual_seed(loop.seed)
     stage = EntropyStage(config, TokenMaps(data))
-    if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps:
+    if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps or stage.place.process:
         return None
+    stage.place = Place(torch.device("cpu"))
+    stage.cpu()
     load_averaged(out, stage)
     stage.transformer.fill_unseen_sizes(*stage.data.size_classes())
     coder = TokenCoder(export(stage.transformer))
