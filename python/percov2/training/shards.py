@@ -1,0 +1,283 @@
+"""Crops straight from WebDataset shards: shared by processes, resumable to the sample, no cache.
+
+Every place in a batch has a stream of its own, which walks through its shards in an order of its
+own, and through each shard in a random order of its samples, for ever. So what a batch holds
+depends on the seed and on what was drawn before, and not on how many processes share it; and where
+a stream is are three numbers.
+
+Shards are plain ``.tar`` files with ``<key>.webp|jpg|jpeg|png`` and, optionally, ``<key>.txt``
+(one caption a line), read by seeking: they must be files, not pipes.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from percov2.images import to_rgb
+from percov2.training.data import is_held_out
+
+_THREADS = 4
+PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sample of a shard: byte ranges (offset, length) of its photo and its captions."""
+
+    key: str
+    photo: tuple[int, int]
+    captions: tuple[int, int] | None
+
+
+@lru_cache(maxsize=256)
+def shard_members(shard: Path) -> tuple[Member, ...]:
+    """The samples of a shard, in its order.
+
+    Raises:
+        ValueError: when it is no tar file or holds no photo.
+    """
+    photos: dict[str, tuple[int, int]] = {}
+    captions: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, ending = name.partition(".")
+                key = folder + slash + stem
+                place = (member.offset_data, member.size)
+                if member.isfile() and ending.lower() in PHOTO_ENDINGS:
+                    photos[key] = place
+                elif member.isfile() and ending == "txt":
+                    captions[key] = place
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard} is no uncompressed tar file: {error}") from error
+    if not photos:
+        raise ValueError(f"{shard.name} holds no photo ({', '.join(PHOTO_ENDINGS)})")
+    return tuple(Member(key, place, captions.get(key)) for key, place in photos.items())
+
+
+def read_member(shard: Path, member: Member) -> tuple[Image.Image, tuple[str, ...]]:
+    """A sample's photo (lazily decoded) and its captions."""
+    with open(shard, "rb") as file:
+        file.seek(member.photo[0])
+        photo = Image.open(io.BytesIO(file.read(member.photo[1])))
+        text = b""
+        if member.captions is not None:
+            file.seek(member.captions[0])
+            text = file.read(member.captions[1])
+    lines = (line.strip() for line in text.decode("utf-8").splitlines())
+    return photo, tuple(line for line in lines if line)
+
+
+def shard_photos(shard: Path, side: int, longest: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
+    """Keys and pixels of all photos of a shard, uint8 [H, W, 3], H and W multiples of ``side``.
+
+    Photos with a shorter side above ``longest`` are scaled down to it, those below ``side`` left
+    out.
+    """
+    for member in shard_members(shard):
+        photo, _ = read_member(shard, member)
+        picture = Image.fromarray(to_rgb(photo))
+        scale = min(1.0, longest / min(picture.size))
+        width, height = (round(length * scale) for length in picture.size)
+        if min(width, height) >= side:
+            pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
+            yield member.key, pixels[: height - height % side, : width - width % side]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample.
+
+    Attributes:
+        pixels: uint8 [S, S, 3].
+        caption: one of the photo's, "" if it has none.
+        randomness: for whatever else the sample needs; the same in every process layout.
+    """
+
+    pixels: NDArray[np.uint8]
+    caption: str
+    randomness: np.random.Generator
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream is: rounds over its shards done, shards of this round, samples of this one."""
+
+    rounds: int = 0
+    shards: int = 0
+    samples: int = 0
+
+
+class ShardStreams:
+    """Endless streams of square crops of photos that are not held out (``is_held_out``).
+
+    Args:
+        shards: all of them, in a fixed order; stream i reads shards i, i + streams, … If there are
+            fewer shards than streams, streams share a shard and take every n-th sample of it.
+        streams: how many there are.
+        side: of the crops, in pixels. Photos with a shorter side are passed over.
+        longest: photos are scaled down so that their shorter side is drawn from side … longest;
+            nothing is scaled up.
+        seed: of all orders, crops and captions.
+
+    Raises:
+        ValueError: when there is no shard, or longest < side.
+    """
+
+    def __init__(
+        self, shards: list[Path], streams: int, side: int, longest: int, seed: int
+    ) -> None:
+        if not shards:
+            raise ValueError("no .tar shards; give a folder that holds WebDataset shards")
+        if longest < side:
+            raise ValueError(f"shorter sides reach from {side} to {longest}; the latter is smaller")
+        self.shards, self.streams, self.side, self.longest = shards, streams, side, longest
+        self.seed = seed
+
+    def next(self, stream: int, position: Position) -> tuple[Sample, Position]:
+        """A stream's first usable sample from a position on, and the position after it.
+
+        Photos that are too small are passed over, and with a warning those that are damaged.
+
+        Raises:
+            ValueError: when a whole round over the stream's shards holds no usable photo.
+        """
+        first_round = position.rounds
+        while position.rounds <= first_round + 1:
+            shard, members, more = self._shard(stream, position)
+            if position.samples >= len(members):
+                position = Position(
+                    position.rounds + (not more), position.shards + 1 if more else 0
+                )
+                continue
+            random = self._random(0, stream, *vars(position).values())
+            sample = self._crop(shard, members[position.samples], random)
+            position = Position(position.rounds, position.shards, position.samples + 1)
+            if sample is not None:
+                return sample, position
+        raise ValueError(
+            f"no photo in the shards of stream {stream} has at least {self.side} pixels on both "
+            "sides; use a smaller crop or other shards"
+        )
+
+    def _shard(self, stream: int, position: Position) -> tuple[Path, list[Member], bool]:
+        """A position's shard, the stream's training samples of it in order, whether more follow.
+
+        Streams that share a shard deal one order of its samples among them.
+        """
+        count = len(self.shards)
+        if count < self.streams:
+            shard = self.shards[stream % count]
+            sharing = range(stream % count, self.streams, count)
+            share, shares, more = sharing.index(stream), len(sharing), False
+            random = self._random(1, stream % count, position.rounds)
+        else:
+            own = self.shards[stream :: self.streams]
+            order = self._random(2, stream, position.rounds).permutation(len(own))
+            shard, share, shares = own[order[position.shards]], 0, 1
+            more = position.shards + 1 < len(own)
+            random = self._random(1, stream, position.rounds, position.shards)
+        members = shard_members(shard)
+        chosen = [members[i] for i in random.permutation(len(members))[share::shares]]
+        return shard, [member for member in chosen if not is_held_out(member.key)], more
+
+    def _random(self, *names: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, *names])
+
+    def _crop(self, shard: Path, member: Member, random: np.random.Generator) -> Sample | None:
+        try:
+            photo, captions = read_member(shard, member)
+            if min(photo.size) < self.side:
+                return None
+            shorter = int(random.integers(self.side, min(self.longest, min(photo.size)) + 1))
+            # JPEG decodes to a half, a quarter or an eighth of its size several times faster.
+            photo.draft("RGB", (shorter, shorter))
+            picture = Image.fromarray(to_rgb(photo))
+            scale = shorter / min(picture.size)
+            width, height = (max(self.side, round(length * scale)) for length in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            warnings.warn(f"{shard.name}: passed over {member.key}: {error}", stacklevel=2)
+            return None
+        left = int(random.integers(width - self.side + 1))
+        top = int(random.integers(height - self.side + 1))
+        pixels = np.asarray(picture)[top : top + self.side, left : left + self.side]
+        if random.integers(2):
+            pixels = pixels[:, ::-1]
+        caption = str(random.choice(captions)) if captions else ""
+        return Sample(pixels, caption, random)
+
+
+class CropFeed:
+    """A process's places of the batches of a run, read ahead by threads.
+
+    Args:
+        streams: one per place in a batch of all processes.
+        process, processes: this process's index, and how many share a batch.
+        parts: forward passes that a batch is divided into.
+
+    Raises:
+        ValueError: when the batch cannot be divided so.
+    """
+
+    def __init__(
+        self, streams: ShardStreams, process: int = 0, processes: int = 1, parts: int = 1
+    ) -> None:
+        if streams.streams % (processes * parts):
+            raise ValueError(
+                f"a batch of {streams.streams} cannot be divided among {processes} processes and "
+                f"{parts} forward passes; change batch or accumulate"
+            )
+        self.streams = streams
+        places = range(process, streams.streams, processes)
+        size = len(places) // parts
+        self._parts = [places[i : i + size] for i in range(0, len(places), size)]
+        self._part = 0
+        self._positions = {place: Position() for place in places}
+        self._threads = ThreadPoolExecutor(min(size, _THREADS))
+        self._ahead: list[Future[tuple[Sample, Position]]] = []
+
+    def take(self) -> list[Sample]:
+        """This process's samples of the next forward pass, in the order of their places."""
+        found = [future.result() for future in self._ahead or self._begin()]
+        places = self._parts[self._part]
+        self._positions.update(zip(places, (after for _, after in found), strict=True))
+        self._part = (self._part + 1) % len(self._parts)
+        self._ahead = self._begin()
+        return [sample for sample, _ in found]
+
+    def _begin(self) -> list[Future[tuple[Sample, Position]]]:
+        return [
+            self._threads.submit(self.streams.next, place, self._positions[place])
+            for place in self._parts[self._part]
+        ]
+
+    def positions(self) -> dict[int, list[int]]:
+        """Where this process's streams are between two steps, not counting what was read ahead."""
+        return {place: list(vars(at).values()) for place, at in self._positions.items()}
+
+    def go_to(self, positions: dict[int, list[int]]) -> None:
+        """Go on from the positions of all streams.
+
+        Raises:
+            ValueError: when they are of another number of streams.
+        """
+        if len(positions) != self.streams.streams:
+            raise ValueError(
+                f"the run's batches had {len(positions)} samples, not {self.streams.streams}; "
+                "go on with the same batch"
+            )
+        self._positions = {place: Position(*positions[place]) for place in self._positions}
+        self._ahead = []
