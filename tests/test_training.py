@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import signal
 import tarfile
 from pathlib import Path
 
@@ -12,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from percov2.training import checkpoint
 from percov2.training.commands import autoencoder_stage, codec_stage, read_section
 from percov2.training.data import PARTS, PhotoCrops, decode_shards
-from percov2.training.loop import TrainingStage, load_averaged, train
+from percov2.training.loop import LoopConfig, TrainingStage, _learning_rate, load_averaged, train
 from tiny_flow import TINY_FLOW
 
 CONFIG = """
@@ -192,3 +194,50 @@ def test_a_loss_that_is_not_finite_stops_training(
         next(stage.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 0"):
         train(stage, loop, tmp_path)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_between_steps_with_a_checkpoint(
+    number: signal.Signals, config: Path, cache: Path, tmp_path: Path
+) -> None:
+    stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
+    before = signal.getsignal(number)
+    forward, calls = stage.forward, []
+
+    def interrupted(generator: np.random.Generator) -> tuple[torch.Tensor, dict]:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(number)
+        return forward(generator)
+
+    stage.forward = interrupted  # type: ignore[method-assign]
+    assert train(stage, loop, tmp_path) == 2  # type: ignore[arg-type]
+    assert signal.getsignal(number) == before
+    fresh, _ = _stage("autoencoder", config, PhotoCrops(cache))
+    assert load_averaged(tmp_path, fresh) == 2
+
+
+def test_a_run_of_more_processes_is_not_resumed_by_one(
+    config: Path, cache: Path, tmp_path: Path
+) -> None:
+    stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
+    train(stage, loop, tmp_path, stop_after_steps=1)  # type: ignore[arg-type]
+    path = tmp_path / "checkpoint.pt"
+    state = checkpoint.read(path)
+    state["other_processes"] = [{k: state[k] for k in ("generator", "torch_rng")}]
+    checkpoint.write(path, state)
+    with pytest.raises(ValueError, match="2 processes"):
+        train(stage, loop, tmp_path)  # type: ignore[arg-type]
+
+
+def test_learning_rates() -> None:
+    cosine = LoopConfig(steps=110, learning_rate=1.0, warmup=10)
+    constant = LoopConfig(steps=110, learning_rate=1.0, warmup=10, schedule="constant")
+    for config in (cosine, constant):
+        assert [_learning_rate(config, s) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
+    assert _learning_rate(cosine, 60) == pytest.approx(0.51)
+    assert _learning_rate(cosine, 110) == pytest.approx(0.02)
+    assert _learning_rate(constant, 109) == 1.0
+    for wrong in ({"schedule": "linear"}, {"accumulate": 0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            LoopConfig(steps=1, **wrong)  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ known to be wrong without a model is said before one is loaded.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -309,11 +310,12 @@ def _add_train(commands: Any) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """``percov2 train PHASE``."""
-    from percov2.training import commands, phases
+    from percov2.training import phases
 
     _, options = phases.PHASES[arguments.phase]
+    module, name = phases.home(arguments.phase)
     with about(f"train {arguments.phase}"):
-        getattr(commands, f"run_{arguments.phase}")(
+        getattr(importlib.import_module(module), name)(
             **{option: getattr(arguments, option) for option in options}
         )
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor
 
+from percov2.models import sd3_latents
 from percov2.models.backbone import BackboneOptions
 from percov2.models.flow import WindowedEstimate, upsample_z_hat
 from percov2.models.hyper_encoder import HyperEncoder
@@ -109,18 +109,13 @@ class SD3Model:
         """
         autoencoder = self.base.autoencoder()
         with self.base.place.at_work(autoencoder):
-            encoded = autoencoder.encode(images.to(autoencoder.dtype)).latent_dist.mode()
-        shift, scale = _normalisation(autoencoder)
-        return (encoded.float() - shift) * scale
+            return sd3_latents.encode_latents(autoencoder, images)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images float32 [B, 3, 8h, 8w], nominally in [-1, 1], from latents [B, 16, h, w]."""
         autoencoder = self.base.autoencoder()
-        shift, scale = _normalisation(autoencoder)
-        latents = (latents / scale + shift).to(autoencoder.dtype)
         with self.base.place.at_work(autoencoder):
-            parts = [autoencoder.decode(x, return_dict=False)[0] for x in latents.split(1)]
-        return torch.cat(parts).float()
+            return sd3_latents.decode_latents(autoencoder, latents)
 
     # Tokens -> images ----------------------------------------------------------------------------
 
@@ -229,9 +224,3 @@ class SD3Model:
         if max(x.shape[-2:]) <= window:
             return velocity(x, z_hat, torch.arange(len(x), device=x.device))
         return WindowedEstimate(velocity, window, self.config.overlap, batch=1)(x, z_hat)
-
-
-def _normalisation(autoencoder: AutoencoderKL) -> tuple[float, float]:
-    """Shift and scale between the autoencoder's own latents and those of unit variance."""
-    config = autoencoder.config
-    return config["shift_factor"] or 0.0, config["scaling_factor"]

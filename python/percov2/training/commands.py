@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from percov2.codec import Codec
 from percov2.models.model_config import ModelConfig
 from percov2.models.preset import CodecModel
 from percov2.models.storage import save_component
@@ -21,6 +18,7 @@ from percov2.training.adversary import AdversaryConfig
 from percov2.training.data import CropPlan, PhotoCrops, decode_shards, is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.rates import RateConfig, RateNetworks
+from percov2.training.settings import build_config, read_section, write_model_ids
 from percov2.training.stage1 import (
     AutoencoderConfig,
     AutoencoderStage,
@@ -28,33 +26,6 @@ from percov2.training.stage1 import (
     CodecStage,
 )
 from percov2.training.stage2 import EntropyConfig, train_entropy
-
-Config = TypeVar("Config")
-
-
-def read_section(path: Path, section: str) -> dict[str, Any]:
-    """One phase's table of a TOML configuration file.
-
-    Raises:
-        ValueError: when the file has no such table.
-    """
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    if section not in tables:
-        raise ValueError(f"{path.name} has no [{section}] section; it has {sorted(tables)}")
-    return tables[section]
-
-
-def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
-    """A config dataclass from a TOML table.
-
-    Raises:
-        ValueError: for a key that the dataclass does not have.
-    """
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - names)
-    if unknown:
-        raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
-    return kind(**values)
 
 
 def _crops(values: dict[str, Any]) -> CropPlan:
@@ -166,11 +137,7 @@ def run_export(
     ).save(out)
     for name, folder in folders.items():
         shutil.copytree(folder, out / name / "entropy", dirs_exist_ok=True)
-    # Beside the config, so that `percov2 info` can name model and rate without loading them.
-    codec = Codec.from_pretrained(out)
-    able = [p.name for p in points if (out / p.name / "entropy" / "config.json").is_file()]
-    lines = [f"{codec.model_id(name):04x} {name}\n" for name in able]
-    (out / "model_id").write_text("".join(lines), encoding="utf-8")
+    write_model_ids(out)
 
 
 def _rate_and_folder(text: str, first: str) -> tuple[str, Path]:

@@ -177,10 +177,9 @@ class _Run:
 
         on_cpu = not torch.cuda.is_available()
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
-        if str(self.accelerator.distributed_type).endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
-            raise ValueError(
-                f"training shares work by whole copies (DDP), not {self.accelerator.distributed_type}"
-            )
+        if self.accelerator.distributed_type.endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
+            kind = self.accelerator.distributed_type.value
+            raise ValueError(f"every process holds the whole model here; launch without {kind}")
         self.stage, self.config, self.out = stage, config, out
         self.path = out / "checkpoint.pt"
         self.main = self.accelerator.is_main_process

@@ -1,7 +1,7 @@
 """The phases of `percov2 train`: their options and their help, as data for the command line.
 
-Phase NAME calls ``percov2.training.commands.run_NAME`` with its options as keyword arguments. This
-module imports nothing but the standard library, so that every command line starts fast.
+A phase calls its ``home`` with its options as keyword arguments. This module imports nothing but
+the standard library, so that every command line starts fast.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file with a section per phase"},
-    "data": {"type": Path, "required": True, "help": "photos (entropy: token maps)"},
+    "data": {"type": Path, "required": True, "help": "photos, shards or token maps"},
     "out": {"type": Path, "required": True, "help": "what the phase writes"},
     "minutes": {"type": float, "help": "stop after this time; the same command goes on"},
     "autoencoder_run": {"type": Path, "help": "start from this out of `train autoencoder`"},
@@ -20,13 +20,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "start from the averaged weights of this out of `train codec` instead; rates that "
         "it does not have start from its first",
     },
-    "codec_run": {"type": Path, "required": True, "help": "out of `train codec`"},
+    "codec_run": {"type": Path, "required": True, "help": "out of `train codec` (or sd3)"},
     "model": {"type": Path, "required": True, "help": "model folder"},
     "rate": {"help": "rate of the model (default: its default)"},
     "precision": {
         "choices": ["no", "bf16"],
         "default": "no",
         "help": "bf16 halves the time; a few tokens near a tie may differ from the codec's",
+    },
+    "pictures": {"type": Path, "help": "folder of validation pictures, restored at checkpoints"},
+    "processes": {"type": int, "default": 8, "help": "devices that train (default: 8)"},
+    "teraflops": {
+        "type": float,
+        "default": 350.0,
+        "help": "10^12 FLOP/s that a device sustains (default: 350, about a third of an H100's)",
+    },
+    "longest": {
+        "type": int,
+        "default": 768,
+        "help": "scale photos down to this shorter side (default: 768)",
     },
     "entropy": {
         "nargs": "+",
@@ -49,6 +61,29 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Train the entropy model on token maps and export its integer form.",
         ("config", "data", "out", "minutes"),
     ),
+    "sd3": (
+        "Stage 1 on Stable Diffusion 3; may be run by accelerate launch.",
+        ("config", "data", "out", "pictures", "minutes"),
+    ),
+    "sd3-export": (
+        "Add the rate of a stage-1 run on Stable Diffusion 3 to a model folder.",
+        ("config", "codec_run", "out", "entropy"),
+    ),
+    "sd3-plan": (
+        "Print parameters, memory and hours of a run on Stable Diffusion 3.",
+        ("config", "processes", "teraflops"),
+    ),
+    "shard-tokens": (
+        "Make token maps of shards, for `train entropy`; may be run by accelerate launch.",
+        ("model", "data", "out", "rate", "longest"),
+    ),
     "export": ("Assemble a model folder.", ("config", "data", "codec_run", "out", "entropy")),
 }
 """Phase -> its help and its options."""
+_ON_SD3 = ("sd3", "sd3-export", "sd3-plan", "shard-tokens")
+
+
+def home(phase: str) -> tuple[str, str]:
+    """Module and name of the function of a phase."""
+    module = "sd3_commands" if phase in _ON_SD3 else "commands"
+    return f"percov2.training.{module}", f"run_{phase.replace('-', '_')}"

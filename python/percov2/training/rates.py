@@ -33,6 +33,12 @@ class RateConfig:
     codebook_decay: float = 0.97
 
 
+def perplexity(usage: Tensor) -> Tensor:
+    """exp of the entropy of code counts [V]: V if all codes are equally frequent."""
+    share = usage / usage.sum().clamp_min(1e-9)
+    return (-(share * share.clamp_min(1e-9).log()).sum()).exp()
+
+
 class RateNetworks(nn.Module):
     """Hyper-encoder and quantizer of one rate.
 
@@ -74,9 +80,8 @@ class RateNetworks(nn.Module):
             self._last = None
 
     def codes_in_use(self) -> Tensor:
-        """Perplexity of the recent code usage: V if all codes are equally frequent."""
-        share = self.quantizer.usage / self.quantizer.usage.sum().clamp_min(1e-9)
-        return (-(share * share.clamp_min(1e-9).log()).sum()).exp()
+        """Perplexity of the recent code usage."""
+        return perplexity(self.quantizer.usage)
 
 
 def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:

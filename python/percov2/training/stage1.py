@@ -28,7 +28,7 @@ from percov2.training.losses import ReconstructionLoss
 from percov2.training.rates import RateConfig, RateNetworks, build_rates, draw_rate
 
 
-def _save_rows(path: Path, rows: list[Tensor]) -> None:
+def save_rows(path: Path, rows: list[Tensor]) -> None:
     """Write rows of images [B, 3, H, W] in [-1, 1] below each other as one PNG."""
     strips = [torch.cat(list(r), 2) for r in rows]
     grid = torch.cat(strips, 1).clamp(-1, 1).add(1).mul(127.5).round().byte()
@@ -70,7 +70,7 @@ class AutoencoderStage(TrainingStage):
         """Fixed crops above their reconstructions."""
         images, _ = self.data.batch(np.random.default_rng(123), 6, self.config.crops.sides[0])
         rebuilt = self.autoencoder.decode(self.autoencoder.encode(images))
-        _save_rows(folder / "samples.png", [images, rebuilt])
+        save_rows(folder / "samples.png", [images, rebuilt])
 
 
 @dataclass
@@ -234,4 +234,4 @@ class CodecStage(TrainingStage):
         side = max(max(rate.crops.sides) for rate in self.config.rates.values())
         images, captions = self.data.batch(np.random.default_rng(123), 6, side - side % unit)
         rebuilt = [self.reconstruct(images, captions, name) for name in self.rates]
-        _save_rows(folder / "samples.png", [images, *rebuilt])
+        save_rows(folder / "samples.png", [images, *rebuilt])

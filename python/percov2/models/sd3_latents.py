@@ -1,0 +1,32 @@
+"""Images <-> latents of about unit variance, by Stable Diffusion 3's autoencoder."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+
+def encode_latents(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+    """Latents float32 [B, 16, H/8, W/8]: the posterior's mean, never a sample of it.
+
+    Args:
+        images: float [B, 3, H, W] in [-1, 1], sides multiples of 8.
+    """
+    shift, scale = _normalisation(autoencoder)
+    encoded = autoencoder.encode(images.to(autoencoder.dtype)).latent_dist.mode()
+    return (encoded.float() - shift) * scale
+
+
+def decode_latents(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images float32 [B, 3, 8h, 8w], nominally in [-1, 1], of latents [B, 16, h, w], one by one."""
+    shift, scale = _normalisation(autoencoder)
+    latents = (latents / scale + shift).to(autoencoder.dtype)
+    parts = [autoencoder.decode(part, return_dict=False)[0] for part in latents.split(1)]
+    return torch.cat(parts).float()
+
+
+def _normalisation(autoencoder: AutoencoderKL) -> tuple[float, float]:
+    """Shift and scale between the autoencoder's own latents and those of unit variance."""
+    config = autoencoder.config
+    return config["shift_factor"] or 0.0, config["scaling_factor"]

@@ -1,0 +1,72 @@
+"""Low-rank updates of frozen linear maps (LoRA, arXiv 2106.09685), while they are trained.
+
+A trained update is stored and added to the base model's weights by ``percov2.models.sd3_flow``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+DOWN, UP = "lora_down", "lora_up"
+
+
+class LowRankLinear(nn.Module):
+    """base(x) + scale · up(down(x)); ``up`` starts at zero, so at first it equals the base.
+
+    Args:
+        base: frozen here.
+        rank: of the update.
+        scale: alpha / rank.
+    """
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = scale
+        self.lora_down = nn.Parameter(torch.empty(rank, base.in_features))
+        self.lora_up = nn.Parameter(torch.zeros(base.out_features, rank))
+        nn.init.kaiming_uniform_(self.lora_down, a=5**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out]."""
+        update = nn.functional.linear(x.to(self.lora_down.dtype), self.lora_down)
+        update = nn.functional.linear(update, self.lora_up)
+        y = self.base(x)
+        return y + self.scale * update.to(y.dtype)
+
+
+def add_low_rank(model: nn.Module, layers: tuple[str, ...], rank: int, alpha: float) -> list[str]:
+    """Give linear maps low-rank updates in place; returns their names.
+
+    Args:
+        layers: last parts of their names, e.g. ("to_q", "to_out.0").
+
+    Raises:
+        ValueError: rank < 1, or no layer of such a name.
+    """
+    if rank < 1:
+        raise ValueError(f"lora_rank must be at least 1, not {rank}")
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.endswith(tuple("." + layer for layer in layers))
+    ]
+    if not names:
+        raise ValueError(f"no linear map is called {' or '.join(layers)}")
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        setattr(model.get_submodule(parent), own, LowRankLinear(base, rank, alpha / rank))
+    return names
+
+
+def low_rank_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The trained tensors, named ``<linear>.lora_down`` and ``<linear>.lora_up``."""
+    return {
+        f"{name}.{part}": getattr(module, part).detach()
+        for name, module in model.named_modules()
+        if isinstance(module, LowRankLinear)
+        for part in (DOWN, UP)
+    }

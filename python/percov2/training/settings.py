@@ -1,0 +1,49 @@
+"""Configuration files to dataclasses, and the ids of a model folder's rates."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from percov2.codec import Codec
+
+Config = TypeVar("Config")
+
+
+def read_section(path: Path, section: str) -> dict[str, Any]:
+    """One phase's table of a TOML configuration file.
+
+    Raises:
+        ValueError: when the file has no such table.
+    """
+    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    if section not in tables:
+        raise ValueError(f"{path.name} has no [{section}] section; it has {sorted(tables)}")
+    return tables[section]
+
+
+def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
+    """A config dataclass from a TOML table.
+
+    Raises:
+        ValueError: for a key that the dataclass does not have.
+    """
+    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
+    return kind(**values)
+
+
+def write_model_ids(folder: Path) -> None:
+    """Write ``model_id``: what `percov2 info` names model and rate by, without loading them.
+
+    Rates without an entropy model have none.
+    """
+    codec = Codec.from_pretrained(folder)
+    names = [rate.name for rate in codec.config.rates]
+    able = [name for name in names if (folder / name / "entropy" / "config.json").is_file()]
+    lines = [f"{codec.model_id(name):04x} {name}\n" for name in able]
+    (folder / "model_id").write_text("".join(lines), encoding="utf-8")
