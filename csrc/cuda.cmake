@@ -19,10 +19,25 @@ macro(percov2_find_nvcc)
   endif()
 endmacro()
 
+# A wheel of version 0.1.0+cu130 (docs/packaging.md) holds kernels of nvcc 13.0; any other build of
+# them under that name would promise the wrong driver.
+function(percov2_check_label nvcc)
+  if("${SKBUILD_PROJECT_VERSION_FULL}" MATCHES "\\+cu([0-9]+)$")
+    set(label ${CMAKE_MATCH_1})
+    string(REPLACE "." "" release "${nvcc}")
+    if(NOT release STREQUAL label)
+      message(FATAL_ERROR "the version ${SKBUILD_PROJECT_VERSION_FULL} promises CUDA kernels of "
+        "nvcc's release ${label}, but this build has '${nvcc}'; put that nvcc on PATH, set CUDACXX "
+        "to it, leave PERCOV2_CUDA alone, or unset PERCOV2_WHEEL")
+    endif()
+  endif()
+endfunction()
+
 macro(percov2_add_cuda name mode)
   if(NOT "${mode}" MATCHES "^(ON|OFF|AUTO)$")
     message(FATAL_ERROR "PERCOV2_CUDA is '${mode}'; it must be ON, OFF or AUTO")
   endif()
+  set(percov2_nvcc "")
   if(NOT "${mode}" STREQUAL "OFF")
     percov2_find_nvcc()
     if(percov2_nvcc)
@@ -51,4 +66,5 @@ macro(percov2_add_cuda name mode)
       message(STATUS "built without CUDA kernels: ${percov2_without}")
     endif()
   endif()
+  percov2_check_label("${percov2_nvcc}")
 endmacro()

@@ -108,7 +108,9 @@ endif()
 """
 
 
-def configured(tmp_path: Path, mode: str, with_nvcc: bool) -> subprocess.CompletedProcess[str]:
+def configured(
+    tmp_path: Path, mode: str, with_nvcc: bool, version: str = "0.1.0"
+) -> subprocess.CompletedProcess[str]:
     """CMake's answer in a project with nothing but csrc/cuda.cmake."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")}
     if not with_nvcc:
@@ -121,7 +123,10 @@ def configured(tmp_path: Path, mode: str, with_nvcc: bool) -> subprocess.Complet
     (tmp_path / "CMakeLists.txt").write_text(PROJECT.format(root=ROOT))
     generator = ["-G", "Ninja"] if shutil.which("ninja", path=environment["PATH"]) else []
     return subprocess.run(
-        ["cmake", "-S", str(tmp_path), "-B", str(tmp_path / "b"), f"-DMODE={mode}", *generator],
+        [
+            *["cmake", "-S", tmp_path, "-B", tmp_path / "b", *generator],
+            *[f"-DMODE={mode}", f"-DSKBUILD_PROJECT_VERSION_FULL={version}"],
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -154,3 +159,24 @@ def test_a_build_with_nvcc(tmp_path: Path, mode: str) -> None:
     assert done.returncode == 0, done.stderr
     assert f"kernels: {'yes' if mode == 'AUTO' else 'no'}" in done.stdout
     assert ("CUDA compiler" in done.stdout) == (mode == "AUTO")
+
+
+def test_a_labelled_wheel_holds_what_its_label_says(tmp_path: Path) -> None:
+    """A wheel of version 0.1.0+cu130 without kernels, or with those of another release, is none."""
+    done = configured(tmp_path, "OFF", with_nvcc=False, version="0.1.0+cu130")
+    assert done.returncode != 0
+    assert "promises CUDA kernels of nvcc's release 130, but this build has ''" in " ".join(
+        done.stderr.split()
+    )
+
+
+def test_a_label_is_held_to_the_release_of_nvcc(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    assert release
+    right = configured(tmp_path, "ON", with_nvcc=True, version=f"0.1.0+cu{release[1]}{release[2]}")
+    assert right.returncode == 0, right.stderr
+    wrong = configured(tmp_path, "ON", with_nvcc=True, version=f"0.1.0+cu{release[1]}99")
+    assert wrong.returncode != 0 and "promises CUDA kernels" in wrong.stderr
