@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import percov2
 from command_line import failure, run, subprocess_run
 from percov2 import Codec, cli
-from percov2.entropy import SCHEDULES
+from percov2.entropy import SCHEDULES, rans
 
 
 def test_compress_writes_what_the_codec_makes(
@@ -194,6 +195,37 @@ def test_info_needs_neither_torch_nor_the_compiled_coder(file: Path) -> None:
     assert "percov2.bitstream" in loaded
     for module in ("torch", "percov2._native", "PIL", "diffusers"):
         assert module not in loaded
+
+
+@pytest.mark.parametrize(
+    ("built", "devices", "said"),
+    [
+        (False, (), "CUDA: not built"),
+        (True, (), "CUDA: built, no device"),
+        (True, ("NVIDIA H100", "NVIDIA A100"), "CUDA: built, NVIDIA H100, NVIDIA A100"),
+        (True, None, "CUDA: built, the driver is asleep"),
+    ],
+)
+def test_version_says_which_kernels_are_installed(
+    built: bool,
+    devices: tuple[str, ...] | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def found() -> tuple[str, ...]:
+        if devices is None:
+            raise RuntimeError("the driver is asleep")
+        return devices
+
+    monkeypatch.setattr(rans, "cuda_built", lambda: built)
+    monkeypatch.setattr(rans, "cuda_devices", found)
+    with pytest.raises(SystemExit) as stop:
+        run("--version")
+    assert stop.value.code == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"percov2 {percov2.__version__}"
+    assert second == f"compiled kernels: {rans.instruction_set()}; {said}"
 
 
 def test_text_that_the_terminal_lacks_is_escaped(

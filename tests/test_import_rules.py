@@ -87,6 +87,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.cli_faults": (set(), set(), set()),
     "percov2.cli_model": ({"percov2.caption", "percov2.cli_faults"}, set(), set()),
     "percov2.cli_options": (set(), set(), set()),
+    "percov2.cli_version": (set(), set(), set()),
     "percov2.cli_eval": (
         {"percov2.cli_faults", "percov2.cli_model", "percov2.cli_options"},
         set(),
@@ -99,6 +100,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
             "percov2.cli_faults",
             "percov2.cli_model",
             "percov2.cli_options",
+            "percov2.cli_version",
         },
         set(),
         {"numpy", "PIL", "torch", "tqdm"},
@@ -116,6 +118,7 @@ LAZY_FIRST_PARTY = {
     },
     "percov2.cli_eval": {*CODEC_AND_BELOW, "percov2.evaluation", "percov2.training"},
     "percov2.cli_model": {*CODEC_AND_BELOW, "percov2.import_perco"},
+    "percov2.cli_version": {"percov2", "percov2.entropy"},
     "percov2.entropy": {"percov2.triton_kernels"},
     "percov2.models": {"percov2.triton_kernels"},
 }

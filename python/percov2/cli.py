@@ -25,6 +25,7 @@ from percov2.cli_model import (
     open_codec,
 )
 from percov2.cli_options import add_encoding, add_sampling, number
+from percov2.cli_version import VersionAction
 
 if TYPE_CHECKING:
     from percov2.bitstream import ParsedFile
@@ -63,11 +64,10 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run``, a function of the parsed arguments."""
-    from percov2 import __version__
     from percov2.bench import command as bench
 
     parser = _Parser(prog="percov2", description="Photographs in a few hundred bytes.")
-    parser.add_argument("--version", action="version", version=f"percov2 {__version__}")
+    parser.add_argument("--version", action=VersionAction, nargs=0, help="say what is installed")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable[[Any], None], help_: str) -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "instruction_set": rans.instruction_set(),
         "instruction_sets": list(rans.instruction_sets()),
+        "cuda_kernels": rans.cuda_state(),
         "processor": processor(),
         "cores": os.cpu_count(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

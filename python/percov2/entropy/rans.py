@@ -60,6 +60,16 @@ def use_instruction_set(name: str) -> None:
     _native.use_instruction_set(name)
 
 
+def cuda_state() -> str:
+    """For reports: "not built", "built, no device", or "built" with the names of the devices."""
+    if not cuda_built():
+        return "not built"
+    try:
+        return "built, " + (", ".join(cuda_devices()) or "no device")
+    except RuntimeError as error:  # a driver that does not answer must not end a report
+        return f"built, {error}"
+
+
 Logits = NDArray[np.int16] | NDArray[np.float32] | torch.Tensor
 """int16 base-2 logits in 1/256 of an octave, or natural-log float32 or bfloat16 logits.
 
