@@ -7,6 +7,7 @@ Importing this package needs neither triton nor a GPU; calling a kernel needs bo
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 
+@cache
 def _kernel(name: str) -> ModuleType:
     """A module of kernels. Raises RuntimeError if triton is not installed."""
     try:

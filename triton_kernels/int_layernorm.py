@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import queue, require_runnable
+from percov2.triton_kernels.placement import padded, pieces, queue, require_runnable
 
 MAX_DIM = 1024
 TILE = 2048
@@ -99,7 +99,7 @@ def int_layernorm_kernel(
 
 def block_sizes(dim: int) -> tuple[int, int]:
     """Rows and padded columns of one program."""
-    columns = max(triton.next_power_of_2(dim), 16)
+    columns = max(padded(dim), 16)
     return TILE // columns, columns
 
 
@@ -120,7 +120,7 @@ def launch(residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         block_rows, block_dim = block_sizes(dim)
         queue(
             int_layernorm_kernel,
-            (triton.cdiv(rows, block_rows),),
+            (pieces(rows, block_rows),),
             residual.contiguous(),
             gain.contiguous(),
             out,

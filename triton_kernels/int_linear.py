@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import queue, require_runnable
+from percov2.triton_kernels.placement import padded, pieces, queue, require_runnable
 
 MAX_TERMS = 1040
 RESIDUAL_LIMIT = 2**20
@@ -82,7 +82,7 @@ def int_linear_kernel(
 
 def block_sizes(rows: int, terms: int) -> tuple[int, int, int, int]:
     """Rows, outputs, terms and warps of one tile: small where few rows must fill a whole GPU."""
-    block_terms = min(max(triton.next_power_of_2(terms), 32), 128)
+    block_terms = min(max(padded(terms), 32), 128)
     return (128, 64, block_terms, 8) if rows > 1024 else (32, 32, block_terms, 4)
 
 
@@ -147,7 +147,7 @@ def launch(
     rows = x.numel() // terms
     if rows:
         block_rows, block_outputs, block_terms, warps = block_sizes(rows, terms)
-        grid = triton.cdiv(rows, block_rows) * triton.cdiv(outputs, block_outputs)
+        grid = pieces(rows, block_rows) * pieces(outputs, block_outputs)
         queue(
             int_linear_kernel,
             (grid,),

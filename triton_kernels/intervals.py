@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import queue, require_runnable
+from percov2.triton_kernels.placement import padded, pieces, queue, require_runnable
 
 MAX_CODEBOOK = 8192
 NARROW = 1024
@@ -125,7 +125,7 @@ def intervals_kernel(
 
 def block_sizes(size: int) -> tuple[int, int, int]:
     """Rows and padded columns of one program, and its warps, for a codebook of ``size``."""
-    columns = max(triton.next_power_of_2(size), 16)
+    columns = max(padded(size), 16)
     return max(TILE // columns, 1), columns, 4 if columns <= TILE else 8
 
 
@@ -160,7 +160,7 @@ def launch(
         block_rows, block_size, warps = block_sizes(size)
         queue(
             intervals_kernel,
-            (triton.cdiv(rows, block_rows),),
+            (pieces(rows, block_rows),),
             flat,
             symbols.contiguous(),
             table.contiguous(),

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import queue, require_runnable
+from percov2.triton_kernels.placement import pieces, queue, require_runnable
 
 # Larger tiles exceed the registers of sm_80: ptxas reports a stack at 64 x 64.
 BLOCK_N = 32
@@ -84,7 +84,7 @@ def launch(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     if rows:
         queue(
             nearest_kernel,
-            (triton.cdiv(rows, BLOCK_N),),
+            (pieces(rows, BLOCK_N),),
             vectors.contiguous(),
             codebook.contiguous(),
             indices,

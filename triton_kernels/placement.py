@@ -33,6 +33,16 @@ def require_runnable(**tensors: torch.Tensor) -> None:
     require_device(first, device)
 
 
+def pieces(length: int, size: int) -> int:
+    """How many pieces of a size cover a length. triton.cdiv costs the host several calls."""
+    return -(-length // size)
+
+
+def padded(length: int) -> int:
+    """The least power of two that is not below a length >= 1."""
+    return 1 << (length - 1).bit_length()
+
+
 def queue(
     kernel: Any, grid: tuple[int, ...], first: torch.Tensor, *rest: Any, **named: Any
 ) -> None:

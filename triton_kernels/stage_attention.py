@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from percov2.triton_kernels.placement import queue, require_runnable
+from percov2.triton_kernels.placement import padded, queue, require_runnable
 
 START_ENTRIES = 3
 TABLE_SIZE = 964
@@ -266,7 +266,7 @@ def launch(
             keys.stride(1),
             GAIN_BITS=gain_bits,
             HEAD_DIM=inner // heads,
-            BLOCK_DIM=max(triton.next_power_of_2(inner // heads), 32),
+            BLOCK_DIM=max(padded(inner // heads), 32),
             BLOCK=BLOCK,
             GROUP=GROUP,
         )
