@@ -8,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import torch
 
 from command_line import failure, run
 from percov2 import BackboneOptions, Codec
@@ -78,3 +79,10 @@ def test_the_command_line_knows_kinds(random_model: Path, picture: Path, tmp_pat
     model = f"tiny:{random_model}"
     assert run("compress", picture, tmp_path / "p.pcv2", "--model", model) == 0
     assert run("decompress", tmp_path / "p.pcv2", tmp_path / "p.png", "--model", model) == 0
+
+
+def test_a_model_stays_on_the_card_that_was_current(monkeypatch, random_model):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
+    assert open_backbone(random_model, "cuda").device == "cuda:2"
+    assert open_backbone(random_model, "cuda:1").device == "cuda:1"

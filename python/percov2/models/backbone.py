@@ -117,7 +117,7 @@ def open_backbone(
     Raises:
         ValueError: no such model or device, another kind of backbone, or unfit options.
     """
-    _check_device(device)
+    device = _checked_device(device)
     kind, path = _split(str(name_or_path))
     folder = model_folder(path, hub=kind is not None)
     config = ModelConfig.load(folder)
@@ -128,8 +128,11 @@ def open_backbone(
     return kind_of_model(folder, device, options or BackboneOptions())
 
 
-def _check_device(device: str) -> None:
-    """Raise ValueError unless there is such a device."""
+def _checked_device(device: str) -> str:
+    """The device, "cuda" with the number of the current card: another may be current later.
+
+    Raises ValueError unless there is such a device.
+    """
     try:
         place = torch.device(device)
     except RuntimeError:
@@ -138,6 +141,9 @@ def _check_device(device: str) -> None:
         raise ValueError(f"unknown device {device!r}; use cpu or cuda")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} is not available on this machine; use cpu")
+    if place.type == "cuda" and place.index is None:
+        return f"cuda:{torch.cuda.current_device()}"
+    return device
 
 
 def _split(name: str) -> tuple[str | None, str]:
