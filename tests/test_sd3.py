@@ -16,7 +16,15 @@ from PIL import Image
 import random_sd3
 from command_line import failure, run
 from percov2 import BackboneOptions, Codec
-from percov2.models import placement, sd3, sd3_base, sd3_flow, sd3_text
+from percov2.models import (
+    hyper_encoder,
+    placement,
+    quantizer,
+    sd3_base,
+    sd3_flow,
+    sd3_text,
+    storage,
+)
 from percov2.models.model_config import PAPER_RATES
 from percov2.models.sd3 import SD3Model
 
@@ -48,7 +56,8 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for module in (sd3_base, sd3_flow, sd3_text):
         monkeypatch.setattr(module, "load_part", recording(placement.load_part))
-    monkeypatch.setattr(sd3, "load_component", recording(sd3.load_component))
+    for module in (hyper_encoder, quantizer):
+        monkeypatch.setattr(module, "load_component", recording(storage.load_component))
     return names
 
 
@@ -350,6 +359,19 @@ def test_pickled_weights_are_not_read(sd3_folder: Path, tmp_path: Path) -> None:
     (vae / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot load its vae"):
         Codec.from_pretrained(tmp_path / "copy" / "model").compress([photo(16, 16)])
+
+
+def test_parts_of_another_rate_are_refused(sd3_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
+    model = tmp_path / "copy" / "model"
+    for part in ("hyper_encoder", "quantizer"):
+        shutil.rmtree(model / "r0020" / part)
+        shutil.copytree(model / "r0938" / part, model / "r0020" / part)
+    codec = Codec.from_pretrained(model)
+    with pytest.raises(ValueError, match="tokens of 8 pixels a side, but rate r0020 has 64"):
+        codec.compress([photo(16, 16)], "r0020")
+    with pytest.raises(ValueError, match="a codebook of 64, but rate r0020 one of 256"):
+        codec.model.reconstruct(torch.zeros(1, 1, 1, dtype=torch.int32), "r0020", [""], 1, 1, 0)
 
 
 def test_missing_base_models_are_one_line(

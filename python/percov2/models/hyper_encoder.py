@@ -6,11 +6,16 @@ attention blocks (convolutional gates, Cheng et al. 2020), so any grid size work
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+from percov2.models.model_config import LATENT_SIDE, Rate
+from percov2.models.storage import load_component
 
 TOKEN_STRIDES = (1, 2, 4, 8)
 
@@ -114,3 +119,19 @@ class HyperEncoder(ModelMixin, ConfigMixin):
     def forward(self, latents: Tensor) -> Tensor:
         """Hyper-latents [B, M, h/s, w/s] of latents [B, 16, h, w]; h and w multiples of s."""
         return self.body(latents)
+
+
+def load_hyper_encoder(folder: Path, rate: Rate, device: str = "cpu") -> HyperEncoder:
+    """The stored hyper-encoder of a rate.
+
+    Raises:
+        ValueError: when it is damaged, or makes tokens of another side.
+    """
+    model = load_component(HyperEncoder, folder, device)
+    side = LATENT_SIDE * int(model.config["stride"])
+    if side != rate.token_side:
+        raise ValueError(
+            f"{folder} makes tokens of {side} pixels a side, but rate {rate.name} has "
+            f"{rate.token_side}: config.json or the folder is of another model"
+        )
+    return model

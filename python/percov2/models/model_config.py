@@ -23,6 +23,18 @@ class Rate:
     token_side: int
     codebook_size: int
 
+    def check(self) -> None:
+        """Raise ValueError for a value of the wrong type or outside its range."""
+        # The name is also that of a folder in the model folder.
+        name = self.name
+        if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
+            raise ValueError(f"a rate's name must be that of a folder, not {name!r}")
+        side, stride = self.token_side, LATENT_SIDE
+        _check_whole(f"token_side of {name}", side, stride, 64)
+        if side % stride:
+            raise ValueError(f"token_side of {name} is {side}, no multiple of {stride}")
+        _check_whole(f"codebook_size of {name}", self.codebook_size, 2, 8192)
+
 
 PAPER_RATES = (
     Rate("r0020", 64, 256),
@@ -85,15 +97,7 @@ class ModelConfig:
     def check(self) -> None:
         """Raise ValueError for a value of the wrong type or outside its range."""
         for rate in self.rates:
-            # The name is also that of a folder in the model folder.
-            name = rate.name
-            if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
-                raise ValueError(f"a rate's name must be that of a folder, not {name!r}")
-            side, stride = rate.token_side, LATENT_SIDE
-            _check_whole(f"token_side of {rate.name}", side, stride, 64)
-            if side % stride:
-                raise ValueError(f"token_side of {rate.name} is {side}, no multiple of {stride}")
-            _check_whole(f"codebook_size of {rate.name}", rate.codebook_size, 2, 8192)
+            rate.check()
         if len({rate.name for rate in self.rates}) != len(self.rates):
             raise ValueError("two rates have the same name")
         for field in ("name", "default_schedule", "base"):

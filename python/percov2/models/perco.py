@@ -19,11 +19,10 @@ from torch import Tensor
 
 from percov2.models.backbone import BackboneOptions
 from percov2.models.flow import WindowedEstimate, upsample_z_hat
-from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.model_config import LATENT_SIDE, ModelConfig
 from percov2.models.placement import Placement, base_location, load_part
-from percov2.models.quantizer import VectorQuantizer, stored_codebook
-from percov2.models.storage import load_component
+from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 
 
 class PerCoModel:
@@ -120,12 +119,13 @@ class PerCoModel:
         return unet
 
     def _load_quantizer(self, rate: str) -> VectorQuantizer:
-        folder = self.folder / self.config.rate(rate).name / "quantizer"
-        return load_component(VectorQuantizer, folder, self.device)
+        point = self.config.rate(rate)
+        return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
-        folder = self.folder / self.config.rate(rate).name / "hyper_encoder"
-        return self.place.settle(load_component(HyperEncoder, folder))
+        point = self.config.rate(rate)
+        folder = self.folder / point.name / "hyper_encoder"
+        return self.place.settle(load_hyper_encoder(folder, point))
 
     # Compressing ---------------------------------------------------------------------------------
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from percov2.models.autoencoder import PatchAutoencoder
 from percov2.models.backbone import BackboneOptions
 from percov2.models.flow import WindowedEstimate, estimate_clean, sample, upsample_z_hat
-from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.model_config import ModelConfig
-from percov2.models.quantizer import VectorQuantizer, stored_codebook
+from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 from percov2.models.storage import load_component
 from percov2.models.text_encoder import HashedTextEncoder
 
@@ -63,12 +63,13 @@ class CodecModel:
         return load_component(HashedTextEncoder, self.folder / "text_encoder", self.device)
 
     def _load_quantizer(self, rate: str) -> VectorQuantizer:
-        folder = self.folder / self.config.rate(rate).name / "quantizer"
-        return load_component(VectorQuantizer, folder, self.device)
+        point = self.config.rate(rate)
+        return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
-        folder = self.folder / self.config.rate(rate).name / "hyper_encoder"
-        model = load_component(HyperEncoder, folder, self.device)
+        point = self.config.rate(rate)
+        folder = self.folder / point.name / "hyper_encoder"
+        model = load_hyper_encoder(folder, point, self.device)
         return model.to(memory_format=torch.channels_last)
 
     def codebook_bytes(self, rate: str) -> bytes:

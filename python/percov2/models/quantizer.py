@@ -15,7 +15,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from percov2.models.storage import load_tensor
+from percov2.models.model_config import Rate
+from percov2.models.storage import load_component, load_tensor
 
 
 def stored_codebook(folder: Path) -> bytes:
@@ -141,3 +142,19 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         scale = self.codebook.shape[1] ** 0.5
         codes = codes.permute(0, 3, 1, 2) * scale
         return self.project_out(codes.to(self.project_out.weight.dtype))
+
+
+def load_quantizer(folder: Path, rate: Rate, device: str = "cpu") -> VectorQuantizer:
+    """The stored quantizer of a rate.
+
+    Raises:
+        ValueError: when it is damaged, or has a codebook of another size.
+    """
+    model = load_component(VectorQuantizer, folder, device)
+    size = len(model.codebook)
+    if size != rate.codebook_size:
+        raise ValueError(
+            f"{folder} has a codebook of {size}, but rate {rate.name} one of "
+            f"{rate.codebook_size}: config.json or the folder is of another model"
+        )
+    return model

@@ -18,12 +18,11 @@ from torch import Tensor
 from percov2.models import sd3_latents
 from percov2.models.backbone import BackboneOptions
 from percov2.models.flow import WindowedEstimate, upsample_z_hat
-from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.model_config import LATENT_SIDE, ModelConfig
-from percov2.models.quantizer import VectorQuantizer, stored_codebook
+from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 from percov2.models.sd3_base import SD3Base, SD3Folder
 from percov2.models.sd3_text import CaptionEmbedder
-from percov2.models.storage import load_component
 
 _Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 _PATCH = 2
@@ -64,10 +63,12 @@ class SD3Model:
         self._quantizer = lru_cache(None)(self._load_quantizer)
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
-        return load_component(HyperEncoder, self._home(rate) / "hyper_encoder", self.device)
+        point = self.config.rate(rate)
+        return load_hyper_encoder(self._home(rate) / "hyper_encoder", point, self.device)
 
     def _load_quantizer(self, rate: str) -> VectorQuantizer:
-        return load_component(VectorQuantizer, self._home(rate) / "quantizer", self.device)
+        point = self.config.rate(rate)
+        return load_quantizer(self._home(rate) / "quantizer", point, self.device)
 
     def _home(self, rate: str) -> Path:
         return self.folder / self.config.rate(rate).name

@@ -45,7 +45,9 @@ def load_text_networks(location: str, place: Placement, t5: bool) -> TextNetwork
         if i == 2 and not t5:
             break
         try:
-            tokenizers[i] = load_part(AutoTokenizer, location, "tokenizer" + suffix)
+            tokenizers[i] = load_part(
+                AutoTokenizer, location, "tokenizer" + suffix, trust_remote_code=False
+            )
             encoder = load_part(
                 kind, location, "text_encoder" + suffix, dtype=place.dtype, use_safetensors=True
             )
