@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import random_sd3
 from command_line import run
 from percov2 import BitstreamError, Codec, PerCoV2Pipeline
 from percov2.pipeline import TrainedParts
@@ -146,3 +147,12 @@ def test_flow_and_tokens_of_different_trainings_are_refused(
     codec = Codec.from_pretrained(model)
     with pytest.raises(ValueError, match="not of one training"):
         codec.decompress(codec.compress([photo()], "r0313"))
+
+
+def test_pickled_weights_are_not_read(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "copy")
+    vae = tmp_path / "copy" / "vae"
+    random_sd3.autoencoder().save_pretrained(vae, safe_serialization=False)
+    (vae / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises((ValueError, OSError), match="safetensors"):
+        PerCoV2Pipeline.from_pretrained(tmp_path / "copy")

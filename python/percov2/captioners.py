@@ -163,7 +163,8 @@ def _load(
 ) -> tuple[Any, Any]:
     location = captioner.location
     try:
-        prepare = processor.from_pretrained(location)
+        # Said, because with neither yes nor no the library asks the user.
+        prepare = processor.from_pretrained(location, trust_remote_code=False)
         network = model.from_pretrained(location, dtype=captioner.dtype, use_safetensors=True)
         return prepare, network.to(captioner.device).eval()
     except MemoryError:

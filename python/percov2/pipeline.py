@@ -134,6 +134,15 @@ class PerCoV2Pipeline(DiffusionPipeline):
         self._codec: tuple[Placement, Codec] | None = None
 
     @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> PerCoV2Pipeline:
+        """A saved pipeline, as diffusers loads it, but from safetensors files only.
+
+        Raises:
+            ValueError, OSError: as diffusers does.
+        """
+        return super().from_pretrained(path, **{"use_safetensors": True, **options})
+
+    @classmethod
     def from_percov2(
         cls, name_or_path: str | Path, dtype: str | None = None, t5: bool = True
     ) -> PerCoV2Pipeline:
