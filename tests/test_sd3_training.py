@@ -245,6 +245,25 @@ def test_low_rank_updates_are_the_base_plus_a_product() -> None:
             add_low_rank(torch.nn.ModuleDict({"b": torch.nn.Linear(2, 2)}), layers, rank, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rate": '{ name = "../r", token_side = 16, codebook_size = 16 }'}, "must be that of a"),
+        ({"rate": '{ name = "r", token_side = 16, codebook_size = 9000 }'}, "codebook_size of r"),
+        ({"rate": '{ name = "r", token_side = 16 }'}, "missing .*'codebook_size'"),
+        ({"batch": '"four"'}, "'<' not supported"),
+        ({"ema": '0.5\nprecision = "fp16"'}, "precision must be one of .* not 'fp16'"),
+        ({"log_every": "0"}, "log_every must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_training(
+    changes: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    path = write_config(tmp_path / "c.toml", tmp_path, **changes)
+    with pytest.raises(ValueError, match=message):
+        sd3_commands.sd3_config(path)
+
+
 @pytest.mark.parametrize("trained", ["full", "lora"])
 def test_from_a_run_to_files(trained: str, folder: Path, tmp_path: Path) -> None:
     path = write_config(tmp_path / "c.toml", folder / "base", trained, steps="2", ema="0.01")
@@ -301,6 +320,9 @@ def test_a_folder_takes_further_rates_of_the_same_base(folder: Path, tmp_path: P
         rate='{ name = "r0020", token_side = 32, codebook_size = 16 }',
     )
     out = tmp_path / "model"
+    stale = out / "r0508" / "flow" / "config.json"  # of a whole transformer
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
     for path in (first, second, first):
         run = tmp_path / path.stem
         sd3_commands.run_sd3(path, folder / "shards", run)
@@ -308,6 +330,7 @@ def test_a_folder_takes_further_rates_of_the_same_base(folder: Path, tmp_path: P
     codec = Codec.from_pretrained(out)
     assert [rate.name for rate in codec.config.rates] == ["r0508", "r0020"]
     assert len((out / "model_id").read_text().splitlines()) == 2
+    assert not stale.exists()
     other = write_config(
         tmp_path / "c.toml",
         folder / "base",

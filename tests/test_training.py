@@ -180,6 +180,23 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len(lines) == 5 and lines[0].startswith(f"step,seconds,{names}")
 
 
+def test_checkpoints_of_earlier_versions_are_gone_on_with(
+    config: Path, cache: Path, tmp_path: Path
+) -> None:
+    """They hold neither other processes' draws nor a state beside the weights."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    for out, steps in ((whole, 4), (parted, 2)):
+        stage, loop = _stage("codec", config, PhotoCrops(cache))
+        train(stage, loop, out, stop_after_steps=steps)
+    path = parted / "checkpoint.pt"
+    state = checkpoint.read(path)
+    torch.save({k: v for k, v in state.items() if k not in ("other_processes", "side")}, path)
+    stage, loop = _stage("codec", config, PhotoCrops(cache))
+    assert train(stage, loop, parted) == 4
+    expected, got = (checkpoint.read(out / "checkpoint.pt")["ema"] for out in (whole, parted))
+    assert all(torch.equal(got[key], value) for key, value in expected.items())
+
+
 def test_missing_checkpoint_is_explained(config: Path, cache: Path, tmp_path: Path) -> None:
     stage, _ = _stage("autoencoder", config, PhotoCrops(cache))
     with pytest.raises(ValueError, match="train this stage first"):

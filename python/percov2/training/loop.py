@@ -24,6 +24,7 @@ from percov2.training.averaging import AveragedWeights
 from percov2.training.interrupts import StopSignals
 
 SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("no", "bf16")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LoopConfig:
         log_every: steps between CSV lines.
 
     Raises:
-        ValueError: for another schedule, or accumulate < 1.
+        ValueError: for another schedule or precision, or accumulate or log_every < 1.
     """
 
     steps: int
@@ -66,8 +67,12 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, not {self.schedule!r}")
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1, not {self.accumulate}")
+        # fp16 would need a loss scale, which is no part of a checkpoint.
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {PRECISIONS}, not {self.precision!r}")
+        for name in ("accumulate", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

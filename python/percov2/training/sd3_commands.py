@@ -81,6 +81,8 @@ def run_sd3_export(
     load_averaged(codec_run, SD3Stage(networks, [Path("none.tar")], loop.seed))
     model = _with_rate(out, settings, networks.open_base("cpu").location)
     home = out / settings.rate.name
+    # Of another kind of training; a whole transformer there would go before a delta.
+    shutil.rmtree(home / "flow", ignore_errors=True)
     if settings.trained == "full":
         networks.flow.half().save_pretrained(home / "flow")
     else:

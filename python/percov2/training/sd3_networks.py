@@ -76,6 +76,7 @@ class SD3Config:
     def __post_init__(self) -> None:
         if self.trained not in MODES:
             raise ValueError(f"trained must be one of {MODES}, not {self.trained!r}")
+        self.rate.check()  # else a model folder would refuse it, after the training
         if self.crop % self.rate.token_side or self.crop % (2 * LATENT_SIDE):
             raise ValueError(
                 f"crop is {self.crop}; it must be a multiple of 16 and of the token side, "

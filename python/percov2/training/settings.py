@@ -28,13 +28,17 @@ def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
     """A config dataclass from a TOML table.
 
     Raises:
-        ValueError: for a key that the dataclass does not have.
+        ValueError: for a key that the dataclass does not have, one that it needs, or a value of
+            another kind.
     """
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - names)
     if unknown:
         raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
-    return kind(**values)
+    try:
+        return kind(**values)
+    except TypeError as error:  # a missing setting, or a text where a number must be
+        raise ValueError(f"{error}; the settings are {sorted(names)}") from error
 
 
 def write_model_ids(folder: Path) -> None:
