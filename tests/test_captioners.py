@@ -151,9 +151,12 @@ def tiny_molmo2() -> Molmo2ForConditionalGeneration:
 def test_molmo2_answers_for_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_molmo2().save_pretrained(tmp_path)
     processor = Molmo2ProcessorStandIn()
-    monkeypatch.setattr(
-        "transformers.AutoProcessor", SimpleNamespace(from_pretrained=lambda _: processor)
-    )
+
+    def load(location: Path, trust_remote_code: bool) -> SimpleNamespace:
+        assert trust_remote_code is False  # code from the hub never runs, and nobody is asked
+        return processor
+
+    monkeypatch.setattr("transformers.AutoProcessor", SimpleNamespace(from_pretrained=load))
     captioner = Molmo2Captioner(str(tmp_path), batch=2)
     captions = captioner(photos(3))
     assert len(processor.calls) == 2 and len(captions) == 3
