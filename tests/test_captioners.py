@@ -152,7 +152,7 @@ def test_molmo2_answers_for_every_picture(tmp_path: Path, monkeypatch: pytest.Mo
     tiny_molmo2().save_pretrained(tmp_path)
     processor = Molmo2ProcessorStandIn()
 
-    def load(location: Path, trust_remote_code: bool) -> SimpleNamespace:
+    def load(location: Path, trust_remote_code: bool) -> Molmo2ProcessorStandIn:
         assert trust_remote_code is False  # code from the hub never runs, and nobody is asked
         return processor
 
