@@ -27,6 +27,7 @@ CODEC_AND_BELOW = {
     "percov2.models",
     "percov2.packing",
     "percov2.pipeline",
+    "percov2.tokenizing",
 }
 # Module prefix -> (first-party prefixes, third-party roots at module level, the same inside
 # functions). The longest matching prefix counts; the standard library is always allowed.
@@ -55,6 +56,11 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     ),
     "percov2.images": ({"percov2.bitstream"}, {"numpy", "PIL", "torch"}, set()),
     "percov2.packing": ({"percov2.bitstream", "percov2.entropy"}, {"numpy", "torch"}, set()),
+    "percov2.tokenizing": (
+        {"percov2.entropy", "percov2.images", "percov2.models", "percov2.packing"},
+        {"numpy", "PIL", "torch"},
+        set(),
+    ),
     "percov2.codec": (
         CODEC_AND_BELOW,
         {"diffusers", "numpy", "PIL", "safetensors", "torch", "tqdm"},

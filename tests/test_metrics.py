@@ -180,6 +180,23 @@ def test_a_report_holds_what_it_says(codec: Codec, tmp_path: Path) -> None:
     assert "![0](0_compare.png)" in page
 
 
+def test_the_gallery_shows_the_best_rival(codec: Codec, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "photos").mkdir()
+    photo = Image.fromarray(noise(side=64, seed=3)[1])
+    photo.save(tmp_path / "photos" / "a.png")
+    black = Image.new("RGB", photo.size)
+    rivals = {"jpeg": Attempt(black, 10, 1.0, 1), "webp": Attempt(photo, 9, 1.0, 2)}
+    monkeypatch.setattr(report, "attempts_within", lambda name, *_: [rivals[name]])
+    report.evaluate(
+        codec, tmp_path / "photos", tmp_path / "out", report.Setting(steps=1), list(rivals)
+    )
+    with Image.open(tmp_path / "out" / "gallery.jpg") as page:
+        assert page.width == 3 * 32 + 2 * 6
+        shown = np.asarray(page.crop((76, page.height - 32, 108, page.height)), np.float64)
+    expected = np.asarray(photo.resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    assert np.abs(shown - expected).mean() < 12 < np.abs(expected).mean()
+
+
 def test_reports_need_pictures_with_names_of_their_own(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no picture in"):
         report.pictures_in(tmp_path)

@@ -140,6 +140,20 @@ def test_the_command_line_evaluates_held_out_photos(
     assert run("eval", "captions", *common, *sizes, "--rate", "coarse") == 0
     result = json.loads((tmp_path / "out" / "captions_coarse.json").read_text())
     assert result["crops"] == 6 and result["lpips_vgg"]["right"] > 0
+    with Image.open(tmp_path / "out" / "captions_coarse.jpg") as page:
+        assert page.width == 4 * 64 + 3 * 6 and page.height > 6 * 64
+
+
+def test_caption_pictures_are_the_model_s(codec: Codec) -> None:
+    photos, texts = crops(2, 64), ["a red door", "snow"]
+    rows = caption_effect.caption_pictures(codec, photos, texts, "coarse", 1)
+    assert [[label for label, _ in row] for row in rows] == [
+        ["original", "no caption", "a red door", "snow"],
+        ["original", "no caption", "snow", "a red door"],
+    ]
+    assert all(np.array_equal(np.asarray(row[0][1]), photos[i]) for i, row in enumerate(rows))
+    [file] = codec.compress([Image.fromarray(photos[1])], "coarse", captions=["snow"])
+    assert np.array_equal(np.asarray(codec.decompress([file], 1)[0]), np.asarray(rows[1][2][1]))
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:

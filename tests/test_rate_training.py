@@ -16,13 +16,13 @@ from percov2.entropy.int_transformer import IntTransformer, TransformerConfig
 from percov2.training.adversary import Adversary, AdversaryConfig
 from percov2.training.commands import codec_stage, run_codec, run_export
 from percov2.training.data import CropPlan, PhotoCrops
-from percov2.training.loop import train
+from percov2.training.loop import load_averaged, train
 from percov2.training.rates import RateConfig, build_rates, draw_rate
 from percov2.training.stage1 import CodecStage
 from percov2.training.warm_start import start_from
 from tiny_flow import TINY_FLOW
 
-RATES = {"r031": (2, 16, 32), "r010": (4, 32, 64), "r002": (8, 16, 64)}
+RATES = {"r031": (2, 16, 48), "r010": (4, 32, 64), "r002": (8, 16, 64)}
 """Rate -> stride, codes, crop side."""
 
 
@@ -41,7 +41,7 @@ crops = {{ sides = [{RATES[name][2]}], counts = [2] }}
     return f"""
 [autoencoder]
 autoencoder = {{ widths = [8, 16] }}
-crops = {{ sides = [32], counts = [2] }}
+crops = {{ sides = [48], counts = [2] }}
 loop = {{ steps = 2, warmup = 1, log_every = 1 }}
 
 [codec]
@@ -285,7 +285,7 @@ def test_a_new_rate_starts_as_its_donor_on_coarser_latents(cache: Path, tmp_path
 def test_warm_start_refusals(cache: Path, tmp_path: Path) -> None:
     data = PhotoCrops(cache)
     stage, loop = codec_stage(written(tmp_path, config_text(["r031"], steps=1)), data)
-    with pytest.raises(ValueError, match="codec run"):
+    with pytest.raises(ValueError, match="codec run or of a model"):
         start_from(stage, tmp_path)
     train(stage, loop, tmp_path / "first")
     wide = config_text(["r031"]).replace("widths = [8, 16]", "widths = [8, 24]")
@@ -345,5 +345,12 @@ def test_export_of_three_rates_compresses_and_restores(cache: Path, tmp_path: Pa
         assert np.array_equal(tokens, codec.encode_tokens([photo], rate=name)[0])
         [restored] = codec.decompress([file])
         assert restored.size == photo.size
+    # The folder is enough to train on; it holds rounded weights.
+    again, _ = codec_stage(config, data)
+    assert set(start_from(again, tmp_path / "model").values()) == {f"from {n}" for n in ALL}
+    load_averaged(tmp_path / "run", stage := codec_stage(config, data)[0])
+    for key, value in stage.state_dict().items():
+        if not key.startswith("loss."):
+            assert torch.allclose(again.state_dict()[key], value, rtol=0.02, atol=0.02), key
     with pytest.raises(ValueError, match="r999"):
         run_export(config, cache, tmp_path / "run", tmp_path / "model", ["r999=x"])

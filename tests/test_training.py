@@ -22,7 +22,7 @@ from tiny_flow import TINY_FLOW
 CONFIG = """
 [autoencoder]
 autoencoder = { widths = [8, 16] }
-crops = { sides = [32], counts = [2] }
+crops = { sides = [40], counts = [2] }
 loop = { steps = 4, warmup = 1, log_every = 1 }
 
 [codec]
@@ -32,7 +32,7 @@ loop = { steps = 4, warmup = 1, log_every = 1 }
 [codec.rates.r031]
 hyper_encoder = { channels = 8, hyper_channels = 8, stride = 2 }
 quantizer = { hyper_channels = 8, codebook_size = 16, code_dim = 4, output_channels = 4 }
-crops = { sides = [32, 48], counts = [4, 2] }
+crops = { sides = [48, 48], counts = [4, 2] }
 """
 CONFIG += TINY_FLOW
 

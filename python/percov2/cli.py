@@ -145,6 +145,7 @@ def compress(arguments: argparse.Namespace) -> None:
             arguments.schedule,
             captions,
             arguments.max_pixels,
+            arguments.slack,
         )
     with about(arguments.output):
         write_bytes(arguments.output, data)

@@ -55,6 +55,12 @@ def add_parser(commands: Any) -> None:
     crops(one, 500, 192)
     one.add_argument("--steps", type=number(int, 1, 1000), help="flow evaluations")
     one.add_argument("--guidance", type=number(float, 0, 100), help="weight of the caption")
+    one.add_argument(
+        "--pictures",
+        type=number(int, 0, 100),
+        default=8,
+        help="crops whose restored pictures are shown (default: 8)",
+    )
 
 
 def _held_out(
@@ -107,7 +113,8 @@ def evaluate_captions(arguments: argparse.Namespace) -> None:
         crops, captions = _held_out(arguments, captioned=True)
     codec = open_codec(arguments)
     with about("eval captions"):
-        from percov2.evaluation.caption_effect import caption_effect
+        from percov2.evaluation.caption_effect import caption_effect, caption_pictures
+        from percov2.evaluation.gallery import write_page
         from percov2.images import write_bytes
 
         rate = arguments.rate or codec.config.default_rate
@@ -115,6 +122,12 @@ def evaluate_captions(arguments: argparse.Namespace) -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=2) + "\n"
         write_bytes(arguments.out / f"captions_{rate}.json", text.encode())
+        if arguments.pictures:
+            shown = slice(arguments.pictures)
+            rows = caption_pictures(
+                codec, crops[shown], captions[shown], rate, arguments.steps, arguments.guidance
+            )
+            write_page(rows, arguments.out / f"captions_{rate}.jpg")
     print(text, end="")
 
 
@@ -129,6 +142,7 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
         arguments.guidance,
         arguments.seed,
         chosen_captioner(arguments),
+        arguments.slack,
     )
 
 

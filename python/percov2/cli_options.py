@@ -22,9 +22,16 @@ def number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str]
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """Add ``--rate`` and ``--schedule``."""
+    """Add ``--rate``, ``--schedule`` and ``--slack``."""
     parser.add_argument("--rate", help="rate of the model, e.g. r031")
     parser.add_argument("--schedule", help="entropy schedule, e.g. qlds12")
+    parser.add_argument(
+        "--slack",
+        type=number(float, 0, 2),
+        default=0.0,
+        help="take the cheapest of the codes whose cosine similarity is at most so much below the "
+        "nearest one's (default: 0)",
+    )
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

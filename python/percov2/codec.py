@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from percov2 import bitstream, packing
@@ -24,10 +23,10 @@ from percov2.caption import decode_caption, encode_caption
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES
 from percov2.entropy.token_coder import TokenCoder
-from percov2.images import check_size, pad, to_rgb
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.model_config import ModelConfig, Rate
 from percov2.packing import OpenFile, Tokens
+from percov2.tokenizing import TokenChoice, rgb_arrays, token_maps
 
 
 @dataclass(frozen=True)
@@ -131,6 +130,7 @@ class Codec:
         schedule: str | None = None,
         captions: Sequence[str] | None = None,
         max_pixels: int = MAX_PIXELS,
+        slack: float = 0.0,
     ) -> list[bytes]:
         """Compress pictures of any modes and sizes into ``.pcv2`` files.
 
@@ -140,15 +140,20 @@ class Codec:
             schedule: name of an entropy schedule; the model's default if None.
             captions: one text per image, "" for none; texts guide the decoder and cost bytes.
             max_pixels: refuse pictures with more pixels.
+            slack: 0 to 2; above 0 a place takes the cheapest of the codes whose cosine similarity
+                is at most so much below the nearest one's.
 
         Raises:
-            ValueError: unknown rate or schedule, a caption or picture that cannot be stored, or a
-                wrong number of captions.
+            ValueError: unknown rate or schedule, a caption or picture that cannot be stored, a
+                wrong number of captions, or slack out of range.
         """
+        if not 0 <= slack <= 2:
+            raise ValueError(f"slack must be 0 to 2, not {slack}")
         point, name = self._rate(rate), self._schedule(schedule)
         coded = _coded_captions(captions, len(images))
-        arrays = _arrays(images, max_pixels)
-        tokens = self._encode_arrays(arrays, point)
+        choice = TokenChoice(self._entropy(point.name).model, name, slack) if slack else None
+        arrays = rgb_arrays(images, max_pixels)
+        tokens = token_maps(self.model, arrays, point, choice)
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
         return self._pack(tokens, sizes, point, name, coded)
 
@@ -160,10 +165,11 @@ class Codec:
     ) -> list[Tokens]:
         """Tokens of pictures: one int32 [h, w] per image, h = ceil(height / token side).
 
-        A picture's tokens do not depend on its neighbours in the batch. Arguments and errors as
+        Every place takes the nearest code. A picture's tokens do not depend on its neighbours in
+        the batch. Arguments and errors as
         for ``compress``.
         """
-        return self._encode_arrays(_arrays(images, max_pixels), self._rate(rate))
+        return token_maps(self.model, rgb_arrays(images, max_pixels), self._rate(rate))
 
     def pack(
         self,
@@ -202,18 +208,6 @@ class Codec:
         if chosen not in SCHEDULES:
             raise ValueError(f"unknown schedule {chosen!r}; choose one of {', '.join(SCHEDULES)}")
         return chosen
-
-    def _encode_arrays(self, arrays: Sequence[NDArray[np.uint8]], rate: Rate) -> list[Tokens]:
-        padded = [pad(array, rate.token_side) for array in arrays]
-
-        def encode(group: list[NDArray[np.uint8]]) -> list[Tokens]:
-            pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2)
-            tokens = self.model.encode_tokens(pixels.float() / 127.5 - 1, rate.name)
-            return list(tokens.cpu().numpy())
-
-        shapes = [array.shape for array in padded]
-        sizes = [height * width // rate.token_side**2 for height, width, _ in shapes]
-        return packing.by_group(padded, shapes, sizes, encode)
 
     def _pack(
         self,
@@ -381,12 +375,6 @@ class Codec:
             f"rate {header.rate}, but the rates of model {name!r} have the ids {at_hand}; open it "
             "with the model that wrote it"
         )
-
-
-def _arrays(images: Sequence[Image.Image], max_pixels: int) -> list[NDArray[np.uint8]]:
-    for image in images:
-        check_size(image.width, image.height, max_pixels)
-    return [to_rgb(image) for image in images]
 
 
 def _coded_captions(captions: Sequence[str] | None, count: int) -> list[tuple[int, bytes]]:

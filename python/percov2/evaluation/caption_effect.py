@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from percov2.codec import Codec
+from percov2.evaluation.gallery import Cell
 from percov2.evaluation.perceptual import LPIPS
 from percov2.models.flow import estimate_clean
 from percov2.models.preset import CodecModel
@@ -111,6 +113,35 @@ def caption_effect(
             "interval": [low, high],
         }
     return result
+
+
+def caption_pictures(
+    codec: Codec,
+    crops: NDArray[np.uint8],
+    captions: Sequence[str],
+    rate: str,
+    steps: int | None = None,
+    guidance: float | None = None,
+) -> list[list[Cell]]:
+    """Rows for a page: each crop, and what its tokens become with three captions (Fig. 9).
+
+    The captions are none, its own, and that of the crop half the list away. Arguments as for
+    ``caption_effect``; one crop is enough.
+    """
+    model = codec.model
+    evaluations = codec.config.steps if steps is None else steps
+    strength = codec.config.guidance if guidance is None else guidance
+    rows = []
+    for i, crop in enumerate(crops):
+        image = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        tokens = model.encode_tokens(image, rate)
+        row: list[Cell] = [("original", Image.fromarray(crop))]
+        for text in ("", captions[i], captions[(i + len(crops) // 2) % len(crops)]):
+            pixels = model.reconstruct(tokens, rate, [text], evaluations, strength, 0)[0]
+            levels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
+            row.append((text or "no caption", Image.fromarray(levels.cpu().numpy())))
+        rows.append(row)
+    return rows
 
 
 def _flow_loss(

@@ -117,14 +117,22 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Unit-length feature maps of the five slices for images [B, 3, H, W] in [-1, 1]."""
+    def responses(self, images: Tensor) -> list[Tensor]:
+        """What the five slices of the network answer to images [B, 3, H, W] in [-1, 1]."""
         x = (images - self.shift) / self.scale
         maps = []
         for part in self.slices:
             x = part(x)
-            maps.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+            maps.append(x)
         return maps
+
+    def normalized(self, responses: list[Tensor]) -> list[Tensor]:
+        """Responses scaled to unit length at every place."""
+        return [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in responses]
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Unit-length feature maps of the five slices for images [B, 3, H, W] in [-1, 1]."""
+        return self.normalized(self.responses(images))
 
     def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
         """LPIPS [B] between two feature lists made by :meth:`features`."""

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from percov2 import __version__
 from percov2.caption import Captioner, NoCaptioner
 from percov2.codec import Codec
-from percov2.evaluation.baselines import BASELINES, attempts_within, best_of
+from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
+from percov2.evaluation.gallery import Cell, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, measure
 from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
 
@@ -36,6 +37,7 @@ class Setting:
     guidance: float | None = None
     seed: int = 0
     captioner: Captioner = field(default_factory=NoCaptioner)
+    slack: float = 0.0
 
 
 @dataclass
@@ -80,7 +82,9 @@ def round_trip(
     started = time.perf_counter()
     picture = Image.fromarray(pixels)
     captions = setting.captioner([picture])
-    (file,) = codec.compress([picture], setting.rate, setting.schedule, captions)
+    (file,) = codec.compress(
+        [picture], setting.rate, setting.schedule, captions, slack=setting.slack
+    )
     encoded = time.perf_counter()
     (restored,) = codec.decompress([file], setting.steps, setting.guidance, setting.seed)
     decoded = time.perf_counter()
@@ -109,7 +113,7 @@ def side_by_side(pictures: Iterable[Image.Image], gap: int = 8) -> Image.Image:
 
 
 _PER_PICTURE = (".pcv2", ".png", "_compare.png")
-_PER_REPORT = ("report.json", "report.md")
+_PER_REPORT = ("report.json", "report.md", "gallery.jpg")
 
 
 def write_round_trip(trip: RoundTrip, folder: Path, stem: str) -> None:
@@ -176,7 +180,8 @@ def evaluate(
     """Round trips of all pictures of a folder, written to ``out`` as a report.
 
     Writes report.json, report.md and, per picture, STEM.pcv2, STEM.png, STEM_compare.png
-    (original | restored | baselines).
+    (original | restored | baselines), and with baselines gallery.jpg: all pictures at half size,
+    original | restored | the baseline that is best by LPIPS-VGG.
 
     Args:
         baselines: names from ``baselines.BASELINES``, each given as many bytes as percov2 used;
@@ -196,6 +201,7 @@ def evaluate(
     warm_up(codec, setting)
     records: list[dict[str, Any]] = []
     rivals: dict[str, list[dict[str, Any]]] = {name: [] for name in baselines}
+    gallery: list[list[Cell]] = []
     notes: list[str] = []
     for path, stem in zip(tqdm(paths, disable=not progress), stems, strict=True):
         try:
@@ -206,6 +212,7 @@ def evaluate(
         records.append({**trip.record, "image": path.name})
         notes += trip.notes
         row = [trip.original, trip.restored]
+        shown: dict[str, tuple[float, Attempt]] = {}
         for name in baselines:
             attempts = attempts_within(name, trip.original, len(trip.file))
             if not attempts:
@@ -215,9 +222,13 @@ def evaluate(
             values = {metric: best[metric][0] if metric in best else None for metric in METRICS}
             size = max(attempt.size for _, attempt in best.values())
             rivals[name].append({"image": path.name, "bytes": size, **values})
-            row.append(best["lpips_vgg" if "lpips_vgg" in best else "psnr"][1].restored)
-        if len(row) > 2:
+            shown[name] = best.get("lpips_vgg") or (-best["psnr"][0], best["psnr"][1])
+            row.append(shown[name][1].restored)
+        if shown:
             write_image(side_by_side(row), out / f"{stem}_compare.png")
+            gallery.append(_gallery_row(stem, trip, shown))
+    if gallery:
+        write_page(gallery, out / "gallery.jpg", scale=0.5)
     report = {
         "percov2": __version__,
         "torch": torch.__version__,
@@ -229,6 +240,7 @@ def evaluate(
         "steps": codec.config.steps if setting.steps is None else setting.steps,
         "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
         "seed": setting.seed,
+        "slack": setting.slack,
         "captioner": type(setting.captioner).__name__,
         "mean": means(records),
         "images": records,
@@ -241,6 +253,17 @@ def evaluate(
     write_bytes(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     write_bytes(out / "report.md", markdown(report, stems).encode(errors="backslashreplace"))
     return report
+
+
+def _gallery_row(stem: str, trip: RoundTrip, shown: dict[str, tuple[float, Attempt]]) -> list[Cell]:
+    """Original, restored, and the rival with the lowest value (codec -> value, attempt)."""
+    name = min(shown, key=lambda codec: shown[codec][0])
+    rival = shown[name][1]
+    return [
+        (stem, trip.original),
+        (f"percov2, {len(trip.file):,} bytes", trip.restored),
+        (f"{name}, {rival.size:,} bytes", rival.restored),
+    ]
 
 
 def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -325,8 +348,8 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
         f"# {report['model']} {report['rate']}, {len(stems)} pictures",
         f"percov2 {report['percov2']}, model id {report['model_id']}, schedule "
         f"{report['schedule']}, {report['steps']} steps, guidance {report['guidance']}, seed "
-        f"{report['seed']}; torch {report['torch']}, {report['threads']} threads. "
-        "bpp counts the whole file.",
+        f"{report['seed']}, slack {report['slack']}; torch {report['torch']}, {report['threads']} "
+        "threads. bpp counts the whole file.",
         table(images, "image"),
     ]
     rivals = [

@@ -79,6 +79,10 @@ class Backbone(Protocol):
         """
         ...
 
+    def candidates(self, images: Tensor, rate: str, count: int) -> tuple[Tensor, Tensor]:
+        """The nearest codes of every place: see ``TokenMaker.candidates``."""
+        ...
+
     def reconstruct(
         self,
         tokens: Tensor,

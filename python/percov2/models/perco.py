@@ -8,7 +8,7 @@ U-Net or text encoder, decompressing never the hyper-encoder. docs/perco-import.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.model_config import LATENT_SIDE, ModelConfig
 from percov2.models.placement import Placement, base_location, load_part
 from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
+from percov2.models.token_maker import TokenMaker
 
 
-class PerCoModel:
+class PerCoModel(TokenMaker):
     """The float networks of an imported folder and of its base model.
 
     Args:
@@ -45,7 +46,7 @@ class PerCoModel:
         self.config = ModelConfig.load(self.folder)
         self.place = Placement.of(device, options)
         self._base = base_location(self.folder, self.config.base)
-        self._quantizer = lru_cache(None)(self._load_quantizer)
+        self.quantizer = lru_cache(None)(self._load_quantizer)
         self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
         # Two U-Nets would need twice the memory, and a batch is of one rate.
         self._unet = lru_cache(1)(self._load_unet)
@@ -133,26 +134,20 @@ class PerCoModel:
         """The stored codebook, float32 little-endian, row after row (part of the model id)."""
         return stored_codebook(self.folder / self.config.rate(rate).name / "quantizer")
 
-    @torch.inference_mode()
-    def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
-        """Tokens int32 [B, H/s, W/s] of images float [B, 3, H, W] in [-1, 1].
+    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
+        """See :meth:`TokenMaker.hyper_latents`.
 
-        The latents are the mean of the autoencoder's posterior (the original draws a sample), and
-        images run one at a time.
-
-        Raises:
-            ValueError: when H or W is not a multiple of s, or the rate is unknown.
+        The latents are the mean of the posterior (the original draws a sample).
         """
         side = self.config.rate(rate).token_side
         if images.shape[-1] % side or images.shape[-2] % side:
             raise ValueError(f"image sides must be multiples of {side}: {tuple(images.shape[-2:])}")
-        hyper_encoder, quantizer = self._hyper_encoder(rate), self._quantizer(rate)
-        vae = self.autoencoder
+        hyper_encoder, vae = self._hyper_encoder(rate), self.autoencoder
         with self.place.at_work(vae):
             means = [vae.encode(x).latent_dist.mode() for x in images.to(self.device).split(1)]
         with self.place.at_work(hyper_encoder):
-            scale = vae.config.scaling_factor
-            return torch.cat([quantizer.tokens(hyper_encoder(mean * scale)) for mean in means])
+            for mean in means:
+                yield hyper_encoder(mean * vae.config.scaling_factor)
 
     # Decompressing -------------------------------------------------------------------------------
 
@@ -194,7 +189,7 @@ class PerCoModel:
         ratio = self.config.rate(rate).token_side // LATENT_SIDE
         height, width = tokens.shape[-2] * ratio, tokens.shape[-1] * ratio
         times = self._times(steps)
-        z_hat = self._quantizer(rate).lookup(tokens.to(self.device))
+        z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
         z_hat = upsample_z_hat(z_hat, height, width)
         words = [self._words(captions)]
         if guidance != 1.0 and any(captions):

@@ -5,7 +5,7 @@ Compressing never loads the flow transformer, decompressing never loads the hype
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from percov2.models.model_config import ModelConfig
 from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 from percov2.models.storage import load_component
 from percov2.models.text_encoder import HashedTextEncoder
+from percov2.models.token_maker import TokenMaker
 
 
-class CodecModel:
+class CodecModel(TokenMaker):
     """The float networks of a model folder: images -> tokens, tokens -> images.
 
     Args:
@@ -43,8 +44,8 @@ class CodecModel:
         self.folder = Path(folder)
         self.device = device
         self.config = ModelConfig.load(self.folder)
-        self._quantizer = lru_cache(None)(self._load_quantizer)
-        self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
+        self.quantizer = lru_cache(None)(self._load_quantizer)
+        self.hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
 
     @cached_property
     def autoencoder(self) -> PatchAutoencoder:
@@ -76,28 +77,15 @@ class CodecModel:
         """The stored codebook, float32 little-endian, row after row (part of the model id)."""
         return stored_codebook(self.folder / self.config.rate(rate).name / "quantizer")
 
-    @torch.inference_mode()
-    def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
-        """Tokens int32 [B, H/s, W/s] of images, s = the rate's token side.
-
-        Images run one at a time: convolution libraries choose their summation order by batch size,
-        and an image's tokens must not depend on its neighbours.
-
-        Args:
-            images: float [B, 3, H, W] in [-1, 1].
-
-        Raises:
-            ValueError: when H or W is not a multiple of s, or the rate is unknown.
-        """
+    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
+        """See :meth:`TokenMaker.hyper_latents`."""
         side = self.config.rate(rate).token_side
         if images.shape[-1] % side or images.shape[-2] % side:
             raise ValueError(f"image sides must be multiples of {side}: {tuple(images.shape[-2:])}")
-        hyper_encoder, quantizer = self._hyper_encoder(rate), self._quantizer(rate)
-        tokens = []
+        hyper_encoder = self.hyper_encoder(rate)
         for image in images.to(self.device).split(1):
             latents = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
-            tokens.append(quantizer.tokens(hyper_encoder(latents)))
-        return torch.cat(tokens)
+            yield hyper_encoder(latents)
 
     def z_hat(self, tokens: Tensor, rate: str) -> Tensor:
         """What the flow is given of tokens int [B, h, w]: [B, C, H/8, W/8].
@@ -106,7 +94,7 @@ class CodecModel:
             ValueError: for tokens out of range or an unknown rate.
         """
         ratio = self.config.rate(rate).token_side // PatchAutoencoder.stride
-        z_hat = self._quantizer(rate).lookup(tokens.to(self.device))
+        z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
         return upsample_z_hat(z_hat, tokens.shape[-2] * ratio, tokens.shape[-1] * ratio)
 
     @torch.inference_mode()

@@ -80,6 +80,16 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         """Token int32 [B, h, w] of each hyper-latent; the lowest index wins a tie."""
         return self._nearest(self._directions(hyper_latents))
 
+    def candidates(self, hyper_latents: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` nearest codes of each hyper-latent, the nearest first.
+
+        Returns:
+            Tokens int32 and cosine similarities float32, both [B, h, w, min(count, V)].
+        """
+        similarities = self._directions(hyper_latents) @ self.codebook.float().T
+        best = similarities.topk(min(count, similarities.shape[-1]), -1)
+        return best.indices.to(torch.int32), best.values
+
     def lookup(self, tokens: Tensor) -> Tensor:
         """z_hat float [B, C, h, w] of tokens int [B, h, w].
 

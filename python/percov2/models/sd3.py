@@ -7,7 +7,7 @@ caption. Compressing loads no flow and no text encoder, decompressing no hyper-e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from percov2.models.model_config import LATENT_SIDE, ModelConfig
 from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 from percov2.models.sd3_base import SD3Base, SD3Folder
 from percov2.models.sd3_text import CaptionEmbedder
+from percov2.models.token_maker import TokenMaker
 
 _Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 _PATCH = 2
@@ -31,7 +32,7 @@ _POSITIONS_AT_ONCE = 128 * 128
 """Latent positions that are sampled together: one picture of 1024×1024 or four of 512×512."""
 
 
-class SD3Model:
+class SD3Model(TokenMaker):
     """The float networks of an "sd3" folder: images -> tokens, tokens -> images.
 
     Our trained parts run in float32, those of the base model in the dtype of the options.
@@ -60,7 +61,7 @@ class SD3Model:
         place = self.base.place
         self._captions = CaptionEmbedder(self.base.text_networks, place.at_work, place.device)
         self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
-        self._quantizer = lru_cache(None)(self._load_quantizer)
+        self.quantizer = lru_cache(None)(self._load_quantizer)
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
         point = self.config.rate(rate)
@@ -79,28 +80,18 @@ class SD3Model:
 
     # Images -> tokens ----------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
-        """Tokens int32 [B, H/s, W/s] of images, s = the rate's token side, one image at a time.
-
-        Args:
-            images: float [B, 3, H, W] in [-1, 1].
-
-        Raises:
-            ValueError: when H or W is not a multiple of s, or the rate is unknown.
-        """
+    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
+        """See :meth:`TokenMaker.hyper_latents`."""
         side = self.config.rate(rate).token_side
         height, width = images.shape[-2:]
         if height % side or width % side:
             raise ValueError(f"image sides must be multiples of {side}: {(height, width)}")
-        hyper_encoder, quantizer = self._hyper_encoder(rate), self._quantizer(rate)
+        hyper_encoder = self._hyper_encoder(rate)
         patch = _PATCH * LATENT_SIDE
         padded = F.pad(images, (0, -width % patch, 0, -height % patch), mode="replicate")
-        tokens = [
-            quantizer.tokens(hyper_encoder(self.encode_latents(image)))
-            for image in padded.to(self.device).split(1)
-        ]
-        return torch.cat(tokens)[:, : height // side, : width // side].contiguous()
+        for image in padded.to(self.device).split(1):
+            hyper_latents = hyper_encoder(self.encode_latents(image))
+            yield hyper_latents[..., : height // side, : width // side]
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Latents float32 [B, 16, H/8, W/8] of about unit variance: the posterior's mean.
@@ -148,7 +139,7 @@ class SD3Model:
         side = self.config.rate(rate).token_side
         rows, columns = tokens.shape[-2:]
         ratio = side // LATENT_SIDE
-        z_hat = self._quantizer(rate).lookup(tokens.to(self.device))
+        z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
         z_hat = upsample_z_hat(z_hat, rows * ratio, columns * ratio)
         height, width = z_hat.shape[-2:]
         z_hat = F.pad(z_hat, (0, -width % _PATCH, 0, -height % _PATCH), mode="replicate")

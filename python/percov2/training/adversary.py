@@ -1,8 +1,11 @@
-"""A patch discriminator that trains beside the decoder (phase D), with hinge losses.
+"""A discriminator of patches that trains beside the decoder (phase D), with hinge losses.
 
-Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957) keeps it stable. The force on the
-decoded picture has a fixed size: however sure of itself the discriminator is, its gradient is
-scaled to a given multiple of the L1 loss's, so that it can neither fade nor take over.
+It judges pixels through a network of its own, or AlexNet's responses through small heads: features
+that somebody else learnt make a discriminator useful after a few hundred steps (Projected GANs,
+Sauer et al. 2021, arXiv 2111.01007). Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957)
+keeps both stable. The force on the decoded picture has a fixed size: however sure of itself the
+discriminator is, its gradient is scaled to a given multiple of the L1 loss's, so that it can
+neither fade nor take over.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from percov2.evaluation.perceptual import LPIPS
+from percov2.training.losses import randomly_shifted
+
 REACHES = ("all", "decoder")
+NETWORKS = ("pixels", "features")
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class AdversaryConfig:
         reach: "all" (decoder, flow, hyper-encoder, text encoder) or "decoder" (the decoder alone;
             costs a second pass of it).
         learning_rate: AdamW's, constant.
-        widths: channels at 1/2, 1/4 and 1/8 resolution.
+        network: "pixels" or "features" (of AlexNet).
+        widths: channels at 1/2, 1/4 and 1/8 resolution of the network of pixels; the heads on
+            features have the middle one.
 
     Raises:
         ValueError: settings out of range.
@@ -41,16 +50,23 @@ class AdversaryConfig:
     warmup: int = 1000
     reach: str = "all"
     learning_rate: float = 2e-4
+    network: str = "pixels"
     widths: tuple[int, int, int] = (48, 96, 192)
 
     def __post_init__(self) -> None:
         if self.reach not in REACHES:
             raise ValueError(f"reach must be one of {REACHES}, not {self.reach!r}")
+        if self.network not in NETWORKS:
+            raise ValueError(f"network must be one of {NETWORKS}, not {self.network!r}")
         if self.weight < 0 or self.from_step < 0 or self.warmup < 0:
             raise ValueError(
                 f"weight, from_step and warmup must not be negative: {self.weight}, "
                 f"{self.from_step}, {self.warmup}"
             )
+
+
+def _layer(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Module:
+    return spectral_norm(nn.Conv2d(inputs, outputs, size, stride, padding=size // 2 - (size == 4)))
 
 
 class PatchDiscriminator(nn.Module):
@@ -59,25 +75,56 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, widths: tuple[int, int, int]) -> None:
         super().__init__()
         half, quarter, eighth = widths
-
-        def layer(inputs: int, outputs: int, size: int, stride: int) -> nn.Module:
-            return spectral_norm(nn.Conv2d(inputs, outputs, size, stride, padding=1))
-
         self.body = nn.Sequential(
-            layer(3, half, 4, 2),
+            _layer(3, half, 4, 2),
             nn.LeakyReLU(0.2),
-            layer(half, quarter, 4, 2),
+            _layer(half, quarter, 4, 2),
             nn.LeakyReLU(0.2),
-            layer(quarter, eighth, 4, 2),
+            _layer(quarter, eighth, 4, 2),
             nn.LeakyReLU(0.2),
-            layer(eighth, eighth, 3, 1),
+            _layer(eighth, eighth, 3),
             nn.LeakyReLU(0.2),
-            layer(eighth, 1, 3, 1),
+            _layer(eighth, 1, 3),
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Scores float [B, 1, H/8, W/8] of images [B, 3, H, W] in [-1, 1]; high means real."""
-        return self.body(images)
+    def view(self, images: Tensor) -> list[Tensor]:
+        """What it sees of images [B, 3, H, W] in [-1, 1]: themselves."""
+        return [images]
+
+    def forward(self, views: list[Tensor]) -> list[Tensor]:
+        """Scores, one map float [B, 1, H/8, W/8]; high means real."""
+        return [self.body(views[0])]
+
+
+class FeatureDiscriminator(nn.Module):
+    """Scores at every place of AlexNet's five slices; 0.2 GMAC per 256×256 picture at width 64.
+
+    AlexNet is no part of its weights. Which rows and columns AlexNet's strides meet is drawn anew
+    for every batch, as in the reconstruction loss.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._alexnet = (LPIPS("alex"),)  # in a tuple: neither trained nor stored
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(channels, affine=False),
+                _layer(channels, width, 1),
+                nn.LeakyReLU(0.2),
+                _layer(width, width, 3),
+                nn.LeakyReLU(0.2),
+                _layer(width, 1, 3),
+            )
+            for channels in (64, 192, 384, 256, 256)
+        )
+
+    def view(self, images: Tensor) -> list[Tensor]:
+        """What it sees of images [B, 3, H, W] in [-1, 1]: responses of the five slices."""
+        return self._alexnet[0].responses(next(randomly_shifted(images)))
+
+    def forward(self, views: list[Tensor]) -> list[Tensor]:
+        """Scores, one map float [B, 1, h, w] per slice; high means real."""
+        return [head(view) for head, view in zip(self.heads, views, strict=True)]
 
 
 class _FixedForce(torch.autograd.Function):
@@ -104,11 +151,15 @@ class Adversary:
 
     def __init__(self, config: AdversaryConfig) -> None:
         self.config = config
-        self.network = PatchDiscriminator(config.widths)
+        self.network: PatchDiscriminator | FeatureDiscriminator
+        if config.network == "pixels":
+            self.network = PatchDiscriminator(config.widths)
+        else:
+            self.network = FeatureDiscriminator(config.widths[1])
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, betas=(0.5, 0.9), weight_decay=0.0
         )
-        self._batch: tuple[Tensor, Tensor, bool] | None = None
+        self._batch: tuple[Tensor, list[Tensor], bool] | None = None
 
     def weight(self, step: int) -> float:
         """The weight at a step: 0 before ``from_step``, then rising linearly."""
@@ -126,23 +177,31 @@ class Adversary:
             step: of the training loop.
         """
         self.network.eval().requires_grad_(False)
-        autocast = torch.is_autocast_enabled(images.device.type)
-        self._batch = images, rebuilt.detach(), autocast
         felt = _FixedForce.apply(rebuilt, self.weight(step) / rebuilt.numel())
-        return -self.network(felt).float().mean()
+        views = self.network.view(felt)
+        autocast = torch.is_autocast_enabled(images.device.type)
+        self._batch = images, [view.detach() for view in views], autocast
+        return -torch.stack([scores.float().mean() for scores in self.network(views)]).mean()
 
     def learn(self) -> Tensor | None:
         """One step of the discriminator on the last batch; its loss, None without a batch."""
         if self._batch is None:
             return None
-        images, rebuilt, autocast = self._batch
+        images, fakes, autocast = self._batch
         self._batch = None
         self.network.train().requires_grad_(True)
-        both = torch.cat([images, rebuilt.to(images.dtype)])
-        both = both.contiguous(memory_format=torch.channels_last)
+        losses = []
         with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast):
-            real, fake = self.network(both).float().chunk(2)
-            loss = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+            with torch.no_grad():
+                reals = self.network.view(images)
+            both = [
+                torch.cat([x, y.to(x.dtype)]).contiguous(memory_format=torch.channels_last)
+                for x, y in zip(reals, fakes, strict=True)
+            ]
+            for scores in self.network(both):
+                real, fake = scores.float().chunk(2)
+                losses.append(F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+            loss = torch.stack(losses).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from percov2.models.model_config import ModelConfig
@@ -145,36 +147,73 @@ def _rate_and_folder(text: str, first: str) -> tuple[str, Path]:
     return (name, Path(folder)) if equals else (first, Path(text))
 
 
+def _token_views(
+    pixels: NDArray[np.uint8], side: int, views: int, generator: np.random.Generator
+) -> Iterator[NDArray[np.uint8]]:
+    """A photo cut to whole tokens, then ``views`` - 1 mirrored or shifted versions of it."""
+    for view in range(views):
+        top, left = generator.integers(side, size=2).tolist() if view else (0, 0)
+        height = (pixels.shape[0] - top) // side * side
+        width = (pixels.shape[1] - left) // side * side
+        cut = pixels[top : top + height, left : left + width]
+        if cut.size:
+            yield cut[:, ::-1] if view and generator.integers(2) else cut
+
+
 def run_tokens(
-    model: Path, data: Path, out: Path, rate: str | None = None, precision: str = "no"
+    model: Path,
+    data: Path,
+    out: Path,
+    rate: str | None = None,
+    precision: str = "no",
+    views: int = 1,
 ) -> None:
-    """`percov2 train tokens`: every photo's token map, for stage 2.
+    """`percov2 train tokens`: every photo's token maps, for stage 2.
 
     Args:
-        out: ``.npz`` with ``tokens_<i>`` int32 [h, w] per photo, ``held_out`` bool [photos] and
+        out: ``.npz`` with ``tokens_<i>`` int32 [h, w], ``held_out`` bool [maps] and
             ``codebook_size``.
         precision: "bf16" halves the time; a few tokens near a tie may differ from the codec's own.
+        views: maps per photo, at random mirrorings and shifts below a token after the first; rates
+            with few tokens per photo need them. Held-out photos have one.
     """
     codec = CodecModel(model)
     point = codec.config.rate(rate or codec.config.default_rate)
     photos = PhotoCrops(data, "all")
-    maps: dict[str, Any] = {
-        "codebook_size": np.int32(point.codebook_size),
-        "held_out": np.array([is_held_out(photo.key) for photo in photos.photos]),
-    }
-    for i, photo in enumerate(tqdm(photos.photos, desc="tokens", unit="photo")):
+    maps: dict[str, Any] = {}
+    held_out: list[bool] = []
+    generator = np.random.default_rng(0)
+    for photo in tqdm(photos.photos, desc="tokens", unit="photo"):
+        held = is_held_out(photo.key)
         pixels = photos.pixels(photo)
-        height = photo.height - photo.height % point.token_side
-        width = photo.width - photo.width % point.token_side
-        image = torch.from_numpy(pixels[:height, :width].copy()).permute(2, 0, 1)[None]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            tokens = codec.encode_tokens(image.float().div(127.5).sub(1.0), point.name)
-        maps[f"tokens_{i}"] = tokens[0].numpy()
+        for cut in _token_views(pixels, point.token_side, 1 if held else views, generator):
+            image = torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                tokens = codec.encode_tokens(image.float().div(127.5).sub(1.0), point.name)
+            maps[f"tokens_{len(maps)}"] = tokens[0].numpy()
+            held_out.append(held)
+    maps["codebook_size"] = np.int32(point.codebook_size)
+    maps["held_out"] = np.array(held_out)
     np.savez(out, **maps)
 
 
-def run_entropy(config: Path, data: Path, out: Path, minutes: float | None = None) -> None:
-    """`percov2 train entropy`: token maps -> ``out/entropy``, for `train export`."""
+def run_entropy(
+    config: Path, data: Path, out: Path, rate: str | None = None, minutes: float | None = None
+) -> None:
+    """`percov2 train entropy`: token maps -> ``out/entropy``, for `train export`.
+
+    Args:
+        rate: with settings of its own in ``[entropy.rates.NAME]``, which replace those of
+            ``[entropy]`` one by one.
+
+    Raises:
+        ValueError: a rate without such a table, or settings that do not fit.
+    """
     table = read_section(config, "entropy")
+    own = table.pop("rates", {})
+    if rate is not None:
+        if rate not in own:
+            raise ValueError(f"{config.name} has no [entropy.rates.{rate}]; it has {sorted(own)}")
+        table.update(own[rate])
     loop = build_config(LoopConfig, table.pop("loop"))
     train_entropy(build_config(EntropyConfig, table), loop, data, out, minutes=minutes)

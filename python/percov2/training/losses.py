@@ -1,29 +1,110 @@
-"""Reconstruction losses of stage 1: L1 and LPIPS with real gradients through the decoder."""
+"""Reconstruction losses of stage 1, with real gradients through the decoder."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from percov2.evaluation.perceptual import LPIPS
 
+_WINDOW = 64
+"""Side of the windows, in pixels, in which textures are compared."""
+_STRIDE = 4
+"""Of AlexNet's first layer."""
+_LEAST_SIDE = 32 + _STRIDE - 1
+
+
+def randomly_shifted(*images: Tensor) -> Iterator[Tensor]:
+    """Images [B, 3, H, W] cut to H - 3 and W - 3, at a place that is drawn once for all of them.
+
+    AlexNet's first layer looks at every fourth pixel and the decoder paints blocks of 4×4: at a
+    fixed place the decoder learns a grid that this network alone cannot see.
+    """
+    down, right = torch.randint(_STRIDE, (2,)).tolist()
+    for x in images:
+        height, width = (side + 1 - _STRIDE for side in x.shape[-2:])
+        yield x[..., down : down + height, right : right + width]
+
+
+def _spread(maps: Tensor, size: int) -> Tensor:
+    """Standard deviations [B, C, h/size, w/size] in windows of size×size places."""
+    mean = F.avg_pool2d(maps, size)
+    return (F.avg_pool2d(maps.square(), size) - mean.square()).clamp_min(0).add(1e-3).sqrt()
+
+
+def _slopes(images: Tensor) -> Tensor:
+    """Differences of neighbouring pixels, right and down: [B, 6, H - 1, W - 1]."""
+    here = images[..., :-1, :-1]
+    return torch.cat([images[..., :-1, 1:] - here, images[..., 1:, :-1] - here], 1)
+
+
+def texture_distance(maps: list[Tensor], references: list[Tensor], height: int) -> Tensor:
+    """How much local contrast differs: 0 where it is equal, 1 where one of both has none.
+
+    Per window of 64 pixels and per map Σ(s - r)² / Σ(s² + r²) over channels, s and r being
+    standard deviations; the mean over windows and maps. Texture in the wrong places of a window
+    costs nothing, a blurred one does.
+
+    Args:
+        maps: feature maps [B, C, h, w] of the pictures, at any resolution.
+        references: those of the photos.
+        height: of the pictures, in pixels, at least 64.
+    """
+    distances = []
+    for x, y in zip(maps, references, strict=True):
+        size = max(2, min(x.shape[-1], x.shape[-2], round(_WINDOW * x.shape[-2] / height)))
+        ours, theirs = _spread(x.float(), size), _spread(y.float(), size)
+        power = (ours.square() + theirs.square()).sum(1)
+        distances.append(((ours - theirs).square().sum(1) / power).mean())
+    return torch.stack(distances).mean()
+
 
 class ReconstructionLoss(nn.Module):
-    """L1 + weight · LPIPS(alex) of decoded images against the photos.
+    """L1 + LPIPS (AlexNet) + texture of decoded images against the photos.
+
+    LPIPS and texture see :func:`randomly_shifted` pictures.
 
     LPIPS-VGG and DISTS are kept for judging and are never training losses.
+
+    Args:
+        lpips_weight: of LPIPS, beside 1 for L1.
+        texture_weight: of :func:`texture_distance` on AlexNet's responses and pixel differences.
     """
 
-    def __init__(self, lpips_weight: float) -> None:
+    def __init__(self, lpips_weight: float, texture_weight: float = 0.0) -> None:
         super().__init__()
-        self.lpips_weight = lpips_weight
+        self.lpips_weight, self.texture_weight = lpips_weight, texture_weight
         self.lpips = LPIPS("alex")
 
     def forward(self, images: Tensor, references: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its parts; images and references [B, 3, H, W] in [-1, 1]."""
+        """Loss and its parts; images and references [B, 3, H, W] in [-1, 1].
+
+        Raises:
+            ValueError: pictures of less than 35 pixels a side, of which AlexNet sees nothing.
+        """
+        if min(images.shape[-2:]) < _LEAST_SIDE:
+            raise ValueError(
+                f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; make "
+                f"them {_LEAST_SIDE} pixels a side or more"
+            )
         l1 = (images.float() - references).abs().mean()
+        images, references = randomly_shifted(images, references)
         with torch.no_grad():
-            target = self.lpips.features(references)
-        lpips = self.lpips.distance(self.lpips.features(images), target).mean()
+            wanted = self.lpips.responses(references)
+            target = self.lpips.normalized(wanted)
+        found = self.lpips.responses(images)
+        lpips = self.lpips.distance(self.lpips.normalized(found), target).mean()
         loss = l1 + self.lpips_weight * lpips
-        return loss, {"l1": l1.detach(), "lpips": lpips.detach()}
+        figures = {"l1": l1.detach(), "lpips": lpips.detach()}
+        if self.texture_weight:
+            texture = texture_distance(
+                [_slopes(images.float()), *found],
+                [_slopes(references), *wanted],
+                images.shape[-2],
+            )
+            loss = loss + self.texture_weight * texture
+            figures["texture"] = texture.detach()
+        return loss, figures

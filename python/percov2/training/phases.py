@@ -17,12 +17,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "autoencoder_run": {"type": Path, "help": "start from this out of `train autoencoder`"},
     "start_from": {
         "type": Path,
-        "help": "start from the averaged weights of this out of `train codec` instead; rates that "
-        "it does not have start from its first",
+        "help": "start from the averaged weights of this out of `train codec`, or from this model "
+        "folder, instead; rates that it does not have start from its first",
     },
     "codec_run": {"type": Path, "required": True, "help": "out of `train codec` (or sd3)"},
     "model": {"type": Path, "required": True, "help": "model folder"},
-    "rate": {"help": "rate of the model (default: its default)"},
+    "rate": {"help": "rate of the model, or of the configuration (default: the default one)"},
+    "views": {
+        "type": int,
+        "default": 1,
+        "help": "maps per photo: mirrored and shifted ones after the first (default: 1)",
+    },
     "precision": {
         "choices": ["no", "bf16"],
         "default": "no",
@@ -55,11 +60,11 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "tokens": (
         "Make the token maps for `train entropy`.",
-        ("model", "data", "out", "rate", "precision"),
+        ("model", "data", "out", "rate", "precision", "views"),
     ),
     "entropy": (
         "Train the entropy model on token maps and export its integer form.",
-        ("config", "data", "out", "minutes"),
+        ("config", "data", "out", "rate", "minutes"),
     ),
     "sd3": (
         "Stage 1 on Stable Diffusion 3; may be run by accelerate launch.",

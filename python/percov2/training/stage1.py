@@ -81,6 +81,7 @@ class CodecConfig:
         rates: settings per rate, in the order of the rates in a model folder.
         one_step: share of samples at t = 1; the others draw t as SD3 does (logit-normal).
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
+        texture_weight: of the texture distance (``losses.texture_distance``).
         adversary: the patch discriminator; there is none by default.
     """
 
@@ -90,6 +91,7 @@ class CodecConfig:
     prediction: str = "sample"
     one_step: float = 0.75
     lpips_weight: float = 0.8
+    texture_weight: float = 0.0
     latent_weight: float = 0.25
     vq_weight: float = 0.25
     spread_weight: float = 0.05
@@ -116,7 +118,7 @@ class CodecStage(TrainingStage):
         self.flow.pos_embed.proj.reset_parameters()
         self.text_encoder = HashedTextEncoder(**config.text_encoder)
         self.autoencoder.to(memory_format=torch.channels_last)
-        self.loss = ReconstructionLoss(config.lpips_weight)
+        self.loss = ReconstructionLoss(config.lpips_weight, config.texture_weight)
         self.adversary = Adversary(config.adversary) if config.adversary.weight else None
         self._step = 0
         self._discriminator_loss = math.nan

@@ -1,4 +1,4 @@
-"""Start the joint phase from the averaged weights of another run of it, possibly of other rates."""
+"""Start the joint phase from another run of it or from a model folder, possibly of other rates."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from percov2.models.preset import CodecModel
 from percov2.training.rates import RateNetworks
 from percov2.training.stage1 import CodecStage
 
@@ -53,6 +54,16 @@ def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
     return fresh
 
 
+def _model_state(folder: Path) -> dict[str, Tensor]:
+    """The weights of a model folder under the names that a codec run gives them."""
+    model = CodecModel(folder)
+    parts: dict[str, torch.nn.Module] = {name: getattr(model, name) for name in _SHARED}
+    for rate in model.config.rates:
+        parts[f"rates.{rate.name}.hyper_encoder"] = model.hyper_encoder(rate.name)
+        parts[f"rates.{rate.name}.quantizer"] = model.quantizer(rate.name)
+    return {f"{k}.{n}": v for k, part in parts.items() for n, v in part.state_dict().items()}
+
+
 @torch.no_grad()
 def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
     """Load the averaged weights of a codec run: shared networks, and every rate it has.
@@ -61,18 +72,25 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
 
     Args:
         stage: freshly initialised; changed in place.
-        run: folder of a run of ``percov2 train codec``.
+        run: folder of a run of ``percov2 train codec``, or a model folder.
 
     Returns:
         Per rate a sentence on where its weights come from.
 
     Raises:
-        ValueError: no checkpoint there, or networks of other sizes.
+        ValueError: neither of the two there, or networks of other sizes.
     """
     path = run / "checkpoint.pt"
-    if not path.is_file():
-        raise ValueError(f"{run} holds no checkpoint.pt; give the folder of a codec run")
-    state = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    if path.is_file():
+        state = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    elif (run / "config.json").is_file():
+        path = run
+        state = _model_state(run)
+    else:
+        raise ValueError(
+            f"{run} holds neither checkpoint.pt nor config.json; give the folder of a codec run or "
+            "of a model"
+        )
     stored = _stored_rates(state, next(iter(stage.rates)))
     if not stored:
         raise ValueError(f"{path} is of another phase; give the folder of a codec run")

@@ -1,0 +1,149 @@
+"""The reconstruction loss: texture against plain loops, shifts, and what each part feels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from percov2.evaluation.perceptual import LPIPS
+from percov2.training.adversary import Adversary, AdversaryConfig
+from percov2.training.losses import ReconstructionLoss, randomly_shifted, texture_distance
+
+
+def plain_texture(maps: list[Tensor], references: list[Tensor], height: int) -> float:
+    """texture_distance, window by window."""
+    values = []
+    for x, y in zip(maps, references, strict=True):
+        size = max(2, min(x.shape[2], x.shape[3], round(64 * x.shape[2] / height)))
+        found = []
+        for b in range(x.shape[0]):
+            for top in range(0, x.shape[2] - size + 1, size):
+                for left in range(0, x.shape[3] - size + 1, size):
+                    above = below = 0.0
+                    for c in range(x.shape[1]):
+                        cut = (b, c, slice(top, top + size), slice(left, left + size))
+                        s = np.sqrt(np.var(x[cut].numpy()) + 1e-3)
+                        r = np.sqrt(np.var(y[cut].numpy()) + 1e-3)
+                        above += (s - r) ** 2
+                        below += s**2 + r**2
+                    found.append(above / below)
+        values.append(np.mean(found))
+    return float(np.mean(values))
+
+
+def test_texture_is_that_of_plain_loops() -> None:
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.randn(2, c, h, w, generator=generator) for c, h, w in [(3, 40, 33), (2, 9, 17)]]
+    others = [m * 0.3 + 0.5 * torch.randn(m.shape, generator=generator) for m in maps]
+    expected = plain_texture(maps, others, 130)
+    assert float(texture_distance(maps, others, 130)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_texture_feels_blur_but_not_place() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 128, 128, generator=generator)
+    assert float(texture_distance([x], [x], 128)) == 0
+    # Another sample of the same texture, and the same one blurred.
+    other = torch.randn(1, 3, 128, 128, generator=generator)
+    blurred = torch.nn.functional.avg_pool2d(x, 5, 1, 2)
+    near, far = (float(texture_distance([y], [x], 128)) for y in (other, blurred))
+    assert near < 0.01 < 0.3 < far
+
+
+def test_a_flat_picture_is_pulled_toward_texture() -> None:
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    faint = (1e-2 * x).requires_grad_()
+    texture_distance([faint], [x], 64).backward()
+    assert faint.grad is not None and torch.isfinite(faint.grad).all()
+    assert float((faint.grad * x).sum()) < 0  # descent amplifies
+
+
+def test_shifts_are_the_same_for_all_and_reach_every_phase() -> None:
+    torch.manual_seed(0)
+    x = torch.arange(20 * 24.0).view(1, 1, 20, 24)
+    seen = set()
+    for _ in range(200):
+        a, b = randomly_shifted(x, x + 1)
+        assert a.shape == (1, 1, 17, 21)
+        assert torch.equal(b - a, torch.ones_like(a))
+        seen.add(divmod(int(a[0, 0, 0, 0]), 24))
+    assert seen == {(i, j) for i in range(4) for j in range(4)}
+
+
+def test_every_part_reaches_the_picture_by_its_weight() -> None:
+    generator = torch.Generator().manual_seed(0)
+    photo = torch.rand(1, 3, 96, 96, generator=generator) * 2 - 1
+    start = 0.5 * photo
+
+    def gradient(loss: ReconstructionLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        torch.manual_seed(3)  # the same shift
+        image = start.clone().requires_grad_()
+        value, figures = loss(image, photo)
+        value.backward()
+        assert image.grad is not None
+        return image.grad, figures
+
+    plain, figures = gradient(ReconstructionLoss(0.0))
+    assert set(figures) == {"l1", "lpips"}
+    assert torch.allclose(plain, (start - photo).sign() / photo.numel(), atol=1e-9)
+    some, _ = gradient(ReconstructionLoss(0.5))
+    more, _ = gradient(ReconstructionLoss(1.0))
+    assert torch.allclose(more - plain, 2 * (some - plain), atol=1e-7)
+    assert not torch.allclose(some, plain, atol=1e-7)
+    textured, figures = gradient(ReconstructionLoss(0.0, 1.0))
+    assert set(figures) == {"l1", "lpips", "texture"}
+    assert float(((textured - plain) * photo).sum()) < 0  # half the contrast: descent raises it
+
+
+def test_crops_that_are_too_small_are_refused() -> None:
+    tiny = torch.zeros(1, 3, 34, 48)
+    with pytest.raises(ValueError, match="48x34 are too small"):
+        ReconstructionLoss(1.0)(tiny, tiny)
+    least = torch.zeros(1, 3, 35, 35)
+    assert torch.isfinite(ReconstructionLoss(1.0)(least, least)[0])
+
+
+FEATURES = AdversaryConfig(
+    weight=0.5, from_step=10, warmup=9, learning_rate=1e-3, network="features", widths=(4, 8, 8)
+)
+
+
+def test_the_discriminator_of_features_keeps_the_force_and_learns() -> None:
+    torch.manual_seed(0)
+    adversary = Adversary(FEATURES)
+    losses = []
+    for step in range(40):
+        real = torch.rand(2, 3, 96, 96).round() * 2 - 1
+        fake = (0.3 * torch.randn(2, 3, 96, 96)).requires_grad_()
+        adversary.loss(fake, real, step).backward()
+        assert fake.grad is not None
+        force = float(fake.grad.square().mean().sqrt()) * fake.numel()
+        assert force == pytest.approx(adversary.weight(step), rel=1e-3)
+        loss = adversary.learn()
+        assert loss is not None and adversary.learn() is None
+        losses.append(float(loss))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_discriminator_of_features_neither_stores_nor_trains_alexnet() -> None:
+    torch.manual_seed(0)
+    adversary = Adversary(FEATURES)
+    alexnet = LPIPS("alex").state_dict()
+    names = set(adversary.state_dict()["network"])
+    assert names and all(name.startswith("heads.") for name in names)
+    photos = torch.rand(2, 3, 96, 96)
+    adversary.loss(torch.zeros_like(photos), photos, 20)
+    adversary.learn()
+    kept = adversary.network._alexnet[0].state_dict()
+    assert all(torch.equal(kept[name], alexnet[name]) for name in alexnet)
+    other = Adversary(FEATURES)
+    other.load_state_dict(adversary.state_dict())
+    loaded = other.network.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in adversary.network.state_dict().items())
+
+
+def test_unknown_networks_are_refused() -> None:
+    with pytest.raises(ValueError, match="'vgg'"):
+        AdversaryConfig(network="vgg")

@@ -1,0 +1,125 @@
+"""Tokens chosen with the rate in mind, against the same choice made with one-pass logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from percov2.codec import Codec
+from percov2.entropy import schedule
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.stage_pass import one_pass_logits
+from percov2.entropy.token_choice import likeliest_tokens
+from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.transformer_config import TransformerConfig
+
+CODES = 16
+MODEL = IntTransformer.random(
+    TransformerConfig(CODES, dim=16, heads=1, head_dim=16, layers=1, hidden=16), seed=3
+)
+
+
+def plain_choice(candidates: Tensor, allowed: Tensor, name: str) -> NDArray[np.int32]:
+    """Stage by stage and place by place, with logits of a whole pass each time."""
+    batch, height, width, count = candidates.shape
+    stages = schedule.stages(name, height, width)
+    tokens = torch.zeros(batch, height, width, dtype=torch.int32)
+    coding = schedule.order(stages).tolist()
+    for stage in range(1, int(stages.max()) + 1):
+        logits = one_pass_logits(MODEL, tokens, stages)
+        for b in range(batch):
+            for i, place in enumerate(coding):
+                y, x = divmod(place, width)
+                if stages[y, x] != stage:
+                    continue
+                best = None
+                for k in range(count):
+                    token = int(candidates[b, y, x, k])
+                    if allowed[b, y, x, k] and (
+                        best is None or logits[b, i, token] > logits[b, i, best]
+                    ):
+                        best = token
+                assert best is not None
+                tokens[b, y, x] = best
+    return tokens.numpy()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 2),
+    st.integers(1, 5),
+    st.integers(1, 5),
+    st.integers(1, 6),
+    st.sampled_from(["qlds12", "checkerboard", "raster", "quincunx"]),
+)
+def test_choice_is_that_of_a_plain_walk(seed, batch, height, width, count, name) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (batch, height, width, CODES)
+    candidates = torch.rand(shape, generator=generator).argsort(-1)[..., :count].to(torch.int32)
+    allowed = torch.rand(candidates.shape, generator=generator) < 0.6
+    allowed[..., 0] = True
+    chosen = likeliest_tokens(MODEL, candidates, allowed, name)
+    assert chosen.dtype == torch.int32
+    assert np.array_equal(chosen.numpy(), plain_choice(candidates, allowed, name))
+
+
+def test_with_one_allowed_candidate_nothing_changes() -> None:
+    candidates = torch.randint(0, CODES, (2, 4, 5, 3), dtype=torch.int32)
+    allowed = torch.zeros(candidates.shape, dtype=torch.bool)
+    allowed[..., 0] = True
+    chosen = likeliest_tokens(MODEL, candidates, allowed, "qlds12")
+    assert torch.equal(chosen, candidates[..., 0])
+
+
+def test_freedom_saves_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    candidates = torch.rand(4, 8, 8, CODES, generator=generator).argsort(-1).to(torch.int32)
+    bits = []
+    for free in (1, 2, 4, 16):
+        allowed = (torch.arange(CODES) < free).expand(candidates.shape)
+        tokens = likeliest_tokens(MODEL, candidates, allowed, "qlds12")
+        coder = TokenCoder(MODEL)
+        _, freqs = coder.intervals(tokens, "qlds12")
+        bits.append(float((coder.prob_bits - np.log2(freqs)).sum()))
+    assert bits == sorted(bits, reverse=True) and bits[-1] < 0.8 * bits[0]
+
+
+def test_refusals() -> None:
+    candidates = torch.zeros(1, 2, 2, 3, dtype=torch.int32)
+    allowed = torch.ones(1, 2, 2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="allowed"):
+        likeliest_tokens(MODEL, candidates, allowed[..., :2], "qlds12")
+    with pytest.raises(ValueError, match="first candidate"):
+        likeliest_tokens(MODEL, candidates, ~allowed, "qlds12")
+    with pytest.raises(ValueError, match="nonsense"):
+        likeliest_tokens(MODEL, candidates, allowed, "nonsense")
+    with pytest.raises(ValueError, match="candidates range from 16 to 16"):
+        likeliest_tokens(MODEL, candidates + CODES, allowed, "qlds12")
+
+
+def test_a_codec_with_slack_takes_near_codes_that_cost_less(codec: Codec) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 10, 3), np.uint8)
+    photo = Image.fromarray(pixels).resize((320, 256))
+    [nearest] = codec.encode_tokens([photo])
+    [plain] = codec.compress([photo])
+    [file] = codec.compress([photo], slack=0.2)
+    [tokens] = codec.decode_tokens([file])
+    assert len(file) < len(plain)
+    assert 0 < (tokens != nearest).sum() < nearest.size
+    images = torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    options, similarities = codec.model.candidates(images, codec.config.default_rate, 16)
+    assert np.array_equal(options[0, ..., 0].numpy(), nearest)
+    assert (similarities.diff(dim=-1) <= 0).all()
+    ours = options == torch.from_numpy(tokens)[None, ..., None]
+    assert ours.any(-1).all()
+    lost = similarities[..., 0] - (similarities * ours).sum(-1)
+    assert float(lost.max()) <= 0.2 + 1e-6
+    with pytest.raises(ValueError, match="slack"):
+        codec.compress([photo], slack=3)
