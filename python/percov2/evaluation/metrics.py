@@ -92,18 +92,12 @@ def ms_ssim(original: Pixels, restored: Pixels) -> float:
 
 def lpips(original: Pixels, restored: Pixels, network: str) -> float:
     """LPIPS 0.1 with network "alex" or "vgg" (Zhang et al. 2018), 0 for equal pictures."""
-    _require_side(original, MIN_NETWORK_SIDE)
-    distance = _network(f"lpips_{network}")
-    with torch.inference_mode():
-        return float(distance(_tensor(restored) * 2 - 1, _tensor(original) * 2 - 1))
+    return _distance(f"lpips_{network}", original, restored)
 
 
 def dists(original: Pixels, restored: Pixels) -> float:
     """DISTS (Ding et al. 2020), 0 for equal pictures."""
-    _require_side(original, MIN_NETWORK_SIDE)
-    distance = _network("dists")
-    with torch.inference_mode():
-        return float(distance(_tensor(restored), _tensor(original)))
+    return _distance("dists", original, restored)
 
 
 _MEASURES: dict[str, Callable[[Pixels, Pixels], float]] = {
@@ -126,13 +120,34 @@ def _require_side(pixels: Pixels, least: int) -> None:
         raise NotMeasured(f"it needs sides of {least} pixels, the picture is {width}x{height}")
 
 
+def _distance(name: str, original: Pixels, restored: Pixels) -> float:
+    _require_side(original, MIN_NETWORK_SIDE)
+    network = _network(name)
+    expected = _original_features(name, original.shape, original.tobytes())
+    with torch.inference_mode():
+        return float(network.distance(network.features(_seen(name, restored)), expected))
+
+
+# Many pictures are measured against the same original: one of each network's is kept.
 @lru_cache(maxsize=3)
-def _load_network(name: str) -> torch.nn.Module:
+def _original_features(name: str, shape: tuple[int, ...], data: bytes) -> list[Tensor]:
+    original = np.frombuffer(data, np.uint8).reshape(shape)
+    with torch.inference_mode():
+        return _network(name).features(_seen(name, original))
+
+
+def _seen(name: str, pixels: Pixels) -> Tensor:
+    """A picture in the range that a network takes."""
+    return _tensor(pixels) if name == "dists" else _tensor(pixels) * 2 - 1
+
+
+@lru_cache(maxsize=3)
+def _load_network(name: str) -> LPIPS | DISTS:
     network = DISTS() if name == "dists" else LPIPS(name.removeprefix("lpips_"))
     return network.eval()
 
 
-def _network(name: str) -> torch.nn.Module:
+def _network(name: str) -> LPIPS | DISTS:
     try:
         return _load_network(name)
     except MetricWeightsMissing:

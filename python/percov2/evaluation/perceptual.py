@@ -189,7 +189,8 @@ class DISTS(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
-    def _features(self, images: Tensor) -> list[Tensor]:
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Images [B, 3, H, W] in [0, 1], and the network's responses to them."""
         x = (images - self.mean) / self.std
         maps = [images]
         for part in self.slices:
@@ -197,10 +198,10 @@ class DISTS(nn.Module):
             maps.append(x)
         return maps
 
-    def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """DISTS [B] of images and references, both [B, 3, H, W] in [0, 1]."""
+    def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """DISTS [B] between two feature lists made by :meth:`features`."""
         structure, texture = [], []
-        for x, y in zip(self._features(images), self._features(references), strict=True):
+        for x, y in zip(a, b, strict=True):
             x, y = x.flatten(2), y.flatten(2)
             mx, my = x.mean(2), y.mean(2)
             texture.append((2 * mx * my + 1e-6) / (mx.square() + my.square() + 1e-6))
@@ -208,3 +209,7 @@ class DISTS(nn.Module):
             covariance = (x * y).mean(2) - mx * my
             structure.append((2 * covariance + 1e-6) / (vx + vy + 1e-6))
         return 1 - (self.alpha * torch.cat(texture, 1) + self.beta * torch.cat(structure, 1)).sum(1)
+
+    def forward(self, images: Tensor, references: Tensor) -> Tensor:
+        """DISTS [B] of images and references, both [B, 3, H, W] in [0, 1]."""
+        return self.distance(self.features(images), self.features(references))
