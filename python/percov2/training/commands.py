@@ -125,13 +125,13 @@ def run_export(
     if unknown:
         raise ValueError(f"no such rates: {unknown}; {config.name} has {list(stage.rates)}")
     load_averaged(codec_run, stage)
-    save_component(stage.autoencoder, out / "autoencoder", "float16")
+    save_component(stage.autoencoder, out / "autoencoder", "int8")
     save_component(stage.flow, out / "flow", "int8")
     save_component(stage.text_encoder, out / "text_encoder", "int8")
     points = []
     for name, networks in stage.rates.items():
         assert isinstance(networks, RateNetworks)
-        save_component(networks.hyper_encoder, out / name / "hyper_encoder", "float16")
+        save_component(networks.hyper_encoder, out / name / "hyper_encoder", "int8")
         save_component(networks.quantizer, out / name / "quantizer", "float32")
         points.append(networks.point(name))
     ModelConfig(
