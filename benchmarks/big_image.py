@@ -59,9 +59,13 @@ def main() -> None:
     side = 512 if arguments.quick else arguments.side
     image = ImageOps.fit(read_image(arguments.picture).convert("RGB"), (side, side))
     codec = Codec.from_pretrained(arguments.model)
+    places = border_places(side, codec.config.window, codec.config.overlap)
+    rate = codec.config.rate(arguments.rate or codec.config.default_rate)
+    if not len(places) or side % rate.token_side:
+        raise SystemExit(f"{side} must be a multiple of the token side, and larger than a window")
     small = image.resize((64, 64))
-    codec.decompress(codec.compress([small], arguments.rate), arguments.steps)  # loads networks
-    (file,) = codec.compress([image], arguments.rate)
+    codec.decompress(codec.compress([small], rate.name), arguments.steps)  # loads networks
+    (file,) = codec.compress([image], rate.name)
     started = time.perf_counter()
     (restored,) = codec.decompress([file], arguments.steps)
     seconds = time.perf_counter() - started
@@ -69,10 +73,10 @@ def main() -> None:
         raise SystemExit(f"restored {restored.size}, not {image.size}")
     if arguments.out:
         restored.save(arguments.out)
-    places = border_places(side, codec.config.window, codec.config.overlap)
     ours, theirs = (border_ratio(np.asarray(x), places) for x in (restored, image))
     report = {
         "model": codec.config.name,
+        "rate": rate.name,
         "side": side,
         "steps": arguments.steps or codec.config.steps,
         "bytes": len(file),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from percov2.evaluation.gallery import page, write_page
+from percov2.evaluation.gallery import half_size, page, write_page
 
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
 
@@ -37,7 +37,7 @@ def test_long_labels_are_broken_and_stay_above_their_pictures() -> None:
 
 
 def test_scale_and_file(tmp_path: Path) -> None:
-    write_page([[("a", RED), ("b", BLUE)]], tmp_path / "page.png", scale=0.5)
+    write_page([[("a", half_size(RED)), ("b", half_size(BLUE))]], tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as image:
         assert image.size == (2 * 30 + 6, 16 + 12 + 20)
 
@@ -46,3 +46,5 @@ def test_empty_pages_are_refused() -> None:
     for rows in ([], [[]], [[("a", RED)], []]):
         with pytest.raises(ValueError, match="row"):
             page(rows)
+    with pytest.raises(ValueError, match="show fewer"):
+        page([[("a", RED)]] * 1000)

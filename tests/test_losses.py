@@ -12,18 +12,22 @@ from percov2.training.adversary import Adversary, AdversaryConfig
 from percov2.training.losses import ReconstructionLoss, randomly_shifted, texture_distance
 
 
-def plain_texture(maps: list[Tensor], references: list[Tensor], height: int) -> float:
+def plain_texture(maps: list[Tensor], references: list[Tensor], size: tuple[int, int]) -> float:
     """texture_distance, window by window."""
+    rows, columns = (max(1, round(side / 64)) for side in size)
     values = []
     for x, y in zip(maps, references, strict=True):
-        size = max(2, min(x.shape[2], x.shape[3], round(64 * x.shape[2] / height)))
         found = []
+        down, across = min(rows, x.shape[2]), min(columns, x.shape[3])
         for b in range(x.shape[0]):
-            for top in range(0, x.shape[2] - size + 1, size):
-                for left in range(0, x.shape[3] - size + 1, size):
+            for i in range(down):
+                for j in range(across):
+                    # The edges of adaptive pooling: every place lies in a window.
+                    top, bottom = i * x.shape[2] // down, -(-(i + 1) * x.shape[2] // down)
+                    left, right = j * x.shape[3] // across, -(-(j + 1) * x.shape[3] // across)
                     above = below = 0.0
                     for c in range(x.shape[1]):
-                        cut = (b, c, slice(top, top + size), slice(left, left + size))
+                        cut = (b, c, slice(top, bottom), slice(left, right))
                         s = np.sqrt(np.var(x[cut].numpy()) + 1e-3)
                         r = np.sqrt(np.var(y[cut].numpy()) + 1e-3)
                         above += (s - r) ** 2
@@ -35,27 +39,35 @@ def plain_texture(maps: list[Tensor], references: list[Tensor], height: int) -> 
 
 def test_texture_is_that_of_plain_loops() -> None:
     generator = torch.Generator().manual_seed(0)
-    maps = [torch.randn(2, c, h, w, generator=generator) for c, h, w in [(3, 40, 33), (2, 9, 17)]]
+    maps = [torch.randn(2, c, h, w, generator=generator) for c, h, w in [(3, 40, 33), (2, 9, 1)]]
     others = [m * 0.3 + 0.5 * torch.randn(m.shape, generator=generator) for m in maps]
-    expected = plain_texture(maps, others, 130)
-    assert float(texture_distance(maps, others, 130)) == pytest.approx(expected, rel=1e-4)
+    expected = plain_texture(maps, others, (130, 189))
+    assert float(texture_distance(maps, others, (130, 189))) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("side", [35, 125, 189, 253])
+def test_texture_looks_at_every_pixel(side: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 1, side, side, generator=generator).requires_grad_()
+    texture_distance([x], [2 * x.detach()], (side, side)).backward()
+    assert x.grad is not None and (x.grad != 0).all()
 
 
 def test_texture_feels_blur_but_not_place() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, 128, 128, generator=generator)
-    assert float(texture_distance([x], [x], 128)) == 0
+    assert float(texture_distance([x], [x], (128, 128))) == 0
     # Another sample of the same texture, and the same one blurred.
     other = torch.randn(1, 3, 128, 128, generator=generator)
     blurred = torch.nn.functional.avg_pool2d(x, 5, 1, 2)
-    near, far = (float(texture_distance([y], [x], 128)) for y in (other, blurred))
+    near, far = (float(texture_distance([y], [x], (128, 128))) for y in (other, blurred))
     assert near < 0.01 < 0.3 < far
 
 
 def test_a_flat_picture_is_pulled_toward_texture() -> None:
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     faint = (1e-2 * x).requires_grad_()
-    texture_distance([faint], [x], 64).backward()
+    texture_distance([faint], [x], (64, 64)).backward()
     assert faint.grad is not None and torch.isfinite(faint.grad).all()
     assert float((faint.grad * x).sum()) < 0  # descent amplifies
 
@@ -102,7 +114,7 @@ def test_crops_that_are_too_small_are_refused() -> None:
     with pytest.raises(ValueError, match="48x34 are too small"):
         ReconstructionLoss(1.0)(tiny, tiny)
     least = torch.zeros(1, 3, 35, 35)
-    assert torch.isfinite(ReconstructionLoss(1.0)(least, least)[0])
+    assert torch.isfinite(ReconstructionLoss(1.0, 1.0)(least, least)[0])
 
 
 FEATURES = AdversaryConfig(

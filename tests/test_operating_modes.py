@@ -146,7 +146,8 @@ def test_the_command_line_evaluates_held_out_photos(
 
 def test_caption_pictures_are_the_model_s(codec: Codec) -> None:
     photos, texts = crops(2, 64), ["a red door", "snow"]
-    rows = caption_effect.caption_pictures(codec, photos, texts, "coarse", 1)
+    rows = caption_effect.caption_pictures(codec, photos, texts, texts[::-1], "coarse", 1)
+    assert caption_effect.other_captions(["a", "b", "c"]) == ["b", "c", "a"]
     assert [[label for label, _ in row] for row in rows] == [
         ["original", "no caption", "a red door", "snow"],
         ["original", "no caption", "snow", "a red door"],

@@ -12,10 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from percov2.codec import Codec
-from percov2.entropy import schedule
+from percov2.entropy import schedule, token_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.stage_pass import one_pass_logits
-from percov2.entropy.token_choice import likeliest_tokens
 from percov2.entropy.token_coder import TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
 
@@ -23,6 +22,7 @@ CODES = 16
 MODEL = IntTransformer.random(
     TransformerConfig(CODES, dim=16, heads=1, head_dim=16, layers=1, hidden=16), seed=3
 )
+CODER = TokenCoder(MODEL)
 
 
 def plain_choice(candidates: Tensor, allowed: Tensor, name: str) -> NDArray[np.int32]:
@@ -65,7 +65,7 @@ def test_choice_is_that_of_a_plain_walk(seed, batch, height, width, count, name)
     candidates = torch.rand(shape, generator=generator).argsort(-1)[..., :count].to(torch.int32)
     allowed = torch.rand(candidates.shape, generator=generator) < 0.6
     allowed[..., 0] = True
-    chosen = likeliest_tokens(MODEL, candidates, allowed, name)
+    chosen = CODER.choose(candidates, allowed, name)
     assert chosen.dtype == torch.int32
     assert np.array_equal(chosen.numpy(), plain_choice(candidates, allowed, name))
 
@@ -74,7 +74,7 @@ def test_with_one_allowed_candidate_nothing_changes() -> None:
     candidates = torch.randint(0, CODES, (2, 4, 5, 3), dtype=torch.int32)
     allowed = torch.zeros(candidates.shape, dtype=torch.bool)
     allowed[..., 0] = True
-    chosen = likeliest_tokens(MODEL, candidates, allowed, "qlds12")
+    chosen = CODER.choose(candidates, allowed, "qlds12")
     assert torch.equal(chosen, candidates[..., 0])
 
 
@@ -84,10 +84,9 @@ def test_freedom_saves_bits() -> None:
     bits = []
     for free in (1, 2, 4, 16):
         allowed = (torch.arange(CODES) < free).expand(candidates.shape)
-        tokens = likeliest_tokens(MODEL, candidates, allowed, "qlds12")
-        coder = TokenCoder(MODEL)
-        _, freqs = coder.intervals(tokens, "qlds12")
-        bits.append(float((coder.prob_bits - np.log2(freqs)).sum()))
+        tokens = CODER.choose(candidates, allowed, "qlds12")
+        _, freqs = CODER.intervals(tokens, "qlds12")
+        bits.append(float((CODER.prob_bits - np.log2(freqs)).sum()))
     assert bits == sorted(bits, reverse=True) and bits[-1] < 0.8 * bits[0]
 
 
@@ -95,13 +94,13 @@ def test_refusals() -> None:
     candidates = torch.zeros(1, 2, 2, 3, dtype=torch.int32)
     allowed = torch.ones(1, 2, 2, 3, dtype=torch.bool)
     with pytest.raises(ValueError, match="allowed"):
-        likeliest_tokens(MODEL, candidates, allowed[..., :2], "qlds12")
+        CODER.choose(candidates, allowed[..., :2], "qlds12")
     with pytest.raises(ValueError, match="first candidate"):
-        likeliest_tokens(MODEL, candidates, ~allowed, "qlds12")
+        CODER.choose(candidates, ~allowed, "qlds12")
     with pytest.raises(ValueError, match="nonsense"):
-        likeliest_tokens(MODEL, candidates, allowed, "nonsense")
-    with pytest.raises(ValueError, match="candidates range from 16 to 16"):
-        likeliest_tokens(MODEL, candidates + CODES, allowed, "qlds12")
+        CODER.choose(candidates, allowed, "nonsense")
+    with pytest.raises(ValueError, match="tokens range from 16 to 16"):
+        CODER.choose(candidates + CODES, allowed, "qlds12")
 
 
 def test_a_codec_with_slack_takes_near_codes_that_cost_less(codec: Codec) -> None:
@@ -121,5 +120,21 @@ def test_a_codec_with_slack_takes_near_codes_that_cost_less(codec: Codec) -> Non
     assert ours.any(-1).all()
     lost = similarities[..., 0] - (similarities * ours).sum(-1)
     assert float(lost.max()) <= 0.2 + 1e-6
-    with pytest.raises(ValueError, match="slack"):
-        codec.compress([photo], slack=3)
+    for slack in (3, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="slack"):
+            codec.compress([photo], slack=slack)
+    # A codebook of fewer codes than there are candidates.
+    few, _ = codec.model.candidates(images, "coarse", 10**6)
+    size = codec.config.rate("coarse").codebook_size
+    assert few.shape[-1] == size
+    assert (few.sort(-1).values == torch.arange(size)).all()
+
+
+def test_logits_in_pieces_choose_the_same(monkeypatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    candidates = torch.rand(2, 6, 7, CODES, generator=generator).argsort(-1).to(torch.int32)
+    allowed = torch.rand(candidates.shape, generator=generator) < 0.5
+    allowed[..., 0] = True
+    whole = CODER.choose(candidates, allowed, "checkerboard")
+    monkeypatch.setattr(token_coder, "_LOGITS_AT_ONCE", 2 * CODES * 3)
+    assert torch.equal(CODER.choose(candidates, allowed, "checkerboard"), whole)

@@ -62,6 +62,22 @@ def test_token_maps_have_views_of_training_photos(
         assert any(np.array_equal(maps[i], option) for option in options)
 
 
+def test_small_photos_are_counted_and_views_checked(
+    cache: Path, random_model: Path, tmp_path: Path, capsys
+) -> None:
+    entries = json.loads((cache / "photos.json").read_text())
+    entries[1][2:4] = [15, 64]
+    entries[2][2:4] = [16, 17]  # one token, which every view must keep
+    (cache / "photos.json").write_text(json.dumps(entries))
+    run_tokens(random_model, cache, tmp_path / "maps.npz", views=4)
+    assert "1 photos are smaller than a token of 16 pixels" in capsys.readouterr().out
+    with np.load(tmp_path / "maps.npz") as stored:
+        maps = [stored[name] for name in stored.files if name.startswith("tokens_")]
+    assert len(maps) == 8 and [m.shape for m in maps[4:]] == [(1, 1)] * 4
+    with pytest.raises(ValueError, match="views must be at least 1, not 0"):
+        run_tokens(random_model, cache, tmp_path / "maps.npz", views=0)
+
+
 def test_entropy_settings_of_a_rate_replace_the_common_ones(tmp_path: Path, monkeypatch) -> None:
     seen = []
     monkeypatch.setattr(commands, "train_entropy", lambda *given, **_: seen.append(given[:2]))
@@ -70,13 +86,15 @@ def test_entropy_settings_of_a_rate_replace_the_common_ones(tmp_path: Path, monk
         """
 [entropy]
 tokens_per_step = 64
-loop = { steps = 7 }
+loop = { steps = 7, learning_rate = 0.5 }
 [entropy.rates.r002]
 tokens_per_step = 32
+loop = { steps = 9 }
 """,
     )
     run_entropy(config, tmp_path, tmp_path)
     run_entropy(config, tmp_path, tmp_path, "r002")
-    assert [(entropy.tokens_per_step, loop.steps) for entropy, loop in seen] == [(64, 7), (32, 7)]
+    assert [entropy.tokens_per_step for entropy, _ in seen] == [64, 32]
+    assert [(loop.steps, loop.learning_rate) for _, loop in seen] == [(7, 0.5), (9, 0.5)]
     with pytest.raises(ValueError, match=r"no \[entropy.rates.r010\]; it has \['r002'\]"):
         run_entropy(config, tmp_path, tmp_path, "r010")

@@ -113,7 +113,11 @@ def evaluate_captions(arguments: argparse.Namespace) -> None:
         crops, captions = _held_out(arguments, captioned=True)
     codec = open_codec(arguments)
     with about("eval captions"):
-        from percov2.evaluation.caption_effect import caption_effect, caption_pictures
+        from percov2.evaluation.caption_effect import (
+            caption_effect,
+            caption_pictures,
+            other_captions,
+        )
         from percov2.evaluation.gallery import write_page
         from percov2.images import write_bytes
 
@@ -125,7 +129,13 @@ def evaluate_captions(arguments: argparse.Namespace) -> None:
         if arguments.pictures:
             shown = slice(arguments.pictures)
             rows = caption_pictures(
-                codec, crops[shown], captions[shown], rate, arguments.steps, arguments.guidance
+                codec,
+                crops[shown],
+                captions[shown],
+                other_captions(captions)[shown],
+                rate,
+                arguments.steps,
+                arguments.guidance,
             )
             write_page(rows, arguments.out / f"captions_{rate}.jpg")
     print(text, end="")

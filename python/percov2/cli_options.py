@@ -29,8 +29,8 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
         "--slack",
         type=number(float, 0, 2),
         default=0.0,
-        help="take the cheapest of the codes whose cosine similarity is at most so much below the "
-        "nearest one's (default: 0)",
+        help="take the likeliest of the 16 nearest codes whose cosine similarity is at most this "
+        "below the nearest one's (default: 0)",
     )
 
 

@@ -140,8 +140,9 @@ class Codec:
             schedule: name of an entropy schedule; the model's default if None.
             captions: one text per image, "" for none; texts guide the decoder and cost bytes.
             max_pixels: refuse pictures with more pixels.
-            slack: 0 to 2; above 0 a place takes the cheapest of the codes whose cosine similarity
-                is at most so much below the nearest one's.
+            slack: 0 to 2; above 0 a place takes, of its 16 nearest codes, the likeliest whose
+                cosine similarity is at most so much below the nearest one's. Stages are decided
+                one after the other.
 
         Raises:
             ValueError: unknown rate or schedule, a caption or picture that cannot be stored, a
@@ -151,7 +152,7 @@ class Codec:
             raise ValueError(f"slack must be 0 to 2, not {slack}")
         point, name = self._rate(rate), self._schedule(schedule)
         coded = _coded_captions(captions, len(images))
-        choice = TokenChoice(self._entropy(point.name).model, name, slack) if slack else None
+        choice = TokenChoice(self._entropy(point.name), name, slack) if slack else None
         arrays = rgb_arrays(images, max_pixels)
         tokens = token_maps(self.model, arrays, point, choice)
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
@@ -166,8 +167,7 @@ class Codec:
         """Tokens of pictures: one int32 [h, w] per image, h = ceil(height / token side).
 
         Every place takes the nearest code. A picture's tokens do not depend on its neighbours in
-        the batch. Arguments and errors as
-        for ``compress``.
+        the batch. Arguments and errors as for ``compress``.
         """
         return token_maps(self.model, rgb_arrays(images, max_pixels), self._rate(rate))
 

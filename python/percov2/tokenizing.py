@@ -11,28 +11,28 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from percov2 import packing
-from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.token_choice import likeliest_tokens
+from percov2.entropy.token_coder import TokenCoder
 from percov2.images import check_size, pad, to_rgb
 from percov2.models.backbone import Backbone
 from percov2.models.model_config import Rate
 from percov2.packing import Tokens
 
 _CANDIDATES = 16
-"""Codes that a place may choose from."""
+"""Nearest codes that a place may choose from."""
 
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Which of nearly equally near codes a place takes: the one that costs least.
+    """Which of nearly equally near codes a place takes: the likeliest.
 
     Attributes:
-        model: the entropy model that will code the tokens.
+        coder: of the entropy model that will code the tokens.
         schedule: of the file.
-        slack: how much less similar (cosine) than the nearest code a chosen one may be.
+        slack: how much less similar (cosine) than the nearest code a chosen one may be; it is one
+            of the 16 nearest.
     """
 
-    model: IntTransformer
+    coder: TokenCoder
     schedule: str
     slack: float
 
@@ -62,8 +62,7 @@ def token_maps(
             return list(model.encode_tokens(pixels, rate.name).cpu().numpy())
         tokens, similarities = model.candidates(pixels, rate.name, _CANDIDATES)
         allowed = similarities >= similarities[..., :1] - choice.slack
-        chosen = likeliest_tokens(choice.model, tokens, allowed, choice.schedule)
-        return list(chosen.numpy())
+        return list(choice.coder.choose(tokens, allowed, choice.schedule).numpy())
 
     shapes = [array.shape for array in padded]
     sizes = [height * width // rate.token_side**2 for height, width, _ in shapes]

@@ -248,3 +248,51 @@ class TokenCoder:
                     parts.append(decoder.decode_logits(logits, self.prob_bits))
             staged.accept(torch.cat(parts, 1))
         return staged.tokens().cpu()
+
+    def choose(self, candidates: torch.Tensor, allowed: torch.Tensor, name: str) -> torch.Tensor:
+        """The likeliest allowed candidate at every place, given those chosen in earlier stages.
+
+        An encoder may write any token; of several that serve it about as well the likeliest costs
+        fewest bits. Takes one pass per stage, as decoding does; what a choice does to later stages
+        is not looked at.
+
+        Args:
+            candidates: tokens int32 [B, h, w, K], the preferred one first: it wins a tie.
+            allowed: bool, the same shape; the first of every place is.
+            name: of the schedule.
+
+        Returns:
+            Tokens int32 [B, h, w] on the CPU.
+
+        Raises:
+            ValueError: shapes that differ, a place without an allowed candidate, tokens outside the
+                codebook, or an unknown schedule.
+        """
+        if candidates.ndim != 4 or candidates.shape != allowed.shape:
+            raise ValueError(
+                f"candidates {tuple(candidates.shape)} and allowed {tuple(allowed.shape)} must "
+                "both be [B, h, w, K]"
+            )
+        if not allowed[..., 0].all():
+            raise ValueError("the first candidate of every place must be allowed")
+        self._refuse_outsiders(candidates)
+        device = self.model.device
+        stages = schedule.stages(name, *candidates.shape[1:3])
+        stage_of = torch.from_numpy(stages.reshape(-1).copy())
+        flat, may = (x.flatten(1, 2).to(device) for x in (candidates, allowed))
+        rank = torch.arange(candidates.shape[3], dtype=torch.int32, device=device)
+        staged = StagedDecoder(self.model, stages, len(candidates))
+        stage = 0
+        while staged.remaining:
+            stage += 1
+            here = (stage_of == stage).nonzero().flatten().to(device)
+            options, open_ = flat[:, here], may[:, here]
+            parts = []
+            for part, logits in self._logits(staged.residual()):
+                # Distinct scores: argmax promises nothing about ties.
+                scores = logits.gather(2, options[:, part].long()).to(torch.int32)
+                scores = scores * len(rank) - rank
+                scores[~open_[:, part]] = torch.iinfo(torch.int32).min
+                parts.append(options[:, part].gather(2, scores.argmax(2, keepdim=True)).squeeze(2))
+            staged.accept(torch.cat(parts, 1).to(torch.int32))
+        return staged.tokens().cpu()

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, features
 
 from percov2.evaluation import vvc
-from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, measure
+from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
 
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 LEVELS = 100
@@ -116,7 +116,7 @@ def attempts_within(name: str, image: Image.Image, size: int) -> list[Attempt]:
 
 
 def best_of(
-    image: Image.Image, attempts: list[Attempt], names: Sequence[str] = METRICS
+    original: Original, attempts: list[Attempt], names: Sequence[str] = METRICS
 ) -> dict[str, tuple[float, Attempt]]:
     """The strongest attempt by each metric that has a value: name -> (value, attempt).
 
@@ -125,7 +125,7 @@ def best_of(
     """
     best: dict[str, tuple[float, Attempt]] = {}
     for attempt in attempts:
-        values, _ = measure(np.asarray(image), np.asarray(attempt.restored), names)
+        values, _ = measure(original, np.asarray(attempt.restored), names)
         for metric, value in values.items():
             if value is None:
                 continue

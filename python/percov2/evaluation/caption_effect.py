@@ -42,6 +42,12 @@ def paired_interval(differences: NDArray[np.float64], seed: int = 0) -> tuple[fl
     return float(differences.mean()), float(low), float(high)
 
 
+def other_captions(captions: Sequence[str]) -> list[str]:
+    """For each crop the caption of the crop half the list away: right words, wrong picture."""
+    half = len(captions) // 2
+    return [*captions[half:], *captions[:half]]
+
+
 def caption_effect(
     codec: Codec,
     crops: NDArray[np.uint8],
@@ -53,9 +59,9 @@ def caption_effect(
 ) -> dict[str, Any]:
     """Flow loss and LPIPS-VGG with right captions and with those of other crops.
 
-    The other caption of crop i is that of crop i + N // 2, so crops of one photo must not be N // 2
-    apart. The flow loss is the mean square error of the estimated clean latents, averaged over
-    ``TIMES``. All noise is the same for both captions.
+    The others are ``other_captions``, so crops of one photo must not be N // 2 apart. The flow loss
+    is the mean square error of the estimated clean latents, averaged over ``TIMES``. All noise is
+    the same for both captions.
 
     Args:
         crops: uint8 [N, S, S, 3], S a multiple of the rate's token side; held-out photos.
@@ -80,7 +86,7 @@ def caption_effect(
     if len(crops) < 2 or not all(captions):
         raise ValueError("give at least two crops, each with a caption")
     count = len(crops)
-    shuffled = [captions[(i + count // 2) % count] for i in range(count)]
+    shuffled = other_captions(captions)
     evaluations = codec.config.steps if steps is None else steps
     strength = codec.config.guidance if guidance is None else guidance
     network = LPIPS("vgg")
@@ -119,24 +125,25 @@ def caption_pictures(
     codec: Codec,
     crops: NDArray[np.uint8],
     captions: Sequence[str],
+    others: Sequence[str],
     rate: str,
     steps: int | None = None,
     guidance: float | None = None,
 ) -> list[list[Cell]]:
     """Rows for a page: each crop, and what its tokens become with three captions (Fig. 9).
 
-    The captions are none, its own, and that of the crop half the list away. Arguments as for
-    ``caption_effect``; one crop is enough.
+    The captions are none, its own, and one of ``others``. Arguments as for ``caption_effect``; one
+    crop is enough.
     """
     model = codec.model
     evaluations = codec.config.steps if steps is None else steps
     strength = codec.config.guidance if guidance is None else guidance
     rows = []
-    for i, crop in enumerate(crops):
+    for crop, right, other in zip(crops, captions, others, strict=True):
         image = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         tokens = model.encode_tokens(image, rate)
         row: list[Cell] = [("original", Image.fromarray(crop))]
-        for text in ("", captions[i], captions[(i + len(crops) // 2) % len(crops)]):
+        for text in ("", right, other):
             pixels = model.reconstruct(tokens, rate, [text], evaluations, strength, 0)[0]
             levels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
             row.append((text or "no caption", Image.fromarray(levels.cpu().numpy())))

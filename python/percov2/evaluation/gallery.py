@@ -13,51 +13,53 @@ Cell = tuple[str, Image.Image]
 """A label and its picture."""
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 _GAP = 6
+_TEXT = 14
+"""Height of labels in pixels."""
+_MOST = 65_000
+"""Longest side of a page: JPEG ends at 65,500."""
 
 
-def page(rows: Sequence[Sequence[Cell]], scale: float = 1.0, text_size: int = 14) -> Image.Image:
+def page(rows: Sequence[Sequence[Cell]]) -> Image.Image:
     """Rows of pictures, each under its label, on white.
 
     Args:
         rows: at least one, of one cell at least; pictures of a row may differ in size.
-        scale: of the pictures.
-        text_size: height of the labels in pixels.
 
     Raises:
-        ValueError: no row, or a row without cells.
+        ValueError: no row, a row without cells, or a page of a side over 65,000 pixels.
     """
     if not rows or not all(rows):
         raise ValueError("a page needs a row, and every row a picture")
-    font = ImageFont.load_default(text_size)
-    scaled = [[(label, _scaled(picture, scale)) for label, picture in row] for row in rows]
-    labels = [[_lines(label, font, picture.width) for label, picture in row] for row in scaled]
-    strips = [(text_size + 2) * max(map(len, row)) + 2 * _GAP for row in labels]
-    heights = [max(picture.height for _, picture in row) for row in scaled]
-    width = max(sum(picture.width + _GAP for _, picture in row) - _GAP for row in scaled)
-    result = Image.new("RGB", (width, sum(strips) + sum(heights)), "white")
+    font = ImageFont.load_default(_TEXT)
+    labels = [[_lines(label, font, picture.width) for label, picture in row] for row in rows]
+    strips = [(_TEXT + 2) * max(map(len, row)) + 2 * _GAP for row in labels]
+    heights = [max(picture.height for _, picture in row) for row in rows]
+    width = max(sum(picture.width + _GAP for _, picture in row) - _GAP for row in rows)
+    size = (width, sum(strips) + sum(heights))
+    if max(size) > _MOST:
+        raise ValueError(f"a page of {size[0]}x{size[1]} is too large; show fewer pictures")
+    result = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(result)
     top = 0
-    for row, texts, strip, height in zip(scaled, labels, strips, heights, strict=True):
+    for row, texts, strip, height in zip(rows, labels, strips, heights, strict=True):
         left = 0
         for (_, picture), lines in zip(row, texts, strict=True):
             for i, line in enumerate(lines):
-                draw.text((left, top + _GAP + i * (text_size + 2)), line, "black", font)
-            result.paste(picture, (left, top + strip))
+                draw.text((left, top + _GAP + i * (_TEXT + 2)), line, "black", font)
+            result.paste(picture.convert("RGB"), (left, top + strip))
             left += picture.width + _GAP
         top += strip + height
     return result
 
 
-def write_page(rows: Sequence[Sequence[Cell]], path: Path, scale: float = 1.0) -> None:
+def write_page(rows: Sequence[Sequence[Cell]], path: Path) -> None:
     """Write a page; the ending of ``path`` names the format. Errors as for ``page``."""
-    write_image(page(rows, scale), path)
+    write_image(page(rows), path)
 
 
-def _scaled(picture: Image.Image, scale: float) -> Image.Image:
-    picture = picture.convert("RGB")
-    if scale == 1:
-        return picture
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+def half_size(picture: Image.Image) -> Image.Image:
+    """A picture with half the pixels a side."""
+    size = (max(1, picture.width // 2), max(1, picture.height // 2))
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 

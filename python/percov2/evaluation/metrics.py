@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -31,17 +31,35 @@ EVAL_HINT = "pip install 'percov2[eval]'"
 Pixels = NDArray[np.uint8]
 
 
+class Original:
+    """A picture that several others are measured against: each network looks at it once.
+
+    Args:
+        pixels: uint8 [H, W, 3], sRGB.
+    """
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.pixels = pixels
+        self._features: dict[str, list[Tensor]] = {}
+
+    def features(self, name: str) -> list[Tensor]:
+        """What the network of a measure makes of it; held as long as this object."""
+        if name not in self._features:
+            self._features[name] = _features(name, self.pixels)
+        return self._features[name]
+
+
 class NotMeasured(Exception):
     """A measure has no value for this picture or on this machine; the message says why."""
 
 
 def measure(
-    original: Pixels, restored: Pixels, names: Sequence[str] = METRICS
+    original: Pixels | Original, restored: Pixels, names: Sequence[str] = METRICS
 ) -> tuple[dict[str, float | None], list[str]]:
     """Measure a restored picture.
 
     Args:
-        original: uint8 [H, W, 3], sRGB.
+        original: uint8 [H, W, 3], sRGB, or an ``Original`` of it.
         restored: the same shape.
         names: which of ``METRICS``.
 
@@ -51,18 +69,19 @@ def measure(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown name.
     """
-    for pixels in (original, restored):
+    known = original if isinstance(original, Original) else Original(original)
+    for pixels in (known.pixels, restored):
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
             raise ValueError(f"pictures are uint8 [H, W, 3], not {pixels.dtype} {pixels.shape}")
-    if original.shape != restored.shape:
-        raise ValueError(f"a picture of {restored.shape} cannot match one of {original.shape}")
+    if known.pixels.shape != restored.shape:
+        raise ValueError(f"a picture of {restored.shape} cannot match one of {known.pixels.shape}")
     values: dict[str, float | None] = {}
     notes: list[str] = []
     for name in names:
         if name not in _MEASURES:
             raise ValueError(f"unknown metric {name!r}; choose from {', '.join(METRICS)}")
         try:
-            values[name] = _MEASURES[name](original, restored)
+            values[name] = _MEASURES[name](known, restored)
         except NotMeasured as reason:
             values[name] = None
             notes.append(f"{name} was not measured: {reason}")
@@ -90,22 +109,17 @@ def ms_ssim(original: Pixels, restored: Pixels) -> float:
     return float(value)
 
 
-def lpips(original: Pixels, restored: Pixels, network: str) -> float:
-    """LPIPS 0.1 with network "alex" or "vgg" (Zhang et al. 2018), 0 for equal pictures."""
-    return _distance(f"lpips_{network}", original, restored)
+def _distance(name: str, original: Original, restored: Pixels) -> float:
+    """LPIPS 0.1 (Zhang et al. 2018) or DISTS (Ding et al. 2020): 0 for equal pictures."""
+    _require_side(original.pixels, MIN_NETWORK_SIDE)
+    with torch.inference_mode():
+        return float(_network(name).distance(_features(name, restored), original.features(name)))
 
 
-def dists(original: Pixels, restored: Pixels) -> float:
-    """DISTS (Ding et al. 2020), 0 for equal pictures."""
-    return _distance("dists", original, restored)
-
-
-_MEASURES: dict[str, Callable[[Pixels, Pixels], float]] = {
-    "psnr": psnr,
-    "ms_ssim": ms_ssim,
-    "lpips_alex": lambda original, restored: lpips(original, restored, "alex"),
-    "lpips_vgg": lambda original, restored: lpips(original, restored, "vgg"),
-    "dists": dists,
+_MEASURES: dict[str, Callable[[Original, Pixels], float]] = {
+    "psnr": lambda original, restored: psnr(original.pixels, restored),
+    "ms_ssim": lambda original, restored: ms_ssim(original.pixels, restored),
+    **{name: partial(_distance, name) for name in ("lpips_alex", "lpips_vgg", "dists")},
 }
 
 
@@ -120,25 +134,10 @@ def _require_side(pixels: Pixels, least: int) -> None:
         raise NotMeasured(f"it needs sides of {least} pixels, the picture is {width}x{height}")
 
 
-def _distance(name: str, original: Pixels, restored: Pixels) -> float:
-    _require_side(original, MIN_NETWORK_SIDE)
-    network = _network(name)
-    expected = _original_features(name, original.shape, original.tobytes())
+def _features(name: str, pixels: Pixels) -> list[Tensor]:
+    seen = _tensor(pixels) if name == "dists" else _tensor(pixels) * 2 - 1
     with torch.inference_mode():
-        return float(network.distance(network.features(_seen(name, restored)), expected))
-
-
-# Many pictures are measured against the same original: one of each network's is kept.
-@lru_cache(maxsize=3)
-def _original_features(name: str, shape: tuple[int, ...], data: bytes) -> list[Tensor]:
-    original = np.frombuffer(data, np.uint8).reshape(shape)
-    with torch.inference_mode():
-        return _network(name).features(_seen(name, original))
-
-
-def _seen(name: str, pixels: Pixels) -> Tensor:
-    """A picture in the range that a network takes."""
-    return _tensor(pixels) if name == "dists" else _tensor(pixels) * 2 - 1
+        return _network(name).features(seen)
 
 
 @lru_cache(maxsize=3)

@@ -19,8 +19,8 @@ from percov2 import __version__
 from percov2.caption import Captioner, NoCaptioner
 from percov2.codec import Codec
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
-from percov2.evaluation.gallery import Cell, write_page
-from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, measure
+from percov2.evaluation.gallery import Cell, half_size, write_page
+from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
 from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
 
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
@@ -46,6 +46,7 @@ class RoundTrip:
 
     Attributes:
         original: sRGB, as the codec saw it.
+        measured: the same for further measurements.
         restored: the same size.
         file: the compressed form.
         record: image, bytes, bpp, the measures, encode_s and decode_s (seconds).
@@ -53,6 +54,7 @@ class RoundTrip:
     """
 
     original: Image.Image
+    measured: Original
     restored: Image.Image
     file: bytes
     record: dict[str, Any]
@@ -88,7 +90,8 @@ def round_trip(
     encoded = time.perf_counter()
     (restored,) = codec.decompress([file], setting.steps, setting.guidance, setting.seed)
     decoded = time.perf_counter()
-    values, notes = measure(pixels, np.asarray(restored), metrics)
+    measured = Original(pixels)
+    values, notes = measure(measured, np.asarray(restored), metrics)
     record: dict[str, Any] = {
         "image": str(path),
         "bytes": len(file),
@@ -97,7 +100,7 @@ def round_trip(
         "encode_s": encoded - started,
         "decode_s": decoded - encoded,
     }
-    return RoundTrip(picture, restored, file, record, notes)
+    return RoundTrip(picture, measured, restored, file, record, notes)
 
 
 def side_by_side(pictures: Iterable[Image.Image], gap: int = 8) -> Image.Image:
@@ -218,7 +221,7 @@ def evaluate(
             if not attempts:
                 notes.append(f"{name} has no file of {len(trip.file)} bytes for {path.name}")
                 continue
-            best = best_of(trip.original, attempts)
+            best = best_of(trip.measured, attempts)
             values = {metric: best[metric][0] if metric in best else None for metric in METRICS}
             size = max(attempt.size for _, attempt in best.values())
             rivals[name].append({"image": path.name, "bytes": size, **values})
@@ -227,8 +230,6 @@ def evaluate(
         if shown:
             write_image(side_by_side(row), out / f"{stem}_compare.png")
             gallery.append(_gallery_row(stem, trip, shown))
-    if gallery:
-        write_page(gallery, out / "gallery.jpg", scale=0.5)
     report = {
         "percov2": __version__,
         "torch": torch.__version__,
@@ -252,6 +253,8 @@ def evaluate(
     }
     write_bytes(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     write_bytes(out / "report.md", markdown(report, stems).encode(errors="backslashreplace"))
+    if gallery:
+        write_page(gallery, out / "gallery.jpg")
     return report
 
 
@@ -260,9 +263,9 @@ def _gallery_row(stem: str, trip: RoundTrip, shown: dict[str, tuple[float, Attem
     name = min(shown, key=lambda codec: shown[codec][0])
     rival = shown[name][1]
     return [
-        (stem, trip.original),
-        (f"percov2, {len(trip.file):,} bytes", trip.restored),
-        (f"{name}, {rival.size:,} bytes", rival.restored),
+        (stem, half_size(trip.original)),
+        (f"percov2, {len(trip.file):,} bytes", half_size(trip.restored)),
+        (f"{name}, {rival.size:,} bytes", half_size(rival.restored)),
     ]
 
 
@@ -369,5 +372,9 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
         parts.append("\n".join(f"- {note}" for note in report["notes"]))
     order = " | ".join(["original", "percov2", *report["baselines"]])
     parts += ["## Pictures", order]
+    if rivals:
+        parts.append(
+            "[All at half size](gallery.jpg), beside the classical codec that is best there."
+        )
     parts += [f"### {stem}\n\n![{stem}]({stem}_compare.png)" for stem in stems]
     return "\n\n".join(parts) + "\n"

@@ -97,7 +97,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class FeatureDiscriminator(nn.Module):
-    """Scores at every place of AlexNet's five slices; 0.2 GMAC per 256×256 picture at width 64.
+    """Scores at every place of AlexNet's five slices.
+
+    Per 256×256 picture the heads take 0.2 GMAC at width 64, AlexNet 0.8.
 
     AlexNet is no part of its weights. Which rows and columns AlexNet's strides meet is drawn anew
     for every batch, as in the reconstruction loss.
@@ -120,7 +122,7 @@ class FeatureDiscriminator(nn.Module):
 
     def view(self, images: Tensor) -> list[Tensor]:
         """What it sees of images [B, 3, H, W] in [-1, 1]: responses of the five slices."""
-        return self._alexnet[0].responses(next(randomly_shifted(images)))
+        return self._alexnet[0].responses(*randomly_shifted(images))
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
         """Scores, one map float [B, 1, h, w] per slice; high means real."""
@@ -212,6 +214,18 @@ class Adversary:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.network.load_state_dict(state["network"])
+        """Restore what :meth:`state_dict` returned; the learning rate stays the configured one.
+
+        Raises:
+            ValueError: a discriminator of another network or other widths.
+        """
+        try:
+            self.network.load_state_dict(state["network"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"the run's discriminator is none of network {self.config.network!r} with widths "
+                f"{self.config.widths}: {error}"
+            ) from error
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate

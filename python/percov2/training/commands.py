@@ -151,13 +151,16 @@ def _token_views(
     pixels: NDArray[np.uint8], side: int, views: int, generator: np.random.Generator
 ) -> Iterator[NDArray[np.uint8]]:
     """A photo cut to whole tokens, then ``views`` - 1 mirrored or shifted versions of it."""
+    height, width = pixels.shape[:2]
     for view in range(views):
-        top, left = generator.integers(side, size=2).tolist() if view else (0, 0)
-        height = (pixels.shape[0] - top) // side * side
-        width = (pixels.shape[1] - left) // side * side
-        cut = pixels[top : top + height, left : left + width]
-        if cut.size:
-            yield cut[:, ::-1] if view and generator.integers(2) else cut
+        # A shift below a token, and never by so much that no token is left.
+        top, left = (
+            int(generator.integers(min(side, n - side + 1))) if view else 0 for n in (height, width)
+        )
+        bottom = top + (height - top) // side * side
+        right = left + (width - left) // side * side
+        cut = pixels[top:bottom, left:right]
+        yield cut[:, ::-1] if view and generator.integers(2) else cut
 
 
 def run_tokens(
@@ -168,7 +171,9 @@ def run_tokens(
     precision: str = "no",
     views: int = 1,
 ) -> None:
-    """`percov2 train tokens`: every photo's token maps, for stage 2.
+    """`percov2 train tokens`: token maps of the photos, for stage 2.
+
+    Photos smaller than a token are left out, and counted.
 
     Args:
         out: ``.npz`` with ``tokens_<i>`` int32 [h, w], ``held_out`` bool [maps] and
@@ -176,22 +181,31 @@ def run_tokens(
         precision: "bf16" halves the time; a few tokens near a tie may differ from the codec's own.
         views: maps per photo, at random mirrorings and shifts below a token after the first; rates
             with few tokens per photo need them. Held-out photos have one.
+
+    Raises:
+        ValueError: views < 1, an unknown rate, or no photos.
     """
+    if views < 1:
+        raise ValueError(f"views must be at least 1, not {views}")
     codec = CodecModel(model)
     point = codec.config.rate(rate or codec.config.default_rate)
+    side = point.token_side
     photos = PhotoCrops(data, "all")
+    large = [photo for photo in photos.photos if min(photo.height, photo.width) >= side]
     maps: dict[str, Any] = {}
     held_out: list[bool] = []
     generator = np.random.default_rng(0)
-    for photo in tqdm(photos.photos, desc="tokens", unit="photo"):
+    for photo in tqdm(large, desc="tokens", unit="photo"):
         held = is_held_out(photo.key)
-        pixels = photos.pixels(photo)
-        for cut in _token_views(pixels, point.token_side, 1 if held else views, generator):
+        for cut in _token_views(photos.pixels(photo), side, 1 if held else views, generator):
             image = torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
                 tokens = codec.encode_tokens(image.float().div(127.5).sub(1.0), point.name)
             maps[f"tokens_{len(maps)}"] = tokens[0].numpy()
             held_out.append(held)
+    if len(large) < len(photos.photos):
+        left_out = len(photos.photos) - len(large)
+        print(f"{left_out} photos are smaller than a token of {side} pixels and were left out")
     maps["codebook_size"] = np.int32(point.codebook_size)
     maps["held_out"] = np.array(held_out)
     np.savez(out, **maps)
@@ -204,7 +218,7 @@ def run_entropy(
 
     Args:
         rate: with settings of its own in ``[entropy.rates.NAME]``, which replace those of
-            ``[entropy]`` one by one.
+            ``[entropy]`` one by one, in its tables, too.
 
     Raises:
         ValueError: a rate without such a table, or settings that do not fit.
@@ -214,6 +228,7 @@ def run_entropy(
     if rate is not None:
         if rate not in own:
             raise ValueError(f"{config.name} has no [entropy.rates.{rate}]; it has {sorted(own)}")
-        table.update(own[rate])
-    loop = build_config(LoopConfig, table.pop("loop"))
+        for key, value in own[rate].items():
+            table[key] = {**table[key], **value} if isinstance(value, dict) else value
+    loop = build_config(LoopConfig, table.pop("loop", {}))
     train_entropy(build_config(EntropyConfig, table), loop, data, out, minutes=minutes)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,22 +15,24 @@ _STRIDE = 4
 _LEAST_SIDE = 32 + _STRIDE - 1
 
 
-def randomly_shifted(*images: Tensor) -> Iterator[Tensor]:
+def randomly_shifted(*images: Tensor) -> list[Tensor]:
     """Images [B, 3, H, W] cut to H - 3 and W - 3, at a place that is drawn once for all of them.
 
     AlexNet's first layer looks at every fourth pixel and the decoder paints blocks of 4×4: at a
     fixed place the decoder learns a grid that this network alone cannot see.
     """
     down, right = torch.randint(_STRIDE, (2,)).tolist()
-    for x in images:
-        height, width = (side + 1 - _STRIDE for side in x.shape[-2:])
-        yield x[..., down : down + height, right : right + width]
+    lost = _STRIDE - 1
+    return [
+        x[..., down : x.shape[-2] - lost + down, right : x.shape[-1] - lost + right] for x in images
+    ]
 
 
-def _spread(maps: Tensor, size: int) -> Tensor:
-    """Standard deviations [B, C, h/size, w/size] in windows of size×size places."""
-    mean = F.avg_pool2d(maps, size)
-    return (F.avg_pool2d(maps.square(), size) - mean.square()).clamp_min(0).add(1e-3).sqrt()
+def _spread(maps: Tensor, windows: tuple[int, int]) -> Tensor:
+    """Standard deviations [B, C, *windows] in windows that together cover the maps."""
+    mean = F.adaptive_avg_pool2d(maps, windows)
+    variance = F.adaptive_avg_pool2d(maps.square(), windows) - mean.square()
+    return variance.clamp_min(0).add(1e-3).sqrt()
 
 
 def _slopes(images: Tensor) -> Tensor:
@@ -41,22 +41,23 @@ def _slopes(images: Tensor) -> Tensor:
     return torch.cat([images[..., :-1, 1:] - here, images[..., 1:, :-1] - here], 1)
 
 
-def texture_distance(maps: list[Tensor], references: list[Tensor], height: int) -> Tensor:
-    """How much local contrast differs: 0 where it is equal, 1 where one of both has none.
+def texture_distance(maps: list[Tensor], references: list[Tensor], size: tuple[int, int]) -> Tensor:
+    """How much local contrast differs: 0 where it is equal, toward 1 where one of both has none.
 
-    Per window of 64 pixels and per map Σ(s - r)² / Σ(s² + r²) over channels, s and r being
+    In windows of about 64 pixels, per map, Σ(s - r)² / Σ(s² + r²) over channels, s and r being
     standard deviations; the mean over windows and maps. Texture in the wrong places of a window
     costs nothing, a blurred one does.
 
     Args:
         maps: feature maps [B, C, h, w] of the pictures, at any resolution.
         references: those of the photos.
-        height: of the pictures, in pixels, at least 64.
+        size: height and width of the pictures, in pixels.
     """
+    rows, columns = (max(1, round(side / _WINDOW)) for side in size)
     distances = []
     for x, y in zip(maps, references, strict=True):
-        size = max(2, min(x.shape[-1], x.shape[-2], round(_WINDOW * x.shape[-2] / height)))
-        ours, theirs = _spread(x.float(), size), _spread(y.float(), size)
+        windows = min(rows, x.shape[-2]), min(columns, x.shape[-1])
+        ours, theirs = _spread(x.float(), windows), _spread(y.float(), windows)
         power = (ours.square() + theirs.square()).sum(1)
         distances.append(((ours - theirs).square().sum(1) / power).mean())
     return torch.stack(distances).mean()
@@ -103,7 +104,7 @@ class ReconstructionLoss(nn.Module):
             texture = texture_distance(
                 [_slopes(images.float()), *found],
                 [_slopes(references), *wanted],
-                images.shape[-2],
+                (images.shape[-2], images.shape[-1]),
             )
             loss = loss + self.texture_weight * texture
             figures["texture"] = texture.detach()

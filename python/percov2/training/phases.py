@@ -22,7 +22,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "codec_run": {"type": Path, "required": True, "help": "out of `train codec` (or sd3)"},
     "model": {"type": Path, "required": True, "help": "model folder"},
-    "rate": {"help": "rate of the model, or of the configuration (default: the default one)"},
+    "rate": {
+        "help": "rate of the model (default: its default), or of the configuration (default: none, "
+        "the common settings)"
+    },
     "views": {
         "type": int,
         "default": 1,
