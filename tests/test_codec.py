@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -176,6 +177,26 @@ def test_steps_guidance_and_seed_reach_the_flow(codec: Codec) -> None:
     assert usual != pixels(steps=5)
     assert usual != pixels(guidance=8.0)
     assert usual != pixels(seed=1)
+
+
+def test_the_decoder_s_noise_is_the_seed_s(
+    codec: Codec, random_model: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(random_model, tmp_path / "noisy")
+    dataclasses.replace(codec.config, decoder_noise=0.5).save(tmp_path / "noisy")
+    noisy = Codec.from_pretrained(tmp_path / "noisy")
+    files = codec.compress([photo(64, 64)])
+    # A flow that returns zeros: what is left of the seed is the decoder's noise.
+    for model in (codec.model, noisy.model):
+        model.flow.proj_out.weight.data.zero_()
+        model.flow.proj_out.bias.data.zero_()
+    try:
+        plain, other = (codec.decompress(files, 1, seed=s)[0].tobytes() for s in (0, 1))
+        assert plain == other
+        once, again, third = (noisy.decompress(files, 1, seed=s)[0].tobytes() for s in (0, 0, 1))
+        assert once == again and plain != once != third
+    finally:
+        codec.model.__dict__.pop("flow")
 
 
 def test_tokens_reach_the_picture(codec: Codec) -> None:

@@ -45,7 +45,7 @@ def test_texture_is_that_of_plain_loops() -> None:
     assert float(texture_distance(maps, others, (130, 189))) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("side", [35, 125, 189, 253])
+@pytest.mark.parametrize("side", [32, 113, 177, 241])
 def test_texture_looks_at_every_pixel(side: int) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 1, side, side, generator=generator).requires_grad_()
@@ -76,12 +76,12 @@ def test_shifts_are_the_same_for_all_and_reach_every_phase() -> None:
     torch.manual_seed(0)
     x = torch.arange(20 * 24.0).view(1, 1, 20, 24)
     seen = set()
-    for _ in range(200):
+    for _ in range(3000):
         a, b = randomly_shifted(x, x + 1)
-        assert a.shape == (1, 1, 17, 21)
+        assert a.shape == (1, 1, 5, 9)
         assert torch.equal(b - a, torch.ones_like(a))
         seen.add(divmod(int(a[0, 0, 0, 0]), 24))
-    assert seen == {(i, j) for i in range(4) for j in range(4)}
+    assert seen == {(i, j) for i in range(16) for j in range(16)}
 
 
 def test_every_part_reaches_the_picture_by_its_weight() -> None:
@@ -110,10 +110,10 @@ def test_every_part_reaches_the_picture_by_its_weight() -> None:
 
 
 def test_crops_that_are_too_small_are_refused() -> None:
-    tiny = torch.zeros(1, 3, 34, 48)
-    with pytest.raises(ValueError, match="48x34 are too small"):
+    tiny = torch.zeros(1, 3, 46, 48)
+    with pytest.raises(ValueError, match="48x46 are too small"):
         ReconstructionLoss(1.0)(tiny, tiny)
-    least = torch.zeros(1, 3, 35, 35)
+    least = torch.zeros(1, 3, 47, 47)
     assert torch.isfinite(ReconstructionLoss(1.0, 1.0)(least, least)[0])
 
 

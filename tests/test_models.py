@@ -264,6 +264,7 @@ def test_damaged_components_are_refused_by_name(tmp_path: Path) -> None:
         ("window", [0, "32", 8, 7]),
         ("overlap", [-1, 32, 2.5]),
         ("prediction", ["epsilon", 1, None]),
+        ("decoder_noise", [-0.1, 11, "0.2", None, True, float("nan")]),
         ("default_schedule", [3, None]),
         ("name", [3]),
         ("default_rate", ["r2", 0]),

@@ -84,9 +84,16 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("reach", ["", "all", "decoder"])
-def test_killed_and_resumed_equals_uninterrupted(reach: str, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("reach", "network"), [("", ""), ("all", "pixels"), ("decoder", "pixels"), ("all", "features")]
+)
+def test_killed_and_resumed_equals_uninterrupted(
+    reach: str, network: str, cache: Path, tmp_path: Path
+) -> None:
     adversary = ADVERSARY.format(reach) if reach else ""
+    if network == "features":
+        features = adversary.replace("weight", 'network = "features", weight')
+        adversary = f"texture_weight = 0.3\n{features}"
     config, data = written(tmp_path, config_text(ALL, adversary)), PhotoCrops(cache)
     stage, loop = codec_stage(config, data)
     assert train(stage, loop, tmp_path / "once") == 6
@@ -299,6 +306,23 @@ def test_warm_start_refusals(cache: Path, tmp_path: Path) -> None:
         start_from(stage, tmp_path / "first")
 
 
+def test_a_run_s_discriminator_may_learn_faster_but_be_no_other(
+    cache: Path, tmp_path: Path
+) -> None:
+    data, text = PhotoCrops(cache), ADVERSARY.format("all")
+    stage, loop = codec_stage(written(tmp_path, config_text(["r031"], text)), data)
+    train(stage, loop, tmp_path / "run", stop_after_steps=4)
+    faster = text.replace("weight = 0.5", "weight = 0.5, learning_rate = 0.125")
+    stage, loop = codec_stage(written(tmp_path, config_text(["r031"], faster)), data)
+    train(stage, loop, tmp_path / "run", stop_after_steps=1)
+    assert stage.adversary is not None
+    assert [g["lr"] for g in stage.adversary.optimizer.param_groups] == [0.125]
+    other = text.replace("widths = [4, 4, 8]", "widths = [4, 8, 8]")
+    stage, loop = codec_stage(written(tmp_path, config_text(["r031"], other)), data)
+    with pytest.raises(ValueError, match=r"none of network 'pixels' with widths \(4, 8, 8\)"):
+        train(stage, loop, tmp_path / "run")
+
+
 def test_a_discriminator_may_join_a_run_late(cache: Path, tmp_path: Path) -> None:
     data = PhotoCrops(cache)
     stage, loop = codec_stage(written(tmp_path, config_text(["r031"])), data)
@@ -347,6 +371,9 @@ def test_export_of_three_rates_compresses_and_restores(cache: Path, tmp_path: Pa
         assert restored.size == photo.size
     # The folder is enough to train on; it holds rounded weights.
     again, _ = codec_stage(config, data)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.add_(1.0)
     assert set(start_from(again, tmp_path / "model").values()) == {f"from {n}" for n in ALL}
     load_averaged(tmp_path / "run", stage := codec_stage(config, data)[0])
     for key, value in stage.state_dict().items():

@@ -22,7 +22,7 @@ from tiny_flow import TINY_FLOW
 CONFIG = """
 [autoencoder]
 autoencoder = { widths = [8, 16] }
-crops = { sides = [40], counts = [2] }
+crops = { sides = [48], counts = [2] }
 loop = { steps = 4, warmup = 1, log_every = 1 }
 
 [codec]

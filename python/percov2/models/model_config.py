@@ -61,6 +61,8 @@ class ModelConfig:
         steps, guidance: default sampling.
         prediction: what the flow transformer returns, "velocity" or "sample".
         window, overlap: sampling windows in latent positions.
+        decoder_noise: standard deviation of the noise that "tiny" adds to the sampled latents: what
+            its decoder makes textures of that do not repeat.
     """
 
     name: str
@@ -74,6 +76,7 @@ class ModelConfig:
     overlap: int = 8
     backbone: str = "tiny"
     base: str = ""
+    decoder_noise: float = 0.0
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
@@ -107,6 +110,9 @@ class ModelConfig:
         _check_whole("steps", self.steps, 1, 1000)
         if type(self.guidance) not in (int, float) or not 0 <= self.guidance <= 100:
             raise ValueError(f"guidance must be a number from 0 to 100, not {self.guidance!r}")
+        noise = self.decoder_noise
+        if type(noise) not in (int, float) or not 0 <= noise <= 10:
+            raise ValueError(f"decoder_noise must be a number from 0 to 10, not {noise!r}")
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {BACKBONES}, not {self.backbone!r}")
         if (self.backbone == "tiny") != (self.base == ""):

@@ -125,7 +125,8 @@ class CodecModel(TokenMaker):
         z_hat = self.z_hat(tokens, rate)
         height, width = z_hat.shape[-2:]
         channels = int(self.flow.config["out_channels"])
-        noise = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise, grain = torch.randn(2, channels, height, width, generator=generator)
         noise = noise.to(self.device).expand(len(tokens), -1, -1, -1)
         text = self.text_encoder(captions)
         empty = self.text_encoder([""] * len(tokens))
@@ -147,6 +148,7 @@ class CodecModel(TokenMaker):
             return unconditional + guidance * (conditional - unconditional)
 
         latents = sample(estimate, z_hat, noise, steps)
+        latents = latents + self.config.decoder_noise * grain.to(latents)
         decode = self.autoencoder.decode
         parts = [decode(x.contiguous(memory_format=torch.channels_last)) for x in latents.split(1)]
         return torch.cat(parts).clamp(-1, 1)

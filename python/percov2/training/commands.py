@@ -135,7 +135,11 @@ def run_export(
         save_component(networks.quantizer, out / name / "quantizer", "float32")
         points.append(networks.point(name))
     ModelConfig(
-        name=out.name, rates=tuple(points), default_rate=first, prediction=stage.config.prediction
+        name=out.name,
+        rates=tuple(points),
+        default_rate=first,
+        prediction=stage.config.prediction,
+        decoder_noise=stage.config.decoder_noise,
     ).save(out)
     for name, folder in folders.items():
         shutil.copytree(folder, out / name / "entropy", dirs_exist_ok=True)

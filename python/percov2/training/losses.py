@@ -10,16 +10,17 @@ from percov2.evaluation.perceptual import LPIPS
 
 _WINDOW = 64
 """Side of the windows, in pixels, in which textures are compared."""
-_STRIDE = 4
-"""Of AlexNet's first layer."""
+_STRIDE = 16
+"""Of AlexNet's last three slices."""
 _LEAST_SIDE = 32 + _STRIDE - 1
 
 
 def randomly_shifted(*images: Tensor) -> list[Tensor]:
-    """Images [B, 3, H, W] cut to H - 3 and W - 3, at a place that is drawn once for all of them.
+    """Images [B, 3, H, W] cut to H - 15 and W - 15, at a place that is drawn once for all of them.
 
-    AlexNet's first layer looks at every fourth pixel and the decoder paints blocks of 4×4: at a
-    fixed place the decoder learns a grid that this network alone cannot see.
+    AlexNet's slices look at every 4th, 8th and 16th pixel, the decoder paints blocks of 4×4 and the
+    flow such of 16×16. At a fixed place both learn patterns of these periods that please this
+    network alone, because it meets them at one phase only.
     """
     down, right = torch.randint(_STRIDE, (2,)).tolist()
     lost = _STRIDE - 1
@@ -84,7 +85,7 @@ class ReconstructionLoss(nn.Module):
         """Loss and its parts; images and references [B, 3, H, W] in [-1, 1].
 
         Raises:
-            ValueError: pictures of less than 35 pixels a side, of which AlexNet sees nothing.
+            ValueError: pictures of less than 47 pixels a side, of which AlexNet sees nothing.
         """
         if min(images.shape[-2:]) < _LEAST_SIDE:
             raise ValueError(

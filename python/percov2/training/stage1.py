@@ -82,6 +82,7 @@ class CodecConfig:
         one_step: share of samples at t = 1; the others draw t as SD3 does (logit-normal).
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
         texture_weight: of the texture distance (``losses.texture_distance``).
+        decoder_noise: standard deviation of the noise on the latents that are decoded.
         adversary: the patch discriminator; there is none by default.
     """
 
@@ -92,6 +93,7 @@ class CodecConfig:
     one_step: float = 0.75
     lpips_weight: float = 0.8
     texture_weight: float = 0.0
+    decoder_noise: float = 0.0
     latent_weight: float = 0.25
     vq_weight: float = 0.25
     spread_weight: float = 0.05
@@ -158,6 +160,8 @@ class CodecStage(TrainingStage):
             config.prediction,
         ).float()
         latent_error = (clean - latents).square().mean()
+        if config.decoder_noise:
+            clean = clean + config.decoder_noise * torch.randn_like(clean)
         clean = clean.contiguous(memory_format=torch.channels_last)
         rebuilt = self.autoencoder.decode(clean)
         loss, figures = self.loss(rebuilt, images)
@@ -218,16 +222,18 @@ class CodecStage(TrainingStage):
         """One-step reconstruction of images [B, 3, H, W] in [-1, 1], dense (training samples)."""
         networks = self._rate(rate)
         latents = self.autoencoder.encode(images).float()
+        generator = torch.Generator().manual_seed(0)
+        noise, grain = torch.randn(2, *latents.shape, generator=generator)
         tokens = networks.quantizer.tokens(networks.hyper_encoder(latents))
         clean = estimate_clean(
             self.flow,
-            torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)),
+            noise,
             upsample_z_hat(networks.quantizer.lookup(tokens), *latents.shape[-2:]),
             torch.ones(len(latents)),
             self.text_encoder(captions),
             self.config.prediction,
         )
-        return self.autoencoder.decode(clean)
+        return self.autoencoder.decode(clean + self.config.decoder_noise * grain)
 
     def draw_samples(self, folder: Path, step: int) -> None:
         """Fixed crops above their one-step reconstructions, one row per rate."""
