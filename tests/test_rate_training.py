@@ -289,6 +289,28 @@ def test_a_new_rate_starts_as_its_donor_on_coarser_latents(cache: Path, tmp_path
         assert torch.allclose(r010.body[4](fine), r031.body[4](features), atol=1e-5)
 
 
+def test_frozen_tokens_stay_while_pictures_learn(cache: Path, tmp_path: Path) -> None:
+    data = PhotoCrops(cache)
+    text = config_text(["r031", "r010"], "frozen_tokens = true")
+    stage, loop = codec_stage(written(tmp_path, text), data)
+    before = {k: v.clone() for k, v in stage.state_dict().items()}
+    train(stage, loop, tmp_path / "run")
+    after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
+    learns = ("autoencoder.decoder", "flow.", "text_encoder.")
+    ours = {k for k in moved if not k.startswith(learns)}
+    assert ours == {
+        f"rates.{n}.quantizer.project_out.{k}" for n in ("r031", "r010") for k in ("weight", "bias")
+    }
+    assert all(any(k.startswith(part) for k in moved) for part in learns)
+    rate = stage._rate("r031")
+    latents = torch.randn(2, 16, 6, 6)
+    quantized = rate(latents)
+    tokens = rate.quantizer.tokens(rate.hyper_encoder(latents))
+    assert torch.equal(quantized.tokens, tokens)
+    assert torch.equal(quantized.z_hat, rate.quantizer.lookup(tokens))
+
+
 def test_warm_start_refusals(cache: Path, tmp_path: Path) -> None:
     data = PhotoCrops(cache)
     stage, loop = codec_stage(written(tmp_path, config_text(["r031"], steps=1)), data)

@@ -42,13 +42,18 @@ def perplexity(usage: Tensor) -> Tensor:
 class RateNetworks(nn.Module):
     """Hyper-encoder and quantizer of one rate.
 
+    Args:
+        config: its settings.
+        frozen: tokens stay what they are; of all weights only the projection of codes to z_hat
+            learns, which files do not depend on.
+
     Raises:
         ValueError: when a crop side is no multiple of the token side.
     """
 
-    def __init__(self, config: RateConfig) -> None:
+    def __init__(self, config: RateConfig, frozen: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.frozen = config, frozen
         self.hyper_encoder = HyperEncoder(**config.hyper_encoder)
         self.hyper_encoder.to(memory_format=torch.channels_last)
         self.quantizer = VectorQuantizer(**config.quantizer)
@@ -56,6 +61,9 @@ class RateNetworks(nn.Module):
         if odd:
             raise ValueError(f"crop sides {odd} are no multiples of the token side of this rate")
         self._last: Quantized | None = None
+        if frozen:
+            self.requires_grad_(False)
+            self.quantizer.project_out.requires_grad_(True)
 
     @property
     def token_side(self) -> int:
@@ -67,7 +75,17 @@ class RateNetworks(nn.Module):
         return Rate(name, self.token_side, int(self.quantizer.config["codebook_size"]))
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Quantize latents [B, 16, h, w], differentiably; remembered for `move_codebook`."""
+        """Quantize latents [B, 16, h, w], differentiably; remembered for `move_codebook`.
+
+        With frozen tokens both losses are 0, and nothing is remembered.
+        """
+        if self.frozen:
+            with torch.no_grad():
+                tokens = self.quantizer.tokens(self.hyper_encoder(latents))
+            nothing = latents.new_zeros(())
+            return Quantized(
+                self.quantizer.lookup(tokens), tokens, nothing, nothing, latents.new_zeros(0)
+            )
         quantized: Quantized = self.quantizer(self.hyper_encoder(latents))
         self._last = quantized
         return quantized
@@ -84,8 +102,12 @@ class RateNetworks(nn.Module):
         return perplexity(self.quantizer.usage)
 
 
-def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
+def build_rates(configs: dict[str, RateConfig], frozen: bool = False) -> nn.ModuleDict:
     """Networks of every rate, in the order of the rates in a model folder.
+
+    Args:
+        configs: settings per rate.
+        frozen: as for ``RateNetworks``.
 
     Raises:
         ValueError: no rate, a share that is not positive, crops that do not fit the tokens, or
@@ -96,7 +118,7 @@ def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
     bad = {name: c.share for name, c in configs.items() if not c.share > 0}
     if bad:
         raise ValueError(f"shares of the steps must be positive, not {bad}")
-    rates = {name: RateNetworks(config) for name, config in configs.items()}
+    rates = {name: RateNetworks(config, frozen) for name, config in configs.items()}
     channels = {n: int(r.quantizer.config["output_channels"]) for n, r in rates.items()}
     if len(set(channels.values())) > 1:
         raise ValueError(f"output_channels of all quantizers must be equal, not {channels}")

@@ -80,6 +80,8 @@ class CodecConfig:
     Attributes:
         rates: settings per rate, in the order of the rates in a model folder.
         one_step: share of samples at t = 1; the others draw t as SD3 does (logit-normal).
+        frozen_tokens: hyper-encoders and codebooks stay as they are, so that files and entropy
+            models keep their meaning while flow and decoder improve.
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
         texture_weight: of the texture distance (``losses.texture_distance``).
         decoder_noise: standard deviation of the noise on the latents that are decoded.
@@ -97,6 +99,7 @@ class CodecConfig:
     latent_weight: float = 0.25
     vq_weight: float = 0.25
     spread_weight: float = 0.05
+    frozen_tokens: bool = False
     caption_dropout: float = 0.1
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
@@ -114,7 +117,7 @@ class CodecStage(TrainingStage):
         self.config, self.data = config, data
         self.autoencoder = autoencoder
         self.autoencoder.encoder.requires_grad_(False)
-        self.rates = build_rates(config.rates)
+        self.rates = build_rates(config.rates, config.frozen_tokens)
         channels = int(self._rate(next(iter(self.rates))).quantizer.config["output_channels"])
         self.flow = build_flow(channels, **config.flow)
         self.flow.pos_embed.proj.reset_parameters()
