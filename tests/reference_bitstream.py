@@ -15,6 +15,7 @@ RATE = [1536, 1024, 768] + [96] * 4 + [43] * 6 + [42] * 3
 SCHEDULE = [1280] + [467] * 6 + [14]
 ALL_STAGES = [3840, 256]
 STAGES_EXPONENT = [640, 640, 896, 896, 512] + [43] * 8 + [42] * 4
+SEED_EXPONENT = [4032] + [4] * 16
 STANDARD_SIZE = [3712, 384]
 SIDE_EXPONENT = [4, 4, 8, 8, 16, 24, 48, 80, 192, 384, 768, 784, 832, 832, 80, 24, 8]
 DENSE = [4092, 4]
@@ -98,6 +99,7 @@ class Fields(NamedTuple):
     caption_codec: int = 0
     caption: bytes = b""
     dense: bool = True
+    seed: int = 0
 
 
 def from_table(freqs: Sequence[int], symbol: int) -> Symbol:
@@ -124,6 +126,7 @@ def header_symbols(fields: Fields) -> list[Symbol]:
     else:
         symbols.append(from_table(ALL_STAGES, 1))
         symbols += number(STAGES_EXPONENT, fields.stages_sent)
+        symbols += number(SEED_EXPONENT, fields.seed + 1)
     if (fields.height, fields.width) == (512, 512):
         symbols.append(from_table(STANDARD_SIZE, 0))
     else:
@@ -143,6 +146,8 @@ def check(fields: Fields, tokens: Sequence[int]) -> int:
     data = bytes([0xFC, 0x21]) + fields.model_id.to_bytes(2, "big")
     data += bytes([fields.rate, fields.schedule])
     data += fields.stages_sent.to_bytes(4, "big")
+    if fields.stages_sent:
+        data += fields.seed.to_bytes(2, "big")
     data += fields.height.to_bytes(4, "big") + fields.width.to_bytes(4, "big")
     data += bytes([0 if fields.dense else 1, fields.caption_codec])
     data += len(fields.caption).to_bytes(4, "big") + fields.caption
@@ -173,7 +178,10 @@ def read_header(data: bytes) -> tuple[Fields, RansDecoder]:
     decoder = RansDecoder(data, position=4)
     rate = decoder.symbol(RATE, 12)
     schedule = decoder.symbol(SCHEDULE, 12)
-    stages_sent = read_number(decoder, STAGES_EXPONENT) if decoder.symbol(ALL_STAGES, 12) else 0
+    stages_sent = seed = 0
+    if decoder.symbol(ALL_STAGES, 12):
+        stages_sent = read_number(decoder, STAGES_EXPONENT)
+        seed = read_number(decoder, SEED_EXPONENT) - 1
     height = width = 512
     if decoder.symbol(STANDARD_SIZE, 12):
         height = read_number(decoder, SIDE_EXPONENT)
@@ -183,5 +191,7 @@ def read_header(data: bytes) -> tuple[Fields, RansDecoder]:
     length = read_number(decoder, CAPTION_EXPONENT) if codec else 0
     caption = bytes(decoder.symbol([16] * 256, 12) for _ in range(length))
     model_id = 256 * data[2] + data[3]
-    fields = Fields(model_id, height, width, rate, schedule, stages_sent, codec, caption, dense)
+    fields = Fields(
+        model_id, height, width, rate, schedule, stages_sent, codec, caption, dense, seed
+    )
     return fields, decoder

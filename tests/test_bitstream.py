@@ -26,9 +26,17 @@ captions = st.one_of(
         st.binary(min_size=1, max_size=80).filter(lambda b: not b.endswith(b"\0")),
     ),
 )
+
+
+def built(caption: tuple[int, bytes], seed: int, **fields: int) -> Header:
+    seed = seed if fields["stages_sent"] else 0
+    return Header(caption_codec=caption[0], caption=caption[1], seed=seed, **fields)
+
+
 headers = st.builds(
-    lambda caption, **fields: Header(caption_codec=caption[0], caption=caption[1], **fields),
+    built,
     caption=captions,
+    seed=st.one_of(st.just(0), st.integers(0, 65535)),
     model_id=st.integers(0, 65535),
     height=sides,
     width=sides,
@@ -50,6 +58,7 @@ def fields_of(header: Header) -> reference.Fields:
         header.caption_codec,
         header.caption,
         header.dense,
+        header.seed,
     )
 
 
@@ -160,7 +169,7 @@ def test_golden_file() -> None:
 def test_document_holds_these_tables_and_this_file() -> None:
     document = (Path(__file__).parents[1] / "docs" / "bitstream.md").read_text(encoding="utf-8")
     tables = dict(re.findall(r"^\| ([A-Z_]+) \| ([0-9 ,×]+) \|$", document, re.MULTILINE))
-    assert len(tables) == 9
+    assert len(tables) == 10
     for name, written in tables.items():
         freqs: list[int] = []
         for times, value in re.findall(r"(?:(\d+) × )?(\d+)", written):
@@ -338,6 +347,8 @@ def test_every_bit_flip_parses_or_is_refused(header: Header) -> None:
         ({"rate": 16}, "rate must be 0..15"),
         ({"schedule": 7}, "schedule must be 0..6"),
         ({"stages_sent": -1}, "stages_sent must be"),
+        ({"seed": 1}, "seed must be 0..0, got 1"),
+        ({"stages_sent": 1, "seed": 65536}, "seed must be 0..65535, got 65536"),
         ({"caption_codec": 3, "caption": b"x"}, "caption_codec must be 0..2"),
         ({"caption_codec": 1}, "does not go with 0 caption bytes"),
         ({"caption": b"x"}, "codec 0 does not go with 1 caption bytes"),

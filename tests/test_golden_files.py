@@ -10,7 +10,8 @@ import pytest
 from percov2 import bitstream
 from percov2.caption import decode_caption
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder
-from percov2.packing import OpenFile, Tokens, pack, unpack
+from percov2.packing import Tokens, pack
+from percov2.unpacking import OpenFile, unpack
 
 DATA = Path(__file__).parent / "data"
 SIDE = 16

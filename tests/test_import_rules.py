@@ -24,10 +24,12 @@ CODEC_AND_BELOW = {
     "percov2.codec",
     "percov2.entropy",
     "percov2.images",
+    "percov2.model_ids",
     "percov2.models",
     "percov2.packing",
     "percov2.pipeline",
     "percov2.tokenizing",
+    "percov2.unpacking",
 }
 # Module prefix -> (first-party prefixes, third-party roots at module level, the same inside
 # functions). The longest matching prefix counts; the standard library is always allowed.
@@ -56,6 +58,12 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     ),
     "percov2.images": ({"percov2.bitstream"}, {"numpy", "PIL", "torch"}, set()),
     "percov2.packing": ({"percov2.bitstream", "percov2.entropy"}, {"numpy", "torch"}, set()),
+    "percov2.model_ids": (BITSTREAM | {"percov2.models"}, set(), set()),
+    "percov2.unpacking": (
+        {"percov2.bitstream", "percov2.entropy", "percov2.packing"},
+        {"numpy"},
+        set(),
+    ),
     "percov2.tokenizing": (
         {"percov2.entropy", "percov2.images", "percov2.models", "percov2.packing"},
         {"numpy", "PIL", "torch"},
@@ -92,7 +100,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.bench.peer_coders": (set(), {"numpy", "torch"}, {"constriction", "torchac"}),
     "percov2.cli_faults": (set(), set(), set()),
     "percov2.cli_model": ({"percov2.caption", "percov2.cli_faults"}, set(), set()),
-    "percov2.cli_options": (set(), set(), set()),
+    "percov2.cli_options": (BITSTREAM, set(), set()),
     "percov2.cli_version": (set(), set(), set()),
     "percov2.cli_eval": (
         {"percov2.cli_faults", "percov2.cli_model", "percov2.cli_options"},

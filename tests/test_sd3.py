@@ -364,14 +364,15 @@ def test_pickled_weights_are_not_read(sd3_folder: Path, tmp_path: Path) -> None:
 def test_parts_of_another_rate_are_refused(sd3_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(sd3_folder.parent, tmp_path / "copy")
     model = tmp_path / "copy" / "model"
-    for part in ("hyper_encoder", "quantizer"):
-        shutil.rmtree(model / "r0020" / part)
-        shutil.copytree(model / "r0938" / part, model / "r0020" / part)
-    codec = Codec.from_pretrained(model)
+    shutil.rmtree(model / "r0020" / "hyper_encoder")
+    shutil.copytree(model / "r0938" / "hyper_encoder", model / "r0020" / "hyper_encoder")
     with pytest.raises(ValueError, match="tokens of 8 pixels a side, but rate r0020 has 64"):
-        codec.compress([photo(16, 16)], "r0020")
+        Codec.from_pretrained(model).compress([photo(16, 16)], "r0020")
+    shutil.rmtree(model / "r0020" / "quantizer")
+    shutil.copytree(model / "r0938" / "quantizer", model / "r0020" / "quantizer")
+    damaged = Codec.from_pretrained(model).model
     with pytest.raises(ValueError, match="a codebook of 64, but rate r0020 one of 256"):
-        codec.model.reconstruct(torch.zeros(1, 1, 1, dtype=torch.int32), "r0020", [""], 1, 1, 0)
+        damaged.reconstruct(torch.zeros(1, 1, 1, dtype=torch.int32), "r0020", [""], 1, 1, 0)
 
 
 def test_missing_base_models_are_one_line(

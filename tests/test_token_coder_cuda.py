@@ -11,14 +11,15 @@ import pytest
 import torch
 
 import emulated_cuda
-from percov2 import bitstream, packing
+from percov2 import bitstream, packing, unpacking
 from percov2.bitstream import BitstreamError, Header
 from percov2.entropy import cdf, rans, rans_cuda, schedule, token_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import RansDecoder
 from percov2.entropy.token_coder import TokenCoder, default_coder
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.packing import OpenFile, Tokens
+from percov2.packing import Tokens
+from percov2.unpacking import OpenFile
 from pretended_device import DEVICE, Held, PretendedDevice
 from test_codec import certain_model
 
@@ -71,7 +72,7 @@ def test_files_are_those_of_the_cpu(coder, cpu_coder, name):
     assert files == packing.pack(cpu_coder, headers(grids, name), grids)
     assert files[3:4] == packing.pack(coder, headers(grids[3:4], name), grids[3:4])
     for reader in (coder, cpu_coder):
-        decoded = packing.unpack(reader, opened(files, grids))
+        decoded = unpacking.unpack(reader, opened(files, grids))
         assert all(np.array_equal(a, b) for a, b in zip(decoded, grids, strict=True))
 
 
@@ -82,7 +83,7 @@ def test_plain_maps_are_written_again_without_the_dense_promise(coder):
     files = packing.pack(sure, headers(grids, "qlds12"), grids)
     assert [bitstream.read(file).header.dense for file in files] == [False, True]
     assert files == packing.pack(TokenCoder(certain_model()), headers(grids, "qlds12"), grids)
-    decoded = packing.unpack(sure, opened(files, grids))
+    decoded = unpacking.unpack(sure, opened(files, grids))
     assert all(np.array_equal(a, b) for a, b in zip(decoded, grids, strict=True))
 
 
@@ -96,7 +97,7 @@ def test_damaged_files_are_refused_as_on_the_cpu(coder, cpu_coder):
             messages = []
             for reader in (coder, cpu_coder):
                 with pytest.raises(BitstreamError) as caught:
-                    packing.unpack(reader, opened([files[i], data], [grids[i]] * 2))
+                    unpacking.unpack(reader, opened([files[i], data], [grids[i]] * 2))
                 messages.append(str(caught.value))
             assert messages[0] == messages[1]
             assert messages[0].startswith("file 1: ")

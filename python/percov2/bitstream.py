@@ -31,11 +31,14 @@ MAX_PIXELS = 64_000_000
 """Default limit of the reader on height * width."""
 MAX_SIDE = 1 << 16
 MAX_STAGES_SENT = 1 << 16
+MAX_SEED = (1 << 16) - 1
 MAX_CAPTION_BYTES = 4096
 DENSE_SLACK = 512
 """Tokens that a file may hold beyond what the dense promise ties to its bits."""
 MAX_SPARSE_STAGES = 4096
 """Most stages of a file without the dense promise: each costs a pass of the entropy model."""
+MAX_DRAWN_TOKENS = 1 << 16
+"""Most tokens of a token map of which a file holds a part only: drawn ones cost no bits."""
 
 CAPTION_NONE, CAPTION_RAW, CAPTION_DEFLATE = 0, 1, 2
 """Caption codecs; 3 to 5 are reserved."""
@@ -44,6 +47,7 @@ _RATE = (1536, 1024, 768, 96, 96, 96, 96, 43, 43, 43, 43, 43, 43, 42, 42, 42)
 _SCHEDULE = (1280, 467, 467, 467, 467, 467, 467, 14)  # the last one is reserved
 _ALL_STAGES = (3840, 256)
 _STAGES_EXPONENT = (640, 640, 896, 896, 512, 43, 43, 43, 43, 43, 43, 43, 43, 42, 42, 42, 42)
+_SEED_EXPONENT = (4032, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4)
 _CAPTION_CODEC = (3712, 96, 96, 128, 32, 32)  # the last three are reserved
 _STANDARD_SIZE = (3712, 384)
 _SIDE_EXPONENT = (4, 4, 8, 8, 16, 24, 48, 80, 192, 384, 768, 784, 832, 832, 80, 24, 8)
@@ -71,7 +75,9 @@ class Header:
         width: image columns in pixels, 1..65536.
         rate: index of the rate in the model's list, 0..15.
         schedule: index of the entropy schedule (``percov2.entropy.schedule.SCHEDULES``), 0..6.
-        stages_sent: the file holds the tokens of stages 1..stages_sent; 0 means all stages.
+        stages_sent: the file holds the tokens of stages 1..stages_sent, a decoder draws the others;
+            0 means all stages.
+        seed: of those draws, 0..65535; 0 if there are none.
         caption_codec: ``CAPTION_NONE``, ``CAPTION_RAW`` or ``CAPTION_DEFLATE``.
         caption: the caption as coded bytes, at most 4096, the last one not zero; empty if and
             only if the codec is ``CAPTION_NONE``.
@@ -90,6 +96,7 @@ class Header:
     caption_codec: int = CAPTION_NONE
     caption: bytes = b""
     dense: bool = True
+    seed: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -99,6 +106,7 @@ class Header:
             ("rate", 0, RATES - 1),
             ("schedule", 0, SCHEDULE_INDICES - 1),
             ("stages_sent", 0, MAX_STAGES_SENT),
+            ("seed", 0, MAX_SEED if self.stages_sent else 0),
             ("caption_codec", 0, _KNOWN_CAPTION_CODECS - 1),
         ):
             value = getattr(self, name)
@@ -125,6 +133,8 @@ class ParsedFile:
         header: the decoded fields.
         state: rANS state before the first token, refilled (>= 2^23 unless no byte is left).
         position: index into the whole file of the next byte to shift in.
+        whole: no symbol of header and caption was read after the end of the data. False is no fault
+            of a complete file (its last symbols are), but a cut one says nothing then.
         bits: cost in bits (sum of -log2 p; plain bits as they are) of ``header``, ``caption``
             (its length and bytes) and ``check``; tokens and coder overhead are the rest.
     """
@@ -132,6 +142,7 @@ class ParsedFile:
     header: Header
     state: int
     position: int
+    whole: bool
     bits: dict[str, float]
 
 
@@ -148,11 +159,10 @@ def check(header: Header, tokens_le_int32: bytes) -> int:
         tokens_le_int32: the token map in raster order as little-endian int32, -1 where the
             token's stage is not sent.
     """
-    fields = struct.pack(
-        ">BBIIIBBI",
-        header.rate,
-        header.schedule,
-        header.stages_sent,
+    seed = struct.pack(">H", header.seed) if header.stages_sent else b""
+    fields = struct.pack(">BBI", header.rate, header.schedule, header.stages_sent) + seed
+    fields += struct.pack(
+        ">IIBBI",
         header.height,
         header.width,
         0 if header.dense else 1,
@@ -205,6 +215,7 @@ def header_intervals(header: Header) -> list[tuple[int, int]]:
     put(_ALL_STAGES, int(header.stages_sent != 0))
     if header.stages_sent:
         put_number(_STAGES_EXPONENT, header.stages_sent)
+        put_number(_SEED_EXPONENT, header.seed + 1)
     standard = header.height == header.width == _STANDARD_SIDE
     put(_STANDARD_SIZE, int(not standard))
     if not standard:
@@ -227,6 +238,7 @@ class _Decoder:
         self.state = 0
         self.position = position
         self.bits = 0.0
+        self.whole = True
         self._refill()
 
     def _refill(self) -> None:
@@ -235,6 +247,7 @@ class _Decoder:
             self.position += 1
 
     def _advance(self, start: int, freq: int) -> None:
+        self.whole &= self.state >= STATE_BOUND
         slot = self.state & ((1 << PROB_BITS) - 1)
         self.state = freq * (self.state >> PROB_BITS) + slot - start
         self.bits += PROB_BITS - math.log2(freq)
@@ -285,7 +298,10 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
         raise BitstreamError(
             f"impossible header field: schedule {schedule} is not known to this version of percov2"
         )
-    stages_sent = decoder.number(_STAGES_EXPONENT) if decoder.symbol(_ALL_STAGES) else 0
+    stages_sent = seed = 0
+    if decoder.symbol(_ALL_STAGES):
+        stages_sent = decoder.number(_STAGES_EXPONENT)
+        seed = decoder.number(_SEED_EXPONENT) - 1
     height = width = _STANDARD_SIDE
     if decoder.symbol(_STANDARD_SIZE):
         height, width = decoder.number(_SIDE_EXPONENT), decoder.number(_SIDE_EXPONENT)
@@ -317,9 +333,11 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
             caption_codec=codec,
             caption=caption,
             dense=dense,
+            seed=seed,
         ),
         state=decoder.state,
         position=decoder.position,
+        whole=decoder.whole,
         bits={"header": header_bits, "caption": caption_bits, "check": 16.0},
     )
 

@@ -86,6 +86,11 @@ def build_parser() -> argparse.ArgumentParser:
     added = command("decompress", decompress, "Restore the picture of a .pcv2 file.")
     added.add_argument("input", type=Path, metavar="IN.pcv2")
     added.add_argument("output", type=Path, metavar="OUT.png")
+    added.add_argument(
+        "--allow-truncated",
+        action="store_true",
+        help="restore what is left of a file that lacks its end",
+    )
     add_model(added)
     add_sampling(added)
     _add_limit(added)
@@ -146,6 +151,8 @@ def compress(arguments: argparse.Namespace) -> None:
             captions,
             arguments.max_pixels,
             arguments.slack,
+            arguments.stages,
+            arguments.target_bytes,
         )
     with about(arguments.output):
         write_bytes(arguments.output, data)
@@ -170,12 +177,15 @@ def decompress(arguments: argparse.Namespace) -> None:
         bitstream.read(data, arguments.max_pixels)  # a wrong file is known before torch is loaded
     codec = open_codec(arguments)
     with about(arguments.input):
-        (image,) = codec.decompress(
-            [data], arguments.steps, arguments.guidance, arguments.seed, arguments.max_pixels
-        )
+        decoded = codec.decode([data], arguments.max_pixels, arguments.allow_truncated)
+        (image,) = codec.paint(decoded, arguments.steps, arguments.guidance, arguments.seed)
     with about(arguments.output):
         write_image(image, arguments.output)
-    print(f"{arguments.output}: {image.width}x{image.height}")
+    drawn = ""
+    total = decoded[0].stage_count
+    if decoded[0].stages < total:
+        drawn = f", tokens of {decoded[0].stages} of {total} stages, the others drawn"
+    print(f"{arguments.output}: {image.width}x{image.height}{drawn}")
 
 
 def info(arguments: argparse.Namespace) -> None:

@@ -153,6 +153,8 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
         arguments.seed,
         chosen_captioner(arguments),
         arguments.slack,
+        arguments.stages,
+        arguments.target_bytes,
     )
 
 

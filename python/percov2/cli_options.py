@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from percov2 import bitstream
+
 
 def number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str], float]:
     """A parser of one number from ``low`` to ``high``."""
@@ -22,7 +24,7 @@ def number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str]
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """Add ``--rate``, ``--schedule`` and ``--slack``."""
+    """Add ``--rate``, ``--schedule``, ``--slack``, ``--stages`` and ``--target-bytes``."""
     parser.add_argument("--rate", help="rate of the model, e.g. r031")
     parser.add_argument("--schedule", help="entropy schedule, e.g. qlds12")
     parser.add_argument(
@@ -31,6 +33,17 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="take the likeliest of the 16 nearest codes whose cosine similarity is at most this "
         "below the nearest one's (default: 0)",
+    )
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
+        "--stages",
+        type=number(int, 1, bitstream.MAX_STAGES_SENT),
+        help="hold so many stages of tokens; the decoder draws the others (default: all)",
+    )
+    part.add_argument(
+        "--target-bytes",
+        type=number(int, 1, 1 << 26),
+        help="hold as many stages as so many bytes have room for",
     )
 
 

@@ -6,8 +6,6 @@ Compressing: picture -> tokens (float networks) -> intervals (one pass of the in
 
 from __future__ import annotations
 
-import hashlib
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,16 +15,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from percov2 import bitstream, packing
+from percov2 import bitstream, packing, unpacking
 from percov2.bitstream import MAX_PIXELS, BitstreamError, Header
 from percov2.caption import decode_caption, encode_caption
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.schedule import SCHEDULES
+from percov2.entropy.schedule import SCHEDULES, stage_count
 from percov2.entropy.token_coder import TokenCoder
+from percov2.model_ids import check_model, model_id
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.model_config import ModelConfig, Rate
-from percov2.packing import OpenFile, Tokens
+from percov2.packing import Tokens
 from percov2.tokenizing import TokenChoice, rgb_arrays, token_maps
+from percov2.unpacking import OpenFile
 
 
 @dataclass(frozen=True)
@@ -38,30 +38,19 @@ class DecodedFile:
         rate: the rate point that ``header.rate`` names.
         caption: its text, "" if there is none.
         tokens: int32 [h, w].
+        stages: tokens of stages 1..stages are the file's, later ones were drawn.
     """
 
     header: Header
     rate: Rate
     caption: str
     tokens: Tokens
+    stages: int
 
-
-def model_id(rate: Rate, fingerprint: bytes, codebook: bytes) -> int:
-    """The id in a file's bytes 2-3: first 16 bits of a SHA-256 over what its tokens depend on.
-
-    It belongs to one rate: a model may get further rates and still read its old files.
-
-    Args:
-        rate: its name does not matter.
-        fingerprint: of the rate's entropy model, 32 bytes.
-        codebook: as stored, float32 little-endian.
-
-    The hashed bytes are: token side, codebook size, fingerprint, length of the codebook bytes,
-    codebook bytes; numbers are uint32 big-endian.
-    """
-    digest = hashlib.sha256(struct.pack(">II", rate.token_side, rate.codebook_size))
-    digest.update(fingerprint + struct.pack(">I", len(codebook)) + codebook)
-    return int.from_bytes(digest.digest()[:2], "big")
+    @property
+    def stage_count(self) -> int:
+        """How many stages its tokens have."""
+        return stage_count(SCHEDULES[self.header.schedule], *self.tokens.shape)
 
 
 class Codec:
@@ -131,6 +120,8 @@ class Codec:
         captions: Sequence[str] | None = None,
         max_pixels: int = MAX_PIXELS,
         slack: float = 0.0,
+        stages: int | None = None,
+        target_bytes: int | None = None,
     ) -> list[bytes]:
         """Compress pictures of any modes and sizes into ``.pcv2`` files.
 
@@ -143,11 +134,17 @@ class Codec:
             slack: 0 to 2; above 0 a place takes, of its 16 nearest codes, the likeliest whose
                 cosine similarity is at most so much below the nearest one's. Stages are decided
                 one after the other.
+            stages: hold the tokens of so many stages, at least 1; the decoder draws the others
+                (the paper's hybrid mode). None, or all of a picture's: a complete file.
+            target_bytes: hold as many stages as so many bytes have room for.
 
         Raises:
             ValueError: unknown rate or schedule, a caption or picture that cannot be stored, a
-                wrong number of captions, or slack out of range.
+                wrong number of captions, slack or stages out of range, both stages and
+                target_bytes, or a picture of which one stage needs more than target_bytes.
         """
+        if stages is not None and target_bytes is not None:
+            raise ValueError("stages and target_bytes exclude each other; give one")
         if not 0 <= slack <= 2:
             raise ValueError(f"slack must be 0 to 2, not {slack}")
         point, name = self._rate(rate), self._schedule(schedule)
@@ -156,7 +153,10 @@ class Codec:
         arrays = rgb_arrays(images, max_pixels)
         tokens = token_maps(self.model, arrays, point, choice)
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
-        return self._pack(tokens, sizes, point, name, coded)
+        headers = self._headers(sizes, point, name, coded, tokens, stages)
+        if target_bytes is None:
+            return packing.pack(self._entropy(point.name), headers, tokens)
+        return packing.pack_within(self._entropy(point.name), headers, tokens, target_bytes)
 
     def encode_tokens(
         self,
@@ -178,6 +178,7 @@ class Codec:
         rate: str | None = None,
         schedule: str | None = None,
         captions: Sequence[str] | None = None,
+        stages: int | None = None,
     ) -> list[bytes]:
         """Write token maps as files; the same tokens give the same bytes everywhere.
 
@@ -185,7 +186,7 @@ class Codec:
             tokens: one integer [h, w] per image, values in the rate's codebook.
             sizes: (height, width) of each image in pixels; h and w are those divided by the token
                 side, rounded up.
-            rate, schedule, captions: as for ``compress``.
+            rate, schedule, captions, stages: as for ``compress``.
 
         Raises:
             ValueError: tokens that do not fit, or as for ``compress``.
@@ -198,7 +199,8 @@ class Codec:
             packing.checked_tokens(grid, size, point.token_side, point.codebook_size)
             for grid, size in zip(tokens, sizes, strict=True)
         ]
-        return self._pack(maps, sizes, point, name, coded)
+        headers = self._headers(sizes, point, name, coded, maps, stages)
+        return packing.pack(self._entropy(point.name), headers, maps)
 
     def _rate(self, name: str | None) -> Rate:
         return self.config.rate(self.config.default_rate if name is None else name)
@@ -209,15 +211,18 @@ class Codec:
             raise ValueError(f"unknown schedule {chosen!r}; choose one of {', '.join(SCHEDULES)}")
         return chosen
 
-    def _pack(
+    def _headers(
         self,
-        tokens: Sequence[Tokens],
         sizes: Sequence[tuple[int, int]],
         rate: Rate,
         schedule: str,
         captions: Sequence[tuple[int, bytes]],
-    ) -> list[bytes]:
-        headers = [
+        tokens: Sequence[Tokens],
+        stages: int | None,
+    ) -> list[Header]:
+        if stages is not None and stages < 1:
+            raise ValueError(f"a file holds at least 1 stage, not {stages}")
+        return [
             Header(
                 model_id=self.model_id(rate.name),
                 height=height,
@@ -226,10 +231,10 @@ class Codec:
                 schedule=SCHEDULES.index(schedule),
                 caption_codec=codec,
                 caption=caption,
+                stages_sent=_part(stages, stage_count(schedule, *grid.shape)),
             )
-            for (height, width), (codec, caption) in zip(sizes, captions, strict=True)
+            for (height, width), (codec, caption), grid in zip(sizes, captions, tokens, strict=True)
         ]
-        return packing.pack(self._entropy(rate.name), headers, tokens)
 
     # Decompressing -------------------------------------------------------------------------------
 
@@ -240,6 +245,7 @@ class Codec:
         guidance: float | None = None,
         seed: int = 0,
         max_pixels: int = MAX_PIXELS,
+        allow_truncated: bool = False,
     ) -> list[Image.Image]:
         """Restore pictures, mode RGB.
 
@@ -250,6 +256,8 @@ class Codec:
                 None.
             seed: of the starting noise, 0 to 2^63 - 1.
             max_pixels: refuse files that declare more pixels.
+            allow_truncated: of a file that lacks its end take the stages that are whole, and draw
+                the others. Nothing protects such a file from damage in what is left of it.
 
         Raises:
             BitstreamError: a file is not valid; nothing is painted then. With several files the
@@ -257,7 +265,8 @@ class Codec:
             ValueError: steps, guidance or seed out of range.
         """
         self._check_sampling(steps, guidance, seed)
-        return self.paint(self.decode(files, max_pixels), steps, guidance, seed)
+        decoded = self.decode(files, max_pixels, allow_truncated)
+        return self.paint(decoded, steps, guidance, seed)
 
     def decode_tokens(self, files: Sequence[bytes], max_pixels: int = MAX_PIXELS) -> list[Tokens]:
         """Tokens of files, int32 [h, w] each, the same on every machine.
@@ -266,10 +275,15 @@ class Codec:
         """
         return [file.tokens for file in self.decode(files, max_pixels)]
 
-    def decode(self, files: Sequence[bytes], max_pixels: int = MAX_PIXELS) -> list[DecodedFile]:
+    def decode(
+        self,
+        files: Sequence[bytes],
+        max_pixels: int = MAX_PIXELS,
+        allow_truncated: bool = False,
+    ) -> list[DecodedFile]:
         """Headers, captions and tokens of files, checked.
 
-        Raises BitstreamError as ``decompress`` does.
+        Arguments and BitstreamError as for ``decompress``.
         """
         opened: list[OpenFile] = []
         for i, data in enumerate(files):
@@ -278,12 +292,17 @@ class Codec:
                 opened.append(self._open(bytes(data), label, max_pixels))
             except BitstreamError as error:
                 raise BitstreamError(f"{label}{error}") from error
-        tokens: dict[int, Tokens] = {}
+        found: dict[int, tuple[Tokens, int]] = {}
         for index, rate in enumerate(self.config.rates):
             members = [i for i, file in enumerate(opened) if file.parsed.header.rate == index]
             if members:
-                grids = packing.unpack(self._entropy(rate.name), [opened[i] for i in members])
-                tokens.update(zip(members, grids, strict=True))
+                coder, chosen = self._entropy(rate.name), [opened[i] for i in members]
+                if allow_truncated:
+                    parts = unpacking.unpack_cut(coder, chosen)
+                else:
+                    grids = unpacking.unpack(coder, chosen)
+                    parts = [(g, f.stages_held) for g, f in zip(grids, chosen, strict=True)]
+                found.update(zip(members, parts, strict=True))
         decoded: list[DecodedFile] = []
         for i, file in enumerate(opened):
             header = file.parsed.header
@@ -291,7 +310,7 @@ class Codec:
                 caption = decode_caption(header.caption_codec, header.caption)
             except BitstreamError as error:
                 raise file.fault(str(error)) from error
-            decoded.append(DecodedFile(header, self.config.rates[header.rate], caption, tokens[i]))
+            decoded.append(DecodedFile(header, self.config.rates[header.rate], caption, *found[i]))
         return decoded
 
     def paint(
@@ -340,41 +359,16 @@ class Codec:
         """Read a header and compare it with this model; BitstreamError (without the label)."""
         parsed = bitstream.read(data, max_pixels)
         header = parsed.header
-        self._check_model(header)
-        if header.stages_sent:
-            raise BitstreamError(
-                f"the file holds only its first {header.stages_sent} stages; this version of "
-                "percov2 restores complete files only"
-            )
+        check_model(header, self.config, self.model_id)
         side = self.config.rates[header.rate].token_side
         return OpenFile(
             data, parsed, packing.token_grid((header.height, header.width), side), label
         )
 
-    def _check_model(self, header: Header) -> None:
-        """Raise BitstreamError unless the file's tokens are those of a rate of this model."""
-        name, rates = self.config.name, self.config.rates
-        if header.rate < len(rates):
-            rate = rates[header.rate].name
-            if header.model_id != self.model_id(rate):
-                raise BitstreamError(
-                    f"the file needs the model with id {header.model_id:04x}, but rate {rate} of "
-                    f"model {name!r} has id {self.model_id(rate):04x}; open it with the model "
-                    "that wrote it"
-                )
-            return
-        ids = [self.model_id(rate.name) for rate in rates]
-        if header.model_id in ids:
-            raise BitstreamError(
-                f"impossible header field: rate {header.rate}, but model {name!r} has rates 0 to "
-                f"{len(rates) - 1}"
-            )
-        at_hand = ", ".join(f"{known:04x}" for known in ids)
-        raise BitstreamError(
-            f"the file was written by another model: it needs id {header.model_id:04x} and has "
-            f"rate {header.rate}, but the rates of model {name!r} have the ids {at_hand}; open it "
-            "with the model that wrote it"
-        )
+
+def _part(stages: int | None, count: int) -> int:
+    """``Header.stages_sent`` of a file that should hold so many of its stages."""
+    return 0 if stages is None or stages >= count else stages
 
 
 def _coded_captions(captions: Sequence[str] | None, count: int) -> list[tuple[int, bytes]]:

@@ -1,13 +1,13 @@
-"""Token maps <-> ``.pcv2`` files: header, caption and tokens on one rANS stream, checked.
+"""Token maps -> ``.pcv2`` files: header, caption and tokens on one rANS stream, with a check.
 
 Given tokens, the bytes are the same alone, in a batch, on any device and with any thread count.
-Reading trusts nothing: every fault is a BitstreamError that says what is wrong.
+``percov2.unpacking`` reads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from percov2 import bitstream
-from percov2.bitstream import BitstreamError, Header, ParsedFile
-from percov2.entropy.schedule import SCHEDULES
+from percov2.bitstream import Header
+from percov2.entropy.schedule import SCHEDULES, stage_count, stages
 from percov2.entropy.token_coder import TokenCoder
 
 Tokens = NDArray[np.int32]
@@ -65,12 +65,17 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
         tokens: int32 [h, w] per file, values in the coder's codebook.
 
     Raises:
-        ValueError: a file that cannot keep the dense promise and has too many stages.
+        ValueError: a file that cannot keep the dense promise and has too many stages, or one of a
+            part of the stages that ``partial_fault`` refuses.
     """
+    for header, grid in zip(headers, tokens, strict=True):
+        if fault := partial_fault(header, grid.shape):
+            raise ValueError(fault)
     headers = [replace(header, dense=True) for header in headers]
+    sent = [sent_tokens(h, grid.shape) for h, grid in zip(headers, tokens, strict=True)]
     written = _write(coder, headers, tokens)
     # The check covers the flag, so a file that breaks the promise is written again without it.
-    broken = [i for i, (f, tail) in enumerate(written) if not _is_dense(f, tokens[i].size, tail)]
+    broken = [i for i, (f, tail) in enumerate(written) if not is_dense(f, sent[i], tail)]
     for i in broken:
         if too_many_stages(headers[i].schedule, tokens[i].shape):
             raise ValueError(
@@ -85,7 +90,45 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
     return [file for file, _ in written]
 
 
-def _is_dense(file: bytes, tokens: int, tail: int) -> bool:
+def pack_within(
+    coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens], limit: int
+) -> list[bytes]:
+    """Files of at most ``limit`` bytes that hold as many stages as fit, found by bisection.
+
+    Arguments as for ``pack``; ``stages_sent`` is set here.
+
+    Raises:
+        ValueError: as ``pack``, or the first stage of a picture needs more bytes.
+    """
+    files = pack(coder, headers, tokens)
+    totals = [
+        stage_count(SCHEDULES[h.schedule], *grid.shape)
+        for h, grid in zip(headers, tokens, strict=True)
+    ]
+    # Stages that fit, and the least number that is known not to.
+    fits = [total if len(file) <= limit else 0 for total, file in zip(totals, files, strict=True)]
+    fails = list(totals)
+    while open_ := [i for i, (a, b) in enumerate(zip(fits, fails, strict=True)) if b - a > 1]:
+        tried = [(fits[i] + fails[i]) // 2 for i in open_]
+        parts = [replace(headers[i], stages_sent=k) for i, k in zip(open_, tried, strict=True)]
+        made = pack(coder, parts, [tokens[i] for i in open_])
+        for i, k, file in zip(open_, tried, made, strict=True):
+            if len(file) <= limit:
+                fits[i], files[i] = k, file
+            else:
+                fails[i] = k
+    for i, file in enumerate(files):
+        if len(file) > limit:
+            (least,) = pack(coder, [replace(headers[i], stages_sent=1)], [tokens[i]])
+            raise ValueError(
+                f"picture {i} of {headers[i].width}x{headers[i].height} needs {len(least)} bytes "
+                f"for its first stage, more than {limit}; choose a lower rate or more bytes"
+            )
+    return files
+
+
+def is_dense(file: bytes, tokens: int, tail: int) -> bool:
+    """Whether a file keeps the dense promise (``bitstream.keeps_dense_promise``)."""
     return bitstream.keeps_dense_promise(tokens, len(file) - bitstream.PREFIX_BYTES, tail)
 
 
@@ -96,11 +139,53 @@ def too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
     return raster and grid[0] * grid[1] > bitstream.MAX_SPARSE_STAGES
 
 
-def _threads() -> int:
+def partial_fault(header: Header, grid: tuple[int, ...]) -> str:
+    """What is wrong with the number of stages that a file of this grid holds; "" if nothing is.
+
+    Drawn tokens cost no bits, so the dense promise does not bound their number.
+    """
+    if not header.stages_sent:
+        return ""
+    name, count = SCHEDULES[header.schedule], grid[0] * grid[1]
+    if count > bitstream.MAX_DRAWN_TOKENS:
+        return (
+            f"{header.stages_sent} stages of an image of {header.width}x{header.height}: of more "
+            f"than {bitstream.MAX_DRAWN_TOKENS} tokens a file must hold all, not {count} in part"
+        )
+    if too_many_stages(header.schedule, grid):
+        return (
+            f"{header.stages_sent} of the {count} stages of schedule {name!r}; a file may hold a "
+            f"part of {bitstream.MAX_SPARSE_STAGES} stages at most"
+        )
+    total = stage_count(name, grid[0], grid[1])
+    if header.stages_sent >= total:
+        return (
+            f"{header.stages_sent} stages are no part of the {total} that schedule {name!r} has on "
+            f"{grid[0]}x{grid[1]} tokens"
+        )
+    return ""
+
+
+def sent_tokens(header: Header, grid: tuple[int, ...]) -> int:
+    """How many tokens of a grid a file holds."""
+    if not header.stages_sent:
+        return grid[0] * grid[1]
+    return int(np.count_nonzero(_sent_places(header, grid)))
+
+
+def _sent_places(header: Header, grid: tuple[int, ...]) -> NDArray[np.bool_]:
+    return stages(SCHEDULES[header.schedule], grid[0], grid[1]) <= header.stages_sent
+
+
+def threads() -> int:
+    """Threads of the coder: as many as torch has."""
     return torch.get_num_threads()
 
 
-def _check(header: Header, tokens: Tokens) -> int:
+def check_of(header: Header, tokens: Tokens) -> int:
+    """The check of a file with these tokens, of which it may hold a part."""
+    if header.stages_sent:
+        tokens = np.where(_sent_places(header, tokens.shape), tokens, -1)
     return bitstream.check(header, tokens.astype("<i4").tobytes())
 
 
@@ -108,7 +193,9 @@ def _write(
     coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens]
 ) -> list[tuple[bytes, int]]:
     """Files, each with the number of tokens that its reader meets in exhausted data."""
-    keys = [(h.schedule, grid.shape) for h, grid in zip(headers, tokens, strict=True)]
+    keys = [
+        (h.schedule, h.stages_sent, grid.shape) for h, grid in zip(headers, tokens, strict=True)
+    ]
     return by_group(
         list(zip(headers, tokens, strict=True)),
         keys,
@@ -121,106 +208,23 @@ def _write(
 def _write_equal(
     coder: TokenCoder, files: Sequence[tuple[Header, Tokens]]
 ) -> list[tuple[bytes, int]]:
-    """``_write`` for files of one schedule and grid: tokens, then caption and header on them."""
+    """``_write`` for files of equal stages and grid: tokens, then caption and header on them."""
     headers = [header for header, _ in files]
     grids = torch.from_numpy(np.stack([grid for _, grid in files]))
-    checks = [_check(header, grid) for header, grid in files]
-    encoder = coder.encoder(grids, SCHEDULES[headers[0].schedule], checks, _threads())
+    checks = [check_of(header, grid) for header, grid in files]
+    schedule, sent = SCHEDULES[headers[0].schedule], headers[0].stages_sent
+    encoder = coder.encoder(grids, schedule, checks, threads(), sent)
     tails = encoder.symbols_before_output.tolist()
     fields = [np.array(bitstream.header_intervals(header), dtype=np.int32) for header in headers]
     joined = np.concatenate(fields)
     counts = np.array([len(field) for field in fields], dtype=np.int64)
-    encoder.push(joined[:, 0], joined[:, 1], counts, bitstream.PROB_BITS, _threads())
+    encoder.push(joined[:, 0], joined[:, 1], counts, bitstream.PROB_BITS, threads())
     buffer, offsets = encoder.finish()
     payload = buffer.tobytes()
     return [
         (bitstream.prefix(header) + payload[begin:end], tail)
         for header, begin, end, tail in zip(headers, offsets[:-1], offsets[1:], tails, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class OpenFile:
-    """A file whose header has been read; its tokens are still to be decoded.
-
-    Attributes:
-        data: the whole file.
-        parsed: what ``bitstream.read`` returned.
-        grid: (h, w) of the token map.
-        label: what precedes a fault in messages, "" or "file 3 of 5: ".
-    """
-
-    data: bytes
-    parsed: ParsedFile
-    grid: tuple[int, int]
-    label: str = ""
-
-    def check_plausible(self) -> None:
-        """Raise BitstreamError unless the data may hold the tokens of ``grid``."""
-        header, count = self.parsed.header, self.grid[0] * self.grid[1]
-        if header.dense and not _is_dense(self.data, count, 0):
-            raise self.fault(
-                f"the file is damaged or cut: {len(self.data)} bytes cannot hold the {count} "
-                f"tokens of an image of {header.width}x{header.height}"
-            )
-        if not header.dense and too_many_stages(header.schedule, self.grid):
-            raise self.fault(
-                f"the file is damaged: {count} stages without the dense promise, at most "
-                f"{bitstream.MAX_SPARSE_STAGES} are allowed"
-            )
-
-    def fault(self, message: str) -> BitstreamError:
-        """An error about this file."""
-        return BitstreamError(self.label + message)
-
-
-def unpack(coder: TokenCoder, files: Sequence[OpenFile]) -> list[Tokens]:
-    """Decode and check the tokens of files: int32 [h, w] each.
-
-    Args:
-        coder: the entropy model of the files' rate.
-        files: any schedules and grids.
-
-    Raises:
-        BitstreamError: a file that is damaged or cut.
-    """
-    for file in files:
-        file.check_plausible()
-    keys = [(file.parsed.header.schedule, file.grid) for file in files]
-    sizes = [file.grid[0] * file.grid[1] for file in files]
-    return by_group(
-        files, keys, sizes, lambda group: _unpack_equal(coder, group), coder.tokens_at_once
-    )
-
-
-def _unpack_equal(coder: TokenCoder, files: Sequence[OpenFile]) -> list[Tokens]:
-    """``unpack`` for files of one schedule and grid, together."""
-    decoder = coder.decoder(
-        b"".join(file.data for file in files),
-        np.cumsum([0, *(len(file.data) for file in files)]),
-        np.array([file.parsed.state for file in files], dtype=np.uint32),
-        np.array([file.parsed.position for file in files], dtype=np.int64),
-    )
-
-    def hold_to_promise(remaining: int) -> None:
-        if remaining <= bitstream.DENSE_SLACK:
-            return
-        for file, exhausted in zip(files, decoder.exhausted, strict=True):
-            if exhausted and file.parsed.header.dense:
-                raise file.fault(
-                    f"the file is damaged or cut: its data end with {remaining} tokens to come"
-                )
-
-    schedule = SCHEDULES[files[0].parsed.header.schedule]
-    grids = coder.decode(
-        decoder, schedule, *files[0].grid, on_stage=hold_to_promise, threads=_threads()
-    )
-    tokens = list(grids.numpy())
-    checks = [_check(f.parsed.header, grid) for f, grid in zip(files, tokens, strict=True)]
-    for file, valid in zip(files, decoder.finished(checks), strict=True):
-        if not valid:
-            raise file.fault("the file is damaged or cut: its check does not fit")
-    return tokens
 
 
 def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:

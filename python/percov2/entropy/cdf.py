@@ -119,10 +119,11 @@ def round_logits(logits: torch.Tensor) -> torch.Tensor:
     return steps.clamp(min=-32768).to(torch.int16)
 
 
-def weights(logits: torch.Tensor) -> torch.Tensor:
+def weights(logits: torch.Tensor, sharpness: int = 256) -> torch.Tensor:
     """Weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
 
-    Raises ValueError for another dtype or an empty last axis.
+    What logits lie below the largest is multiplied by sharpness / 256 >= 0 and rounded down. Raises
+    ValueError for another dtype or an empty last axis.
     """
     if logits.dtype != torch.int16:
         raise ValueError(f"logits have dtype {logits.dtype}; they must be torch.int16")
@@ -130,6 +131,8 @@ def weights(logits: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; the last axis is the codebook")
     wide = logits.to(torch.int64)
     difference = wide.amax(dim=-1, keepdim=True) - wide
+    if sharpness != 256:
+        difference = difference * sharpness >> 8
     table = _weight_table(logits.device)
     # A shift by 22 or more gives 0; the clamp keeps every shift below 63.
     return table[difference & 255] >> (difference >> 8).clamp(max=31)

@@ -92,6 +92,11 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
     return result
 
 
+def stage_count(name: str, height: int, width: int) -> int:
+    """How many stages a grid has; arguments and errors as for ``stages``."""
+    return int(stages(name, height, width).max())
+
+
 def order(stage_map: np.ndarray) -> np.ndarray:
     """Return the positions of a grid in coding order: by stage, raster order inside a stage.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from percov2.entropy import cdf, intmath, rans, rans_cuda, schedule
+from percov2.entropy import cdf, intmath, rans, rans_cuda, sampling, schedule
 from percov2.entropy.coder_proof import prove_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.stage_pass import StagedDecoder, one_pass_residual
@@ -99,25 +99,34 @@ class TokenCoder:
         return min(_TOKENS_AT_ONCE["cuda"], _BYTES_AT_ONCE // bytes_per_token)
 
     def encoder(
-        self, tokens: torch.Tensor, schedule_name: str, checks: rans.ArrayLike, threads: int = 1
+        self,
+        tokens: torch.Tensor,
+        schedule_name: str,
+        checks: rans.ArrayLike,
+        threads: int = 1,
+        sent: int = 0,
     ) -> rans.RansEncoder:
         """Streams that hold the tokens of each grid, ready for what precedes them in a file.
 
-        tokens int32 [B, h, w] on any device; checks uint16 [B], the initial states. Wherever the
-        streams are written, the host waits for a GPU once: for intervals or for bytes. Raises
-        ValueError for tokens outside the codebook, wrong checks or an unknown schedule,
-        RuntimeError where torch is set to reduced precision.
+        tokens int32 [B, h, w] on any device; checks uint16 [B], the initial states; sent: only the
+        tokens of stages 1 .. sent, 0 for all. Wherever the streams are written, the host waits for
+        a GPU once: for intervals or for bytes. Raises ValueError for tokens outside the codebook,
+        wrong checks, stages or an unknown schedule, RuntimeError where torch is set to reduced
+        precision.
         """
+        stages = schedule.stages(schedule_name, *tokens.shape[1:])
+        count = int(np.count_nonzero(stages <= self._sent(stages, sent)))
         if self.coder_name == "cpu":
             starts, freqs = self.intervals(tokens, schedule_name, threads)
+            starts, freqs = starts[:, :count], freqs[:, :count]
             encoder = rans.RansEncoder(checks)
-            counts = np.full(len(starts), starts.shape[1], dtype=np.int64)
+            counts = np.full(len(starts), count, dtype=np.int64)
             encoder.push(starts.ravel(), freqs.ravel(), counts, self.prob_bits, threads)
             return encoder
         states = torch.from_numpy(np.array(checks, dtype=np.int32))
         states = states.to(self.model.device, non_blocking=True)
         residual, symbols = self._passed(tokens, schedule_name)
-        starts, freqs = self._intervals_on_device(residual, symbols)
+        starts, freqs = self._intervals_on_device(residual, symbols)[..., :count].contiguous()
         streams = rans_cuda.encode(starts, freqs, states, self.prob_bits)
         try:
             return rans.RansEncoder.resumed(*streams.to_host())
@@ -225,29 +234,108 @@ class TokenCoder:
         width: int,
         on_stage: Callable[[int], None] | None = None,
         threads: int = 1,
+        sent: int = 0,
+        seed: int = 0,
     ) -> torch.Tensor:
         """Decode the tokens of all streams of ``decoder``: int32 [B, height, width] on the CPU.
 
         With a CudaRansDecoder tokens stay on the device until they are complete.
 
-        ``on_stage(remaining)`` is called before each stage with the number of tokens per grid that
-        are still to come; what it raises ends the decoding. Raises ValueError for an unknown
-        schedule or a grid that is too large.
+        ``on_stage(remaining)`` is called before each stage in the streams with the number of their
+        tokens that are still to come; what it raises ends the decoding. Tokens of stages above
+        ``sent``, unless it is 0, are drawn from the model with ``seed`` (``sampling.draw``). Raises
+        ValueError for an unknown schedule, stages or seed that do not fit, or a grid that is too
+        large.
         """
         stages = schedule.stages(schedule_name, height, width)
+        last = self._sent(stages, sent)
+        absent = int(np.count_nonzero(stages > last))
         staged = StagedDecoder(self.model, stages, len(decoder.states))
-        while staged.remaining:
-            if on_stage is not None:
-                on_stage(staged.remaining)
-            parts: list[torch.Tensor] = []
-            for _, logits in self._logits(staged.residual()):
-                if isinstance(decoder, rans.RansDecoder):
-                    coded = decoder.decode_logits(logits, self.prob_bits, threads=threads)
-                    parts.append(torch.from_numpy(coded))
-                else:
-                    parts.append(decoder.decode_logits(logits, self.prob_bits))
-            staged.accept(torch.cat(parts, 1))
+        for stage in range(1, int(stages.max()) + 1):
+            if stage <= last:
+                if on_stage is not None:
+                    on_stage(staged.remaining - absent)
+                staged.accept(self._read(decoder, staged.residual(), threads))
+            else:
+                staged.accept(self._drawn(staged.residual(), stages, stage, seed))
         return staged.tokens().cpu()
+
+    def decode_cut(
+        self,
+        decoder: rans.RansDecoder | rans_cuda.CudaRansDecoder,
+        schedule_name: str,
+        height: int,
+        width: int,
+        threads: int = 1,
+        sent: int = 0,
+        seed: int = 0,
+    ) -> tuple[torch.Tensor, NDArray[np.int64]]:
+        """What the beginnings of streams still say, and draws for the rest.
+
+        A symbol read with bytes left, or a state of at least 2^23, is that of the whole stream. A
+        stage is taken if that is true of all its symbols and of every stage before it. Arguments
+        and errors as for ``decode``.
+
+        Returns:
+            Tokens int32 [B, height, width] on the CPU, and how many stages of each grid were taken,
+            int64 [B].
+        """
+        stages = schedule.stages(schedule_name, height, width)
+        last = self._sent(stages, sent)
+        staged = StagedDecoder(self.model, stages, len(decoder.states))
+        taken = np.zeros(len(decoder.states), dtype=np.int64)
+        for stage in range(1, int(stages.max()) + 1):
+            residual = staged.residual()
+            intact = np.zeros(len(taken), dtype=bool)
+            if stage <= last and (taken == stage - 1).any():
+                read = []
+                if residual.shape[1] > 1:
+                    read.append(self._read(decoder, residual[:, :-1], threads))
+                intact = (taken == stage - 1) & ~decoder.exhausted
+                read.append(self._read(decoder, residual[:, -1:], threads))
+                tokens = torch.cat(read, 1)
+            if not intact.all():
+                drawn = self._drawn(residual, stages, stage, seed)
+                if intact.any():
+                    choice = torch.from_numpy(intact)[:, None].to(tokens.device)
+                    drawn = torch.where(choice, tokens, drawn.to(tokens.device))
+                tokens = drawn
+            taken[intact] = stage
+            staged.accept(tokens)
+        return staged.tokens().cpu(), taken
+
+    def _sent(self, stages: NDArray[np.int32], sent: int) -> int:
+        """The last stage that streams hold; ValueError for one that the schedule lacks."""
+        count = int(stages.max())
+        if not 0 <= sent <= count:
+            raise ValueError(f"{sent} stages of a schedule that has {count} on this grid")
+        return sent or count
+
+    def _read(
+        self,
+        decoder: rans.RansDecoder | rans_cuda.CudaRansDecoder,
+        residual: torch.Tensor,
+        threads: int,
+    ) -> torch.Tensor:
+        """The next tokens of every stream, from residuals int32 [B, n, dim]: int32 [B, n]."""
+        parts: list[torch.Tensor] = []
+        for _, logits in self._logits(residual):
+            if isinstance(decoder, rans.RansDecoder):
+                coded = decoder.decode_logits(logits, self.prob_bits, threads=threads)
+                parts.append(torch.from_numpy(coded))
+            else:
+                parts.append(decoder.decode_logits(logits, self.prob_bits))
+        return torch.cat(parts, 1)
+
+    def _drawn(
+        self, residual: torch.Tensor, stages: NDArray[np.int32], stage: int, seed: int
+    ) -> torch.Tensor:
+        """Tokens of a stage that no stream holds: int32 [B, n]."""
+        places = np.flatnonzero(stages == stage)
+        parts = [
+            sampling.draw(logits, places[part], seed) for part, logits in self._logits(residual)
+        ]
+        return torch.cat(parts, 1)
 
     def choose(self, candidates: torch.Tensor, allowed: torch.Tensor, name: str) -> torch.Tensor:
         """The likeliest allowed candidate at every place, given those chosen in earlier stages.

@@ -38,6 +38,8 @@ class Setting:
     seed: int = 0
     captioner: Captioner = field(default_factory=NoCaptioner)
     slack: float = 0.0
+    stages: int | None = None
+    target_bytes: int | None = None
 
 
 @dataclass
@@ -85,7 +87,13 @@ def round_trip(
     picture = Image.fromarray(pixels)
     captions = setting.captioner([picture])
     (file,) = codec.compress(
-        [picture], setting.rate, setting.schedule, captions, slack=setting.slack
+        [picture],
+        setting.rate,
+        setting.schedule,
+        captions,
+        slack=setting.slack,
+        stages=setting.stages,
+        target_bytes=setting.target_bytes,
     )
     encoded = time.perf_counter()
     (restored,) = codec.decompress([file], setting.steps, setting.guidance, setting.seed)
@@ -242,6 +250,8 @@ def evaluate(
         "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
         "seed": setting.seed,
         "slack": setting.slack,
+        "stages": setting.stages,
+        "target_bytes": setting.target_bytes,
         "captioner": type(setting.captioner).__name__,
         "mean": means(records),
         "images": records,
@@ -344,6 +354,12 @@ def _wins_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _held(report: dict[str, Any]) -> str:
+    if report["target_bytes"]:
+        return f"stages for {report['target_bytes']} bytes"
+    return f"{report['stages'] or 'all'} stages sent"
+
+
 def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
     """The report as a page with tables and pictures."""
     images = [*report["images"], {"image": "**mean**", **report["mean"]}]
@@ -351,8 +367,8 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
         f"# {report['model']} {report['rate']}, {len(stems)} pictures",
         f"percov2 {report['percov2']}, model id {report['model_id']}, schedule "
         f"{report['schedule']}, {report['steps']} steps, guidance {report['guidance']}, seed "
-        f"{report['seed']}, slack {report['slack']}; torch {report['torch']}, {report['threads']} "
-        "threads. bpp counts the whole file.",
+        f"{report['seed']}, slack {report['slack']}, {_held(report)}; torch {report['torch']}, "
+        f"{report['threads']} threads. bpp counts the whole file.",
         table(images, "image"),
     ]
     rivals = [

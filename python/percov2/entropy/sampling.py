@@ -1,0 +1,98 @@
+"""Tokens that no file holds, drawn from the entropy model: the same on every machine.
+
+The paper's hybrid mode (arXiv 2503.09368, section 3.3): the first stages are in the file, the
+decoder draws the others. Everything is an integer. A place's random number depends on the seed and
+on the place alone: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+2011) is a function of a key and a counter. docs/entropy-model.md, section 6, is normative.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.entropy import cdf
+
+MAX_SEED = 2**16 - 1
+"""Largest seed of a draw."""
+SHARPNESS = 384
+"""Logits are multiplied by this / 256 before a draw (a temperature of 2/3). Part of the format."""
+
+_ROUNDS = 10
+_MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+_MASK = np.uint64(0xFFFFFFFF)
+_SHIFT = np.uint64(32)
+_FLOOR_BITS = 10
+
+
+def philox(key: int, counter: NDArray[np.int64]) -> NDArray[np.uint32]:
+    """Philox-4x32-10 of 64-bit counters: uint32 [n, 4].
+
+    Args:
+        key: 0 to 2^64 - 1; its low half is the first key word.
+        counter: int64 [n], not negative; its low half is the first counter word, the last two
+            words are 0.
+
+    Raises:
+        ValueError: a key or counter out of range.
+    """
+    if not 0 <= key < 2**64 or (counter.size and int(counter.min()) < 0):
+        raise ValueError(f"key {key} must be 0 to 2^64 - 1 and no counter negative")
+    wide = counter.astype(np.uint64)
+    a, b = wide & _MASK, wide >> _SHIFT
+    c, d = np.zeros_like(a), np.zeros_like(a)
+    low, high = key & 0xFFFFFFFF, key >> 32
+    for _ in range(_ROUNDS):
+        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
+        a, b, c, d = (
+            (second >> _SHIFT) ^ b ^ np.uint64(low),
+            second & _MASK,
+            (first >> _SHIFT) ^ d ^ np.uint64(high),
+            first & _MASK,
+        )
+        low, high = (low + _KEY_STEPS[0]) & 0xFFFFFFFF, (high + _KEY_STEPS[1]) & 0xFFFFFFFF
+    return np.stack([a, b, c, d], axis=-1).astype(np.uint32)
+
+
+def _scaled(words: NDArray[np.uint32], total: torch.Tensor) -> torch.Tensor:
+    """⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: int64 [B, n] like total < 2^35."""
+    placed = torch.from_numpy(words[:, :2].astype(np.int64)).to(total.device)
+    high, low = placed[:, 0], placed[:, 1]
+    # In pieces of 16 bits of the total no product reaches 2^52, so signed arithmetic is enough.
+    upper, lower = total >> 16, total & 0xFFFF
+    carry = low * upper + (low * lower >> 16) >> 16
+    return high * upper + (high * lower + carry >> 16) >> 16
+
+
+def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Tensor:
+    """Tokens drawn from logits, sharpened by ``SHARPNESS``; unlikely ones are never drawn.
+
+    Args:
+        logits: int16 [B, n, V], to base 2 with 8 fractional bits, on any device.
+        places: int64 [n], raster indices of the n positions: every grid of a batch draws by the
+            same numbers.
+        seed: 0 to ``MAX_SEED``.
+
+    Returns:
+        int32 [B, n] in 0 .. V - 1, on the logits' device.
+
+    Raises:
+        ValueError: a seed, shape or dtype out of range.
+
+    >>> draw(torch.zeros(1, 4, 8, dtype=torch.int16), np.arange(4), seed=0)
+    tensor([[3, 1, 6, 3]], dtype=torch.int32)
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"the seed of a draw must be 0 to {MAX_SEED}, not {seed}")
+    if logits.ndim != 3 or places.shape != logits.shape[1:2]:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)} for {places.shape} places; they must be "
+            "[B, n, V] for [n]"
+        )
+    weights = cdf.weights(logits, SHARPNESS)
+    weights[weights < weights.amax(2, keepdim=True) >> _FLOOR_BITS] = 0
+    prefix = weights.cumsum(2)
+    target = _scaled(philox(seed, places), prefix[..., -1])
+    return torch.searchsorted(prefix, target[..., None], right=True)[..., 0].to(torch.int32)
