@@ -49,7 +49,7 @@ def codec(random_model: Path) -> Codec:
     """A codec with that model."""
     from percov2.codec import Codec
 
-    return Codec.from_pretrained(random_model)
+    return Codec(Codec.from_pretrained(random_model).model, captions=None)
 
 
 @pytest.fixture

@@ -135,14 +135,17 @@ def header_symbols(fields: Fields) -> list[Symbol]:
         symbols += number(SIDE_EXPONENT, fields.width)
     symbols.append(from_table(DENSE, 0 if fields.dense else 1))
     symbols.append(from_table(CAPTION_CODEC, fields.caption_codec))
-    if fields.caption_codec:
+    if fields.caption_codec in (1, 2):
         symbols += number(CAPTION_EXPONENT, len(fields.caption))
         symbols += [Symbol(16 * byte, 16, 12) for byte in fields.caption]
     return symbols
 
 
-def check(fields: Fields, tokens: Sequence[int]) -> int:
-    """The check of a file; tokens in raster order, -1 where not sent."""
+def check(fields: Fields, tokens: Sequence[int], caption_model: bytes = b"") -> int:
+    """The check of a file; tokens in raster order, -1 where not sent.
+
+    caption_model: the fingerprint of the model that coded the caption (codec 3).
+    """
     data = bytes([0xFC, 0x21]) + fields.model_id.to_bytes(2, "big")
     data += bytes([fields.rate, fields.schedule])
     data += fields.stages_sent.to_bytes(4, "big")
@@ -151,13 +154,14 @@ def check(fields: Fields, tokens: Sequence[int]) -> int:
     data += fields.height.to_bytes(4, "big") + fields.width.to_bytes(4, "big")
     data += bytes([0 if fields.dense else 1, fields.caption_codec])
     data += len(fields.caption).to_bytes(4, "big") + fields.caption
+    data += caption_model
     for token in tokens:
         data += token.to_bytes(4, "little", signed=True)
     return crc16(data)
 
 
 def write(fields: Fields, token_symbols: Sequence[Symbol], check_value: int) -> bytes:
-    """A whole file; token symbols in coding order."""
+    """A whole file; token symbols in coding order, behind those of a caption with codec 3."""
     plain = bytes([0xFC, 0x21]) + fields.model_id.to_bytes(2, "big")
     return plain + rans_encode([*header_symbols(fields), *token_symbols], check_value)
 
@@ -188,7 +192,7 @@ def read_header(data: bytes) -> tuple[Fields, RansDecoder]:
         width = read_number(decoder, SIDE_EXPONENT)
     dense = decoder.symbol(DENSE, 12) == 0
     codec = decoder.symbol(CAPTION_CODEC, 12)
-    length = read_number(decoder, CAPTION_EXPONENT) if codec else 0
+    length = read_number(decoder, CAPTION_EXPONENT) if codec in (1, 2) else 0
     caption = bytes(decoder.symbol([16] * 256, 12) for _ in range(length))
     model_id = 256 * data[2] + data[3]
     fields = Fields(

@@ -99,7 +99,7 @@ def test_refuses_text_that_cannot_be_stored(text: str, message: str) -> None:
         (2, deflate(PAPER_LIKE.encode()) + b"more", "does not end where it should"),
         (2, deflate(b"")[:1], "0 bytes, 1 to 4096"),
         (2, deflate(b"\xff\xfe"), "not UTF-8"),
-        (3, b"x", "unknown caption codec 3"),
+        (4, b"x", "unknown caption codec 4"),
         (-1, b"x", "unknown caption codec -1"),
     ],
 )

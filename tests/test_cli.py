@@ -17,8 +17,9 @@ from percov2.entropy import SCHEDULES, rans
 
 
 def test_compress_writes_what_the_codec_makes(
-    picture: Path, codec: Codec, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    codec = Codec.from_pretrained(random_model)
     out = tmp_path / "out.pcv2"
     options = ("--rate", "coarse", "--schedule", "quincunx", "--caption", "a red door")
     assert run("compress", picture, out, "--model", random_model, *options) == 0
@@ -81,6 +82,28 @@ def test_info_names_the_embedded_model_of_a_file(
         assert run("info", file, "--json") == 0
         record = json.loads(capsys.readouterr().out)
         assert (record["model"], record["rate"]) == expected
+
+
+def test_info_reads_a_modelled_caption_when_it_verifies(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "x.pcv2"
+    common = ("--model", random_model)
+    text = "A woman standing in front of a red door."
+    assert run("compress", picture, path, *common, "--caption", text) == 0
+    capsys.readouterr()
+    assert run("info", path, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["caption_codec"], record["caption"]) == ("model", None)
+    assert run("info", path) == 0
+    assert "by the caption model, among the tokens; --verify reads it" in capsys.readouterr().out
+    assert run("info", path, "--verify", "--json", *common) == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["caption"] == text
+    parts = verified["bytes"]
+    assert 2 < parts["caption"] < 12  # 40 bytes of text
+    assert sum(parts.values()) == pytest.approx(2 * parts["total"])
+    assert parts["tokens"] + parts["caption"] == pytest.approx(record["bytes"]["tokens"])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -20,6 +20,7 @@ CODEC_AND_BELOW = {
     "percov2",
     "percov2.bitstream",
     "percov2.caption",
+    "percov2.caption_model",
     "percov2.captioners",
     "percov2.codec",
     "percov2.entropy",
@@ -46,6 +47,11 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.entropy.schedule": (set(), {"numpy", "torch"}, set()),
     "percov2.bitstream": (set(), set(), set()),
     "percov2.caption": ({"percov2.bitstream", "percov2.entropy"}, set(), {"transformers"}),
+    "percov2.caption_model": (
+        {"percov2.bitstream", "percov2.entropy"},
+        {"numpy", "torch"},
+        set(),
+    ),
     "percov2.captioners": (
         {"percov2.caption", "percov2.images"},
         {"PIL", "torch"},
@@ -57,10 +63,14 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
         {"huggingface_hub", "transformers"},
     ),
     "percov2.images": ({"percov2.bitstream"}, {"numpy", "PIL", "torch"}, set()),
-    "percov2.packing": ({"percov2.bitstream", "percov2.entropy"}, {"numpy", "torch"}, set()),
+    "percov2.packing": (
+        {"percov2.bitstream", "percov2.caption_model", "percov2.entropy"},
+        {"numpy", "torch"},
+        set(),
+    ),
     "percov2.model_ids": (BITSTREAM | {"percov2.models"}, set(), set()),
     "percov2.unpacking": (
-        {"percov2.bitstream", "percov2.entropy", "percov2.packing"},
+        {"percov2.bitstream", "percov2.caption_model", "percov2.entropy", "percov2.packing"},
         {"numpy"},
         set(),
     ),
@@ -83,7 +93,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.training": (
         {*CODEC_AND_BELOW, "percov2.training", "percov2.evaluation"},
         {"diffusers", "numpy", "PIL", "safetensors", "torch", "tqdm"},
-        {"accelerate", "tensorboard", "transformers", "webdataset"},
+        {"accelerate", "tensorboard", "tokenizers", "transformers", "webdataset"},
     ),
     "percov2.evaluation": (
         {*CODEC_AND_BELOW, "percov2.evaluation"},

@@ -40,15 +40,15 @@ MAX_SPARSE_STAGES = 4096
 MAX_DRAWN_TOKENS = 1 << 16
 """Most tokens of a token map of which a file holds a part only: drawn ones cost no bits."""
 
-CAPTION_NONE, CAPTION_RAW, CAPTION_DEFLATE = 0, 1, 2
-"""Caption codecs; 3 to 5 are reserved."""
+CAPTION_NONE, CAPTION_RAW, CAPTION_DEFLATE, CAPTION_MODEL = 0, 1, 2, 3
+"""Caption codecs; 4 and 5 are reserved."""
 
 _RATE = (1536, 1024, 768, 96, 96, 96, 96, 43, 43, 43, 43, 43, 43, 42, 42, 42)
 _SCHEDULE = (1280, 467, 467, 467, 467, 467, 467, 14)  # the last one is reserved
 _ALL_STAGES = (3840, 256)
 _STAGES_EXPONENT = (640, 640, 896, 896, 512, 43, 43, 43, 43, 43, 43, 43, 43, 42, 42, 42, 42)
 _SEED_EXPONENT = (4032, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4)
-_CAPTION_CODEC = (3712, 96, 96, 128, 32, 32)  # the last three are reserved
+_CAPTION_CODEC = (3712, 96, 96, 128, 32, 32)  # the last two are reserved
 _STANDARD_SIZE = (3712, 384)
 _SIDE_EXPONENT = (4, 4, 8, 8, 16, 24, 48, 80, 192, 384, 768, 784, 832, 832, 80, 24, 8)
 _DENSE = (4092, 4)
@@ -56,7 +56,7 @@ _CAPTION_EXPONENT = (16, 16, 64, 192, 704, 1024, 1024, 704, 256, 64, 16, 8, 8)
 
 RATES = len(_RATE)
 SCHEDULE_INDICES = len(_SCHEDULE) - 1
-_KNOWN_CAPTION_CODECS = 3
+_KNOWN_CAPTION_CODECS = 4
 _STANDARD_SIDE = 512
 
 
@@ -78,9 +78,10 @@ class Header:
         stages_sent: the file holds the tokens of stages 1..stages_sent, a decoder draws the others;
             0 means all stages.
         seed: of those draws, 0..65535; 0 if there are none.
-        caption_codec: ``CAPTION_NONE``, ``CAPTION_RAW`` or ``CAPTION_DEFLATE``.
+        caption_codec: ``CAPTION_NONE``, ``CAPTION_RAW``, ``CAPTION_DEFLATE`` or ``CAPTION_MODEL``.
         caption: the caption as coded bytes, at most 4096, the last one not zero; empty if and
-            only if the codec is ``CAPTION_NONE``.
+            only if the codec is ``CAPTION_NONE``. With ``CAPTION_MODEL`` the text in UTF-8, or
+            empty as long as nobody has read it: this module has no caption model.
         dense: the file keeps the promise of ``keeps_dense_promise``.
 
     Raises:
@@ -116,7 +117,8 @@ class Header:
             raise ValueError(
                 f"a coded caption has at most {MAX_CAPTION_BYTES} bytes, got {len(self.caption)}"
             )
-        if (self.caption_codec == CAPTION_NONE) != (self.caption == b""):
+        unread = self.caption_codec == CAPTION_MODEL and not self.caption
+        if (self.caption_codec == CAPTION_NONE) != (self.caption == b"") and not unread:
             raise ValueError(
                 f"caption codec {self.caption_codec} does not go with {len(self.caption)} "
                 "caption bytes: codec 0 is for no bytes, the others for at least one"
@@ -131,7 +133,8 @@ class ParsedFile:
 
     Attributes:
         header: the decoded fields.
-        state: rANS state before the first token, refilled (>= 2^23 unless no byte is left).
+        state: rANS state before the first token, or before the caption if a model must read it;
+            refilled (>= 2^23 unless no byte is left).
         position: index into the whole file of the next byte to shift in.
         whole: no symbol of header and caption was read after the end of the data. False is no fault
             of a complete file (its last symbols are), but a cut one says nothing then.
@@ -151,11 +154,12 @@ def prefix(header: Header) -> bytes:
     return struct.pack(">HH", MAGIC << 4 | VERSION, header.model_id)
 
 
-def check(header: Header, tokens_le_int32: bytes) -> int:
+def check(header: Header, tokens_le_int32: bytes, caption_model: bytes = b"") -> int:
     """Return the 16-bit check, the initial state of the file's rANS encoder.
 
     Args:
         header: the fields of the file.
+        caption_model: fingerprint of the model that its caption is coded with, if it is.
         tokens_le_int32: the token map in raster order as little-endian int32, -1 where the
             token's stage is not sent.
     """
@@ -169,7 +173,7 @@ def check(header: Header, tokens_le_int32: bytes) -> int:
         header.caption_codec,
         len(header.caption),
     )
-    crc = binascii.crc_hqx(prefix(header) + fields + header.caption, 0xFFFF)
+    crc = binascii.crc_hqx(prefix(header) + fields + header.caption + caption_model, 0xFFFF)
     return binascii.crc_hqx(tokens_le_int32, crc)
 
 
@@ -193,7 +197,8 @@ def keeps_dense_promise(token_count: int, payload_bytes: int, tail_tokens: int) 
 def header_intervals(header: Header) -> list[tuple[int, int]]:
     """Return the (start, freq) of header and caption in decoding order, freqs in 1/4096.
 
-    A writer pushes them in reverse order, after all tokens.
+    A writer pushes them in reverse order, after all tokens, and after what a caption model gave for
+    the caption.
     """
     out: list[tuple[int, int]] = []
 
@@ -223,7 +228,7 @@ def header_intervals(header: Header) -> list[tuple[int, int]]:
         put_number(_SIDE_EXPONENT, header.width)
     put(_DENSE, int(not header.dense))
     put(_CAPTION_CODEC, header.caption_codec)
-    if header.caption_codec != CAPTION_NONE:
+    if header.caption_codec not in (CAPTION_NONE, CAPTION_MODEL):
         put_number(_CAPTION_EXPONENT, len(header.caption))
         for byte in header.caption:
             out.append((byte << (PROB_BITS - 8), 1 << (PROB_BITS - 8)))
@@ -320,7 +325,7 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
             "percov2"
         )
     header_bits = 8 * PREFIX_BYTES + decoder.bits
-    caption = _read_caption(decoder) if codec != CAPTION_NONE else b""
+    caption = _read_caption(decoder) if codec in (CAPTION_RAW, CAPTION_DEFLATE) else b""
     caption_bits = 8 * PREFIX_BYTES + decoder.bits - header_bits
     return ParsedFile(
         header=Header(

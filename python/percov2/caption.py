@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import unicodedata
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from percov2.bitstream import (
     CAPTION_DEFLATE,
+    CAPTION_MODEL,
     CAPTION_NONE,
     CAPTION_RAW,
     MAX_CAPTION_BYTES,
     BitstreamError,
 )
 
+CAPTION_CODECS = ("none", "raw", "deflate", "model")
+"""Names of the caption codecs of ``percov2.bitstream``, by their numbers."""
 CAPTIONERS = ("none", "text", "blip2", "molmo2")
 """Names that ``percov2.captioners.open_captioner`` knows."""
 
@@ -68,12 +71,15 @@ class TextCaptioner:
         return list(self._text)
 
 
-def encode_caption(text: str) -> tuple[int, bytes]:
+def encode_caption(
+    text: str, model_bits: Callable[[str], float] | None = None
+) -> tuple[int, bytes]:
     """Code a caption with the codec that makes it shortest.
 
     Args:
         text: the caption; its UTF-8 form has at most 4096 bytes; no control characters but tab
             and newline.
+        model_bits: what a text costs with a caption model, in bits; None if there is none.
 
     Returns:
         (codec, coded bytes) for ``bitstream.Header``; (``CAPTION_NONE``, ``b""``) for no text.
@@ -97,6 +103,9 @@ def encode_caption(text: str) -> tuple[int, bytes]:
         )
     deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
     deflated = (deflater.compress(raw) + deflater.flush()).rstrip(b"\0")
+    # Beside its bytes a caption of the other codecs costs its length, at least 2 bits.
+    if model_bits is not None and model_bits(text) < 8 * min(len(raw), len(deflated)) + 2:
+        return CAPTION_MODEL, raw
     if len(deflated) < len(raw) and _inflates_to(deflated, raw):
         return CAPTION_DEFLATE, deflated
     return CAPTION_RAW, raw
@@ -106,7 +115,7 @@ def decode_caption(codec: int, coded: bytes) -> str:
     """Return the text of a coded caption; memory and time are bounded for any input.
 
     Args:
-        codec: ``CAPTION_NONE``, ``CAPTION_RAW`` or ``CAPTION_DEFLATE``.
+        codec: ``CAPTION_NONE``, ``CAPTION_RAW``, ``CAPTION_DEFLATE`` or ``CAPTION_MODEL``.
         coded: the bytes of the header.
 
     Raises:
@@ -117,7 +126,7 @@ def decode_caption(codec: int, coded: bytes) -> str:
         if coded:
             raise BitstreamError(f"damaged caption: {len(coded)} bytes where there is none")
         return ""
-    if codec == CAPTION_RAW:
+    if codec in (CAPTION_RAW, CAPTION_MODEL):
         raw = coded
     elif codec == CAPTION_DEFLATE:
         raw = _inflate(coded)

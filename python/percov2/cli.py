@@ -201,6 +201,7 @@ def info(arguments: argparse.Namespace) -> None:
         import hashlib
 
         record["model"], record["rate"] = codec.config.name, decoded.rate.name
+        record["caption"], record["bytes"] = decoded.caption, _parts(data, decoded.bits)
         record["sha256"] = hashlib.sha256(decoded.tokens.astype("<i4").tobytes()).hexdigest()
     if arguments.json:
         print(json.dumps(record, indent=2))
@@ -210,12 +211,12 @@ def info(arguments: argparse.Namespace) -> None:
 
 def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
     """What a file says about itself, without decoding its tokens."""
-    from percov2.caption import decode_caption
+    from percov2.caption import CAPTION_CODECS, decode_caption
     from percov2.entropy.schedule import SCHEDULES
 
     header = parsed.header
     model, rate = _embedded_model(header.model_id)
-    parts = {name: bits / 8 for name, bits in parsed.bits.items()}
+    unread = header.caption_codec == bitstream.CAPTION_MODEL  # this takes the model: --verify
     return {
         "file": str(path),
         "width": header.width,
@@ -226,16 +227,23 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
         "rate_index": header.rate,
         "schedule": SCHEDULES[header.schedule],
         "stages_sent": header.stages_sent or "all",
-        "caption": decode_caption(header.caption_codec, header.caption),
+        "caption_codec": CAPTION_CODECS[header.caption_codec],
+        "caption": None if unread else decode_caption(header.caption_codec, header.caption),
         "bpp": 8 * len(data) / (header.height * header.width),
-        "bytes": {
-            "total": len(data),
-            "header": parts["header"],
-            "caption": parts["caption"],
-            # A damaged file may be shorter than its own header costs; --verify refuses it.
-            "tokens": max(0.0, len(data) - sum(parts.values())),
-            "check": parts["check"],
-        },
+        "bytes": _parts(data, parsed.bits),
+    }
+
+
+def _parts(data: bytes, bits: dict[str, float]) -> dict[str, float]:
+    """The bytes of a file by what they hold; a caption that was not read counts as tokens."""
+    parts = {name: value / 8 for name, value in bits.items()}
+    return {
+        "total": len(data),
+        "header": parts["header"],
+        "caption": parts["caption"],
+        # A damaged file may be shorter than its own header costs; --verify refuses it.
+        "tokens": max(0.0, len(data) - sum(parts.values())),
+        "check": parts["check"],
     }
 
 
@@ -253,6 +261,12 @@ def _embedded_model(model_id: int) -> tuple[str | None, str | None]:
     return None, None
 
 
+def _quoted(record: dict[str, Any]) -> str:
+    if record["caption"] is None:
+        return "by the caption model, among the tokens; --verify reads it"
+    return f"{record['caption']!r} ({record['caption_codec']})" if record["caption"] else "none"
+
+
 def _print_info(record: dict[str, Any]) -> None:
     parts = record["bytes"]
     model = record["model"] or "not an embedded one"
@@ -261,7 +275,7 @@ def _print_info(record: dict[str, Any]) -> None:
         "model": f"{record['model_id']} ({model})",
         "rate": record["rate"] or f"number {record['rate_index']}",
         "schedule": f"{record['schedule']}, stages sent: {record['stages_sent']}",
-        "caption": repr(record["caption"]) if record["caption"] else "none",
+        "caption": _quoted(record),
         "size": f"{parts['total']} bytes, {record['bpp']:.4f} bpp",
         "of that": f"header {parts['header']:.2f} (with {bitstream.PREFIX_BYTES} plain), check "
         f"{parts['check']:.0f}, caption {parts['caption']:.2f}, tokens {parts['tokens']:.2f}",

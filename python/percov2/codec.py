@@ -6,7 +6,7 @@ Compressing: picture -> tokens (float networks) -> intervals (one pass of the in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from PIL import Image
 from percov2 import bitstream, packing, unpacking
 from percov2.bitstream import MAX_PIXELS, BitstreamError, Header
 from percov2.caption import decode_caption, encode_caption
+from percov2.caption_model import CaptionModel
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES, stage_count
 from percov2.entropy.token_coder import TokenCoder
@@ -27,6 +28,9 @@ from percov2.models.model_config import ModelConfig, Rate
 from percov2.packing import Tokens
 from percov2.tokenizing import TokenChoice, rgb_arrays, token_maps
 from percov2.unpacking import OpenFile
+
+CAPTIONS = Path(__file__).parent / "pretrained" / "captions"
+"""The embedded caption model. Files name it by the caption codec, so it never changes."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class DecodedFile:
         caption: its text, "" if there is none.
         tokens: int32 [h, w].
         stages: tokens of stages 1..stages are the file's, later ones were drawn.
+        bits: cost of header, caption and check, as of ``bitstream.ParsedFile``.
     """
 
     header: Header
@@ -46,6 +51,7 @@ class DecodedFile:
     caption: str
     tokens: Tokens
     stages: int
+    bits: dict[str, float]
 
     @property
     def stage_count(self) -> int:
@@ -58,10 +64,13 @@ class Codec:
 
     Args:
         model: the float networks; the entropy models lie in the same folder.
+        captions: folder of the model that codes captions; None for none. All models share the
+            embedded one.
     """
 
-    def __init__(self, model: Backbone) -> None:
-        self.model = model
+    def __init__(self, model: Backbone, captions: Path | None = CAPTIONS) -> None:
+        self.model, self._caption_folder = model, captions
+        self._captions = lru_cache(None)(self._load_captions)
         self._entropy = lru_cache(None)(self._load_entropy)
         self._ids = lru_cache(None)(self._compute_id)
 
@@ -98,6 +107,9 @@ class Codec:
         rate = self.config.rate(rate_name)
         fingerprint = self._entropy(rate_name).model.fingerprint()
         return model_id(rate, fingerprint, self.model.codebook_bytes(rate_name))
+
+    def _load_captions(self) -> CaptionModel | None:
+        return None if self._caption_folder is None else CaptionModel.load(self._caption_folder)
 
     def _load_entropy(self, rate: str) -> TokenCoder:
         folder = self.model.folder / rate / "entropy"
@@ -148,15 +160,16 @@ class Codec:
         if not 0 <= slack <= 2:
             raise ValueError(f"slack must be 0 to 2, not {slack}")
         point, name = self._rate(rate), self._schedule(schedule)
-        coded = _coded_captions(captions, len(images))
+        coded = self._coded_captions(captions, len(images))
         choice = TokenChoice(self._entropy(point.name), name, slack) if slack else None
         arrays = rgb_arrays(images, max_pixels)
         tokens = token_maps(self.model, arrays, point, choice)
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
         headers = self._headers(sizes, point, name, coded, tokens, stages)
         if target_bytes is None:
-            return packing.pack(self._entropy(point.name), headers, tokens)
-        return packing.pack_within(self._entropy(point.name), headers, tokens, target_bytes)
+            return self._pack(headers, tokens)
+        coder, model = self._entropy(point.name), self._caption_model(headers)
+        return packing.pack_within(coder, headers, tokens, target_bytes, model)
 
     def encode_tokens(
         self,
@@ -192,7 +205,7 @@ class Codec:
             ValueError: tokens that do not fit, or as for ``compress``.
         """
         point, name = self._rate(rate), self._schedule(schedule)
-        coded = _coded_captions(captions, len(tokens))
+        coded = self._coded_captions(captions, len(tokens))
         if len(sizes) != len(tokens):
             raise ValueError(f"{len(sizes)} sizes for {len(tokens)} token maps; give one per map")
         maps = [
@@ -200,7 +213,27 @@ class Codec:
             for grid, size in zip(tokens, sizes, strict=True)
         ]
         headers = self._headers(sizes, point, name, coded, maps, stages)
-        return packing.pack(self._entropy(point.name), headers, maps)
+        return self._pack(headers, maps)
+
+    def _pack(self, headers: Sequence[Header], tokens: Sequence[Tokens]) -> list[bytes]:
+        if not headers:
+            return []
+        coder = self._entropy(self.config.rates[headers[0].rate].name)
+        return packing.pack(coder, headers, tokens, self._caption_model(headers))
+
+    def _caption_model(self, headers: Iterable[Header]) -> CaptionModel | None:
+        """The caption model, if a header needs it."""
+        needed = any(header.caption_codec == bitstream.CAPTION_MODEL for header in headers)
+        return self._captions() if needed else None
+
+    def _coded_captions(
+        self, captions: Sequence[str] | None, count: int
+    ) -> list[tuple[int, bytes]]:
+        texts = [""] * count if captions is None else list(captions)
+        if isinstance(captions, str) or len(texts) != count:
+            raise ValueError(f"captions must be a list of {count} texts, one per image")
+        model = self._captions() if any(texts) else None
+        return [encode_caption(text, model.bits if model else None) for text in texts]
 
     def _rate(self, name: str | None) -> Rate:
         return self.config.rate(self.config.default_rate if name is None else name)
@@ -220,21 +253,9 @@ class Codec:
         tokens: Sequence[Tokens],
         stages: int | None,
     ) -> list[Header]:
-        if stages is not None and stages < 1:
-            raise ValueError(f"a file holds at least 1 stage, not {stages}")
-        return [
-            Header(
-                model_id=self.model_id(rate.name),
-                height=height,
-                width=width,
-                rate=self.config.rates.index(rate),
-                schedule=SCHEDULES.index(schedule),
-                caption_codec=codec,
-                caption=caption,
-                stages_sent=_part(stages, stage_count(schedule, *grid.shape)),
-            )
-            for (height, width), (codec, caption), grid in zip(sizes, captions, tokens, strict=True)
-        ]
+        index = self.config.rates.index(rate)
+        common = Header(self.model_id(rate.name), 1, 1, index, SCHEDULES.index(schedule))
+        return packing.headers(common, sizes, [grid.shape for grid in tokens], captions, stages)
 
     # Decompressing -------------------------------------------------------------------------------
 
@@ -292,15 +313,17 @@ class Codec:
                 opened.append(self._open(bytes(data), label, max_pixels))
             except BitstreamError as error:
                 raise BitstreamError(f"{label}{error}") from error
+        captions = self._caption_model(file.parsed.header for file in opened)
+        opened = unpacking.with_captions(opened, captions)
         found: dict[int, tuple[Tokens, int]] = {}
         for index, rate in enumerate(self.config.rates):
             members = [i for i, file in enumerate(opened) if file.parsed.header.rate == index]
             if members:
                 coder, chosen = self._entropy(rate.name), [opened[i] for i in members]
                 if allow_truncated:
-                    parts = unpacking.unpack_cut(coder, chosen)
+                    parts = unpacking.unpack_cut(coder, chosen, captions)
                 else:
-                    grids = unpacking.unpack(coder, chosen)
+                    grids = unpacking.unpack(coder, chosen, captions)
                     parts = [(g, f.stages_held) for g, f in zip(grids, chosen, strict=True)]
                 found.update(zip(members, parts, strict=True))
         decoded: list[DecodedFile] = []
@@ -310,7 +333,8 @@ class Codec:
                 caption = decode_caption(header.caption_codec, header.caption)
             except BitstreamError as error:
                 raise file.fault(str(error)) from error
-            decoded.append(DecodedFile(header, self.config.rates[header.rate], caption, *found[i]))
+            rate = self.config.rates[header.rate]
+            decoded.append(DecodedFile(header, rate, caption, *found[i], file.parsed.bits))
         return decoded
 
     def paint(
@@ -364,15 +388,3 @@ class Codec:
         return OpenFile(
             data, parsed, packing.token_grid((header.height, header.width), side), label
         )
-
-
-def _part(stages: int | None, count: int) -> int:
-    """``Header.stages_sent`` of a file that should hold so many of its stages."""
-    return 0 if stages is None or stages >= count else stages
-
-
-def _coded_captions(captions: Sequence[str] | None, count: int) -> list[tuple[int, bytes]]:
-    texts = [""] * count if captions is None else list(captions)
-    if isinstance(captions, str) or len(texts) != count:
-        raise ValueError(f"captions must be a list of {count} texts, one per image")
-    return [encode_caption(text) for text in texts]

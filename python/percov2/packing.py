@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from percov2 import bitstream
 from percov2.bitstream import Header
+from percov2.caption_model import CaptionModel
+from percov2.entropy.rans import RansEncoder
 from percov2.entropy.schedule import SCHEDULES, stage_count, stages
 from percov2.entropy.token_coder import TokenCoder
 
@@ -56,13 +58,50 @@ def by_group(
     return [results[i] for i in range(len(items))]
 
 
-def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens]) -> list[bytes]:
+def headers(
+    common: Header,
+    sizes: Sequence[tuple[int, int]],
+    grids: Sequence[tuple[int, ...]],
+    captions: Sequence[tuple[int, bytes]],
+    stages_sent: int | None,
+) -> list[Header]:
+    """Headers of pictures.
+
+    Args:
+        common: model id, rate and schedule of all.
+        sizes: (height, width) of every picture in pixels.
+        grids: (h, w) of its tokens.
+        captions: codec and coded bytes of its caption.
+        stages_sent: hold so many stages, or all of a picture that has no more; None for all.
+
+    Raises:
+        ValueError: stages_sent below 1.
+    """
+    if stages_sent is not None and stages_sent < 1:
+        raise ValueError(f"a file holds at least 1 stage, not {stages_sent}")
+    result = []
+    for (height, width), grid, (codec, caption) in zip(sizes, grids, captions, strict=True):
+        sent = stages_sent or 0
+        if sent >= stage_count(SCHEDULES[common.schedule], *grid):
+            sent = 0
+        size = replace(common, height=height, width=width, stages_sent=sent)
+        result.append(replace(size, caption_codec=codec, caption=caption))
+    return result
+
+
+def pack(
+    coder: TokenCoder,
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    captions: CaptionModel | None = None,
+) -> list[bytes]:
     """Write token maps as files.
 
     Args:
         coder: the entropy model of the headers' rate.
         headers: one per file; ``dense`` is set here, whatever it says.
         tokens: int32 [h, w] per file, values in the coder's codebook.
+        captions: codes the captions of headers with ``CAPTION_MODEL``.
 
     Raises:
         ValueError: a file that cannot keep the dense promise and has too many stages, or one of a
@@ -73,7 +112,7 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
             raise ValueError(fault)
     headers = [replace(header, dense=True) for header in headers]
     sent = [sent_tokens(h, grid.shape) for h, grid in zip(headers, tokens, strict=True)]
-    written = _write(coder, headers, tokens)
+    written = _write(coder, headers, tokens, captions)
     # The check covers the flag, so a file that breaks the promise is written again without it.
     broken = [i for i, (f, tail) in enumerate(written) if not is_dense(f, sent[i], tail)]
     for i in broken:
@@ -84,14 +123,18 @@ def pack(coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens])
                 f"{bitstream.MAX_SPARSE_STAGES} that a reader accepts; choose another schedule"
             )
     sparse = [replace(headers[i], dense=False) for i in broken]
-    again = _write(coder, sparse, [tokens[i] for i in broken])
+    again = _write(coder, sparse, [tokens[i] for i in broken], captions)
     for i, file in zip(broken, again, strict=True):
         written[i] = file
     return [file for file, _ in written]
 
 
 def pack_within(
-    coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens], limit: int
+    coder: TokenCoder,
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    limit: int,
+    captions: CaptionModel | None = None,
 ) -> list[bytes]:
     """Files of at most ``limit`` bytes that hold as many stages as fit, found by bisection.
 
@@ -100,7 +143,7 @@ def pack_within(
     Raises:
         ValueError: as ``pack``, or the first stage of a picture needs more bytes.
     """
-    files = pack(coder, headers, tokens)
+    files = pack(coder, headers, tokens, captions)
     totals = [
         stage_count(SCHEDULES[h.schedule], *grid.shape)
         for h, grid in zip(headers, tokens, strict=True)
@@ -111,7 +154,7 @@ def pack_within(
     while open_ := [i for i, (a, b) in enumerate(zip(fits, fails, strict=True)) if b - a > 1]:
         tried = [(fits[i] + fails[i]) // 2 for i in open_]
         parts = [replace(headers[i], stages_sent=k) for i, k in zip(open_, tried, strict=True)]
-        made = pack(coder, parts, [tokens[i] for i in open_])
+        made = pack(coder, parts, [tokens[i] for i in open_], captions)
         for i, k, file in zip(open_, tried, made, strict=True):
             if len(file) <= limit:
                 fits[i], files[i] = k, file
@@ -119,7 +162,8 @@ def pack_within(
                 fails[i] = k
     for i, file in enumerate(files):
         if len(file) > limit:
-            (least,) = pack(coder, [replace(headers[i], stages_sent=1)], [tokens[i]])
+            first = replace(headers[i], stages_sent=1)
+            (least,) = pack(coder, [first], [tokens[i]], captions)
             raise ValueError(
                 f"picture {i} of {headers[i].width}x{headers[i].height} needs {len(least)} bytes "
                 f"for its first stage, more than {limit}; choose a lower rate or more bytes"
@@ -182,15 +226,21 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def check_of(header: Header, tokens: Tokens) -> int:
+def check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> int:
     """The check of a file with these tokens, of which it may hold a part."""
+    model = b""
+    if header.caption_codec == bitstream.CAPTION_MODEL and captions is not None:
+        model = captions.fingerprint()
     if header.stages_sent:
         tokens = np.where(_sent_places(header, tokens.shape), tokens, -1)
-    return bitstream.check(header, tokens.astype("<i4").tobytes())
+    return bitstream.check(header, tokens.astype("<i4").tobytes(), model)
 
 
 def _write(
-    coder: TokenCoder, headers: Sequence[Header], tokens: Sequence[Tokens]
+    coder: TokenCoder,
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    captions: CaptionModel | None,
 ) -> list[tuple[bytes, int]]:
     """Files, each with the number of tokens that its reader meets in exhausted data."""
     keys = [
@@ -200,31 +250,49 @@ def _write(
         list(zip(headers, tokens, strict=True)),
         keys,
         [grid.size for grid in tokens],
-        lambda group: _write_equal(coder, group),
+        lambda group: _write_equal(coder, group, captions),
         coder.tokens_at_once,
     )
 
 
 def _write_equal(
-    coder: TokenCoder, files: Sequence[tuple[Header, Tokens]]
+    coder: TokenCoder, files: Sequence[tuple[Header, Tokens]], captions: CaptionModel | None
 ) -> list[tuple[bytes, int]]:
     """``_write`` for files of equal stages and grid: tokens, then caption and header on them."""
     headers = [header for header, _ in files]
     grids = torch.from_numpy(np.stack([grid for _, grid in files]))
-    checks = [check_of(header, grid) for header, grid in files]
+    checks = [check_of(header, grid, captions) for header, grid in files]
     schedule, sent = SCHEDULES[headers[0].schedule], headers[0].stages_sent
     encoder = coder.encoder(grids, schedule, checks, threads(), sent)
     tails = encoder.symbols_before_output.tolist()
+    if captions is not None:
+        texts = [_coded_caption(header, captions) for header in headers]
+        _push(encoder, texts, captions.prob_bits)
     fields = [np.array(bitstream.header_intervals(header), dtype=np.int32) for header in headers]
-    joined = np.concatenate(fields)
-    counts = np.array([len(field) for field in fields], dtype=np.int64)
-    encoder.push(joined[:, 0], joined[:, 1], counts, bitstream.PROB_BITS, threads())
+    _push(encoder, fields, bitstream.PROB_BITS)
     buffer, offsets = encoder.finish()
     payload = buffer.tobytes()
     return [
         (bitstream.prefix(header) + payload[begin:end], tail)
         for header, begin, end, tail in zip(headers, offsets[:-1], offsets[1:], tails, strict=True)
     ]
+
+
+def _coded_caption(header: Header, captions: CaptionModel) -> NDArray[np.int32]:
+    """Intervals of a caption that the model codes, int32 [n, 2]; none if another codec does."""
+    if header.caption_codec != bitstream.CAPTION_MODEL:
+        return np.empty((0, 2), dtype=np.int32)
+    coded = captions.intervals(header.caption.decode("utf-8"))
+    if coded is None:
+        raise ValueError(f"the caption {header.caption!r} has too many pieces for the model")
+    return coded
+
+
+def _push(encoder: RansEncoder, symbols: Sequence[NDArray[np.int32]], prob_bits: int) -> None:
+    """Push (start, freq) int32 [n, 2] of every stream."""
+    joined = np.concatenate(symbols)
+    counts = np.array([len(one) for one in symbols], dtype=np.int64)
+    encoder.push(joined[:, 0], joined[:, 1], counts, prob_bits, threads())
 
 
 def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:

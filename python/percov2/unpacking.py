@@ -7,13 +7,14 @@ not hold, because its writer left stages out or because its end is missing, the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from percov2 import bitstream
 from percov2.bitstream import BitstreamError, ParsedFile
+from percov2.caption_model import CaptionModel
 from percov2.entropy.rans import RansDecoder
 from percov2.entropy.rans_cuda import CudaRansDecoder
 from percov2.entropy.schedule import SCHEDULES, stage_count
@@ -80,22 +81,58 @@ class OpenFile:
         return BitstreamError(self.label + message)
 
 
-def unpack(coder: TokenCoder, files: Sequence[OpenFile]) -> list[Tokens]:
+def with_captions(files: Sequence[OpenFile], captions: CaptionModel | None) -> list[OpenFile]:
+    """Files behind their captions: those that a caption model coded are read.
+
+    Args:
+        files: as opened, of any models.
+        captions: what reads the captions; None if there is none.
+
+    Raises:
+        BitstreamError: a caption that is damaged, or cannot be read without a model.
+    """
+    result = list(files)
+    coded = [
+        i for i, f in enumerate(files) if f.parsed.header.caption_codec == bitstream.CAPTION_MODEL
+    ]
+    if coded and captions is None:
+        raise files[coded[0]].fault("its caption needs a caption model, and none is at hand")
+    parts = [(files[i].data, files[i].parsed.state, files[i].parsed.position) for i in coded]
+    for i, found in zip(coded, captions.read(parts) if captions else [], strict=True):
+        parsed = files[i].parsed
+        if isinstance(found.text, BitstreamError):
+            raise files[i].fault(str(found.text)) from found.text
+        try:
+            header = replace(parsed.header, caption=found.text)
+        except ValueError as error:
+            raise files[i].fault(f"damaged caption: {error}") from error
+        bits = {**parsed.bits, "caption": found.bits}
+        parsed = ParsedFile(header, found.state, found.position, parsed.whole and found.whole, bits)
+        result[i] = replace(files[i], parsed=parsed)
+    return result
+
+
+def unpack(
+    coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
+) -> list[Tokens]:
     """Decode and check the tokens of files: int32 [h, w] each.
 
     Args:
         coder: the entropy model of the files' rate.
         files: any schedules and grids. Tokens that a file does not hold are drawn.
+        captions: what read their captions (``with_captions``); the check names it.
 
     Raises:
         BitstreamError: a file that is damaged or cut.
     """
     for file in files:
         file.check_plausible()
-    return _by_form(coder, files, lambda group: _unpack_equal(coder, group))
+    return _by_form(coder, files, lambda group: _unpack_equal(coder, group, captions))
 
 
-def unpack_cut(coder: TokenCoder, files: Sequence[OpenFile]) -> list[tuple[Tokens, int]]:
+def unpack_cut(
+    coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
+) -> list[tuple[Tokens, int]]:
     """Decode the tokens of files that may lack their ends, which nothing checks.
 
     Arguments as for ``unpack``.
@@ -114,7 +151,9 @@ def unpack_cut(coder: TokenCoder, files: Sequence[OpenFile]) -> list[tuple[Token
                 f"more than {bitstream.MAX_SPARSE_STAGES} stages are restored from complete files "
                 "only"
             )
-    complete = _by_form(coder, files, lambda group: _unpack_equal(coder, group, trusting=True))
+    complete = _by_form(
+        coder, files, lambda group: _unpack_equal(coder, group, captions, trusting=True)
+    )
     cut = [file for file, tokens in zip(files, complete, strict=True) if tokens is None]
     for file in cut:
         if not file.parsed.whole:
@@ -149,7 +188,10 @@ def _decoder(coder: TokenCoder, files: Sequence[OpenFile]) -> RansDecoder | Cuda
 
 
 def _unpack_equal(
-    coder: TokenCoder, files: Sequence[OpenFile], trusting: bool = False
+    coder: TokenCoder,
+    files: Sequence[OpenFile],
+    captions: CaptionModel | None,
+    trusting: bool = False,
 ) -> list[Any]:
     """``unpack`` for files of one form, together; trusting: None for a faulty one instead."""
     decoder = _decoder(coder, files)
@@ -174,7 +216,7 @@ def _unpack_equal(
         seed=header.seed,
     )
     tokens: list[Any] = list(grids.numpy())
-    checks = [check_of(f.parsed.header, grid) for f, grid in zip(files, tokens, strict=True)]
+    checks = [check_of(f.parsed.header, g, captions) for f, g in zip(files, tokens, strict=True)]
     for i, valid in enumerate(decoder.finished(checks)):
         if not valid and not trusting:
             raise files[i].fault("the file is damaged or cut: its check does not fit")

@@ -82,7 +82,7 @@ def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Te
         ValueError: a seed, shape or dtype out of range.
 
     >>> draw(torch.zeros(1, 4, 8, dtype=torch.int16), np.arange(4), seed=0)
-    tensor([[3, 1, 6, 3]], dtype=torch.int32)
+    tensor([[3, 7, 0, 6]], dtype=torch.int32)
     """
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"the seed of a draw must be 0 to {MAX_SEED}, not {seed}")

@@ -17,6 +17,7 @@ from percov2.models.preset import CodecModel
 from percov2.models.storage import save_component
 from percov2.training import warm_start
 from percov2.training.adversary import AdversaryConfig
+from percov2.training.captions import CaptionsConfig, train_captions
 from percov2.training.data import CropPlan, PhotoCrops, decode_shards, is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.rates import RateConfig, RateNetworks
@@ -236,3 +237,10 @@ def run_entropy(
             table[key] = {**table[key], **value} if isinstance(value, dict) else value
     loop = build_config(LoopConfig, table.pop("loop", {}))
     train_entropy(build_config(EntropyConfig, table), loop, data, out, minutes=minutes)
+
+
+def run_captions(config: Path, texts: list[Path], out: Path, minutes: float | None = None) -> None:
+    """`percov2 train captions`: lines of text -> ``out/captions``, the caption model."""
+    table = read_section(config, "captions")
+    loop = build_config(LoopConfig, table.pop("loop", {}))
+    train_captions(build_config(CaptionsConfig, table), loop, texts, out, minutes=minutes)

@@ -21,6 +21,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "folder, instead; rates that it does not have start from its first",
     },
     "codec_run": {"type": Path, "required": True, "help": "out of `train codec` (or sd3)"},
+    "texts": {
+        "type": Path,
+        "nargs": "+",
+        "required": True,
+        "help": ".txt files with a caption a line, or shards with such members",
+    },
     "model": {"type": Path, "required": True, "help": "model folder"},
     "rate": {
         "help": "rate of the model (default: its default), or of the configuration (default: none, "
@@ -68,6 +74,10 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "entropy": (
         "Train the entropy model on token maps and export its integer form.",
         ("config", "data", "out", "rate", "minutes"),
+    ),
+    "captions": (
+        "Train the model that codes captions.",
+        ("config", "texts", "out", "minutes"),
     ),
     "sd3": (
         "Stage 1 on Stable Diffusion 3; may be run by accelerate launch.",

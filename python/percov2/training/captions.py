@@ -1,0 +1,298 @@
+"""The caption model: an alphabet of pieces and a transformer on captions, for the package.
+
+Captions are grids of one row whose every place is a stage (``percov2.caption_model``). Lines are
+held out by a hash of their text, so that a line is on the same side in every run and file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from percov2.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
+from percov2.entropy.entries import size_class
+from percov2.entropy.export import export
+from percov2.entropy.schedule import stages
+from percov2.entropy.transformer import (
+    Crop,
+    TokenBatch,
+    TokenTransformer,
+    TransformerConfig,
+    crop_batch,
+)
+from percov2.training.loop import LoopConfig, Place, TrainingStage, load_averaged, train
+
+_HELD_OUT_EVERY = 20
+_WIDTH_STEP = 4
+"""Captions whose lengths round up to the same multiple share batches."""
+WORDS = range(8, 15)
+"""Lengths of the captions that the report is about, in words."""
+_SPACE = "\u2581"
+"""What stands for a space while pieces are learnt."""
+
+
+@dataclass(frozen=True)
+class CaptionsConfig:
+    """Configuration of the captions phase.
+
+    Attributes:
+        model: sizes of the transformer (``TransformerConfig`` without codebook_size).
+        pieces: learned ones; the end and the single bytes come on top.
+        captions_per_step: in a batch, of all processes together.
+        round_from: share of the steps after which rounding is on.
+        observe_until: share of the steps after which the scales stay as they are.
+    """
+
+    model: dict
+    pieces: int = 3839
+    captions_per_step: int = 256
+    round_from: float = 0.7
+    observe_until: float = 0.9
+
+
+def is_held_out(line: str) -> bool:
+    """Whether a caption is kept from training: every 20th, by a hash of its words."""
+    digest = hashlib.sha256(" ".join(line.lower().split()).encode("utf-8")).digest()
+    return int.from_bytes(digest[:4], "big") % _HELD_OUT_EVERY == 0
+
+
+def read_lines(sources: Sequence[Path]) -> list[str]:
+    """Captions of files: ``.txt`` with one a line, or WebDataset ``.tar`` with such members.
+
+    Raises:
+        ValueError: no captions, or no such file.
+    """
+
+    def texts() -> Iterator[bytes]:
+        for source in sources:
+            if source.suffix != ".tar":
+                yield source.read_bytes()
+                continue
+            with tarfile.open(source) as tar:
+                for member in tar:
+                    if member.isfile() and member.name.endswith(".txt"):
+                        file = tar.extractfile(member)
+                        yield file.read() if file else b""
+
+    found = [line.strip() for text in texts() for line in text.decode().splitlines()]
+    lines = [line for line in found if line]
+    if not lines:
+        raise ValueError(f"no captions in {[str(source) for source in sources]}")
+    return lines
+
+
+def learn_pieces(lines: Sequence[str], count: int) -> list[bytes]:
+    """The pieces of an alphabet, by byte-pair merges of words with the space before them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always"),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
+    )
+    letters = {letter for line in lines for letter in line}
+    trainer = trainers.BpeTrainer(
+        vocab_size=count + len(letters) + 1, min_frequency=3, show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    pieces = [piece.replace(_SPACE, " ").encode("utf-8") for piece, _ in ranked]
+    return [piece for piece in pieces if 2 <= len(piece) <= 32][:count]
+
+
+class CaptionLines:
+    """Captions as pieces, ready to be drawn.
+
+    Args:
+        lines: all captions.
+        alphabet: what splits them.
+
+    Attributes:
+        held_out: pieces of the captions kept from training.
+    """
+
+    def __init__(self, lines: Sequence[str], alphabet: Alphabet) -> None:
+        self.alphabet = alphabet
+        self.held_out: list[list[int]] = []
+        self._by_width: dict[int, list[list[int]]] = {}
+        for line in tqdm(lines, desc="splitting captions", unit="caption"):
+            pieces = [*alphabet.split(line), END]
+            if len(pieces) > MAX_PIECES:
+                continue
+            if is_held_out(line):
+                self.held_out.append(pieces)
+            else:
+                width = -(-len(pieces) // _WIDTH_STEP) * _WIDTH_STEP
+                self._by_width.setdefault(width, []).append(pieces)
+        self._widths = sorted(self._by_width)
+        sizes = np.array([len(self._by_width[w]) for w in self._widths], dtype=np.float64)
+        self._shares = sizes / sizes.sum()
+        self.stages = stages("raster", 1, MAX_PIECES)
+
+    def counts(self) -> NDArray[np.int64]:
+        """How often each piece occurs in the training captions: int64 [pieces]."""
+        every = [piece for group in self._by_width.values() for line in group for piece in line]
+        return np.bincount(every, minlength=len(self.alphabet))
+
+    def draw(
+        self, generator: np.random.Generator, count: int, process: int = 0, processes: int = 1
+    ) -> TokenBatch:
+        """A process's part of ``count`` captions of about the same length."""
+        width = self._widths[int(generator.choice(len(self._widths), p=self._shares))]
+        group = self._by_width[width]
+        picks = generator.integers(len(group), size=count + -count % processes)
+        return self.batch([group[pick] for pick in picks[process::processes]], width)
+
+    def batch(self, lines: Sequence[list[int]], width: int) -> TokenBatch:
+        """Captions as a batch of the first ``width`` places of their grids."""
+        crops = []
+        for line in lines:
+            row = np.full((1, MAX_PIECES), END, dtype=np.int32)
+            row[0, : len(line)] = line
+            crops.append(Crop(row, self.stages))
+        return crop_batch(crops, 1, width)
+
+
+class CaptionStage(TrainingStage):
+    """Captions -> bits per piece of the transformer."""
+
+    whole_batches = True
+
+    def __init__(self, config: CaptionsConfig, data: CaptionLines) -> None:
+        super().__init__()
+        self.config, self.data = config, data
+        self.place = Place(torch.device("cpu"))
+        sizes = TransformerConfig(codebook_size=len(data.alphabet), **config.model)
+        self.transformer = TokenTransformer(sizes)
+        self.transformer.set_frequencies(torch.from_numpy(data.counts()))
+
+    def start_run(self, place: Place) -> None:
+        """See :meth:`TrainingStage.start_run`."""
+        self.place = place
+
+    def start_step(self, step: int, total: int) -> None:
+        """See :meth:`TrainingStage.start_step`."""
+        self.transformer.quantized = step >= self.config.round_from * total
+        self.transformer.observing = step < self.config.observe_until * total and step % 4 == 0
+
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`TrainingStage.forward`."""
+        place = self.place
+        batch = self.data.draw(
+            generator, self.config.captions_per_step, place.process, place.processes
+        )
+        bits, coded = self._bits(batch)
+        loss = bits / coded
+        return loss, {"bits_per_piece": loss.detach()}
+
+    def _bits(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Bits of the pieces of a batch, ends included, and how many these are."""
+        batch = batch.to(self.place.device)
+        device = self.place.device.type
+        allowed = torch.is_autocast_enabled(device) and not self.transformer.quantized
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=allowed):
+            logits = self.transformer(batch)
+        pieces = batch.tokens.flatten(1)
+        ended = (pieces == END).cumsum(1)
+        coded = (ended == 0) | ((ended == 1) & (pieces == END))
+        nats = functional.cross_entropy(logits[coded], pieces[coded], reduction="sum")
+        return nats / np.log(2.0), coded.sum()
+
+    @torch.no_grad()
+    def held_out_bits(self) -> float:
+        """Bits per held-out caption, in the form that is being trained."""
+        transformer = self.transformer
+        observing, transformer.observing = transformer.observing, False
+        lines = sorted(self.data.held_out, key=len)
+        bits = 0.0
+        for begin in range(0, len(lines), 64):
+            part = lines[begin : begin + 64]
+            bits += float(self._bits(self.data.batch(part, len(part[-1])))[0])
+        transformer.observing = observing
+        return bits / len(lines)
+
+    def draw_samples(self, folder: Path, step: int) -> None:
+        """Append bits per held-out caption to held_out.csv."""
+        with open(folder / "held_out.csv", "a") as log:
+            log.write(f"{step},{self.held_out_bits():.4f}\n")
+
+
+def measure(model: CaptionModel, lines: Sequence[str]) -> dict[str, Any]:
+    """What held-out captions of 8 to 14 words cost, exact text, in bytes on average."""
+    from percov2.caption import encode_caption
+
+    chosen = [x for x in lines if is_held_out(x) and len(x.split()) in WORDS]
+    if not chosen:
+        return {"captions": 0}
+    bits = [model.bits(line) for line in tqdm(chosen, desc="measuring", unit="caption")]
+    return {
+        "captions": len(chosen),
+        "bytes": float(np.mean(bits)) / 8,
+        "deflate_bytes": float(np.mean([len(encode_caption(line)[1]) for line in chosen])),
+        "raw_bytes": float(np.mean([len(line.encode()) for line in chosen])),
+    }
+
+
+def train_captions(
+    config: CaptionsConfig,
+    loop: LoopConfig,
+    texts: Sequence[Path],
+    out: Path,
+    *,
+    minutes: float | None = None,
+) -> dict[str, Any] | None:
+    """Learn an alphabet and train the caption model, then export it to ``out/captions``.
+
+    Args:
+        texts: files of captions (``read_lines``).
+        out: folder for pieces.json, checkpoint.pt, log.csv, held_out.csv, and at the end captions/
+            and report.json.
+        minutes: stop after this time; the same call goes on where it stopped.
+
+    Returns:
+        The report, or None if the run has not reached its last step (or in another process than
+        the first).
+
+    Raises:
+        ValueError: captions or settings that do not fit.
+    """
+    torch.manual_seed(loop.seed)
+    lines = read_lines(texts)
+    out.mkdir(parents=True, exist_ok=True)
+    stored = out / "pieces.json"
+    if not stored.is_file():
+        learned = learn_pieces([x for x in lines if not is_held_out(x)], config.pieces)
+        stored.write_text(json.dumps([piece.decode() for piece in learned]), encoding="utf-8")
+    pieces = json.loads(stored.read_text(encoding="utf-8"))
+    data = CaptionLines(lines, Alphabet([piece.encode() for piece in pieces]))
+    stage = CaptionStage(config, data)
+    if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps or stage.place.process:
+        return None
+    stage.place = Place(torch.device("cpu"))
+    stage.cpu()
+    load_averaged(out, stage)
+    width = size_class(MAX_PIECES)
+    stage.transformer.fill_unseen_sizes({size_class(1)}, {width})
+    model = CaptionModel(data.alphabet, export(stage.transformer))
+    model.save(out / "captions")
+    report = {
+        "fingerprint": model.fingerprint().hex(),
+        "settings": {**asdict(config), "loop": asdict(loop)},
+        "texts": {text.name: measure(model, read_lines([text])) for text in texts},
+    }
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return report

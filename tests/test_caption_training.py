@@ -1,0 +1,109 @@
+"""The captions phase on a few lines: what it reads, holds out, trains and writes."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from percov2.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
+from percov2.training.captions import (
+    CaptionLines,
+    CaptionsConfig,
+    CaptionStage,
+    is_held_out,
+    learn_pieces,
+    read_lines,
+    train_captions,
+)
+from percov2.training.loop import LoopConfig
+
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "grey", "pink", "orange"]
+THINGS = ["door", "car", "house", "dog", "boat", "flower", "train", "kite", "plate", "horse"]
+LINES = [
+    f"A {colour} {thing} stands {place} the old {other}."
+    for colour in COLOURS
+    for thing in THINGS
+    for place, other in (("near", "bridge"), ("behind", "tree"))
+]
+MODEL = {"dim": 16, "heads": 2, "head_dim": 8, "layers": 1, "hidden": 16}
+
+
+def test_lines_of_texts_and_shards(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One  line\n\n another \n", encoding="utf-8")
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        for name, data in [("x.txt", "Zürich\nzwei\n".encode()), ("x.webp", b"\xff")]:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    lines = read_lines([tmp_path / "a.txt", tmp_path / "b.tar"])
+    assert lines == ["One  line", "another", "Zürich", "zwei"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="no captions in"):
+        read_lines([tmp_path / "empty.txt"])
+
+
+def test_one_line_in_twenty_is_held_out_however_it_is_written() -> None:
+    lines = [f"caption number {i}" for i in range(4000)]
+    held = [line for line in lines if is_held_out(line)]
+    assert 150 < len(held) < 250
+    assert all(is_held_out(f"  {line.upper()} ") for line in held)
+
+
+def test_pieces_are_words_with_their_space_and_rarer_ones_in_parts() -> None:
+    pieces = learn_pieces(LINES, 60)
+    assert len(pieces) == len(set(pieces)) <= 60
+    alphabet = Alphabet(pieces)
+    assert b" stands" in pieces
+    assert len(alphabet.split(LINES[0])) < len(LINES[0].split()) + 4
+    assert all(b" " not in piece[1:] for piece in pieces)
+
+
+def test_batches_hold_whole_captions_of_training_lines_only() -> None:
+    data = CaptionLines(LINES, Alphabet(learn_pieces(LINES, 60)))
+    batch = data.draw(np.random.default_rng(0), 8)
+    assert batch.tokens.shape[:2] == (8, 1)
+    for row in batch.tokens[:, 0].tolist():
+        text = data.alphabet.join(row[: row.index(END)]).decode()
+        assert text in LINES
+        assert not is_held_out(text)
+        assert set(row[row.index(END) :]) == {END}
+    halves = [data.draw(np.random.default_rng(0), 8, i, 2).tokens for i in range(2)]
+    assert torch.equal(torch.stack(halves, 1).flatten(0, 1), batch.tokens)
+
+
+def test_loss_counts_pieces_up_to_the_end() -> None:
+    data = CaptionLines(LINES, Alphabet(learn_pieces(LINES, 60)))
+    stage = CaptionStage(CaptionsConfig(model=MODEL, pieces=60), data)
+    lines = data.held_out[:3]
+    bits, coded = stage._bits(data.batch(lines, max(map(len, lines))))
+    assert int(coded) == sum(map(len, lines))
+    wider, same = stage._bits(data.batch(lines, MAX_PIECES))
+    assert int(same) == int(coded)
+    assert wider.item() == pytest.approx(bits.item(), rel=1e-4)
+
+
+def test_a_run_learns_resumes_and_writes_a_model(tmp_path: Path) -> None:
+    source = tmp_path / "lines.txt"
+    source.write_text("\n".join(LINES), encoding="utf-8")
+    config = CaptionsConfig(model=MODEL, pieces=60, captions_per_step=32)
+    loop = LoopConfig(steps=200, learning_rate=1e-2, warmup=5, ema=0.9)
+    out = tmp_path / "run"
+    assert train_captions(config, loop, [source], out, minutes=0) is None
+    report = train_captions(config, loop, [source], out)
+    assert report is not None
+    assert report == json.loads((out / "report.json").read_text())
+    figures = report["texts"]["lines.txt"]
+    held = [line for line in LINES if is_held_out(line)]
+    assert figures["captions"] == len(held) > 3
+    # Colour, thing and place are 7.6 bits, all else is certain.
+    assert figures["bytes"] < 3 < figures["deflate_bytes"] < figures["raw_bytes"]
+    model = CaptionModel.load(out / "captions")
+    assert report["fingerprint"] == model.fingerprint().hex()
+    mean = float(np.mean([model.bits(line) for line in held])) / 8
+    assert mean == pytest.approx(figures["bytes"])
