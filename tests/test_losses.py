@@ -109,6 +109,23 @@ def test_every_part_reaches_the_picture_by_its_weight() -> None:
     assert float(((textured - plain) * photo).sum()) < 0  # half the contrast: descent raises it
 
 
+def test_a_share_of_the_calls_is_aligned() -> None:
+    generator = torch.Generator().manual_seed(1)
+    photo = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
+
+    def values(aligned: float) -> list[float]:
+        torch.manual_seed(0)
+        loss = ReconstructionLoss(1.0, aligned=aligned)
+        return [float(loss(0.5 * photo, photo)[1]["lpips"]) for _ in range(24)]
+
+    fixed = LPIPS("alex")
+    there = fixed.distance(fixed.features(0.5 * photo), fixed.features(photo)).item()
+    assert values(1.0) == pytest.approx([there] * 24)
+    assert len(set(values(0.0))) > 12
+    at_phase = [value == pytest.approx(there) for value in values(0.5)]
+    assert 4 < sum(at_phase) < 20
+
+
 def test_crops_that_are_too_small_are_refused() -> None:
     tiny = torch.zeros(1, 3, 46, 48)
     with pytest.raises(ValueError, match="48x46 are too small"):

@@ -1,4 +1,4 @@
-"""The command line's evaluations: ``percov2 eval kodak|modes|captions``."""
+"""The command line's evaluations: ``percov2 eval kodak|stages|modes|captions``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from percov2.cli_faults import about
 from percov2.cli_model import add_captioner, add_model, chosen_captioner, open_codec
-from percov2.cli_options import add_encoding, add_sampling, number
+from percov2.cli_options import add_encoding, add_rate, add_sampling, number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,11 @@ def add_parser(commands: Any) -> None:
     )
     add_encoding(one)
     add_captioner(one)
+    add_sampling(one)
+
+    one = command("stages", evaluate_stages, "Pictures and bytes over the number of stages sent.")
+    one.add_argument("folder", type=Path, metavar="DIR")
+    add_rate(one)
     add_sampling(one)
 
     def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
@@ -84,6 +89,30 @@ def _numbers(text: str, kind: type) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{text!r} is no list of numbers like 1,2,4") from error
+
+
+def evaluate_stages(arguments: argparse.Namespace) -> None:
+    """``percov2 eval stages``."""
+    codec = open_codec(arguments)
+    with about("eval stages"):
+        from percov2.evaluation.hybrid import plot_stages, stages_sent
+        from percov2.evaluation.report import Setting, pictures_in
+
+        setting = Setting(
+            arguments.rate,
+            arguments.schedule,
+            arguments.steps,
+            arguments.guidance,
+            arguments.seed,
+        )
+        paths = pictures_in(arguments.folder)
+        records = stages_sent(codec, paths, arguments.out, setting)
+        plot_stages(records, arguments.out / "stages.png")
+    for record in records:
+        print(
+            f"{record['stages']:3} of {record['of']} stages: {record['bytes']:.1f} bytes, PSNR "
+            f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}"
+        )
 
 
 def evaluate_modes(arguments: argparse.Namespace) -> None:

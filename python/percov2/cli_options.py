@@ -23,10 +23,15 @@ def number(kind: type[int] | type[float], low: int, high: int) -> Callable[[str]
     return parse
 
 
-def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """Add ``--rate``, ``--schedule``, ``--slack``, ``--stages`` and ``--target-bytes``."""
+def add_rate(parser: argparse.ArgumentParser) -> None:
+    """Add ``--rate`` and ``--schedule``."""
     parser.add_argument("--rate", help="rate of the model, e.g. r031")
     parser.add_argument("--schedule", help="entropy schedule, e.g. qlds12")
+
+
+def add_encoding(parser: argparse.ArgumentParser) -> None:
+    """Add ``--rate``, ``--schedule``, ``--slack``, ``--stages`` and ``--target-bytes``."""
+    add_rate(parser)
     parser.add_argument(
         "--slack",
         type=number(float, 0, 2),

@@ -67,18 +67,23 @@ def texture_distance(maps: list[Tensor], references: list[Tensor], size: tuple[i
 class ReconstructionLoss(nn.Module):
     """L1 + LPIPS (AlexNet) + texture of decoded images against the photos.
 
-    LPIPS and texture see :func:`randomly_shifted` pictures.
+    LPIPS and texture see :func:`randomly_shifted` pictures but for a share of the calls: there they
+    see them as a viewer's LPIPS does, from the first pixel of a token on.
 
     LPIPS-VGG and DISTS are kept for judging and are never training losses.
 
     Args:
         lpips_weight: of LPIPS, beside 1 for L1.
         texture_weight: of :func:`texture_distance` on AlexNet's responses and pixel differences.
+        aligned: share of calls without a shift, 0 to 1.
     """
 
-    def __init__(self, lpips_weight: float, texture_weight: float = 0.0) -> None:
+    def __init__(
+        self, lpips_weight: float, texture_weight: float = 0.0, aligned: float = 0.0
+    ) -> None:
         super().__init__()
         self.lpips_weight, self.texture_weight = lpips_weight, texture_weight
+        self.aligned = aligned
         self.lpips = LPIPS("alex")
 
     def forward(self, images: Tensor, references: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,7 +98,8 @@ class ReconstructionLoss(nn.Module):
                 f"them {_LEAST_SIDE} pixels a side or more"
             )
         l1 = (images.float() - references).abs().mean()
-        images, references = randomly_shifted(images, references)
+        if not self.aligned or float(torch.rand(())) >= self.aligned:
+            images, references = randomly_shifted(images, references)
         with torch.no_grad():
             wanted = self.lpips.responses(references)
             target = self.lpips.normalized(wanted)

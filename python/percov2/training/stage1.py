@@ -84,6 +84,8 @@ class CodecConfig:
             models keep their meaning while flow and decoder improve.
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
         texture_weight: of the texture distance (``losses.texture_distance``).
+        aligned: share of the batches whose LPIPS is taken at the tokens' own phase
+            (``losses.ReconstructionLoss``).
         decoder_noise: standard deviation of the noise on the latents that are decoded.
         adversary: the patch discriminator; there is none by default.
     """
@@ -95,6 +97,7 @@ class CodecConfig:
     one_step: float = 0.75
     lpips_weight: float = 0.8
     texture_weight: float = 0.0
+    aligned: float = 0.0
     decoder_noise: float = 0.0
     latent_weight: float = 0.25
     vq_weight: float = 0.25
@@ -123,7 +126,7 @@ class CodecStage(TrainingStage):
         self.flow.pos_embed.proj.reset_parameters()
         self.text_encoder = HashedTextEncoder(**config.text_encoder)
         self.autoencoder.to(memory_format=torch.channels_last)
-        self.loss = ReconstructionLoss(config.lpips_weight, config.texture_weight)
+        self.loss = ReconstructionLoss(config.lpips_weight, config.texture_weight, config.aligned)
         self.adversary = Adversary(config.adversary) if config.adversary.weight else None
         self._step = 0
         self._discriminator_loss = math.nan

@@ -1,0 +1,119 @@
+"""What the stages of a file are worth (PerCoV2, Fig. 3): bytes and pictures over stages sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from percov2.codec import Codec
+from percov2.entropy.schedule import stage_count
+from percov2.evaluation.report import Setting, round_trip
+from percov2.images import read_image, write_bytes, write_image
+from percov2.packing import token_grid
+
+STAGE_METRICS = ("psnr", "lpips_alex")
+_SHOWN = 6
+
+
+def stages_sent(
+    codec: Codec, paths: Sequence[Path], out: Path, setting: Setting, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Compress pictures with 1, 2, … of their stages; the decoder draws the others.
+
+    An interrupted run goes on where it was: what out/stages.json holds is kept.
+
+    Args:
+        paths: pictures, as many stages for each as for the one with fewest.
+        out: folder for stages.json and NAME_stages.jpg, one picture's restored forms side by side.
+        setting: its ``stages`` and ``target_bytes`` do not matter.
+
+    Returns:
+        Per number of stages: stages, of (how many there are), bytes, psnr and lpips_alex (means).
+
+    Raises:
+        ValueError: no pictures, or a metric whose weights are not installed.
+    """
+    if not paths:
+        raise ValueError("no pictures to measure")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "stages.json"
+    records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    whole = replace(setting, stages=None, target_bytes=None)
+    total = min(_stage_count(codec, p, whole) for p in paths)
+    shown: list[Image.Image] = []
+    for k in range(1, total + 1):
+        if any(record["stages"] == k for record in records):
+            continue
+        trips = [
+            round_trip(codec, p, replace(whole, stages=k), STAGE_METRICS)
+            for p in tqdm(paths, desc=f"{k} of {total} stages", disable=not progress)
+        ]
+        notes = sorted({note for trip in trips for note in trip.notes})
+        if notes:
+            raise ValueError("; ".join(notes))
+        records.append(
+            {
+                "stages": k,
+                "of": total,
+                "pictures": len(paths),
+                **{
+                    key: float(np.mean([trip.record[key] for trip in trips]))
+                    for key in ("bytes", *STAGE_METRICS)
+                },
+            }
+        )
+        write_image(trips[0].restored, out / f"{paths[0].stem}_{k:02}.png")
+        write_bytes(path, (json.dumps(records, indent=2) + "\n").encode())
+    for k in np.linspace(1, total, min(_SHOWN, total)).round().astype(int):
+        with Image.open(out / f"{paths[0].stem}_{k:02}.png") as picture:
+            shown.append(picture.convert("RGB"))
+    _page(shown).save(out / f"{paths[0].stem}_stages.jpg", quality=90)
+    return records
+
+
+def _stage_count(codec: Codec, path: Path, setting: Setting) -> int:
+    rate = codec.config.rate(setting.rate or codec.config.default_rate)
+    picture = read_image(path)
+    grid = token_grid((picture.height, picture.width), rate.token_side)
+    return stage_count(setting.schedule or codec.config.default_schedule, *grid)
+
+
+def _page(pictures: Sequence[Image.Image], columns: int = 3, gap: int = 8) -> Image.Image:
+    """Pictures of one size, row by row, at half size."""
+    width, height = pictures[0].width // 2, pictures[0].height // 2
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for i, picture in enumerate(pictures):
+        place = (i % columns * (width + gap), i // columns * (height + gap))
+        page.paste(picture.resize((width, height), Image.Resampling.LANCZOS), place)
+    return page
+
+
+def plot_stages(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """A PNG: PSNR and LPIPS over bytes, each point with its number of stages."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    labels = ("PSNR, dB (higher is better)", "LPIPS, AlexNet (lower is better)")
+    for axis, metric, label in zip(axes, STAGE_METRICS, labels, strict=True):
+        line = sorted(records, key=lambda record: record["stages"])
+        axis.plot([r["bytes"] for r in line], [r[metric] for r in line], marker="o")
+        for record in line:
+            place = (record["bytes"], record[metric])
+            axis.annotate(str(record["stages"]), place, textcoords="offset points", xytext=(5, 4))
+        axis.set_xlabel("bytes of the whole file")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    figure.suptitle(f"stages sent, of {records[0]['of']}; {records[0]['pictures']} pictures")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
