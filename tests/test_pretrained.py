@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import percov2
+from percov2.caption_model import CaptionModel
 from percov2.codec import Codec
 from percov2.evaluation.metrics import measure
 
@@ -32,6 +33,29 @@ def test_model_id_file_names_every_rate(codec: Codec) -> None:
     lines = (FOLDER / "model_id").read_text(encoding="ascii").splitlines()
     rates = [rate.name for rate in codec.config.rates]
     assert lines == [f"{codec.model_id(rate):04x} {rate}" for rate in rates]
+
+
+def test_the_caption_model_is_the_documented_one() -> None:
+    folder = FOLDER.parent / "captions"
+    document = Path(__file__).parents[1] / "docs" / "bitstream.md"
+    fingerprint = CaptionModel.load(folder).fingerprint().hex()
+    assert f"`{fingerprint}`" in document.read_text(encoding="utf-8")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_500_000
+
+
+def test_captions_cost_a_few_bytes_and_any_text_survives(codec: Codec, photo: Image.Image) -> None:
+    small = photo.resize((64, 64))
+    without = len(codec.compress([small])[0])
+    likely = "A man riding a wave on a surfboard in the ocean."
+    assert len(codec.compress([small], captions=[likely])[0]) - without <= 8
+    for text in (
+        "Ein Müßiggänger läuft über die Straße.",
+        "猫が窓の外を見ている",
+        "x7#Q 🎨 	~~",
+    ):
+        (file,) = codec.compress([small], captions=[text])
+        assert codec.decode([file])[0].caption == text
+        assert len(file) - without <= len(text.encode()) + 2
 
 
 def test_folder_is_small_and_holds_no_pickles() -> None:
