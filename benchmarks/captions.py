@@ -104,6 +104,8 @@ def main() -> None:
     for name, lines in files.items():
         chosen = [x for x in lines if is_held_out(x) and len(x.split()) in WORDS]
         chosen = chosen[:50] if arguments.quick else chosen
+        if not chosen:
+            continue
         started = time.perf_counter()
         sizes = coded_bytes(model, chosen)
         seconds = time.perf_counter() - started
@@ -117,6 +119,8 @@ def main() -> None:
             "milliseconds": 1000 * seconds / len(chosen),
         }
         print(name, json.dumps(report[name]))
+    if not report:
+        raise ValueError("no held-out captions of 8 to 14 words in these files")
     if arguments.out:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
