@@ -32,7 +32,8 @@ from percov2.entropy.transformer import (
     TransformerConfig,
     crop_batch,
 )
-from percov2.training.loop import LoopConfig, Place, TrainingStage, load_averaged, train
+from percov2.training.loop import LoopConfig, Place, load_averaged, train
+from percov2.training.stage2 import RoundedStage
 
 _HELD_OUT_EVERY = 20
 _WIDTH_STEP = 4
@@ -167,27 +168,15 @@ class CaptionLines:
         return crop_batch(crops, 1, width)
 
 
-class CaptionStage(TrainingStage):
+class CaptionStage(RoundedStage):
     """Captions -> bits per piece of the transformer."""
-
-    whole_batches = True
 
     def __init__(self, config: CaptionsConfig, data: CaptionLines) -> None:
         super().__init__()
         self.config, self.data = config, data
-        self.place = Place(torch.device("cpu"))
         sizes = TransformerConfig(codebook_size=len(data.alphabet), **config.model)
         self.transformer = TokenTransformer(sizes)
         self.transformer.set_frequencies(torch.from_numpy(data.counts()))
-
-    def start_run(self, place: Place) -> None:
-        """See :meth:`TrainingStage.start_run`."""
-        self.place = place
-
-    def start_step(self, step: int, total: int) -> None:
-        """See :meth:`TrainingStage.start_step`."""
-        self.transformer.quantized = step >= self.config.round_from * total
-        self.transformer.observing = step < self.config.observe_until * total and step % 4 == 0
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`TrainingStage.forward`."""

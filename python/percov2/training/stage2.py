@@ -185,18 +185,21 @@ def random_stages(generator: np.random.Generator, height: int, width: int) -> ND
     return result.reshape(height, width)
 
 
-class EntropyStage(TrainingStage):
-    """Tokens -> bits per token of the transformer."""
+class RoundedStage(TrainingStage):
+    """A token transformer that is rounded in the later part of a run, in any number of processes.
+
+    Attributes:
+        config: says from when on (``round_from``) and how long scales move (``observe_until``).
+        transformer: what is trained.
+    """
 
     whole_batches = True
+    config: Any
+    transformer: TokenTransformer
 
-    def __init__(self, config: EntropyConfig, data: TokenMaps) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.config, self.data = config, data
         self.place = Place(torch.device("cpu"))
-        sizes = TransformerConfig(codebook_size=data.codebook_size, **config.model)
-        self.transformer = TokenTransformer(sizes)
-        self.transformer.set_frequencies(torch.from_numpy(data.counts()))
 
     def start_run(self, place: Place) -> None:
         """See :meth:`TrainingStage.start_run`."""
@@ -208,14 +211,6 @@ class EntropyStage(TrainingStage):
         observed = step < self.config.observe_until * total
         self.transformer.observing = observed and step % _OBSERVE_EVERY == 0
 
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.forward`."""
-        shape = self.config.shapes[int(generator.integers(len(self.config.shapes)))]
-        place = self.place
-        batch = self.data.draw(generator, shape, self.config, place.process, place.processes)
-        loss = self._bits(batch)
-        return loss, {"bits": loss.detach()}
-
     def after_step(self) -> None:
         """Let activations' magnitudes be the largest that any process saw."""
         if self.place.processes > 1 and self.transformer.observing:
@@ -224,6 +219,25 @@ class EntropyStage(TrainingStage):
             torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
             for amax, value in zip(seen, largest.split([len(m) for m in seen]), strict=True):
                 amax.copy_(value)
+
+
+class EntropyStage(RoundedStage):
+    """Tokens -> bits per token of the transformer."""
+
+    def __init__(self, config: EntropyConfig, data: TokenMaps) -> None:
+        super().__init__()
+        self.config, self.data = config, data
+        sizes = TransformerConfig(codebook_size=data.codebook_size, **config.model)
+        self.transformer = TokenTransformer(sizes)
+        self.transformer.set_frequencies(torch.from_numpy(data.counts()))
+
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`TrainingStage.forward`."""
+        shape = self.config.shapes[int(generator.integers(len(self.config.shapes)))]
+        place = self.place
+        batch = self.data.draw(generator, shape, self.config, place.process, place.processes)
+        loss = self._bits(batch)
+        return loss, {"bits": loss.detach()}
 
     def _bits(self, batch: TokenBatch) -> Tensor:
         """Mean bits per token."""
