@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from percov2.training.loop import LoopConfig, train
+from percov2.training.loop import LoopConfig, leave_processes, train
 from percov2.training.sd3_commands import run_sd3
 from percov2.training.settings import build_config, read_section
 from percov2.training.stage2 import EntropyConfig, EntropyStage, TokenMaps
@@ -25,3 +25,4 @@ def run(config: Path, data: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     run(*(Path(argument) for argument in sys.argv[1:]))
+    leave_processes()

@@ -335,7 +335,7 @@ def _add_train(commands: Any) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """``percov2 train PHASE``."""
-    from percov2.training import phases
+    from percov2.training import loop, phases
 
     _, options = phases.PHASES[arguments.phase]
     module, name = phases.home(arguments.phase)
@@ -343,6 +343,7 @@ def train(arguments: argparse.Namespace) -> None:
         getattr(importlib.import_module(module), name)(
             **{option: getattr(arguments, option) for option in options}
         )
+    loop.leave_processes()
 
 
 if __name__ == "__main__":

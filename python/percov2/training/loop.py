@@ -356,3 +356,13 @@ def train(
     stage.load_state_dict(run.averaged.state, strict=False)
     stage.eval()
     return run.step
+
+
+def leave_processes() -> None:
+    """Leave the group of processes that shared the runs, if there is one (collective).
+
+    To be called after the last run: a process that exits as a member may abort in the threads it
+    talks to the others by. Not after an error, when the others would be waited for in vain.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
