@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from percov2.evaluation.perceptual import LPIPS
+from percov2.models.perceptual import LPIPS
 from percov2.training.adversary import Adversary, AdversaryConfig
 from percov2.training.losses import ReconstructionLoss, randomly_shifted, texture_distance
 

@@ -16,7 +16,7 @@ from percov2 import Codec
 from percov2.evaluation import baselines, metrics, report
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.metrics import METRICS, Original, measure
-from percov2.evaluation.perceptual import INSTALL_HINT, MetricWeightsMissing
+from percov2.models.perceptual import INSTALL_HINT, MetricWeightsMissing
 
 
 def noise(side: int = 176, seed: int = 0, sigma: float = 20) -> tuple[np.ndarray, np.ndarray]:

@@ -20,8 +20,8 @@ from percov2.evaluation import caption_effect
 from percov2.evaluation.caption_effect import paired_interval
 from percov2.evaluation.metrics import psnr
 from percov2.evaluation.modes import operating_modes, plot_modes
-from percov2.evaluation.perceptual import LPIPS, MetricWeightsMissing
 from percov2.evaluation.realism import FrechetDistance, LiteFeatures
+from percov2.models.perceptual import LPIPS, MetricWeightsMissing
 from percov2.training.data import decode_shards, is_held_out
 
 

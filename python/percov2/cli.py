@@ -153,6 +153,7 @@ def compress(arguments: argparse.Namespace) -> None:
             arguments.slack,
             arguments.stages,
             arguments.target_bytes,
+            arguments.effort,
         )
     with about(arguments.output):
         write_bytes(arguments.output, data)

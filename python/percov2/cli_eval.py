@@ -184,6 +184,7 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
         arguments.slack,
         arguments.stages,
         arguments.target_bytes,
+        arguments.effort,
     )
 
 

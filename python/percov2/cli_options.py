@@ -30,8 +30,15 @@ def add_rate(parser: argparse.ArgumentParser) -> None:
 
 
 def add_encoding(parser: argparse.ArgumentParser) -> None:
-    """Add ``--rate``, ``--schedule``, ``--slack``, ``--stages`` and ``--target-bytes``."""
+    """Add what decides on the bytes: rate, schedule, effort, slack, and how much is held."""
     add_rate(parser)
+    parser.add_argument(
+        "--effort",
+        type=number(int, 0, 1000),
+        default=0,
+        help="rounds of a search for better tokens, e.g. 8; each takes as long as decoding the "
+        "picture three times (default: 0)",
+    )
     parser.add_argument(
         "--slack",
         type=number(float, 0, 2),

@@ -26,7 +26,7 @@ from percov2.model_ids import check_model, model_id
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.model_config import ModelConfig, Rate
 from percov2.packing import Tokens
-from percov2.tokenizing import TokenChoice, rgb_arrays, token_maps
+from percov2.tokenizing import CaptionedSearch, TokenChoice, rgb_arrays, token_maps
 from percov2.unpacking import OpenFile
 
 CAPTIONS = Path(__file__).parent / "pretrained" / "captions"
@@ -134,6 +134,7 @@ class Codec:
         slack: float = 0.0,
         stages: int | None = None,
         target_bytes: int | None = None,
+        effort: int = 0,
     ) -> list[bytes]:
         """Compress pictures of any modes and sizes into ``.pcv2`` files.
 
@@ -149,21 +150,30 @@ class Codec:
             stages: hold the tokens of so many stages, at least 1; the decoder draws the others
                 (the paper's hybrid mode). None, or all of a picture's: a complete file.
             target_bytes: hold as many stages as so many bytes have room for.
+            effort: 0 to 1000 rounds of a search for tokens that paint the picture better; each
+                takes as long as decoding it about three times, and 8 bring most of the gain.
 
         Raises:
             ValueError: unknown rate or schedule, a caption or picture that cannot be stored, a
-                wrong number of captions, slack or stages out of range, both stages and
-                target_bytes, or a picture of which one stage needs more than target_bytes.
+                wrong number of captions, slack, stages or effort out of range, both stages and
+                target_bytes, a picture of which one stage needs more than target_bytes, or effort
+                for a model or a picture that has no search.
+            MetricWeightsMissing: effort, and LPIPS's weights are not installed.
         """
         if stages is not None and target_bytes is not None:
             raise ValueError("stages and target_bytes exclude each other; give one")
-        if not 0 <= slack <= 2:
-            raise ValueError(f"slack must be 0 to 2, not {slack}")
+        for name, value, most in (("slack", slack, 2), ("effort", effort, 1000)):
+            if not 0 <= value <= most:
+                raise ValueError(f"{name} must be 0 to {most}, not {value}")
         point, name = self._rate(rate), self._schedule(schedule)
         coded = self._coded_captions(captions, len(images))
         choice = TokenChoice(self._entropy(point.name), name, slack) if slack else None
+        search = None
+        if effort:
+            texts = [""] * len(images) if captions is None else captions
+            search = CaptionedSearch(self.model.token_search(point.name, effort), texts)
         arrays = rgb_arrays(images, max_pixels)
-        tokens = token_maps(self.model, arrays, point, choice)
+        tokens = token_maps(self.model, arrays, point, choice, search)
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
         headers = self._headers(sizes, point, name, coded, tokens, stages)
         if target_bytes is None:

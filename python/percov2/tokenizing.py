@@ -15,6 +15,7 @@ from percov2.entropy.token_coder import TokenCoder
 from percov2.images import check_size, pad, to_rgb
 from percov2.models.backbone import Backbone
 from percov2.models.model_config import Rate
+from percov2.models.token_maker import Search
 from percov2.packing import Tokens
 
 _CANDIDATES = 16
@@ -37,6 +38,19 @@ class TokenChoice:
     slack: float
 
 
+@dataclass(frozen=True)
+class CaptionedSearch:
+    """A search for better directions than the hyper-encoder's.
+
+    Attributes:
+        run: see there.
+        captions: one per picture, "" for none; the decoder will see them.
+    """
+
+    run: Search
+    captions: Sequence[str]
+
+
 def rgb_arrays(images: Sequence[Image.Image], max_pixels: int) -> list[NDArray[np.uint8]]:
     """Pictures of any modes as uint8 [H, W, 3] in sRGB; ValueError for one that is too large."""
     for image in images:
@@ -49,21 +63,33 @@ def token_maps(
     arrays: Sequence[NDArray[np.uint8]],
     rate: Rate,
     choice: TokenChoice | None = None,
+    search: CaptionedSearch | None = None,
 ) -> list[Tokens]:
     """Tokens int32 [h, w] of pictures uint8 [H, W, 3], padded to whole tokens.
 
-    Without a choice every place takes the nearest code.
+    Without a choice every place takes the code that is nearest to the direction that the
+    hyper-encoder, or a search, wants there.
     """
     padded = [pad(array, rate.token_side) for array in arrays]
+    indices = range(len(arrays))
 
-    def encode(group: list[NDArray[np.uint8]]) -> list[Tokens]:
-        pixels = torch.from_numpy(np.stack(group)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        if choice is None:
+    def encode(group: list[int]) -> list[Tokens]:
+        stacked = torch.from_numpy(np.stack([padded[i] for i in group]))
+        pixels = stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+        if choice is None and search is None:
             return list(model.encode_tokens(pixels, rate.name).cpu().numpy())
-        tokens, similarities = model.candidates(pixels, rate.name, _CANDIDATES)
+        if search is None:
+            directions = model.directions(pixels, rate.name)
+        else:
+            images = zip(pixels.split(1), group, strict=True)
+            directions = torch.cat([search.run(x, search.captions[i]) for x, i in images])
+        quantizer = model.quantizer(rate.name)
+        if choice is None:
+            return list(quantizer.nearest(directions).cpu().numpy())
+        tokens, similarities = quantizer.candidates(directions, _CANDIDATES)
         allowed = similarities >= similarities[..., :1] - choice.slack
         return list(choice.coder.choose(tokens, allowed, choice.schedule).numpy())
 
     shapes = [array.shape for array in padded]
     sizes = [height * width // rate.token_side**2 for height, width, _ in shapes]
-    return packing.by_group(padded, shapes, sizes, encode)
+    return packing.by_group(indices, shapes, sizes, encode)

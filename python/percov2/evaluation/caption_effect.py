@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from percov2.codec import Codec
 from percov2.evaluation.gallery import Cell
-from percov2.evaluation.perceptual import LPIPS
 from percov2.models.flow import estimate_clean
+from percov2.models.perceptual import LPIPS
 from percov2.models.preset import CodecModel
 
 TIMES = (0.25, 0.5, 0.75, 1.0)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from percov2.evaluation.perceptual import DISTS, INSTALL_HINT, LPIPS, MetricWeightsMissing
+from percov2.models.perceptual import DISTS, INSTALL_HINT, LPIPS, MetricWeightsMissing
 
 METRICS: tuple[str, ...] = ("psnr", "ms_ssim", "lpips_alex", "lpips_vgg", "dists")
 HIGHER_IS_BETTER = frozenset({"psnr", "ms_ssim"})

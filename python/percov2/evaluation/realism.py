@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from percov2.evaluation.metrics import EVAL_HINT
-from percov2.evaluation.perceptual import MetricWeightsMissing
+from percov2.models.perceptual import MetricWeightsMissing
 
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _SIDE = 224

@@ -40,6 +40,7 @@ class Setting:
     slack: float = 0.0
     stages: int | None = None
     target_bytes: int | None = None
+    effort: int = 0
 
 
 @dataclass
@@ -94,6 +95,7 @@ def round_trip(
         slack=setting.slack,
         stages=setting.stages,
         target_bytes=setting.target_bytes,
+        effort=setting.effort,
     )
     encoded = time.perf_counter()
     (restored,) = codec.decompress([file], setting.steps, setting.guidance, setting.seed)
@@ -249,6 +251,7 @@ def evaluate(
         "steps": codec.config.steps if setting.steps is None else setting.steps,
         "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
         "seed": setting.seed,
+        "effort": setting.effort,
         "slack": setting.slack,
         "stages": setting.stages,
         "target_bytes": setting.target_bytes,
@@ -367,8 +370,8 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
         f"# {report['model']} {report['rate']}, {len(stems)} pictures",
         f"percov2 {report['percov2']}, model id {report['model_id']}, schedule "
         f"{report['schedule']}, {report['steps']} steps, guidance {report['guidance']}, seed "
-        f"{report['seed']}, slack {report['slack']}, {_held(report)}; torch {report['torch']}, "
-        f"{report['threads']} threads. bpp counts the whole file.",
+        f"{report['seed']}, effort {report['effort']}, slack {report['slack']}, {_held(report)}; "
+        f"torch {report['torch']}, {report['threads']} threads. bpp counts the whole file.",
         table(images, "image"),
     ]
     rivals = [

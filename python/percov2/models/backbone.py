@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from percov2.models.model_config import BACKBONES, EMBEDDED, ModelConfig
+from percov2.models.quantizer import VectorQuantizer
+from percov2.models.token_maker import Search
 
 _HOME = {
     "tiny": ("preset", "CodecModel"),
@@ -63,6 +65,7 @@ class Backbone(Protocol):
     folder: Path
     device: str
     config: ModelConfig
+    quantizer: Callable[[str], VectorQuantizer]
 
     def codebook_bytes(self, rate: str) -> bytes:
         """The stored codebook, float32 little-endian, row after row (part of the model id)."""
@@ -79,8 +82,12 @@ class Backbone(Protocol):
         """
         ...
 
-    def candidates(self, images: Tensor, rate: str, count: int) -> tuple[Tensor, Tensor]:
-        """The nearest codes of every place: see ``TokenMaker.candidates``."""
+    def directions(self, images: Tensor, rate: str) -> Tensor:
+        """What tokens are the nearest codes of: see ``TokenMaker.directions``."""
+        ...
+
+    def token_search(self, rate: str, rounds: int) -> Search:
+        """What finds better directions: see ``TokenMaker.token_search``."""
         ...
 
     def reconstruct(

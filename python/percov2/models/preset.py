@@ -21,7 +21,7 @@ from percov2.models.model_config import ModelConfig
 from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 from percov2.models.storage import load_component
 from percov2.models.text_encoder import HashedTextEncoder
-from percov2.models.token_maker import TokenMaker
+from percov2.models.token_maker import Search, TokenMaker
 
 
 class CodecModel(TokenMaker):
@@ -48,6 +48,7 @@ class CodecModel(TokenMaker):
         self.hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
 
     @cached_property
+    @torch.inference_mode(False)  # a search takes gradients through it
     def autoencoder(self) -> PatchAutoencoder:
         """The autoencoder, channels last on the CPU (twice as fast there)."""
         model = load_component(PatchAutoencoder, self.folder / "autoencoder", self.device)
@@ -123,32 +124,64 @@ class CodecModel(TokenMaker):
             ValueError: for tokens out of range, an unknown rate, or steps < 1.
         """
         z_hat = self.z_hat(tokens, rate)
-        height, width = z_hat.shape[-2:]
-        channels = int(self.flow.config["out_channels"])
-        generator = torch.Generator().manual_seed(seed)
-        noise, grain = torch.randn(2, channels, height, width, generator=generator)
-        noise = noise.to(self.device).expand(len(tokens), -1, -1, -1)
+        noise, grain = self.draw_noise(z_hat.shape[-2], z_hat.shape[-1], seed)
         text = self.text_encoder(captions)
         empty = self.text_encoder([""] * len(tokens))
         guided = guidance != 1.0 and any(captions)
 
         def estimate(noisy: Tensor, z: Tensor, t: float) -> Tensor:
-            def run(words: tuple[Tensor, Tensor]) -> Tensor:
-                def window(x: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
-                    times = torch.full((len(x),), t, device=x.device)
-                    picked = (words[0][rows], words[1][rows])
-                    return estimate_clean(self.flow, x, cut, times, picked, self.config.prediction)
-
-                return WindowedEstimate(window, self.config.window, self.config.overlap)(noisy, z)
-
-            conditional = run(text)
+            conditional = self._estimate(noisy, z, t, text)
             if not guided:
                 return conditional
-            unconditional = run(empty)
+            unconditional = self._estimate(noisy, z, t, empty)
             return unconditional + guidance * (conditional - unconditional)
 
-        latents = sample(estimate, z_hat, noise, steps)
-        latents = latents + self.config.decoder_noise * grain.to(latents)
+        noise = noise.expand(len(tokens), -1, -1, -1)
+        return self._decode(sample(estimate, z_hat, noise, steps), grain).clamp(-1, 1)
+
+    def draw_noise(self, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Starting noise and the decoder's noise, [16, H/8, W/8] each, for latents of H/8 x W/8."""
+        channels = int(self.flow.config["out_channels"])
+        generator = torch.Generator().manual_seed(seed)
+        noise, grain = torch.randn(2, channels, height, width, generator=generator)
+        return noise.to(self.device), grain.to(self.device)
+
+    def paint_once(
+        self, z_hat: Tensor, text: tuple[Tensor, Tensor], noise: Tensor, grain: Tensor
+    ) -> Tensor:
+        """What one step paints without guidance, before it is clamped; differentiable.
+
+        Args:
+            z_hat: [B, C, H/8, W/8].
+            text: embeddings of the captions.
+            noise, grain: as of :meth:`draw_noise`.
+
+        Returns:
+            Images [B, 3, H, W].
+        """
+        noise = noise.expand(len(z_hat), -1, -1, -1)
+        return self._decode(self._estimate(noise, z_hat, 1.0, text), grain)
+
+    def _estimate(
+        self, noisy: Tensor, z_hat: Tensor, t: float, text: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Clean latents of all windows at time t."""
+
+        def window(x: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
+            times = torch.full((len(x),), t, device=x.device)
+            picked = (text[0][rows], text[1][rows])
+            return estimate_clean(self.flow, x, cut, times, picked, self.config.prediction)
+
+        return WindowedEstimate(window, self.config.window, self.config.overlap)(noisy, z_hat)
+
+    def _decode(self, latents: Tensor, grain: Tensor) -> Tensor:
+        latents = latents + self.config.decoder_noise * grain
         decode = self.autoencoder.decode
         parts = [decode(x.contiguous(memory_format=torch.channels_last)) for x in latents.split(1)]
-        return torch.cat(parts).clamp(-1, 1)
+        return torch.cat(parts)
+
+    def token_search(self, rate: str, rounds: int) -> Search:
+        """See :meth:`TokenMaker.token_search`; MetricWeightsMissing without LPIPS's weights."""
+        from percov2.models.token_search import TokenSearch
+
+        return TokenSearch(self, rate, rounds)

@@ -78,15 +78,24 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
 
     def tokens(self, hyper_latents: Tensor) -> Tensor:
         """Token int32 [B, h, w] of each hyper-latent; the lowest index wins a tie."""
-        return self._nearest(self._directions(hyper_latents))
+        return self.nearest(self.directions(hyper_latents))
 
-    def candidates(self, hyper_latents: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The ``count`` nearest codes of each hyper-latent, the nearest first.
+    def directions(self, hyper_latents: Tensor) -> Tensor:
+        """Unit vectors float32 [B, h, w, D] of hyper-latents [B, M, h, w], to be quantized."""
+        projected = self.project_in(hyper_latents).permute(0, 2, 3, 1)
+        return F.normalize(projected.float(), dim=-1)
+
+    def nearest(self, directions: Tensor) -> Tensor:
+        """Token int32 [B, h, w] of each direction; the lowest index wins a tie."""
+        return (directions @ self.codebook.float().T).argmax(-1).to(torch.int32)
+
+    def candidates(self, directions: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` nearest codes of each direction, the nearest first.
 
         Returns:
             Tokens int32 and cosine similarities float32, both [B, h, w, min(count, V)].
         """
-        similarities = self._directions(hyper_latents) @ self.codebook.float().T
+        similarities = directions @ self.codebook.float().T
         best = similarities.topk(min(count, similarities.shape[-1]), -1)
         return best.indices.to(torch.int32), best.values
 
@@ -101,17 +110,24 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
             raise ValueError(f"tokens must lie in 0…{size - 1}")
         return self._project(self.codebook[tokens.long()])
 
+    def straight_through(self, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """z_hat [B, C, h, w] of the nearest codes, and the codes [B, h, w, D].
+
+        The gradient of z_hat reaches the directions as if they had not been quantized.
+        """
+        codes = self.codebook[self.nearest(directions).long()]
+        return self._project(directions + (codes - directions).detach()), codes
+
     def forward(self, hyper_latents: Tensor) -> Quantized:
         """Quantize with straight-through gradients (training)."""
-        directions = self._directions(hyper_latents)
-        tokens = self._nearest(directions)
-        codes = self.codebook[tokens.long()]
+        directions = self.directions(hyper_latents)
+        tokens = self.nearest(directions)
+        z_hat, codes = self.straight_through(directions)
         loss = (directions - codes).square().sum(-1).mean()
-        straight_through = directions + (codes - directions).detach()
         usage = (directions.flatten(0, 2) @ self.codebook.T * 10).softmax(-1).mean(0)
         spread = -(usage * usage.clamp_min(1e-9).log()).sum()
         flat = directions.detach().flatten(0, 2)
-        return Quantized(self._project(straight_through), tokens, loss, spread, flat)
+        return Quantized(z_hat, tokens, loss, spread, flat)
 
     @torch.no_grad()
     def update_codebook(
@@ -140,13 +156,6 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
             picks = torch.randint(directions.shape[0], (len(dead),))
             self.codebook[dead] = directions[picks]
             self.usage[dead] = uniform
-
-    def _directions(self, hyper_latents: Tensor) -> Tensor:
-        projected = self.project_in(hyper_latents).permute(0, 2, 3, 1)
-        return F.normalize(projected.float(), dim=-1)
-
-    def _nearest(self, directions: Tensor) -> Tensor:
-        return (directions @ self.codebook.float().T).argmax(-1).to(torch.int32)
 
     def _project(self, codes: Tensor) -> Tensor:
         scale = self.codebook.shape[1] ** 0.5

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from percov2.models.quantizer import VectorQuantizer
 
+Search = Callable[[Tensor, str], Tensor]
+"""Image [1, 3, H, W] in [-1, 1] and caption -> directions as of ``TokenMaker.directions``."""
+
 
 class TokenMaker(ABC):
     """What backbones share of compressing; they say how hyper-latents are made.
@@ -30,6 +33,15 @@ class TokenMaker(ABC):
         """
 
     @torch.inference_mode()
+    def directions(self, images: Tensor, rate: str) -> Tensor:
+        """Unit vectors float32 [B, H/s, W/s, D] of which tokens are the nearest codes.
+
+        Arguments and errors as for ``encode_tokens``.
+        """
+        quantizer = self.quantizer(rate)
+        return torch.cat([quantizer.directions(z) for z in self.hyper_latents(images, rate)])
+
+    @torch.inference_mode()
     def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
         """Tokens int32 [B, H/s, W/s] of images, s = the rate's token side.
 
@@ -39,20 +51,15 @@ class TokenMaker(ABC):
         Raises:
             ValueError: when H or W is not a multiple of s, or the rate is unknown.
         """
-        quantizer = self.quantizer(rate)
-        return torch.cat([quantizer.tokens(z) for z in self.hyper_latents(images, rate)])
+        return self.quantizer(rate).nearest(self.directions(images, rate))
 
-    @torch.inference_mode()
-    def candidates(self, images: Tensor, rate: str, count: int) -> tuple[Tensor, Tensor]:
-        """The nearest codes of every place of images, the nearest first.
+    def token_search(self, rate: str, rounds: int) -> Search:
+        """What finds better directions than the hyper-encoder's, for backbones that have it.
 
-        Arguments and errors as for ``encode_tokens``.
+        Args:
+            rounds: each costs about three paintings of the picture, and brings less than the last.
 
-        Returns:
-            Tokens int32 and their cosine similarities float32, both [B, H/s, W/s, K], K = count or
-            the codebook's size.
+        Raises:
+            ValueError: this backbone has none, or an unknown rate.
         """
-        quantizer = self.quantizer(rate)
-        found = [quantizer.candidates(z, count) for z in self.hyper_latents(images, rate)]
-        tokens, similarities = zip(*found, strict=True)
-        return torch.cat(tokens), torch.cat(similarities)
+        raise ValueError("only small models search for tokens; leave effort at 0")

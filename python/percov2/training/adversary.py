@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from percov2.evaluation.perceptual import LPIPS
+from percov2.models.perceptual import LPIPS
 from percov2.training.losses import randomly_shifted
 
 REACHES = ("all", "decoder")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from percov2.evaluation.perceptual import LPIPS
+from percov2.models.perceptual import LPIPS
 
 _WINDOW = 64
 """Side of the windows, in pixels, in which textures are compared."""

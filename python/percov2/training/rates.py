@@ -23,7 +23,8 @@ class RateConfig:
         share: of the training steps; shares need not sum to 1.
         crops: sides must be multiples of the token side.
         codebook_decay: of the codebook's moving averages; nearer to 1 where a step has few tokens
-            per code.
+            per code. 1 keeps the codebook, and so the model id of files, while the hyper-encoder
+            learns.
     """
 
     hyper_encoder: dict = field(default_factory=dict)
@@ -92,7 +93,7 @@ class RateNetworks(nn.Module):
 
     def move_codebook(self) -> None:
         """Move the codes toward the last step's hyper-latents, once."""
-        if self._last is not None:
+        if self._last is not None and self.config.codebook_decay < 1:
             directions, tokens = self._last.directions, self._last.tokens
             self.quantizer.update_codebook(directions, tokens, decay=self.config.codebook_decay)
             self._last = None

@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from percov2.evaluation.perceptual import LPIPS
+from percov2.models.perceptual import LPIPS
 from percov2.models.sd3_base import SD3Folder
 from percov2.models.sd3_latents import decode_latents, encode_latents
 from percov2.models.sd3_text import CaptionEmbedder

@@ -1,0 +1,146 @@
+"""Tokens that suit one picture: better ones than the hyper-encoder's, found by painting.
+
+A hyper-encoder guesses tokens at once. Here the picture is painted from them, and the gradient of
+L1 + LPIPS (AlexNet), straight through the quantizer, moves the directions that tokens are nearest
+to; round after round (cf. Yang, Bamler, Mandt 2020, arXiv 2006.04240). Files keep their format and
+decoders their work.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+from math import gcd
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from percov2.models.autoencoder import PatchAutoencoder
+from percov2.models.perceptual import LPIPS
+
+if TYPE_CHECKING:
+    from percov2.models.preset import CodecModel
+
+L1_WEIGHT = 3.0
+"""Beside 1.6 for LPIPS."""
+LPIPS_WEIGHT = 1.6
+_STEP = 0.03
+_SHIFTS = 16
+"""AlexNet's last slices look at every 16th pixel. It meets the picture at a new phase each round,
+as in training, lest tokens please it at one."""
+LEAST_SIDE = 32 + _SHIFTS - 1
+_WINDOWS = 3
+"""Windows of the flow per tile and direction, at least."""
+
+
+def tiles(length: int, window: int, overlap: int, unit: int) -> list[slice]:
+    """Parts of a side that are searched one after the other: they bound the memory.
+
+    The flow's windows in a tile are those that it has in the whole picture.
+
+    Args:
+        length: of the side, in latents.
+        window, overlap: of the flow's windows, in latents.
+        unit: latents per token; tiles begin and end between tokens.
+    """
+    stride = window - overlap
+    multiple = unit // gcd(stride, unit)
+    step = stride * multiple * -(-_WINDOWS // multiple)
+    starts = [s for s in range(0, length, step) if s == 0 or length - s >= window + overlap]
+    margin = -(-overlap // unit) * unit
+    ends = [start + margin for start in starts[1:]] + [length]
+    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+class TokenSearch:
+    """The search for one rate of a small model; calls are deterministic on a machine.
+
+    Args:
+        model: its networks stay as they are.
+        rate: name of a rate.
+        rounds: how often a picture is painted and tokens are moved.
+
+    Raises:
+        ValueError: unknown rate.
+        MetricWeightsMissing: LPIPS's weights are not installed.
+    """
+
+    def __init__(self, model: CodecModel, rate: str, rounds: int) -> None:
+        self.model, self.rate, self.rounds = model, rate, rounds
+        self.unit = model.config.rate(rate).token_side // PatchAutoencoder.stride
+        self.lpips = LPIPS("alex").to(model.device)
+
+    def __call__(self, image: Tensor, caption: str) -> Tensor:
+        """Directions float32 [1, H/s, W/s, D] for an image and its caption.
+
+        The decoder is expected to paint with one step and the default seed; other settings gain
+        too, if less.
+
+        Args:
+            image: float [1, 3, H, W] in [-1, 1], sides multiples of the token side.
+            caption: "" for none.
+
+        Raises:
+            ValueError: a side of less than 47 pixels, of which AlexNet sees nothing.
+        """
+        height, width = image.shape[-2:]
+        if min(height, width) < LEAST_SIDE:
+            raise ValueError(
+                f"{width}x{height} pixels are too few to search for tokens: make them {LEAST_SIDE} "
+                "a side or more, or leave effort at 0"
+            )
+        image = image.to(self.model.device)
+        # Outside of inference mode, where the copies may take part in gradients.
+        directions = self.model.directions(image, self.rate).clone()
+        with torch.no_grad():
+            text = self.model.text_encoder([caption])
+        stride, config = PatchAutoencoder.stride, self.model.config
+        latents = height // stride, width // stride
+        noise, grain = self.model.draw_noise(*latents, seed=0)
+        searched = torch.zeros(directions.shape[:-1], dtype=torch.bool, device=directions.device)
+        sides = [tiles(n, config.window, config.overlap, self.unit) for n in latents]
+        for ys, xs in product(*sides):
+            places = (
+                slice(None),
+                *(slice(s.start // self.unit, s.stop // self.unit) for s in (ys, xs)),
+            )
+            pixels = [slice(s.start * stride, s.stop * stride) for s in (ys, xs)]
+            directions[places] = self._improve(
+                directions[places],
+                searched[places],
+                image[..., pixels[0], pixels[1]],
+                text,
+                (noise[:, ys, xs], grain[:, ys, xs]),
+            )
+            searched[places] = True
+        return directions
+
+    def _improve(
+        self,
+        directions: Tensor,
+        fixed: Tensor,
+        image: Tensor,
+        text: tuple[Tensor, Tensor],
+        noises: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        """Directions of one tile after all rounds; where ``fixed`` is true they stay."""
+        quantizer = self.model.quantizer(self.rate)
+        moved = directions.clone().requires_grad_()
+        optimizer = torch.optim.Adam([moved], lr=_STEP, betas=(0.8, 0.95))
+        shifts = torch.randint(
+            _SHIFTS, (self.rounds, 2), generator=torch.Generator().manual_seed(0)
+        )
+        for down, right in shifts.tolist():
+            z_hat, _ = quantizer.straight_through(self._kept(directions, fixed, moved))
+            z_hat = z_hat.repeat_interleave(self.unit, -2).repeat_interleave(self.unit, -1)
+            painted = self.model.paint_once(z_hat, text, *noises)
+            lpips = self.lpips(painted[..., down:, right:], image[..., down:, right:]).mean()
+            loss = L1_WEIGHT * (painted - image).abs().mean() + LPIPS_WEIGHT * lpips
+            (moved.grad,) = torch.autograd.grad(loss, moved)
+            optimizer.step()
+        return self._kept(directions, fixed, moved).detach()
+
+    @staticmethod
+    def _kept(directions: Tensor, fixed: Tensor, moved: Tensor) -> Tensor:
+        return torch.where(fixed[..., None], directions, F.normalize(moved, dim=-1))

@@ -1,0 +1,135 @@
+"""The search for better tokens (``--effort``), on the random model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from percov2.codec import Codec
+from percov2.models import token_search
+from percov2.models.flow import window_starts
+from percov2.models.perceptual import LPIPS
+from percov2.models.preset import CodecModel
+from percov2.models.token_search import TokenSearch, tiles
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return Image.fromarray(coarse.repeat(8, 0).repeat(8, 1))
+
+
+def tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+
+
+@given(
+    st.integers(1, 60), st.integers(1, 8), st.integers(1, 12), st.integers(0, 6), st.data()
+)
+def test_tiles_have_the_windows_of_the_whole(
+    tokens: int, unit: int, extra: int, shared: int, data: st.DataObject
+) -> None:
+    overlap = unit * shared
+    window = overlap + extra
+    length = tokens * unit
+    parts = tiles(length, window, overlap, unit)
+    assert parts[0].start == 0 and parts[-1].stop == length
+    stride = window - overlap
+    whole = {start + offset for start in window_starts(length, window, stride) for offset in [0]}
+    found = set()
+    for part in parts:
+        size = part.stop - part.start
+        assert size > 0 and part.start % unit == 0 and part.stop % unit == 0
+        found |= {part.start + s for s in window_starts(size, window, stride)}
+    assert found == whole
+    for before, after in zip(parts, parts[1:], strict=False):
+        assert before.start < after.start == before.stop - overlap
+
+
+def test_painting_once_is_one_step(codec: Codec) -> None:
+    model = codec.model
+    assert isinstance(model, CodecModel)
+    tokens = torch.randint(0, 64, (2, 5, 7))
+    whole = model.reconstruct(tokens, "fine", ["", "a red door"], 1, 1.0, 0)
+    z_hat = model.z_hat(tokens, "fine")
+    noises = model.draw_noise(10, 14, 0)
+    with torch.no_grad():
+        once = model.paint_once(z_hat, model.text_encoder(["", "a red door"]), *noises)
+    assert torch.equal(once.clamp(-1, 1), whole)
+
+
+def distance(model: CodecModel, directions: Tensor, image: Tensor, caption: str) -> float:
+    """What the search lowers, at the phase at which it begins."""
+    tokens = model.quantizer("fine").nearest(directions)
+    painted = model.reconstruct(tokens, "fine", [caption], 1, 1.0, 0)
+    lpips = float(LPIPS("alex")(painted, image))
+    l1 = float((painted - image).abs().mean())
+    return token_search.L1_WEIGHT * l1 + token_search.LPIPS_WEIGHT * lpips
+
+
+@pytest.mark.parametrize("caption", ["", "a red door"])
+def test_a_search_paints_the_picture_better(codec: Codec, caption: str) -> None:
+    model = codec.model
+    assert isinstance(model, CodecModel)
+    image = tensor(photo(64, 48))
+    before = model.directions(image, "fine")
+    after = model.token_search("fine", 20)(image, caption)
+    assert after.shape == before.shape and after.dtype == torch.float32
+    assert torch.allclose(after.norm(dim=-1), torch.ones(1, 3, 4), atol=1e-5)
+    assert distance(model, after, image, caption) < 0.98 * distance(model, before, image, caption)
+    weights = [p for part in (model.flow, model.autoencoder) for p in part.parameters()]
+    assert all(p.grad is None for p in weights)
+
+
+def test_files_hold_the_tokens_that_were_found(codec: Codec) -> None:
+    model = codec.model
+    assert isinstance(model, CodecModel)
+    pictures, captions = [photo(64, 48), photo(64, 48, 1), photo(64, 64)], ["", "a red door", ""]
+    files = codec.compress(pictures, captions=captions, effort=3)
+    decoded = codec.decode(files)
+    for picture, caption, file in zip(pictures, captions, decoded, strict=True):
+        directions = model.token_search("fine", 3)(tensor(picture), caption)
+        expected = model.quantizer("fine").nearest(directions)[0].numpy()
+        assert np.array_equal(file.tokens, expected)
+        assert not np.array_equal(file.tokens, codec.encode_tokens([picture])[0])
+    # The nearest of the codes that a slack allows is what no slack takes; much slack changes it.
+    loose = codec.decode_tokens(codec.compress(pictures[:1], effort=3, slack=0.5))[0]
+    assert not np.array_equal(loose, decoded[0].tokens)
+
+
+def test_tiles_keep_what_earlier_ones_found(codec: Codec) -> None:
+    """Windows of 16 latents overlap by 8: 512 pixels are 64 latents, so tiles at 0, 24, 48."""
+    model = codec.model
+    assert isinstance(model, CodecModel)
+    assert (model.config.window, model.config.overlap) == (16, 8)
+    assert tiles(64, 16, 8, 2) == [slice(0, 32), slice(24, 64)]
+    search = TokenSearch(model, "fine", 2)
+    image = tensor(photo(512, 64))
+    whole = search(image, "")
+    text = model.text_encoder([""])
+    noise, grain = model.draw_noise(8, 64, 0)
+    start = model.directions(image, "fine").clone()[:, :, :16]
+    free = torch.zeros(1, 4, 16, dtype=torch.bool)
+    first = search._improve(
+        start, free, image[..., :256], text, (noise[..., :32], grain[..., :32])
+    )
+    assert torch.equal(whole[:, :, :16], first)
+    assert not torch.equal(whole[:, :, 16:], model.directions(image, "fine")[:, :, 16:])
+
+
+def test_refusals(codec: Codec, sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for effort in (-1, 1001):
+        with pytest.raises(ValueError, match="effort must be 0 to 1000"):
+            codec.compress([photo(64, 64)], effort=effort)
+    with pytest.raises(ValueError, match="32x64 pixels are too few.*47"):
+        codec.compress([photo(32, 64)], effort=1)
+    with pytest.raises(ValueError, match="only small models"):
+        Codec.from_pretrained(sd3_folder).compress([photo(64, 64)], effort=1)
+    with pytest.raises(ValueError, match="unknown rate|no rate"):
+        codec.compress([photo(64, 64)], rate="nonsense", effort=1)
