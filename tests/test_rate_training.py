@@ -311,6 +311,20 @@ def test_frozen_tokens_stay_while_pictures_learn(cache: Path, tmp_path: Path) ->
     assert torch.equal(quantized.z_hat, rate.quantizer.lookup(tokens))
 
 
+def test_a_kept_codebook_stays_while_its_hyper_encoder_learns(cache: Path, tmp_path: Path) -> None:
+    text = config_text(["r031", "r010"])
+    text = text.replace("[codec.rates.r031]", "[codec.rates.r031]\ncodebook_decay = 1.0")
+    stage, loop = codec_stage(written(tmp_path, text), PhotoCrops(cache))
+    before = {k: v.clone() for k, v in stage.state_dict().items()}
+    train(stage, loop, tmp_path / "run")
+    after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
+    assert "rates.r010.quantizer.codebook" in moved
+    assert "rates.r031.quantizer.codebook" not in moved
+    assert "rates.r031.quantizer.project_in.weight" in moved
+    assert any(k.startswith("rates.r031.hyper_encoder") for k in moved)
+
+
 def test_warm_start_refusals(cache: Path, tmp_path: Path) -> None:
     data = PhotoCrops(cache)
     stage, loop = codec_stage(written(tmp_path, config_text(["r031"], steps=1)), data)

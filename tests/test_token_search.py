@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,7 @@ def tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
-@given(
-    st.integers(1, 60), st.integers(1, 8), st.integers(1, 12), st.integers(0, 6), st.data()
-)
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 12), st.integers(0, 6), st.data())
 def test_tiles_have_the_windows_of_the_whole(
     tokens: int, unit: int, extra: int, shared: int, data: st.DataObject
 ) -> None:
@@ -41,14 +40,14 @@ def test_tiles_have_the_windows_of_the_whole(
     parts = tiles(length, window, overlap, unit)
     assert parts[0].start == 0 and parts[-1].stop == length
     stride = window - overlap
-    whole = {start + offset for start in window_starts(length, window, stride) for offset in [0]}
+    whole = set(window_starts(length, window, stride))
     found = set()
     for part in parts:
         size = part.stop - part.start
         assert size > 0 and part.start % unit == 0 and part.stop % unit == 0
         found |= {part.start + s for s in window_starts(size, window, stride)}
     assert found == whole
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in pairwise(parts):
         assert before.start < after.start == before.stop - overlap
 
 
@@ -116,9 +115,7 @@ def test_tiles_keep_what_earlier_ones_found(codec: Codec) -> None:
     noise, grain = model.draw_noise(8, 64, 0)
     start = model.directions(image, "fine").clone()[:, :, :16]
     free = torch.zeros(1, 4, 16, dtype=torch.bool)
-    first = search._improve(
-        start, free, image[..., :256], text, (noise[..., :32], grain[..., :32])
-    )
+    first = search._improve(start, free, image[..., :256], text, (noise[..., :32], grain[..., :32]))
     assert torch.equal(whole[:, :, :16], first)
     assert not torch.equal(whole[:, :, 16:], model.directions(image, "fine")[:, :, 16:])
 
@@ -127,9 +124,9 @@ def test_refusals(codec: Codec, sd3_folder: Path, monkeypatch: pytest.MonkeyPatc
     for effort in (-1, 1001):
         with pytest.raises(ValueError, match="effort must be 0 to 1000"):
             codec.compress([photo(64, 64)], effort=effort)
-    with pytest.raises(ValueError, match="32x64 pixels are too few.*47"):
+    with pytest.raises(ValueError, match=r"32x64 pixels are too few.*47"):
         codec.compress([photo(32, 64)], effort=1)
     with pytest.raises(ValueError, match="only small models"):
         Codec.from_pretrained(sd3_folder).compress([photo(64, 64)], effort=1)
-    with pytest.raises(ValueError, match="unknown rate|no rate"):
+    with pytest.raises(ValueError, match="nonsense"):
         codec.compress([photo(64, 64)], rate="nonsense", effort=1)
