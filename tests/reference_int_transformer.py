@@ -115,6 +115,18 @@ def logits(
 ) -> np.ndarray:
     """int16 [h * w, V] in coding order, for one grid of tokens [h, w]."""
     entries = make_entries(tensors, tokens, stages)
+    queries = entries[3 + tokens.size :]
+    order = sorted(range(tokens.size), key=lambda i: (int(stages.flat[i]), i))
+    return entry_logits(config, tensors, entries, [queries[i] for i in order])
+
+
+def entry_logits(
+    config: dict[str, int],
+    tensors: dict[str, Any],
+    entries: list[dict[str, Any]],
+    asked: list[dict[str, Any]],
+) -> np.ndarray:
+    """int16 [n, V] of those n of the entries that are asked."""
     limit = 2**20
     for index in range(config["layers"]):
         prefix = f"layers.{index}"
@@ -127,10 +139,8 @@ def logits(
             active = [int(tensors[f"{prefix}.gelu"][v + 128]) for v in hidden]
             update = linear(active, tensors, f"{prefix}.down", -limit, limit)
             entry["r"] = [max(-limit, min(limit, a + b)) for a, b in zip(r, update, strict=True)]
-    queries = entries[3 + tokens.size :]
-    order = sorted(range(tokens.size), key=lambda i: (int(stages.flat[i]), i))
     rows = []
-    for i in order:
-        x = layer_norm(queries[i]["r"], tensors["head_norm.gain"].tolist())
+    for entry in asked:
+        x = layer_norm(entry["r"], tensors["head_norm.gain"].tolist())
         rows.append(linear(x, tensors, "head", -(2**15), 2**15 - 1))
     return np.array(rows, dtype=np.int16)

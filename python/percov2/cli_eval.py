@@ -1,9 +1,10 @@
-"""The command line's evaluations: ``percov2 eval kodak|stages|modes|captions``."""
+"""The command line's evaluations: ``percov2 eval kodak|stages|modes|captions|entropy``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from percov2.evaluation.entropy_study import Method
     from percov2.evaluation.report import Setting
+    from percov2.evaluation.study_coders import TokenMap
+    from percov2.models.backbone import Backbone
 
 
 def add_parser(commands: Any) -> None:
@@ -65,6 +69,33 @@ def add_parser(commands: Any) -> None:
         type=number(int, 0, 100),
         default=8,
         help="crops whose restored pictures are shown (default: 8)",
+    )
+
+    one = command("entropy", evaluate_entropy, "Entropy schedules compared on held-out tokens.")
+    one.add_argument(
+        "--data", type=Path, required=True, help="token maps: out of `percov2 train tokens`"
+    )
+    one.add_argument("--rate", help="rate of the model, e.g. r031: the rate of the token maps")
+    one.add_argument(
+        "--entropy-run",
+        type=Path,
+        help="out of `percov2 train entropy` that made the model's weights, for training",
+    )
+    one.add_argument(
+        "--finetune",
+        type=number(int, 0, 10**6),
+        default=0,
+        metavar="STEPS",
+        help="train on for each schedule alone, measure again (needs --entropy-run; default: 0)",
+    )
+    one.add_argument(
+        "--baselines",
+        default="",
+        help="masked,multiscale: train the paper's re-reading masked model and explicit VAR, as "
+        "long as the shared weights, and measure them (need --entropy-run)",
+    )
+    one.add_argument(
+        "--photos", type=Path, help="out of `percov2 train data` that the maps are of: multiscale"
     )
 
 
@@ -203,3 +234,90 @@ def evaluate_kodak(arguments: argparse.Namespace) -> None:
         )
     print(report.table([{"image": "mean", **result["mean"]}], "kodak"))
     print(arguments.out / "report.md")
+
+
+def evaluate_entropy(arguments: argparse.Namespace) -> None:
+    """``percov2 eval entropy``."""
+    name = "eval entropy"
+    with about(name):
+        from percov2.evaluation.entropy_study import compare
+        from percov2.evaluation.study_coders import token_map
+        from percov2.training.stage2 import TokenMaps
+
+        baselines = [part for part in arguments.baselines.split(",") if part]
+        unknown = sorted(set(baselines) - {"masked", "multiscale"})
+        if unknown:
+            raise ValueError(f"no such baselines: {unknown}; there are masked and multiscale")
+        if (arguments.finetune or baselines) and arguments.entropy_run is None:
+            raise ValueError("training needs the --entropy-run that made the model's weights")
+        if "multiscale" in baselines and arguments.photos is None:
+            raise ValueError("multiscale needs the --photos that the token maps are of")
+        data = TokenMaps(arguments.data)
+    codec = open_codec(arguments)
+    with about(name):
+        rate = codec.config.rate(arguments.rate or codec.config.default_rate)
+        if data.codebook_size != rate.codebook_size:
+            raise ValueError(
+                f"{arguments.data} has tokens of a codebook of {data.codebook_size}, but rate "
+                f"{rate.name} one of {rate.codebook_size}: choose the --rate of the tokens"
+            )
+        facts = {
+            "rate": rate.name,
+            "codebook_size": rate.codebook_size,
+            "token_side": rate.token_side,
+            "command": _entropy_command(arguments, rate.name),
+        }
+        maps = [token_map(grid) for grid in data.held_out]
+        methods = _entropy_methods(arguments, baselines, codec.model, rate.name, maps)
+        compare(maps, methods, facts, arguments.out)
+    print(arguments.out / "report.md")
+
+
+def _entropy_command(arguments: argparse.Namespace, rate: str) -> str:
+    """The command of a report: names of files and folders, not where they lie."""
+    words = ["percov2 eval entropy --model", Path(arguments.model).name, "--rate", rate]
+    words += ["--data", arguments.data.name, "--out", arguments.out.name]
+    if arguments.entropy_run is not None:
+        words += ["--entropy-run", arguments.entropy_run.name]
+    if arguments.baselines:
+        words += ["--baselines", arguments.baselines]
+    if arguments.photos is not None:
+        words += ["--photos", arguments.photos.name]
+    if arguments.finetune:
+        words += ["--finetune", str(arguments.finetune)]
+    return " ".join(words)
+
+
+def _entropy_methods(
+    arguments: argparse.Namespace,
+    baselines: list[str],
+    model: Backbone,
+    rate: str,
+    maps: list[TokenMap],
+) -> Iterator[Method]:
+    """What ``eval entropy`` compares, each trained when its turn comes."""
+    from percov2.entropy.int_transformer import IntTransformer
+    from percov2.entropy.token_coder import TokenCoder
+    from percov2.evaluation.entropy_study import order_methods
+    from percov2.evaluation.study_coders import OrderCoder
+    from percov2.training import study_methods
+    from percov2.training.study_runs import shared_run
+
+    shared = IntTransformer.load(model.folder / rate / "entropy", arguments.device)
+    runs = arguments.out / "runs"
+    run = None
+    if arguments.entropy_run is not None:
+        run = shared_run(arguments.entropy_run, shared.fingerprint())
+    coder = TokenCoder(shared)
+    yield from order_methods("shared", lambda _, order: OrderCoder(coder, order), maps, draw=True)
+    if run is None:
+        return
+    data = arguments.data
+    if arguments.finetune:
+        yield from study_methods.fine_tuned_methods(run, data, maps, arguments.finetune, runs)
+    if "masked" in baselines:
+        yield from study_methods.masked_methods(run, data, maps, runs / "masked")
+    if "multiscale" in baselines:
+        yield from study_methods.multiscale_methods(
+            run, model, rate, arguments.photos, maps, runs / "multiscale"
+        )

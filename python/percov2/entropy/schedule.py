@@ -13,6 +13,8 @@ is this package's choice.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
@@ -46,6 +48,10 @@ _WALK_STEPS_PER_POSITION = 16
 _WALK_EXTRA_STEPS = 64
 
 _QLDS_STAGES = {"qlds12": 12, "qlds8": 8, "qlds5": 5}
+_QLDS_POWER = Fraction(11, 5)
+
+Schedule = str | np.ndarray
+"""One of ``SCHEDULES``, or any stage map int32 [height, width]."""
 
 
 @lru_cache(maxsize=16)
@@ -79,17 +85,30 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
             "split the image into smaller ones"
         )
     if name in _QLDS_STAGES:
-        result = _qlds(height, width, _QLDS_STAGES[name])
+        result = qlds(height, width, _QLDS_STAGES[name])
     elif name == "quincunx":
         result = _dense(_quincunx(height, width))
     elif name == "checkerboard":
         result = _dense(_checkerboard(height, width))
     elif name == "var":
-        result = _dense(_implicit_var(height, width))
+        doublings = range((max(height, width) - 1).bit_length() + 1)
+        result = nested_grids(height, width, [1 << exponent for exponent in doublings])
     else:
         result = np.arange(1, height * width + 1, dtype=np.int32).reshape(height, width)
     result.setflags(write=False)
     return result
+
+
+def stage_map(schedule: Schedule, height: int, width: int) -> np.ndarray:
+    """Return ``stages`` of a name, or the given stage map, which must have the grid's shape.
+
+    Raises ValueError as ``stages`` does, and for a stage map of another shape.
+    """
+    if isinstance(schedule, str):
+        return stages(schedule, height, width)
+    if schedule.shape != (height, width):
+        raise ValueError(f"a stage map of {schedule.shape} for a token grid of {height}x{width}")
+    return schedule
 
 
 def stage_count(name: str, height: int, width: int) -> int:
@@ -142,24 +161,28 @@ def _quincunx(height: int, width: int) -> np.ndarray:
     return np.where(exponent == coarsest, 1, later)
 
 
-def _implicit_var(height: int, width: int) -> np.ndarray:
-    """Nested sub-grids of 1, 2, 4, ... rows and columns; a position joins at the first one."""
-    return 1 + np.maximum(_first_side(height)[:, None], _first_side(width)[None, :])
+def nested_grids(height: int, width: int, sides: Iterable[int]) -> np.ndarray:
+    """Return the stages, int32 [height, width], of sub-grids that are revealed one by one.
+
+    The sub-grid of side s holds the rows floor(i * height / s) and the columns floor(i * width / s)
+    for 0 <= i < s; a position belongs to the first one that holds it. The last side must be at
+    least ``max(height, width)``: only then every position belongs to one.
+    """
+    raw = np.zeros((height, width), dtype=np.int64)
+    for stage, side in reversed(list(enumerate(sides))):
+        i = np.arange(side)
+        raw[np.ix_(np.unique(i * height // side), np.unique(i * width // side))] = stage
+    return _dense(raw)
 
 
-def _first_side(length: int) -> np.ndarray:
-    """Return int64 [length]: the least e such that the index is floor(i * length / 2^e)."""
-    result = np.zeros(length, dtype=np.int64)
-    for exponent in range((length - 1).bit_length(), -1, -1):
-        side = 1 << exponent
-        result[np.arange(side) * length // side] = exponent
-    return result
+def qlds(height: int, width: int, stage_count: int, power: Fraction = _QLDS_POWER) -> np.ndarray:
+    """Return the stages, int32 [height, width], of the R2 walk in groups by a power law.
 
-
-def _qlds(height: int, width: int, stage_count: int) -> np.ndarray:
+    Group i of S = ``stage_count`` (>= 1) ends at round(N * (i / S)^power); see docs/schedules.md.
+    """
     positions = height * width
     walk = _qlds_walk(height, width)
-    ends = _power_law_ends(positions, stage_count)
+    ends = _power_law_ends(positions, stage_count, power)
     labels = np.searchsorted(ends, np.arange(positions), side="right") + 1
     result = np.empty(positions, dtype=np.int32)
     result[walk] = labels
@@ -200,21 +223,22 @@ def _walk_positions(n: np.ndarray, height: int, width: int) -> np.ndarray:
     return (row * np.uint64(width) + column).astype(np.int64)
 
 
-def _power_law_ends(positions: int, stage_count: int) -> np.ndarray:
-    """Return int64 [S]: cumulative stage sizes round(N * (i / S)^2.2), strictly increasing.
+def _power_law_ends(positions: int, stage_count: int, power: Fraction = _QLDS_POWER) -> np.ndarray:
+    """Return int64 [S]: cumulative stage sizes round(N * (i / S)^power), strictly increasing.
 
-    2.2 = 11/5, so the rounded value (halves up) is the largest k with
-    (2k - 1)^5 * S^11 <= 32 * N^5 * i^11: plain integers, no power function to trust. S is the
+    With power = p/q the rounded value (halves up) is the largest k with
+    (2k - 1)^q * S^p <= 2^q * N^q * i^p: plain integers, no power function to trust. S is the
     number of positions where there are fewer of them than stages.
     """
     count = min(stage_count, positions)
+    p, q = power.numerator, power.denominator
     ends: list[int] = []
     for i in range(1, count + 1):
-        bound = 32 * positions**5 * i**11
+        bound = (2 * positions) ** q * i**p
         low, high = 0, positions
         while low < high:
             middle = (low + high + 1) // 2
-            if (2 * middle - 1) ** 5 * count**11 <= bound:
+            if (2 * middle - 1) ** q * count**p <= bound:
                 low = middle
             else:
                 high = middle - 1

@@ -57,6 +57,8 @@ def default_coder(device: torch.device) -> str:
 class TokenCoder:
     """Codes token grids with one integer transformer.
 
+    ``scheduled`` is a schedule's name, or a stage map int32 [h, w] for orders that no file knows.
+
     Args:
         model: the integer transformer; its device decides where the passes run.
         coder: "cpu" or "cuda", where the streams are written and read; by default what
@@ -101,7 +103,7 @@ class TokenCoder:
     def encoder(
         self,
         tokens: torch.Tensor,
-        schedule_name: str,
+        scheduled: schedule.Schedule,
         checks: rans.ArrayLike,
         threads: int = 1,
         sent: int = 0,
@@ -111,13 +113,13 @@ class TokenCoder:
         tokens int32 [B, h, w] on any device; checks uint16 [B], the initial states; sent: only the
         tokens of stages 1 .. sent, 0 for all. Wherever the streams are written, the host waits for
         a GPU once: for intervals or for bytes. Raises ValueError for tokens outside the codebook,
-        wrong checks, stages or an unknown schedule, RuntimeError where torch is set to reduced
-        precision.
+        wrong checks, stages or a schedule that does not fit, RuntimeError where torch is set to
+        reduced precision.
         """
-        stages = schedule.stages(schedule_name, *tokens.shape[1:])
+        stages = schedule.stage_map(scheduled, *tokens.shape[1:])
         count = int(np.count_nonzero(stages <= self._sent(stages, sent)))
         if self.coder_name == "cpu":
-            starts, freqs = self.intervals(tokens, schedule_name, threads)
+            starts, freqs = self.intervals(tokens, scheduled, threads)
             starts, freqs = starts[:, :count], freqs[:, :count]
             encoder = rans.RansEncoder(checks)
             counts = np.full(len(starts), count, dtype=np.int64)
@@ -125,7 +127,7 @@ class TokenCoder:
             return encoder
         states = torch.from_numpy(np.array(checks, dtype=np.int32))
         states = states.to(self.model.device, non_blocking=True)
-        residual, symbols = self._passed(tokens, schedule_name)
+        residual, symbols = self._passed(tokens, scheduled)
         starts, freqs = self._intervals_on_device(residual, symbols)[..., :count].contiguous()
         streams = rans_cuda.encode(starts, freqs, states, self.prob_bits)
         try:
@@ -156,15 +158,15 @@ class TokenCoder:
         )
 
     def intervals(
-        self, tokens: torch.Tensor, schedule_name: str, threads: int = 1
+        self, tokens: torch.Tensor, scheduled: schedule.Schedule, threads: int = 1
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Intervals of every token, at ``prob_bits``: (starts, freqs), int32 [B, N].
 
         tokens int32 [B, h, w] on any device; N = h * w in coding order (``schedule.order``). On a
         GPU the host waits once, for both results. Raises ValueError for tokens outside the codebook
-        or an unknown schedule, RuntimeError where torch is set to reduced precision.
+        or a schedule that does not fit, RuntimeError where torch is set to reduced precision.
         """
-        residual, symbols = self._passed(tokens, schedule_name)
+        residual, symbols = self._passed(tokens, scheduled)
         if residual.device.type == "cpu":
             return self._intervals_on_cpu(residual, symbols, threads)
         starts, freqs = self._intervals_on_device(residual, symbols).cpu().numpy()
@@ -173,10 +175,10 @@ class TokenCoder:
         return starts, freqs
 
     def _passed(
-        self, tokens: torch.Tensor, schedule_name: str
+        self, tokens: torch.Tensor, scheduled: schedule.Schedule
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Residual of all tokens after the one pass, and the tokens: both in coding order."""
-        stages = schedule.stages(schedule_name, *tokens.shape[1:])
+        stages = schedule.stage_map(scheduled, *tokens.shape[1:])
         tokens = tokens.to(self.model.device, non_blocking=self.model.device.type != "cpu")
         # Before the pass: CUDA may finish a stream before it takes pageable memory.
         coding = torch.from_numpy(schedule.order(stages)).to(tokens.device, non_blocking=True)
@@ -229,7 +231,7 @@ class TokenCoder:
     def decode(
         self,
         decoder: rans.RansDecoder | rans_cuda.CudaRansDecoder,
-        schedule_name: str,
+        scheduled: schedule.Schedule,
         height: int,
         width: int,
         on_stage: Callable[[int], None] | None = None,
@@ -244,10 +246,9 @@ class TokenCoder:
         ``on_stage(remaining)`` is called before each stage in the streams with the number of their
         tokens that are still to come; what it raises ends the decoding. Tokens of stages above
         ``sent``, unless it is 0, are drawn from the model with ``seed`` (``sampling.draw``). Raises
-        ValueError for an unknown schedule, stages or seed that do not fit, or a grid that is too
-        large.
+        ValueError for a schedule, stages or seed that do not fit, or a grid that is too large.
         """
-        stages = schedule.stages(schedule_name, height, width)
+        stages = schedule.stage_map(scheduled, height, width)
         last = self._sent(stages, sent)
         absent = int(np.count_nonzero(stages > last))
         staged = StagedDecoder(self.model, stages, len(decoder.states))
@@ -263,7 +264,7 @@ class TokenCoder:
     def decode_cut(
         self,
         decoder: rans.RansDecoder | rans_cuda.CudaRansDecoder,
-        schedule_name: str,
+        scheduled: schedule.Schedule,
         height: int,
         width: int,
         threads: int = 1,
@@ -280,7 +281,7 @@ class TokenCoder:
             Tokens int32 [B, height, width] on the CPU, and how many stages of each grid were taken,
             int64 [B].
         """
-        stages = schedule.stages(schedule_name, height, width)
+        stages = schedule.stage_map(scheduled, height, width)
         last = self._sent(stages, sent)
         staged = StagedDecoder(self.model, stages, len(decoder.states))
         taken = np.zeros(len(decoder.states), dtype=np.int64)

@@ -323,9 +323,7 @@ class TokenTransformer(nn.Module):
         table = self.embeddings()
         place = table["row"][batch.rows][:, :, None] + table["column"][batch.columns][:, None]
         place = place.view(count, height * width, -1)
-        start = table["start"].expand(count, -1, -1)
-        sides = [table["height"][batch.sizes[:, 0]], table["width"][batch.sizes[:, 1]]]
-        start = start + functional.pad(torch.stack(sides, 1), (0, 0, 1, 0))
+        start = self.start_payload(table, batch.sizes)
         contents = torch.cat([start, table["token"][batch.tokens.view(count, -1)] + place], 1)
         x = table["query"] + place
 
@@ -340,7 +338,16 @@ class TokenTransformer(nn.Module):
             x = layer(x, pair, query_index, query_mask, *modes)
             if layer is not self.layers[-1]:
                 contents = layer(contents, pair, index, mask, *modes)
-        y = self.head_norm(x, *modes)
+        return self.read_out(x)
+
+    def start_payload(self, table: dict[str, Tensor], sizes: Tensor) -> Tensor:
+        """Start entries of grids with size classes int64 [B, 2]: [B, START_ENTRIES, dim]."""
+        sides = [table["height"][sizes[:, 0]], table["width"][sizes[:, 1]]]
+        return table["start"] + functional.pad(torch.stack(sides, 1), (0, 0, 1, 0))
+
+    def read_out(self, x: Tensor) -> Tensor:
+        """Residual [B, E, dim] after the last layer -> logits in nats, float32 [B, E, V]."""
+        y = self.head_norm(x, self.quantized, self.observing)
         if self.quantized:
             return self.head.rounded(y, self.head_norm.scale, x.new_tensor([LOGIT_SCALE]))
         return self.head(y).to(torch.float32)

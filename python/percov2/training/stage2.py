@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from percov2.entropy.entries import size_class
 from percov2.entropy.export import export
+from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.quantization import ActivationRange
 from percov2.entropy.schedule import DEFAULT_SCHEDULE, SCHEDULES, stages
 from percov2.entropy.token_coder import TokenCoder
@@ -82,6 +83,11 @@ def _read_maps(path: Path) -> tuple[int, list[tuple[NDArray[np.int32], bool]]]:
     return codebook_size, list(zip(maps, held, strict=True))
 
 
+def evenly_spread(held_out: list[Any]) -> list[Any]:
+    """At most 48 of what is held out, in order: neighbours come from the same shard."""
+    return held_out[:: max(1, len(held_out) // _MAX_HELD_OUT)][:_MAX_HELD_OUT]
+
+
 class TokenMaps:
     """Token maps of photos, as ``percov2 train tokens`` writes them.
 
@@ -107,8 +113,7 @@ class TokenMaps:
         self.codebook_size = codebooks.pop()
         self.maps = [tokens for _, part in stored for tokens, held in part if not held]
         others = [tokens for _, part in stored for tokens, held in part if held]
-        # Evenly spread, because neighbours come from the same shard.
-        self.held_out = others[:: max(1, len(others) // _MAX_HELD_OUT)][:_MAX_HELD_OUT]
+        self.held_out = evenly_spread(others)
         if not self.maps or not self.held_out:
             raise ValueError(
                 f"{path} holds {len(self.maps)} maps to train on and {len(others)} held out; "
@@ -211,6 +216,13 @@ class RoundedStage(TrainingStage):
         observed = step < self.config.observe_until * total
         self.transformer.observing = observed and step % _OBSERVE_EVERY == 0
 
+    def precision(self) -> torch.autocast:
+        """Where the transformer runs: bfloat16 if the run is and nothing is rounded."""
+        device = self.place.device.type
+        # Rounding to 8 bits on top of bfloat16's 8 would train for another arithmetic.
+        allowed = torch.is_autocast_enabled(device) and not self.transformer.quantized
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=allowed)
+
     def after_step(self) -> None:
         """Let activations' magnitudes be the largest that any process saw."""
         if self.place.processes > 1 and self.transformer.observing:
@@ -242,10 +254,7 @@ class EntropyStage(RoundedStage):
     def _bits(self, batch: TokenBatch) -> Tensor:
         """Mean bits per token."""
         batch = batch.to(self.place.device)
-        device = self.place.device.type
-        # Rounding to 8 bits on top of bfloat16's 8 would train for another arithmetic.
-        allowed = torch.is_autocast_enabled(device) and not self.transformer.quantized
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=allowed):
+        with self.precision():
             logits = self.transformer(batch)
         nats = functional.cross_entropy(logits.flatten(0, 1), batch.tokens.flatten())
         return nats / math.log(2.0)
@@ -307,6 +316,35 @@ def report(stage: EntropyStage, coder: TokenCoder, schedules: tuple[str, ...]) -
     return result
 
 
+def trained_model(
+    stage: RoundedStage,
+    size_classes: tuple[set[int], set[int]],
+    loop: LoopConfig,
+    out: Path,
+    minutes: float | None = None,
+) -> IntTransformer | None:
+    """Train a stage to its last step, then export its averaged weights to ``out/entropy``.
+
+    The same call goes on where a run stopped.
+
+    Args:
+        size_classes: of the heights and of the widths of the grids that are trained on.
+
+    Returns:
+        The integer form, or None if the run has not reached its last step (or in another process
+        than the first).
+    """
+    if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps or stage.place.process:
+        return None
+    stage.place = Place(torch.device("cpu"))
+    stage.cpu()
+    load_averaged(out, stage)
+    stage.transformer.fill_unseen_sizes(*size_classes)
+    model = export(stage.transformer)
+    model.save(out / "entropy")
+    return model
+
+
 def train_entropy(
     config: EntropyConfig,
     loop: LoopConfig,
@@ -335,14 +373,10 @@ def train_entropy(
     """
     torch.manual_seed(loop.seed)
     stage = EntropyStage(config, TokenMaps(data))
-    if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps or stage.place.process:
+    model = trained_model(stage, stage.data.size_classes(), loop, out, minutes)
+    if model is None:
         return None
-    stage.place = Place(torch.device("cpu"))
-    stage.cpu()
-    load_averaged(out, stage)
-    stage.transformer.fill_unseen_sizes(*stage.data.size_classes())
-    coder = TokenCoder(export(stage.transformer))
-    coder.model.save(out / "entropy")
+    coder = TokenCoder(model)
     result = {
         "model": coder.model.config.to_dict(),
         "fingerprint": coder.model.fingerprint().hex(),

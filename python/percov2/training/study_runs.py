@@ -1,0 +1,127 @@
+"""Training runs of the study of entropy schedules, beside those of ``percov2 train entropy``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.training.loop import LoopConfig, load_averaged
+from percov2.training.settings import build_config
+from percov2.training.stage2 import (
+    EntropyConfig,
+    EntropyStage,
+    RoundedStage,
+    TokenMaps,
+    trained_model,
+)
+
+_FINE_RATE = 0.25
+"""Peak learning rate of fine-tuning, as a share of the shared run's."""
+
+
+@dataclass(frozen=True)
+class SharedRun:
+    """A finished run of ``percov2 train entropy``, whose weights serve every schedule."""
+
+    folder: Path
+    config: EntropyConfig
+    loop: LoopConfig
+
+
+def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
+    """The run in ``folder``, an out of ``percov2 train entropy``.
+
+    Args:
+        fingerprint: of the model that it must have made.
+
+    Raises:
+        ValueError: it is not finished, of another version, or has made another model.
+    """
+    path = folder / "report.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no report.json; finish `percov2 train entropy` there")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if report["fingerprint"] != fingerprint.hex():
+        raise ValueError(
+            f"{folder} made the model {report['fingerprint'][:8]}, not {fingerprint.hex()[:8]}: "
+            "give the run that made the rate's entropy model"
+        )
+    settings = report["settings"]
+    loop = build_config(LoopConfig, settings.pop("loop"))
+    return SharedRun(folder, build_config(EntropyConfig, settings), loop)
+
+
+class OneOrder(TokenMaps):
+    """Token maps for which every schedule is the same order.
+
+    Args:
+        path: see :class:`TokenMaps`.
+        order: rows and columns -> stage map int32 [h, w].
+    """
+
+    def __init__(self, path: Path, order: Callable[[int, int], NDArray[np.int32]]) -> None:
+        super().__init__(path)
+        self._order_of = order
+
+    def stages(self, name: str, height: int, width: int) -> NDArray[np.int32]:
+        """The order's stage map, whatever the name."""
+        key = ("", height, width)
+        if key not in self._stages:
+            self._stages[key] = self._order_of(height, width)
+        return self._stages[key]
+
+
+def finished(
+    stage: RoundedStage, size_classes: tuple[set[int], set[int]], loop: LoopConfig, out: Path
+) -> IntTransformer:
+    """``trained_model`` of a run that goes to its end.
+
+    Raises RuntimeError if it was interrupted; the same call goes on.
+    """
+    model = trained_model(stage, size_classes, loop, out)
+    if model is None:
+        raise RuntimeError(f"{out} was interrupted before step {loop.steps}; start it again")
+    return model
+
+
+def fine_tuned(
+    shared: SharedRun,
+    data: Path,
+    order: Callable[[int, int], NDArray[np.int32]],
+    steps: int,
+    out: Path,
+) -> IntTransformer:
+    """The shared weights, trained on for one order alone.
+
+    Args:
+        data: token maps, as for ``TokenMaps``.
+        order: rows and columns -> stage map int32 [h, w].
+        steps: of training, rounded from the first on; scales move in the first half.
+        out: folder for checkpoint.pt, log.csv, held_out.csv (bits per token) and entropy/; a run in
+            it goes on, or is taken if it is finished.
+
+    Raises:
+        ValueError: token maps or a run that do not fit.
+        RuntimeError: it was interrupted.
+    """
+    config = replace(
+        shared.config, real_orders=1.0, default_orders=1.0, round_from=0.0, observe_until=0.5
+    )
+    loop = replace(
+        shared.loop,
+        steps=steps,
+        warmup=steps // 10,
+        learning_rate=shared.loop.learning_rate * _FINE_RATE,
+    )
+    torch.manual_seed(loop.seed)
+    stage = EntropyStage(config, OneOrder(data, order))
+    if not (out / "checkpoint.pt").is_file():
+        load_averaged(shared.folder, stage)
+    return finished(stage, stage.data.size_classes(), loop, out)
