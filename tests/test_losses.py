@@ -126,6 +126,16 @@ def test_a_share_of_the_calls_is_aligned() -> None:
     assert 4 < sum(at_phase) < 20
 
 
+def test_weights_of_a_call_replace_the_module_s() -> None:
+    generator = torch.Generator().manual_seed(1)
+    photo = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
+    expected, figures = ReconstructionLoss(0.7, aligned=1.0)(0.5 * photo, photo)
+    value, again = ReconstructionLoss(0.1, aligned=0.0)(0.5 * photo, photo, 0.7, 1.0)
+    assert torch.equal(value, expected) and again == figures
+    plain, _ = ReconstructionLoss(0.7, aligned=1.0)(0.5 * photo, photo, 0.0)
+    assert torch.equal(plain, figures["l1"])
+
+
 def test_crops_that_are_too_small_are_refused() -> None:
     tiny = torch.zeros(1, 3, 46, 48)
     with pytest.raises(ValueError, match="48x46 are too small"):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from percov2.codec import Codec
 from percov2.entropy.int_transformer import IntTransformer, TransformerConfig
@@ -323,6 +324,26 @@ def test_a_kept_codebook_stays_while_its_hyper_encoder_learns(cache: Path, tmp_p
     assert "rates.r031.quantizer.codebook" not in moved
     assert "rates.r031.quantizer.project_in.weight" in moved
     assert any(k.startswith("rates.r031.hyper_encoder") for k in moved)
+
+
+def test_a_rate_has_loss_weights_of_its_own(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = config_text(["r031", "r010"])
+    own = "[codec.rates.r010]\nlpips_weight = 0.25\naligned = 0.0"
+    text = text.replace("[codec.rates.r010]", own)
+    stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(cache))
+    seen, loss = set(), stage.loss.forward
+
+    def noted(images: Tensor, references: Tensor, *weights: float | None) -> object:
+        seen.add(weights)
+        return loss(images, references, *weights)
+
+    monkeypatch.setattr(stage.loss, "forward", noted)
+    generator = np.random.default_rng(0)
+    for _ in range(12):
+        stage(generator)
+    assert seen == {(None, None), (0.25, 0.0)}
 
 
 def test_warm_start_refusals(cache: Path, tmp_path: Path) -> None:

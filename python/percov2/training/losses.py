@@ -86,8 +86,16 @@ class ReconstructionLoss(nn.Module):
         self.aligned = aligned
         self.lpips = LPIPS("alex")
 
-    def forward(self, images: Tensor, references: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self,
+        images: Tensor,
+        references: Tensor,
+        lpips_weight: float | None = None,
+        aligned: float | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts; images and references [B, 3, H, W] in [-1, 1].
+
+        ``lpips_weight`` and ``aligned`` replace the module's for this call.
 
         Raises:
             ValueError: pictures of less than 47 pixels a side, of which AlexNet sees nothing.
@@ -97,15 +105,17 @@ class ReconstructionLoss(nn.Module):
                 f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; make "
                 f"them {_LEAST_SIDE} pixels a side or more"
             )
+        lpips_weight = self.lpips_weight if lpips_weight is None else lpips_weight
+        aligned = self.aligned if aligned is None else aligned
         l1 = (images.float() - references).abs().mean()
-        if not self.aligned or float(torch.rand(())) >= self.aligned:
+        if not aligned or float(torch.rand(())) >= aligned:
             images, references = randomly_shifted(images, references)
         with torch.no_grad():
             wanted = self.lpips.responses(references)
             target = self.lpips.normalized(wanted)
         found = self.lpips.responses(images)
         lpips = self.lpips.distance(self.lpips.normalized(found), target).mean()
-        loss = l1 + self.lpips_weight * lpips
+        loss = l1 + lpips_weight * lpips
         figures = {"l1": l1.detach(), "lpips": lpips.detach()}
         if self.texture_weight:
             texture = texture_distance(

@@ -25,6 +25,9 @@ class RateConfig:
         codebook_decay: of the codebook's moving averages; nearer to 1 where a step has few tokens
             per code. 1 keeps the codebook, and so the model id of files, while the hyper-encoder
             learns.
+        lpips_weight: instead of the phase's. Where tokens leave most of a picture open, much LPIPS
+            weaves patterns that please AlexNet more than people.
+        aligned: instead of the phase's.
     """
 
     hyper_encoder: dict = field(default_factory=dict)
@@ -32,6 +35,8 @@ class RateConfig:
     crops: CropPlan = field(default_factory=CropPlan)
     share: float = 1.0
     codebook_decay: float = 0.97
+    lpips_weight: float | None = None
+    aligned: float | None = None
 
 
 def perplexity(usage: Tensor) -> Tensor:

@@ -145,7 +145,8 @@ class CodecStage(TrainingStage):
         config = self.config
         name = draw_rate(config.rates, generator)
         networks = self._rate(name)
-        images, captions = config.rates[name].crops.draw(self.data, generator)
+        rate = config.rates[name]
+        images, captions = rate.crops.draw(self.data, generator)
         keep = generator.random(len(captions)) >= config.caption_dropout
         captions = [c if k else "" for c, k in zip(captions, keep, strict=True)]
         with torch.no_grad():
@@ -170,7 +171,7 @@ class CodecStage(TrainingStage):
             clean = clean + config.decoder_noise * torch.randn_like(clean)
         clean = clean.contiguous(memory_format=torch.channels_last)
         rebuilt = self.autoencoder.decode(clean)
-        loss, figures = self.loss(rebuilt, images)
+        loss, figures = self.loss(rebuilt, images, rate.lpips_weight, rate.aligned)
         loss = loss + config.latent_weight * latent_error + config.vq_weight * quantized.loss
         loss = loss - config.spread_weight * quantized.spread
         adversarial = self._adversarial(clean, rebuilt, images)
