@@ -120,7 +120,7 @@ def test_bytes_equal_a_plain_python_writer(describing: Codec, captions: CaptionM
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(texts, min_size=1, max_size=4))
+@given(st.lists(texts.filter(lambda text: len(text.encode()) < 60), min_size=1, max_size=4))
 def test_captions_come_back_from_a_batch(describing: Codec, written: list[str]) -> None:
     tokens = [np.full((2, 2), i, dtype=np.int32) for i in range(len(written))]
     files = describing.pack(tokens, [(30, 30)] * len(written), captions=written)

@@ -113,7 +113,9 @@ def test_a_codec_with_slack_takes_near_codes_that_cost_less(codec: Codec) -> Non
     assert len(file) < len(plain)
     assert 0 < (tokens != nearest).sum() < nearest.size
     images = torch.from_numpy(np.asarray(photo).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-    options, similarities = codec.model.candidates(images, codec.config.default_rate, 16)
+    rate = codec.config.default_rate
+    directions = codec.model.directions(images, rate)
+    options, similarities = codec.model.quantizer(rate).candidates(directions, 16)
     assert np.array_equal(options[0, ..., 0].numpy(), nearest)
     assert (similarities.diff(dim=-1) <= 0).all()
     ours = options == torch.from_numpy(tokens)[None, ..., None]
@@ -124,7 +126,8 @@ def test_a_codec_with_slack_takes_near_codes_that_cost_less(codec: Codec) -> Non
         with pytest.raises(ValueError, match="slack"):
             codec.compress([photo], slack=slack)
     # A codebook of fewer codes than there are candidates.
-    few, _ = codec.model.candidates(images, "coarse", 10**6)
+    directions = codec.model.directions(images, "coarse")
+    few, _ = codec.model.quantizer("coarse").candidates(directions, 10**6)
     size = codec.config.rate("coarse").codebook_size
     assert few.shape[-1] == size
     assert (few.sort(-1).values == torch.arange(size)).all()
