@@ -36,7 +36,7 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
         "--effort",
         type=number(int, 0, 1000),
         default=0,
-        help="rounds of a search for better tokens, e.g. 8; each takes as long as decoding the "
+        help="rounds of a search for better tokens, e.g. 16; each takes as long as decoding the "
         "picture three times (default: 0)",
     )
     parser.add_argument(

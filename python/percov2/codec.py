@@ -151,7 +151,7 @@ class Codec:
                 (the paper's hybrid mode). None, or all of a picture's: a complete file.
             target_bytes: hold as many stages as so many bytes have room for.
             effort: 0 to 1000 rounds of a search for tokens that paint the picture better; each
-                takes as long as decoding it about three times, and 8 bring most of the gain.
+                takes as long as decoding it about three times, and 16 bring most of the gain.
 
         Raises:
             ValueError: unknown rate or schedule, a caption or picture that cannot be stored, a
