@@ -97,7 +97,7 @@ def test_files_hold_the_tokens_that_were_found(codec: Codec) -> None:
         expected = model.quantizer("fine").nearest(directions)[0].numpy()
         assert np.array_equal(file.tokens, expected)
         assert not np.array_equal(file.tokens, codec.encode_tokens([picture])[0])
-    # The nearest of the codes that a slack allows is what no slack takes; much slack changes it.
+    # A slack starts from the directions that were found.
     loose = codec.decode_tokens(codec.compress(pictures[:1], effort=3, slack=0.5))[0]
     assert not np.array_equal(loose, decoded[0].tokens)
 
