@@ -175,3 +175,21 @@ def test_the_cheapest_codec_is_taken(codec: Codec, folder: Path) -> None:
     (data,) = Codec(codec.model, folder).compress([image], captions=[many])
     assert bitstream.read(data).header.caption_codec == bitstream.CAPTION_DEFLATE
     assert codec.decode([data])[0].caption == many
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Codec:
+    return Codec.from_pretrained("tiny")
+
+
+@given(st.text(st.characters(exclude_categories=["Cc", "Cs"]), min_size=1, max_size=90))
+@example("a" * 4096)
+@example("\U0001f408\u200d\u2b1b qX7~" * 3)
+@settings(max_examples=25, deadline=None)
+def test_unlike_text_costs_two_bytes_at_most(shipped: Codec, text: str) -> None:
+    image = Image.new("RGB", (64, 64), (90, 120, 40))
+    plain, described = (
+        shipped.compress([image], "r002", captions=[caption])[0] for caption in ("", text)
+    )
+    assert len(described) - len(plain) <= len(text.encode()) + 2
+    assert shipped.decode([described])[0].caption == text

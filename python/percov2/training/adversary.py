@@ -170,16 +170,17 @@ class Adversary:
             return 0.0
         return self.config.weight * min(1.0, (done + 1) / (self.config.warmup + 1))
 
-    def loss(self, rebuilt: Tensor, images: Tensor, step: int) -> Tensor:
+    def loss(self, rebuilt: Tensor, images: Tensor, step: int, factor: float = 1.0) -> Tensor:
         """The generator's hinge loss, its gradient already scaled; keeps the batch for `learn`.
 
         Args:
             rebuilt: decoded pictures [B, 3, H, W] with gradients.
             images: the photos, same shape, in [-1, 1].
             step: of the training loop.
+            factor: on the weight.
         """
         self.network.eval().requires_grad_(False)
-        felt = _FixedForce.apply(rebuilt, self.weight(step) / rebuilt.numel())
+        felt = _FixedForce.apply(rebuilt, factor * self.weight(step) / rebuilt.numel())
         views = self.network.view(felt)
         autocast = torch.is_autocast_enabled(images.device.type)
         self._batch = images, [view.detach() for view in views], autocast

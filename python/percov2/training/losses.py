@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ _WINDOW = 64
 """Side of the windows, in pixels, in which textures are compared."""
 _STRIDE = 16
 """Of AlexNet's last three slices."""
-_LEAST_SIDE = 32 + _STRIDE - 1
+_ALEXNET_SIDE = 32
 
 
 def randomly_shifted(*images: Tensor) -> list[Tensor]:
@@ -27,6 +29,11 @@ def randomly_shifted(*images: Tensor) -> list[Tensor]:
     return [
         x[..., down : x.shape[-2] - lost + down, right : x.shape[-1] - lost + right] for x in images
     ]
+
+
+def _drawn(share: float) -> bool:
+    """Whether a call belongs to a share of all; draws nothing where the share is 0 or 1."""
+    return share >= 1 or (share > 0 and float(torch.rand(())) < share)
 
 
 def _spread(maps: Tensor, windows: tuple[int, int]) -> Tensor:
@@ -92,37 +99,46 @@ class ReconstructionLoss(nn.Module):
         references: Tensor,
         lpips_weight: float | None = None,
         aligned: float | None = None,
+        texture_weight: float | None = None,
+        coarse: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and its parts; images and references [B, 3, H, W] in [-1, 1].
+        """Loss and its parts (texture NaN if it has no weight); both [B, 3, H, W] in [-1, 1].
 
-        ``lpips_weight`` and ``aligned`` replace the module's for this call.
+        ``lpips_weight``, ``aligned`` and ``texture_weight`` replace the module's for this call;
+        ``coarse`` is the probability that LPIPS and texture see means of 2×2 pixels. What is finer
+        is then left to the other losses.
 
         Raises:
-            ValueError: pictures of less than 47 pixels a side, of which AlexNet sees nothing.
+            ValueError: pictures of less than 47 pixels a side (79 with ``coarse``), of which
+                AlexNet sees nothing.
         """
-        if min(images.shape[-2:]) < _LEAST_SIDE:
-            raise ValueError(
-                f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; make "
-                f"them {_LEAST_SIDE} pixels a side or more"
-            )
         lpips_weight = self.lpips_weight if lpips_weight is None else lpips_weight
         aligned = self.aligned if aligned is None else aligned
+        texture_weight = self.texture_weight if texture_weight is None else texture_weight
+        least = _ALEXNET_SIDE * (2 if coarse else 1) + _STRIDE - 1
+        if min(images.shape[-2:]) < least:
+            raise ValueError(
+                f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; make "
+                f"them {least} pixels a side or more"
+            )
         l1 = (images.float() - references).abs().mean()
-        if not aligned or float(torch.rand(())) >= aligned:
+        if not _drawn(aligned):
             images, references = randomly_shifted(images, references)
+        if _drawn(coarse):
+            images, references = (F.avg_pool2d(x, 2) for x in (images, references))
         with torch.no_grad():
             wanted = self.lpips.responses(references)
             target = self.lpips.normalized(wanted)
         found = self.lpips.responses(images)
         lpips = self.lpips.distance(self.lpips.normalized(found), target).mean()
         loss = l1 + lpips_weight * lpips
-        figures = {"l1": l1.detach(), "lpips": lpips.detach()}
-        if self.texture_weight:
+        figures = {"l1": l1.detach(), "lpips": lpips.detach(), "texture": torch.tensor(math.nan)}
+        if texture_weight:
             texture = texture_distance(
                 [_slopes(images.float()), *found],
                 [_slopes(references), *wanted],
                 (images.shape[-2], images.shape[-1]),
             )
-            loss = loss + self.texture_weight * texture
+            loss = loss + texture_weight * texture
             figures["texture"] = texture.detach()
         return loss, figures

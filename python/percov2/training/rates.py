@@ -28,6 +28,13 @@ class RateConfig:
         lpips_weight: instead of the phase's. Where tokens leave most of a picture open, much LPIPS
             weaves patterns that please AlexNet more than people.
         aligned: instead of the phase's.
+        texture_weight: instead of the phase's.
+        adversarial: factor on the adversary's weight. Where most of a picture is open, much of it
+            paints specks.
+        coarse: share of the batches whose LPIPS and texture are those of pictures of half the size.
+
+    Raises:
+        ValueError: ``adversarial`` below 0, ``coarse`` outside 0 to 1.
     """
 
     hyper_encoder: dict = field(default_factory=dict)
@@ -37,6 +44,16 @@ class RateConfig:
     codebook_decay: float = 0.97
     lpips_weight: float | None = None
     aligned: float | None = None
+    texture_weight: float | None = None
+    adversarial: float = 1.0
+    coarse: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.adversarial >= 0 or not 0 <= self.coarse <= 1:
+            raise ValueError(
+                f"adversarial must not be negative, and coarse must be 0 to 1: {self.adversarial}, "
+                f"{self.coarse}"
+            )
 
 
 def perplexity(usage: Tensor) -> Tensor:

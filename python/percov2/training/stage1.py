@@ -171,10 +171,12 @@ class CodecStage(TrainingStage):
             clean = clean + config.decoder_noise * torch.randn_like(clean)
         clean = clean.contiguous(memory_format=torch.channels_last)
         rebuilt = self.autoencoder.decode(clean)
-        loss, figures = self.loss(rebuilt, images, rate.lpips_weight, rate.aligned)
+        loss, figures = self.loss(
+            rebuilt, images, rate.lpips_weight, rate.aligned, rate.texture_weight, rate.coarse
+        )
         loss = loss + config.latent_weight * latent_error + config.vq_weight * quantized.loss
         loss = loss - config.spread_weight * quantized.spread
-        adversarial = self._adversarial(clean, rebuilt, images)
+        adversarial = self._adversarial(clean, rebuilt, images, rate.adversarial)
         if adversarial is not None:
             loss = loss + adversarial
         return loss, self._figures(
@@ -189,12 +191,14 @@ class CodecStage(TrainingStage):
             },
         )
 
-    def _adversarial(self, clean: Tensor, rebuilt: Tensor, images: Tensor) -> Tensor | None:
+    def _adversarial(
+        self, clean: Tensor, rebuilt: Tensor, images: Tensor, factor: float
+    ) -> Tensor | None:
         if self.adversary is None or not self.adversary.weight(self._step):
             return None
         if self.config.adversary.reach == "decoder":
             rebuilt = self.autoencoder.decode(clean.detach())
-        return self.adversary.loss(rebuilt, images, self._step)
+        return self.adversary.loss(rebuilt, images, self._step, factor)
 
     def _figures(
         self, rate: str, adversarial: Tensor | None, figures: dict[str, Tensor]

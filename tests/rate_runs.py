@@ -1,0 +1,48 @@
+"""Configurations of small codec runs of several rates, for the tests of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny_flow import TINY_FLOW
+
+RATES = {"r031": (2, 16, 48), "r010": (4, 32, 64), "r002": (8, 16, 64)}
+"""Rate -> stride, codes, crop side."""
+
+
+def config_text(rates: list[str], adversary: str = "", steps: int = 6) -> str:
+    tables = "".join(
+        f"""
+[codec.rates.{name}]
+share = {1.0 / (i + 1)}
+hyper_encoder = {{ channels = 8, hyper_channels = 8, stride = {RATES[name][0]} }}
+quantizer = {{ hyper_channels = 8, codebook_size = {RATES[name][1]}, code_dim = 4,
+               output_channels = 4 }}
+crops = {{ sides = [{RATES[name][2]}], counts = [2] }}
+""".replace(",\n              ", ",")
+        for i, name in enumerate(rates)
+    )
+    return f"""
+[autoencoder]
+autoencoder = {{ widths = [8, 16] }}
+crops = {{ sides = [48], counts = [2] }}
+loop = {{ steps = 2, warmup = 1, log_every = 1 }}
+
+[codec]
+text_encoder = {{ buckets = 32, dim = 8, length = 4 }}
+loop = {{ steps = {steps}, warmup = 1, log_every = 2, learning_rate = 1e-3 }}
+{adversary}
+{tables}
+{TINY_FLOW}"""
+
+
+ALL = list(RATES)
+ADVERSARY = (
+    "adversary = {{ weight = 0.5, from_step = 2, warmup = 2, reach = '{}', widths = [4, 4, 8] }}"
+)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
