@@ -1,8 +1,8 @@
-"""Times of the whole codec in process: python benchmarks/codec.py [--quick] [PICTURE ...]
+"""Times of the codec in process: python benchmarks/codec.py [--quick] [--steps N] [PICTURE ...]
 
-Prints JSON: seconds to encode and to decode one picture with loaded networks (median of the
-repetitions), the parts of each, and the peak memory of the process. Without pictures a synthetic
-one of 768x512 is used.
+Checks that the tokens come back, then prints JSON: seconds to encode and to decode one picture with
+loaded networks (median of the repetitions), the parts of each, and the peak memory of the process.
+Without pictures a synthetic one of 768x512 is used.
 """
 
 from __future__ import annotations
@@ -42,23 +42,27 @@ def median_seconds(work: Callable[[], object], repetitions: int) -> float:
     return statistics.median(times)
 
 
-def measure(codec: Codec, image: Image.Image, repetitions: int) -> dict[str, Any]:
+def measure(
+    codec: Codec, image: Image.Image, steps: int | None, repetitions: int
+) -> dict[str, Any]:
     """Times of one picture, after one call of everything that loads the networks."""
     (file,) = codec.compress([image])
     tokens = codec.encode_tokens([image])
     decoded = codec.decode([file])
-    codec.paint(decoded)
+    if not np.array_equal(decoded[0].tokens, tokens[0]):
+        raise SystemExit(f"{image.width}x{image.height}: the file gives other tokens")
+    codec.paint(decoded, steps)
     size = [(image.height, image.width)]
     return {
         "width": image.width,
         "height": image.height,
         "bytes": len(file),
         "encode_s": median_seconds(lambda: codec.compress([image]), repetitions),
-        "decode_s": median_seconds(lambda: codec.decompress([file]), repetitions),
+        "decode_s": median_seconds(lambda: codec.decompress([file], steps), repetitions),
         "encode_tokens_s": median_seconds(lambda: codec.encode_tokens([image]), repetitions),
         "pack_s": median_seconds(lambda: codec.pack(tokens, size), repetitions),
         "decode_tokens_s": median_seconds(lambda: codec.decode([file]), repetitions),
-        "paint_s": median_seconds(lambda: codec.paint(decoded), repetitions),
+        "paint_s": median_seconds(lambda: codec.paint(decoded, steps), repetitions),
     }
 
 
@@ -66,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pictures", nargs="*", type=Path)
     parser.add_argument("--model", default="tiny")
+    parser.add_argument("--steps", type=int, help="flow evaluations; default: the model's")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="one repetition of a small picture")
     arguments = parser.parse_args()
@@ -74,9 +79,12 @@ def main() -> None:
     images = [read_image(path) for path in arguments.pictures]
     if not images:
         images = [synthetic(256, 192) if arguments.quick else synthetic(768, 512)]
-    results = [measure(codec, image, 1 if arguments.quick else 5) for image in images]
+    results = [
+        measure(codec, image, arguments.steps, 1 if arguments.quick else 5) for image in images
+    ]
     report = {
         "model": codec.config.name,
+        "steps": codec.config.steps if arguments.steps is None else arguments.steps,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "results": results,
