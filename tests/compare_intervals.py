@@ -83,6 +83,18 @@ def float_cases() -> None:
             assert (freqs == 0).tolist() == [False, True, False, True, False]
 
 
+def low_rows() -> None:
+    """All logits of a row below those of columns that are not there, in many rows at once."""
+    generator = torch.Generator().manual_seed(2)
+    for size in (2, 3, 15, 50, 1000):
+        logits = torch.randint(-32768, -2, (600, size), generator=generator).to(torch.int16)
+        logits[::3] = logits[::3] // 4096 - 2
+        symbols = torch.randint(0, size, (600,), generator=generator).to(torch.int32)
+        rows = 600 if DEVICE.type == "cuda" or size < 50 else 20
+        compare(logits[:rows], symbols[:rows], 16)
+        compare(logits[:rows].float().mul(0.01).to(torch.bfloat16), symbols[:rows], 16)
+
+
 def edges() -> None:
     logits = drawn_logits("spread", 24, 40, torch.Generator().manual_seed(1))
     symbols = torch.arange(24, dtype=torch.int32) - 1
@@ -127,6 +139,7 @@ def divisions() -> None:
 
 divisions()
 edges()
+low_rows()
 float_cases()
 random_cases()
 print("agreed")

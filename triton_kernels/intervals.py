@@ -45,11 +45,16 @@ def quotient(numerator, divisor):
 
 @triton.jit
 def read_logits(pointers, mask, KIND: tl.constexpr):
-    """int16 logits as int32; others as float32, bfloat16 from its bits."""
+    """int16 logits as int32; others as float32, bfloat16 from its bits. The lowest where not mask.
+
+    Triton 3.6 and older fill pairs of 16 bits wrongly with a negative ``other``: every second one
+    becomes -1.
+    """
     if KIND == 0:
-        values = tl.load(pointers, mask=mask, other=-32768).to(tl.int32)
+        values = tl.where(mask, tl.load(pointers, mask=mask, other=0).to(tl.int32), -32768)
     elif KIND == 1:
-        bits = tl.load(pointers, mask=mask, other=-128).to(tl.int32) << 16  # -128: -inf
+        read = tl.load(pointers, mask=mask, other=0).to(tl.int32)
+        bits = tl.where(mask, read, -128) << 16  # -128: -inf
         values = bits.to(tl.float32, bitcast=True)
     else:
         values = tl.load(pointers, mask=mask, other=float("-inf"))

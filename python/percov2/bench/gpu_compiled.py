@@ -52,10 +52,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class Report(Usage):
-    """A Triton kernel. loads, stores: PTX accesses to global memory by their width in bits."""
+    """A Triton kernel.
+
+    loads, stores: PTX accesses to global memory by their width in bits; fills: what loads leave in
+    registers where they read nothing.
+    """
 
     loads: Counter[int]
     stores: Counter[int]
+    fills: frozenset[str]
     machine: str = field(repr=False)
 
     @property
@@ -121,6 +126,7 @@ def compile_kernel(source: Source, capability: int) -> Report:
         shared=compiled.metadata.shared,
         loads=_widths("ld", ptx) + _widths(r"cp\.async\.c[ag]\.shared", ptx),
         stores=_widths("st", ptx),
+        fills=frozenset(re.findall(r"\bmov\.u(?:16|32)\s+%\w+, (0x\w+);", ptx)),
         machine=machine,
     )
 
