@@ -33,7 +33,7 @@ def test_the_force_of_the_adversary_is_fixed_and_rises() -> None:
     for step, factor in itertools.product((10, 30), (1.0, 0.25)):
         for scale in (1e-3, 1.0):
             rebuilt = (torch.randn(2, 3, 64, 64) * scale).requires_grad_()
-            adversary.loss(rebuilt, images, step, factor).backward()
+            adversary.loss(rebuilt, images, factor * adversary.weight(step)).backward()
             assert rebuilt.grad is not None
             force = float(rebuilt.grad.square().mean().sqrt()) * rebuilt.numel()
             assert force == pytest.approx(factor * adversary.weight(step), rel=1e-3)
@@ -47,7 +47,7 @@ def test_the_discriminator_learns_to_tell_and_only_when_it_has_a_batch() -> None
     for _ in range(60):
         real = torch.rand(4, 3, 32, 32).round() * 2 - 1
         fake = torch.zeros(4, 3, 32, 32) + 0.1 * torch.randn(4, 3, 32, 32)
-        adversary.loss(fake, real, 0)
+        adversary.loss(fake, real, adversary.weight(0))
         loss = adversary.learn()
         assert loss is not None and adversary.learn() is None
         losses.append(float(loss))
@@ -61,7 +61,7 @@ def test_the_discriminator_of_features_keeps_the_force_and_learns() -> None:
     for step in range(40):
         real = torch.rand(2, 3, 96, 96).round() * 2 - 1
         fake = (0.3 * torch.randn(2, 3, 96, 96)).requires_grad_()
-        adversary.loss(fake, real, step).backward()
+        adversary.loss(fake, real, adversary.weight(step)).backward()
         assert fake.grad is not None
         force = float(fake.grad.square().mean().sqrt()) * fake.numel()
         assert force == pytest.approx(adversary.weight(step), rel=1e-3)
@@ -78,7 +78,7 @@ def test_the_discriminator_of_features_neither_stores_nor_trains_alexnet() -> No
     names = set(adversary.state_dict()["network"])
     assert names and all(name.startswith("heads.") for name in names)
     photos = torch.rand(2, 3, 96, 96)
-    adversary.loss(torch.zeros_like(photos), photos, 20)
+    adversary.loss(torch.zeros_like(photos), photos, adversary.weight(20))
     adversary.learn()
     kept = adversary.network._alexnet[0].state_dict()
     assert all(torch.equal(kept[name], alexnet[name]) for name in alexnet)

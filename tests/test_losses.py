@@ -9,7 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from percov2.models.perceptual import LPIPS
-from percov2.training.losses import ReconstructionLoss, randomly_shifted, texture_distance
+from percov2.training.losses import (
+    ReconstructionLoss,
+    View,
+    draw_view,
+    randomly_shifted,
+    texture_distance,
+)
+
+WHOLE, HALVED = View(None, coarse=False), View(None, coarse=True)
 
 
 def plain_texture(maps: list[Tensor], references: list[Tensor], size: tuple[int, int]) -> float:
@@ -92,7 +100,7 @@ def test_every_part_reaches_the_picture_by_its_weight() -> None:
     def gradient(loss: ReconstructionLoss) -> tuple[Tensor, dict[str, Tensor]]:
         torch.manual_seed(3)  # the same shift
         image = start.clone().requires_grad_()
-        value, figures = loss(image, photo)
+        value, figures = loss(image, photo, draw_view(0.0, 0.0))
         value.backward()
         assert image.grad is not None
         return image.grad, figures
@@ -115,8 +123,9 @@ def test_a_share_of_the_calls_is_aligned() -> None:
 
     def values(aligned: float) -> list[float]:
         torch.manual_seed(0)
-        loss = ReconstructionLoss(1.0, aligned=aligned)
-        return [float(loss(0.5 * photo, photo)[1]["lpips"]) for _ in range(24)]
+        loss = ReconstructionLoss(1.0)
+        views = [draw_view(aligned, 0.0) for _ in range(24)]
+        return [float(loss(0.5 * photo, photo, view)[1]["lpips"]) for view in views]
 
     fixed = LPIPS("alex")
     there = fixed.distance(fixed.features(0.5 * photo), fixed.features(photo)).item()
@@ -129,11 +138,11 @@ def test_a_share_of_the_calls_is_aligned() -> None:
 def test_weights_of_a_call_replace_the_module_s() -> None:
     generator = torch.Generator().manual_seed(1)
     photo = torch.rand(1, 3, 64, 64, generator=generator) * 2 - 1
-    expected, figures = ReconstructionLoss(0.7, aligned=1.0)(0.5 * photo, photo)
-    value, again = ReconstructionLoss(0.1, aligned=0.0)(0.5 * photo, photo, 0.7, 1.0)
+    expected, figures = ReconstructionLoss(0.7, 0.2)(0.5 * photo, photo, WHOLE)
+    value, again = ReconstructionLoss(0.1)(0.5 * photo, photo, WHOLE, 0.7, 0.2)
     assert torch.equal(value, expected)
-    assert all(torch.equal(again[key], figures[key]) for key in ("l1", "lpips"))
-    plain, _ = ReconstructionLoss(0.7, aligned=1.0)(0.5 * photo, photo, 0.0)
+    assert all(torch.equal(again[key], value) for key, value in figures.items())
+    plain, _ = ReconstructionLoss(0.7)(0.5 * photo, photo, WHOLE, 0.0)
     assert torch.equal(plain, figures["l1"])
 
 
@@ -142,26 +151,25 @@ def test_coarse_calls_do_not_feel_what_two_by_two_means_hide() -> None:
     photo = functional.interpolate(torch.rand(1, 3, 6, 6, generator=generator), (96, 96)) - 0.5
     rows, columns = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
     checks = photo + 0.3 * (-1.0) ** (rows + columns)
-    loss = ReconstructionLoss(1.0, 1.0, aligned=1.0)
-    _, fine = loss(checks, photo)
-    _, coarse = loss(checks, photo, coarse=1.0)
+    loss = ReconstructionLoss(1.0, 1.0)
+    _, fine = loss(checks, photo, WHOLE)
+    _, coarse = loss(checks, photo, HALVED)
     assert fine["lpips"] > 0.005 and fine["texture"] > 0.01
     assert coarse["lpips"] < 1e-6 and coarse["texture"] < 1e-6
     assert torch.equal(coarse["l1"], fine["l1"])
     small = LPIPS("alex")(*(functional.avg_pool2d(x, 2) for x in (0.5 * photo, photo))).item()
-    assert float(loss(0.5 * photo, photo, coarse=1.0)[1]["lpips"]) == pytest.approx(small)
+    assert float(loss(0.5 * photo, photo, HALVED)[1]["lpips"]) == pytest.approx(small)
     torch.manual_seed(0)
-    halves = [float(loss(checks, photo, coarse=0.5)[1]["lpips"]) > 0.005 for _ in range(24)]
-    assert 4 < sum(halves) < 20
+    assert 4 < sum(draw_view(0.0, 0.5).coarse for _ in range(24)) < 20
 
 
 def test_crops_that_are_too_small_are_refused() -> None:
     tiny = torch.zeros(1, 3, 46, 48)
     with pytest.raises(ValueError, match="48x46 are too small"):
-        ReconstructionLoss(1.0)(tiny, tiny)
+        ReconstructionLoss(1.0)(tiny, tiny, WHOLE)
     least = torch.zeros(1, 3, 47, 47)
-    assert torch.isfinite(ReconstructionLoss(1.0, 1.0)(least, least)[0])
+    assert torch.isfinite(ReconstructionLoss(1.0, 1.0)(least, least, draw_view(0.0, 0.0))[0])
     with pytest.raises(ValueError, match="make them 79 pixels"):
-        ReconstructionLoss(1.0)(torch.zeros(1, 3, 78, 80), torch.zeros(1, 3, 78, 80), coarse=0.5)
+        ReconstructionLoss(1.0)(torch.zeros(1, 3, 78, 80), torch.zeros(1, 3, 78, 80), HALVED)
     least = torch.zeros(1, 3, 79, 79)
-    assert torch.isfinite(ReconstructionLoss(1.0, 1.0)(least, least, coarse=1.0)[0])
+    assert torch.isfinite(ReconstructionLoss(1.0, 1.0)(least, least, draw_view(0.0, 1.0))[0])

@@ -17,6 +17,7 @@ from percov2.training.adversary import AdversaryConfig
 from percov2.training.commands import codec_stage, run_codec, run_export
 from percov2.training.data import CropPlan, PhotoCrops
 from percov2.training.loop import load_averaged, train
+from percov2.training.losses import View
 from percov2.training.rates import RateConfig, build_rates, draw_rate
 from percov2.training.warm_start import start_from
 from rate_runs import ADVERSARY, ALL, RATES, config_text, written
@@ -137,18 +138,26 @@ def test_a_rate_has_loss_weights_of_its_own(
     own = "[codec.rates.r010]\nlpips_weight = 0.25\naligned = 0.0"
     own += "\ntexture_weight = 0.5\ncoarse = 0.75"
     text = text.replace("[codec.rates.r010]", own)
+    text = text.replace("[codec]", "[codec]\naligned = 0.125")
     stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
-    seen, loss = set(), stage.loss.forward
+    weights, shares, loss = set(), set(), stage.loss.forward
+    whole = View(None, coarse=False)  # crops are too small to be halved
 
-    def noted(images: Tensor, references: Tensor, *weights: float | None) -> object:
-        seen.add(weights)
-        return loss(images, references, *weights[:3])  # too small to be halved
+    def noted(images: Tensor, references: Tensor, view: View, *own: float | None) -> object:
+        weights.add(own)
+        return loss(images, references, view, *own)
+
+    def drawn(*given: float) -> View:
+        shares.add(given)
+        return whole
 
     monkeypatch.setattr(stage.loss, "forward", noted)
+    monkeypatch.setattr("percov2.training.stage1.draw_view", drawn)
     generator = np.random.default_rng(0)
     for _ in range(12):
         stage(generator)
-    assert seen == {(None, None, None, 0.0), (0.25, 0.0, 0.5, 0.75)}
+    assert weights == {(None, None), (0.25, 0.5)}
+    assert shares == {(0.125, 0.0), (0.0, 0.75)}
 
 
 def test_export_of_three_rates_compresses_and_restores(photo_cache: Path, tmp_path: Path) -> None:

@@ -91,6 +91,16 @@ def test_crops_are_parts_of_photos_at_native_resolution(cache: Path) -> None:
     assert any(contains(p) or contains(p[:, ::-1]) for p in photos)
 
 
+def test_crops_cut_on_the_device_are_those_cut_from_the_map(cache: Path) -> None:
+    here = PhotoCrops(cache)
+    there = here.on(torch.device("cpu"))
+    there._uploaded = torch.from_numpy(np.array(here._pixels))  # as `on` does on a GPU
+    for seed, side in ((0, 8), (1, 31), (2, 48)):
+        expected, captions = here.batch(np.random.default_rng(seed), 9, side)
+        crops, same = there.batch(np.random.default_rng(seed), 9, side)
+        assert torch.equal(crops, expected) and same == captions
+
+
 def test_photos_with_captions_can_be_chosen(cache: Path) -> None:
     chosen = PhotoCrops(cache).with_captions()
     assert [photo.key for photo in chosen.photos] == ["pic-0"]

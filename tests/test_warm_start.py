@@ -11,7 +11,7 @@ from percov2.training.commands import codec_stage
 from percov2.training.data import PhotoCrops
 from percov2.training.loop import train
 from percov2.training.warm_start import start_from
-from rate_runs import ALL, config_text, written
+from rate_runs import ADVERSARY, ALL, config_text, written
 
 
 def legacy(run: Path) -> None:
@@ -118,4 +118,26 @@ def test_warm_start_refusals(photo_cache: Path, tmp_path: Path) -> None:
     state["ema"] = {k: v for k, v in state["ema"].items() if k.startswith("autoencoder")}
     torch.save(state, tmp_path / "first" / "checkpoint.pt")
     with pytest.raises(ValueError, match="another phase"):
+        start_from(stage, tmp_path / "first")
+
+
+def test_a_grown_decoder_starts_as_the_one_it_grew_from(photo_cache: Path, tmp_path: Path) -> None:
+    data = PhotoCrops(photo_cache)
+    text = config_text(["r031"], ADVERSARY.format("all"))
+    first, loop = codec_stage(written(tmp_path, text), data)
+    train(first, loop, tmp_path / "first")
+    grown = text.replace("widths = [8, 16]", "widths = [8, 16], decoder_blocks = [4, 6]")
+    stage, _ = codec_stage(written(tmp_path, grown), data)
+    start_from(stage, tmp_path / "first")
+    latents = torch.randn(2, 16, 4, 5)
+    with torch.no_grad():
+        expected = first.autoencoder.decode(latents)
+        assert torch.allclose(stage.autoencoder.decode(latents), expected, atol=1e-6)
+    assert len(stage.autoencoder.state_dict()) == len(first.autoencoder.state_dict()) + 4 * 4
+    train(stage, loop, tmp_path / "grown")
+    with torch.no_grad():
+        assert not torch.allclose(stage.autoencoder.decode(latents), expected, atol=1e-4)
+    smaller = text.replace("widths = [8, 16]", "widths = [8, 16], decoder_blocks = [3, 2]")
+    stage, _ = codec_stage(written(tmp_path, smaller), data)
+    with pytest.raises(ValueError, match="more blocks"):
         start_from(stage, tmp_path / "first")

@@ -108,6 +108,13 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         size = self.codebook.shape[0]
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
             raise ValueError(f"tokens must lie in 0…{size - 1}")
+        return self.embed(tokens)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """:meth:`lookup` of tokens that are known to be codes, e.g. from :meth:`tokens`.
+
+        Reads nothing back from a GPU.
+        """
         return self._project(self.codebook[tokens.long()])
 
     def straight_through(self, directions: Tensor) -> tuple[Tensor, Tensor]:

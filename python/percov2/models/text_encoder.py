@@ -38,15 +38,19 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
     def rows(self, captions: Sequence[str]) -> Tensor:
         """Table rows int64 [B, length] of the captions' words."""
         buckets, length = self.words.num_embeddings, self.positions.shape[0]
-        rows = torch.zeros(len(captions), length, dtype=torch.long)
-        for i, caption in enumerate(captions):
-            for j, word in enumerate(_WORD.findall(caption.lower())[:length]):
-                rows[i, j] = 1 + zlib.crc32(word.encode("utf-8")) % (buckets - 1)
-        return rows
+        rows = []
+        for caption in captions:
+            words = _WORD.findall(caption.lower())[:length]
+            row = [1 + zlib.crc32(word.encode("utf-8")) % (buckets - 1) for word in words]
+            rows.append(row + [0] * (length - len(words)))
+        return torch.tensor(rows, dtype=torch.long).view(len(captions), length)
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Sequence [B, length, dim] and pooled [B, dim] embeddings of captions ("" = none)."""
-        rows = self.rows(captions).to(self.words.weight.device)
+        return self.embed(self.rows(captions).to(self.words.weight.device))
+
+    def embed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The same of table rows int64 [B, length], on the table's device."""
         embedded = self.words(rows)
         present = (rows > 0)[..., None]
         pooled = (embedded * present).sum(1) / present.sum(1).clamp_min(1)

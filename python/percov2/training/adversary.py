@@ -20,6 +20,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from percov2.models.perceptual import LPIPS
 from percov2.training.losses import randomly_shifted
+from percov2.training.optimizers import adamw, make_recordable, restore
+from percov2.training.stage import Place
 
 REACHES = ("all", "decoder")
 NETWORKS = ("pixels", "features")
@@ -133,7 +135,7 @@ class _FixedForce(torch.autograd.Function):
     """Identity whose gradient is rescaled to a given root-mean-square."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, force: float) -> Tensor:
+    def forward(ctx: Any, images: Tensor, force: float | Tensor) -> Tensor:
         ctx.force = force
         return images.view_as(images)
 
@@ -158,10 +160,14 @@ class Adversary:
             self.network = PatchDiscriminator(config.widths)
         else:
             self.network = FeatureDiscriminator(config.widths[1])
-        self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=config.learning_rate, betas=(0.5, 0.9), weight_decay=0.0
-        )
+        self.optimizer = adamw(self.network.parameters(), config.learning_rate, (0.5, 0.9), 0.0)
         self._batch: tuple[Tensor, list[Tensor], bool] | None = None
+
+    def start_run(self, place: Place) -> None:
+        """Move to where a run takes place, before anything is learnt or restored."""
+        self.network.to(place.device)
+        if place.recorded:
+            make_recordable(self.optimizer, place.device)
 
     def weight(self, step: int) -> float:
         """The weight at a step: 0 before ``from_step``, then rising linearly."""
@@ -170,17 +176,17 @@ class Adversary:
             return 0.0
         return self.config.weight * min(1.0, (done + 1) / (self.config.warmup + 1))
 
-    def loss(self, rebuilt: Tensor, images: Tensor, step: int, factor: float = 1.0) -> Tensor:
+    def loss(self, rebuilt: Tensor, images: Tensor, weight: float | Tensor) -> Tensor:
         """The generator's hinge loss, its gradient already scaled; keeps the batch for `learn`.
 
         Args:
             rebuilt: decoded pictures [B, 3, H, W] with gradients.
             images: the photos, same shape, in [-1, 1].
-            step: of the training loop.
-            factor: on the weight.
+            weight: as :meth:`weight` says, times a factor of the rate; a scalar on their device
+                where recorded steps shall follow it.
         """
         self.network.eval().requires_grad_(False)
-        felt = _FixedForce.apply(rebuilt, factor * self.weight(step) / rebuilt.numel())
+        felt = _FixedForce.apply(rebuilt, weight / rebuilt.numel())
         views = self.network.view(felt)
         autocast = torch.is_autocast_enabled(images.device.type)
         self._batch = images, [view.detach() for view in views], autocast
@@ -227,6 +233,4 @@ class Adversary:
                 f"the run's discriminator is none of network {self.config.network!r} with widths "
                 f"{self.config.widths}: {error}"
             ) from error
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate
+        restore(self.optimizer, state["optimizer"])

@@ -32,7 +32,8 @@ from percov2.entropy.transformer import (
     TransformerConfig,
     crop_batch,
 )
-from percov2.training.loop import LoopConfig, Place, load_averaged, train
+from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training.stage import Place
 from percov2.training.stage2 import RoundedStage
 
 _HELD_OUT_EVERY = 20

@@ -47,7 +47,12 @@ def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:
     """What every process will draw next, in the order of the processes (collective)."""
     from accelerate.utils import gather_object
 
-    own = {"generator": generator.bit_generator.state, "torch_rng": torch.get_rng_state()}
+    own: dict[str, Any] = {
+        "generator": generator.bit_generator.state,
+        "torch_rng": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        own["cuda_rng"] = torch.cuda.get_rng_state()
     return gather_object([own])
 
 
@@ -68,3 +73,6 @@ def restore_draws(
         )
     generator.bit_generator.state = draws[process]["generator"]
     torch.set_rng_state(draws[process]["torch_rng"])
+    # A run may go on where there is no GPU, or on one after it began without.
+    if torch.cuda.is_available() and "cuda_rng" in draws[process]:
+        torch.cuda.set_rng_state(draws[process]["cuda_rng"])

@@ -113,7 +113,27 @@ class PhotoCrops:
         if not self.photos:
             raise ValueError(f"{part} photos: {cache} holds none among its {len(photos)}")
         self._pixels = np.memmap(cache / "photos.bin", dtype=np.uint8, mode="r")
-        self._weights = np.sqrt([p.height * p.width for p in self.photos])
+        self.device = torch.device("cpu")
+        self._uploaded: Tensor | None = None
+        self._index()
+
+    def _index(self) -> None:
+        """What drawing needs of all photos at once."""
+        self._sizes = np.array([(p.height, p.width) for p in self.photos])
+        self._offsets = np.array([p.offset for p in self.photos])
+        self._chances: dict[int, np.ndarray] = {}
+
+    def on(self, device: torch.device) -> PhotoCrops:
+        """The same photos, with crops that come on a device.
+
+        The pixels move there, too, if they fill less than a quarter of its free memory. Otherwise
+        crops are cut here and uploaded: the same crops, more slowly.
+        """
+        placed = copy.copy(self)
+        placed.device = device
+        if device.type == "cuda" and 4 * self._pixels.size < torch.cuda.mem_get_info(device)[0]:
+            placed._uploaded = torch.from_numpy(np.array(self._pixels)).to(device)
+        return placed
 
     def with_captions(self) -> PhotoCrops:
         """The same without photos that have no caption; ValueError if none is left."""
@@ -121,7 +141,7 @@ class PhotoCrops:
         chosen.photos = [photo for photo in self.photos if photo.captions]
         if not chosen.photos:
             raise ValueError("none of these photos has a caption")
-        chosen._weights = np.sqrt([p.height * p.width for p in chosen.photos])
+        chosen._index()
         return chosen
 
     def pixels(self, photo: Photo) -> np.ndarray:
@@ -136,28 +156,57 @@ class PhotoCrops:
         """Draw ``count`` square crops.
 
         Returns:
-            Images float32 [count, 3, side, side] in [-1, 1] (channels last), and one caption per
-            crop ("" where the photo has none).
+            Images float32 [count, 3, side, side] in [-1, 1] (channels last), on ``device``, and one
+            caption per crop ("" where the photo has none).
 
         Raises:
             ValueError: when no photo is at least ``side`` pixels on both sides.
         """
-        fits = np.array([min(p.height, p.width) >= side for p in self.photos])
-        if not fits.any():
-            raise ValueError(f"no photo is at least {side}x{side} pixels; use a smaller crop")
-        weights = self._weights * fits
-        chosen = generator.choice(len(self.photos), size=count, p=weights / weights.sum())
-        crops = np.empty((count, side, side, 3), np.uint8)
+        if side not in self._chances:
+            fits = self._sizes.min(1) >= side
+            if not fits.any():
+                raise ValueError(f"no photo is at least {side}x{side} pixels; use a smaller crop")
+            chances = np.cumsum(np.sqrt(self._sizes.prod(1)) * fits)
+            self._chances[side] = chances / chances[-1]
+        chosen = np.searchsorted(self._chances[side], generator.random(count), side="right")
+        corners = generator.integers(self._sizes[chosen] - side + 1)
+        mirrored = generator.random(count) < 0.5
+        picks = generator.random(count)
+        cut = self._cut_here if self._uploaded is None else self._cut_there
+        crops = cut(chosen, corners, mirrored, side)
         captions = []
-        for i, index in enumerate(chosen):
-            photo = self.photos[index]
-            top = generator.integers(photo.height - side + 1)
-            left = generator.integers(photo.width - side + 1)
-            crop = self.pixels(photo)[top : top + side, left : left + side]
-            crops[i] = crop[:, ::-1] if generator.integers(2) else crop
-            captions.append(str(generator.choice(photo.captions)) if photo.captions else "")
-        images = torch.from_numpy(crops).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-        return images, captions
+        for index, pick in zip(chosen.tolist(), picks.tolist(), strict=True):
+            known = self.photos[index].captions
+            captions.append(known[int(pick * len(known))] if known else "")
+        return crops.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0), captions
+
+    def _cut_here(
+        self, chosen: np.ndarray, corners: np.ndarray, mirrored: np.ndarray, side: int
+    ) -> Tensor:
+        """Crops uint8 [B, side, side, 3] from the memory map."""
+        crops = np.empty((len(chosen), side, side, 3), np.uint8)
+        for crop, index, (top, left), mirror in zip(
+            crops, chosen, corners.tolist(), mirrored.tolist(), strict=True
+        ):
+            found = self.pixels(self.photos[index])[top : top + side, left : left + side]
+            crop[:] = found[:, ::-1] if mirror else found
+        return torch.from_numpy(crops).to(self.device)
+
+    def _cut_there(
+        self, chosen: np.ndarray, corners: np.ndarray, mirrored: np.ndarray, side: int
+    ) -> Tensor:
+        """The same from the pixels on the device."""
+        assert self._uploaded is not None
+        steps = self._sizes[chosen, 1] * 3
+        starts = self._offsets[chosen] + corners[:, 0] * steps + corners[:, 1] * 3
+        columns = np.where(mirrored[:, None], np.arange(side)[::-1], np.arange(side))
+        start, step, column = (
+            torch.from_numpy(values).to(self.device, non_blocking=True)
+            for values in (starts, steps, columns)
+        )
+        rows = start[:, None] + step[:, None] * torch.arange(side, device=self.device)
+        pixels = rows[:, :, None] + 3 * column[:, None, :]
+        return self._uploaded[pixels[..., None] + torch.arange(3, device=self.device)]
 
 
 @dataclass(frozen=True)

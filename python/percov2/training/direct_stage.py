@@ -46,14 +46,14 @@ class DirectStage(RoundedStage):
 
     def __init__(self, config: EntropyConfig, counts: NDArray[np.int64], draw: Draw) -> None:
         super().__init__()
-        self.config, self.draw = config, draw
+        self.config, self.draw_examples = config, draw
         sizes = TransformerConfig(codebook_size=len(counts), **config.model)
         self.transformer = TokenTransformer(sizes)
         self.transformer.set_frequencies(torch.from_numpy(counts))
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`TrainingStage.forward`."""
-        batch, targets, weights = self.draw(generator)
+        batch, targets, weights = self.draw_examples(generator)
         with self.precision():
             logits = direct_logits(self.transformer, batch)
         targets, weights = (part.flatten().to(logits.device) for part in (targets, weights))

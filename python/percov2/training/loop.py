@@ -1,7 +1,7 @@
 """The training loop that every stage shares: optimiser, EMA, exact resume, log, progress bar.
 
-A stage is a :class:`TrainingStage`: a module whose ``forward(generator)`` draws its own batch and
-returns a loss and figures to log. Accelerate carries precision, devices and processes.
+A stage is a :class:`stage.TrainingStage`: a module whose ``forward(generator)`` draws its own batch
+and returns a loss and figures to log. Accelerate carries precision, devices and processes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,9 @@ from tqdm import tqdm
 from percov2.training import checkpoint
 from percov2.training.averaging import AveragedWeights
 from percov2.training.interrupts import StopSignals
+from percov2.training.optimizers import adamw, make_recordable, restore, set_learning_rate
+from percov2.training.recording import CudaRecorder, Figures, RecordedSteps
+from percov2.training.stage import Draw, Place, TrainingStage
 
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16")
@@ -45,9 +47,12 @@ class LoopConfig:
         accumulate: forward passes whose gradients make one step.
         checkpoint_seconds: time between checkpoints.
         log_every: steps between CSV lines.
+        record: on a GPU, repeat recorded steps (``recording``): many times faster where steps are
+            of many small kernels. For stages that are ``recordable``, in one process.
 
     Raises:
-        ValueError: for another schedule or precision, or accumulate or log_every < 1.
+        ValueError: for another schedule or precision, accumulate or log_every < 1, or to record
+            more than one pass per step.
     """
 
     steps: int
@@ -63,6 +68,7 @@ class LoopConfig:
     accumulate: int = 1
     checkpoint_seconds: float = 180.0
     log_every: int = 50
+    record: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -73,67 +79,8 @@ class LoopConfig:
         for name in ("accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands in a run.
-
-    Attributes:
-        device: of the stage's weights in this process.
-        process: its index.
-        processes: how many there are.
-        accumulate: forward passes per step.
-        seed: of the run.
-    """
-
-    device: torch.device
-    process: int = 0
-    processes: int = 1
-    accumulate: int = 1
-    seed: int = 0
-
-
-class TrainingStage(nn.Module):
-    """One stage of training: networks, data and losses.
-
-    Attributes:
-        whole_batches: every process draws (or knows) the whole batch and takes its own part. Then
-            the number of processes changes nothing but rounding, also when a run goes on.
-            Otherwise each process draws batches of its own.
-    """
-
-    whole_batches = False
-
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw a batch and return the loss and figures to log.
-
-        Figures are scalars, the same names at every step; NaN where a step has none.
-        """
-        raise TypeError(f"{type(self).__name__} must define forward")
-
-    def stored_keys(self) -> set[str]:
-        """Names of ``state_dict()`` that checkpoints hold (e.g. without frozen networks)."""
-        return set(self.state_dict())
-
-    def start_run(self, place: Place) -> None:
-        """Called once the weights are on their device, before anything is restored."""
-
-    def start_step(self, step: int, total: int) -> None:
-        """Called before every step (e.g. to switch fake quantization on)."""
-
-    def after_step(self) -> None:
-        """Called after every optimiser step (e.g. to move the codebook)."""
-
-    def draw_samples(self, folder: Path, step: int) -> None:
-        """Called at every checkpoint, in evaluation mode with averaged weights."""
-
-    def side_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the weights (e.g. a discriminator); collective."""
-        return {}
-
-    def load_side_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`side_state` returned; {} from a run that had none."""
+        if self.record and self.accumulate > 1:
+            raise ValueError(f"recorded steps have one pass, not accumulate = {self.accumulate}")
 
 
 def _mean(values: list[float]) -> float:
@@ -151,13 +98,25 @@ def _learning_rate(config: LoopConfig, step: int) -> float:
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _optimizer(stage: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+def _optimizer(stage: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
     trained = [p for p in stage.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2))
+    return adamw(groups, config.learning_rate, (0.9, config.beta2), 0.0)
+
+
+def _check_recordable(stage: TrainingStage, on_cpu: bool, processes: int) -> None:
+    """Raise ValueError where ``record`` is not possible."""
+    if on_cpu:
+        raise ValueError("record = true needs a CUDA device; set it to false to train without one")
+    if processes > 1:
+        raise ValueError(f"record = true is for one process, not {processes}")
+    if not stage.recordable:
+        raise ValueError(
+            f"steps of this {type(stage).__name__} cannot be recorded; set record to false"
+        )
 
 
 def load_averaged(out: Path, stage: TrainingStage) -> int:
@@ -188,6 +147,10 @@ class _Run:
         self.stage, self.config, self.out = stage, config, out
         self.path = out / "checkpoint.pt"
         self.main = self.accelerator.is_main_process
+        if config.record:
+            _check_recordable(stage, on_cpu, self.accelerator.num_processes)
+            # Recording is not possible on the default stream.
+            torch.cuda.set_stream(torch.cuda.Stream())
         process = 0 if stage.whole_batches else self.accelerator.process_index
         self.generator = np.random.default_rng([config.seed, process])
         torch.manual_seed(config.seed + process)
@@ -198,10 +161,15 @@ class _Run:
             self.accelerator.num_processes,
             config.accumulate,
             config.seed,
+            config.record,
         )
+        if config.record:
+            make_recordable(self.optimizer, place.device)
         stage.start_run(place)
         self.keys = stage.stored_keys()
         self.averaged = AveragedWeights(stage, config.ema, self.keys)
+        self.recorded = RecordedSteps(self._whole_step, CudaRecorder()) if config.record else None
+        self.losses: list[Tensor] = []
         self.step = 0
         if self.path.is_file():
             self._restore()
@@ -209,7 +177,7 @@ class _Run:
     def _restore(self) -> None:
         state = checkpoint.read(self.path)
         checkpoint.restore(self.stage, state["model"], self.keys, self.path)
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.optimizer, state["optimizer"])
         self.averaged.load(state["ema"])
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.stage.whole_batches:
@@ -221,6 +189,7 @@ class _Run:
 
     def save(self) -> None:
         """Write a checkpoint and samples (collective)."""
+        self.check()
         draws = checkpoint.gather_draws(self.generator)
         side = self.stage.side_state()
         if self.main:
@@ -247,8 +216,40 @@ class _Run:
     def do_step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the figures of its last forward pass."""
         self.stage.start_step(self.step, self.config.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = _learning_rate(self.config, self.step)
+        set_learning_rate(self.optimizer, _learning_rate(self.config, self.step))
+        if self.recorded is None:
+            figures = self._step_by_passes()
+        else:
+            figures = self.recorded(self.stage.draw(self.generator))
+            self.losses.append(figures.pop("loss"))
+        self.averaged.update(self.stage, self.step)
+        self.step += 1
+        return figures
+
+    def _whole_step(self, draw: Draw) -> Figures:
+        """A step that may be recorded; its loss is among the figures."""
+        allowed = self.config.precision == "bf16"
+        # A cache of casts would outlive the recording.
+        with torch.autocast("cuda", torch.bfloat16, enabled=allowed, cache_enabled=False):
+            loss, figures = self.stage.compute(draw)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.stage.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.stage.after_step()
+        return {"loss": loss.detach(), **figures}
+
+    def check(self) -> None:
+        """Raise FloatingPointError if a loss since the last call was not finite."""
+        losses, self.losses = self.losses, []
+        if losses and not torch.isfinite(torch.stack(losses)).all():
+            raise FloatingPointError(
+                f"a loss was not finite in the {len(losses)} steps before {self.step}; lower the "
+                "rate"
+            )
+
+    def _step_by_passes(self) -> Figures:
+        """A step of one or more passes, without averaging; the figures of the last one."""
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(self.config.accumulate):
             last = part == self.config.accumulate - 1
@@ -263,8 +264,6 @@ class _Run:
         self.accelerator.clip_grad_norm_(self.stage.parameters(), self.config.clip)
         self.optimizer.step()
         self.stage.after_step()
-        self.averaged.update(self.stage, self.step)
-        self.step += 1
         return figures
 
     def agreed(self, *wishes: bool) -> list[bool]:
@@ -276,9 +275,10 @@ class _Run:
         )
         return [count > 0 for count in counts.tolist()]
 
-    def means(self, recent: dict[str, list[float]]) -> dict[str, float]:
+    def means(self, recent: dict[str, list[Tensor]]) -> dict[str, float]:
         """Means of the figures over steps and processes (collective)."""
-        own = {key: _mean(values) for key, values in recent.items()}
+        self.check()
+        own = {key: _mean([float(v) for v in values]) for key, values in recent.items()}
         rows = torch.tensor([list(own.values())], device=self.accelerator.device)
         columns = self.accelerator.gather(rows).T.tolist()
         return {key: _mean(values) for key, values in zip(own, columns, strict=True)}
@@ -318,7 +318,7 @@ def train(
     if stop_after_steps is not None:
         last = min(last, run.step + stop_after_steps)
     stage.train()
-    recent: dict[str, list[float]] = {}
+    recent: dict[str, list[Tensor]] = {}
     bar = tqdm(
         total=config.steps,
         initial=run.step,
@@ -330,8 +330,9 @@ def train(
     with StopSignals() as signals, open(out / "log.csv", "a", newline="") as log:
         writer = csv.writer(log)
         while run.step < last:
+            # Read only when a line is written: reading waits for the device.
             for key, value in run.do_step().items():
-                recent.setdefault(key, []).append(float(value))
+                recent.setdefault(key, []).append(value)
             bar.update()
             if run.step % config.log_every == 0:
                 means = run.means(recent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,18 @@ _STRIDE = 16
 _ALEXNET_SIDE = 32
 
 
+def _shifted(images: Tensor, shift: Tensor) -> Tensor:
+    """Images [B, 3, H, W] cut to H - 15 and W - 15, from row and column ``shift`` on."""
+    height, width = (side - _STRIDE + 1 for side in images.shape[-2:])
+    if shift.device.type == "cpu":
+        down, right = shift.tolist()
+        return images[..., down : down + height, right : right + width]
+    # On a GPU a shift that is read by the kernels may change when a recorded step is repeated.
+    rows = shift[0] + torch.arange(height, device=shift.device)
+    columns = shift[1] + torch.arange(width, device=shift.device)
+    return images.index_select(-2, rows).index_select(-1, columns)
+
+
 def randomly_shifted(*images: Tensor) -> list[Tensor]:
     """Images [B, 3, H, W] cut to H - 15 and W - 15, at a place that is drawn once for all of them.
 
@@ -24,16 +37,33 @@ def randomly_shifted(*images: Tensor) -> list[Tensor]:
     flow such of 16×16. At a fixed place both learn patterns of these periods that please this
     network alone, because it meets them at one phase only.
     """
-    down, right = torch.randint(_STRIDE, (2,)).tolist()
-    lost = _STRIDE - 1
-    return [
-        x[..., down : x.shape[-2] - lost + down, right : x.shape[-1] - lost + right] for x in images
-    ]
+    shift = torch.randint(_STRIDE, (2,))
+    return [_shifted(x, shift) for x in images]
 
 
 def _drawn(share: float) -> bool:
     """Whether a call belongs to a share of all; draws nothing where the share is 0 or 1."""
     return share >= 1 or (share > 0 and float(torch.rand(())) < share)
+
+
+@dataclass(frozen=True)
+class View:
+    """What LPIPS and texture see of a batch.
+
+    Attributes:
+        shift: row and column int64 [2], 0 to 15, at which pictures are cut as by
+            :func:`randomly_shifted`; None for whole pictures.
+        coarse: whether they see means of 2×2 pixels.
+    """
+
+    shift: Tensor | None
+    coarse: bool
+
+
+def draw_view(aligned: float, coarse: float) -> View:
+    """A view without a shift in a share ``aligned`` of the calls, coarse in a share ``coarse``."""
+    shift = None if _drawn(aligned) else torch.randint(_STRIDE, (2,))
+    return View(shift, _drawn(coarse))
 
 
 def _spread(maps: Tensor, windows: tuple[int, int]) -> Tensor:
@@ -74,57 +104,50 @@ def texture_distance(maps: list[Tensor], references: list[Tensor], size: tuple[i
 class ReconstructionLoss(nn.Module):
     """L1 + LPIPS (AlexNet) + texture of decoded images against the photos.
 
-    LPIPS and texture see :func:`randomly_shifted` pictures but for a share of the calls: there they
-    see them as a viewer's LPIPS does, from the first pixel of a token on.
+    LPIPS and texture see a :class:`View` of the pictures. Without a shift they see them as a
+    viewer's LPIPS does, from the first pixel of a token on; where a view is coarse, what is finer
+    is left to the other losses.
 
     LPIPS-VGG and DISTS are kept for judging and are never training losses.
 
     Args:
         lpips_weight: of LPIPS, beside 1 for L1.
         texture_weight: of :func:`texture_distance` on AlexNet's responses and pixel differences.
-        aligned: share of calls without a shift, 0 to 1.
     """
 
-    def __init__(
-        self, lpips_weight: float, texture_weight: float = 0.0, aligned: float = 0.0
-    ) -> None:
+    def __init__(self, lpips_weight: float, texture_weight: float = 0.0) -> None:
         super().__init__()
         self.lpips_weight, self.texture_weight = lpips_weight, texture_weight
-        self.aligned = aligned
         self.lpips = LPIPS("alex")
 
     def forward(
         self,
         images: Tensor,
         references: Tensor,
+        view: View,
         lpips_weight: float | None = None,
-        aligned: float | None = None,
         texture_weight: float | None = None,
-        coarse: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and its parts (texture NaN if it has no weight); both [B, 3, H, W] in [-1, 1].
 
-        ``lpips_weight``, ``aligned`` and ``texture_weight`` replace the module's for this call;
-        ``coarse`` is the probability that LPIPS and texture see means of 2×2 pixels. What is finer
-        is then left to the other losses.
+        ``lpips_weight`` and ``texture_weight`` replace the module's for this call.
 
         Raises:
-            ValueError: pictures of less than 47 pixels a side (79 with ``coarse``), of which
-                AlexNet sees nothing.
+            ValueError: pictures of less than 47 pixels a side (79 where the view is coarse), of
+                which AlexNet sees nothing.
         """
         lpips_weight = self.lpips_weight if lpips_weight is None else lpips_weight
-        aligned = self.aligned if aligned is None else aligned
         texture_weight = self.texture_weight if texture_weight is None else texture_weight
-        least = _ALEXNET_SIDE * (2 if coarse else 1) + _STRIDE - 1
+        least = _ALEXNET_SIDE * (2 if view.coarse else 1) + _STRIDE - 1
         if min(images.shape[-2:]) < least:
             raise ValueError(
                 f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; make "
                 f"them {least} pixels a side or more"
             )
         l1 = (images.float() - references).abs().mean()
-        if not _drawn(aligned):
-            images, references = randomly_shifted(images, references)
-        if _drawn(coarse):
+        if view.shift is not None:
+            images, references = (_shifted(x, view.shift) for x in (images, references))
+        if view.coarse:
             images, references = (F.avg_pool2d(x, 2) for x in (images, references))
         with torch.no_grad():
             wanted = self.lpips.responses(references)

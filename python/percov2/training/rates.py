@@ -107,7 +107,7 @@ class RateNetworks(nn.Module):
                 tokens = self.quantizer.tokens(self.hyper_encoder(latents))
             nothing = latents.new_zeros(())
             return Quantized(
-                self.quantizer.lookup(tokens), tokens, nothing, nothing, latents.new_zeros(0)
+                self.quantizer.embed(tokens), tokens, nothing, nothing, latents.new_zeros(0)
             )
         quantized: Quantized = self.quantizer(self.hyper_encoder(latents))
         self._last = quantized

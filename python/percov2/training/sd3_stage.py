@@ -21,12 +21,12 @@ from torch import Tensor
 
 from percov2.models.model_config import LATENT_SIDE
 from percov2.models.quantizer import Quantized
-from percov2.training.loop import Place, TrainingStage
 from percov2.training.rates import perplexity
 from percov2.training.sd3_frozen import FrozenNetworks
 from percov2.training.sd3_networks import SD3Networks
 from percov2.training.sd3_pictures import Pictures
 from percov2.training.shards import CropFeed, Sample, ShardStreams
+from percov2.training.stage import Place, TrainingStage
 
 _LATENT_CHANNELS = 16
 

@@ -23,16 +23,16 @@ from percov2.models.quantizer import Quantized
 from percov2.models.text_encoder import HashedTextEncoder
 from percov2.training.adversary import Adversary, AdversaryConfig
 from percov2.training.data import CropPlan, PhotoCrops
-from percov2.training.loop import TrainingStage
-from percov2.training.losses import ReconstructionLoss
+from percov2.training.losses import ReconstructionLoss, View, draw_view
 from percov2.training.rates import RateConfig, RateNetworks, build_rates, draw_rate
+from percov2.training.stage import Draw, Place, TrainingStage
 
 
 def save_rows(path: Path, rows: list[Tensor]) -> None:
     """Write rows of images [B, 3, H, W] in [-1, 1] below each other as one PNG."""
     strips = [torch.cat(list(r), 2) for r in rows]
     grid = torch.cat(strips, 1).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    Image.fromarray(grid.permute(1, 2, 0).contiguous().numpy()).save(path)
+    Image.fromarray(grid.permute(1, 2, 0).contiguous().cpu().numpy()).save(path)
 
 
 @dataclass
@@ -55,12 +55,16 @@ class AutoencoderStage(TrainingStage):
         self.autoencoder.to(memory_format=torch.channels_last)
         self.loss = ReconstructionLoss(config.lpips_weight)
 
+    def start_run(self, place: Place) -> None:
+        """See :meth:`TrainingStage.start_run`."""
+        self.data = self.data.on(place.device)
+
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`TrainingStage.forward`."""
         images, _ = self.config.crops.draw(self.data, generator)
         latents = self.autoencoder.encode(images).float()
         noisy = latents + self.config.latent_noise * torch.randn_like(latents)
-        loss, figures = self.loss(self.autoencoder.decode(noisy), images)
+        loss, figures = self.loss(self.autoencoder.decode(noisy), images, draw_view(0.0, 0.0))
         power = latents.square().mean((0, 2, 3))
         mean = latents.mean((0, 2, 3))
         spread = ((power - 1).square() + mean.square()).mean()
@@ -85,7 +89,7 @@ class CodecConfig:
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
         texture_weight: of the texture distance (``losses.texture_distance``).
         aligned: share of the batches whose LPIPS is taken at the tokens' own phase
-            (``losses.ReconstructionLoss``).
+            (``losses.View``).
         decoder_noise: standard deviation of the noise on the latents that are decoded.
         adversary: the patch discriminator; there is none by default.
     """
@@ -126,10 +130,20 @@ class CodecStage(TrainingStage):
         self.flow.pos_embed.proj.reset_parameters()
         self.text_encoder = HashedTextEncoder(**config.text_encoder)
         self.autoencoder.to(memory_format=torch.channels_last)
-        self.loss = ReconstructionLoss(config.lpips_weight, config.texture_weight, config.aligned)
+        self.loss = ReconstructionLoss(config.lpips_weight, config.texture_weight)
         self.adversary = Adversary(config.adversary) if config.adversary.weight else None
-        self._step = 0
-        self._discriminator_loss = math.nan
+        self._weight = 0.0
+        # Scalars at one place each, which recorded steps read and write.
+        self._force = torch.zeros(())
+        self._discriminator_loss = torch.tensor(math.nan)
+
+    def start_run(self, place: Place) -> None:
+        """See :meth:`TrainingStage.start_run`."""
+        self.data = self.data.on(place.device)
+        self._force = self._force.to(place.device)
+        self._discriminator_loss = self._discriminator_loss.to(place.device)
+        if self.adversary is not None:
+            self.adversary.start_run(place)
 
     def _rate(self, name: str) -> RateNetworks:
         networks = self.rates[name]
@@ -138,24 +152,47 @@ class CodecStage(TrainingStage):
 
     def start_step(self, step: int, total: int) -> None:
         """See :meth:`TrainingStage.start_step`."""
-        self._step = step
+        self._weight = 0.0 if self.adversary is None else self.adversary.weight(step)
+        self._force.fill_(self._weight)
 
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.forward`."""
+    @property
+    def recordable(self) -> bool:  # type: ignore[override]
+        """With frozen tokens, and no discriminator of features, whose shifts are drawn inside."""
+        features = self.adversary is not None and self.config.adversary.network == "features"
+        return self.config.frozen_tokens and not features
+
+    def draw(self, generator: np.random.Generator) -> Draw:
+        """Crops, words and times of a step, its rate, and what its losses see.
+
+        See :meth:`TrainingStage.draw`.
+        """
         config = self.config
         name = draw_rate(config.rates, generator)
-        networks = self._rate(name)
         rate = config.rates[name]
         images, captions = rate.crops.draw(self.data, generator)
         keep = generator.random(len(captions)) >= config.caption_dropout
         captions = [c if k else "" for c, k in zip(captions, keep, strict=True)]
+        t = torch.sigmoid(torch.randn(len(captions)))
+        t = 3 * t / (1 + 2 * t)
+        t[: round(config.one_step * len(captions))] = 1.0
+        aligned = config.aligned if rate.aligned is None else rate.aligned
+        view = draw_view(aligned, rate.coarse)
+        tensors = {"words": self.text_encoder.rows(captions), "t": t}
+        if view.shift is not None:
+            tensors["shift"] = view.shift
+        tensors = {k: v.to(images.device, non_blocking=True) for k, v in tensors.items()}
+        return Draw((name, view.coarse, self._weight > 0), {**tensors, "images": images})
+
+    def compute(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`TrainingStage.compute`."""
+        config = self.config
+        assert isinstance(draw.kind, tuple)
+        name, coarse, felt = draw.kind
+        networks, rate = self._rate(name), config.rates[name]
+        images, t = draw.tensors["images"], draw.tensors["t"]
         with torch.no_grad():
             latents = self.autoencoder.encode(images).float()
         quantized: Quantized = networks(latents)
-        count = len(latents)
-        t = torch.sigmoid(torch.randn(count))
-        t = 3 * t / (1 + 2 * t)
-        t = torch.where(torch.arange(count) < round(config.one_step * count), 1.0, t)
         noise = torch.randn_like(latents)
         mix = t.view(-1, 1, 1, 1)
         clean = estimate_clean(
@@ -163,7 +200,7 @@ class CodecStage(TrainingStage):
             (1 - mix) * latents + mix * noise,
             upsample_z_hat(quantized.z_hat, *latents.shape[-2:]),
             t,
-            self.text_encoder(captions),
+            self.text_encoder.embed(draw.tensors["words"]),
             config.prediction,
         ).float()
         latent_error = (clean - latents).square().mean()
@@ -172,12 +209,17 @@ class CodecStage(TrainingStage):
         clean = clean.contiguous(memory_format=torch.channels_last)
         rebuilt = self.autoencoder.decode(clean)
         loss, figures = self.loss(
-            rebuilt, images, rate.lpips_weight, rate.aligned, rate.texture_weight, rate.coarse
+            rebuilt,
+            images,
+            View(draw.tensors.get("shift"), coarse),
+            rate.lpips_weight,
+            rate.texture_weight,
         )
         loss = loss + config.latent_weight * latent_error + config.vq_weight * quantized.loss
         loss = loss - config.spread_weight * quantized.spread
-        adversarial = self._adversarial(clean, rebuilt, images, rate.adversarial)
-        if adversarial is not None:
+        adversarial = None
+        if felt:
+            adversarial = self._adversarial(clean, rebuilt, images, rate.adversarial)
             loss = loss + adversarial
         return loss, self._figures(
             name,
@@ -191,14 +233,11 @@ class CodecStage(TrainingStage):
             },
         )
 
-    def _adversarial(
-        self, clean: Tensor, rebuilt: Tensor, images: Tensor, factor: float
-    ) -> Tensor | None:
-        if self.adversary is None or not self.adversary.weight(self._step):
-            return None
+    def _adversarial(self, clean: Tensor, rebuilt: Tensor, images: Tensor, factor: float) -> Tensor:
+        assert self.adversary is not None
         if self.config.adversary.reach == "decoder":
             rebuilt = self.autoencoder.decode(clean.detach())
-        return self.adversary.loss(rebuilt, images, self._step, factor)
+        return self.adversary.loss(rebuilt, images, factor * self._force)
 
     def _figures(
         self, rate: str, adversarial: Tensor | None, figures: dict[str, Tensor]
@@ -209,7 +248,7 @@ class CodecStage(TrainingStage):
         named.update({f"{key}_{rate}": value for key, value in figures.items()})
         named["adversarial"] = missing if adversarial is None else adversarial.detach()
         # The discriminator learns after the step, so its loss is that of the step before.
-        named["discriminator"] = torch.tensor(self._discriminator_loss)
+        named["discriminator"] = self._discriminator_loss.clone()
         return named
 
     def after_step(self) -> None:
@@ -218,7 +257,10 @@ class CodecStage(TrainingStage):
             self._rate(name).move_codebook()
         if self.adversary is not None:
             loss = self.adversary.learn()
-            self._discriminator_loss = math.nan if loss is None else float(loss)
+            if loss is None:
+                self._discriminator_loss.fill_(math.nan)
+            else:
+                self._discriminator_loss.copy_(loss)
 
     def side_state(self) -> dict[str, Any]:
         """See :meth:`TrainingStage.side_state`."""
@@ -234,13 +276,13 @@ class CodecStage(TrainingStage):
         networks = self._rate(rate)
         latents = self.autoencoder.encode(images).float()
         generator = torch.Generator().manual_seed(0)
-        noise, grain = torch.randn(2, *latents.shape, generator=generator)
+        noise, grain = torch.randn(2, *latents.shape, generator=generator).to(latents)
         tokens = networks.quantizer.tokens(networks.hyper_encoder(latents))
         clean = estimate_clean(
             self.flow,
             noise,
             upsample_z_hat(networks.quantizer.lookup(tokens), *latents.shape[-2:]),
-            torch.ones(len(latents)),
+            torch.ones(len(latents), device=latents.device),
             self.text_encoder(captions),
             self.config.prediction,
         )

@@ -34,7 +34,8 @@ from percov2.entropy.transformer import (
     TransformerConfig,
     crop_batch,
 )
-from percov2.training.loop import LoopConfig, Place, TrainingStage, load_averaged, train
+from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training.stage import Place, TrainingStage
 
 _MAX_HELD_OUT = 48
 _OBSERVE_EVERY = 4

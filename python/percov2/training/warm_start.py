@@ -54,6 +54,40 @@ def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
     return fresh
 
 
+def _places(state: dict[str, Tensor]) -> dict[tuple[int, int], str]:
+    """Prefixes of a decoder's layers, by how many plain layers come before and which block it is.
+
+    Plain layers are block 0 of their place.
+    """
+    indices = sorted({int(k.split(".")[1]) for k in state if k.startswith("decoder.")})
+    plain = block = 0
+    places = {}
+    for index in indices:
+        if f"decoder.{index}.conv1.weight" in state:
+            block += 1
+        else:
+            plain, block = plain + 1, 0
+        places[plain, block] = f"decoder.{index}."
+    return places
+
+
+def _grown(fresh: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An autoencoder's stored weights for a decoder with as many or more blocks.
+
+    Blocks are the identity until they are trained, so a grown decoder starts as the stored one.
+    """
+    grown = {k: v for k, v in stored.items() if not k.startswith("decoder.")}
+    old = _places(stored)
+    for place, prefix in _places(fresh).items():
+        source, start = (stored, old[place]) if place in old else (fresh, prefix)
+        for key, value in source.items():
+            if key.startswith(start):
+                grown[prefix + key.removeprefix(start)] = value
+    if set(old) - set(_places(fresh)):
+        raise RuntimeError("its decoder has more blocks")
+    return grown
+
+
 def _model_state(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder under the names that a codec run gives them."""
     model = CodecModel(folder)
@@ -68,7 +102,8 @@ def _model_state(folder: Path) -> dict[str, Tensor]:
 def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
     """Load the averaged weights of a codec run: shared networks, and every rate it has.
 
-    Rates that the run does not have start from its first one.
+    Rates that the run does not have start from its first one. The decoder may have more blocks than
+    the run's; those start as the identity.
 
     Args:
         stage: freshly initialised; changed in place.
@@ -97,7 +132,10 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
     origins = {}
     try:
         for name in _SHARED:
-            stage.get_submodule(name).load_state_dict(_part(state, name))
+            part, module = _part(state, name), stage.get_submodule(name)
+            if name == "autoencoder":
+                part = _grown(module.state_dict(), part)
+            module.load_state_dict(part)
         donor_name, donor = next(iter(stored.items()))
         for name, networks in stage.rates.items():
             assert isinstance(networks, RateNetworks)

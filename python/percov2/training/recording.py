@@ -1,0 +1,99 @@
+"""Training steps as CUDA graphs: what a step launches is recorded once and then repeated.
+
+A step of the joint phase launches some thousands of small kernels; a GPU is done with most of them
+before the next is launched. A recorded step is a single launch.
+
+The first steps of every kind run as usual, so that optimisers have their moments and libraries
+their workspaces. Then one is recorded, and from there on only its inputs change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from percov2.training.stage import Draw
+
+Figures = dict[str, Tensor]
+Recorder = Callable[[Callable[[], Figures]], tuple[Figures, Callable[[], None]]]
+"""Records work without doing it; returns where its results will lie, and what does it."""
+
+_AS_USUAL = 2
+"""Steps of each kind before one is recorded."""
+
+
+class CudaRecorder:
+    """A :data:`Recorder` on the current CUDA stream, which must not be the default one."""
+
+    def __init__(self) -> None:
+        # One pool for all graphs: they run one after the other, and keep nothing in it.
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], Figures]) -> tuple[Figures, Callable[[], None]]:
+        """Record ``work``, which must not wait for the device."""
+        graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream()
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            results = work()
+        return results, graph.replay
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A step that can be repeated: its inputs, what does it, its figures."""
+
+    inputs: dict[str, Tensor]
+    repeat: Callable[[], None]
+    figures: Figures
+    moving: list[str]
+    values: Tensor
+
+
+class RecordedSteps:
+    """Does steps, most of them by repeating a recorded one.
+
+    Args:
+        step: does a whole step: forward, backward, optimiser. Returns scalar figures, on the device
+            of the draw's tensors unless they never change.
+        recorder: records on the device.
+    """
+
+    def __init__(self, step: Callable[[Draw], Figures], recorder: Recorder) -> None:
+        self._step, self._recorder = step, recorder
+        self._seen: dict[Hashable, int] = {}
+        self._recorded: dict[Hashable, _Recorded] = {}
+
+    def __call__(self, draw: Draw) -> Figures:
+        """Do a step; returns its figures."""
+        shapes = tuple((name, tuple(value.shape)) for name, value in draw.tensors.items())
+        kind = draw.kind, shapes
+        if kind not in self._recorded:
+            seen = self._seen.get(kind, 0)
+            self._seen[kind] = seen + 1
+            if seen < _AS_USUAL:
+                return self._step(draw)
+            self._recorded[kind] = self._record(draw)
+        recorded = self._recorded[kind]
+        for name, value in draw.tensors.items():
+            recorded.inputs[name].copy_(value)
+        recorded.repeat()
+        # Cloned, because the next step may be the same one.
+        values = recorded.values.clone()
+        return {**recorded.figures, **dict(zip(recorded.moving, values, strict=True))}
+
+    def _record(self, draw: Draw) -> _Recorded:
+        inputs = {name: value.clone() for name, value in draw.tensors.items()}
+        devices = {value.device for value in inputs.values()}
+
+        def work() -> Figures:
+            figures = self._step(Draw(draw.kind, inputs))
+            moving = [value.float() for value in figures.values() if value.device in devices]
+            return {**figures, "": torch.stack(moving)}
+
+        results, repeat = self._recorder(work)
+        figures = {name: value for name, value in results.items() if name}
+        moving = [name for name, value in figures.items() if value.device in devices]
+        return _Recorded(inputs, repeat, figures, moving, results[""])
