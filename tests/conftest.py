@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 from PIL import Image
+
+from photo_store import store_photos
 
 if TYPE_CHECKING:
     import torch
@@ -87,15 +88,5 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 @pytest.fixture(scope="session")
 def photo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three small photos as `percov2 train data` writes them, two with a caption."""
-    folder = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    entries, pixels, offset = [], [], 0
-    for i, (height, width) in enumerate([(64, 96), (96, 64), (72, 80)]):
-        photo = generator.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-        photo = photo.repeat(8, 0).repeat(8, 1)
-        entries.append([f"pic-{i}", offset, height, width, ["a red door"] if i else []])
-        pixels.append(photo.tobytes())
-        offset += photo.size
-    (folder / "photos.bin").write_bytes(b"".join(pixels))
-    (folder / "photos.json").write_text(json.dumps(entries))
-    return folder
+    sizes = [(64, 96), (96, 64), (72, 80)]
+    return store_photos(tmp_path_factory.mktemp("photos"), sizes, 8)

@@ -33,6 +33,7 @@ from percov2.training.multiscale import (
     photo_directions,
 )
 from percov2.training.stage2 import EntropyConfig, TokenMaps, train_entropy
+from photo_store import store_photos
 
 SIZE = 16
 """Codes of each scale of the small models here."""
@@ -238,19 +239,8 @@ def test_draws_are_whole_maps_of_one_shape() -> None:
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Photos as `percov2 train data` stores them, more of them than a scale has codes (64)."""
-    folder = tmp_path_factory.mktemp("photos")
-    generator = np.random.default_rng(0)
-    entries, pixels, offset = [], [], 0
-    for i in range(90):
-        height, width = ((32, 50), (48, 32))[i % 2]
-        photo = generator.integers(0, 256, (height // 2, width // 2, 3), dtype=np.uint8)
-        photo = photo.repeat(2, 0).repeat(2, 1)
-        entries.append([f"pic-{i}", offset, height, width, []])
-        pixels.append(photo.tobytes())
-        offset += photo.size
-    (folder / "photos.bin").write_bytes(b"".join(pixels))
-    (folder / "photos.json").write_text(json.dumps(entries))
-    return folder
+    sizes = [((32, 50), (48, 32))[i % 2] for i in range(90)]
+    return store_photos(tmp_path_factory.mktemp("photos"), sizes, 2)
 
 
 def test_directions_are_those_of_the_token_maps(

@@ -13,24 +13,13 @@ from percov2.codec import Codec
 from percov2.training import commands
 from percov2.training.commands import run_entropy, run_tokens
 from percov2.training.data import PhotoCrops
+from photo_store import store_photos
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     """Three photos of unlike sizes, as `percov2 train data` stores them."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    generator = np.random.default_rng(0)
-    entries, pixels, offset = [], [], 0
-    for i, (height, width) in enumerate([(64, 96), (96, 64), (72, 80)]):
-        photo = generator.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
-        photo = photo.repeat(8, 0).repeat(8, 1)
-        entries.append([f"pic-{i}", offset, height, width, []])
-        pixels.append(photo.tobytes())
-        offset += photo.size
-    (folder / "photos.bin").write_bytes(b"".join(pixels))
-    (folder / "photos.json").write_text(json.dumps(entries))
-    return folder
+    return store_photos(tmp_path / "photos", [(64, 96), (96, 64), (72, 80)], 8)
 
 
 def test_token_maps_have_views_of_training_photos(
