@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from percov2.models.perceptual import LPIPS
-from percov2.training.adversary import Adversary, AdversaryConfig
+from percov2.training.adversary import Adversary, AdversaryConfig, FeatureDiscriminator
 from percov2.training.commands import codec_stage
 from percov2.training.data import PhotoCrops
 from percov2.training.loop import train
@@ -86,6 +86,11 @@ def test_the_discriminator_of_features_neither_stores_nor_trains_alexnet() -> No
     other.load_state_dict(adversary.state_dict())
     loaded = other.network.state_dict()
     assert all(torch.equal(loaded[k], v) for k, v in adversary.network.state_dict().items())
+
+
+def test_the_discriminator_of_features_takes_alexnet_along() -> None:
+    network = FeatureDiscriminator(4).to("meta")
+    assert all(view.is_meta for view in network.view(torch.zeros(2, 3, 64, 64, device="meta")))
 
 
 def test_unknown_networks_are_refused() -> None:

@@ -17,9 +17,10 @@ from percov2.training.adversary import AdversaryConfig
 from percov2.training.commands import codec_stage, run_codec, run_export
 from percov2.training.data import CropPlan, PhotoCrops
 from percov2.training.loop import load_averaged, train
-from percov2.training.losses import View
+from percov2.training.losses import View, draw_view
 from percov2.training.rates import RateConfig, build_rates, draw_rate
 from percov2.training.warm_start import start_from
+from photo_store import store_photos
 from rate_runs import ADVERSARY, ALL, RATES, config_text, written
 
 
@@ -115,6 +116,10 @@ def test_rates_that_do_not_fit_are_refused(photo_cache: Path, tmp_path: Path) ->
     for wrong in ({"coarse": 1.1}, {"coarse": -0.1}, {"adversarial": -1.0}):
         with pytest.raises(ValueError, match="coarse must be 0 to 1"):
             RateConfig(**wrong)
+    for sides, coarse, least in (((46, 64), 0.0, 47), ((78,), 0.25, 79)):
+        plan = CropPlan(sides, (1,) * len(sides))
+        with pytest.raises(ValueError, match=f"make them {least} a side"):
+            RateConfig(crops=plan, coarse=coarse)
     one = {**small, "crops": CropPlan((64,), (1,))}
     unequal = {str(c): RateConfig(**one, quantizer={"output_channels": c}) for c in (4, 8)}
     with pytest.raises(ValueError, match="output_channels"):
@@ -132,16 +137,16 @@ def test_rates_that_do_not_fit_are_refused(photo_cache: Path, tmp_path: Path) ->
 
 
 def test_a_rate_has_loss_weights_of_its_own(
-    photo_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    text = config_text(["r031", "r010"])
+    photos = store_photos(tmp_path / "photos", [(96, 96)], 8)
+    text = config_text(["r031", "r010"]).replace("sides = [64]", "sides = [96]")
     own = "[codec.rates.r010]\nlpips_weight = 0.25\naligned = 0.0"
     own += "\ntexture_weight = 0.5\ncoarse = 0.75"
     text = text.replace("[codec.rates.r010]", own)
     text = text.replace("[codec]", "[codec]\naligned = 0.125")
-    stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
+    stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(photos))
     weights, shares, loss = set(), set(), stage.loss.forward
-    whole = View(None, coarse=False)  # crops are too small to be halved
 
     def noted(images: Tensor, references: Tensor, view: View, *own: float | None) -> object:
         weights.add(own)
@@ -149,7 +154,7 @@ def test_a_rate_has_loss_weights_of_its_own(
 
     def drawn(*given: float) -> View:
         shares.add(given)
-        return whole
+        return draw_view(*given)
 
     monkeypatch.setattr(stage.loss, "forward", noted)
     monkeypatch.setattr("percov2.training.stage1.draw_view", drawn)

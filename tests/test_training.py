@@ -94,7 +94,7 @@ def test_crops_are_parts_of_photos_at_native_resolution(cache: Path) -> None:
 def test_crops_cut_on_the_device_are_those_cut_from_the_map(cache: Path) -> None:
     here = PhotoCrops(cache)
     there = here.on(torch.device("cpu"))
-    there._uploaded = torch.from_numpy(np.array(here._pixels))  # as `on` does on a GPU
+    there._upload()  # as `on` does for a GPU
     for seed, side in ((0, 8), (1, 31), (2, 48)):
         expected, captions = here.batch(np.random.default_rng(seed), 9, side)
         crops, same = there.batch(np.random.default_rng(seed), 9, side)

@@ -47,7 +47,7 @@ def quotient(numerator, divisor):
 def read_logits(pointers, mask, KIND: tl.constexpr):
     """int16 logits as int32; others as float32, bfloat16 from its bits. The lowest where not mask.
 
-    Triton 3.6 and older fill pairs of 16 bits wrongly with a negative ``other``: every second one
+    Triton 3.6 fills pairs of 16 bits wrongly with a negative ``other``: every second one
     becomes -1.
     """
     if KIND == 0:

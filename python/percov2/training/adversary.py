@@ -122,6 +122,10 @@ class FeatureDiscriminator(nn.Module):
             for channels in (64, 192, 384, 256, 256)
         )
 
+    def _apply(self, fn: Any, recurse: bool = True) -> FeatureDiscriminator:
+        self._alexnet[0]._apply(fn, recurse)  # no submodule, but it moves along
+        return super()._apply(fn, recurse)
+
     def view(self, images: Tensor) -> list[Tensor]:
         """What it sees of images [B, 3, H, W] in [-1, 1]: responses of the five slices."""
         return self._alexnet[0].responses(*randomly_shifted(images))

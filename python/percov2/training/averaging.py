@@ -36,9 +36,10 @@ class AveragedWeights:
         decay = min(self.decay, (1 + step) / (10 + step))
         values = self._values(module)
         # All at once: on a GPU a call per tensor takes longer than the arithmetic.
-        get_ema_multi_avg_fn(decay)(
-            [self.state[k] for k in self._averaged], [values[k] for k in self._averaged], None
-        )
+        if self._averaged:
+            get_ema_multi_avg_fn(decay)(
+                [self.state[k] for k in self._averaged], [values[k] for k in self._averaged], None
+            )
         for key in self._copied:
             self.state[key].copy_(values[key])
 

@@ -127,13 +127,21 @@ class PhotoCrops:
         """The same photos, with crops that come on a device.
 
         The pixels move there, too, if they fill less than a quarter of its free memory. Otherwise
-        crops are cut here and uploaded: the same crops, more slowly.
+        crops are cut here and uploaded: the same crops, more slowly, and a line says so.
         """
         placed = copy.copy(self)
         placed.device = device
-        if device.type == "cuda" and 4 * self._pixels.size < torch.cuda.mem_get_info(device)[0]:
-            placed._uploaded = torch.from_numpy(np.array(self._pixels)).to(device)
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+            if 4 * self._pixels.size < free:
+                placed._upload()
+            else:
+                print(f"photos of {self._pixels.size} bytes stay off {device}: {free} are free")
         return placed
+
+    def _upload(self) -> None:
+        """Keep all pixels on the device."""
+        self._uploaded = torch.from_numpy(np.array(self._pixels)).to(self.device).view(-1, 3)
 
     def with_captions(self) -> PhotoCrops:
         """The same without photos that have no caption; ValueError if none is left."""
@@ -197,16 +205,15 @@ class PhotoCrops:
     ) -> Tensor:
         """The same from the pixels on the device."""
         assert self._uploaded is not None
-        steps = self._sizes[chosen, 1] * 3
-        starts = self._offsets[chosen] + corners[:, 0] * steps + corners[:, 1] * 3
+        steps = self._sizes[chosen, 1]
+        starts = self._offsets[chosen] // 3 + corners[:, 0] * steps + corners[:, 1]
         columns = np.where(mirrored[:, None], np.arange(side)[::-1], np.arange(side))
         start, step, column = (
             torch.from_numpy(values).to(self.device, non_blocking=True)
             for values in (starts, steps, columns)
         )
         rows = start[:, None] + step[:, None] * torch.arange(side, device=self.device)
-        pixels = rows[:, :, None] + 3 * column[:, None, :]
-        return self._uploaded[pixels[..., None] + torch.arange(3, device=self.device)]
+        return self._uploaded[rows[:, :, None] + column[:, None, :]]
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class DirectExamples(NamedTuple):
     weights: Tensor
 
 
-Draw = Callable[[np.random.Generator], DirectExamples]
+DrawExamples = Callable[[np.random.Generator], DirectExamples]
 
 
 class DirectStage(RoundedStage):
@@ -44,7 +44,9 @@ class DirectStage(RoundedStage):
         draw: makes a batch.
     """
 
-    def __init__(self, config: EntropyConfig, counts: NDArray[np.int64], draw: Draw) -> None:
+    def __init__(
+        self, config: EntropyConfig, counts: NDArray[np.int64], draw: DrawExamples
+    ) -> None:
         super().__init__()
         self.config, self.draw_examples = config, draw
         sizes = TransformerConfig(codebook_size=len(counts), **config.model)

@@ -47,8 +47,8 @@ class LoopConfig:
         accumulate: forward passes whose gradients make one step.
         checkpoint_seconds: time between checkpoints.
         log_every: steps between CSV lines.
-        record: on a GPU, repeat recorded steps (``recording``): many times faster where steps are
-            of many small kernels. For stages that are ``recordable``, in one process.
+        record: on a GPU, repeat recorded steps (``recording``), which is faster where steps are of
+            many small kernels. For stages that are ``recordable``, in one process.
 
     Raises:
         ValueError: for another schedule or precision, accumulate or log_every < 1, or to record
@@ -109,14 +109,14 @@ def _optimizer(stage: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
 
 def _check_recordable(stage: TrainingStage, on_cpu: bool, processes: int) -> None:
     """Raise ValueError where ``record`` is not possible."""
-    if on_cpu:
-        raise ValueError("record = true needs a CUDA device; set it to false to train without one")
-    if processes > 1:
-        raise ValueError(f"record = true is for one process, not {processes}")
     if not stage.recordable:
         raise ValueError(
             f"steps of this {type(stage).__name__} cannot be recorded; set record to false"
         )
+    if processes > 1:
+        raise ValueError(f"record = true is for one process, not {processes}")
+    if on_cpu:
+        raise ValueError("record = true needs a CUDA device; set it to false to train without one")
 
 
 def load_averaged(out: Path, stage: TrainingStage) -> int:
@@ -149,8 +149,6 @@ class _Run:
         self.main = self.accelerator.is_main_process
         if config.record:
             _check_recordable(stage, on_cpu, self.accelerator.num_processes)
-            # Recording is not possible on the default stream.
-            torch.cuda.set_stream(torch.cuda.Stream())
         process = 0 if stage.whole_batches else self.accelerator.process_index
         self.generator = np.random.default_rng([config.seed, process])
         torch.manual_seed(config.seed + process)
@@ -292,9 +290,10 @@ def train(
     stop_after_steps: int | None = None,
     stop_after_minutes: float | None = None,
 ) -> int:
-    """Train ``stage`` until ``config.steps``, resuming exactly from ``out/checkpoint.pt``.
+    """Train ``stage`` until ``config.steps``, resuming from ``out/checkpoint.pt``.
 
-    Ctrl-C or SIGTERM ends the call after the current step, with a checkpoint.
+    On a CPU exactly; a GPU draws the same, but its sums are not the same twice. Ctrl-C or SIGTERM
+    ends the call after the current step, with a checkpoint.
 
     Args:
         stage: networks are trained in place.
@@ -311,6 +310,23 @@ def train(
         ValueError: when ``out`` holds a run of other networks, or one that this number of
             processes cannot go on with.
     """
+    # Nothing can be recorded on the default stream.
+    recording = config.record and torch.cuda.is_available()
+    with torch.cuda.stream(torch.cuda.Stream()) if recording else nullcontext():
+        step = _train(stage, config, out, stop_after_steps, stop_after_minutes)
+    if recording:
+        torch.cuda.synchronize()
+    return step
+
+
+def _train(
+    stage: TrainingStage,
+    config: LoopConfig,
+    out: Path,
+    stop_after_steps: int | None,
+    stop_after_minutes: float | None,
+) -> int:
+    """``train`` on the current stream."""
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(stage, config, out)
     started = saved = time.monotonic()

@@ -21,10 +21,7 @@ _ALEXNET_SIDE = 32
 def _shifted(images: Tensor, shift: Tensor) -> Tensor:
     """Images [B, 3, H, W] cut to H - 15 and W - 15, from row and column ``shift`` on."""
     height, width = (side - _STRIDE + 1 for side in images.shape[-2:])
-    if shift.device.type == "cpu":
-        down, right = shift.tolist()
-        return images[..., down : down + height, right : right + width]
-    # On a GPU a shift that is read by the kernels may change when a recorded step is repeated.
+    # Not by slices: a recorded step that is repeated must find its new shift on the device.
     rows = shift[0] + torch.arange(height, device=shift.device)
     columns = shift[1] + torch.arange(width, device=shift.device)
     return images.index_select(-2, rows).index_select(-1, columns)
@@ -44,6 +41,11 @@ def randomly_shifted(*images: Tensor) -> list[Tensor]:
 def _drawn(share: float) -> bool:
     """Whether a call belongs to a share of all; draws nothing where the share is 0 or 1."""
     return share >= 1 or (share > 0 and float(torch.rand(())) < share)
+
+
+def least_side(coarse: bool) -> int:
+    """Pixels a side below which AlexNet may see nothing of a picture, halved if ``coarse``."""
+    return _ALEXNET_SIDE * (2 if coarse else 1) + _STRIDE - 1
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class ReconstructionLoss(nn.Module):
         """
         lpips_weight = self.lpips_weight if lpips_weight is None else lpips_weight
         texture_weight = self.texture_weight if texture_weight is None else texture_weight
-        least = _ALEXNET_SIDE * (2 if view.coarse else 1) + _STRIDE - 1
+        least = least_side(view.coarse)
         if min(images.shape[-2:]) < least:
             raise ValueError(
                 f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; make "

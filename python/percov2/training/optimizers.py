@@ -1,4 +1,4 @@
-"""AdamW as every run uses it: its settings may change between runs, and a GPU may record its steps.
+"""AdamW as every run uses it: its learning rate may change, and a GPU may record its steps.
 
 A recorded step (``recording``) repeats kernels, so whatever changes from step to step must lie on
 the device: the learning rate and the count of steps.

@@ -13,6 +13,7 @@ from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.model_config import Rate
 from percov2.models.quantizer import Quantized, VectorQuantizer
 from percov2.training.data import CropPlan
+from percov2.training.losses import least_side
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class RateConfig:
         coarse: share of the batches whose LPIPS and texture are those of pictures of half the size.
 
     Raises:
-        ValueError: ``adversarial`` below 0, ``coarse`` outside 0 to 1.
+        ValueError: ``adversarial`` below 0, ``coarse`` outside 0 to 1, or crops that LPIPS cannot
+            see.
     """
 
     hyper_encoder: dict = field(default_factory=dict)
@@ -53,6 +55,12 @@ class RateConfig:
             raise ValueError(
                 f"adversarial must not be negative, and coarse must be 0 to 1: {self.adversarial}, "
                 f"{self.coarse}"
+            )
+        least = least_side(self.coarse > 0)
+        if min(self.crops.sides) < least:
+            raise ValueError(
+                f"crops of {min(self.crops.sides)} pixels are too small for LPIPS; make them "
+                f"{least} a side or more"
             )
 
 

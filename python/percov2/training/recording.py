@@ -1,7 +1,7 @@
 """Training steps as CUDA graphs: what a step launches is recorded once and then repeated.
 
 A step of the joint phase launches some thousands of small kernels; a GPU is done with most of them
-before the next is launched. A recorded step is a single launch.
+before the next is launched. A recorded step is one launch, and few others for its inputs.
 
 The first steps of every kind run as usual, so that optimisers have their moments and libraries
 their workspaces. Then one is recorded, and from there on only its inputs change.
@@ -29,7 +29,8 @@ class CudaRecorder:
     """A :data:`Recorder` on the current CUDA stream, which must not be the default one."""
 
     def __init__(self) -> None:
-        # One pool for all graphs: they run one after the other, and keep nothing in it.
+        # One pool for all graphs. What a step leaves in it (its figures, gradients) another one
+        # may overwrite, so figures are cloned at once, and nobody reads gradients between steps.
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Figures]) -> tuple[Figures, Callable[[], None]]:
@@ -43,12 +44,14 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A step that can be repeated: its inputs, what does it, its figures."""
+    """A step that can be repeated: its inputs, what does it, its figures in their order.
+
+    Figures that are None among the constants are the values, one after the other.
+    """
 
     inputs: dict[str, Tensor]
     repeat: Callable[[], None]
-    figures: Figures
-    moving: list[str]
+    constants: dict[str, Tensor | None]
     values: Tensor
 
 
@@ -80,9 +83,11 @@ class RecordedSteps:
         for name, value in draw.tensors.items():
             recorded.inputs[name].copy_(value)
         recorded.repeat()
-        # Cloned, because the next step may be the same one.
-        values = recorded.values.clone()
-        return {**recorded.figures, **dict(zip(recorded.moving, values, strict=True))}
+        values = iter(recorded.values.clone())
+        return {
+            name: next(values) if value is None else value
+            for name, value in recorded.constants.items()
+        }
 
     def _record(self, draw: Draw) -> _Recorded:
         inputs = {name: value.clone() for name, value in draw.tensors.items()}
@@ -94,6 +99,9 @@ class RecordedSteps:
             return {**figures, "": torch.stack(moving)}
 
         results, repeat = self._recorder(work)
-        figures = {name: value for name, value in results.items() if name}
-        moving = [name for name, value in figures.items() if value.device in devices]
-        return _Recorded(inputs, repeat, figures, moving, results[""])
+        constants = {
+            name: None if value.device in devices else value
+            for name, value in results.items()
+            if name
+        }
+        return _Recorded(inputs, repeat, constants, results[""])
