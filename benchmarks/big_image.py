@@ -78,7 +78,7 @@ def main() -> None:
         "model": codec.config.name,
         "rate": rate.name,
         "side": side,
-        "steps": arguments.steps or codec.config.steps,
+        "steps": arguments.steps or codec.config.default_steps(rate.name),
         "bytes": len(file),
         "decode_s": seconds,
         "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

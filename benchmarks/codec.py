@@ -84,7 +84,7 @@ def main() -> None:
     ]
     report = {
         "model": codec.config.name,
-        "steps": codec.config.steps if arguments.steps is None else arguments.steps,
+        "steps": arguments.steps or codec.config.default_steps(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "results": results,

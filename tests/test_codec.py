@@ -180,6 +180,17 @@ def test_steps_guidance_and_seed_reach_the_flow(codec: Codec) -> None:
     assert usual != pixels(seed=1)
 
 
+def test_a_rate_s_own_steps_are_its_default(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [codec.compress([photo(64, 64)], rate=rate.name)[0] for rate in codec.config.rates]
+    slow = codec.decompress(files, steps=3)
+    fine, coarse = codec.config.rates
+    rates = (fine, dataclasses.replace(coarse, steps=3))
+    monkeypatch.setattr(codec.model, "config", dataclasses.replace(codec.config, rates=rates))
+    usual = codec.decompress(files)
+    assert usual[0].tobytes() != slow[0].tobytes()
+    assert usual[1].tobytes() == slow[1].tobytes()
+
+
 def test_the_decoder_s_noise_is_the_seed_s(
     codec: Codec, random_model: Path, tmp_path: Path
 ) -> None:

@@ -271,6 +271,7 @@ def test_damaged_components_are_refused_by_name(tmp_path: Path) -> None:
         ("rates", [None, [], 3, [3], [{}], {"a": 1}]),
         ("token_side", [0, -16, 12, "16", 16.0, 1 << 40]),
         ("codebook_size", [1, 8193, "256", None]),
+        ("steps of a rate", [0, 1001, "4", 1.5, True]),
         ("rate name", ["../r", "", "a/b", 3, ".."]),
         ("extra", [1]),
     ],
@@ -278,7 +279,7 @@ def test_damaged_components_are_refused_by_name(tmp_path: Path) -> None:
 def test_configs_with_wrong_values_are_refused_by_name(
     field: str, wrong: list[Any], tmp_path: Path
 ) -> None:
-    good = ModelConfig("m", (Rate("r", 16, 256), Rate("s", 32, 256)), "s", window=32, overlap=8)
+    good = ModelConfig("m", (Rate("r", 16, 256), Rate("s", 32, 256, 4)), "s", window=32, overlap=8)
     good.save(tmp_path)
     assert ModelConfig.load(tmp_path) == good
     for value in wrong:
@@ -287,6 +288,8 @@ def test_configs_with_wrong_values_are_refused_by_name(
             values["rates"][0][field] = value
         elif field == "rate name":
             values["rates"][0]["name"] = value
+        elif field == "steps of a rate":
+            values["rates"][0]["steps"] = value
         else:
             values[field] = value
         folder = tmp_path / "wrong"
@@ -294,6 +297,18 @@ def test_configs_with_wrong_values_are_refused_by_name(
         (folder / "config.json").write_text(json.dumps(values))
         with pytest.raises(ValueError, match=r"wrong/config\.json: "):
             ModelConfig.load(folder)
+
+
+def test_steps_by_default_are_the_rate_s_or_the_model_s(tmp_path: Path) -> None:
+    config = ModelConfig("m", (Rate("r", 16, 256), Rate("s", 32, 256, 4)), "s", steps=2)
+    assert [config.default_steps(rate) for rate in ("r", "s", None)] == [2, 4, 4]
+    with pytest.raises(ValueError, match="unknown rate 't'"):
+        config.default_steps("t")
+    config.save(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["rates"][0]["steps"]  # as version 0.1 wrote it
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert ModelConfig.load(tmp_path) == config
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "\xff"])

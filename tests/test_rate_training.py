@@ -13,6 +13,7 @@ from torch import Tensor
 
 from percov2.codec import Codec
 from percov2.entropy.int_transformer import IntTransformer, TransformerConfig
+from percov2.models.model_config import Rate
 from percov2.training.adversary import AdversaryConfig
 from percov2.training.commands import codec_stage, run_codec, run_export
 from percov2.training.data import CropPlan, PhotoCrops
@@ -170,7 +171,8 @@ def test_export_of_three_rates_compresses_and_restores(photo_cache: Path, tmp_pa
     config = written(tmp_path, config_text(["r031"], steps=2))
     stage, loop = codec_stage(config, data)
     train(stage, loop, tmp_path / "first")
-    config = written(tmp_path, config_text(ALL, steps=4))
+    text = config_text(ALL, steps=4)
+    config = written(tmp_path, text.replace("[codec.rates.r002]", "[codec.rates.r002]\nsteps = 2"))
     run_codec(config, photo_cache, tmp_path / "run", start_from=tmp_path / "first")
     entropy = []
     for i, (name, (_, codes, _)) in enumerate(RATES.items()):
@@ -182,11 +184,11 @@ def test_export_of_three_rates_compresses_and_restores(photo_cache: Path, tmp_pa
     assert len((tmp_path / "model" / "model_id").read_text().splitlines()) == 1
     run_export(config, photo_cache, tmp_path / "run", tmp_path / "model", entropy[1:])
     codec = Codec.from_pretrained(tmp_path / "model")
-    assert [(r.name, r.token_side, r.codebook_size) for r in codec.config.rates] == [
-        ("r031", 16, 16),
-        ("r010", 32, 32),
-        ("r002", 64, 16),
-    ]
+    assert codec.config.rates == (
+        Rate("r031", 16, 16),
+        Rate("r010", 32, 32),
+        Rate("r002", 64, 16, steps=2),
+    )
     assert codec.config.default_rate == "r031"
     lines = (tmp_path / "model" / "model_id").read_text().splitlines()
     assert lines == [f"{codec.model_id(name):04x} {name}" for name in ALL]

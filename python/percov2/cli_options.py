@@ -62,7 +62,9 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add ``--steps``, ``--guidance`` and ``--seed``."""
     parser.add_argument(
-        "--steps", type=number(int, 1, 1000), help="flow evaluations: few fit, more look real"
+        "--steps",
+        type=number(int, 1, 1000),
+        help="flow evaluations: few fit, more look real (default: the rate's)",
     )
     parser.add_argument(
         "--guidance", type=number(float, 0, 100), help="weight of the caption; 1 turns it off"

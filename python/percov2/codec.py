@@ -360,15 +360,14 @@ class Codec:
         picture is the same in any company. Arguments and ValueError as for ``decompress``.
         """
         self._check_sampling(steps, guidance, seed)
-        evaluations = self.config.steps if steps is None else steps
         strength = self.config.guidance if guidance is None else guidance
 
         def paint_equal(group: list[DecodedFile]) -> list[Image.Image]:
             tokens = torch.from_numpy(np.stack([file.tokens for file in group]))
+            rate = group[0].rate.name
+            evaluations = self.config.default_steps(rate) if steps is None else steps
             captions = [file.caption for file in group]
-            pixels = self.model.reconstruct(
-                tokens, group[0].rate.name, captions, evaluations, strength, seed
-            )
+            pixels = self.model.reconstruct(tokens, rate, captions, evaluations, strength, seed)
             levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             arrays = levels.permute(0, 2, 3, 1).cpu().numpy()
             return [

@@ -87,7 +87,7 @@ def caption_effect(
         raise ValueError("give at least two crops, each with a caption")
     count = len(crops)
     shuffled = other_captions(captions)
-    evaluations = codec.config.steps if steps is None else steps
+    evaluations = codec.config.default_steps(rate) if steps is None else steps
     strength = codec.config.guidance if guidance is None else guidance
     network = LPIPS("vgg")
     found: dict[str, list[Tensor]] = {f"{m}_{k}": [] for m in ("flow", "lpips") for k in "rs"}
@@ -136,7 +136,7 @@ def caption_pictures(
     crop is enough.
     """
     model = codec.model
-    evaluations = codec.config.steps if steps is None else steps
+    evaluations = codec.config.default_steps(rate) if steps is None else steps
     strength = codec.config.guidance if guidance is None else guidance
     rows = []
     for crop, right, other in zip(crops, captions, others, strict=True):

@@ -248,7 +248,7 @@ def evaluate(
         "model_id": f"{codec.model_id(setting.rate or codec.config.default_rate):04x}",
         "rate": setting.rate or codec.config.default_rate,
         "schedule": setting.schedule or codec.config.default_schedule,
-        "steps": codec.config.steps if setting.steps is None else setting.steps,
+        "steps": setting.steps or codec.config.default_steps(setting.rate),
         "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
         "seed": setting.seed,
         "effort": setting.effort,

@@ -17,15 +17,22 @@ LATENT_SIDE = 8
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate point: pixels per token side and codebook size."""
+    """A rate point.
+
+    Attributes:
+        name: also of its folder in the model folder.
+        token_side: in pixels.
+        codebook_size: V.
+        steps: default of the sampling at this rate; None for the model's.
+    """
 
     name: str
     token_side: int
     codebook_size: int
+    steps: int | None = None
 
     def check(self) -> None:
         """Raise ValueError for a value of the wrong type or outside its range."""
-        # The name is also that of a folder in the model folder.
         name = self.name
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
             raise ValueError(f"a rate's name must be that of a folder, not {name!r}")
@@ -34,6 +41,8 @@ class Rate:
         if side % stride:
             raise ValueError(f"token_side of {name} is {side}, no multiple of {stride}")
         _check_whole(f"codebook_size of {name}", self.codebook_size, 2, 8192)
+        if self.steps is not None:
+            _check_whole(f"steps of {name}", self.steps, 1, 1000)
 
 
 PAPER_RATES = (
@@ -58,7 +67,7 @@ class ModelConfig:
         backbone: which networks the folder belongs to, one of ``BACKBONES``.
         base: hub id or folder of the base model that a big backbone builds on; "" for "tiny".
         default_schedule: name of the entropy schedule.
-        steps, guidance: default sampling.
+        steps, guidance: default sampling; a rate may have steps of its own.
         prediction: what the flow transformer returns, "velocity" or "sample".
         window, overlap: sampling windows in latent positions.
         decoder_noise: standard deviation of the noise that "tiny" adds to the sampled latents: what
@@ -130,6 +139,15 @@ class ModelConfig:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(dataclasses.asdict(self), indent=2)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def default_steps(self, rate: str | None = None) -> int:
+        """Flow evaluations by default at a rate, None for the default rate.
+
+        Raises:
+            ValueError: naming the rates that exist.
+        """
+        own = self.rate(rate or self.default_rate).steps
+        return self.steps if own is None else own
 
     def rate(self, name: str) -> Rate:
         """The rate of that name.

@@ -33,6 +33,8 @@ class RateConfig:
         adversarial: factor on the adversary's weight. Where most of a picture is open, much of it
             paints specks.
         coarse: share of the batches whose LPIPS and texture are those of pictures of half the size.
+        steps: flow evaluations by default when pictures of this rate are painted; None for the
+            model's.
 
     Raises:
         ValueError: ``adversarial`` below 0, ``coarse`` outside 0 to 1, or crops that LPIPS cannot
@@ -49,6 +51,7 @@ class RateConfig:
     texture_weight: float | None = None
     adversarial: float = 1.0
     coarse: float = 0.0
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if not self.adversarial >= 0 or not 0 <= self.coarse <= 1:
@@ -103,7 +106,8 @@ class RateNetworks(nn.Module):
 
     def point(self, name: str) -> Rate:
         """The rate as a model folder describes it."""
-        return Rate(name, self.token_side, int(self.quantizer.config["codebook_size"]))
+        size = int(self.quantizer.config["codebook_size"])
+        return Rate(name, self.token_side, size, self.config.steps)
 
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize latents [B, 16, h, w], differentiably; remembered for `move_codebook`.
