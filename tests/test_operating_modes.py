@@ -76,6 +76,13 @@ def test_lite_features_know_what_they_see() -> None:
     assert features.shape == (3, LiteFeatures.num_features)
     near, far = (features[0] - features[1]).norm(), (features[0] - features[2]).norm()
     assert 3 * near < far
+    values = []
+    for fake in (images[1:2], images[2:]):
+        distance = FrechetDistance()  # of the same network
+        distance.add(images[:1].repeat(2, 1, 1, 1), real=True)
+        distance.add(fake.repeat(2, 1, 1, 1), real=False)
+        values.append(distance.value())
+    assert 0 < 3 * values[0] < values[1]
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

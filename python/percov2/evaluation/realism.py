@@ -87,8 +87,8 @@ class FrechetDistance:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         network = lite_features() if features is None else features
+        # It sums in float64 whatever the features are; its set_dtype would cast their network, too.
         self._metric = FrechetInceptionDistance(feature=network)
-        self._metric.set_dtype(torch.float64)
 
     def add(self, images: Tensor, real: bool) -> None:
         """Take uint8 [B, 3, H, W] as photos (``real``) or as restored pictures."""
