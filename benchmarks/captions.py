@@ -1,6 +1,6 @@
 """What held-out captions cost: the caption model, deflate, raw bytes and a word trigram.
 
-python benchmarks/captions.py --texts LINES.txt SHARD.tar … [--without LINES.txt] [--quick]
+python benchmarks/captions.py --texts LINES.txt SHARD.tar … [--model FOLDER] [--quick]
 
 Every twentieth line, by a hash of its text, is held out of training and measured here. Each caption
 is really coded and read back before it counts. The trigram is the usual yardstick: words in lower
