@@ -214,6 +214,19 @@ def test_the_codec_writes_and_restores_parts(codec: Codec) -> None:
     (cut,) = codec.decode([whole[: len(part)]], allow_truncated=True)
     assert 1 <= cut.stages <= 4
     assert codec.decompress([whole[:40]], allow_truncated=True)[0].size == image.size
+    (drawn,) = codec.compress([image], stages=4, draw_seed=65535)
+    assert len(part) < len(drawn) <= len(part) + 4
+    (other,) = codec.decode([drawn])
+    held = stages("qlds12", *other.tokens.shape) <= 4
+    np.testing.assert_array_equal(other.tokens[held], decoded.tokens[held])
+    assert (other.tokens != decoded.tokens).any()
+    (within,) = codec.compress([image], target_bytes=len(drawn), draw_seed=65535)
+    assert within == drawn
+    assert codec.compress([image], stages=99, draw_seed=7) == [whole]
+    with pytest.raises(ValueError, match="draw_seed 1 without stages or target_bytes"):
+        codec.compress([image], draw_seed=1)
+    with pytest.raises(ValueError, match="draw_seed must be 0 to 65535, not 65536"):
+        codec.compress([image], stages=4, draw_seed=65536)
     with pytest.raises(ValueError, match="exclude each other"):
         codec.compress([image], stages=1, target_bytes=90)
     with pytest.raises(ValueError, match="at least 1 stage, not 0"):

@@ -80,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("output", type=Path, metavar="OUT.pcv2")
     add_model(added)
     add_encoding(added)
+    added.add_argument(
+        "--draw-seed",
+        type=number(int, 0, bitstream.MAX_SEED),
+        default=0,
+        help="of the tokens that the decoder draws after --stages or --target-bytes (default: 0)",
+    )
     add_captioner(added)
     _add_limit(added)
 
@@ -154,6 +160,7 @@ def compress(arguments: argparse.Namespace) -> None:
             arguments.stages,
             arguments.target_bytes,
             arguments.effort,
+            arguments.draw_seed,
         )
     with about(arguments.output):
         write_bytes(arguments.output, data)
@@ -228,6 +235,7 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
         "rate_index": header.rate,
         "schedule": SCHEDULES[header.schedule],
         "stages_sent": header.stages_sent or "all",
+        "draw_seed": header.seed if header.stages_sent else None,
         "caption_codec": CAPTION_CODECS[header.caption_codec],
         "caption": None if unread else decode_caption(header.caption_codec, header.caption),
         "bpp": 8 * len(data) / (header.height * header.width),
@@ -275,7 +283,8 @@ def _print_info(record: dict[str, Any]) -> None:
         "image": f"{record['width']}x{record['height']}",
         "model": f"{record['model_id']} ({model})",
         "rate": record["rate"] or f"number {record['rate_index']}",
-        "schedule": f"{record['schedule']}, stages sent: {record['stages_sent']}",
+        "schedule": f"{record['schedule']}, stages sent: {record['stages_sent']}"
+        + (f", draw seed {record['draw_seed']}" if record["draw_seed"] else ""),
         "caption": _quoted(record),
         "size": f"{parts['total']} bytes, {record['bpp']:.4f} bpp",
         "of that": f"header {parts['header']:.2f} (with {bitstream.PREFIX_BYTES} plain), check "

@@ -135,6 +135,7 @@ class Codec:
         stages: int | None = None,
         target_bytes: int | None = None,
         effort: int = 0,
+        draw_seed: int = 0,
     ) -> list[bytes]:
         """Compress pictures of any modes and sizes into ``.pcv2`` files.
 
@@ -152,17 +153,28 @@ class Codec:
             target_bytes: hold as many stages as so many bytes have room for.
             effort: 0 to 1000 rounds of a search for tokens that paint the picture better; each
                 takes as long as decoding it about three times, and 16 bring most of the gain.
+            draw_seed: 0 to 65535, of the decoder's draws for files that do not hold all stages;
+                others than 0 cost two or three bytes.
 
         Raises:
             ValueError: unknown rate or schedule, a caption or picture that cannot be stored, a
-                wrong number of captions, slack, stages or effort out of range, both stages and
-                target_bytes, a picture of which one stage needs more than target_bytes, or effort
-                for a model or a picture that has no search.
+                wrong number of captions, slack, stages, effort or draw_seed out of range, both
+                stages and target_bytes, a draw_seed without either, a picture of which one stage
+                needs more than target_bytes, or effort for a model or a picture that has no
+                search.
             MetricWeightsMissing: effort, and LPIPS's weights are not installed.
         """
         if stages is not None and target_bytes is not None:
             raise ValueError("stages and target_bytes exclude each other; give one")
-        for name, value, most in (("slack", slack, 2), ("effort", effort, 1000)):
+        if draw_seed and stages is None and target_bytes is None:
+            raise ValueError(
+                f"draw_seed {draw_seed} without stages or target_bytes: nothing is drawn"
+            )
+        for name, value, most in (
+            ("slack", slack, 2),
+            ("effort", effort, 1000),
+            ("draw_seed", draw_seed, bitstream.MAX_SEED),
+        ):
             if not 0 <= value <= most:
                 raise ValueError(f"{name} must be 0 to {most}, not {value}")
         point, name = self._rate(rate), self._schedule(schedule)
@@ -175,11 +187,11 @@ class Codec:
         arrays = rgb_arrays(images, max_pixels)
         tokens = token_maps(self.model, arrays, point, choice, search)
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
-        headers = self._headers(sizes, point, name, coded, tokens, stages)
+        headers = self._headers(sizes, point, name, coded, tokens, stages, draw_seed)
         if target_bytes is None:
             return self._pack(headers, tokens)
         coder, model = self._entropy(point.name), self._caption_model(headers)
-        return packing.pack_within(coder, headers, tokens, target_bytes, model)
+        return packing.pack_within(coder, headers, tokens, target_bytes, model, draw_seed)
 
     def encode_tokens(
         self,
@@ -262,10 +274,12 @@ class Codec:
         captions: Sequence[tuple[int, bytes]],
         tokens: Sequence[Tokens],
         stages: int | None,
+        draw_seed: int = 0,
     ) -> list[Header]:
         index = self.config.rates.index(rate)
         common = Header(self.model_id(rate.name), 1, 1, index, SCHEDULES.index(schedule))
-        return packing.headers(common, sizes, [grid.shape for grid in tokens], captions, stages)
+        grids = [grid.shape for grid in tokens]
+        return packing.headers(common, sizes, grids, captions, stages, draw_seed)
 
     # Decompressing -------------------------------------------------------------------------------
 

@@ -64,6 +64,7 @@ def headers(
     grids: Sequence[tuple[int, ...]],
     captions: Sequence[tuple[int, bytes]],
     stages_sent: int | None,
+    seed: int = 0,
 ) -> list[Header]:
     """Headers of pictures.
 
@@ -73,6 +74,7 @@ def headers(
         grids: (h, w) of its tokens.
         captions: codec and coded bytes of its caption.
         stages_sent: hold so many stages, or all of a picture that has no more; None for all.
+        seed: of the draws of files that do not hold all.
 
     Raises:
         ValueError: stages_sent below 1.
@@ -84,7 +86,7 @@ def headers(
         sent = stages_sent or 0
         if sent >= stage_count(SCHEDULES[common.schedule], *grid):
             sent = 0
-        size = replace(common, height=height, width=width, stages_sent=sent)
+        size = replace(common, height=height, width=width, stages_sent=sent, seed=seed * bool(sent))
         result.append(replace(size, caption_codec=codec, caption=caption))
     return result
 
@@ -135,10 +137,11 @@ def pack_within(
     tokens: Sequence[Tokens],
     limit: int,
     captions: CaptionModel | None = None,
+    seed: int = 0,
 ) -> list[bytes]:
     """Files of at most ``limit`` bytes that hold as many stages as fit, found by bisection.
 
-    Arguments as for ``pack``; ``stages_sent`` is set here.
+    Arguments as for ``pack``; ``stages_sent`` is set here, and with it ``seed``.
 
     Raises:
         ValueError: as ``pack``, or the first stage of a picture needs more bytes.
@@ -153,7 +156,9 @@ def pack_within(
     fails = list(totals)
     while open_ := [i for i, (a, b) in enumerate(zip(fits, fails, strict=True)) if b - a > 1]:
         tried = [(fits[i] + fails[i]) // 2 for i in open_]
-        parts = [replace(headers[i], stages_sent=k) for i, k in zip(open_, tried, strict=True)]
+        parts = [
+            replace(headers[i], stages_sent=k, seed=seed) for i, k in zip(open_, tried, strict=True)
+        ]
         made = pack(coder, parts, [tokens[i] for i in open_], captions)
         for i, k, file in zip(open_, tried, made, strict=True):
             if len(file) <= limit:
@@ -162,7 +167,7 @@ def pack_within(
                 fails[i] = k
     for i, file in enumerate(files):
         if len(file) > limit:
-            first = replace(headers[i], stages_sent=1)
+            first = replace(headers[i], stages_sent=1, seed=seed)
             (least,) = pack(coder, [first], [tokens[i]], captions)
             raise ValueError(
                 f"picture {i} of {headers[i].width}x{headers[i].height} needs {len(least)} bytes "
