@@ -70,7 +70,13 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     ),
     "percov2.model_ids": (BITSTREAM | {"percov2.models"}, set(), set()),
     "percov2.unpacking": (
-        {"percov2.bitstream", "percov2.caption_model", "percov2.entropy", "percov2.packing"},
+        {
+            "percov2.bitstream",
+            "percov2.caption_model",
+            "percov2.entropy",
+            "percov2.models",
+            "percov2.packing",
+        },
         {"numpy"},
         set(),
     ),

@@ -7,7 +7,6 @@ Compressing: picture -> tokens (float networks) -> intervals (one pass of the in
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,43 +19,17 @@ from percov2.bitstream import MAX_PIXELS, BitstreamError, Header
 from percov2.caption import decode_caption, encode_caption
 from percov2.caption_model import CaptionModel
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.schedule import SCHEDULES, stage_count
+from percov2.entropy.schedule import SCHEDULES
 from percov2.entropy.token_coder import TokenCoder
 from percov2.model_ids import check_model, model_id
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.model_config import ModelConfig, Rate
 from percov2.packing import Tokens
 from percov2.tokenizing import CaptionedSearch, TokenChoice, rgb_arrays, token_maps
-from percov2.unpacking import OpenFile
+from percov2.unpacking import DecodedFile, OpenFile
 
 CAPTIONS = Path(__file__).parent / "pretrained" / "captions"
 """The embedded caption model. Files name it by the caption codec, so it never changes."""
-
-
-@dataclass(frozen=True)
-class DecodedFile:
-    """What a valid file holds.
-
-    Attributes:
-        header: its fields.
-        rate: the rate point that ``header.rate`` names.
-        caption: its text, "" if there is none.
-        tokens: int32 [h, w].
-        stages: tokens of stages 1..stages are the file's, later ones were drawn.
-        bits: cost of header, caption and check, as of ``bitstream.ParsedFile``.
-    """
-
-    header: Header
-    rate: Rate
-    caption: str
-    tokens: Tokens
-    stages: int
-    bits: dict[str, float]
-
-    @property
-    def stage_count(self) -> int:
-        """How many stages its tokens have."""
-        return stage_count(SCHEDULES[self.header.schedule], *self.tokens.shape)
 
 
 class Codec:

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from percov2 import bitstream
-from percov2.bitstream import BitstreamError, ParsedFile
+from percov2.bitstream import BitstreamError, Header, ParsedFile
 from percov2.caption_model import CaptionModel
 from percov2.entropy.rans import RansDecoder
 from percov2.entropy.rans_cuda import CudaRansDecoder
 from percov2.entropy.schedule import SCHEDULES, stage_count
 from percov2.entropy.token_coder import TokenCoder
+from percov2.models.model_config import Rate
 from percov2.packing import (
     Tokens,
     by_group,
@@ -31,6 +32,32 @@ from percov2.packing import (
 )
 
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class DecodedFile:
+    """What a valid file holds.
+
+    Attributes:
+        header: its fields.
+        rate: the rate point that ``header.rate`` names.
+        caption: its text, "" if there is none.
+        tokens: int32 [h, w].
+        stages: tokens of stages 1..stages are the file's, later ones were drawn.
+        bits: cost of header, caption and check, as of ``bitstream.ParsedFile``.
+    """
+
+    header: Header
+    rate: Rate
+    caption: str
+    tokens: Tokens
+    stages: int
+    bits: dict[str, float]
+
+    @property
+    def stage_count(self) -> int:
+        """How many stages its tokens have."""
+        return stage_count(SCHEDULES[self.header.schedule], *self.tokens.shape)
 
 
 @dataclass(frozen=True)
