@@ -31,6 +31,7 @@ from percov2.training.multiscale import (
     k_means,
     mean_cosines,
     photo_directions,
+    same_tokens,
 )
 from percov2.training.stage2 import EntropyConfig, TokenMaps, train_entropy
 from photo_store import store_photos
@@ -262,6 +263,20 @@ def test_directions_are_those_of_the_token_maps(
     single, several = mean_cosines(model, "fine", quantizer, photos)
     assert single == pytest.approx(float(torch.cat([c.flatten() for c in cosines]).mean()))
     assert 0.5 < several < 1
+
+
+def test_other_photos_of_the_same_sizes_are_told_apart(
+    cache: Path, random_model: Path, tmp_path: Path
+) -> None:
+    model = Codec.from_pretrained(random_model).model
+    run_tokens(random_model, cache, tmp_path / "maps.npz", "fine")
+    maps = TokenMaps(tmp_path / "maps.npz").held_out
+    right = photo_directions(model, "fine", cache)
+    assert same_tokens(model, "fine", right, maps) == 1.0
+    assert same_tokens(model, "fine", right, maps[1:]) == 0.0
+    # The pictures that random weights see are much alike; random directions are not.
+    others = [torch.randn(d.shape, generator=torch.manual_seed(0)) for d in right.directions]
+    assert same_tokens(model, "fine", PhotoDirections(others, right.held_out), maps) < 0.2
 
 
 def test_the_command_compares_explicit_var(

@@ -122,6 +122,33 @@ def test_fine_tuning_saves_bits_and_is_done_once(
     assert (tmp_path / "log.csv").read_text() == written
 
 
+def test_a_run_is_not_taken_for_another_one(
+    shared: SharedRun, token_file: Path, tmp_path: Path
+) -> None:
+    first = fine_tuned(shared, token_file, ORDER, 2, tmp_path / "run")
+    others = {
+        "steps": (shared, token_file, ORDER, 3),
+        "weights": (replace(shared, fingerprint="00"), token_file, ORDER, 2),
+        "order": (shared, token_file, STUDY_SCHEDULES["var"].stages, 2),
+        "settings": (replace(shared, loop=replace(LOOP, seed=1)), token_file, ORDER, 2),
+    }
+    with np.load(token_file) as stored:
+        maps = dict(stored)
+    maps["tokens_0"] = maps["tokens_0"] ^ 1
+    np.savez(tmp_path / "others.npz", **maps)
+    others["data"] = (shared, tmp_path / "others.npz", ORDER, 2)
+    for arguments in others.values():
+        with pytest.raises(ValueError, match="a run of other data, weights or settings; remove"):
+            fine_tuned(*arguments, tmp_path / "run")
+    with pytest.raises(ValueError, match="a run of other data"):
+        masked_model(shared, token_file, tmp_path / "run")
+    again = fine_tuned(shared, token_file, ORDER, 2, tmp_path / "run")
+    assert again.fingerprint() == first.fingerprint()
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(ValueError, match="a run of other data"):
+        fine_tuned(shared, token_file, ORDER, 2, tmp_path / "run")
+
+
 def test_an_interrupted_run_says_so(
     shared: SharedRun, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

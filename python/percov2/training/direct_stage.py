@@ -18,7 +18,7 @@ from percov2.entropy.direct import UNKNOWN, DirectBatch, direct_logits, masked_p
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.transformer import TokenBatch, TokenTransformer, TransformerConfig
 from percov2.training.stage2 import EntropyConfig, RoundedStage, TokenMaps
-from percov2.training.study_runs import SharedRun, finished
+from percov2.training.study_runs import SharedRun, digest, finished
 
 
 class DirectExamples(NamedTuple):
@@ -99,7 +99,7 @@ def masked_model(shared: SharedRun, data: Path, out: Path) -> IntTransformer:
         Its integer form, run by the executor "torch".
 
     Raises:
-        ValueError: token maps or a run that do not fit.
+        ValueError: token maps or a run in ``out`` that do not fit.
         RuntimeError: it was interrupted.
     """
     maps = TokenMaps(data)
@@ -111,5 +111,6 @@ def masked_model(shared: SharedRun, data: Path, out: Path) -> IntTransformer:
 
     torch.manual_seed(shared.loop.seed)
     stage = DirectStage(config, maps.counts(), draw)
-    model = finished(stage, maps.size_classes(), shared.loop, out)
+    facts = {"data": digest([*maps.maps, *maps.held_out])}
+    model = finished(stage, maps.size_classes(), shared.loop, out, facts)
     return IntTransformer(model.config, model.tensors, executor="torch")

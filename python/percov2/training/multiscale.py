@@ -8,6 +8,7 @@ leave over.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from percov2.models.backbone import Backbone
 from percov2.training.data import PhotoCrops, is_held_out
 from percov2.training.direct_stage import DirectExamples, DirectStage
 from percov2.training.stage2 import evenly_spread
-from percov2.training.study_runs import SharedRun, finished
+from percov2.training.study_runs import SharedRun, digest, finished
 
 _FIT_VECTORS = 200_000
 """Codebooks are fitted on photos with about so many tokens; k-means sees half of these vectors."""
@@ -232,8 +233,29 @@ def multiscale_model(shared: SharedRun, maps: ScaleMaps, out: Path) -> IntTransf
     per_step = shared.config.tokens_per_step
     torch.manual_seed(shared.loop.seed)
     stage = DirectStage(shared.config, maps.counts(), lambda draw: maps.draw(draw, per_step))
-    model = finished(stage, maps.size_classes(), shared.loop, out)
+    facts = {"data": digest([*maps.maps.values(), *(tokens for _, tokens in maps.held_out)])}
+    model = finished(stage, maps.size_classes(), shared.loop, out, facts)
     return IntTransformer(model.config, model.tensors, executor="torch")
+
+
+def same_tokens(
+    model: Backbone, rate: str, photos: PhotoDirections, maps: Sequence[NDArray[np.int32]]
+) -> float:
+    """Share of the tokens of ``maps`` that the held-out photos have, too; 0 for other shapes.
+
+    Less than 1 for maps that were made in bfloat16.
+
+    Args:
+        maps: int32 [h, w], as ``TokenMaps.held_out``.
+    """
+    single = model.quantizer(rate)
+    pairs = zip(photos.directions, photos.held_out, strict=True)
+    held = evenly_spread([grid for grid, held in pairs if held])
+    found = [single.nearest(grid.to(model.device)).cpu().numpy() for grid in held]
+    if [grid.shape for grid in found] != [tokens.shape for tokens in maps]:
+        return 0.0
+    equal = sum(int((a == b).sum()) for a, b in zip(found, maps, strict=True))
+    return equal / sum(tokens.size for tokens in maps)
 
 
 def mean_cosines(

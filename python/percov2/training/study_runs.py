@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from percov2.entropy.int_transformer import IntTransformer
+from percov2.images import write_bytes
 from percov2.training.loop import LoopConfig, load_averaged
 from percov2.training.settings import build_config
 from percov2.training.stage2 import (
@@ -28,11 +30,15 @@ _FINE_RATE = 0.25
 
 @dataclass(frozen=True)
 class SharedRun:
-    """A finished run of ``percov2 train entropy``, whose weights serve every schedule."""
+    """A finished run of ``percov2 train entropy``, whose weights serve every schedule.
+
+    fingerprint: hexadecimal, of the model that it made.
+    """
 
     folder: Path
     config: EntropyConfig
     loop: LoopConfig
+    fingerprint: str
 
 
 def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
@@ -55,7 +61,7 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
         )
     settings = report["settings"]
     loop = build_config(LoopConfig, settings.pop("loop"))
-    return SharedRun(folder, build_config(EntropyConfig, settings), loop)
+    return SharedRun(folder, build_config(EntropyConfig, settings), loop, fingerprint.hex())
 
 
 class OneOrder(TokenMaps):
@@ -78,13 +84,41 @@ class OneOrder(TokenMaps):
         return self._stages[key]
 
 
+def digest(maps: Iterable[NDArray[np.int32]]) -> str:
+    """SHA-256 of token maps and their shapes, hexadecimal."""
+    found = hashlib.sha256()
+    for tokens in maps:
+        found.update(repr(tokens.shape).encode() + np.ascontiguousarray(tokens).tobytes())
+    return found.hexdigest()
+
+
 def finished(
-    stage: RoundedStage, size_classes: tuple[set[int], set[int]], loop: LoopConfig, out: Path
+    stage: RoundedStage,
+    size_classes: tuple[set[int], set[int]],
+    loop: LoopConfig,
+    out: Path,
+    facts: dict[str, str],
 ) -> IntTransformer:
     """``trained_model`` of a run that goes to its end.
 
-    Raises RuntimeError if it was interrupted; the same call goes on.
+    Args:
+        facts: what else than the settings the run comes from: its data, the weights before it. They
+            lie in ``out``/run.json, so that no later run is taken for another one.
+
+    Raises:
+        ValueError: ``out`` holds a run of other data, weights or settings.
+        RuntimeError: it was interrupted; the same call goes on.
     """
+    described = {**facts, "config": asdict(stage.config), "loop": asdict(loop)}
+    text = json.dumps(described, indent=2) + "\n"
+    path = out / "run.json"
+    if not path.is_file() and not (out / "checkpoint.pt").is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, text.encode())
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{out} holds a run of other data, weights or settings; remove it or choose another out"
+        )
     model = trained_model(stage, size_classes, loop, out)
     if model is None:
         raise RuntimeError(f"{out} was interrupted before step {loop.steps}; start it again")
@@ -108,7 +142,7 @@ def fine_tuned(
             it goes on, or is taken if it is finished.
 
     Raises:
-        ValueError: token maps or a run that do not fit.
+        ValueError: token maps or a run in ``out`` that do not fit.
         RuntimeError: it was interrupted.
     """
     config = replace(
@@ -121,7 +155,14 @@ def fine_tuned(
         learning_rate=shared.loop.learning_rate * _FINE_RATE,
     )
     torch.manual_seed(loop.seed)
-    stage = EntropyStage(config, OneOrder(data, order))
+    maps = OneOrder(data, order)
+    stage = EntropyStage(config, maps)
     if not (out / "checkpoint.pt").is_file():
         load_averaged(shared.folder, stage)
-    return finished(stage, stage.data.size_classes(), loop, out)
+    shapes = sorted({tokens.shape for tokens in maps.maps})
+    facts = {
+        "data": digest([*maps.maps, *maps.held_out]),
+        "order": digest(order(*shape) for shape in shapes),
+        "shared": shared.fingerprint,
+    }
+    return finished(stage, maps.size_classes(), loop, out, facts)
