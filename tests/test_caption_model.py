@@ -167,8 +167,15 @@ def test_a_caption_model_is_needed_and_named(describing: Codec, codec: Codec, fo
 def test_the_cheapest_codec_is_taken(codec: Codec, folder: Path) -> None:
     text = "a red door"
     raw = text.encode()
-    assert encode_caption(text, lambda _: 8 * len(raw) + 1.9) == (bitstream.CAPTION_MODEL, raw)
-    assert encode_caption(text, lambda _: 8 * len(raw) + 2.1)[0] == bitstream.CAPTION_RAW
+    # The number of a codec costs bits, and so does the length of a raw caption.
+    spent = []
+    for codec_number in (bitstream.CAPTION_RAW, bitstream.CAPTION_MODEL):
+        head = bitstream.Header(0, 1, 1, caption_codec=codec_number, caption=raw)
+        spent.append(sum(12 - np.log2(freq) for _, freq in bitstream.header_intervals(head)))
+    even = spent[0] - spent[1]
+    assert even > 8 * len(raw)
+    assert encode_caption(text, lambda _: even - 0.1) == (bitstream.CAPTION_MODEL, raw)
+    assert encode_caption(text, lambda _: even + 0.1)[0] == bitstream.CAPTION_RAW
     many = "x" * MAX_PIECES
     assert CaptionModel.load(folder).bits(many) == float("inf")
     image = Image.new("RGB", (40, 40))

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from percov2.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.transformer_config import TransformerConfig
 from percov2.training.captions import (
     CaptionLines,
     CaptionsConfig,
     CaptionStage,
     is_held_out,
     learn_pieces,
+    measure,
     read_lines,
     train_captions,
 )
@@ -46,6 +49,31 @@ def test_lines_of_texts_and_shards(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="no captions in"):
         read_lines([tmp_path / "empty.txt"])
+
+
+def test_captions_that_cannot_serve_are_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "odd.txt").write_text("a red door\na blue\x7f door\n")
+    with pytest.raises(ValueError, match=r"'a blue\\x7f door': a caption cannot hold the control"):
+        read_lines([tmp_path / "odd.txt"])
+    alphabet = Alphabet(learn_pieces(LINES, 60))
+    for lines in (
+        [line for line in LINES if not is_held_out(line)],
+        [line for line in LINES if is_held_out(line)],
+    ):
+        with pytest.raises(ValueError, match="both these and some to train on are needed"):
+            CaptionLines(lines, alphabet)
+
+
+def test_captions_of_too_many_pieces_are_left_out_of_the_figures() -> None:
+    model = CaptionModel(
+        Alphabet([]), IntTransformer.random(TransformerConfig(codebook_size=257, **MODEL), seed=0)
+    )
+    words = [[f"{'x' * n}{i}" for i in range(9)] for n in (3, 30)]
+    short, long = ([" ".join([*w, str(i)]) for i in range(200)] for w in words)
+    held = [line for line in short if is_held_out(line)]
+    assert any(is_held_out(line) for line in long)
+    figures = measure(model, short + long)
+    assert figures["captions"] == len(held) > 0 and np.isfinite(figures["bytes"])
 
 
 def test_one_line_in_twenty_is_held_out_however_it_is_written() -> None:

@@ -31,6 +31,46 @@ def test_compress_writes_what_the_codec_makes(
     assert text == f"{out}: {len(expected)} bytes, {bpp:.4f} bpp (70x50, coarse)\n"
 
 
+def test_a_part_of_the_stages_goes_through_every_command(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    codec = Codec.from_pretrained(random_model)
+    with Image.open(picture) as opened:
+        image = opened.convert("RGB")
+    out, restored, model = tmp_path / "p.pcv2", tmp_path / "p.png", ("--model", random_model)
+    (expected,) = codec.compress([image], schedule="qlds5", stages=3, draw_seed=9)
+    options = ("--schedule", "qlds5", "--stages", 3, "--draw-seed", 9)
+    assert run("compress", picture, out, *model, *options) == 0
+    assert out.read_bytes() == expected
+    capsys.readouterr()
+    assert run("info", out, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["stages_sent"], record["draw_seed"]) == (3, 9)
+    assert run("info", out) == 0
+    assert "qlds5, stages sent: 3, draw seed 9" in capsys.readouterr().out
+    assert run("decompress", out, restored, *model) == 0
+    said = f"{restored}: 70x50, tokens of 3 of 5 stages, the others drawn\n"
+    assert capsys.readouterr().out == said
+    with Image.open(restored) as found:
+        np.testing.assert_array_equal(
+            np.asarray(found), np.asarray(codec.decompress([expected])[0])
+        )
+
+    (limited,) = codec.compress([image], target_bytes=len(expected), effort=0)
+    assert run("compress", picture, out, *model, "--target-bytes", len(expected)) == 0
+    assert out.read_bytes() == limited and len(limited) <= len(expected)
+    assert codec.decode([limited])[0].header.seed == 0
+
+    (whole,) = codec.compress([image], schedule="qlds5")
+    out.write_bytes(whole[:-3])
+    assert "check does not fit" in failure(capsys, "decompress", out, restored, *model)
+    assert run("decompress", out, restored, *model, "--allow-truncated") == 0
+    (cut,) = codec.decode([whole[:-3]], allow_truncated=True)
+    assert 0 < cut.stages < 5
+    said = f"{restored}: 70x50, tokens of {cut.stages} of 5 stages, the others drawn\n"
+    assert capsys.readouterr().out == said
+
+
 def test_decompress_writes_what_the_codec_restores(
     file: Path, codec: Codec, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -102,6 +102,7 @@ def test_faults_known_before_loading_load_no_model(
         ("eval", "modes", tmp_path, "--out", tmp_path / "o", "--steps", "1,x"),
         ("eval", "captions", tmp_path, "--out", tmp_path / "o"),
         ("compress", picture, tmp_path / "none" / "a.pcv2"),
+        ("compress", picture, tmp_path / "a.pcv2", "--draw-seed", 5),
         ("decompress", file, tmp_path / "none" / "a.png"),
         ("decompress", file, tmp_path / "a.pdf"),
         ("roundtrip", picture, "--out", tmp_path),

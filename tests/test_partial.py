@@ -151,16 +151,38 @@ def test_batches_threads_and_executors_draw_the_same(coder: TokenCoder) -> None:
     assert not np.array_equal(alone[0], alone[1])
 
 
-def test_bisection_finds_the_most_stages(coder: TokenCoder) -> None:
-    tokens = some_tokens(5, 9, 9)
-    head = header(9, 9, "qlds12")
-    parts = [replace(head, stages_sent=k) for k in range(1, 12)]
-    made = pack(coder, [*parts, head], [tokens] * 12)
-    for limit in range(len(made[0]), len(made[-1]) + 2):
-        (file,) = pack_within(coder, [head], [tokens], limit)
-        assert file == max((m for m in made if len(m) <= limit), key=made.index)
-    with pytest.raises(ValueError, match=rf"needs {len(made[0])} bytes for its first stage"):
-        pack_within(coder, [head], [tokens], len(made[0]) - 1)
+@pytest.mark.parametrize("name", ["qlds12", "quincunx", "raster"])
+def test_a_limit_is_used_up(coder: TokenCoder, name: str) -> None:
+    """Sizes do not always grow with stages, so all are tried here."""
+    shrunk = False
+    for seed in range(4):
+        tokens = some_tokens(seed, 6, 6)
+        head = header(6, 6, name)
+        total = int(stages(name, 6, 6).max())
+        heads = [*(replace(head, stages_sent=k) for k in range(1, total)), head]
+        made = pack(coder, heads, [tokens] * total)
+        sizes = [len(file) for file in made]
+        shrunk |= sizes != sorted(sizes)
+        for limit in range(min(sizes), max(sizes) + 2):
+            (file,) = pack_within(coder, [head], [tokens], limit)
+            assert file == made[max(k for k in range(total) if sizes[k] <= limit)]
+        with pytest.raises(ValueError, match=rf"needs {sizes[0]} bytes for its first stage"):
+            pack_within(coder, [head], [tokens], min(sizes) - 1)
+    assert shrunk or name != "raster"
+
+
+def test_a_picture_of_one_stage_says_what_it_needs(coder: TokenCoder) -> None:
+    (file,) = pack(coder, [header(1, 1, "qlds12")], [some_tokens(0, 1, 1)])
+    with pytest.raises(ValueError, match=rf"needs {len(file)} bytes for its first stage"):
+        pack_within(coder, [header(1, 1, "qlds12")], [some_tokens(0, 1, 1)], len(file) - 1)
+
+
+def test_a_caption_for_a_missing_model_is_not_written(coder: TokenCoder) -> None:
+    head = replace(
+        header(3, 3, "qlds5"), caption_codec=bitstream.CAPTION_MODEL, caption=b"a red door"
+    )
+    with pytest.raises(ValueError, match="b'a red door' needs the caption model"):
+        pack(coder, [head], [some_tokens(0, 3, 3)])
 
 
 def test_impossible_parts_are_refused(coder: TokenCoder) -> None:

@@ -99,6 +99,15 @@ def test_places_of_a_batch_draw_alike_and_seeds_differ() -> None:
     assert not torch.equal(sampling.draw(logits, np.arange(50), seed=2), first)
 
 
+def test_draws_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.from_numpy(np.random.default_rng(0).integers(-900, 900, (3, 50, 16), np.int16))
+    whole = sampling.draw(logits, np.arange(50), seed=1)
+    for at_once in (1, 7 * 3 * 16):
+        monkeypatch.setattr(sampling, "_AT_ONCE", at_once)
+        assert torch.equal(sampling.draw(logits, np.arange(50), seed=1), whole)
+    assert sampling.draw(logits[:, :0], np.arange(0), seed=1).shape == (3, 0)
+
+
 @pytest.mark.parametrize("seed", [-1, sampling.MAX_SEED + 1])
 def test_a_seed_out_of_range_is_refused(seed: int) -> None:
     with pytest.raises(ValueError, match="seed of a draw"):

@@ -44,11 +44,18 @@ def test_more_stages_are_more_bytes_and_the_last_one_is_the_whole_file(
     assert sizes[-1] == np.mean([len(file) for file in bounded])
     assert (tmp_path / "out" / "0_stages.jpg").is_file()
     stored = tmp_path / "out" / "stages.json"
+    kept = json.loads(stored.read_text())
+    assert kept["records"] == records
     marked = [{**record, "psnr": -1.0} for record in records[:-1]]
-    stored.write_text(json.dumps(marked))
+    stored.write_text(json.dumps({**kept, "records": marked}))
     again = stages_sent(codec, paths, tmp_path / "out", setting, progress=False)
     assert [r["psnr"] for r in again[:-1]] == [-1.0] * (total - 1)
     assert again[-1] == records[-1]
+    for other in (Setting("coarse", "quincunx"), Setting("fine", "qlds5"), Setting(seed=1)):
+        with pytest.raises(ValueError, match="choose another folder"):
+            stages_sent(codec, paths, tmp_path / "out", other, progress=False)
+    with pytest.raises(ValueError, match="choose another folder"):
+        stages_sent(codec, paths[:1], tmp_path / "out", setting, progress=False)
 
 
 def test_the_command_writes_a_plot(

@@ -5,6 +5,7 @@ The coded bytes go into the header of a file (``percov2.bitstream``), eight bits
 
 from __future__ import annotations
 
+import math
 import unicodedata
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,7 +17,10 @@ from percov2.bitstream import (
     CAPTION_NONE,
     CAPTION_RAW,
     MAX_CAPTION_BYTES,
+    PROB_BITS,
     BitstreamError,
+    Header,
+    header_intervals,
 )
 
 CAPTION_CODECS = ("none", "raw", "deflate", "model")
@@ -103,12 +107,18 @@ def encode_caption(
         )
     deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
     deflated = (deflater.compress(raw) + deflater.flush()).rstrip(b"\0")
-    # Beside its bytes a caption of the other codecs costs its length, at least 2 bits.
-    if model_bits is not None and model_bits(text) < 8 * min(len(raw), len(deflated)) + 2:
-        return CAPTION_MODEL, raw
+    costs = {(CAPTION_RAW, raw): _header_bits(CAPTION_RAW, raw)}
     if len(deflated) < len(raw) and _inflates_to(deflated, raw):
-        return CAPTION_DEFLATE, deflated
-    return CAPTION_RAW, raw
+        costs[CAPTION_DEFLATE, deflated] = _header_bits(CAPTION_DEFLATE, deflated)
+    if model_bits is not None:
+        costs[CAPTION_MODEL, raw] = _header_bits(CAPTION_MODEL, raw) + model_bits(text)
+    return min(costs, key=lambda coded: costs[coded])
+
+
+def _header_bits(codec: int, coded: bytes) -> float:
+    """What a header with this caption costs, in bits, but for a model's part."""
+    header = Header(0, 1, 1, 0, 0, caption_codec=codec, caption=coded)
+    return sum(PROB_BITS - math.log2(freq) for _, freq in header_intervals(header))
 
 
 def decode_caption(codec: int, coded: bytes) -> str:

@@ -144,6 +144,8 @@ def compress(arguments: argparse.Namespace) -> None:
 
     with about("compress"):
         check_outputs([arguments.output], [arguments.input])
+        if arguments.draw_seed and arguments.stages is None and arguments.target_bytes is None:
+            raise ValueError("--draw-seed needs --stages or --target-bytes: nothing is drawn")
     with about(arguments.input):
         image = read_image(arguments.input, arguments.max_pixels)
     captioner = chosen_captioner(arguments)
@@ -156,11 +158,11 @@ def compress(arguments: argparse.Namespace) -> None:
             arguments.schedule,
             captions,
             arguments.max_pixels,
-            arguments.slack,
-            arguments.stages,
-            arguments.target_bytes,
-            arguments.effort,
-            arguments.draw_seed,
+            slack=arguments.slack,
+            stages=arguments.stages,
+            target_bytes=arguments.target_bytes,
+            effort=arguments.effort,
+            draw_seed=arguments.draw_seed,
         )
     with about(arguments.output):
         write_bytes(arguments.output, data)

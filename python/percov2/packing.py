@@ -25,6 +25,8 @@ Tokens = NDArray[np.int32]
 
 TOKENS_AT_ONCE = 16384
 """Tokens whose pictures go through a network together (bounds memory)."""
+_SHRINKAGE = 2
+"""Bytes by which a file may be longer than one of more stages."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -106,10 +108,13 @@ def pack(
         captions: codes the captions of headers with ``CAPTION_MODEL``.
 
     Raises:
-        ValueError: a file that cannot keep the dense promise and has too many stages, or one of a
-            part of the stages that ``partial_fault`` refuses.
+        ValueError: a file that cannot keep the dense promise and has too many stages, one of a
+            part of the stages that ``partial_fault`` refuses, or a caption for a model that is
+            missing.
     """
     for header, grid in zip(headers, tokens, strict=True):
+        if header.caption_codec == bitstream.CAPTION_MODEL and captions is None:
+            raise ValueError(f"the caption {header.caption!r} needs the caption model; give it")
         if fault := partial_fault(header, grid.shape):
             raise ValueError(fault)
     headers = [replace(header, dense=True) for header in headers]
@@ -139,7 +144,7 @@ def pack_within(
     captions: CaptionModel | None = None,
     seed: int = 0,
 ) -> list[bytes]:
-    """Files of at most ``limit`` bytes that hold as many stages as fit, found by bisection.
+    """Files of at most ``limit`` bytes that hold as many stages as fit.
 
     Arguments as for ``pack``; ``stages_sent`` is set here, and with it ``seed``.
 
@@ -151,26 +156,37 @@ def pack_within(
         stage_count(SCHEDULES[h.schedule], *grid.shape)
         for h, grid in zip(headers, tokens, strict=True)
     ]
+
+    def parts(counts: dict[int, int]) -> list[bytes]:
+        """Pictures, by index, with so many stages each."""
+        heads = [replace(headers[i], stages_sent=k, seed=seed) for i, k in counts.items()]
+        return pack(coder, heads, [tokens[i] for i in counts], captions)
+
     # Stages that fit, and the least number that is known not to.
     fits = [total if len(file) <= limit else 0 for total, file in zip(totals, files, strict=True)]
     fails = list(totals)
-    while open_ := [i for i, (a, b) in enumerate(zip(fits, fails, strict=True)) if b - a > 1]:
-        tried = [(fits[i] + fails[i]) // 2 for i in open_]
-        parts = [
-            replace(headers[i], stages_sent=k, seed=seed) for i, k in zip(open_, tried, strict=True)
-        ]
-        made = pack(coder, parts, [tokens[i] for i in open_], captions)
-        for i, k, file in zip(open_, tried, made, strict=True):
+    while tried := {
+        i: (a + b) // 2 for i, (a, b) in enumerate(zip(fits, fails, strict=True)) if b - a > 1
+    }:
+        for (i, k), file in zip(tried.items(), parts(tried), strict=True):
             if len(file) <= limit:
                 fits[i], files[i] = k, file
             else:
                 fails[i] = k
+    # The check is where the coder starts from, so a stage of few bits may even save a byte or two.
+    tried = {i: k + 1 for i, k in enumerate(fits) if k + 1 < totals[i]}
+    while tried:
+        for (i, k), file in zip(list(tried.items()), parts(tried), strict=True):
+            if len(file) <= limit:
+                files[i] = file
+            tried[i] = k + 1
+            if len(file) > limit + _SHRINKAGE or k + 1 == totals[i]:
+                del tried[i]
     for i, file in enumerate(files):
         if len(file) > limit:
-            first = replace(headers[i], stages_sent=1, seed=seed)
-            (least,) = pack(coder, [first], [tokens[i]], captions)
+            least = len(file) if totals[i] == 1 else len(parts({i: 1})[0])
             raise ValueError(
-                f"picture {i} of {headers[i].width}x{headers[i].height} needs {len(least)} bytes "
+                f"picture {i} of {headers[i].width}x{headers[i].height} needs {least} bytes "
                 f"for its first stage, more than {limit}; choose a lower rate or more bytes"
             )
     return files

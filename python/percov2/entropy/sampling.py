@@ -25,6 +25,8 @@ _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 _FLOOR_BITS = 10
+_AT_ONCE = 2**22
+"""Logits that are drawn from together: each takes 40 bytes meanwhile."""
 
 
 def philox(key: int, counter: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -91,8 +93,20 @@ def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Te
             f"logits have shape {tuple(logits.shape)} for {places.shape} places; they must be "
             "[B, n, V] for [n]"
         )
+    step = max(1, _AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))
+    words = philox(seed, places)
+    parts = [
+        _drawn(logits[:, begin : begin + step], words[begin : begin + step])
+        for begin in range(0, len(places), step)
+    ]
+    empty = torch.empty(logits.shape[:2], dtype=torch.int32, device=logits.device)
+    return torch.cat(parts, 1) if parts else empty
+
+
+def _drawn(logits: torch.Tensor, words: NDArray[np.uint32]) -> torch.Tensor:
+    """Tokens int32 [B, n] by the random words [n, 4] of their places."""
     weights = cdf.weights(logits, SHARPNESS)
     weights[weights < weights.amax(2, keepdim=True) >> _FLOOR_BITS] = 0
     prefix = weights.cumsum(2)
-    target = _scaled(philox(seed, places), prefix[..., -1])
+    target = _scaled(words, prefix[..., -1])
     return torch.searchsorted(prefix, target[..., None], right=True)[..., 0].to(torch.int32)

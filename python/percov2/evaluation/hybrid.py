@@ -31,21 +31,29 @@ def stages_sent(
 
     Args:
         paths: pictures, as many stages for each as for the one with fewest.
-        out: folder for stages.json and NAME_stages.jpg, one picture's restored forms side by side.
+        out: folder for stages.json (what is measured, and the records) and NAME_stages.jpg, one
+            picture's restored forms side by side.
         setting: its ``stages`` and ``target_bytes`` do not matter.
 
     Returns:
         Per number of stages: stages, of (how many there are), bytes, psnr and lpips_alex (means).
 
     Raises:
-        ValueError: no pictures, or a metric whose weights are not installed.
+        ValueError: no pictures, a metric whose weights are not installed, or figures of another
+            model, setting or other pictures in ``out``.
     """
     if not paths:
         raise ValueError("no pictures to measure")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "stages.json"
-    records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     whole = replace(setting, stages=None, target_bytes=None)
+    of = _described(codec, paths, whole)
+    records: list[dict[str, Any]] = []
+    if path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["of"] != of:
+            raise ValueError(f"{path} is of {kept['of']}, not of {of}; choose another folder")
+        records = kept["records"]
     total = min(_stage_count(codec, p, whole) for p in paths)
     shown: list[Image.Image] = []
     for k in range(1, total + 1):
@@ -70,12 +78,27 @@ def stages_sent(
             }
         )
         write_image(trips[0].restored, out / f"{paths[0].stem}_{k:02}.png")
-        write_bytes(path, (json.dumps(records, indent=2) + "\n").encode())
+        text = json.dumps({"of": of, "records": records}, indent=2) + "\n"
+        write_bytes(path, text.encode())
     for k in np.linspace(1, total, min(_SHOWN, total)).round().astype(int):
         with Image.open(out / f"{paths[0].stem}_{k:02}.png") as picture:
             shown.append(picture.convert("RGB"))
     _page(shown).save(out / f"{paths[0].stem}_stages.jpg", quality=90)
     return records
+
+
+def _described(codec: Codec, paths: Sequence[Path], setting: Setting) -> dict[str, Any]:
+    """What figures belong to, as JSON holds it."""
+    rate = setting.rate or codec.config.default_rate
+    return {
+        "model_id": f"{codec.model_id(rate):04x}",
+        "rate": rate,
+        "schedule": setting.schedule or codec.config.default_schedule,
+        "steps": setting.steps or codec.config.default_steps(rate),
+        "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
+        "seed": setting.seed,
+        "pictures": [path.name for path in paths],
+    }
 
 
 def _stage_count(codec: Codec, path: Path, setting: Setting) -> int:

@@ -74,8 +74,9 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
     """Captions of files: ``.txt`` with one a line, or WebDataset ``.tar`` with such members.
 
     Raises:
-        ValueError: no captions, or no such file.
+        ValueError: no captions, or one that no file can hold.
     """
+    from percov2.caption import encode_caption
 
     def texts() -> Iterator[bytes]:
         for source in sources:
@@ -92,6 +93,11 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
     lines = [line for line in found if line]
     if not lines:
         raise ValueError(f"no captions in {[str(source) for source in sources]}")
+    for line in lines:
+        try:
+            encode_caption(line)
+        except ValueError as error:
+            raise ValueError(f"{line[:60]!r}: {error}") from None
     return lines
 
 
@@ -125,6 +131,9 @@ class CaptionLines:
 
     Attributes:
         held_out: pieces of the captions kept from training.
+
+    Raises:
+        ValueError: none of either kind.
     """
 
     def __init__(self, lines: Sequence[str], alphabet: Alphabet) -> None:
@@ -140,6 +149,11 @@ class CaptionLines:
             else:
                 width = -(-len(pieces) // _WIDTH_STEP) * _WIDTH_STEP
                 self._by_width.setdefault(width, []).append(pieces)
+        if not self._by_width or not self.held_out:
+            raise ValueError(
+                f"of {len(lines)} captions {len(self.held_out)} are held out by their hash; both "
+                "these and some to train on are needed: give more"
+            )
         self._widths = sorted(self._by_width)
         sizes = np.array([len(self._by_width[w]) for w in self._widths], dtype=np.float64)
         self._shares = sizes / sizes.sum()
@@ -222,13 +236,18 @@ class CaptionStage(RoundedStage):
 
 
 def measure(model: CaptionModel, lines: Sequence[str]) -> dict[str, Any]:
-    """What held-out captions of 8 to 14 words cost, exact text, in bytes on average."""
+    """What held-out captions of 8 to 14 words cost, exact text, in bytes on average.
+
+    Those of too many pieces for the model are left out.
+    """
     from percov2.caption import encode_caption
 
-    chosen = [x for x in lines if is_held_out(x) and len(x.split()) in WORDS]
+    held_out = [x for x in lines if is_held_out(x) and len(x.split()) in WORDS]
+    costs = {x: model.bits(x) for x in tqdm(held_out, desc="measuring", unit="caption")}
+    chosen = [x for x in held_out if np.isfinite(costs[x])]
     if not chosen:
         return {"captions": 0}
-    bits = [model.bits(line) for line in tqdm(chosen, desc="measuring", unit="caption")]
+    bits = [costs[x] for x in chosen]
     return {
         "captions": len(chosen),
         "bytes": float(np.mean(bits)) / 8,
