@@ -25,7 +25,7 @@ Tokens = NDArray[np.int32]
 
 TOKENS_AT_ONCE = 16384
 """Tokens whose pictures go through a network together (bounds memory)."""
-_SHRINKAGE = 2
+_SHRINKAGE = 4
 """Bytes by which a file may be longer than one of more stages."""
 
 Item = TypeVar("Item")
@@ -173,7 +173,8 @@ def pack_within(
                 fits[i], files[i] = k, file
             else:
                 fails[i] = k
-    # The check is where the coder starts from, so a stage of few bits may even save a byte or two.
+    # The check is where the coder starts from, and numbers of stages differ in cost, so a stage of
+    # few bits may even save a byte or two.
     tried = {i: k + 1 for i, k in enumerate(fits) if k + 1 < totals[i]}
     while tried:
         for (i, k), file in zip(list(tried.items()), parts(tried), strict=True):
