@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +104,23 @@ def test_damaged_files_are_refused_as_on_the_cpu(coder, cpu_coder):
             assert messages[0].startswith("file 1: ")
             refused += 1
     assert refused == 10
+
+
+def test_parts_and_cut_files_are_drawn_as_on_the_cpu(coder, cpu_coder):
+    grids = [grid for grid in maps()[:4] if grid.size > 1]  # plain ones have no bytes to lose
+    heads = [replace(h, stages_sent=3, seed=9) for h in headers(grids, "qlds5")]
+    files = packing.pack(cpu_coder, heads, grids)
+    assert packing.pack(coder, heads, grids) == files
+    expected = unpacking.unpack(cpu_coder, opened(files, grids))
+    for one, two in zip(expected, unpacking.unpack(coder, opened(files, grids)), strict=True):
+        np.testing.assert_array_equal(one, two)
+    whole = packing.pack(cpu_coder, headers(grids, "qlds5"), grids)
+    cut = [file[:-2] for file in files] + [file[: len(file) // 2 + 4] for file in whole]
+    read = [unpacking.unpack_cut(one, opened(cut, grids * 2)) for one in (cpu_coder, coder)]
+    for (tokens, stages), (others, taken) in zip(*read, strict=True):
+        np.testing.assert_array_equal(tokens, others)
+        assert stages == taken
+    assert len({stages for _, stages in read[0]}) > 1
 
 
 @pytest.mark.parametrize("wrong", [-1, 16])
