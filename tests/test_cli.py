@@ -56,7 +56,7 @@ def test_a_part_of_the_stages_goes_through_every_command(
             np.asarray(found), np.asarray(codec.decompress([expected])[0])
         )
 
-    (limited,) = codec.compress([image], target_bytes=len(expected), effort=0)
+    (limited,) = codec.compress([image], target_bytes=len(expected))
     assert run("compress", picture, out, *model, "--target-bytes", len(expected)) == 0
     assert out.read_bytes() == limited and len(limited) <= len(expected)
     assert codec.decode([limited])[0].header.seed == 0

@@ -162,9 +162,9 @@ def pack_within(
         heads = [replace(headers[i], stages_sent=k, seed=seed) for i, k in counts.items()]
         return pack(coder, heads, [tokens[i] for i in counts], captions)
 
-    # Stages that fit, and the least number that is known not to.
+    # Stages that fit, and the least number that is known not to, with the bytes that it takes.
     fits = [total if len(file) <= limit else 0 for total, file in zip(totals, files, strict=True)]
-    fails = list(totals)
+    fails, sizes = list(totals), [len(file) for file in files]
     while tried := {
         i: (a + b) // 2 for i, (a, b) in enumerate(zip(fits, fails, strict=True)) if b - a > 1
     }:
@@ -172,17 +172,18 @@ def pack_within(
             if len(file) <= limit:
                 fits[i], files[i] = k, file
             else:
-                fails[i] = k
+                fails[i], sizes[i] = k, len(file)
     # The check is where the coder starts from, and numbers of stages differ in cost, so a stage of
     # few bits may even save a byte or two.
-    tried = {i: k + 1 for i, k in enumerate(fits) if k + 1 < totals[i]}
-    while tried:
-        for (i, k), file in zip(list(tried.items()), parts(tried), strict=True):
+    while tried := {
+        i: k + 1
+        for i, k in enumerate(fails)
+        if k + 1 < totals[i] and sizes[i] <= limit + _SHRINKAGE
+    }:
+        for (i, k), file in zip(tried.items(), parts(tried), strict=True):
+            fails[i], sizes[i] = k, len(file)
             if len(file) <= limit:
                 files[i] = file
-            tried[i] = k + 1
-            if len(file) > limit + _SHRINKAGE or k + 1 == totals[i]:
-                del tried[i]
     for i, file in enumerate(files):
         if len(file) > limit:
             least = len(file) if totals[i] == 1 else len(parts({i: 1})[0])

@@ -95,12 +95,11 @@ def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Te
         )
     step = max(1, _AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))
     words = philox(seed, places)
-    parts = [
-        _drawn(logits[:, begin : begin + step], words[begin : begin + step])
-        for begin in range(0, len(places), step)
-    ]
-    empty = torch.empty(logits.shape[:2], dtype=torch.int32, device=logits.device)
-    return torch.cat(parts, 1) if parts else empty
+    tokens = torch.empty(logits.shape[:2], dtype=torch.int32, device=logits.device)
+    for begin in range(0, len(places), step):
+        part = slice(begin, begin + step)
+        tokens[:, part] = _drawn(logits[:, part], words[part])
+    return tokens
 
 
 def _drawn(logits: torch.Tensor, words: NDArray[np.uint32]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from percov2.codec import Codec
 from percov2.entropy.schedule import stage_count
-from percov2.evaluation.report import Setting, round_trip
+from percov2.evaluation.report import Setting, described, round_trip
 from percov2.images import read_image, write_bytes, write_image
 from percov2.packing import token_grid
 
@@ -47,7 +47,7 @@ def stages_sent(
     out.mkdir(parents=True, exist_ok=True)
     path = out / "stages.json"
     whole = replace(setting, stages=None, target_bytes=None)
-    of = _described(codec, paths, whole)
+    of = {**described(codec, whole), "pictures": [path.name for path in paths]}
     records: list[dict[str, Any]] = []
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -85,20 +85,6 @@ def stages_sent(
             shown.append(picture.convert("RGB"))
     _page(shown).save(out / f"{paths[0].stem}_stages.jpg", quality=90)
     return records
-
-
-def _described(codec: Codec, paths: Sequence[Path], setting: Setting) -> dict[str, Any]:
-    """What figures belong to, as JSON holds it."""
-    rate = setting.rate or codec.config.default_rate
-    return {
-        "model_id": f"{codec.model_id(rate):04x}",
-        "rate": rate,
-        "schedule": setting.schedule or codec.config.default_schedule,
-        "steps": setting.steps or codec.config.default_steps(rate),
-        "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
-        "seed": setting.seed,
-        "pictures": [path.name for path in paths],
-    }
 
 
 def _stage_count(codec: Codec, path: Path, setting: Setting) -> int:

@@ -64,6 +64,26 @@ class RoundTrip:
     notes: list[str] = field(default_factory=list)
 
 
+def described(codec: Codec, setting: Setting) -> dict[str, Any]:
+    """Model and setting of a report, defaults filled in, as JSON holds them."""
+    config = codec.config
+    rate = setting.rate or config.default_rate
+    return {
+        "model": config.name,
+        "model_id": f"{codec.model_id(rate):04x}",
+        "rate": rate,
+        "schedule": setting.schedule or config.default_schedule,
+        "steps": setting.steps or config.default_steps(rate),
+        "guidance": config.guidance if setting.guidance is None else setting.guidance,
+        "seed": setting.seed,
+        "effort": setting.effort,
+        "slack": setting.slack,
+        "stages": setting.stages,
+        "target_bytes": setting.target_bytes,
+        "captioner": type(setting.captioner).__name__,
+    }
+
+
 def warm_up(codec: Codec, setting: Setting) -> None:
     """Load every network of a setting, so that times are those of the work alone."""
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
@@ -244,18 +264,7 @@ def evaluate(
         "percov2": __version__,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "model": codec.config.name,
-        "model_id": f"{codec.model_id(setting.rate or codec.config.default_rate):04x}",
-        "rate": setting.rate or codec.config.default_rate,
-        "schedule": setting.schedule or codec.config.default_schedule,
-        "steps": setting.steps or codec.config.default_steps(setting.rate),
-        "guidance": codec.config.guidance if setting.guidance is None else setting.guidance,
-        "seed": setting.seed,
-        "effort": setting.effort,
-        "slack": setting.slack,
-        "stages": setting.stages,
-        "target_bytes": setting.target_bytes,
-        "captioner": type(setting.captioner).__name__,
+        **described(codec, setting),
         "mean": means(records),
         "images": records,
         "baselines": {
