@@ -151,24 +151,27 @@ def test_batches_threads_and_executors_draw_the_same(coder: TokenCoder) -> None:
     assert not np.array_equal(alone[0], alone[1])
 
 
-@pytest.mark.parametrize("name", ["qlds12", "quincunx", "raster"])
+@pytest.mark.parametrize("name", ["qlds12", "raster"])
 def test_a_limit_is_used_up(coder: TokenCoder, name: str) -> None:
-    """Sizes do not always grow with stages, so all are tried here."""
-    shrunk = False
+    """Where a stage costs next to nothing, sizes do not always grow with stages."""
+    tensors = {key: tensor.clone() for key, tensor in coder.model.tensors.items()}
+    tensors["head.weight"].zero_()
+    tensors["head.bias"].zero_()[0] = 2**20
+    sure_of_0 = TokenCoder(IntTransformer(CONFIG, tensors))
     for seed in range(4):
-        tokens = some_tokens(seed, 6, 6)
+        rare = np.random.default_rng(seed).random((6, 6)) < 0.1
+        tokens = np.where(rare, some_tokens(seed, 6, 6), 0).astype(np.int32)
         head = header(6, 6, name)
         total = int(stages(name, 6, 6).max())
         heads = [*(replace(head, stages_sent=k) for k in range(1, total)), head]
-        made = pack(coder, heads, [tokens] * total)
+        made = pack(sure_of_0, heads, [tokens] * total)
         sizes = [len(file) for file in made]
-        shrunk |= sizes != sorted(sizes)
+        assert sizes != sorted(sizes)
         for limit in range(min(sizes), max(sizes) + 2):
-            (file,) = pack_within(coder, [head], [tokens], limit)
+            (file,) = pack_within(sure_of_0, [head], [tokens], limit)
             assert file == made[max(k for k in range(total) if sizes[k] <= limit)]
         with pytest.raises(ValueError, match=rf"needs {sizes[0]} bytes for its first stage"):
-            pack_within(coder, [head], [tokens], min(sizes) - 1)
-    assert shrunk or name != "raster"
+            pack_within(sure_of_0, [head], [tokens], min(sizes) - 1)
 
 
 def test_a_picture_of_one_stage_says_what_it_needs(coder: TokenCoder) -> None:
