@@ -12,7 +12,7 @@ from PIL import Image
 from command_line import run
 from percov2 import Codec
 from percov2.evaluation.hybrid import stages_sent
-from percov2.evaluation.report import Setting
+from percov2.evaluation.setting import Setting
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from percov2.evaluation.entropy_study import Method
-    from percov2.evaluation.report import Setting
+    from percov2.evaluation.setting import Setting
     from percov2.evaluation.study_coders import TokenMap
     from percov2.models.backbone import Backbone
 
@@ -127,7 +127,8 @@ def evaluate_stages(arguments: argparse.Namespace) -> None:
     codec = open_codec(arguments)
     with about("eval stages"):
         from percov2.evaluation.hybrid import plot_stages, stages_sent
-        from percov2.evaluation.report import Setting, pictures_in
+        from percov2.evaluation.report import pictures_in
+        from percov2.evaluation.setting import Setting
 
         setting = Setting(
             arguments.rate,
@@ -203,7 +204,7 @@ def evaluate_captions(arguments: argparse.Namespace) -> None:
 
 def chosen_setting(arguments: argparse.Namespace) -> Setting:
     """The setting of a command line with encoding, sampling and captioner options."""
-    from percov2.evaluation.report import Setting
+    from percov2.evaluation.setting import Setting
 
     return Setting(
         arguments.rate,

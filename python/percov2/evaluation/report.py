@@ -16,31 +16,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from percov2 import __version__
-from percov2.caption import Captioner, NoCaptioner
 from percov2.codec import Codec
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.gallery import Cell, half_size, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
+from percov2.evaluation.setting import Setting, described
 from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
 
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How pictures are compressed and restored; None means the model's default."""
-
-    rate: str | None = None
-    schedule: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
-    captioner: Captioner = field(default_factory=NoCaptioner)
-    slack: float = 0.0
-    stages: int | None = None
-    target_bytes: int | None = None
-    effort: int = 0
 
 
 @dataclass
@@ -62,26 +46,6 @@ class RoundTrip:
     file: bytes
     record: dict[str, Any]
     notes: list[str] = field(default_factory=list)
-
-
-def described(codec: Codec, setting: Setting) -> dict[str, Any]:
-    """Model and setting of a report, defaults filled in, as JSON holds them."""
-    config = codec.config
-    rate = setting.rate or config.default_rate
-    return {
-        "model": config.name,
-        "model_id": f"{codec.model_id(rate):04x}",
-        "rate": rate,
-        "schedule": setting.schedule or config.default_schedule,
-        "steps": setting.steps or config.default_steps(rate),
-        "guidance": config.guidance if setting.guidance is None else setting.guidance,
-        "seed": setting.seed,
-        "effort": setting.effort,
-        "slack": setting.slack,
-        "stages": setting.stages,
-        "target_bytes": setting.target_bytes,
-        "captioner": type(setting.captioner).__name__,
-    }
 
 
 def warm_up(codec: Codec, setting: Setting) -> None:
