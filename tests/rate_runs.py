@@ -10,7 +10,13 @@ RATES = {"r031": (2, 16, 48), "r010": (4, 32, 64), "r002": (8, 16, 64)}
 """Rate -> stride, codes, crop side."""
 
 
-def config_text(rates: list[str], adversary: str = "", steps: int = 6) -> str:
+ALEX = "alex = { weight = 0.8 }"
+PIXELS = ALEX + "\npixels = { weight = 0.5, from_step = 2, warmup = 2 }"
+FEATURES = ALEX + "\nfeatures = { weight = 0.5, from_step = 2, warmup = 2 }"
+"""Tables of losses."""
+
+
+def config_text(rates: list[str], extra: str = "", steps: int = 6, losses: str = ALEX) -> str:
     tables = "".join(
         f"""
 [codec.rates.{name}]
@@ -31,15 +37,16 @@ loop = {{ steps = 2, warmup = 1, log_every = 1 }}
 [codec]
 text_encoder = {{ buckets = 32, dim = 8, length = 4 }}
 loop = {{ steps = {steps}, warmup = 1, log_every = 2, learning_rate = 1e-3 }}
-{adversary}
+adversary = {{ pixel_widths = [4, 4, 8], feature_width = 4 }}
+{extra}
+
+[codec.losses]
+{losses}
 {tables}
 {TINY_FLOW}"""
 
 
 ALL = list(RATES)
-ADVERSARY = (
-    "adversary = {{ weight = 0.5, from_step = 2, warmup = 2, reach = '{}', widths = [4, 4, 8] }}"
-)
 
 
 def written(folder: Path, text: str) -> Path:

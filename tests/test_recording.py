@@ -22,7 +22,7 @@ from percov2.training.optimizers import adamw, make_recordable, restore, set_lea
 from percov2.training.recording import Figures, RecordedSteps
 from percov2.training.stage import Draw
 from percov2.training.stage1 import CodecStage
-from rate_runs import ADVERSARY, ALL, config_text, written
+from rate_runs import ALEX, ALL, FEATURES, PIXELS, config_text, written
 
 
 class Toy:
@@ -97,14 +97,16 @@ def on_meta(module: torch.nn.Module) -> None:
                 part._buffers[name] = buffer.to("meta")
 
 
-def meta_stage(folder: Path, data: PhotoCrops, extra: str = "") -> CodecStage:
-    text = config_text(ALL, "frozen_tokens = true\n" + ADVERSARY.format("all") + extra)
+def meta_stage(folder: Path, data: PhotoCrops) -> CodecStage:
+    losses = PIXELS + "\n" + FEATURES.removeprefix(ALEX) + "\nvgg = { weight = 1.0 }"
+    text = config_text(ALL, "frozen_tokens = true\ndial = {}", losses=losses)
     stage, _ = codec_stage(written(folder, text), data)
-    assert stage.recordable and stage.adversary is not None
+    assert stage.recordable and set(stage.adversaries) == {"pixels", "features"}
     on_meta(stage)
-    on_meta(stage.adversary.network)
-    stage.adversary.optimizer = adamw(stage.adversary.network.parameters(), 1e-3, (0.5, 0.9), 0.0)
-    stage._force, stage._discriminator_loss = torch.zeros(2, device="meta")
+    for adversary in stage.adversaries.values():
+        on_meta(adversary.network)
+        adversary.optimizer = adamw(adversary.network.parameters(), 1e-3, (0.5, 0.9), 0.0)
+    stage._learnt = {name: torch.zeros((), device="meta") for name in stage.adversaries}
     return stage
 
 
@@ -123,7 +125,7 @@ def test_a_step_of_the_joint_phase_reads_nothing_back(
     monkeypatch.setattr("percov2.training.stage1.draw_rate", lambda rates, generator: rate)
     stage.start_step(5, 6)
     draw = stage.draw(np.random.default_rng(0))
-    assert draw.kind == (rate, False, True)
+    assert draw.kind[0] == rate and draw.kind[3] == ("alex", "vgg", "pixels", "features")
     there = Draw(draw.kind, {k: v.to("meta") for k, v in draw.tensors.items()})
     loss, figures = stage.compute(there)
     optimizer = adamw(stage.parameters(), 1e-3, (0.9, 0.98), 0.0)
@@ -133,22 +135,14 @@ def test_a_step_of_the_joint_phase_reads_nothing_back(
     stage.after_step()
     assert loss.is_meta
     own = {k for k, v in figures.items() if v.is_meta}
-    assert {f"l1_{rate}", f"lpips_{rate}", "adversarial", "discriminator"} <= own
+    assert {f"l1_{rate}", f"lpips_{rate}", "adversarial_pixels", "discriminator_features"} <= own
 
 
 def test_only_what_can_be_recorded_is(photo_cache: Path, tmp_path: Path) -> None:
     data = PhotoCrops(photo_cache)
     for text, recordable in (
         (config_text(["r031"]), False),
-        (config_text(["r031"], "frozen_tokens = true"), True),
-        (
-            config_text(
-                ["r031"],
-                "frozen_tokens = true\n"
-                + ADVERSARY.format("all").replace("weight", "network = 'features', weight"),
-            ),
-            False,
-        ),
+        (config_text(["r031"], "frozen_tokens = true", losses=FEATURES), True),
     ):
         stage, _ = codec_stage(written(tmp_path, text), data)
         assert stage.recordable == recordable
@@ -213,7 +207,7 @@ def test_a_loss_that_is_not_finite_is_noticed() -> None:
 
 @pytest.mark.cuda
 def test_recorded_training_learns_and_resumes(photo_cache: Path, tmp_path: Path) -> None:
-    text = config_text(["r031", "r010"], "frozen_tokens = true\n" + ADVERSARY.format("all"), 60)
+    text = config_text(["r031", "r010"], "frozen_tokens = true", 60, PIXELS)
     text = text.replace("log_every = 2", "log_every = 10, record = true")
     stage, settings = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
     assert settings.record
@@ -230,7 +224,7 @@ def test_recorded_training_learns_and_resumes(photo_cache: Path, tmp_path: Path)
     losses = [float(row["l1_r031"]) for row in rows]
     assert len(rows) == 6 and np.isfinite(losses).all() and len(set(losses)) == 6
     assert losses[-1] < losses[0]
-    learnt = [float(row["discriminator"]) for row in rows[1:]]
+    learnt = [float(row["discriminator_pixels"]) for row in rows[1:]]
     assert np.isfinite(learnt).all() and len(set(learnt)) == 5
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from percov2.training.commands import codec_stage
+from percov2.models.preset import CodecModel
+from percov2.training.commands import codec_stage, run_codec, run_export
 from percov2.training.data import PhotoCrops
 from percov2.training.loop import train
 from percov2.training.warm_start import start_from
@@ -137,7 +138,37 @@ def test_a_grown_decoder_starts_as_the_one_it_grew_from(photo_cache: Path, tmp_p
     train(stage, loop, tmp_path / "grown")
     last = {k: v for k, v in stage.autoencoder.decoder.state_dict().items() if "conv2" in k}
     assert len(last) == 20 and all(value.any() for value in last.values())
-    smaller = text.replace("widths = [8, 16]", "widths = [8, 16], decoder_blocks = [3, 2]")
-    stage, _ = codec_stage(written(tmp_path, smaller), data)
-    with pytest.raises(ValueError, match="more blocks"):
-        start_from(stage, tmp_path / "first")
+
+
+def test_a_smaller_decoder_learns_from_the_one_before(photo_cache: Path, tmp_path: Path) -> None:
+    data = PhotoCrops(photo_cache)
+    text = config_text(["r031"])
+    config = written(tmp_path, text)
+    first, loop = codec_stage(config, data)
+    train(first, loop, tmp_path / "first")
+    run_export(config, photo_cache, tmp_path / "first", tmp_path / "model")
+    smaller = text.replace(
+        "widths = [8, 16]", "widths = [8, 16], decoder_widths = [4, 16], decoder_blocks = [2, 1]"
+    )
+    smaller = smaller.replace("[codec]", "[codec]\ndistil = 1.0\nfrozen_tokens = true")
+    smaller = smaller.replace("steps = 6", "steps = 20").replace("= 1e-3", "= 1e-2")
+    config = written(tmp_path, smaller)
+    with pytest.raises(ValueError, match="the teacher"):
+        run_codec(config, photo_cache, tmp_path / "run", start_from=tmp_path / "first")
+    stage, _ = codec_stage(config, data)
+    origins = start_from(stage, tmp_path / "model")
+    assert origins["decoder"].startswith("what fits, but new: ")
+    teacher = CodecModel(tmp_path / "model").autoencoder
+    kept = [f"decoder.{i}" for i in (0, 1, 2)]  # the first layer and two blocks at 1/8
+    state = stage.autoencoder.state_dict()
+    same = {k for k, v in teacher.state_dict().items() if k in state and torch.equal(state[k], v)}
+    assert {k for k in state if k.startswith((*kept, "encoder."))} <= same
+    run_codec(config, photo_cache, tmp_path / "run", start_from=tmp_path / "model")
+    after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    moved = {k for k, v in after.items() if not torch.equal(v, stage.state_dict()[k])}
+    assert moved and all(key.startswith("autoencoder.decoder.") for key in moved)
+    assert not any(key.startswith("teacher.") for key in after)
+    log = (tmp_path / "run" / "log.csv").read_text().splitlines()
+    column = log[0].split(",").index("distil_r031")
+    distances = [float(line.split(",")[column]) for line in log[1:]]
+    assert 0 < distances[-1] < distances[0]

@@ -188,7 +188,9 @@ def decompress(arguments: argparse.Namespace) -> None:
     codec = open_codec(arguments)
     with about(arguments.input):
         decoded = codec.decode([data], arguments.max_pixels, arguments.allow_truncated)
-        (image,) = codec.paint(decoded, arguments.steps, arguments.guidance, arguments.seed)
+        (image,) = codec.paint(
+            decoded, arguments.steps, arguments.guidance, arguments.seed, arguments.realism
+        )
     with about(arguments.output):
         write_image(image, arguments.output)
     drawn = ""

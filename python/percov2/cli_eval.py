@@ -56,10 +56,11 @@ def add_parser(commands: Any) -> None:
                 f"--{name}", type=number(int, 2, most), default=default, help=f"default: {default}"
             )
 
-    one = command("modes", evaluate_modes, "Distortion and realism over flow steps and guidance.")
+    one = command("modes", evaluate_modes, "Distortion and realism over dial, steps and guidance.")
     crops(one, 2000, 128)
     one.add_argument("--steps", default="1,2,4,8,20", help="default: 1,2,4,8,20")
     one.add_argument("--guidance", default="1,2", help="default: 1,2")
+    one.add_argument("--realism", help="settings of the dial, e.g. 0,0.5,1 (default: the rate's)")
     one = command("captions", evaluate_captions, "Right captions against other photos' captions.")
     crops(one, 500, 192)
     one.add_argument("--steps", type=number(int, 1, 1000), help="flow evaluations")
@@ -136,6 +137,7 @@ def evaluate_stages(arguments: argparse.Namespace) -> None:
             arguments.steps,
             arguments.guidance,
             arguments.seed,
+            realism=arguments.realism,
         )
         paths = pictures_in(arguments.folder)
         records = stages_sent(codec, paths, arguments.out, setting)
@@ -151,18 +153,20 @@ def evaluate_modes(arguments: argparse.Namespace) -> None:
     """``percov2 eval modes``."""
     with about("eval modes"):
         steps, guidances = _numbers(arguments.steps, int), _numbers(arguments.guidance, float)
+        realisms = _numbers(arguments.realism, float) if arguments.realism else [None]
         crops, captions = _held_out(arguments, captioned=False)
     codec = open_codec(arguments)
     with about("eval modes"):
         from percov2.evaluation.modes import operating_modes, plot_modes
 
         records = operating_modes(
-            codec, crops, captions, arguments.out, arguments.rate, steps, guidances
+            codec, crops, captions, arguments.out, arguments.rate, steps, guidances, realisms
         )
         plot_modes(records, arguments.out / "modes.png")
     for record in records:
         print(
-            f"{record['steps']:3} steps, guidance {record['guidance']:g}: PSNR "
+            f"realism {record['realism']:g}, {record['steps']} steps, guidance "
+            f"{record['guidance']:g}: PSNR "
             f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}, Fréchet distance "
             f"{record['frechet']:.3f} (EfficientNet-Lite0, {record['crops']} crops)"
         )
@@ -217,6 +221,7 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
         arguments.stages,
         arguments.target_bytes,
         arguments.effort,
+        arguments.realism,
     )
 
 

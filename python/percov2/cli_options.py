@@ -60,7 +60,12 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add ``--steps``, ``--guidance`` and ``--seed``."""
+    """Add ``--realism``, ``--steps``, ``--guidance`` and ``--seed``."""
+    parser.add_argument(
+        "--realism",
+        type=number(float, 0, 1),
+        help="0 paints a faithful picture, 1 a realistic one (default: the rate's)",
+    )
     parser.add_argument(
         "--steps",
         type=number(int, 1, 1000),

@@ -264,6 +264,7 @@ class Codec:
         seed: int = 0,
         max_pixels: int = MAX_PIXELS,
         allow_truncated: bool = False,
+        realism: float | None = None,
     ) -> list[Image.Image]:
         """Restore pictures, mode RGB.
 
@@ -276,15 +277,17 @@ class Codec:
             max_pixels: refuse files that declare more pixels.
             allow_truncated: of a file that lacks its end take the stages that are whole, and draw
                 the others. Nothing protects such a file from damage in what is left of it.
+            realism: 0 (faithful) to 1 (realistic); the rate's default if None.
 
         Raises:
             BitstreamError: a file is not valid; nothing is painted then. With several files the
                 message names the index of the faulty one.
-            ValueError: steps, guidance or seed out of range.
+            ValueError: steps, guidance, seed or realism out of range, or realism for a model
+                without a dial.
         """
-        self._check_sampling(steps, guidance, seed)
+        self._check_sampling(steps, guidance, seed, realism)
         decoded = self.decode(files, max_pixels, allow_truncated)
-        return self.paint(decoded, steps, guidance, seed)
+        return self.paint(decoded, steps, guidance, seed, realism)
 
     def decode_tokens(self, files: Sequence[bytes], max_pixels: int = MAX_PIXELS) -> list[Tokens]:
         """Tokens of files, int32 [h, w] each, the same on every machine.
@@ -340,13 +343,14 @@ class Codec:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int = 0,
+        realism: float | None = None,
     ) -> list[Image.Image]:
         """The second half of ``decompress``: tokens and captions -> pictures.
 
         On the CPU pictures are painted one at a time: a batch gains nothing there, and alone a
         picture is the same in any company. Arguments and ValueError as for ``decompress``.
         """
-        self._check_sampling(steps, guidance, seed)
+        self._check_sampling(steps, guidance, seed, realism)
         strength = self.config.guidance if guidance is None else guidance
 
         def paint_equal(group: list[DecodedFile]) -> list[Image.Image]:
@@ -354,7 +358,9 @@ class Codec:
             rate = group[0].rate.name
             evaluations = self.config.default_steps(rate) if steps is None else steps
             captions = [file.caption for file in group]
-            pixels = self.model.reconstruct(tokens, rate, captions, evaluations, strength, seed)
+            pixels = self.model.reconstruct(
+                tokens, rate, captions, evaluations, strength, seed, realism
+            )
             levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             arrays = levels.permute(0, 2, 3, 1).cpu().numpy()
             return [
@@ -367,13 +373,16 @@ class Codec:
         keys = [(file.rate.name, file.tokens.shape) for file in decoded]
         return packing.by_group(decoded, keys, sizes, paint_equal)
 
-    def _check_sampling(self, steps: int | None, guidance: float | None, seed: int) -> None:
+    def _check_sampling(
+        self, steps: int | None, guidance: float | None, seed: int, realism: float | None
+    ) -> None:
         if steps is not None and not 1 <= steps <= 1000:
             raise ValueError(f"steps must be 1 to 1000, not {steps}")
         if guidance is not None and not 0 <= guidance <= 100:
             raise ValueError(f"guidance must be 0 to 100, not {guidance}")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed must be 0 to 2^63 - 1, not {seed}")
+        self.config.chosen_realism(self.config.default_rate, realism)
 
     def _open(self, data: bytes, label: str, max_pixels: int) -> OpenFile:
         """Read a header and compare it with this model; BitstreamError (without the label)."""

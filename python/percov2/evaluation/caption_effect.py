@@ -161,7 +161,7 @@ def _flow_loss(
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     z_hat = model.z_hat(tokens, rate)
-    words = model.text_encoder(captions)
+    words = model.conditioning(captions, model.config.chosen_realism(rate, None))
     losses = []
     for t in TIMES:
         times = torch.full((len(latents),), t, device=latents.device)

@@ -1,4 +1,4 @@
-"""Operating modes (PerCoV2, Fig. 1): distortion and realism over flow steps and guidance."""
+"""Operating modes (PerCoV2, Fig. 1): distortion and realism over dial, flow steps and guidance."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def operating_modes(
     rate: str | None = None,
     steps: Sequence[int] = (1, 2, 4, 8, 20),
     guidances: Sequence[float] = (1.0, 2.0),
+    realisms: Sequence[float | None] = (None,),
     features: torch.nn.Module | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
@@ -42,15 +43,17 @@ def operating_modes(
 
     Args:
         crops: uint8 [N, S, S, 3], S a multiple of the rate's token side; held-out photos.
+        realisms: settings of the dial; None for the rate's default.
         captions: one per crop, "" for none.
         out: folder for modes.json, made if missing.
         features: of the Fréchet distance; EfficientNet-Lite0's by default.
 
     Returns:
-        Per mode: steps, guidance, crops, psnr and lpips_alex (means), frechet, seconds per crop.
+        Per mode: realism, steps, guidance, crops, psnr and lpips_alex (means), frechet, seconds per
+        crop.
 
     Raises:
-        ValueError: crops, captions, steps or guidance that do not fit.
+        ValueError: crops, captions, steps, guidance or realism that do not fit.
         MetricWeightsMissing: a network's weights are not installed.
     """
     if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
@@ -62,8 +65,10 @@ def operating_modes(
     out.mkdir(parents=True, exist_ok=True)
     path = out / "modes.json"
     records = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    known = {(record["steps"], record["guidance"]) for record in records}
-    wanted = [mode for mode in product(steps, map(float, guidances)) if mode not in known]
+    known = {(record["realism"], record["steps"], record["guidance"]) for record in records}
+    settings = dict.fromkeys(codec.config.chosen_realism(name, value) for value in realisms)
+    modes = product(settings, steps, map(float, guidances))
+    wanted = [mode for mode in modes if mode not in known]
     if not wanted:
         return records
     photos = torch.from_numpy(crops).permute(0, 3, 1, 2)
@@ -72,16 +77,17 @@ def operating_modes(
         codec.model.encode_tokens(photos[part].float() / 127.5 - 1, name)
         for part in tqdm(parts, desc="tokens", disable=not progress)
     ]
-    for count, guidance in wanted:
+    for realism, count, guidance in wanted:
+        asked = None if codec.config.realism is None else realism
         distance = FrechetDistance(features)
         values: list[list[float]] = []
         started = time.perf_counter()
         spent = 0.0
-        label = f"{count} steps, guidance {guidance:g}"
+        label = f"realism {realism:g}, {count} steps, guidance {guidance:g}"
         for i, part in enumerate(tqdm(parts, desc=label, disable=not progress)):
             before = time.perf_counter()
             pixels = codec.model.reconstruct(
-                tokens[i], name, captions[part], count, guidance, seed=i
+                tokens[i], name, captions[part], count, guidance, i, asked
             )
             spent += time.perf_counter() - before
             restored = _levels(pixels)
@@ -92,6 +98,7 @@ def operating_modes(
         records.append(
             {
                 "rate": name,
+                "realism": realism,
                 "steps": count,
                 "guidance": guidance,
                 "crops": len(crops),
@@ -121,35 +128,39 @@ def _measured(crops: NDArray[np.uint8], restored: Tensor) -> list[list[float]]:
 
 
 def plot_modes(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG: PSNR and LPIPS against the Fréchet distance, one line per guidance."""
+    """Write a PNG: PSNR and LPIPS against the Fréchet distance.
+
+    A line joins the settings of the dial; where there is only one, the numbers of steps.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    dialled = len({record["realism"] for record in records}) > 1
+    joined, other = ("realism", "steps") if dialled else ("steps", "realism")
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     labels = ("PSNR, dB (higher is better)", "LPIPS, AlexNet (lower is better)")
     for axis, metric, label in zip(axes, MODE_METRICS, labels, strict=True):
-        for guidance in sorted({record["guidance"] for record in records}):
-            line = sorted(
-                (r for r in records if r["guidance"] == guidance), key=lambda r: r["steps"]
-            )
+        for setting in sorted({(record[other], record["guidance"]) for record in records}):
+            members = [r for r in records if (r[other], r["guidance"]) == setting]
+            line = sorted(members, key=lambda r: r[joined])
             axis.plot(
                 [r["frechet"] for r in line],
                 [r[metric] for r in line],
                 marker="o",
-                label=f"guidance {guidance:g}",
+                label=f"{other} {setting[0]:g}, guidance {setting[1]:g}",
             )
             for record in line:
                 place = (record["frechet"], record[metric])
                 axis.annotate(
-                    str(record["steps"]), place, textcoords="offset points", xytext=(5, 4)
+                    f"{record[joined]:g}", place, textcoords="offset points", xytext=(5, 4)
                 )
         axis.set_xlabel("Fréchet distance, EfficientNet-Lite0 (lower is better)")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    title = f"{records[0]['rate']}: numbers are flow steps; {records[0]['crops']} held-out crops"
-    figure.suptitle(title)
+    count = records[0]["crops"]
+    figure.suptitle(f"{records[0]['rate']}: numbers are {joined}; {count} held-out crops")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -52,7 +52,7 @@ def warm_up(codec: Codec, setting: Setting) -> None:
     """Load every network of a setting, so that times are those of the work alone."""
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
     files = codec.compress([grey], setting.rate, setting.schedule, setting.captioner([grey]))
-    codec.decompress(files, setting.steps, setting.guidance, setting.seed)
+    codec.decompress(files, setting.steps, setting.guidance, setting.seed, realism=setting.realism)
 
 
 def round_trip(
@@ -82,7 +82,9 @@ def round_trip(
         effort=setting.effort,
     )
     encoded = time.perf_counter()
-    (restored,) = codec.decompress([file], setting.steps, setting.guidance, setting.seed)
+    (restored,) = codec.decompress(
+        [file], setting.steps, setting.guidance, setting.seed, realism=setting.realism
+    )
     decoded = time.perf_counter()
     measured = Original(pixels)
     values, notes = measure(measured, np.asarray(restored), metrics)

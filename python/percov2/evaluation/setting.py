@@ -23,6 +23,7 @@ class Setting:
     stages: int | None = None
     target_bytes: int | None = None
     effort: int = 0
+    realism: float | None = None
 
 
 def described(codec: Codec, setting: Setting) -> dict[str, Any]:
@@ -36,6 +37,7 @@ def described(codec: Codec, setting: Setting) -> dict[str, Any]:
         "schedule": setting.schedule or config.default_schedule,
         "steps": setting.steps or config.default_steps(rate),
         "guidance": config.guidance if setting.guidance is None else setting.guidance,
+        "realism": config.chosen_realism(rate, setting.realism),
         "seed": setting.seed,
         "effort": setting.effort,
         "slack": setting.slack,

@@ -36,6 +36,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         widths: channels at 1/4 and at 1/8 resolution.
         encoder_blocks: residual blocks at 1/4 and at 1/8 in the encoder.
         decoder_blocks: residual blocks at 1/8 and at 1/4 in the decoder.
+        decoder_widths: channels of the decoder at 1/4 and at 1/8; None for ``widths``.
     """
 
     stride = 8
@@ -47,6 +48,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         widths: tuple[int, int] = (96, 192),
         encoder_blocks: tuple[int, int] = (1, 1),
         decoder_blocks: tuple[int, int] = (3, 3),
+        decoder_widths: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         fine, coarse = widths
@@ -58,6 +60,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             *[ResidualBlock(coarse) for _ in range(encoder_blocks[1])],
             nn.Conv2d(coarse, latent_channels, 1),
         )
+        fine, coarse = decoder_widths or widths
         self.decoder = nn.Sequential(
             nn.Conv2d(latent_channels, coarse, 3, padding=1),
             *[ResidualBlock(coarse) for _ in range(decoder_blocks[0])],

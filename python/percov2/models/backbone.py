@@ -98,6 +98,7 @@ class Backbone(Protocol):
         steps: int,
         guidance: float,
         seed: int,
+        realism: float | None = None,
     ) -> Tensor:
         """Images float [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
 
@@ -106,9 +107,12 @@ class Backbone(Protocol):
             steps: evaluations of the flow, at least 1.
             guidance: classifier-free guidance on captions; 1 turns it off.
             seed: of the starting noise, the same for every image of the batch.
+            realism: 0 (faithful) to 1 (realistic) for models with a dial; the rate's default if
+                None.
 
         Raises:
-            ValueError: for tokens out of range, an unknown rate, or steps < 1.
+            ValueError: for tokens out of range, an unknown rate, steps < 1, or realism outside 0
+                to 1 or for a model without a dial.
         """
         ...
 

@@ -24,12 +24,14 @@ class Rate:
         token_side: in pixels.
         codebook_size: V.
         steps: default of the sampling at this rate; None for the model's.
+        realism: default of the dial at this rate; None for the model's.
     """
 
     name: str
     token_side: int
     codebook_size: int
     steps: int | None = None
+    realism: float | None = None
 
     def check(self) -> None:
         """Raise ValueError for a value of the wrong type or outside its range."""
@@ -43,6 +45,8 @@ class Rate:
         _check_whole(f"codebook_size of {name}", self.codebook_size, 2, 8192)
         if self.steps is not None:
             _check_whole(f"steps of {name}", self.steps, 1, 1000)
+        if self.realism is not None:
+            _check_realism(f"realism of {name}", self.realism)
 
 
 PAPER_RATES = (
@@ -71,7 +75,9 @@ class ModelConfig:
         prediction: what the flow transformer returns, "velocity" or "sample".
         window, overlap: sampling windows in latent positions.
         decoder_noise: standard deviation of the noise that "tiny" adds to the sampled latents: what
-            its decoder makes textures of that do not repeat.
+            its decoder makes textures of that do not repeat; proportional to realism.
+        realism: default of the realism dial, 0 to 1; None for a model without a dial, whose
+            pictures are those of realism 1.
     """
 
     name: str
@@ -86,6 +92,7 @@ class ModelConfig:
     backbone: str = "tiny"
     base: str = ""
     decoder_noise: float = 0.0
+    realism: float | None = None
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
@@ -122,6 +129,10 @@ class ModelConfig:
         noise = self.decoder_noise
         if type(noise) not in (int, float) or not 0 <= noise <= 10:
             raise ValueError(f"decoder_noise must be a number from 0 to 10, not {noise!r}")
+        if self.realism is not None:
+            _check_realism("realism", self.realism)
+        elif any(rate.realism is not None for rate in self.rates):
+            raise ValueError("a rate has a realism, but the model has none")
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {BACKBONES}, not {self.backbone!r}")
         if (self.backbone == "tiny") != (self.base == ""):
@@ -149,6 +160,21 @@ class ModelConfig:
         own = self.rate(rate or self.default_rate).steps
         return self.steps if own is None else own
 
+    def chosen_realism(self, rate: str, realism: float | None) -> float:
+        """Return the realism of a picture: what is asked for, or the default at a rate.
+
+        Raises:
+            ValueError: outside 0 to 1, or anything asked of a model without a dial.
+        """
+        if realism is None:
+            own = self.rate(rate).realism
+            default = self.realism if own is None else own
+            return 1.0 if default is None else float(default)
+        if self.realism is None:
+            raise ValueError(f"model {self.name} has no realism dial; leave realism out")
+        _check_realism("realism", realism)
+        return float(realism)
+
     def rate(self, name: str) -> Rate:
         """The rate of that name.
 
@@ -165,3 +191,8 @@ class ModelConfig:
 def _check_whole(name: str, value: object, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+
+
+def _check_realism(name: str, value: object) -> None:
+    if type(value) not in (int, float) or not 0 <= value <= 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")

@@ -172,6 +172,7 @@ class PerCoModel(TokenMaker):
         steps: int,
         guidance: float,
         seed: int,
+        realism: float | None = None,
     ) -> Tensor:
         """Images float [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
 
@@ -181,11 +182,13 @@ class PerCoModel(TokenMaker):
                 begins late: at time 951 of 1000 with 20, at 801 with 5, at 1 with 1.
             guidance: classifier-free guidance on captions; 1 turns it off.
             seed: of the starting noise, the same for every image of the batch.
+            realism: must be None: PerCo's dial is ``steps``.
 
         Raises:
-            ValueError: for tokens out of range, an unknown rate, or a number of steps that the
-                schedule does not have.
+            ValueError: for tokens out of range, an unknown rate, a number of steps that the
+                schedule does not have, or any realism.
         """
+        self.config.chosen_realism(rate, realism)
         ratio = self.config.rate(rate).token_side // LATENT_SIDE
         height, width = tokens.shape[-2] * ratio, tokens.shape[-1] * ratio
         times = self._times(steps)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from percov2.models.autoencoder import PatchAutoencoder
 from percov2.models.backbone import BackboneOptions
+from percov2.models.dial import RealismDial
 from percov2.models.flow import WindowedEstimate, estimate_clean, sample, upsample_z_hat
 from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.model_config import ModelConfig
@@ -64,6 +65,13 @@ class CodecModel(TokenMaker):
         """The caption's conditioning network."""
         return load_component(HashedTextEncoder, self.folder / "text_encoder", self.device)
 
+    @cached_property
+    def dial(self) -> RealismDial | None:
+        """The realism dial; None for a model without one."""
+        if self.config.realism is None:
+            return None
+        return load_component(RealismDial, self.folder / "dial", self.device)
+
     def _load_quantizer(self, rate: str) -> VectorQuantizer:
         point = self.config.rate(rate)
         return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
@@ -107,6 +115,7 @@ class CodecModel(TokenMaker):
         steps: int,
         guidance: float,
         seed: int,
+        realism: float | None = None,
     ) -> Tensor:
         """Paint images from tokens and captions.
 
@@ -116,17 +125,21 @@ class CodecModel(TokenMaker):
             steps: flow evaluations, at least 1.
             guidance: classifier-free guidance on captions; 1 turns it off.
             seed: of the starting noise, the same for every image of the batch.
+            realism: 0 (faithful) to 1 (realistic); the rate's default if None.
 
         Returns:
             Images float [B, 3, h·s, w·s] in [-1, 1].
 
         Raises:
-            ValueError: for tokens out of range, an unknown rate, or steps < 1.
+            ValueError: for tokens out of range, an unknown rate, steps < 1, or realism outside 0
+                to 1 or for a model without a dial.
         """
         z_hat = self.z_hat(tokens, rate)
         noise, grain = self.draw_noise(z_hat.shape[-2], z_hat.shape[-1], seed)
-        text = self.text_encoder(captions)
-        empty = self.text_encoder([""] * len(tokens))
+        realism = self.config.chosen_realism(rate, realism)
+        grain = grain * realism
+        text = self.conditioning(captions, realism)
+        empty = self.conditioning([""] * len(tokens), realism)
         guided = guidance != 1.0 and any(captions)
 
         def estimate(noisy: Tensor, z: Tensor, t: float) -> Tensor:
@@ -138,6 +151,13 @@ class CodecModel(TokenMaker):
 
         noise = noise.expand(len(tokens), -1, -1, -1)
         return self._decode(sample(estimate, z_hat, noise, steps), grain).clamp(-1, 1)
+
+    def conditioning(self, captions: Sequence[str], realism: float) -> tuple[Tensor, Tensor]:
+        """Return what the flow is told of captions and realism: a sequence and a pooled vector."""
+        sequence, pooled = self.text_encoder(captions)
+        if self.dial is not None:
+            pooled = pooled + self.dial(torch.full((len(pooled),), realism, device=pooled.device))
+        return sequence, pooled
 
     def draw_noise(self, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
         """Starting noise and the decoder's noise, [16, H/8, W/8] each, for latents of H/8 x W/8."""

@@ -120,6 +120,7 @@ class SD3Model(TokenMaker):
         steps: int,
         guidance: float,
         seed: int,
+        realism: float | None = None,
     ) -> Tensor:
         """Paint images from tokens and captions.
 
@@ -129,13 +130,15 @@ class SD3Model(TokenMaker):
             steps: flow evaluations, at least 1.
             guidance: classifier-free guidance on captions; 1 turns it off.
             seed: of the starting noise, drawn on the CPU, the same for every image of the batch.
+            realism: must be None: the dial of Stable Diffusion 3 is ``steps``.
 
         Returns:
             Images float [B, 3, h·s, w·s] in [-1, 1].
 
         Raises:
-            ValueError: for tokens out of range, an unknown rate, or steps < 1.
+            ValueError: for tokens out of range, an unknown rate, steps < 1, or any realism.
         """
+        self.config.chosen_realism(rate, realism)
         side = self.config.rate(rate).token_side
         rows, columns = tokens.shape[-2:]
         ratio = side // LATENT_SIDE

@@ -91,13 +91,15 @@ class TokenSearch:
                 "a side or more, or leave effort at 0"
             )
         image = image.to(self.model.device)
+        realism = self.model.config.chosen_realism(self.rate, None)
         # Outside of inference mode, where the copies may take part in gradients.
         directions = self.model.directions(image, self.rate).clone()
         with torch.no_grad():
-            text = self.model.text_encoder([caption])
+            text = self.model.conditioning([caption], realism)
         stride, config = PatchAutoencoder.stride, self.model.config
         latents = height // stride, width // stride
         noise, grain = self.model.draw_noise(*latents, seed=0)
+        grain = grain * realism
         searched = torch.zeros(directions.shape[:-1], dtype=torch.bool, device=directions.device)
         sides = [tiles(n, config.window, config.overlap, self.unit) for n in latents]
         for ys, xs in product(*sides):

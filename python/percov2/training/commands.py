@@ -20,6 +20,7 @@ from percov2.training.adversary import AdversaryConfig
 from percov2.training.captions import CaptionsConfig, train_captions
 from percov2.training.data import CropPlan, PhotoCrops, decode_shards, is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training.losses import LossTerms, Term
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.settings import build_config, read_section, write_model_ids
 from percov2.training.stage1 import (
@@ -35,12 +36,25 @@ def _crops(values: dict[str, Any]) -> CropPlan:
     return build_config(CropPlan, {k: tuple(v) for k, v in values.items()})
 
 
+def _losses(values: dict[str, Any]) -> LossTerms:
+    return build_config(LossTerms, {k: build_config(Term, v) for k, v in values.items()})
+
+
+def _rate_values(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A rate's settings: its own, those of its losses one by one, before the phase's."""
+    losses = {**common.get("losses", {}), **own.get("losses", {})}
+    crops = _crops(own.get("crops", {}))
+    return {**common, **own, "losses": _losses(losses), "crops": crops}
+
+
 def autoencoder_stage(config: Path, data: PhotoCrops) -> tuple[AutoencoderStage, LoopConfig]:
     """The autoencoder phase of a configuration file, freshly initialised by the run's seed."""
     values = read_section(config, "autoencoder")
     loop = build_config(LoopConfig, values.pop("loop", {}))
     if "crops" in values:
         values["crops"] = _crops(values["crops"])
+    if "losses" in values:
+        values["losses"] = _losses(values["losses"])
     torch.manual_seed(loop.seed)
     return AutoencoderStage(build_config(AutoencoderConfig, values), data), loop
 
@@ -50,14 +64,20 @@ def codec_stage(config: Path, data: PhotoCrops) -> tuple[CodecStage, LoopConfig]
     first, _ = autoencoder_stage(config, data)
     values = read_section(config, "codec")
     loop = build_config(LoopConfig, values.pop("loop", {}))
+    common: dict[str, Any] = {
+        key: values.pop(key) for key in ("losses", "aligned") if key in values
+    }
     values["rates"] = {
-        name: build_config(RateConfig, {**rate, "crops": _crops(rate.get("crops", {}))})
+        name: build_config(RateConfig, _rate_values(common, rate))
         for name, rate in values.get("rates", {}).items()
     }
     adversary = dict(values.get("adversary", {}))
-    if "widths" in adversary:
-        adversary["widths"] = tuple(adversary["widths"])
+    if "pixel_widths" in adversary:
+        adversary["pixel_widths"] = tuple(adversary["pixel_widths"])
     values["adversary"] = build_config(AdversaryConfig, adversary)
+    if "realism_ends" in values:
+        values["realism_ends"] = tuple(values["realism_ends"])
+    data = data.weighing(values.pop("sources", {}))
     torch.manual_seed(loop.seed)
     return CodecStage(build_config(CodecConfig, values), first.autoencoder, data), loop
 
@@ -94,6 +114,10 @@ def run_codec(
         raise ValueError("give either --autoencoder-run or --start-from")
     crops = PhotoCrops(data)
     stage, loop = codec_stage(config, crops)
+    if stage.config.distil:
+        if start_from is None or not (start_from / "config.json").is_file():
+            raise ValueError("distil needs --start-from a model folder: its decoder is the teacher")
+        stage.learn_from(CodecModel(start_from).autoencoder)
     # An interrupted run goes on from its own checkpoint, which holds everything.
     if not (out / "checkpoint.pt").is_file():
         if autoencoder_run is not None:
@@ -129,6 +153,8 @@ def run_export(
     save_component(stage.autoencoder, out / "autoencoder", "int8")
     save_component(stage.flow, out / "flow", "int8")
     save_component(stage.text_encoder, out / "text_encoder", "int8")
+    if stage.dial is not None:
+        save_component(stage.dial, out / "dial", "float16")
     points = []
     for name, networks in stage.rates.items():
         assert isinstance(networks, RateNetworks)
@@ -141,6 +167,7 @@ def run_export(
         default_rate=first,
         prediction=stage.config.prediction,
         decoder_noise=stage.config.decoder_noise,
+        realism=None if stage.dial is None else 1.0,
     ).save(out)
     for name, folder in folders.items():
         shutil.copytree(folder, out / name / "entropy", dirs_exist_ok=True)

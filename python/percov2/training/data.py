@@ -120,6 +120,7 @@ class PhotoCrops:
     def _index(self) -> None:
         """What drawing needs of all photos at once."""
         self._sizes = np.array([(p.height, p.width) for p in self.photos])
+        self._factors = np.ones(len(self.photos))
         self._offsets = np.array([p.offset for p in self.photos])
         self._chances: dict[int, np.ndarray] = {}
 
@@ -152,6 +153,30 @@ class PhotoCrops:
         chosen._index()
         return chosen
 
+    def weighing(self, sources: dict[str, float]) -> PhotoCrops:
+        """Return the same photos, some sources drawn more or less often.
+
+        Args:
+            sources: beginning of the keys of a source's photos -> factor on their chance of being
+                drawn, 0 or more.
+
+        Raises:
+            ValueError: a factor below 0, a beginning that no photo has, or nothing left to draw.
+        """
+        chosen = copy.copy(self)
+        chosen._index()
+        for source, factor in sources.items():
+            members = np.array([photo.key.startswith(source) for photo in self.photos])
+            if not factor >= 0 or not members.any():
+                raise ValueError(
+                    f"sources must be 0 or more for beginnings of photos' keys, not {source!r} = "
+                    f"{factor} ({members.sum()} photos)"
+                )
+            chosen._factors[members] *= factor
+        if not chosen._factors.any():
+            raise ValueError(f"sources leave no photo: {sources}")
+        return chosen
+
     def pixels(self, photo: Photo) -> np.ndarray:
         """The photo's uint8 pixels [H, W, 3], a view of the memory map."""
         size = photo.height * photo.width * 3
@@ -172,9 +197,9 @@ class PhotoCrops:
         """
         if side not in self._chances:
             fits = self._sizes.min(1) >= side
-            if not fits.any():
+            if not (fits * self._factors).any():
                 raise ValueError(f"no photo is at least {side}x{side} pixels; use a smaller crop")
-            chances = np.cumsum(np.sqrt(self._sizes.prod(1)) * fits)
+            chances = np.cumsum(np.sqrt(self._sizes.prod(1)) * fits * self._factors)
             self._chances[side] = chances / chances[-1]
         chosen = np.searchsorted(self._chances[side], generator.random(count), side="right")
         corners = generator.integers(self._sizes[chosen] - side + 1)

@@ -13,7 +13,7 @@ from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.model_config import Rate
 from percov2.models.quantizer import Quantized, VectorQuantizer
 from percov2.training.data import CropPlan
-from percov2.training.losses import least_side
+from percov2.training.losses import LossTerms, least_side
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,15 @@ class RateConfig:
         codebook_decay: of the codebook's moving averages; nearer to 1 where a step has few tokens
             per code. 1 keeps the codebook, and so the model id of files, while the hyper-encoder
             learns.
-        lpips_weight: instead of the phase's. Where tokens leave most of a picture open, much LPIPS
-            weaves patterns that please AlexNet more than people.
-        aligned: instead of the phase's.
-        texture_weight: instead of the phase's.
-        adversarial: factor on the adversary's weight. Where most of a picture is open, much of it
-            paints specks.
-        coarse: share of the batches whose LPIPS and texture are those of pictures of half the size.
-        steps: flow evaluations by default when pictures of this rate are painted; None for the
-            model's.
+        losses: weights of the losses.
+        aligned: share of the batches whose LPIPS (AlexNet) is taken at the tokens' own phase
+            (``losses.View``).
+        coarse: share of the batches whose LPIPS (AlexNet) is that of pictures of half the size.
+        steps, realism: flow evaluations and realism by default when pictures of this rate are
+            painted; None for the model's.
 
     Raises:
-        ValueError: ``adversarial`` below 0, ``coarse`` outside 0 to 1, or crops that LPIPS cannot
-            see.
+        ValueError: ``aligned`` or ``coarse`` outside 0 to 1, or crops that LPIPS cannot see.
     """
 
     hyper_encoder: dict = field(default_factory=dict)
@@ -46,19 +42,16 @@ class RateConfig:
     crops: CropPlan = field(default_factory=CropPlan)
     share: float = 1.0
     codebook_decay: float = 0.97
-    lpips_weight: float | None = None
-    aligned: float | None = None
-    texture_weight: float | None = None
-    adversarial: float = 1.0
+    losses: LossTerms = field(default_factory=LossTerms)
+    aligned: float = 0.0
     coarse: float = 0.0
     steps: int | None = None
+    realism: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.adversarial >= 0 or not 0 <= self.coarse <= 1:
-            raise ValueError(
-                f"adversarial must not be negative, and coarse must be 0 to 1: {self.adversarial}, "
-                f"{self.coarse}"
-            )
+        for name in ("aligned", "coarse"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be 0 to 1, not {getattr(self, name)}")
         least = least_side(self.coarse > 0)
         if min(self.crops.sides) < least:
             raise ValueError(
@@ -107,7 +100,7 @@ class RateNetworks(nn.Module):
     def point(self, name: str) -> Rate:
         """The rate as a model folder describes it."""
         size = int(self.quantizer.config["codebook_size"])
-        return Rate(name, self.token_side, size, self.config.steps)
+        return Rate(name, self.token_side, size, self.config.steps, self.config.realism)
 
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize latents [B, 16, h, w], differentiably; remembered for `move_codebook`.

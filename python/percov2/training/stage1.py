@@ -18,12 +18,28 @@ from PIL import Image
 from torch import Tensor
 
 from percov2.models.autoencoder import PatchAutoencoder
+from percov2.models.dial import RealismDial
 from percov2.models.flow import build_flow, estimate_clean, upsample_z_hat
 from percov2.models.quantizer import Quantized
 from percov2.models.text_encoder import HashedTextEncoder
-from percov2.training.adversary import Adversary, AdversaryConfig
+from percov2.training.adversary import (
+    Adversary,
+    AdversaryConfig,
+    FeatureDiscriminator,
+    PixelDiscriminator,
+    with_force,
+)
 from percov2.training.data import CropPlan, PhotoCrops
-from percov2.training.losses import ReconstructionLoss, View, draw_view
+from percov2.training.losses import (
+    FEATURE_CHANNELS,
+    FEATURES,
+    LossTerms,
+    PerceptualNetworks,
+    Term,
+    View,
+    draw_view,
+    weighted,
+)
 from percov2.training.rates import RateConfig, RateNetworks, build_rates, draw_rate
 from percov2.training.stage import Draw, Place, TrainingStage
 
@@ -41,7 +57,7 @@ class AutoencoderConfig:
 
     autoencoder: dict = field(default_factory=dict)
     crops: CropPlan = field(default_factory=CropPlan)
-    lpips_weight: float = 0.5
+    losses: LossTerms = field(default_factory=lambda: LossTerms(alex=Term(0.5)))
     latent_noise: float = 0.1
 
 
@@ -53,18 +69,39 @@ class AutoencoderStage(TrainingStage):
         self.config, self.data = config, data
         self.autoencoder = PatchAutoencoder(**config.autoencoder)
         self.autoencoder.to(memory_format=torch.channels_last)
-        self.loss = ReconstructionLoss(config.lpips_weight)
+        self.perceptual = PerceptualNetworks({"alex", "vgg"} & set(config.losses.named()))
+        self._step = 0
 
     def start_run(self, place: Place) -> None:
         """See :meth:`TrainingStage.start_run`."""
         self.data = self.data.on(place.device)
+
+    def stored_keys(self) -> set[str]:
+        """See :meth:`TrainingStage.stored_keys`: everything but the losses' networks."""
+        return {key for key in self.state_dict() if not key.startswith("perceptual.")}
+
+    def start_step(self, step: int, total: int) -> None:
+        """See :meth:`TrainingStage.start_step`."""
+        self._step = step
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`TrainingStage.forward`."""
         images, _ = self.config.crops.draw(self.data, generator)
         latents = self.autoencoder.encode(images).float()
         noisy = latents + self.config.latent_noise * torch.randn_like(latents)
-        loss, figures = self.loss(self.autoencoder.decode(noisy), images, draw_view(0.0, 0.0))
+        side = images.shape[-1]
+        weights = self.config.losses.at(self._step)
+        compared = self.perceptual.compare(
+            self.autoencoder.decode(noisy),
+            images,
+            draw_view(side, 0.0, 0.0, side),
+            frozenset(weights),
+        )
+        loss, figures = weighted(
+            compared,
+            torch.ones(len(images), device=images.device),
+            {name: torch.tensor(weight) for name, weight in weights.items()},
+        )
         power = latents.square().mean((0, 2, 3))
         mean = latents.mean((0, 2, 3))
         spread = ((power - 1).square() + mean.square()).mean()
@@ -84,14 +121,19 @@ class CodecConfig:
     Attributes:
         rates: settings per rate, in the order of the rates in a model folder.
         one_step: share of samples at t = 1; the others draw t as SD3 does (logit-normal).
+        distil: weight of the mean absolute difference from what the decoder of the starting model
+            paints of the same latents. Above 0 only the decoder learns.
         frozen_tokens: hyper-encoders and codebooks stay as they are, so that files and entropy
             models keep their meaning while flow and decoder improve.
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
-        texture_weight: of the texture distance (``losses.texture_distance``).
-        aligned: share of the batches whose LPIPS is taken at the tokens' own phase
-            (``losses.View``).
-        decoder_noise: standard deviation of the noise on the latents that are decoded.
-        adversary: the patch discriminator; there is none by default.
+        decoder_noise: standard deviation of the noise on the latents that are decoded, at
+            realism 1; it is proportional to realism.
+        dial: settings of the realism dial; None for a model without one, which is trained at
+            realism 1.
+        realism_ends: shares of the samples at realism 0 and at realism 1; the others are drawn
+            uniformly between.
+        window: most pixels a side that VGG16 sees (``losses.draw_view``).
+        adversary: settings of the discriminators.
     """
 
     rates: dict[str, RateConfig] = field(default_factory=dict)
@@ -99,16 +141,32 @@ class CodecConfig:
     text_encoder: dict = field(default_factory=dict)
     prediction: str = "sample"
     one_step: float = 0.75
-    lpips_weight: float = 0.8
-    texture_weight: float = 0.0
-    aligned: float = 0.0
     decoder_noise: float = 0.0
+    dial: dict | None = None
+    realism_ends: tuple[float, float] = (0.15, 0.45)
+    window: int = 96
     latent_weight: float = 0.25
     vq_weight: float = 0.25
     spread_weight: float = 0.05
+    distil: float = 0.0
     frozen_tokens: bool = False
     caption_dropout: float = 0.1
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
+
+    def __post_init__(self) -> None:
+        zero, one = self.realism_ends
+        if not (zero >= 0 and one >= 0 and zero + one <= 1):
+            raise ValueError(
+                f"realism_ends must be two shares of together at most 1: {self.realism_ends}"
+            )
+
+    def draw_realism(self, count: int) -> Tensor:
+        """Draw β of ``count`` samples, float [count]."""
+        if self.dial is None:
+            return torch.ones(count)
+        zero, one = self.realism_ends
+        between = max(1 - zero - one, 1e-6)
+        return ((torch.rand(count) - zero) / between).clamp(0, 1)
 
 
 class CodecStage(TrainingStage):
@@ -130,20 +188,30 @@ class CodecStage(TrainingStage):
         self.flow.pos_embed.proj.reset_parameters()
         self.text_encoder = HashedTextEncoder(**config.text_encoder)
         self.autoencoder.to(memory_format=torch.channels_last)
-        self.loss = ReconstructionLoss(config.lpips_weight, config.texture_weight)
-        self.adversary = Adversary(config.adversary) if config.adversary.weight else None
-        self._weight = 0.0
+        pooled = int(self.flow.config["pooled_projection_dim"])
+        self.dial = None if config.dial is None else RealismDial(**config.dial, pooled=pooled)
+        terms = {name for rate in config.rates.values() for name in rate.losses.named()}
+        networks = {"alex", "vgg"} & terms
+        if "features" in terms:
+            networks |= {name for name, _ in FEATURES}
+        self.perceptual = PerceptualNetworks(networks)
+        self.adversaries = _adversaries(config.adversary, terms)
+        self._step = 0
+        self.teacher: PatchAutoencoder | None = None
         # Scalars at one place each, which recorded steps read and write.
-        self._force = torch.zeros(())
-        self._discriminator_loss = torch.tensor(math.nan)
+        self._learnt = {name: torch.tensor(math.nan) for name in self.adversaries}
 
     def start_run(self, place: Place) -> None:
         """See :meth:`TrainingStage.start_run`."""
         self.data = self.data.on(place.device)
-        self._force = self._force.to(place.device)
-        self._discriminator_loss = self._discriminator_loss.to(place.device)
-        if self.adversary is not None:
-            self.adversary.start_run(place)
+        self._learnt = {name: value.to(place.device) for name, value in self._learnt.items()}
+        for adversary in self.adversaries.values():
+            adversary.start_run(place)
+
+    def stored_keys(self) -> set[str]:
+        """See :meth:`TrainingStage.stored_keys`: everything but the losses' networks."""
+        left_out = ("perceptual.", "teacher.")
+        return {key for key in self.state_dict() if not key.startswith(left_out)}
 
     def _rate(self, name: str) -> RateNetworks:
         networks = self.rates[name]
@@ -152,17 +220,15 @@ class CodecStage(TrainingStage):
 
     def start_step(self, step: int, total: int) -> None:
         """See :meth:`TrainingStage.start_step`."""
-        self._weight = 0.0 if self.adversary is None else self.adversary.weight(step)
-        self._force.fill_(self._weight)
+        self._step = step
 
     @property
     def recordable(self) -> bool:  # type: ignore[override]
-        """With frozen tokens, and no discriminator of features, whose shifts are drawn inside."""
-        features = self.adversary is not None and self.config.adversary.network == "features"
-        return self.config.frozen_tokens and not features
+        """With frozen tokens."""
+        return self.config.frozen_tokens
 
     def draw(self, generator: np.random.Generator) -> Draw:
-        """Crops, words and times of a step, its rate, and what its losses see.
+        """Draw crops, words, times, realism and loss weights of a step, and what its losses see.
 
         See :meth:`TrainingStage.draw`.
         """
@@ -170,26 +236,36 @@ class CodecStage(TrainingStage):
         name = draw_rate(config.rates, generator)
         rate = config.rates[name]
         images, captions = rate.crops.draw(self.data, generator)
-        keep = generator.random(len(captions)) >= config.caption_dropout
+        count, side = len(images), images.shape[-1]
+        keep = generator.random(count) >= config.caption_dropout
         captions = [c if k else "" for c, k in zip(captions, keep, strict=True)]
-        t = torch.sigmoid(torch.randn(len(captions)))
+        t = torch.sigmoid(torch.randn(count))
         t = 3 * t / (1 + 2 * t)
-        t[: round(config.one_step * len(captions))] = 1.0
-        aligned = config.aligned if rate.aligned is None else rate.aligned
-        view = draw_view(aligned, rate.coarse)
-        tensors = {"words": self.text_encoder.rows(captions), "t": t}
+        t[: round(config.one_step * count)] = 1.0
+        view = draw_view(side, rate.aligned, rate.coarse, config.window)
+        weights = rate.losses.at(self._step)
+        tensors = {
+            "words": self.text_encoder.rows(captions),
+            "t": t,
+            "realism": config.draw_realism(count),
+            "window": view.window,
+            "weights": torch.tensor(list(weights.values())),
+        }
         if view.shift is not None:
             tensors["shift"] = view.shift
         tensors = {k: v.to(images.device, non_blocking=True) for k, v in tensors.items()}
-        return Draw((name, view.coarse, self._weight > 0), {**tensors, "images": images})
+        kind = name, view.window_side, view.coarse, tuple(weights)
+        return Draw(kind, {**tensors, "images": images})
 
     def compute(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`TrainingStage.compute`."""
         config = self.config
         assert isinstance(draw.kind, tuple)
-        name, coarse, felt = draw.kind
-        networks, rate = self._rate(name), config.rates[name]
-        images, t = draw.tensors["images"], draw.tensors["t"]
+        name, window_side, coarse, active = draw.kind
+        networks = self._rate(name)
+        tensors = draw.tensors
+        images, t, realism = tensors["images"], tensors["t"], tensors["realism"]
+        weights = dict(zip(active, tensors["weights"], strict=True))
         with torch.no_grad():
             latents = self.autoencoder.encode(images).float()
         quantized: Quantized = networks(latents)
@@ -200,27 +276,35 @@ class CodecStage(TrainingStage):
             (1 - mix) * latents + mix * noise,
             upsample_z_hat(quantized.z_hat, *latents.shape[-2:]),
             t,
-            self.text_encoder.embed(draw.tensors["words"]),
+            self._conditioning(self.text_encoder.embed(tensors["words"]), realism),
             config.prediction,
         ).float()
         latent_error = (clean - latents).square().mean()
         if config.decoder_noise:
-            clean = clean + config.decoder_noise * torch.randn_like(clean)
+            grain = torch.randn_like(clean) * realism.view(-1, 1, 1, 1)
+            clean = clean + config.decoder_noise * grain
         clean = clean.contiguous(memory_format=torch.channels_last)
         rebuilt = self.autoencoder.decode(clean)
-        loss, figures = self.loss(
-            rebuilt,
-            images,
-            View(draw.tensors.get("shift"), coarse),
-            rate.lpips_weight,
-            rate.texture_weight,
-        )
+        view = View(tensors.get("shift"), tensors["window"], window_side, coarse)
+        compared = self.perceptual.compare(rebuilt, images, view, frozenset(active))
+        loss, figures = weighted(compared, realism, weights)
+        if self.teacher is not None:
+            with torch.no_grad():
+                painted = self.teacher.decode(clean)
+            distance = (rebuilt - painted).abs().mean()
+            loss = loss + config.distil * distance
+            figures["distil"] = distance.detach()
         loss = loss + config.latent_weight * latent_error + config.vq_weight * quantized.loss
         loss = loss - config.spread_weight * quantized.spread
-        adversarial = None
-        if felt:
-            adversarial = self._adversarial(clean, rebuilt, images, rate.adversarial)
-            loss = loss + adversarial
+        adversarial = {}
+        if "pixels" in weights:
+            felt = with_force(rebuilt, weights["pixels"], realism)
+            adversarial["pixels"] = self.adversaries["pixels"].loss([felt], [images], realism)
+            loss = loss + adversarial["pixels"].mean()
+        if "features" in weights:
+            found, wanted = compared.found, compared.wanted
+            adversarial["features"] = self.adversaries["features"].loss(found, wanted, realism)
+            loss = loss + weights["features"] * (realism * adversarial["features"]).mean()
         return loss, self._figures(
             name,
             adversarial,
@@ -233,46 +317,53 @@ class CodecStage(TrainingStage):
             },
         )
 
-    def _adversarial(self, clean: Tensor, rebuilt: Tensor, images: Tensor, factor: float) -> Tensor:
-        assert self.adversary is not None
-        if self.config.adversary.reach == "decoder":
-            rebuilt = self.autoencoder.decode(clean.detach())
-        return self.adversary.loss(rebuilt, images, factor * self._force)
+    def learn_from(self, teacher: PatchAutoencoder) -> None:
+        """Let the decoder alone learn what another one paints (``CodecConfig.distil``)."""
+        self.requires_grad_(False)
+        self.autoencoder.decoder.requires_grad_(True)
+        self.teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def _conditioning(self, text: tuple[Tensor, Tensor], realism: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the flow is told of captions and realism."""
+        return text if self.dial is None else (text[0], text[1] + self.dial(realism))
 
     def _figures(
-        self, rate: str, adversarial: Tensor | None, figures: dict[str, Tensor]
+        self, rate: str, adversarial: dict[str, Tensor], figures: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Figures of a step under the names of its rate, NaN for the other rates'."""
+        """Return figures of a step under the names of its rate, NaN for the other rates'."""
         missing = torch.tensor(math.nan)
         named = {f"{key}_{name}": missing for name in self.rates for key in figures}
         named.update({f"{key}_{rate}": value for key, value in figures.items()})
-        named["adversarial"] = missing if adversarial is None else adversarial.detach()
-        # The discriminator learns after the step, so its loss is that of the step before.
-        named["discriminator"] = self._discriminator_loss.clone()
+        for name in self.adversaries:
+            felt = adversarial.get(name)
+            named[f"adversarial_{name}"] = missing if felt is None else felt.detach().mean()
+            # Discriminators learn after the step, so their losses are those of the step before.
+            named[f"discriminator_{name}"] = self._learnt[name].clone()
         return named
 
     def after_step(self) -> None:
-        """Move the codebook of this step's rate, and let the discriminator learn."""
+        """Move the codebook of this step's rate, and let the discriminators learn."""
         for name in self.rates:
             self._rate(name).move_codebook()
-        if self.adversary is not None:
-            loss = self.adversary.learn()
+        for name, adversary in self.adversaries.items():
+            loss = adversary.learn()
             if loss is None:
-                self._discriminator_loss.fill_(math.nan)
+                self._learnt[name].fill_(math.nan)
             else:
-                self._discriminator_loss.copy_(loss)
+                self._learnt[name].copy_(loss)
 
     def side_state(self) -> dict[str, Any]:
         """See :meth:`TrainingStage.side_state`."""
-        return {} if self.adversary is None else {"adversary": self.adversary.state_dict()}
+        return {name: adversary.state_dict() for name, adversary in self.adversaries.items()}
 
     def load_side_state(self, state: dict[str, Any]) -> None:
         """See :meth:`TrainingStage.load_side_state`; a discriminator may join a run late."""
-        if self.adversary is not None and "adversary" in state:
-            self.adversary.load_state_dict(state["adversary"])
+        for name, adversary in self.adversaries.items():
+            if name in state:
+                adversary.load_state_dict(state[name])
 
     def reconstruct(self, images: Tensor, captions: list[str], rate: str) -> Tensor:
-        """One-step reconstruction of images [B, 3, H, W] in [-1, 1], dense (training samples)."""
+        """Restore images [B, 3, H, W] in [-1, 1] in one step at realism 1 (training samples)."""
         networks = self._rate(rate)
         latents = self.autoencoder.encode(images).float()
         generator = torch.Generator().manual_seed(0)
@@ -283,7 +374,7 @@ class CodecStage(TrainingStage):
             noise,
             upsample_z_hat(networks.quantizer.lookup(tokens), *latents.shape[-2:]),
             torch.ones(len(latents), device=latents.device),
-            self.text_encoder(captions),
+            self._conditioning(self.text_encoder(captions), torch.ones(len(latents)).to(latents)),
             self.config.prediction,
         )
         return self.autoencoder.decode(clean + self.config.decoder_noise * grain)
@@ -296,3 +387,14 @@ class CodecStage(TrainingStage):
         images, captions = self.data.batch(np.random.default_rng(123), 6, side - side % unit)
         rebuilt = [self.reconstruct(images, captions, name) for name in self.rates]
         save_rows(folder / "samples.png", [images, *rebuilt])
+
+
+def _adversaries(config: AdversaryConfig, terms: set[str]) -> dict[str, Adversary]:
+    """Return the discriminators that have a weight at some rate."""
+    made: dict[str, Adversary] = {}
+    if "pixels" in terms:
+        made["pixels"] = Adversary(PixelDiscriminator(config.pixel_widths), config.learning_rate)
+    if "features" in terms:
+        heads = FeatureDiscriminator(FEATURE_CHANNELS, config.feature_width)
+        made["features"] = Adversary(heads, config.learning_rate)
+    return made

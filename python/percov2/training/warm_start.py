@@ -12,6 +12,7 @@ from percov2.training.rates import RateNetworks
 from percov2.training.stage1 import CodecStage
 
 _SHARED = ("autoencoder", "flow", "text_encoder")
+_DIAL = "dial"
 _OWN = ("codebook", "usage")
 
 
@@ -71,61 +72,69 @@ def _places(state: dict[str, Tensor]) -> dict[tuple[int, int], str]:
     return places
 
 
-def _grown(fresh: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's stored weights for a decoder with as many or more blocks.
+def _fitted(fresh: dict[str, Tensor], stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """Return an autoencoder's weights for a decoder of other depth or widths, and how many are new.
 
-    Blocks are the identity until they are trained, so a grown decoder starts as the stored one.
+    Blocks are the identity until they are trained, so a decoder that only has more of them starts
+    as the stored one. One that is smaller or narrower keeps the layers that fit; the others start
+    at random and have to be trained (``CodecConfig.distil``).
     """
-    grown = {k: v for k, v in stored.items() if not k.startswith("decoder.")}
-    old = _places(stored)
+    fitted = {k: v for k, v in stored.items() if not k.startswith("decoder.")}
+    old, new = _places(stored), 0
     for place, prefix in _places(fresh).items():
-        source, start = (stored, old[place]) if place in old else (fresh, prefix)
-        for key, value in source.items():
-            if key.startswith(start):
-                grown[prefix + key.removeprefix(start)] = value
-    if set(old) - set(_places(fresh)):
-        raise RuntimeError("its decoder has more blocks")
-    return grown
+        for key, value in fresh.items():
+            if not key.startswith(prefix):
+                continue
+            known = stored.get(old[place] + key.removeprefix(prefix)) if place in old else None
+            fits = known is not None and known.shape == value.shape
+            fitted[key] = known if known is not None and fits else value
+            new += place in old and not fits
+    return fitted, new
 
 
 def _model_state(folder: Path) -> dict[str, Tensor]:
     """The weights of a model folder under the names that a codec run gives them."""
     model = CodecModel(folder)
     parts: dict[str, torch.nn.Module] = {name: getattr(model, name) for name in _SHARED}
+    if model.dial is not None:
+        parts[_DIAL] = model.dial
     for rate in model.config.rates:
         parts[f"rates.{rate.name}.hyper_encoder"] = model.hyper_encoder(rate.name)
         parts[f"rates.{rate.name}.quantizer"] = model.quantizer(rate.name)
     return {f"{k}.{n}": v for k, part in parts.items() for n, v in part.state_dict().items()}
 
 
+def _stored_state(run: Path) -> tuple[dict[str, Tensor], Path]:
+    """Return the weights of a codec run or a model folder, and the path they lie at."""
+    path = run / "checkpoint.pt"
+    if path.is_file():
+        return torch.load(path, map_location="cpu", weights_only=True)["ema"], path
+    if (run / "config.json").is_file():
+        return _model_state(run), run
+    raise ValueError(
+        f"{run} holds neither checkpoint.pt nor config.json; give the folder of a codec run or of "
+        "a model"
+    )
+
+
 @torch.no_grad()
 def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
     """Load the averaged weights of a codec run: shared networks, and every rate it has.
 
-    Rates that the run does not have start from its first one. The decoder may have more blocks than
-    the run's; those start as the identity.
+    Rates that the run does not have start from its first one. The decoder may have other blocks and
+    widths than the run's; more blocks start as the identity.
 
     Args:
         stage: freshly initialised; changed in place.
         run: folder of a run of ``percov2 train codec``, or a model folder.
 
     Returns:
-        Per rate a sentence on where its weights come from.
+        Per rate a phrase on where its weights come from, and one for a decoder that is partly new.
 
     Raises:
         ValueError: neither of the two there, or networks of other sizes.
     """
-    path = run / "checkpoint.pt"
-    if path.is_file():
-        state = torch.load(path, map_location="cpu", weights_only=True)["ema"]
-    elif (run / "config.json").is_file():
-        path = run
-        state = _model_state(run)
-    else:
-        raise ValueError(
-            f"{run} holds neither checkpoint.pt nor config.json; give the folder of a codec run or "
-            "of a model"
-        )
+    state, path = _stored_state(run)
     stored = _stored_rates(state, next(iter(stage.rates)))
     if not stored:
         raise ValueError(f"{path} is of another phase; give the folder of a codec run")
@@ -134,8 +143,14 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
         for name in _SHARED:
             part, module = _part(state, name), stage.get_submodule(name)
             if name == "autoencoder":
-                part = _grown(module.state_dict(), part)
+                part, new = _fitted(module.state_dict(), part)
+                if new:
+                    origins["decoder"] = f"what fits, but new: {new} tensors"
             module.load_state_dict(part)
+        dial = _part(state, _DIAL)
+        # A model without a dial is one whose dial changes nothing.
+        if stage.dial is not None and dial:
+            stage.dial.load_state_dict(dial)
         donor_name, donor = next(iter(stored.items()))
         for name, networks in stage.rates.items():
             assert isinstance(networks, RateNetworks)

@@ -1,0 +1,45 @@
+"""The realism dial: β in [0, 1] as a part of the flow's pooled conditioning.
+
+0 asks for a faithful picture, 1 for a realistic one (Multi-Realism Image Compression, Agustsson et
+al. 2023, arXiv 2212.13824; CRDR, Iwai et al. 2024, arXiv 2306.01150).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+
+class RealismDial(ModelMixin, ConfigMixin):
+    """β -> what is added to the pooled embedding of the caption.
+
+    Sinusoids of β, then two layers of which the last starts at zero: a model that gets a dial is
+    the model without one until it is trained.
+
+    Args:
+        frequencies: sinusoids of π/2, π, 2π, …, one pair each. Few keep the picture smooth in β.
+        width: of the layer between.
+        pooled: channels of the pooled embedding.
+    """
+
+    @register_to_config
+    def __init__(self, frequencies: int = 4, width: int = 64, pooled: int = 64) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, pooled)
+        )
+        last = self.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, realism: Tensor) -> Tensor:
+        """Return offsets float [B, pooled] of β, float [B] in [0, 1]."""
+        count = int(self.config["frequencies"])
+        steps = torch.arange(count, device=realism.device, dtype=realism.dtype)
+        angles = realism[:, None] * (math.pi / 2) * 2**steps
+        return self.layers(torch.cat([angles.sin(), angles.cos()], 1))
