@@ -51,7 +51,7 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Crops:
-    """Which crops of which photos are measured.
+    """The choice of photos and of their crops.
 
     Attributes:
         side: of a crop in pixels; photos with a shorter side are left out.
@@ -95,7 +95,7 @@ class Crops:
 
     def with_distances(self, key: str, count: int) -> list[int]:
         """Return which of a photo's crops have LPIPS and DISTS, ascending."""
-        order = sorted(range(count), key=lambda i: _digest(f"{key}:{i}".encode()))
+        order = sorted(range(count), key=lambda i: _shuffled(f"{key}:{i}"))
         return sorted(order[: self.distances])
 
     def photos(self, photos: PhotoCrops) -> list[Photo]:
@@ -109,7 +109,12 @@ class Crops:
                 f"{len(large)} of {len(photos.photos)} photos have both sides of {self.side} "
                 "pixels or more; at least two are needed: choose a smaller side"
             )
-        return sorted(large, key=lambda p: _digest(p.key.encode()))
+        return sorted(large, key=lambda p: _shuffled(p.key))
+
+
+def _shuffled(name: str) -> bytes:
+    """Return where a name comes in an order that is fixed, and as good as random."""
+    return hashlib.sha256(name.encode()).digest()
 
 
 def judge_realism(
@@ -257,7 +262,7 @@ def _facts(
         "side": crops.side,
         "stride": crops.stride,
         "distances": crops.distances,
-        "judge": type(judge).__name__,
+        "judge": getattr(judge, "title", type(judge).__name__),
         "judge_weights": _digest(*(v.cpu().numpy().tobytes() for v in judge.state_dict().values())),
         "photos_digest": _digest(*(name.encode() for name in names)),
         "device": str(codec.model.device),
@@ -292,16 +297,15 @@ def _weights(codec: Codec, rate: str) -> str:
 def _photo_name(photo: Photo, pixels: NDArray[np.uint8]) -> str:
     """Return a digest of a photo's key, size and pixels, under which its results are stored."""
     size = f"{photo.height}x{photo.width}"
-    return _digest(photo.key.encode(), size.encode(), np.ascontiguousarray(pixels))
+    return _digest(photo.key.encode(), size.encode(), pixels.tobytes())
 
 
-def _digest(*parts: bytes | NDArray[np.uint8]) -> str:
+def _digest(*parts: bytes) -> str:
     """Return 16 hexadecimal digits of the SHA-256 over parts and their lengths."""
     sha = hashlib.sha256()
     for part in parts:
-        data = memoryview(part).cast("B")
-        sha.update(len(data).to_bytes(8, "little"))
-        sha.update(data)
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
     return sha.hexdigest()[:16]
 
 

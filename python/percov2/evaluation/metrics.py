@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from percov2.models.perceptual import DISTS, INSTALL_HINT, LPIPS, MetricWeightsMissing
 
@@ -207,7 +208,7 @@ def _features(name: str, pixels: Pixels) -> list[Tensor]:
 @lru_cache(maxsize=6)
 def _load_network(name: str, device: str) -> LPIPS | DISTS:
     network = DISTS() if name == "dists" else LPIPS(name.removeprefix("lpips_"))
-    return network.eval().to(device, memory_format=torch.channels_last)
+    return convert_conv2d_weight_memory_format(network.eval().to(device), torch.channels_last)
 
 
 def _network(name: str, device: str = "cpu") -> LPIPS | DISTS:

@@ -40,6 +40,7 @@ class LiteFeatures(nn.Module):
         MetricWeightsMissing: when one of the two packages is not installed.
     """
 
+    title = "EfficientNet-Lite0"
     num_features = 320
 
     def __init__(self) -> None:
