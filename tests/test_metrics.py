@@ -94,7 +94,7 @@ def test_small_pictures_have_no_value_and_a_note() -> None:
 def test_missing_weights_give_null_and_the_way_to_get_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def missing(name: str) -> None:
+    def missing(name: str, device: str) -> None:
         raise MetricWeightsMissing("not installed")
 
     monkeypatch.setattr(metrics, "_load_network", missing)

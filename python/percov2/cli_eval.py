@@ -1,4 +1,4 @@
-"""The command line's evaluations: ``percov2 eval kodak|stages|modes|captions|entropy``."""
+"""The command line's evaluations: ``percov2 eval kodak|stages|modes|captions|realism|entropy``."""
 
 from __future__ import annotations
 
@@ -71,6 +71,37 @@ def add_parser(commands: Any) -> None:
         default=8,
         help="crops whose restored pictures are shown (default: 8)",
     )
+
+    one = command("realism", evaluate_realism, "Quality and realism on held-out photos' crops.")
+    one.add_argument("photos", type=Path, help="folder made by `percov2 train data`")
+    for name, default, help_ in (
+        ("side", 256, "side of a crop in pixels (default: 256)"),
+        ("stride", 128, "pixels from crop to crop, at most the side (default: 128)"),
+    ):
+        one.add_argument(f"--{name}", type=number(int, 1, 4096), default=default, help=help_)
+    one.add_argument(
+        "--distances",
+        type=number(int, 1, 10**6),
+        metavar="N",
+        help="measure LPIPS and DISTS on N crops per photo (default: all)",
+    )
+    one.add_argument(
+        "--limit", type=number(int, 2, 10**6), metavar="N", help="take N photos (default: all)"
+    )
+    one.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of the originals' features, which runs may share (default: in --out)",
+    )
+    one.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="compare with a finished run over the same crops: its --out",
+    )
+    add_encoding(one)
+    add_sampling(one)
 
     one = command("entropy", evaluate_entropy, "Entropy schedules compared on held-out tokens.")
     one.add_argument(
@@ -206,8 +237,32 @@ def evaluate_captions(arguments: argparse.Namespace) -> None:
     print(text, end="")
 
 
+def evaluate_realism(arguments: argparse.Namespace) -> None:
+    """``percov2 eval realism``."""
+    name = "eval realism"
+    with about(name):
+        from percov2.evaluation.judge import Crops, judge_realism
+        from percov2.training.data import PhotoCrops
+
+        crops = Crops(arguments.side, arguments.stride, arguments.distances, arguments.limit)
+        photos = PhotoCrops(arguments.photos, "held out")
+    codec = open_codec(arguments)
+    with about(name):
+        judge_realism(
+            codec,
+            photos,
+            arguments.out,
+            chosen_setting(arguments),
+            crops,
+            arguments.cache,
+            arguments.against,
+        )
+    print((arguments.out / "realism.md").read_text(encoding="utf-8"), end="")
+
+
 def chosen_setting(arguments: argparse.Namespace) -> Setting:
-    """The setting of a command line with encoding, sampling and captioner options."""
+    """The setting of a command line with encoding, sampling and, maybe, captioner options."""
+    from percov2.caption import NoCaptioner
     from percov2.evaluation.setting import Setting
 
     return Setting(
@@ -216,7 +271,7 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
         arguments.steps,
         arguments.guidance,
         arguments.seed,
-        chosen_captioner(arguments),
+        chosen_captioner(arguments) if "captioner" in arguments else NoCaptioner(),
         arguments.slack,
         arguments.stages,
         arguments.target_bytes,

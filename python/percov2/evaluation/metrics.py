@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from percov2.models.perceptual import DISTS, INSTALL_HINT, LPIPS, MetricWeightsMissing
 
@@ -88,6 +89,64 @@ def measure(
     return values, notes
 
 
+def measure_batch(
+    originals: Pixels,
+    restored: Pixels,
+    names: Sequence[str] = METRICS,
+    device: str | torch.device = "cpu",
+) -> tuple[dict[str, NDArray[np.float64]], list[str]]:
+    """Measure restored pictures of one size, several at a time.
+
+    Args:
+        originals: uint8 [N, H, W, 3], sRGB.
+        restored: the same shape.
+        names: a selection of ``METRICS``.
+        device: torch device of the networks.
+
+    Returns:
+        Name -> float64 [N], nan where ``measure`` gives None, and the reasons for such values.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown name.
+    """
+    if originals.ndim != 4 or originals.shape != restored.shape:
+        raise ValueError(f"pictures of {restored.shape} cannot match those of {originals.shape}")
+    values = {name: np.full(len(originals), np.nan) for name in names}
+    notes: set[str] = set()
+    networks = [name for name in names if name in _NETWORKS]
+    others = [name for name in names if name not in _NETWORKS]
+    for i, (original, picture) in enumerate(zip(originals, restored, strict=True)):
+        found, reasons = measure(original, picture, others)
+        notes.update(reasons)
+        for name in others:
+            values[name][i] = np.nan if found[name] is None else found[name]
+    for name in networks:
+        try:
+            values[name][:] = _distances(name, originals, restored, device)
+        except NotMeasured as reason:
+            notes.add(f"{name} was not measured: {reason}")
+    return values, sorted(notes)
+
+
+_BATCH = 4
+"""Pictures that a network sees at once. More gain nothing on a CPU and take memory."""
+
+
+@torch.inference_mode()
+def _distances(
+    name: str, originals: Pixels, restored: Pixels, device: str | torch.device
+) -> NDArray[np.float64]:
+    """LPIPS or DISTS of uint8 [N, H, W, 3] each. Raises NotMeasured."""
+    network = _network(name, str(device))
+    if len(originals):
+        _require_side(originals[0], MIN_NETWORK_SIDE)
+    found = [
+        network(*(_seen(name, x[i : i + _BATCH]).to(device) for x in (restored, originals)))
+        for i in range(0, len(originals), _BATCH)
+    ]
+    return torch.cat([torch.empty(0), *(x.cpu() for x in found)]).double().numpy()
+
+
 def psnr(original: Pixels, restored: Pixels) -> float:
     """Peak signal-to-noise ratio in dB over all samples, peak 255. NotMeasured for equal ones."""
     error = np.square(original.astype(np.float64) - restored.astype(np.float64)).mean()
@@ -116,10 +175,11 @@ def _distance(name: str, original: Original, restored: Pixels) -> float:
         return float(_network(name).distance(_features(name, restored), original.features(name)))
 
 
+_NETWORKS = ("lpips_alex", "lpips_vgg", "dists")
 _MEASURES: dict[str, Callable[[Original, Pixels], float]] = {
     "psnr": lambda original, restored: psnr(original.pixels, restored),
     "ms_ssim": lambda original, restored: ms_ssim(original.pixels, restored),
-    **{name: partial(_distance, name) for name in ("lpips_alex", "lpips_vgg", "dists")},
+    **{name: partial(_distance, name) for name in _NETWORKS},
 }
 
 
@@ -134,20 +194,25 @@ def _require_side(pixels: Pixels, least: int) -> None:
         raise NotMeasured(f"it needs sides of {least} pixels, the picture is {width}x{height}")
 
 
+def _seen(name: str, pixels: Pixels) -> Tensor:
+    """What a network takes of uint8 [B, H, W, 3]: float [B, 3, H, W] in channels-last order."""
+    levels = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
+    return levels if name == "dists" else levels * 2 - 1
+
+
 def _features(name: str, pixels: Pixels) -> list[Tensor]:
-    seen = _tensor(pixels) if name == "dists" else _tensor(pixels) * 2 - 1
     with torch.inference_mode():
-        return _network(name).features(seen)
+        return _network(name).features(_seen(name, pixels[None]))
 
 
-@lru_cache(maxsize=3)
-def _load_network(name: str) -> LPIPS | DISTS:
+@lru_cache(maxsize=6)
+def _load_network(name: str, device: str) -> LPIPS | DISTS:
     network = DISTS() if name == "dists" else LPIPS(name.removeprefix("lpips_"))
-    return network.eval()
+    return convert_conv2d_weight_memory_format(network.eval().to(device), torch.channels_last)
 
 
-def _network(name: str) -> LPIPS | DISTS:
+def _network(name: str, device: str = "cpu") -> LPIPS | DISTS:
     try:
-        return _load_network(name)
+        return _load_network(name, device)
     except MetricWeightsMissing:
         raise NotMeasured(f"its weights are not installed; {INSTALL_HINT}") from None

@@ -1,9 +1,10 @@
-"""How much a set of restored pictures looks like a set of photos: a Fréchet distance.
+"""Distances between a set of restored pictures and a set of photos, in features of a network.
 
-FID proper needs Inception weights, which only a download gives. The same distance (Heusel et al.
-2017, arXiv 1706.08500, eq. 6) between features of EfficientNet-Lite0 (ImageNet) has a name of its
-own here, and its values compare with no FID. Code and weights come from two packages of the
-extra ``eval``.
+FID and KID proper need Inception weights, which only a download gives. The same distances between
+features of EfficientNet-Lite0 (ImageNet) have names of their own here, and their values compare
+with no FID or KID. Code and weights come from two packages of the extra ``eval``.
+
+EfficientNet-Lite0 is a judge: it is never part of a loss, and no model is trained against it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from percov2.evaluation.metrics import EVAL_HINT
@@ -22,6 +25,9 @@ from percov2.models.perceptual import MetricWeightsMissing
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _SIDE = 224
 """The network's picture side; pictures are resized to it."""
+
+Features = NDArray[np.float64]
+"""Features of pictures, [N, D]."""
 
 
 class LiteFeatures(nn.Module):
@@ -34,6 +40,7 @@ class LiteFeatures(nn.Module):
         MetricWeightsMissing: when one of the two packages is not installed.
     """
 
+    title = "EfficientNet-Lite0"
     num_features = 320
 
     def __init__(self) -> None:
@@ -60,44 +67,136 @@ class LiteFeatures(nn.Module):
 
 @lru_cache(maxsize=1)
 def lite_features() -> LiteFeatures:
-    """The network, loaded once. Raises MetricWeightsMissing."""
+    """Return the network, loaded once. Raises MetricWeightsMissing."""
     return LiteFeatures()
 
 
+def frechet_distance(
+    photos: Features, restored: Features, weights: NDArray[np.int64] | None = None
+) -> float:
+    """Return the Fréchet distance between two sets (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
+
+    It is |m - m'|² + tr(C + C' - 2 (C C')^½) of the means m and the covariances C, whose sums are
+    divided by one less than the number of pictures. All of it is float64. The trace of the root is
+    the sum of the singular values of C^½ C'^½, with symmetric roots by eigendecomposition.
+
+    Args:
+        photos: [N, D].
+        restored: [M, D].
+        weights: how often each picture counts, [N] for both sets (M = N); once if None.
+
+    Raises:
+        ValueError: fewer than two pictures on a side, or features that do not fit.
+    """
+    if photos.ndim != 2 or restored.ndim != 2 or photos.shape[1] != restored.shape[1]:
+        raise ValueError(f"features {photos.shape} and {restored.shape} do not fit each other")
+    mean, root, trace = _gaussian(photos, weights)
+    other_mean, other_root, other_trace = _gaussian(restored, weights)
+    shared = np.linalg.svd(root @ other_root, compute_uv=False).sum()
+    return float(np.square(mean - other_mean).sum() + trace + other_trace - 2 * shared)
+
+
+def _gaussian(
+    features: Features, weights: NDArray[np.int64] | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
+    """Return mean [D], symmetric root of the covariance [D, D] and its trace."""
+    x = features.astype(np.float64)
+    counts = np.ones(len(x)) if weights is None else weights.astype(np.float64)
+    total = counts.sum()
+    if total < 2:
+        raise ValueError(f"a Fréchet distance needs more pictures than {total:g} on a side")
+    mean = counts @ x / total
+    x = x - mean
+    covariance = (x * counts[:, None]).T @ x / (total - 1)
+    values, vectors = np.linalg.eigh(covariance)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    return mean, root, float(np.trace(covariance))
+
+
+class KernelSums:
+    """What the kernel distance between photos and restored pictures needs, summed by photo.
+
+    The kernel is KID's (Bińkowski et al. 2018, arXiv 1801.01401): k(x, y) = (x·y / D + 1)³ of
+    features of D numbers. The distance is the unbiased estimate of the squared maximum mean
+    discrepancy::
+
+        mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
+
+    over originals x and restored pictures y. Each of the three means takes all pairs of crops of
+    different photos, and none of one photo. Crops of one photo, and a crop and its restored form,
+    are not independent, so they would bias the means. Nothing is scaled. The estimate is 0 for
+    equal sets, and may be negative for sets that differ little.
+
+    Args:
+        originals: [N, D].
+        restored: [N, D], of the same crops.
+        photo: number of each crop's photo, [N], ascending from 0 without gaps.
+
+    Raises:
+        ValueError: fewer than two photos.
+    """
+
+    def __init__(self, originals: Features, restored: Features, photo: NDArray[np.int64]) -> None:
+        starts = np.flatnonzero(np.diff(photo, prepend=-1))
+        if len(starts) < 2:
+            raise ValueError("a kernel distance needs crops of at least two photos")
+        x, y = originals.astype(np.float64), restored.astype(np.float64)
+        self._sums = np.empty((len(starts), len(starts)))
+        for row, crops in enumerate(np.split(np.arange(len(photo)), starts[1:])):
+            of_photo = _kernel(x[crops], x) + _kernel(y[crops], y)
+            of_photo -= _kernel(x[crops], y) + _kernel(y[crops], x)
+            self._sums[row] = np.add.reduceat(of_photo.sum(0), starts)
+        sizes = np.bincount(photo).astype(np.float64)
+        self._pairs = np.outer(sizes, sizes)
+        for table in (self._sums, self._pairs):
+            np.fill_diagonal(table, 0)
+
+    def distance(self, counts: NDArray[np.int64] | None = None) -> float:
+        """Return the kernel distance where photo p counts ``counts[p]`` times (once if None).
+
+        Copies of a photo are one photo: they make no pairs with each other. nan if one is left.
+        """
+        c = np.ones(len(self._sums)) if counts is None else counts.astype(np.float64)
+        pairs = c @ self._pairs @ c
+        return float(c @ self._sums @ c / pairs) if pairs else float("nan")
+
+
+def _kernel(a: Features, b: Features) -> NDArray[np.float64]:
+    base = a @ b.T / a.shape[1] + 1
+    return base * base * base
+
+
 class FrechetDistance:
-    """Fréchet distance between photos and restored pictures.
+    """Fréchet distance between photos and restored pictures that come in batches.
 
     Args:
         features: maps uint8 [B, 3, H, W] to [B, D]; ``lite_features()`` by default.
 
     >>> import torch
     >>> class Means(torch.nn.Module):
-    ...     num_features = 3
     ...     def forward(self, images):
     ...         return images.float().mean((2, 3))
     >>> distance = FrechetDistance(Means())
     >>> photos = torch.randint(0, 256, (64, 3, 4, 4), dtype=torch.uint8)
     >>> distance.add(photos, real=True)
     >>> distance.add(photos, real=False)
-    >>> abs(distance.value()) < 1e-2
+    >>> abs(distance.value()) < 1e-6
     True
     """
 
     def __init__(self, features: nn.Module | None = None) -> None:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-
-        network = lite_features() if features is None else features
-        # It sums in float64 whatever the features are; its set_dtype would cast their network, too.
-        self._metric = FrechetInceptionDistance(feature=network)
+        self._network = lite_features() if features is None else features
+        self._found: dict[bool, list[Features]] = {True: [], False: []}
 
     def add(self, images: Tensor, real: bool) -> None:
         """Take uint8 [B, 3, H, W] as photos (``real``) or as restored pictures."""
         with torch.inference_mode():
-            self._metric.update(images, real=real)
+            self._found[real].append(self._network(images).double().cpu().numpy())
 
     def value(self) -> float:
-        """The distance; ValueError with fewer than two pictures on a side."""
-        try:
-            return float(self._metric.compute())
-        except RuntimeError as error:
-            raise ValueError(f"a Fréchet distance needs more pictures: {error}") from error
+        """Return the distance; ValueError with fewer than two pictures on a side."""
+        photos, restored = (
+            np.concatenate([np.empty((0, found[0].shape[1] if found else 0)), *found])
+            for found in (self._found[True], self._found[False])
+        )
+        return frechet_distance(photos, restored)

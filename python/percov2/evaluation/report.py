@@ -20,7 +20,7 @@ from percov2.codec import Codec
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.gallery import Cell, half_size, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
-from percov2.evaluation.setting import Setting, described
+from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
 
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
@@ -70,21 +70,9 @@ def round_trip(
         warnings.warn(f"{path}: {warning.message}", warning.category, stacklevel=2)
     started = time.perf_counter()
     picture = Image.fromarray(pixels)
-    captions = setting.captioner([picture])
-    (file,) = codec.compress(
-        [picture],
-        setting.rate,
-        setting.schedule,
-        captions,
-        slack=setting.slack,
-        stages=setting.stages,
-        target_bytes=setting.target_bytes,
-        effort=setting.effort,
-    )
+    file = compress(codec, picture, setting)
     encoded = time.perf_counter()
-    (restored,) = codec.decompress(
-        [file], setting.steps, setting.guidance, setting.seed, realism=setting.realism
-    )
+    restored = restore(codec, file, setting)
     decoded = time.perf_counter()
     measured = Original(pixels)
     values, notes = measure(measured, np.asarray(restored), metrics)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from percov2.caption import Captioner, NoCaptioner
 from percov2.codec import Codec
 
@@ -24,6 +26,29 @@ class Setting:
     target_bytes: int | None = None
     effort: int = 0
     realism: float | None = None
+
+
+def compress(codec: Codec, picture: Image.Image, setting: Setting) -> bytes:
+    """Compress a picture, mode RGB, into a file. Errors as for ``Codec.compress``."""
+    (file,) = codec.compress(
+        [picture],
+        setting.rate,
+        setting.schedule,
+        setting.captioner([picture]),
+        slack=setting.slack,
+        stages=setting.stages,
+        target_bytes=setting.target_bytes,
+        effort=setting.effort,
+    )
+    return file
+
+
+def restore(codec: Codec, file: bytes, setting: Setting) -> Image.Image:
+    """Restore a file's picture. Errors as for ``Codec.decompress``."""
+    (picture,) = codec.decompress(
+        [file], setting.steps, setting.guidance, setting.seed, realism=setting.realism
+    )
+    return picture
 
 
 def described(codec: Codec, setting: Setting) -> dict[str, Any]:

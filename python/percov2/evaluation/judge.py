@@ -1,0 +1,360 @@
+"""How good, and how real, a codec's pictures of held-out photos are, with intervals.
+
+Photos are compressed and restored whole, one at a time. Then both forms are cut into the same
+crops, which are measured. Every photo's measures are stored as soon as they are known, so that an
+interrupted run goes on where it was.
+
+The judge of realism is EfficientNet-Lite0 (``percov2.evaluation.realism``). It is never part of a
+loss, so that no model can learn to please it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from percov2 import __version__
+from percov2.codec import Codec
+from percov2.evaluation.judge_report import (
+    JudgedCrops,
+    as_json,
+    differences,
+    estimates,
+    page,
+)
+from percov2.evaluation.metrics import METRICS, measure_batch
+from percov2.evaluation.photo_bootstrap import PhotoBootstrap
+from percov2.evaluation.realism import lite_features
+from percov2.evaluation.setting import Setting, compress, described, restore
+from percov2.images import write_bytes
+
+if TYPE_CHECKING:
+    from percov2.training.data import Photo, PhotoCrops
+
+_ON_ALL_CROPS = ("psnr", "ms_ssim")
+_BATCH = 8
+"""Crops whose features are computed at once."""
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The choice of photos and of their crops.
+
+    Attributes:
+        side: of a crop in pixels; photos with a shorter side are left out.
+        stride: of the grid of crops in pixels, at most ``side``. Its last row and column are moved
+            back to end with the photo, so that crops cover it.
+        distances: crops per photo on which LPIPS and DISTS are measured; None for all. They are the
+            first by the SHA-256 of the photo's key and the crop's number.
+        limit: so many photos only, the first by the SHA-256 of their keys; None for all.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    side: int = 256
+    stride: int = 128
+    distances: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.stride <= self.side:
+            raise ValueError(f"stride must be 1 to the side of {self.side}, not {self.stride}")
+        if self.distances is not None and self.distances < 1:
+            raise ValueError(f"distances must be at least 1, not {self.distances}")
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit must be at least 2 photos, not {self.limit}")
+
+    def corners(self, height: int, width: int) -> list[tuple[int, int]]:
+        """Return top and left of a photo's crops, row by row."""
+        rows, columns = self._starts(height), self._starts(width)
+        return [(top, left) for top in rows for left in columns]
+
+    def _starts(self, length: int) -> list[int]:
+        last = length - self.side
+        return [*range(0, last, self.stride), last]
+
+    def cut(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return the crops [N, side, side, 3] of a photo [H, W, 3]."""
+        side = self.side
+        corners = self.corners(*pixels.shape[:2])
+        return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
+
+    def with_distances(self, key: str, count: int) -> list[int]:
+        """Return which of a photo's crops have LPIPS and DISTS, ascending."""
+        order = sorted(range(count), key=lambda i: _shuffled(f"{key}:{i}"))
+        return sorted(order[: self.distances])
+
+    def photos(self, photos: PhotoCrops) -> list[Photo]:
+        """Return the photos that are large enough, in the order of ``limit``.
+
+        Raises ValueError if there are fewer than two.
+        """
+        large = [p for p in photos.photos if min(p.height, p.width) >= self.side]
+        if len(large) < 2:
+            raise ValueError(
+                f"{len(large)} of {len(photos.photos)} photos have both sides of {self.side} "
+                "pixels or more; at least two are needed: choose a smaller side"
+            )
+        return sorted(large, key=lambda p: _shuffled(p.key))
+
+
+def _shuffled(name: str) -> bytes:
+    """Return where a name comes in an order that is fixed, and as good as random."""
+    return hashlib.sha256(name.encode()).digest()
+
+
+def judge_realism(
+    codec: Codec,
+    photos: PhotoCrops,
+    out: Path,
+    setting: Setting | None = None,
+    crops: Crops | None = None,
+    cache: Path | None = None,
+    against: Path | None = None,
+    features: nn.Module | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Compress and restore photos, measure their crops, and write realism.json and realism.md.
+
+    The networks run on the codec's device.
+
+    Args:
+        photos: held-out photos.
+        out: folder of the results, made if missing. It holds one run: what is measured already is
+            kept, and another setting, model or set of photos is refused. ``limit`` may change.
+        setting: how pictures are compressed and restored; the model's defaults if None.
+        crops: which crops are measured; all defaults if None.
+        cache: folder of the originals' features, which several runs may share; OUT/originals if
+            None.
+        against: ``out`` of a finished run over the same crops, to be compared in pairs.
+        features: the judge, uint8 [B, 3, H, W] -> [B, D]; EfficientNet-Lite0 by default.
+
+    Returns:
+        What realism.json holds.
+
+    Raises:
+        ValueError: too few photos, ``out`` of another run, or ``against`` that does not fit.
+        MetricWeightsMissing: the judge's weights are not installed.
+    """
+    setting, crops = setting or Setting(), crops or Crops()
+    large = crops.photos(photos)
+    judge = (lite_features() if features is None else features).eval().to(codec.model.device)
+    names = [_photo_name(photo, photos.pixels(photo)) for photo in large]
+    facts = _facts(codec, setting, crops, judge, names)
+    chosen = list(zip(large, names, strict=True))[: crops.limit]
+    taken = [name for _, name in chosen]
+    if against is not None:
+        rival, rival_photos = _finished(against, facts, taken)
+    _claim(out, facts)
+    cached = cache or out / "originals"
+    known = _digest(*(str(facts[key]).encode() for key in (*_CROPS, "judge", "device")))
+    originals = []
+    for photo, name in tqdm(chosen, unit="photo", disable=not progress):
+        pixels = np.array(photos.pixels(photo))
+        cut = crops.cut(pixels)
+        path = cached / f"{name}-{known}.npz"
+        if not path.is_file():
+            _save(path, {"features": _seen(judge, cut, codec.model.device)})
+        originals.append(_load(path)["features"].astype(np.float64))
+        path = out / _PHOTOS / f"{name}.npz"
+        if not path.is_file():
+            _save(path, _measured(codec, setting, crops, judge, photo.key, pixels, cut))
+    stored = [_load(out / _PHOTOS / f"{name}.npz") for name in taken]
+    run, notes = JudgedCrops.of_photos(stored), [str(n) for photo in stored for n in photo["notes"]]
+    seen = np.concatenate(originals)
+    bootstrap = PhotoBootstrap(np.repeat(np.arange(len(originals)), [len(x) for x in originals]))
+    own = estimates(run, seen, bootstrap)
+    result = {
+        **facts,
+        "threads": torch.get_num_threads(),
+        "limit": crops.limit,
+        "photos": len(taken),
+        "photos_large_enough": len(large),
+        "photos_given": len(photos.photos),
+        "crops": len(seen),
+        "crops_with_distances": sum(len(photo["with_distances"]) for photo in stored),
+        "crops_digest": _digest(*(name.encode() for name in taken)),
+        "mean_bytes": float(run.file_bytes.mean()),
+        "measures": as_json(own),
+        "against": None,
+        "notes": sorted(set(notes)),
+    }
+    if against is not None:
+        other = JudgedCrops.of_photos(rival_photos)
+        theirs = estimates(other, seen, bootstrap)
+        found = differences(run, other, own, theirs, bootstrap)
+        result["against"] = {**rival, "against": None, "differences": as_json(found)}
+    write_bytes(out / "realism.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_bytes(out / "realism.md", page(result).encode())
+    return result
+
+
+def _measured(
+    codec: Codec,
+    setting: Setting,
+    crops: Crops,
+    judge: nn.Module,
+    key: str,
+    pixels: NDArray[np.uint8],
+    cut: NDArray[np.uint8],
+) -> dict[str, Any]:
+    """Compress and restore one photo, and measure its crops: what is stored of it."""
+    file = compress(codec, Image.fromarray(pixels), setting)
+    restored = crops.cut(np.asarray(restore(codec, file, setting)))
+    device = codec.model.device
+    values, notes = measure_batch(cut, restored, _ON_ALL_CROPS)
+    chosen = crops.with_distances(key, len(cut))
+    networks = [name for name in METRICS if name not in _ON_ALL_CROPS]
+    distances, more = measure_batch(cut[chosen], restored[chosen], networks, device)
+    for name, found in distances.items():
+        values[name] = np.full(len(cut), np.nan)
+        values[name][chosen] = found
+    return {
+        **values,
+        "features": _seen(judge, restored, device),
+        "file_bytes": len(file),
+        "pixels": pixels.shape[0] * pixels.shape[1],
+        "with_distances": chosen,
+        "notes": np.array([*notes, *more], dtype=np.str_),
+    }
+
+
+def _seen(judge: nn.Module, crops: NDArray[np.uint8], device: str) -> NDArray[np.float32]:
+    """Return the judge's features, float32 [N, D], of uint8 [N, S, S, 3]."""
+    images = torch.from_numpy(crops).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        parts = [judge(part.to(device)).float().cpu() for part in images.split(_BATCH)]
+    return torch.cat(parts).numpy()
+
+
+# What a run is, and where its results lie ---------------------------------------------------------
+
+_PHOTOS = "photos"
+_SETTINGS = "settings.json"
+_CROPS = ("side", "stride")
+
+
+def _facts(
+    codec: Codec, setting: Setting, crops: Crops, judge: nn.Module, names: Sequence[str]
+) -> dict[str, Any]:
+    """Return all that the measures of a photo depend on, as JSON holds it.
+
+    Captioners are told apart by their class alone.
+    """
+    described_setting = described(codec, setting)
+    return {
+        **described_setting,
+        "weights": _weights(codec, described_setting["rate"]),
+        "side": crops.side,
+        "stride": crops.stride,
+        "distances": crops.distances,
+        "judge": getattr(judge, "title", type(judge).__name__),
+        "judge_weights": _digest(*(v.cpu().numpy().tobytes() for v in judge.state_dict().values())),
+        "photos_digest": _digest(*(name.encode() for name in names)),
+        "device": str(codec.model.device),
+        "percov2": __version__,
+        "torch": torch.__version__,
+        "torchmetrics": _version("torchmetrics"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _weights(codec: Codec, rate: str) -> str:
+    """Return a digest of the configs and weights in a model folder, of one rate.
+
+    Base models of big backbones lie elsewhere and are not part of it.
+    """
+    folder = codec.model.folder
+    others = {one.name for one in codec.config.rates} - {rate}
+    parts = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.suffix in (".json", ".safetensors") and inside.parts[0] not in others:
+            parts += [inside.as_posix().encode(), path.read_bytes()]
+    return _digest(*parts)
+
+
+def _photo_name(photo: Photo, pixels: NDArray[np.uint8]) -> str:
+    """Return a digest of a photo's key, size and pixels, under which its results are stored."""
+    size = f"{photo.height}x{photo.width}"
+    return _digest(photo.key.encode(), size.encode(), pixels.tobytes())
+
+
+def _digest(*parts: bytes) -> str:
+    """Return 16 hexadecimal digits of the SHA-256 over parts and their lengths."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()[:16]
+
+
+def _claim(out: Path, facts: dict[str, Any]) -> None:
+    """Make a folder the results of a run. ValueError if it holds those of another one."""
+    path = out / _SETTINGS
+    if path.is_file():
+        _compare(f"{out} holds another run", json.loads(path.read_text("utf-8")), facts, facts)
+        return
+    (out / _PHOTOS).mkdir(parents=True, exist_ok=True)
+    write_bytes(path, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def _finished(
+    folder: Path, facts: dict[str, Any], names: Sequence[str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return realism.json of a finished run and what is stored of its photos.
+
+    Raises ValueError if it is not finished, or its crops are not those of ``facts``.
+    """
+    path = folder / "realism.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no finished run: it has no realism.json")
+    rival = json.loads(path.read_text("utf-8"))
+    expected = {**facts, "crops_digest": _digest(*(name.encode() for name in names))}
+    same = (*_CROPS, "distances", "judge", "judge_weights", "crops_digest")
+    _compare(f"{folder} cannot be compared", rival, expected, same)
+    return rival, [_load(folder / _PHOTOS / f"{name}.npz") for name in names]
+
+
+def _compare(
+    complaint: str, found: Mapping[str, Any], expected: Mapping[str, Any], keys: Iterable[str]
+) -> None:
+    unlike = [
+        f"{key} is {found.get(key)!r}, not {expected[key]!r}"
+        for key in keys
+        if found.get(key) != expected[key]
+    ]
+    if unlike:
+        raise ValueError(f"{complaint}: {'; '.join(unlike)}")
+
+
+def _save(path: Path, arrays: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    write_bytes(path, stream.getvalue())
+
+
+def _load(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)

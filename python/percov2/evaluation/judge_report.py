@@ -1,0 +1,155 @@
+"""Measures of judged runs: estimates with intervals, paired differences, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from percov2.evaluation.metrics import METRICS
+from percov2.evaluation.photo_bootstrap import Estimate, PhotoBootstrap
+from percov2.evaluation.realism import Features
+
+MEASURES = ("bpp", *METRICS, "frechet", "kernel")
+_LABELS = {
+    "bpp": ("bpp", "{:.5f}"),
+    "psnr": ("PSNR, dB", "{:.3f}"),
+    "ms_ssim": ("MS-SSIM", "{:.4f}"),
+    "lpips_alex": ("LPIPS (Alex)", "{:.4f}"),
+    "lpips_vgg": ("LPIPS (VGG)", "{:.4f}"),
+    "dists": ("DISTS", "{:.4f}"),
+    "frechet": ("Fréchet", "{:.2f}"),
+    "kernel": ("kernel", "{:.4g}"),
+}
+
+
+@dataclass(frozen=True)
+class JudgedCrops:
+    """What a run measured.
+
+    Attributes:
+        file_bytes: of every photo, [P].
+        pixels: of every photo, [P].
+        values: of every crop, [N] by the name of a metric; nan where there is none.
+        features: of every restored crop, [N, D].
+    """
+
+    file_bytes: NDArray[np.int64]
+    pixels: NDArray[np.int64]
+    values: dict[str, NDArray[np.float64]]
+    features: Features
+
+    @classmethod
+    def of_photos(cls, photos: Sequence[Mapping[str, NDArray[Any]]]) -> JudgedCrops:
+        """Join what is stored of every photo."""
+        return cls(
+            np.array([int(photo["file_bytes"]) for photo in photos]),
+            np.array([int(photo["pixels"]) for photo in photos]),
+            {name: np.concatenate([photo[name] for photo in photos]) for name in METRICS},
+            np.concatenate([photo["features"] for photo in photos]).astype(np.float64),
+        )
+
+    @property
+    def bpp(self) -> NDArray[np.float64]:
+        """Bits per pixel of every photo's whole file, [P]."""
+        return 8 * self.file_bytes / self.pixels
+
+
+def estimates(
+    run: JudgedCrops, originals: Features, bootstrap: PhotoBootstrap
+) -> dict[str, Estimate | None]:
+    """Return every measure of a run: bpp over photos, the others over crops."""
+    return {
+        "bpp": bootstrap.photo_mean(run.bpp),
+        **{name: bootstrap.mean(run.values[name]) for name in METRICS},
+        "frechet": bootstrap.frechet(originals, run.features),
+        "kernel": bootstrap.kernel(originals, run.features),
+    }
+
+
+def differences(
+    run: JudgedCrops,
+    rival: JudgedCrops,
+    own: Mapping[str, Estimate | None],
+    other: Mapping[str, Estimate | None],
+    bootstrap: PhotoBootstrap,
+) -> dict[str, Estimate | None]:
+    """Return run less rival by measure, over the same crops and resamples.
+
+    Means are over crops that have a value in both runs.
+    """
+    found: dict[str, Estimate | None] = {"bpp": bootstrap.photo_mean(run.bpp - rival.bpp)}
+    for name in METRICS:
+        found[name] = bootstrap.mean(run.values[name] - rival.values[name])
+    for name in ("frechet", "kernel"):
+        one, two = own[name], other[name]
+        assert one is not None and two is not None
+        found[name] = one - two
+    return found
+
+
+def as_json(found: Mapping[str, Estimate | None]) -> dict[str, Any]:
+    """Return value, interval and bias by measure; None where there is none."""
+    return {
+        name: one
+        and {"value": one.value, "interval": list(one.interval), "bootstrap_bias": one.bias}
+        for name, one in found.items()
+    }
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """Return realism.md: a table of the run and, where there is one, of the run it is against."""
+    rows = [_row(result, result["measures"])]
+    if result["against"]:
+        rows.append(_row(result["against"], result["against"]["measures"]))
+        empty = ["**difference**", *[""] * 3, str(result["crops"])]
+        rows.append([*empty, *_cells(result["against"]["differences"])])
+    head = ["model", "rate", "setting", "photos", "crops", *(x for x, _ in _LABELS.values())]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + f"\n\n{_notes(result)}\n"
+
+
+def _row(run: Mapping[str, Any], measures: Mapping[str, Any]) -> list[str]:
+    setting = [
+        f"realism {run['realism']:g}",
+        f"{run['steps']} steps",
+        f"guidance {run['guidance']:g}",
+        f"seed {run['seed']}",
+    ]
+    for name in ("effort", "slack", "stages", "target_bytes"):
+        if run[name]:
+            setting.append(f"{name} {run[name]}")
+    facts = [run["model"], run["rate"], ", ".join(setting), str(run["photos"])]
+    return [*facts, str(run["crops"]), *_cells(measures)]
+
+
+def _cells(measures: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for name in MEASURES:
+        found, (_, form) = measures[name], _LABELS[name]
+        if found is None:
+            cells.append("–")
+        else:
+            low, high = (form.format(bound) for bound in found["interval"])
+            cells.append(f"{form.format(found['value'])} [{low}, {high}]")
+    return cells
+
+
+def _notes(result: Mapping[str, Any]) -> str:
+    limit = "" if result["limit"] is None else f" (limit {result['limit']})"
+    lines = [
+        f"{result['photos']} of {result['photos_large_enough']} photos{limit}, crops of "
+        f"{result['side']}×{result['side']} every {result['stride']} pixels. LPIPS and DISTS are "
+        f"of {result['crops_with_distances']} of {result['crops']} crops, the rest of all.",
+        "Means are over crops, bpp is over photos. In brackets: 95 % bootstrap intervals over "
+        "photos.",
+        f"Fréchet and kernel distances are of features of {result['judge']}, and compare with no "
+        "FID or KID.",
+        f"percov2 {result['percov2']}, torch {result['torch']}, torchmetrics "
+        f"{result['torchmetrics']}, {result['device']}, {result['threads']} threads.",
+        *result["notes"],
+    ]
+    return "\n".join(f"- {line}" for line in lines)

@@ -1,0 +1,106 @@
+"""Bootstrap intervals of measures over crops, where photos are drawn and not crops.
+
+Crops of one photo resemble each other, so an interval over crops would be too short.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from percov2.evaluation.realism import Features, KernelSums, frechet_distance
+
+Values = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measure and its values in resamples.
+
+    Attributes:
+        value: of all photos once; nan where there is none.
+        resampled: one value per resample.
+    """
+
+    value: float
+    resampled: Values
+
+    @property
+    def bias(self) -> float:
+        """How much higher resamples are on average. A Fréchet distance grows with copies."""
+        return float(np.nanmean(self.resampled)) - self.value
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval: the percentiles of the resamples less their bias."""
+        low, high = np.nanpercentile(self.resampled, [2.5, 97.5]) - self.bias
+        return float(low), float(high)
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """Return the paired difference of estimates over the same photos and resamples."""
+        return Estimate(self.value - other.value, self.resampled - other.resampled)
+
+
+class PhotoBootstrap:
+    """Resamples of photos, the same for every measure.
+
+    Args:
+        photo: number of each crop's photo, [N], ascending from 0 without gaps.
+        resamples: how many.
+        frechet_resamples: how many of them a Fréchet distance takes, from the first on.
+        seed: of the draws.
+
+    Raises:
+        ValueError: fewer than two photos.
+    """
+
+    def __init__(
+        self,
+        photo: NDArray[np.int64],
+        resamples: int = 1000,
+        frechet_resamples: int = 200,
+        seed: int = 0,
+    ) -> None:
+        self._photo = photo
+        self._photos = int(photo.max(initial=-1)) + 1
+        if self._photos < 2:
+            raise ValueError(f"intervals need at least two photos, not {self._photos}")
+        self._shape = (resamples, self._photos)
+        self._seed, self._frechet_resamples = seed, frechet_resamples
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """How often each resample holds each photo, [resamples, photos]."""
+        random = np.random.default_rng(self._seed)
+        picks = random.integers(0, self._photos, self._shape)
+        return np.stack([np.bincount(row, minlength=self._photos) for row in picks])
+
+    def mean(self, values: Values) -> Estimate | None:
+        """Return the mean over crops, [N], without those that are nan; None if all are."""
+        known = ~np.isnan(values)
+        if not known.any():
+            return None
+        sums = np.bincount(self._photo, np.where(known, values, 0), self._photos)
+        sizes = np.bincount(self._photo, known, self._photos)
+        with np.errstate(invalid="ignore"):  # nan where a resample holds no known value
+            return Estimate(sums.sum() / sizes.sum(), self.counts @ sums / (self.counts @ sizes))
+
+    def photo_mean(self, values: Values) -> Estimate:
+        """Return the mean over photos of one value each, [photos]."""
+        return Estimate(float(values.mean()), self.counts @ values / self._photos)
+
+    def frechet(self, originals: Features, restored: Features) -> Estimate:
+        """Return the Fréchet distance between features of the crops, [N, D] each."""
+        resampled = [
+            frechet_distance(originals, restored, counts[self._photo])
+            for counts in self.counts[: self._frechet_resamples]
+        ]
+        return Estimate(frechet_distance(originals, restored), np.array(resampled))
+
+    def kernel(self, originals: Features, restored: Features) -> Estimate:
+        """Return the kernel distance (see ``KernelSums``) of the crops, [N, D] each."""
+        sums = KernelSums(originals, restored, self._photo)
+        return Estimate(sums.distance(), np.array([sums.distance(c) for c in self.counts]))
