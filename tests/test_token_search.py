@@ -57,7 +57,8 @@ def test_painting_once_is_one_step(codec: Codec) -> None:
     tokens = torch.randint(0, 64, (2, 5, 7))
     whole = model.reconstruct(tokens, "fine", ["", "a red door"], 1, 1.0, 0)
     z_hat = model.z_hat(tokens, "fine")
-    noises = model.draw_noise(10, 14, 0)
+    noise, grain = model.draw_noise(10, 14, 0)
+    noises = noise, model.config.grain("fine", 1.0) * grain
     with torch.no_grad():
         once = model.paint_once(z_hat, model.text_encoder(["", "a red door"]), *noises)
     assert torch.equal(once.clamp(-1, 1), whole)
@@ -113,6 +114,7 @@ def test_tiles_keep_what_earlier_ones_found(codec: Codec) -> None:
     whole = search(image, "")
     text = model.text_encoder([""])
     noise, grain = model.draw_noise(8, 64, 0)
+    grain = model.config.grain("fine", 1.0) * grain
     start = model.directions(image, "fine").clone()[:, :, :16]
     free = torch.zeros(1, 4, 16, dtype=torch.bool)
     first = search._improve(start, free, image[..., :256], text, (noise[..., :32], grain[..., :32]))

@@ -25,6 +25,7 @@ class Rate:
         codebook_size: V.
         steps: default of the sampling at this rate; None for the model's.
         realism: default of the dial at this rate; None for the model's.
+        decoder_noise: None for the model's.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Rate:
     codebook_size: int
     steps: int | None = None
     realism: float | None = None
+    decoder_noise: float | None = None
 
     def check(self) -> None:
         """Raise ValueError for a value of the wrong type or outside its range."""
@@ -46,7 +48,9 @@ class Rate:
         if self.steps is not None:
             _check_whole(f"steps of {name}", self.steps, 1, 1000)
         if self.realism is not None:
-            _check_realism(f"realism of {name}", self.realism)
+            _check_number(f"realism of {name}", self.realism, 1)
+        if self.decoder_noise is not None:
+            _check_number(f"decoder_noise of {name}", self.decoder_noise, 10)
 
 
 PAPER_RATES = (
@@ -124,13 +128,10 @@ class ModelConfig:
                 raise ValueError(f"{field} must be a text, not {getattr(self, field)!r}")
         self.rate(self.default_rate)
         _check_whole("steps", self.steps, 1, 1000)
-        if type(self.guidance) not in (int, float) or not 0 <= self.guidance <= 100:
-            raise ValueError(f"guidance must be a number from 0 to 100, not {self.guidance!r}")
-        noise = self.decoder_noise
-        if type(noise) not in (int, float) or not 0 <= noise <= 10:
-            raise ValueError(f"decoder_noise must be a number from 0 to 10, not {noise!r}")
+        _check_number("guidance", self.guidance, 100)
+        _check_number("decoder_noise", self.decoder_noise, 10)
         if self.realism is not None:
-            _check_realism("realism", self.realism)
+            _check_number("realism", self.realism, 1)
         elif any(rate.realism is not None for rate in self.rates):
             raise ValueError("a rate has a realism, but the model has none")
         if self.backbone not in BACKBONES:
@@ -172,8 +173,13 @@ class ModelConfig:
             return 1.0 if default is None else float(default)
         if self.realism is None:
             raise ValueError(f"model {self.name} has no realism dial; leave realism out")
-        _check_realism("realism", realism)
+        _check_number("realism", realism, 1)
         return float(realism)
+
+    def grain(self, rate: str, realism: float) -> float:
+        """Return the standard deviation of the decoder's noise at a rate and a realism."""
+        own = self.rate(rate).decoder_noise
+        return realism * (self.decoder_noise if own is None else own)
 
     def rate(self, name: str) -> Rate:
         """The rate of that name.
@@ -193,6 +199,6 @@ def _check_whole(name: str, value: object, low: int, high: int) -> None:
         raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
 
 
-def _check_realism(name: str, value: object) -> None:
-    if type(value) not in (int, float) or not 0 <= value <= 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number from 0 to 1, not {value!r}")
+def _check_number(name: str, value: object, high: int) -> None:
+    if type(value) not in (int, float) or not 0 <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name} must be a number from 0 to {high}, not {value!r}")

@@ -137,7 +137,7 @@ class CodecModel(TokenMaker):
         z_hat = self.z_hat(tokens, rate)
         noise, grain = self.draw_noise(z_hat.shape[-2], z_hat.shape[-1], seed)
         realism = self.config.chosen_realism(rate, realism)
-        grain = grain * realism
+        grain = self.config.grain(rate, realism) * grain
         text = self.conditioning(captions, realism)
         empty = self.conditioning([""] * len(tokens), realism)
         guided = guidance != 1.0 and any(captions)
@@ -160,7 +160,7 @@ class CodecModel(TokenMaker):
         return sequence, pooled
 
     def draw_noise(self, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Starting noise and the decoder's noise, [16, H/8, W/8] each, for latents of H/8 x W/8."""
+        """Starting noise and the decoder's, [16, H/8, W/8] each, of variance 1."""
         channels = int(self.flow.config["out_channels"])
         generator = torch.Generator().manual_seed(seed)
         noise, grain = torch.randn(2, channels, height, width, generator=generator)
@@ -174,7 +174,7 @@ class CodecModel(TokenMaker):
         Args:
             z_hat: [B, C, H/8, W/8].
             text: embeddings of the captions.
-            noise, grain: as of :meth:`draw_noise`.
+            noise, grain: as of :meth:`draw_noise`, the latter times ``ModelConfig.grain``.
 
         Returns:
             Images [B, 3, H, W].
@@ -195,7 +195,7 @@ class CodecModel(TokenMaker):
         return WindowedEstimate(window, self.config.window, self.config.overlap)(noisy, z_hat)
 
     def _decode(self, latents: Tensor, grain: Tensor) -> Tensor:
-        latents = latents + self.config.decoder_noise * grain
+        latents = latents + grain
         decode = self.autoencoder.decode
         parts = [decode(x.contiguous(memory_format=torch.channels_last)) for x in latents.split(1)]
         return torch.cat(parts)

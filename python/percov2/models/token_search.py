@@ -99,7 +99,7 @@ class TokenSearch:
         stride, config = PatchAutoencoder.stride, self.model.config
         latents = height // stride, width // stride
         noise, grain = self.model.draw_noise(*latents, seed=0)
-        grain = grain * realism
+        grain = config.grain(self.rate, realism) * grain
         searched = torch.zeros(directions.shape[:-1], dtype=torch.bool, device=directions.device)
         sides = [tiles(n, config.window, config.overlap, self.unit) for n in latents]
         for ys, xs in product(*sides):

@@ -12,23 +12,20 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from percov2.models.autoencoder import PatchAutoencoder
 from percov2.models.model_config import ModelConfig
 from percov2.models.preset import CodecModel
 from percov2.models.storage import save_component
 from percov2.training import warm_start
 from percov2.training.adversary import AdversaryConfig
+from percov2.training.autoencoder_stage import AutoencoderConfig, AutoencoderStage
 from percov2.training.captions import CaptionsConfig, train_captions
 from percov2.training.data import CropPlan, PhotoCrops, decode_shards, is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.losses import LossTerms, Term
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.settings import build_config, read_section, write_model_ids
-from percov2.training.stage1 import (
-    AutoencoderConfig,
-    AutoencoderStage,
-    CodecConfig,
-    CodecStage,
-)
+from percov2.training.stage1 import CodecConfig, CodecStage
 from percov2.training.stage2 import EntropyConfig, train_entropy
 
 
@@ -59,14 +56,39 @@ def autoencoder_stage(config: Path, data: PhotoCrops) -> tuple[AutoencoderStage,
     return AutoencoderStage(build_config(AutoencoderConfig, values), data), loop
 
 
-def codec_stage(config: Path, data: PhotoCrops) -> tuple[CodecStage, LoopConfig]:
-    """The joint phase, freshly initialised by the run's seed."""
-    first, _ = autoencoder_stage(config, data)
+_COMMON = ("losses", "aligned", "frozen_tokens")
+"""Settings of the joint phase that rates may replace."""
+
+
+def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A table with the settings of another one before its own, table by table."""
+    merged = {**values, **own}
+    for key in values.keys() & own.keys():
+        if isinstance(values[key], dict) and isinstance(own[key], dict):
+            merged[key] = _merged(values[key], own[key])
+    return merged
+
+
+def codec_stage(
+    config: Path, data: PhotoCrops, recipe: str | None = None
+) -> tuple[CodecStage, LoopConfig]:
+    """The joint phase, freshly initialised by the run's seed.
+
+    Args:
+        recipe: names, joined by commas: the settings of every ``[codec.recipes.NAME]`` replace
+            those before.
+
+    Raises:
+        ValueError: no such recipe, or settings that do not fit.
+    """
     values = read_section(config, "codec")
+    recipes = values.pop("recipes", {})
+    for name in recipe.split(",") if recipe else ():
+        if name not in recipes:
+            raise ValueError(f"{config.name} has no recipe {name!r}; it has {sorted(recipes)}")
+        values = _merged(values, recipes[name])
     loop = build_config(LoopConfig, values.pop("loop", {}))
-    common: dict[str, Any] = {
-        key: values.pop(key) for key in ("losses", "aligned") if key in values
-    }
+    common: dict[str, Any] = {key: values.pop(key) for key in _COMMON if key in values}
     values["rates"] = {
         name: build_config(RateConfig, _rate_values(common, rate))
         for name, rate in values.get("rates", {}).items()
@@ -78,8 +100,10 @@ def codec_stage(config: Path, data: PhotoCrops) -> tuple[CodecStage, LoopConfig]
     if "realism_ends" in values:
         values["realism_ends"] = tuple(values["realism_ends"])
     data = data.weighing(values.pop("sources", {}))
+    sizes = read_section(config, "autoencoder").get("autoencoder", {})
     torch.manual_seed(loop.seed)
-    return CodecStage(build_config(CodecConfig, values), first.autoencoder, data), loop
+    autoencoder = PatchAutoencoder(**{**sizes, **values.pop("decoder", {})})
+    return CodecStage(build_config(CodecConfig, values), autoencoder, data), loop
 
 
 def run_data(data: Path, out: Path) -> None:
@@ -100,12 +124,14 @@ def run_codec(
     autoencoder_run: Path | None = None,
     start_from: Path | None = None,
     minutes: float | None = None,
+    recipe: str | None = None,
 ) -> None:
     """`percov2 train codec`.
 
     Args:
         autoencoder_run: out of `train autoencoder`; hyper-encoders and flow start at random.
         start_from: out of an earlier `train codec`: its averaged weights, autoencoder included.
+        recipe: as for ``codec_stage``.
 
     Raises:
         ValueError: unless exactly one of the two is given.
@@ -113,7 +139,7 @@ def run_codec(
     if (autoencoder_run is None) == (start_from is None):
         raise ValueError("give either --autoencoder-run or --start-from")
     crops = PhotoCrops(data)
-    stage, loop = codec_stage(config, crops)
+    stage, loop = codec_stage(config, crops, recipe)
     if stage.config.distil:
         if start_from is None or not (start_from / "config.json").is_file():
             raise ValueError("distil needs --start-from a model folder: its decoder is the teacher")
@@ -131,7 +157,12 @@ def run_codec(
 
 
 def run_export(
-    config: Path, data: Path, codec_run: Path, out: Path, entropy: list[str] | None = None
+    config: Path,
+    data: Path,
+    codec_run: Path,
+    out: Path,
+    entropy: list[str] | None = None,
+    recipe: str | None = None,
 ) -> None:
     """`percov2 train export`: averaged weights of a run -> a model folder.
 
@@ -139,11 +170,12 @@ def run_export(
         out: may exist already: entropy models in it stay where no other is given.
         entropy: ``RATE=FOLDER`` per rate (``FOLDER`` alone: the first rate), exported integer
             entropy models; rates without one can make tokens and pictures but not files.
+        recipe: that of the run.
 
     Raises:
         ValueError: an entropy model for a rate that the configuration does not have.
     """
-    stage, _ = codec_stage(config, PhotoCrops(data))
+    stage, _ = codec_stage(config, PhotoCrops(data), recipe)
     first = next(iter(stage.rates))
     folders = dict(_rate_and_folder(text, first) for text in entropy or ())
     unknown = sorted(set(folders) - set(stage.rates))

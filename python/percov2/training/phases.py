@@ -11,6 +11,10 @@ from typing import Any
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file with a section per phase"},
+    "recipe": {
+        "metavar": "NAME[,NAME]",
+        "help": "replace settings of [codec] by those of [codec.recipes.NAME]",
+    },
     "data": {"type": Path, "required": True, "help": "photos, shards or token maps"},
     "out": {"type": Path, "required": True, "help": "what the phase writes"},
     "minutes": {"type": float, "help": "stop after this time; the same command goes on"},
@@ -65,7 +69,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "autoencoder": ("Train the autoencoder.", ("config", "data", "out", "minutes")),
     "codec": (
         "Train hyper-encoders, quantizers, flow and decoder together.",
-        ("config", "data", "autoencoder_run", "start_from", "out", "minutes"),
+        ("config", "recipe", "data", "autoencoder_run", "start_from", "out", "minutes"),
     ),
     "tokens": (
         "Make the token maps for `train entropy`.",
@@ -95,7 +99,10 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Make token maps of shards, for `train entropy`; may be run by accelerate launch.",
         ("model", "data", "out", "rate", "longest"),
     ),
-    "export": ("Assemble a model folder.", ("config", "data", "codec_run", "out", "entropy")),
+    "export": (
+        "Assemble a model folder.",
+        ("config", "recipe", "data", "codec_run", "out", "entropy"),
+    ),
 }
 """Phase -> its help and its options."""
 _ON_SD3 = ("sd3", "sd3-export", "sd3-plan", "shard-tokens")

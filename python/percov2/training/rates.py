@@ -26,12 +26,14 @@ class RateConfig:
         codebook_decay: of the codebook's moving averages; nearer to 1 where a step has few tokens
             per code. 1 keeps the codebook, and so the model id of files, while the hyper-encoder
             learns.
+        frozen_tokens: hyper-encoder and codebook stay as they are, so that files and entropy models
+            keep their meaning while flow and decoder improve.
         losses: weights of the losses.
         aligned: share of the batches whose LPIPS (AlexNet) is taken at the tokens' own phase
             (``losses.View``).
         coarse: share of the batches whose LPIPS (AlexNet) is that of pictures of half the size.
-        steps, realism: flow evaluations and realism by default when pictures of this rate are
-            painted; None for the model's.
+        steps, realism, decoder_noise: with which pictures of this rate are painted by default;
+            None for the model's.
 
     Raises:
         ValueError: ``aligned`` or ``coarse`` outside 0 to 1, or crops that LPIPS cannot see.
@@ -42,11 +44,13 @@ class RateConfig:
     crops: CropPlan = field(default_factory=CropPlan)
     share: float = 1.0
     codebook_decay: float = 0.97
+    frozen_tokens: bool = False
     losses: LossTerms = field(default_factory=LossTerms)
     aligned: float = 0.0
     coarse: float = 0.0
     steps: int | None = None
     realism: float | None = None
+    decoder_noise: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("aligned", "coarse"):
@@ -70,17 +74,16 @@ class RateNetworks(nn.Module):
     """Hyper-encoder and quantizer of one rate.
 
     Args:
-        config: its settings.
-        frozen: tokens stay what they are; of all weights only the projection of codes to z_hat
-            learns, which files do not depend on.
+        config: its settings. With frozen tokens only the projection of codes to z_hat learns, of
+            all weights, and files do not depend on it.
 
     Raises:
         ValueError: when a crop side is no multiple of the token side.
     """
 
-    def __init__(self, config: RateConfig, frozen: bool = False) -> None:
+    def __init__(self, config: RateConfig) -> None:
         super().__init__()
-        self.config, self.frozen = config, frozen
+        self.config = config
         self.hyper_encoder = HyperEncoder(**config.hyper_encoder)
         self.hyper_encoder.to(memory_format=torch.channels_last)
         self.quantizer = VectorQuantizer(**config.quantizer)
@@ -88,7 +91,7 @@ class RateNetworks(nn.Module):
         if odd:
             raise ValueError(f"crop sides {odd} are no multiples of the token side of this rate")
         self._last: Quantized | None = None
-        if frozen:
+        if config.frozen_tokens:
             self.requires_grad_(False)
             self.quantizer.project_out.requires_grad_(True)
 
@@ -100,14 +103,15 @@ class RateNetworks(nn.Module):
     def point(self, name: str) -> Rate:
         """The rate as a model folder describes it."""
         size = int(self.quantizer.config["codebook_size"])
-        return Rate(name, self.token_side, size, self.config.steps, self.config.realism)
+        own = self.config
+        return Rate(name, self.token_side, size, own.steps, own.realism, own.decoder_noise)
 
     def forward(self, latents: Tensor) -> Quantized:
         """Quantize latents [B, 16, h, w], differentiably; remembered for `move_codebook`.
 
         With frozen tokens both losses are 0, and nothing is remembered.
         """
-        if self.frozen:
+        if self.config.frozen_tokens:
             with torch.no_grad():
                 tokens = self.quantizer.tokens(self.hyper_encoder(latents))
             nothing = latents.new_zeros(())
@@ -130,12 +134,11 @@ class RateNetworks(nn.Module):
         return perplexity(self.quantizer.usage)
 
 
-def build_rates(configs: dict[str, RateConfig], frozen: bool = False) -> nn.ModuleDict:
+def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
     """Networks of every rate, in the order of the rates in a model folder.
 
     Args:
         configs: settings per rate.
-        frozen: as for ``RateNetworks``.
 
     Raises:
         ValueError: no rate, a share that is not positive, crops that do not fit the tokens, or
@@ -146,7 +149,7 @@ def build_rates(configs: dict[str, RateConfig], frozen: bool = False) -> nn.Modu
     bad = {name: c.share for name, c in configs.items() if not c.share > 0}
     if bad:
         raise ValueError(f"shares of the steps must be positive, not {bad}")
-    rates = {name: RateNetworks(config, frozen) for name, config in configs.items()}
+    rates = {name: RateNetworks(config) for name, config in configs.items()}
     channels = {n: int(r.quantizer.config["output_channels"]) for n, r in rates.items()}
     if len(set(channels.values())) > 1:
         raise ValueError(f"output_channels of all quantizers must be equal, not {channels}")

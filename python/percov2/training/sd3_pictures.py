@@ -16,10 +16,10 @@ from torch import Tensor
 
 from percov2.images import to_rgb
 from percov2.models.flow import sample
+from percov2.training.autoencoder_stage import save_rows
 from percov2.training.sd3_frozen import FrozenNetworks
 from percov2.training.sd3_networks import SD3Networks
 from percov2.training.shards import PHOTO_ENDINGS
-from percov2.training.stage1 import save_rows
 
 STEPS = 20
 _TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -1,6 +1,6 @@
-"""Stage 1: the autoencoder, then hyper-encoder, quantizer, flow transformer and decoder together.
+"""Stage 1, joint phase: hyper-encoders, quantizers, flow transformer and decoder together.
 
-The second phase follows PerCoV2 §3 (flow matching with z_hat beside the noisy latents) and adds
+It follows PerCoV2 §3 (flow matching with z_hat beside the noisy latents) and adds
 what a small model needs: most samples start at t = 1 and are decoded, so that L1 and LPIPS reach
 the whole chain, the trainable decoder included.
 """
@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from percov2.models.autoencoder import PatchAutoencoder
@@ -29,89 +28,18 @@ from percov2.training.adversary import (
     PixelDiscriminator,
     with_force,
 )
-from percov2.training.data import CropPlan, PhotoCrops
+from percov2.training.autoencoder_stage import save_rows
+from percov2.training.data import PhotoCrops
 from percov2.training.losses import (
     FEATURE_CHANNELS,
     FEATURES,
-    LossTerms,
     PerceptualNetworks,
-    Term,
     View,
     draw_view,
     weighted,
 )
 from percov2.training.rates import RateConfig, RateNetworks, build_rates, draw_rate
 from percov2.training.stage import Draw, Place, TrainingStage
-
-
-def save_rows(path: Path, rows: list[Tensor]) -> None:
-    """Write rows of images [B, 3, H, W] in [-1, 1] below each other as one PNG."""
-    strips = [torch.cat(list(r), 2) for r in rows]
-    grid = torch.cat(strips, 1).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    Image.fromarray(grid.permute(1, 2, 0).contiguous().cpu().numpy()).save(path)
-
-
-@dataclass
-class AutoencoderConfig:
-    """Configuration of the autoencoder phase."""
-
-    autoencoder: dict = field(default_factory=dict)
-    crops: CropPlan = field(default_factory=CropPlan)
-    losses: LossTerms = field(default_factory=lambda: LossTerms(alex=Term(0.5)))
-    latent_noise: float = 0.1
-
-
-class AutoencoderStage(TrainingStage):
-    """Phase A: images -> latents -> images, latents held near unit variance."""
-
-    def __init__(self, config: AutoencoderConfig, data: PhotoCrops) -> None:
-        super().__init__()
-        self.config, self.data = config, data
-        self.autoencoder = PatchAutoencoder(**config.autoencoder)
-        self.autoencoder.to(memory_format=torch.channels_last)
-        self.perceptual = PerceptualNetworks({"alex", "vgg"} & set(config.losses.named()))
-        self._step = 0
-
-    def start_run(self, place: Place) -> None:
-        """See :meth:`TrainingStage.start_run`."""
-        self.data = self.data.on(place.device)
-
-    def stored_keys(self) -> set[str]:
-        """See :meth:`TrainingStage.stored_keys`: everything but the losses' networks."""
-        return {key for key in self.state_dict() if not key.startswith("perceptual.")}
-
-    def start_step(self, step: int, total: int) -> None:
-        """See :meth:`TrainingStage.start_step`."""
-        self._step = step
-
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.forward`."""
-        images, _ = self.config.crops.draw(self.data, generator)
-        latents = self.autoencoder.encode(images).float()
-        noisy = latents + self.config.latent_noise * torch.randn_like(latents)
-        side = images.shape[-1]
-        weights = self.config.losses.at(self._step)
-        compared = self.perceptual.compare(
-            self.autoencoder.decode(noisy),
-            images,
-            draw_view(side, 0.0, 0.0, side),
-            frozenset(weights),
-        )
-        loss, figures = weighted(
-            compared,
-            torch.ones(len(images), device=images.device),
-            {name: torch.tensor(weight) for name, weight in weights.items()},
-        )
-        power = latents.square().mean((0, 2, 3))
-        mean = latents.mean((0, 2, 3))
-        spread = ((power - 1).square() + mean.square()).mean()
-        return loss + 0.02 * spread, {**figures, "power": power.mean().detach()}
-
-    def draw_samples(self, folder: Path, step: int) -> None:
-        """Fixed crops above their reconstructions."""
-        images, _ = self.data.batch(np.random.default_rng(123), 6, self.config.crops.sides[0])
-        rebuilt = self.autoencoder.decode(self.autoencoder.encode(images))
-        save_rows(folder / "samples.png", [images, rebuilt])
 
 
 @dataclass
@@ -123,11 +51,9 @@ class CodecConfig:
         one_step: share of samples at t = 1; the others draw t as SD3 does (logit-normal).
         distil: weight of the mean absolute difference from what the decoder of the starting model
             paints of the same latents. Above 0 only the decoder learns.
-        frozen_tokens: hyper-encoders and codebooks stay as they are, so that files and entropy
-            models keep their meaning while flow and decoder improve.
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
         decoder_noise: standard deviation of the noise on the latents that are decoded, at
-            realism 1; it is proportional to realism.
+            realism 1; it is proportional to realism. A rate may have its own.
         dial: settings of the realism dial; None for a model without one, which is trained at
             realism 1.
         realism_ends: shares of the samples at realism 0 and at realism 1; the others are drawn
@@ -149,7 +75,6 @@ class CodecConfig:
     vq_weight: float = 0.25
     spread_weight: float = 0.05
     distil: float = 0.0
-    frozen_tokens: bool = False
     caption_dropout: float = 0.1
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
 
@@ -182,7 +107,7 @@ class CodecStage(TrainingStage):
         self.config, self.data = config, data
         self.autoencoder = autoencoder
         self.autoencoder.encoder.requires_grad_(False)
-        self.rates = build_rates(config.rates, config.frozen_tokens)
+        self.rates = build_rates(config.rates)
         channels = int(self._rate(next(iter(self.rates))).quantizer.config["output_channels"])
         self.flow = build_flow(channels, **config.flow)
         self.flow.pos_embed.proj.reset_parameters()
@@ -224,8 +149,8 @@ class CodecStage(TrainingStage):
 
     @property
     def recordable(self) -> bool:  # type: ignore[override]
-        """With frozen tokens."""
-        return self.config.frozen_tokens
+        """Where every rate has frozen tokens."""
+        return all(rate.frozen_tokens for rate in self.config.rates.values())
 
     def draw(self, generator: np.random.Generator) -> Draw:
         """Draw crops, words, times, realism and loss weights of a step, and what its losses see.
@@ -280,9 +205,10 @@ class CodecStage(TrainingStage):
             config.prediction,
         ).float()
         latent_error = (clean - latents).square().mean()
-        if config.decoder_noise:
+        level = self._decoder_noise(name)
+        if level:
             grain = torch.randn_like(clean) * realism.view(-1, 1, 1, 1)
-            clean = clean + config.decoder_noise * grain
+            clean = clean + level * grain
         clean = clean.contiguous(memory_format=torch.channels_last)
         rebuilt = self.autoencoder.decode(clean)
         view = View(tensors.get("shift"), tensors["window"], window_side, coarse)
@@ -322,6 +248,11 @@ class CodecStage(TrainingStage):
         self.requires_grad_(False)
         self.autoencoder.decoder.requires_grad_(True)
         self.teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def _decoder_noise(self, rate: str) -> float:
+        """Return the decoder's noise at a rate."""
+        own = self.config.rates[rate].decoder_noise
+        return self.config.decoder_noise if own is None else own
 
     def _conditioning(self, text: tuple[Tensor, Tensor], realism: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the flow is told of captions and realism."""
@@ -377,7 +308,7 @@ class CodecStage(TrainingStage):
             self._conditioning(self.text_encoder(captions), torch.ones(len(latents)).to(latents)),
             self.config.prediction,
         )
-        return self.autoencoder.decode(clean + self.config.decoder_noise * grain)
+        return self.autoencoder.decode(clean + self._decoder_noise(rate) * grain)
 
     def draw_samples(self, folder: Path, step: int) -> None:
         """Fixed crops above their one-step reconstructions, one row per rate."""

@@ -1,0 +1,86 @@
+"""Stage 1, first phase: the autoencoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from percov2.models.autoencoder import PatchAutoencoder
+from percov2.training.data import CropPlan, PhotoCrops
+from percov2.training.losses import LossTerms, PerceptualNetworks, Term, draw_view, weighted
+from percov2.training.stage import Place, TrainingStage
+
+
+def save_rows(path: Path, rows: list[Tensor]) -> None:
+    """Write rows of images [B, 3, H, W] in [-1, 1] below each other as one PNG."""
+    strips = [torch.cat(list(r), 2) for r in rows]
+    grid = torch.cat(strips, 1).clamp(-1, 1).add(1).mul(127.5).round().byte()
+    Image.fromarray(grid.permute(1, 2, 0).contiguous().cpu().numpy()).save(path)
+
+
+@dataclass
+class AutoencoderConfig:
+    """Configuration of the autoencoder phase."""
+
+    autoencoder: dict = field(default_factory=dict)
+    crops: CropPlan = field(default_factory=CropPlan)
+    losses: LossTerms = field(default_factory=lambda: LossTerms(alex=Term(0.5)))
+    latent_noise: float = 0.1
+
+
+class AutoencoderStage(TrainingStage):
+    """Phase A: images -> latents -> images, latents held near unit variance."""
+
+    def __init__(self, config: AutoencoderConfig, data: PhotoCrops) -> None:
+        super().__init__()
+        self.config, self.data = config, data
+        self.autoencoder = PatchAutoencoder(**config.autoencoder)
+        self.autoencoder.to(memory_format=torch.channels_last)
+        self.perceptual = PerceptualNetworks({"alex", "vgg"} & set(config.losses.named()))
+        self._step = 0
+
+    def start_run(self, place: Place) -> None:
+        """See :meth:`TrainingStage.start_run`."""
+        self.data = self.data.on(place.device)
+
+    def stored_keys(self) -> set[str]:
+        """See :meth:`TrainingStage.stored_keys`: everything but the losses' networks."""
+        return {key for key in self.state_dict() if not key.startswith("perceptual.")}
+
+    def start_step(self, step: int, total: int) -> None:
+        """See :meth:`TrainingStage.start_step`."""
+        self._step = step
+
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`TrainingStage.forward`."""
+        images, _ = self.config.crops.draw(self.data, generator)
+        latents = self.autoencoder.encode(images).float()
+        noisy = latents + self.config.latent_noise * torch.randn_like(latents)
+        side = images.shape[-1]
+        weights = self.config.losses.at(self._step)
+        compared = self.perceptual.compare(
+            self.autoencoder.decode(noisy),
+            images,
+            draw_view(side, 0.0, 0.0, side),
+            frozenset(weights),
+        )
+        loss, figures = weighted(
+            compared,
+            torch.ones(len(images), device=images.device),
+            {name: torch.tensor(weight) for name, weight in weights.items()},
+        )
+        power = latents.square().mean((0, 2, 3))
+        mean = latents.mean((0, 2, 3))
+        spread = ((power - 1).square() + mean.square()).mean()
+        return loss + 0.02 * spread, {**figures, "power": power.mean().detach()}
+
+    def draw_samples(self, folder: Path, step: int) -> None:
+        """Fixed crops above their reconstructions."""
+        images, _ = self.data.batch(np.random.default_rng(123), 6, self.config.crops.sides[0])
+        rebuilt = self.autoencoder.decode(self.autoencoder.encode(images))
+        save_rows(folder / "samples.png", [images, rebuilt])
