@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,28 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
                 offset += pixels.size
             if len(entries) == before:
                 raise ValueError(f"{shard.name} holds no .webp, .jpg or .png photo")
+    _finish(cache, entries)
+
+
+def join_caches(parts: list[Path], cache: Path) -> None:
+    """Join caches, e.g. of shards that were decoded at the same time, into ``cache``.
+
+    The result is that of :func:`decode_shards` on all their shards in this order.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    entries: list[list[Any]] = []
+    with open(cache / "photos.bin.part", "wb") as out:
+        for part in parts:
+            start = out.tell()
+            for key, offset, *rest in json.loads((part / "photos.json").read_text()):
+                entries.append([key, start + offset, *rest])
+            with open(part / "photos.bin", "rb") as pixels:
+                shutil.copyfileobj(pixels, out, 1 << 24)
+    _finish(cache, entries)
+
+
+def _finish(cache: Path, entries: list[list[Any]]) -> None:
+    """Give a cache its names, now that it is whole."""
     (cache / "photos.json.part").write_text(json.dumps(entries))
     os.replace(cache / "photos.bin.part", cache / "photos.bin")
     os.replace(cache / "photos.json.part", cache / "photos.json")

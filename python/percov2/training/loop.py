@@ -35,6 +35,7 @@ class LoopConfig:
 
     Attributes:
         steps: length of the learning-rate schedule; training ends there.
+        minutes: length of the schedule in minutes, if that comes first: for a machine that is lent.
         learning_rate: peak, after a linear warm-up.
         warmup: warm-up steps.
         schedule: after the warm-up "cosine" falls to 2 % of the peak, "constant" stays.
@@ -56,6 +57,7 @@ class LoopConfig:
     """
 
     steps: int
+    minutes: float = math.inf
     learning_rate: float = 5e-4
     warmup: int = 200
     schedule: str = "cosine"
@@ -76,6 +78,8 @@ class LoopConfig:
         # fp16 would need a loss scale, which is no part of a checkpoint.
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, not {self.precision!r}")
+        if not self.minutes > 0:
+            raise ValueError(f"minutes must be above 0, not {self.minutes}")
         for name in ("accumulate", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -89,12 +93,13 @@ def _mean(values: list[float]) -> float:
     return sum(known) / len(known) if known else math.nan
 
 
-def _learning_rate(config: LoopConfig, step: int) -> float:
+def _learning_rate(config: LoopConfig, step: int, minutes: float) -> float:
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.learning_rate
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    progress = max(progress, min(1.0, minutes / config.minutes))
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -169,6 +174,8 @@ class _Run:
         self.recorded = RecordedSteps(self._whole_step, CudaRecorder()) if config.record else None
         self.losses: list[Tensor] = []
         self.step = 0
+        self.earlier = 0.0
+        self.started = time.monotonic()
         if self.path.is_file():
             self._restore()
 
@@ -184,6 +191,12 @@ class _Run:
         checkpoint.restore_draws(state, self.generator, process, processes, self.path)
         self.stage.load_side_state(state.get("side", {}))
         self.step = int(state["step"])
+        self.earlier = float(state.get("minutes", 0.0))
+
+    @property
+    def minutes(self) -> float:
+        """Minutes that the run has been training, by the clock of the first process."""
+        return self.earlier + (time.monotonic() - self.started) / 60
 
     def save(self) -> None:
         """Write a checkpoint and samples (collective)."""
@@ -201,6 +214,7 @@ class _Run:
                     **draws[0],
                     "other_processes": draws[1:],
                     "step": self.step,
+                    "minutes": self.minutes,
                 },
             )
             rng = torch.get_rng_state()
@@ -214,7 +228,7 @@ class _Run:
     def do_step(self) -> dict[str, Tensor]:
         """One optimiser step; returns the figures of its last forward pass."""
         self.stage.start_step(self.step, self.config.steps)
-        set_learning_rate(self.optimizer, _learning_rate(self.config, self.step))
+        set_learning_rate(self.optimizer, _learning_rate(self.config, self.step, self.minutes))
         if self.recorded is None:
             figures = self._step_by_passes()
         else:
@@ -362,6 +376,7 @@ def _train(
                     bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
             now = time.monotonic()
             late = stop_after_minutes is not None and now - started > stop_after_minutes * 60
+            late = late or run.minutes >= config.minutes
             stop, due = run.agreed(late or signals.noticed, now - saved > config.checkpoint_seconds)
             if stop:
                 break

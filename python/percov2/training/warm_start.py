@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -104,13 +105,14 @@ def _model_state(folder: Path) -> dict[str, Tensor]:
     return {f"{k}.{n}": v for k, part in parts.items() for n, v in part.state_dict().items()}
 
 
-def _stored_state(run: Path) -> tuple[dict[str, Tensor], Path]:
-    """Return the weights of a codec run or a model folder, and the path they lie at."""
+def stored_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+    """Return weights and discriminators of a codec run or a model folder, and where they lie."""
     path = run / "checkpoint.pt"
     if path.is_file():
-        return torch.load(path, map_location="cpu", weights_only=True)["ema"], path
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return stored["ema"], stored.get("side", {}), path
     if (run / "config.json").is_file():
-        return _model_state(run), run
+        return _model_state(run), {}, run
     raise ValueError(
         f"{run} holds neither checkpoint.pt nor config.json; give the folder of a codec run or of "
         "a model"
@@ -120,6 +122,8 @@ def _stored_state(run: Path) -> tuple[dict[str, Tensor], Path]:
 @torch.no_grad()
 def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
     """Load the averaged weights of a codec run: shared networks, and every rate it has.
+
+    Discriminators come along where both runs have them; their optimisers start anew.
 
     Rates that the run does not have start from its first one. The decoder may have other blocks and
     widths than the run's; more blocks start as the identity.
@@ -134,7 +138,7 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
     Raises:
         ValueError: neither of the two there, or networks of other sizes.
     """
-    state, path = _stored_state(run)
+    state, side, path = stored_state(run)
     stored = _stored_rates(state, next(iter(stage.rates)))
     if not stored:
         raise ValueError(f"{path} is of another phase; give the folder of a codec run")
@@ -151,6 +155,9 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
         # A model without a dial is one whose dial changes nothing.
         if stage.dial is not None and dial:
             stage.dial.load_state_dict(dial)
+        for name, adversary in stage.adversaries.items():
+            if name in side:
+                adversary.network.load_state_dict(side[name]["network"])
         donor_name, donor = next(iter(stored.items()))
         for name, networks in stage.rates.items():
             assert isinstance(networks, RateNetworks)
