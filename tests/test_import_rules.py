@@ -22,6 +22,7 @@ CODEC_AND_BELOW = {
     "percov2.caption",
     "percov2.caption_model",
     "percov2.captioners",
+    "percov2.coarser_rates",
     "percov2.codec",
     "percov2.entropy",
     "percov2.images",
@@ -85,6 +86,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
         {"numpy", "PIL", "torch"},
         set(),
     ),
+    "percov2.coarser_rates": ({"percov2.models", "percov2.packing"}, set(), set()),
     "percov2.codec": (
         CODEC_AND_BELOW,
         {"diffusers", "numpy", "PIL", "safetensors", "torch", "tqdm"},
