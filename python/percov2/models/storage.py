@@ -57,6 +57,30 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def store_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
+    """``save_component``, unless the folder holds these very weights already.
+
+    Rounding what has been rounded may move its last bits, so weights that a run left as they were
+    would not always give the same file. Arguments and errors as there.
+    """
+    try:
+        stored: ModelMixin | None = load_component(type(model), folder)
+    except ValueError:
+        stored = None
+    if stored is None or not _equal(model, stored):
+        save_component(model, folder, weight_format)
+
+
+def _equal(one: ModelMixin, other: ModelMixin) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    configs = [{k: v for k, v in m.config.items() if k[0] != "_"} for m in (one, other)]
+    return (
+        configs[0] == configs[1]
+        and ours.keys() == theirs.keys()
+        and all(torch.equal(value.cpu(), theirs[name]) for name, value in ours.items())
+    )
+
+
 # Networks are loaded when first needed, often inside inference mode; their weights must stay
 # ordinary tensors that can be changed and trained.
 @torch.inference_mode(False)

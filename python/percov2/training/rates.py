@@ -15,6 +15,9 @@ from percov2.models.quantizer import Quantized, VectorQuantizer
 from percov2.training.data import CropPlan
 from percov2.training.losses import least_side
 
+_PATCH_PIXELS = 2 * PatchAutoencoder.stride
+"""Side of the flow's patches of two latents: training pads no crop."""
+
 
 @dataclass(frozen=True)
 class RateConfig:
@@ -35,6 +38,8 @@ class RateConfig:
         coarse: share of the batches whose LPIPS and texture are those of pictures of half the size.
         steps: flow evaluations by default when pictures of this rate are painted; None for the
             model's.
+        kept: hyper-encoder and quantizer stay as they are, while steps of this rate train what
+            rates share.
 
     Raises:
         ValueError: ``adversarial`` below 0, ``coarse`` outside 0 to 1, or crops that LPIPS cannot
@@ -52,6 +57,7 @@ class RateConfig:
     adversarial: float = 1.0
     coarse: float = 0.0
     steps: int | None = None
+    kept: bool = False
 
     def __post_init__(self) -> None:
         if not self.adversarial >= 0 or not 0 <= self.coarse <= 1:
@@ -79,25 +85,29 @@ class RateNetworks(nn.Module):
     Args:
         config: its settings.
         frozen: tokens stay what they are; of all weights only the projection of codes to z_hat
-            learns, which files do not depend on.
+            learns, which files do not depend on, and not even that if the rate is ``kept``.
 
     Raises:
-        ValueError: when a crop side is no multiple of the token side.
+        ValueError: when a crop side is no multiple of the token side, or of the flow's patches.
     """
 
     def __init__(self, config: RateConfig, frozen: bool = False) -> None:
         super().__init__()
-        self.config, self.frozen = config, frozen
+        self.config, self.frozen = config, frozen or config.kept
         self.hyper_encoder = HyperEncoder(**config.hyper_encoder)
         self.hyper_encoder.to(memory_format=torch.channels_last)
         self.quantizer = VectorQuantizer(**config.quantizer)
-        odd = [side for side in config.crops.sides if side % self.token_side]
+        unit = max(self.token_side, _PATCH_PIXELS)
+        odd = [side for side in config.crops.sides if side % unit]
         if odd:
-            raise ValueError(f"crop sides {odd} are no multiples of the token side of this rate")
+            raise ValueError(
+                f"crop sides {odd} are no multiples of {unit} pixels, the larger of the token side "
+                "of this rate and the side of the flow's patches"
+            )
         self._last: Quantized | None = None
-        if frozen:
+        if self.frozen:
             self.requires_grad_(False)
-            self.quantizer.project_out.requires_grad_(True)
+            self.quantizer.project_out.requires_grad_(not config.kept)
 
     @property
     def token_side(self) -> int:
