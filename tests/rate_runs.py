@@ -8,6 +8,8 @@ from tiny_flow import TINY_FLOW
 
 RATES = {"r031": (2, 16, 48), "r010": (4, 32, 64), "r002": (8, 16, 64)}
 """Rate -> stride, codes, crop side."""
+ADDED = {"r125": (1, 16, 48)}
+"""A rate that a finished model gets."""
 
 
 ALEX = "alex = { weight = 0.8 }"
@@ -17,14 +19,15 @@ FEATURES = ALEX + "\nfeatures = { weight = 0.5, from_step = 2, warmup = 2 }"
 
 
 def config_text(rates: list[str], extra: str = "", steps: int = 6, losses: str = ALEX) -> str:
+    known = {**RATES, **ADDED}
     tables = "".join(
         f"""
 [codec.rates.{name}]
 share = {1.0 / (i + 1)}
-hyper_encoder = {{ channels = 8, hyper_channels = 8, stride = {RATES[name][0]} }}
-quantizer = {{ hyper_channels = 8, codebook_size = {RATES[name][1]}, code_dim = 4,
+hyper_encoder = {{ channels = 8, hyper_channels = 8, stride = {known[name][0]} }}
+quantizer = {{ hyper_channels = 8, codebook_size = {known[name][1]}, code_dim = 4,
                output_channels = 4 }}
-crops = {{ sides = [{RATES[name][2]}], counts = [2] }}
+crops = {{ sides = [{known[name][2]}], counts = [2] }}
 """.replace(",\n              ", ",")
         for i, name in enumerate(rates)
     )

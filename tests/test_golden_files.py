@@ -1,14 +1,21 @@
-"""Files of the frozen entropy model that must mean the same tokens, in the same bytes, forever."""
+"""Files that must mean the same tokens, in the same bytes, forever.
+
+Those of a frozen random entropy model pin the format; those of the embedded model pin its rates.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from percov2 import bitstream
+from golden_pictures import CASES, FOLDER, RECORD, record
+from percov2 import Codec, bitstream
 from percov2.caption import decode_caption
+from percov2.caption_model import CaptionModel
+from percov2.codec import CAPTIONS
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder
 from percov2.packing import Tokens, pack
 from percov2.unpacking import OpenFile, unpack
@@ -50,3 +57,35 @@ def test_golden_files_keep_tokens_and_bytes(coder: TokenCoder, name: str) -> Non
     (decoded,) = unpack(coder, [OpenFile(data, parsed, tokens.shape)])
     np.testing.assert_array_equal(decoded, tokens)
     assert pack(coder, [header], [tokens]) == [data]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Codec:
+    return Codec.from_pretrained("tiny")
+
+
+def test_every_file_of_the_embedded_model_has_its_record() -> None:
+    names = {path.stem for path in FOLDER.glob("*.pcv2")}
+    assert names == set(CASES) == set(json.loads(RECORD.read_text()))
+    for rate in ("r031", "r010", "r002"):
+        assert any(case.rate == rate for case in CASES.values())
+    assert {case.schedule for case in CASES.values()} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_files_of_the_embedded_model_keep_their_tokens(embedded: Codec, name: str) -> None:
+    case, expected = CASES[name], json.loads(RECORD.read_text())[name]
+    data = (FOLDER / f"{name}.pcv2").read_bytes()
+    header = bitstream.read(data).header
+    assert f"{header.model_id:04x}" == expected["model_id"]
+    assert (header.width, header.height) == case.size
+    assert SCHEDULES[header.schedule] == case.schedule
+    assert (header.stages_sent, header.seed) == (case.stages or 0, case.draw_seed)
+    (tokens,) = embedded.decode_tokens([data])
+    assert record(tokens, embedded.model_id(case.rate)) == expected
+    (decoded,) = embedded.decode([data])
+    assert (decoded.rate.name, decoded.caption) == (case.rate, case.caption)
+    # The tokens, drawn ones included, give the file again.
+    entropy = IntTransformer.load(embedded.model.folder / case.rate / "entropy")
+    captions = CaptionModel.load(CAPTIONS) if case.caption else None
+    assert pack(TokenCoder(entropy), [decoded.header], [tokens], captions) == [data]

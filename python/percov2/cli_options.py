@@ -55,7 +55,8 @@ def add_encoding(parser: argparse.ArgumentParser) -> None:
     part.add_argument(
         "--target-bytes",
         type=number(int, 1, 1 << 26),
-        help="hold as many stages as so many bytes have room for",
+        help="hold as many stages as so many bytes have room for; a picture with more tokens "
+        "than a file may hold in part takes a coarser rate",
     )
 
 

@@ -18,6 +18,7 @@ from percov2 import bitstream, packing, unpacking
 from percov2.bitstream import MAX_PIXELS, BitstreamError, Header
 from percov2.caption import decode_caption, encode_caption
 from percov2.caption_model import CaptionModel
+from percov2.coarser_rates import encode_bounded
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES
 from percov2.entropy.token_coder import TokenCoder
@@ -123,7 +124,9 @@ class Codec:
                 one after the other.
             stages: hold the tokens of so many stages, at least 1; the decoder draws the others
                 (the paper's hybrid mode). None, or all of a picture's: a complete file.
-            target_bytes: hold as many stages as so many bytes have room for.
+            target_bytes: hold as many stages as so many bytes have room for. Where the complete
+                file is longer and readers accept no part of so many tokens, the picture takes the
+                finest coarser rate that has a file of so many bytes.
             effort: 0 to 1000 rounds of a search for tokens that paint the picture better; each
                 takes as long as decoding it about three times, and 16 bring most of the gain.
             draw_seed: 0 to 65535, of the decoder's draws for files that do not hold all stages;
@@ -133,9 +136,12 @@ class Codec:
             ValueError: unknown rate or schedule, a caption or picture that cannot be stored, a
                 wrong number of captions, slack, stages, effort or draw_seed out of range, both
                 stages and target_bytes, a draw_seed without either, a picture of which one stage
-                needs more than target_bytes, or effort for a model or a picture that has no
-                search.
+                needs more than target_bytes, stages of a picture with more tokens than a file may
+                hold in part, or effort for a model or a picture that has no search.
             MetricWeightsMissing: effort, and LPIPS's weights are not installed.
+
+        Warns:
+            CoarserRateWarning: a picture has a coarser rate because of target_bytes.
         """
         if stages is not None and target_bytes is not None:
             raise ValueError("stages and target_bytes exclude each other; give one")
@@ -152,19 +158,34 @@ class Codec:
                 raise ValueError(f"{name} must be 0 to {most}, not {value}")
         point, name = self._rate(rate), self._schedule(schedule)
         coded = self._coded_captions(captions, len(images))
-        choice = TokenChoice(self._entropy(point.name), name, slack) if slack else None
-        search = None
-        if effort:
-            texts = [""] * len(images) if captions is None else captions
-            search = CaptionedSearch(self.model.token_search(point.name, effort), texts)
+        texts = [""] * len(images) if captions is None else captions
         arrays = rgb_arrays(images, max_pixels)
-        tokens = token_maps(self.model, arrays, point, choice, search)
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
-        headers = self._headers(sizes, point, name, coded, tokens, stages, draw_seed)
+
+        def encode(rate: Rate, chosen: Sequence[int]) -> list[bytes]:
+            """Files, at a rate, of the pictures of these numbers."""
+            coder, common = self._entropy(rate.name), self._common(rate, name)
+            picked, coded_here = [sizes[i] for i in chosen], [coded[i] for i in chosen]
+            headers = packing.headers(
+                common, picked, rate.token_side, coded_here, stages, draw_seed
+            )
+            choice = TokenChoice(coder, name, slack) if slack else None
+            search = None
+            if effort:
+                run = self.model.token_search(rate.name, effort)
+                search = CaptionedSearch(run, [texts[i] for i in chosen])
+            tokens = token_maps(self.model, [arrays[i] for i in chosen], rate, choice, search)
+            if target_bytes is None:
+                return self._pack(headers, tokens)
+            model = self._caption_model(headers)
+            return packing.pack_within(
+                coder, headers, tokens, target_bytes, model, draw_seed, chosen
+            )
+
         if target_bytes is None:
-            return self._pack(headers, tokens)
-        coder, model = self._entropy(point.name), self._caption_model(headers)
-        return packing.pack_within(coder, headers, tokens, target_bytes, model, draw_seed)
+            return encode(point, range(len(arrays)))
+        rates = [point, *self.config.coarser(point)]
+        return encode_bounded(encode, sizes, rates, SCHEDULES.index(name))
 
     def encode_tokens(
         self,
@@ -207,7 +228,8 @@ class Codec:
             packing.checked_tokens(grid, size, point.token_side, point.codebook_size)
             for grid, size in zip(tokens, sizes, strict=True)
         ]
-        headers = self._headers(sizes, point, name, coded, maps, stages)
+        common = self._common(point, name)
+        headers = packing.headers(common, sizes, point.token_side, coded, stages)
         return self._pack(headers, maps)
 
     def _pack(self, headers: Sequence[Header], tokens: Sequence[Tokens]) -> list[bytes]:
@@ -239,20 +261,10 @@ class Codec:
             raise ValueError(f"unknown schedule {chosen!r}; choose one of {', '.join(SCHEDULES)}")
         return chosen
 
-    def _headers(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        rate: Rate,
-        schedule: str,
-        captions: Sequence[tuple[int, bytes]],
-        tokens: Sequence[Tokens],
-        stages: int | None,
-        draw_seed: int = 0,
-    ) -> list[Header]:
+    def _common(self, rate: Rate, schedule: str) -> Header:
+        """What the headers of files of a rate and schedule share."""
         index = self.config.rates.index(rate)
-        common = Header(self.model_id(rate.name), 1, 1, index, SCHEDULES.index(schedule))
-        grids = [grid.shape for grid in tokens]
-        return packing.headers(common, sizes, grids, captions, stages, draw_seed)
+        return Header(self.model_id(rate.name), 1, 1, index, SCHEDULES.index(schedule))
 
     # Decompressing -------------------------------------------------------------------------------
 

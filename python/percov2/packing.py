@@ -32,6 +32,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class TooFewBytes(ValueError):
+    """No file of a picture that a reader accepts has so few bytes."""
+
+
 def by_group(
     items: Sequence[Item],
     keys: Sequence[Hashable],
@@ -63,7 +67,7 @@ def by_group(
 def headers(
     common: Header,
     sizes: Sequence[tuple[int, int]],
-    grids: Sequence[tuple[int, ...]],
+    token_side: int,
     captions: Sequence[tuple[int, bytes]],
     stages_sent: int | None,
     seed: int = 0,
@@ -73,16 +77,17 @@ def headers(
     Args:
         common: model id, rate and schedule of all.
         sizes: (height, width) of every picture in pixels.
-        grids: (h, w) of its tokens.
+        token_side: of the rate, in pixels.
         captions: codec and coded bytes of its caption.
         stages_sent: hold so many stages, or all of a picture that has no more; None for all.
         seed: of the draws of files that do not hold all.
 
     Raises:
-        ValueError: stages_sent below 1.
+        ValueError: stages_sent below 1, or a part of the stages that a reader would refuse.
     """
     if stages_sent is not None and stages_sent < 1:
         raise ValueError(f"a file holds at least 1 stage, not {stages_sent}")
+    grids = [token_grid(size, token_side) for size in sizes]
     result = []
     for (height, width), grid, (codec, caption) in zip(sizes, grids, captions, strict=True):
         sent = stages_sent or 0
@@ -90,6 +95,7 @@ def headers(
             sent = 0
         size = replace(common, height=height, width=width, stages_sent=sent, seed=seed * bool(sent))
         result.append(replace(size, caption_codec=codec, caption=caption))
+    refuse_parts(result, grids)
     return result
 
 
@@ -112,11 +118,10 @@ def pack(
             part of the stages that ``partial_fault`` refuses, or a caption for a model that is
             missing.
     """
-    for header, grid in zip(headers, tokens, strict=True):
+    for header in headers:
         if header.caption_codec == bitstream.CAPTION_MODEL and captions is None:
             raise ValueError(f"the caption {header.caption!r} needs the caption model; give it")
-        if fault := partial_fault(header, grid.shape):
-            raise ValueError(fault)
+    refuse_parts(headers, [grid.shape for grid in tokens])
     headers = [replace(header, dense=True) for header in headers]
     sent = [sent_tokens(h, grid.shape) for h, grid in zip(headers, tokens, strict=True)]
     written = _write(coder, headers, tokens, captions)
@@ -143,15 +148,31 @@ def pack_within(
     limit: int,
     captions: CaptionModel | None = None,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
 ) -> list[bytes]:
     """Files of at most ``limit`` bytes that hold as many stages as fit.
 
     Arguments as for ``pack``; ``stages_sent`` is set here, and with it ``seed``.
 
+    Args:
+        numbers: of the pictures in messages; 0, 1, … if None.
+
     Raises:
-        ValueError: as ``pack``, or the first stage of a picture needs more bytes.
+        TooFewBytes: the first stage of a picture needs more bytes, or all stages do and a reader
+            accepts no part of them.
+        ValueError: as ``pack``.
     """
     files = pack(coder, headers, tokens, captions)
+    names = [
+        f"picture {number} of {header.width}x{header.height}"
+        for number, header in zip(numbers or range(len(headers)), headers, strict=True)
+    ]
+    for name, header, grid, file in zip(names, headers, tokens, files, strict=True):
+        if len(file) > limit and (reason := whole_only(header.schedule, grid.shape)):
+            raise TooFewBytes(
+                f"{name} needs {len(file)} bytes, more than {limit}: {reason}; choose a lower rate "
+                "or more bytes"
+            )
     totals = [
         stage_count(SCHEDULES[h.schedule], *grid.shape)
         for h, grid in zip(headers, tokens, strict=True)
@@ -187,9 +208,9 @@ def pack_within(
     for i, file in enumerate(files):
         if len(file) > limit:
             least = len(file) if totals[i] == 1 else len(parts({i: 1})[0])
-            raise ValueError(
-                f"picture {i} of {headers[i].width}x{headers[i].height} needs {least} bytes "
-                f"for its first stage, more than {limit}; choose a lower rate or more bytes"
+            raise TooFewBytes(
+                f"{names[i]} needs {least} bytes for its first stage, more than {limit}; choose a "
+                "lower rate or more bytes"
             )
     return files
 
@@ -206,24 +227,41 @@ def too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
     return raster and grid[0] * grid[1] > bitstream.MAX_SPARSE_STAGES
 
 
-def partial_fault(header: Header, grid: tuple[int, ...]) -> str:
-    """What is wrong with the number of stages that a file of this grid holds; "" if nothing is.
+def whole_only(schedule: int, grid: tuple[int, ...]) -> str:
+    """Why a file of this schedule, by index, and grid must hold all stages; "" if it need not.
 
     Drawn tokens cost no bits, so the dense promise does not bound their number.
     """
-    if not header.stages_sent:
-        return ""
-    name, count = SCHEDULES[header.schedule], grid[0] * grid[1]
+    count = grid[0] * grid[1]
     if count > bitstream.MAX_DRAWN_TOKENS:
         return (
-            f"{header.stages_sent} stages of an image of {header.width}x{header.height}: of more "
-            f"than {bitstream.MAX_DRAWN_TOKENS} tokens a file must hold all, not {count} in part"
+            f"of more than {bitstream.MAX_DRAWN_TOKENS} tokens a file must hold all, not {count} "
+            "in part"
         )
-    if too_many_stages(header.schedule, grid):
+    if too_many_stages(schedule, grid):
         return (
-            f"{header.stages_sent} of the {count} stages of schedule {name!r}; a file may hold a "
-            f"part of {bitstream.MAX_SPARSE_STAGES} stages at most"
+            f"a file may hold a part of {bitstream.MAX_SPARSE_STAGES} stages at most, not of the "
+            f"{count} of schedule {SCHEDULES[schedule]!r}"
         )
+    return ""
+
+
+def refuse_parts(headers: Sequence[Header], grids: Sequence[tuple[int, ...]]) -> None:
+    """Raise ValueError for a number of stages that a reader would refuse."""
+    for header, grid in zip(headers, grids, strict=True):
+        if fault := partial_fault(header, grid):
+            raise ValueError(f"{fault}; send all stages, or choose a coarser rate")
+
+
+def partial_fault(header: Header, grid: tuple[int, ...]) -> str:
+    """What is wrong with the number of stages that a file of this grid holds; "" if nothing is."""
+    if not header.stages_sent:
+        return ""
+    if reason := whole_only(header.schedule, grid):
+        return (
+            f"{header.stages_sent} stages of an image of {header.width}x{header.height}: {reason}"
+        )
+    name = SCHEDULES[header.schedule]
     total = stage_count(name, grid[0], grid[1])
     if header.stages_sent >= total:
         return (

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
@@ -59,6 +60,18 @@ def upsample_z_hat(z_hat: Tensor, height: int, width: int) -> Tensor:
     ratio = height // rows
     spread = z_hat[..., :, None, :, None].expand(*z_hat.shape[:-1], ratio, columns, ratio)
     return spread.reshape(*z_hat.shape[:-2], height, width)
+
+
+def whole_patches(length: int, patch: int) -> int:
+    """Round a side up to a multiple of the flow's patch side."""
+    return -(-length // patch) * patch
+
+
+def pad_to_patches(z_hat: Tensor, patch: int) -> Tensor:
+    """Repeat the last row and column of z_hat [B, C, h, w] until the patches divide its sides."""
+    height, width = z_hat.shape[-2:]
+    extra = (0, whole_patches(width, patch) - width, 0, whole_patches(height, patch) - height)
+    return F.pad(z_hat, extra, mode="replicate") if any(extra) else z_hat
 
 
 def estimate_clean(

@@ -181,6 +181,11 @@ class ModelConfig:
         own = self.rate(rate).decoder_noise
         return realism * (self.decoder_noise if own is None else own)
 
+    def coarser(self, than: Rate) -> list[Rate]:
+        """The rates of larger tokens than those of a rate, the finest first."""
+        coarser = [rate for rate in self.rates if rate.token_side > than.token_side]
+        return sorted(coarser, key=lambda rate: (rate.token_side, -rate.codebook_size))
+
     def rate(self, name: str) -> Rate:
         """The rate of that name.
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from percov2.models.autoencoder import PatchAutoencoder
 from percov2.models.backbone import BackboneOptions
 from percov2.models.dial import RealismDial
-from percov2.models.flow import WindowedEstimate, estimate_clean, sample, upsample_z_hat
+from percov2.models.flow import (
+    WindowedEstimate,
+    estimate_clean,
+    pad_to_patches,
+    sample,
+    upsample_z_hat,
+    whole_patches,
+)
 from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.model_config import ModelConfig
 from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
@@ -119,6 +126,9 @@ class CodecModel(TokenMaker):
     ) -> Tensor:
         """Paint images from tokens and captions.
 
+        Where the flow's patches do not divide the latent grid, the picture is painted with its last
+        row and column of z_hat repeated, and cropped.
+
         Args:
             tokens: int [B, h, w].
             captions: one per image, "" for none.
@@ -135,7 +145,9 @@ class CodecModel(TokenMaker):
                 to 1 or for a model without a dial.
         """
         z_hat = self.z_hat(tokens, rate)
-        noise, grain = self.draw_noise(z_hat.shape[-2], z_hat.shape[-1], seed)
+        height, width = z_hat.shape[-2:]
+        z_hat = pad_to_patches(z_hat, self.patch)
+        noise, grain = self.draw_noise(height, width, seed)
         realism = self.config.chosen_realism(rate, realism)
         grain = self.config.grain(rate, realism) * grain
         text = self.conditioning(captions, realism)
@@ -150,7 +162,13 @@ class CodecModel(TokenMaker):
             return unconditional + guidance * (conditional - unconditional)
 
         noise = noise.expand(len(tokens), -1, -1, -1)
-        return self._decode(sample(estimate, z_hat, noise, steps), grain).clamp(-1, 1)
+        images = self._decode(sample(estimate, z_hat, noise, steps), grain).clamp(-1, 1)
+        return _cropped(images, height, width)
+
+    @property
+    def patch(self) -> int:
+        """Side of the flow's patches, in latent positions."""
+        return int(self.flow.config["patch_size"])
 
     def conditioning(self, captions: Sequence[str], realism: float) -> tuple[Tensor, Tensor]:
         """Return what the flow is told of captions and realism: a sequence and a pooled vector."""
@@ -160,10 +178,15 @@ class CodecModel(TokenMaker):
         return sequence, pooled
 
     def draw_noise(self, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Starting noise and the decoder's, [16, H/8, W/8] each, of variance 1."""
+        """Draw starting noise and the decoder's, of variance 1, for latents of height × width.
+
+        Returns:
+            [16, h, w] each, height and width rounded up to whole patches of the flow.
+        """
         channels = int(self.flow.config["out_channels"])
+        sides = (whole_patches(height, self.patch), whole_patches(width, self.patch))
         generator = torch.Generator().manual_seed(seed)
-        noise, grain = torch.randn(2, channels, height, width, generator=generator)
+        noise, grain = torch.randn(2, channels, *sides, generator=generator)
         return noise.to(self.device), grain.to(self.device)
 
     def paint_once(
@@ -179,8 +202,11 @@ class CodecModel(TokenMaker):
         Returns:
             Images [B, 3, H, W].
         """
+        height, width = z_hat.shape[-2:]
+        z_hat = pad_to_patches(z_hat, self.patch)
         noise = noise.expand(len(z_hat), -1, -1, -1)
-        return self._decode(self._estimate(noise, z_hat, 1.0, text), grain)
+        images = self._decode(self._estimate(noise, z_hat, 1.0, text), grain)
+        return _cropped(images, height, width)
 
     def _estimate(
         self, noisy: Tensor, z_hat: Tensor, t: float, text: tuple[Tensor, Tensor]
@@ -205,3 +231,9 @@ class CodecModel(TokenMaker):
         from percov2.models.token_search import TokenSearch
 
         return TokenSearch(self, rate, rounds)
+
+
+def _cropped(images: Tensor, height: int, width: int) -> Tensor:
+    """The part of images [B, 3, H, W] that height x width latents show."""
+    stride = PatchAutoencoder.stride
+    return images[..., : height * stride, : width * stride]

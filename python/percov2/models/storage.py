@@ -32,6 +32,9 @@ def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
     """Write a component's config and weights.
 
+    Tensors that the folder holds already stay as they are stored there: rounding what has been
+    rounded may move its last bits, and with those of an encoder the tokens of its pictures.
+
     Args:
         weight_format: "float32", "float16", or "int8" (matrices int8 per row, the rest float16).
 
@@ -43,11 +46,15 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     assert isinstance(model, ConfigMixin)
     model.save_config(folder)
+    before = _stored_before(folder / "model.safetensors")
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if name in _REBUILT:
             continue
-        if weight_format == "int8" and value.ndim >= 2 and value.numel() >= 1024:
+        if name in before and torch.equal(_restored(before, name), value.cpu()):
+            kept = (name, name + ".scale") if before[name].dtype == torch.int8 else (name,)
+            tensors.update({key: before[key] for key in kept})
+        elif weight_format == "int8" and value.ndim >= 2 and value.numel() >= 1024:
             tensors[name], tensors[name + ".scale"] = _quantize_rows(value)
         elif value.is_floating_point() and weight_format != "float32":
             tensors[name] = value.half()
@@ -55,6 +62,14 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
             tensors[name] = value.clone()
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     save_file(tensors, folder / "model.safetensors")
+
+
+def _stored_before(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of an earlier export, none if there was none that can be read."""
+    try:
+        return load_file(path) if path.is_file() else {}
+    except (SafetensorError, OSError):
+        return {}
 
 
 # Networks are loaded when first needed, often inside inference mode; their weights must stay

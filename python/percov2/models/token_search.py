@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from percov2.models.autoencoder import PatchAutoencoder
+from percov2.models.flow import whole_patches
 from percov2.models.perceptual import LPIPS
 
 if TYPE_CHECKING:
@@ -108,12 +109,17 @@ class TokenSearch:
                 *(slice(s.start // self.unit, s.stop // self.unit) for s in (ys, xs)),
             )
             pixels = [slice(s.start * stride, s.stop * stride) for s in (ys, xs)]
+            # As many patches as the flow sees: the noise reaches beyond an odd tile.
+            rows, columns = (
+                slice(s.start, s.start + whole_patches(s.stop - s.start, self.model.patch))
+                for s in (ys, xs)
+            )
             directions[places] = self._improve(
                 directions[places],
                 searched[places],
                 image[..., pixels[0], pixels[1]],
                 text,
-                (noise[:, ys, xs], grain[:, ys, xs]),
+                (noise[:, rows, columns], grain[:, rows, columns]),
             )
             searched[places] = True
         return directions

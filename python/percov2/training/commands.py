@@ -167,7 +167,8 @@ def run_export(
     """`percov2 train export`: averaged weights of a run -> a model folder.
 
     Args:
-        out: may exist already: entropy models in it stay where no other is given.
+        out: may exist already. Rates and entropy models in it stay where the run has no others, and
+            so do files whose weights are those of the run; new rates come last.
         entropy: ``RATE=FOLDER`` per rate (``FOLDER`` alone: the first rate), exported integer
             entropy models; rates without one can make tokens and pictures but not files.
         recipe: that of the run.
@@ -182,21 +183,22 @@ def run_export(
     if unknown:
         raise ValueError(f"no such rates: {unknown}; {config.name} has {list(stage.rates)}")
     load_averaged(codec_run, stage)
+    old = ModelConfig.load(out) if (out / "config.json").is_file() else None
+    points = {rate.name: rate for rate in old.rates} if old else {}
     save_component(stage.autoencoder, out / "autoencoder", "int8")
     save_component(stage.flow, out / "flow", "int8")
     save_component(stage.text_encoder, out / "text_encoder", "int8")
     if stage.dial is not None:
         save_component(stage.dial, out / "dial", "float16")
-    points = []
     for name, networks in stage.rates.items():
         assert isinstance(networks, RateNetworks)
         save_component(networks.hyper_encoder, out / name / "hyper_encoder", "int8")
         save_component(networks.quantizer, out / name / "quantizer", "float32")
-        points.append(networks.point(name))
+        points[name] = networks.point(name)
     ModelConfig(
         name=out.name,
-        rates=tuple(points),
-        default_rate=first,
+        rates=tuple(points.values()),
+        default_rate=old.default_rate if old else first,
         prediction=stage.config.prediction,
         decoder_noise=stage.config.decoder_noise,
         realism=None if stage.dial is None else 1.0,

@@ -15,6 +15,9 @@ from percov2.models.quantizer import Quantized, VectorQuantizer
 from percov2.training.data import CropPlan
 from percov2.training.losses import LossTerms, least_side
 
+_PATCH_PIXELS = 2 * PatchAutoencoder.stride
+"""Side of the flow's patches of two latents: training pads no crop."""
+
 
 @dataclass(frozen=True)
 class RateConfig:
@@ -78,7 +81,7 @@ class RateNetworks(nn.Module):
             all weights, and files do not depend on it.
 
     Raises:
-        ValueError: when a crop side is no multiple of the token side.
+        ValueError: when a crop side is no multiple of the token side, or of the flow's patches.
     """
 
     def __init__(self, config: RateConfig) -> None:
@@ -87,9 +90,13 @@ class RateNetworks(nn.Module):
         self.hyper_encoder = HyperEncoder(**config.hyper_encoder)
         self.hyper_encoder.to(memory_format=torch.channels_last)
         self.quantizer = VectorQuantizer(**config.quantizer)
-        odd = [side for side in config.crops.sides if side % self.token_side]
+        unit = max(self.token_side, _PATCH_PIXELS)
+        odd = [side for side in config.crops.sides if side % unit]
         if odd:
-            raise ValueError(f"crop sides {odd} are no multiples of the token side of this rate")
+            raise ValueError(
+                f"crop sides {odd} are no multiples of {unit} pixels, the larger of the token side "
+                "of this rate and the side of the flow's patches"
+            )
         self._last: Quantized | None = None
         if config.frozen_tokens:
             self.requires_grad_(False)

@@ -35,7 +35,8 @@ def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
     """Copy what fits from another rate; names of the tensors that stay as initialised.
 
     A strided 5×5 convolution where the donor has a 1×1 one gets it averaged over 2×2 latents, so
-    the new rate starts as the donor on coarser latents. Its codes come from its first batch.
+    the new rate starts as the donor on coarser latents. A 1×1 one gets the sum of a donor's 5×5
+    taps, so it starts as the donor where latents are constant. Codes come from the first batch.
     """
     fresh = []
     for name, value in networks.state_dict().items():
@@ -44,13 +45,14 @@ def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
             fresh.append(name)
         elif old.shape == value.shape:
             value.copy_(old)
-        elif old.shape[:2] == value.shape[:2] and (old.shape[2:], value.shape[2:]) == (
-            (1, 1),
-            (5, 5),
-        ):
+        elif old.shape[:2] != value.shape[:2]:
+            fresh.append(name)
+        elif (old.shape[2:], value.shape[2:]) == ((1, 1), (5, 5)):
             # Padding 2, stride 2: taps 2 and 3 of output i lie on latents 2i and 2i + 1.
             value.zero_()
             value[:, :, 2:4, 2:4] = old / 4
+        elif (old.shape[2:], value.shape[2:]) == ((5, 5), (1, 1)):
+            value.copy_(old.sum((2, 3), keepdim=True))
         else:
             fresh.append(name)
     return fresh
