@@ -20,7 +20,7 @@ from percov2.entropy import IntTransformer, TokenCoder, sampling, stages
 from percov2.entropy.schedule import SCHEDULES, stage_count
 from percov2.entropy.stage_pass import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.packing import Tokens, pack, pack_within
+from percov2.packing import Tokens, encode, pack, write, write_within
 from percov2.unpacking import OpenFile, unpack, unpack_cut
 
 SIDE = 16
@@ -167,17 +167,19 @@ def test_a_limit_is_used_up(coder: TokenCoder, name: str) -> None:
         made = pack(sure_of_0, heads, [tokens] * total)
         sizes = [len(file) for file in made]
         assert sizes != sorted(sizes)
+        encoded = encode(sure_of_0, [head], [tokens])
         for limit in range(min(sizes), max(sizes) + 2):
-            (file,) = pack_within(sure_of_0, [head], [tokens], limit)
+            (file,) = write_within(encoded, limit)
             assert file == made[max(k for k in range(total) if sizes[k] <= limit)]
         with pytest.raises(ValueError, match=rf"needs {sizes[0]} bytes for its first stage"):
-            pack_within(sure_of_0, [head], [tokens], min(sizes) - 1)
+            write_within(encoded, min(sizes) - 1)
 
 
 def test_a_picture_of_one_stage_says_what_it_needs(coder: TokenCoder) -> None:
-    (file,) = pack(coder, [header(1, 1, "qlds12")], [some_tokens(0, 1, 1)])
+    encoded = encode(coder, [header(1, 1, "qlds12")], [some_tokens(0, 1, 1)])
+    (file,) = write(encoded)
     with pytest.raises(ValueError, match=rf"needs {len(file)} bytes for its first stage"):
-        pack_within(coder, [header(1, 1, "qlds12")], [some_tokens(0, 1, 1)], len(file) - 1)
+        write_within(encoded, len(file) - 1)
 
 
 def test_a_caption_for_a_missing_model_is_not_written(coder: TokenCoder) -> None:

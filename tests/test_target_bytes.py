@@ -164,3 +164,24 @@ def test_the_limit_is_that_of_the_format(folder: Path) -> None:
     with pytest.warns(CoarserRateWarning, match="2056x2048 has rate r031 instead of r125"):
         assert encode_bounded(encode, sizes, rates, schedule=0) == [b"\0", b"\1"]
     assert tried == [("r125", [0]), ("r125", [1]), ("r031", [1])]
+
+
+def test_a_target_costs_one_pass_of_the_entropy_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codec = Codec(Codec.from_pretrained(folder).model, None)
+    image = noise(160, 96)
+    (whole,) = codec.compress([image], "r031", "raster")
+    passes = []
+    executor = type(codec._entropy("r031").model.executor)
+    encode = executor.encode
+
+    def counted(self: object, *arguments: object) -> object:
+        passes.append(arguments)
+        return encode(self, *arguments)
+
+    monkeypatch.setattr(executor, "encode", counted)
+    for target in (len(whole), len(whole) - 1, len(whole) // 2):
+        passes.clear()
+        (file,) = codec.compress([image], "r031", "raster", target_bytes=target)
+        assert len(file) <= target and len(passes) == 1

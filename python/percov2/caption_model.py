@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,8 @@ FIRST_BYTE = 1
 """Pieces FIRST_BYTE … FIRST_BYTE + 255 are the single bytes."""
 FIRST_LEARNED = FIRST_BYTE + 256
 _MAX_PIECE_BYTES = 32
+_REMEMBERED = 256
+"""Captions whose intervals are kept."""
 
 
 class Alphabet:
@@ -134,6 +137,8 @@ class CaptionModel:
                 f"alphabet has {len(alphabet)}"
             )
         self.alphabet, self._coder = alphabet, TokenCoder(transformer, "cpu")
+        # A caption's cost is asked for before its intervals, and those for every file of it.
+        self._coded = lru_cache(_REMEMBERED)(self._code)
 
     @property
     def prob_bits(self) -> int:
@@ -168,10 +173,13 @@ class CaptionModel:
         (folder / "pieces.json").write_text(text, encoding="utf-8")
 
     def intervals(self, text: str) -> NDArray[np.int32] | None:
-        """(start, freq) of the pieces of a text, not empty, and of their end: int32 [n, 2].
+        """Return (start, freq) of the pieces of a text, not empty, and of their end: int32 [n, 2].
 
         Frequencies are in 1 / 2^prob_bits. None if the text has more than ``MAX_PIECES`` - 1.
         """
+        return self._coded(text)
+
+    def _code(self, text: str) -> NDArray[np.int32] | None:
         pieces = self.alphabet.split(text)
         return None if len(pieces) >= MAX_PIECES else self._intervals(pieces)
 

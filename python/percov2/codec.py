@@ -178,9 +178,8 @@ class Codec:
             if target_bytes is None:
                 return self._pack(headers, tokens)
             model = self._caption_model(headers)
-            return packing.pack_within(
-                coder, headers, tokens, target_bytes, model, draw_seed, chosen
-            )
+            pictures = packing.encode(coder, headers, tokens, model)
+            return packing.write_within(pictures, target_bytes, draw_seed, chosen)
 
         if target_bytes is None:
             return encode(point, range(len(arrays)))

@@ -7,7 +7,7 @@ Given tokens, the bytes are the same alone, in a batch, on any device and with a
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +19,7 @@ from percov2.bitstream import Header
 from percov2.caption_model import CaptionModel
 from percov2.entropy.rans import RansEncoder
 from percov2.entropy.schedule import SCHEDULES, stage_count, stages
-from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.token_coder import CodedGrids, TokenCoder
 
 Tokens = NDArray[np.int32]
 
@@ -99,89 +99,153 @@ def headers(
     return result
 
 
+@dataclass(frozen=True)
+class EncodedPicture:
+    """A picture after the one pass of the entropy model: a file of any of its stages is a slice.
+
+    Attributes:
+        header: of the file that ``write`` makes; ``dense`` is set there, whatever it says.
+        tokens: int32 [h, w].
+    """
+
+    header: Header
+    tokens: Tokens
+    _coded: CodedGrids
+    _row: int
+    _captions: CaptionModel | None
+
+    @property
+    def stage_count(self) -> int:
+        """Return how many stages its tokens have."""
+        return self._coded.stage_count
+
+    def part(self, stages: int, seed: int = 0) -> EncodedPicture:
+        """Return the same picture for a file of so many stages, all of them included."""
+        sent = 0 if stages >= self.stage_count else stages
+        header = replace(self.header, stages_sent=sent, seed=seed * bool(sent))
+        return replace(self, header=header)
+
+
+def encode(
+    coder: TokenCoder,
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    captions: CaptionModel | None = None,
+) -> list[EncodedPicture]:
+    """Run the entropy model over token maps.
+
+    Args:
+        coder: the entropy model of the headers' rate.
+        headers: one per file.
+        tokens: int32 [h, w] per file, values in the coder's codebook.
+        captions: codes the captions of headers with ``CAPTION_MODEL``.
+
+    Raises:
+        ValueError: a part of the stages that ``partial_fault`` refuses, or a caption for a model
+            that is missing.
+    """
+    return _by_form(coder, headers, tokens, captions, lambda group: group)
+
+
 def pack(
     coder: TokenCoder,
     headers: Sequence[Header],
     tokens: Sequence[Tokens],
     captions: CaptionModel | None = None,
 ) -> list[bytes]:
-    """Write token maps as files.
+    """Write token maps as files. Arguments and errors as for ``encode`` and ``write``."""
+    return _by_form(coder, headers, tokens, captions, write)
 
-    Args:
-        coder: the entropy model of the headers' rate.
-        headers: one per file; ``dense`` is set here, whatever it says.
-        tokens: int32 [h, w] per file, values in the coder's codebook.
-        captions: codes the captions of headers with ``CAPTION_MODEL``.
 
-    Raises:
-        ValueError: a file that cannot keep the dense promise and has too many stages, one of a
-            part of the stages that ``partial_fault`` refuses, or a caption for a model that is
-            missing.
-    """
+def _by_form(
+    coder: TokenCoder,
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    captions: CaptionModel | None,
+    finish: Callable[[list[EncodedPicture]], list[Result]],
+) -> list[Result]:
+    """Encode pictures of one schedule and grid together, and finish them before the next ones."""
     for header in headers:
         if header.caption_codec == bitstream.CAPTION_MODEL and captions is None:
             raise ValueError(f"the caption {header.caption!r} needs the caption model; give it")
     refuse_parts(headers, [grid.shape for grid in tokens])
-    headers = [replace(header, dense=True) for header in headers]
-    sent = [sent_tokens(h, grid.shape) for h, grid in zip(headers, tokens, strict=True)]
-    written = _write(coder, headers, tokens, captions)
+
+    def work(group: list[tuple[Header, Tokens]]) -> list[Result]:
+        grids = torch.from_numpy(np.stack([grid for _, grid in group]))
+        coded = coder.code(grids, SCHEDULES[group[0][0].schedule], threads())
+        return finish(
+            [EncodedPicture(h, grid, coded, i, captions) for i, (h, grid) in enumerate(group)]
+        )
+
+    files = list(zip(headers, tokens, strict=True))
+    keys = [(header.schedule, grid.shape) for header, grid in files]
+    return by_group(files, keys, [grid.size for grid in tokens], work, coder.tokens_at_once)
+
+
+def write(pictures: Sequence[EncodedPicture]) -> list[bytes]:
+    """Write pictures as files.
+
+    Raises:
+        ValueError: a file that cannot keep the dense promise and has too many stages.
+    """
+    dense = [replace(p, header=replace(p.header, dense=True)) for p in pictures]
+    written = _written(dense)
     # The check covers the flag, so a file that breaks the promise is written again without it.
-    broken = [i for i, (f, tail) in enumerate(written) if not is_dense(f, sent[i], tail)]
+    broken = [
+        i
+        for i, (picture, (file, tail)) in enumerate(zip(dense, written, strict=True))
+        if not is_dense(file, sent_tokens(picture.header, picture.tokens.shape), tail)
+    ]
     for i in broken:
-        if too_many_stages(headers[i].schedule, tokens[i].shape):
+        header, grid = dense[i].header, dense[i].tokens
+        if too_many_stages(header.schedule, grid.shape):
             raise ValueError(
-                f"schedule {SCHEDULES[headers[i].schedule]!r} would give this plain picture of "
-                f"{headers[i].width}x{headers[i].height} {tokens[i].size} stages, more than the "
+                f"schedule {SCHEDULES[header.schedule]!r} would give this plain picture of "
+                f"{header.width}x{header.height} {grid.size} stages, more than the "
                 f"{bitstream.MAX_SPARSE_STAGES} that a reader accepts; choose another schedule"
             )
-    sparse = [replace(headers[i], dense=False) for i in broken]
-    again = _write(coder, sparse, [tokens[i] for i in broken], captions)
-    for i, file in zip(broken, again, strict=True):
+    sparse = [replace(dense[i], header=replace(dense[i].header, dense=False)) for i in broken]
+    for i, file in zip(broken, _written(sparse), strict=True):
         written[i] = file
     return [file for file, _ in written]
 
 
-def pack_within(
-    coder: TokenCoder,
-    headers: Sequence[Header],
-    tokens: Sequence[Tokens],
+def write_within(
+    pictures: Sequence[EncodedPicture],
     limit: int,
-    captions: CaptionModel | None = None,
     seed: int = 0,
     numbers: Sequence[int] | None = None,
 ) -> list[bytes]:
-    """Files of at most ``limit`` bytes that hold as many stages as fit.
-
-    Arguments as for ``pack``; ``stages_sent`` is set here, and with it ``seed``.
+    """Write files of at most ``limit`` bytes that hold as many stages as fit.
 
     Args:
+        pictures: their ``stages_sent`` and ``seed`` are set here.
+        limit: bytes of a file.
+        seed: of the draws of files that do not hold all stages.
         numbers: of the pictures in messages; 0, 1, … if None.
 
     Raises:
         TooFewBytes: the first stage of a picture needs more bytes, or all stages do and a reader
             accepts no part of them.
-        ValueError: as ``pack``.
+        ValueError: as ``write``.
     """
-    files = pack(coder, headers, tokens, captions)
+    files = write([picture.part(picture.stage_count) for picture in pictures])
     names = [
-        f"picture {number} of {header.width}x{header.height}"
-        for number, header in zip(numbers or range(len(headers)), headers, strict=True)
+        f"picture {number} of {picture.header.width}x{picture.header.height}"
+        for number, picture in zip(numbers or range(len(pictures)), pictures, strict=True)
     ]
-    for name, header, grid, file in zip(names, headers, tokens, files, strict=True):
-        if len(file) > limit and (reason := whole_only(header.schedule, grid.shape)):
+    for name, picture, file in zip(names, pictures, files, strict=True):
+        reason = whole_only(picture.header.schedule, picture.tokens.shape)
+        if len(file) > limit and reason:
             raise TooFewBytes(
                 f"{name} needs {len(file)} bytes, more than {limit}: {reason}; choose a lower rate "
                 "or more bytes"
             )
-    totals = [
-        stage_count(SCHEDULES[h.schedule], *grid.shape)
-        for h, grid in zip(headers, tokens, strict=True)
-    ]
+    totals = [picture.stage_count for picture in pictures]
 
     def parts(counts: dict[int, int]) -> list[bytes]:
         """Pictures, by index, with so many stages each."""
-        heads = [replace(headers[i], stages_sent=k, seed=seed) for i, k in counts.items()]
-        return pack(coder, heads, [tokens[i] for i in counts], captions)
+        return write([pictures[i].part(k, seed) for i, k in counts.items()])
 
     # Stages that fit, and the least number that is known not to, with the bytes that it takes.
     fits = [total if len(file) <= limit else 0 for total, file in zip(totals, files, strict=True)]
@@ -297,34 +361,19 @@ def check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> i
     return bitstream.check(header, tokens.astype("<i4").tobytes(), model)
 
 
-def _write(
-    coder: TokenCoder,
-    headers: Sequence[Header],
-    tokens: Sequence[Tokens],
-    captions: CaptionModel | None,
-) -> list[tuple[bytes, int]]:
+def _written(pictures: Sequence[EncodedPicture]) -> list[tuple[bytes, int]]:
     """Files, each with the number of tokens that its reader meets in exhausted data."""
-    keys = [
-        (h.schedule, h.stages_sent, grid.shape) for h, grid in zip(headers, tokens, strict=True)
-    ]
-    return by_group(
-        list(zip(headers, tokens, strict=True)),
-        keys,
-        [grid.size for grid in tokens],
-        lambda group: _write_equal(coder, group, captions),
-        coder.tokens_at_once,
-    )
+    keys = [(id(picture._coded), picture.header.stages_sent) for picture in pictures]
+    return by_group(pictures, keys, [1] * len(pictures), _written_equal, len(pictures))
 
 
-def _write_equal(
-    coder: TokenCoder, files: Sequence[tuple[Header, Tokens]], captions: CaptionModel | None
-) -> list[tuple[bytes, int]]:
-    """``_write`` for files of equal stages and grid: tokens, then caption and header on them."""
-    headers = [header for header, _ in files]
-    grids = torch.from_numpy(np.stack([grid for _, grid in files]))
-    checks = [check_of(header, grid, captions) for header, grid in files]
-    schedule, sent = SCHEDULES[headers[0].schedule], headers[0].stages_sent
-    encoder = coder.encoder(grids, schedule, checks, threads(), sent)
+def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
+    """``_written`` for pictures of one pass and equal stages: tokens, then caption and header."""
+    coded, captions = pictures[0]._coded, pictures[0]._captions
+    headers = [picture.header for picture in pictures]
+    checks = [check_of(picture.header, picture.tokens, captions) for picture in pictures]
+    rows = [picture._row for picture in pictures]
+    encoder = coded.encoder(checks, threads(), headers[0].stages_sent, rows)
     tails = encoder.symbols_before_output.tolist()
     if captions is not None:
         texts = [_coded_caption(header, captions) for header in headers]

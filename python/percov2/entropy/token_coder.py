@@ -7,7 +7,8 @@ integers only, and the model never sees bytes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,6 +53,59 @@ def default_coder(device: torch.device) -> str:
         stacklevel=3,
     )
     return "cpu"
+
+
+class CodedGrids:
+    """Grids of one size after the one pass: the intervals of all their tokens.
+
+    Made by ``TokenCoder.code``. Intervals stay where streams are written: in host memory, or on the
+    device with ``coder_name`` "cuda".
+    """
+
+    def __init__(
+        self,
+        coder: TokenCoder,
+        stages: NDArray[np.int32],
+        starts: Any,
+        freqs: Any,
+        symbols: torch.Tensor | None = None,
+    ) -> None:
+        self._coder, self._stages = coder, stages
+        self._starts, self._freqs, self._symbols = starts, freqs, symbols
+        self.stage_count = int(stages.max())
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def encoder(
+        self,
+        checks: rans.ArrayLike,
+        threads: int = 1,
+        sent: int = 0,
+        rows: Sequence[int] | None = None,
+    ) -> rans.RansEncoder:
+        """Return streams of the grids ``rows`` (all if None); else as ``TokenCoder.encoder``."""
+        if not 0 <= sent <= self.stage_count:
+            raise ValueError(
+                f"{sent} stages of a schedule that has {self.stage_count} on this grid"
+            )
+        count = int(np.count_nonzero(self._stages <= (sent or self.stage_count)))
+        chosen = slice(None) if rows is None else list(rows)
+        starts, freqs = self._starts[chosen, :count], self._freqs[chosen, :count]
+        bits = self._coder.prob_bits
+        if self._symbols is None:
+            encoder = rans.RansEncoder(checks)
+            counts = np.full(len(starts), count, dtype=np.int64)
+            encoder.push(starts.ravel(), freqs.ravel(), counts, bits, threads)
+            return encoder
+        states = torch.from_numpy(np.array(checks, dtype=np.int32))
+        states = states.to(self._symbols.device, non_blocking=True)
+        streams = rans_cuda.encode(starts.contiguous(), freqs.contiguous(), states, bits)
+        try:
+            return rans.RansEncoder.resumed(*streams.to_host())
+        except ValueError:
+            self._coder._refuse_outsiders(self._symbols)
+            raise
 
 
 class TokenCoder:
@@ -116,25 +170,22 @@ class TokenCoder:
         wrong checks, stages or a schedule that does not fit, RuntimeError where torch is set to
         reduced precision.
         """
+        return self.code(tokens, scheduled, threads).encoder(checks, threads, sent)
+
+    def code(
+        self, tokens: torch.Tensor, scheduled: schedule.Schedule, threads: int = 1
+    ) -> CodedGrids:
+        """Run the one pass over grids, of which any stages can be written then.
+
+        Arguments and errors as for ``encoder``.
+        """
         stages = schedule.stage_map(scheduled, *tokens.shape[1:])
-        count = int(np.count_nonzero(stages <= self._sent(stages, sent)))
         if self.coder_name == "cpu":
             starts, freqs = self.intervals(tokens, scheduled, threads)
-            starts, freqs = starts[:, :count], freqs[:, :count]
-            encoder = rans.RansEncoder(checks)
-            counts = np.full(len(starts), count, dtype=np.int64)
-            encoder.push(starts.ravel(), freqs.ravel(), counts, self.prob_bits, threads)
-            return encoder
-        states = torch.from_numpy(np.array(checks, dtype=np.int32))
-        states = states.to(self.model.device, non_blocking=True)
+            return CodedGrids(self, stages, starts, freqs)
         residual, symbols = self._passed(tokens, scheduled)
-        starts, freqs = self._intervals_on_device(residual, symbols)[..., :count].contiguous()
-        streams = rans_cuda.encode(starts, freqs, states, self.prob_bits)
-        try:
-            return rans.RansEncoder.resumed(*streams.to_host())
-        except ValueError:
-            self._refuse_outsiders(symbols)
-            raise
+        starts, freqs = self._intervals_on_device(residual, symbols)
+        return CodedGrids(self, stages, starts, freqs, symbols)
 
     def decoder(
         self,
