@@ -51,18 +51,18 @@ def measure(
     decoded = codec.decode([file])
     if not np.array_equal(decoded[0].tokens, tokens[0]):
         raise SystemExit(f"{image.width}x{image.height}: the file gives other tokens")
-    codec.paint(decoded, steps)
+    codec.paint(decoded, steps=steps)
     size = [(image.height, image.width)]
     return {
         "width": image.width,
         "height": image.height,
         "bytes": len(file),
         "encode_s": median_seconds(lambda: codec.compress([image]), repetitions),
-        "decode_s": median_seconds(lambda: codec.decompress([file], steps), repetitions),
+        "decode_s": median_seconds(lambda: codec.decompress([file], steps=steps), repetitions),
         "encode_tokens_s": median_seconds(lambda: codec.encode_tokens([image]), repetitions),
         "pack_s": median_seconds(lambda: codec.pack(tokens, size), repetitions),
         "decode_tokens_s": median_seconds(lambda: codec.decode([file]), repetitions),
-        "paint_s": median_seconds(lambda: codec.paint(decoded, steps), repetitions),
+        "paint_s": median_seconds(lambda: codec.paint(decoded, steps=steps), repetitions),
     }
 
 

@@ -68,7 +68,7 @@ def file(picture: Path, codec: Codec, tmp_path: Path) -> Path:
     """That picture as a file with a caption."""
     path = tmp_path / "photo.pcv2"
     with Image.open(picture) as image:
-        path.write_bytes(codec.compress([image], captions=["a red door"])[0])
+        path.write_bytes(codec.compress([image], caption=["a red door"])[0])
     return path
 
 

@@ -109,9 +109,9 @@ def main() -> None:
             continue
         (data,) = codec.compress(
             [picture(case)],
-            case.rate,
-            case.schedule,
-            [case.caption],
+            rate=case.rate,
+            schedule=case.schedule,
+            caption=[case.caption],
             stages=case.stages,
             draw_seed=case.draw_seed,
         )

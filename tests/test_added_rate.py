@@ -95,7 +95,7 @@ def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(
     model = shutil.copytree(finished, tmp_path / "model")
     before = contents(model)
     picture = Image.fromarray(PhotoCrops(photo_cache).pixels(PhotoCrops(photo_cache).photos[2]))
-    files = [Codec.from_pretrained(model).compress([picture], name)[0] for name in ALL]
+    files = [Codec.from_pretrained(model).compress([picture], rate=name)[0] for name in ALL]
     tokens = Codec.from_pretrained(model).decode_tokens(files)
 
     config = written(tmp_path, frozen_text())
@@ -119,8 +119,8 @@ def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(
     assert codec.config.default_rate == "r031"
     for one, expected in zip(codec.decode_tokens(files), tokens, strict=True):
         np.testing.assert_array_equal(one, expected)
-    assert [codec.compress([picture], name)[0] for name in ALL] == files
-    (fine,) = codec.compress([picture], "r125")
+    assert [codec.compress([picture], rate=name)[0] for name in ALL] == files
+    (fine,) = codec.compress([picture], rate="r125")
     (decoded,) = codec.decode([fine])
     assert (decoded.header.rate, decoded.tokens.shape) == (3, (9, 10))
     assert codec.decompress([fine])[0].size == picture.size
@@ -188,7 +188,7 @@ def test_tokens_and_entropy_model_of_the_added_rate(
     run_export(config, photo_cache, tmp_path / "run", model, [argument])
     codec = Codec.from_pretrained(model)
     picture = Image.fromarray(PhotoCrops(photos).pixels(PhotoCrops(photos).photos[0]))
-    (file,) = codec.compress([picture], "r125")
+    (file,) = codec.compress([picture], rate="r125")
     np.testing.assert_array_equal(
         codec.decode_tokens([file])[0], codec.encode_tokens([picture], "r125")[0]
     )

@@ -255,10 +255,10 @@ def forged(*symbols: reference.Symbol) -> bytes:
 
 def test_large_image_names_the_limit() -> None:
     data = a_file(Header(1, 9000, 8000))
-    with pytest.raises(BitstreamError, match=r"8000x9000 = 72000000 .*64000000.*--max-pixels"):
+    with pytest.raises(BitstreamError, match=r"8000x9000 = 72000000 .*64000000.*max_pixels"):
         read(data)
     assert read(data, max_pixels=72_000_000).header.height == 9000
-    with pytest.raises(BitstreamError, match="--max-pixels"):
+    with pytest.raises(BitstreamError, match="max_pixels"):
         read(data, max_pixels=71_999_999)
 
 

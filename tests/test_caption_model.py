@@ -92,7 +92,9 @@ def test_wrong_pieces_are_refused(learned: list[bytes]) -> None:
 def test_bytes_equal_a_plain_python_writer(describing: Codec, captions: CaptionModel) -> None:
     tokens = np.random.default_rng(0).integers(0, 64, (3, 5), dtype=np.int32)
     text = "a red déjà-vu door"
-    (data,) = describing.pack([tokens], [(40, 70)], "fine", "checkerboard", [text])
+    (data,) = describing.pack(
+        [tokens], [(40, 70)], rate="fine", schedule="checkerboard", caption=[text]
+    )
 
     def symbols(logits: torch.Tensor, chosen: list[int], bits: int) -> list:
         return [
@@ -123,14 +125,14 @@ def test_bytes_equal_a_plain_python_writer(describing: Codec, captions: CaptionM
 @given(st.lists(texts.filter(lambda text: len(text.encode()) < 60), min_size=1, max_size=4))
 def test_captions_come_back_from_a_batch(describing: Codec, written: list[str]) -> None:
     tokens = [np.full((2, 2), i, dtype=np.int32) for i in range(len(written))]
-    files = describing.pack(tokens, [(30, 30)] * len(written), captions=written)
+    files = describing.pack(tokens, [(30, 30)] * len(written), caption=written)
     assert [file.caption for file in describing.decode(files)] == written
-    assert files[0] == describing.pack(tokens[:1], [(30, 30)], captions=written[:1])[0]
+    assert files[0] == describing.pack(tokens[:1], [(30, 30)], caption=written[:1])[0]
 
 
 def test_every_cut_and_most_damage_is_refused(describing: Codec) -> None:
     tokens = np.arange(12, dtype=np.int32).reshape(3, 4)
-    (data,) = describing.pack([tokens], [(40, 60)], captions=["a red door"])
+    (data,) = describing.pack([tokens], [(40, 60)], caption=["a red door"])
     for length in range(len(data)):
         with pytest.raises(BitstreamError):
             describing.decode([data[:length]])
@@ -152,7 +154,7 @@ def test_every_cut_and_most_damage_is_refused(describing: Codec) -> None:
 
 def test_a_caption_model_is_needed_and_named(describing: Codec, codec: Codec, folder: Path) -> None:
     tokens = np.zeros((2, 2), dtype=np.int32)
-    (data,) = describing.pack([tokens], [(30, 30)], captions=["a red door"])
+    (data,) = describing.pack([tokens], [(30, 30)], caption=["a red door"])
     with pytest.raises(BitstreamError, match="needs a caption model, and none is at hand"):
         Codec(codec.model, None).decode([data])
     other = Alphabet([*LEARNED[:-1], b"er"])
@@ -179,7 +181,7 @@ def test_the_cheapest_codec_is_taken(codec: Codec, folder: Path) -> None:
     many = "x" * MAX_PIECES
     assert CaptionModel.load(folder).bits(many) == float("inf")
     image = Image.new("RGB", (40, 40))
-    (data,) = Codec(codec.model, folder).compress([image], captions=[many])
+    (data,) = Codec(codec.model, folder).compress([image], caption=[many])
     assert bitstream.read(data).header.caption_codec == bitstream.CAPTION_DEFLATE
     assert codec.decode([data])[0].caption == many
 
@@ -196,7 +198,7 @@ def shipped() -> Codec:
 def test_unlike_text_costs_two_bytes_at_most(shipped: Codec, text: str) -> None:
     image = Image.new("RGB", (64, 64), (90, 120, 40))
     plain, described = (
-        shipped.compress([image], "r002", captions=[caption])[0] for caption in ("", text)
+        shipped.compress([image], rate="r002", caption=[caption])[0] for caption in ("", text)
     )
     assert len(described) - len(plain) <= len(text.encode()) + 2
     assert shipped.decode([described])[0].caption == text

@@ -24,7 +24,9 @@ def test_compress_writes_what_the_codec_makes(
     options = ("--rate", "coarse", "--schedule", "quincunx", "--caption", "a red door")
     assert run("compress", picture, out, "--model", random_model, *options) == 0
     with Image.open(picture) as image:
-        (expected,) = codec.compress([image], "coarse", "quincunx", ["a red door"])
+        (expected,) = codec.compress(
+            [image], rate="coarse", schedule="quincunx", caption=["a red door"]
+        )
     assert out.read_bytes() == expected
     bpp = 8 * len(expected) / (70 * 50)
     text = capsys.readouterr().out
@@ -296,7 +298,7 @@ def test_text_that_the_terminal_lacks_is_escaped(
 ) -> None:
     path = tmp_path / "é.pcv2"
     with Image.open(picture) as image:
-        path.write_bytes(codec.compress([image], captions=["grün"])[0])
+        path.write_bytes(codec.compress([image], caption=["grün"])[0])
     for options in ((), ("--json",)):
         result = subprocess_run(
             "-m percov2.cli info", path, *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0"

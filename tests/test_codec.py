@@ -61,7 +61,7 @@ def test_bytes_equal_a_plain_python_writer(
     if schedule == "raster" and h * w > 64:
         size, (h, w) = (2 * point.token_side,) * 2, (2, 2)
     tokens = random_tokens(np.random.default_rng(h), h, w, point.codebook_size)
-    (data,) = codec.pack([tokens], [size], rate, schedule, [caption])
+    (data,) = codec.pack([tokens], [size], rate=rate, schedule=schedule, caption=[caption])
 
     entropy = IntTransformer.load(codec.model.folder / rate / "entropy")
     stage_map = stages(schedule, h, w)
@@ -102,7 +102,9 @@ def test_files_return_tokens_and_caption(
     point = codec.config.rate(rate)
     h, w = -(-height // point.token_side), -(-width // point.token_side)
     tokens = random_tokens(np.random.default_rng(seed), h, w, point.codebook_size)
-    (data,) = codec.pack([tokens], [(height, width)], rate, schedule, [caption])
+    (data,) = codec.pack(
+        [tokens], [(height, width)], rate=rate, schedule=schedule, caption=[caption]
+    )
     (decoded,) = codec.decode([data])
     np.testing.assert_array_equal(decoded.tokens, tokens)
     assert decoded.tokens.dtype == np.int32
@@ -119,7 +121,7 @@ def test_coder_overhead_is_below_half_a_byte(codec: Codec) -> None:
         h, w = rng.integers(1, 9, 2).tolist()
         tokens = random_tokens(rng, h, w, 64)
         size = (16 * h, 16 * w)
-        (data,) = codec.pack([tokens], [size], captions=["x" * (i % 3)])
+        (data,) = codec.pack([tokens], [size], caption=["x" * (i % 3)])
         _, freqs = coder.intervals(torch.from_numpy(tokens)[None], codec.config.default_schedule)
         header = bitstream.read(data).header
         bits = float(np.sum(16 - np.log2(freqs)))
@@ -140,11 +142,11 @@ def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(
     results = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        batch = codec.pack(maps, sizes, captions=captions)
+        batch = codec.pack(maps, sizes, caption=captions)
         results.append(batch)
         results.append(
             [
-                codec.pack([m], [s], captions=[c])[0]
+                codec.pack([m], [s], caption=[c])[0]
                 for m, s, c in zip(maps, sizes, captions, strict=True)
             ]
         )
@@ -156,19 +158,19 @@ def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(
 def test_pictures_of_mixed_sizes_round_trip_like_single_ones(codec: Codec, threads: None) -> None:
     images = [photo(65, 40), photo(1, 1), photo(48, 48, 1), photo(65, 40, 2), photo(3, 90)]
     captions = ["a lake", "", "", "two dogs", ""]
-    files = codec.compress(images, captions=captions)
+    files = codec.compress(images, caption=captions)
     restored = codec.decompress(files, seed=4)
     assert [r.size for r in restored] == [i.size for i in images]
     assert {r.mode for r in restored} == {"RGB"}
     torch.set_num_threads(2)
     for image, caption, file, picture in zip(images, captions, files, restored, strict=True):
-        assert codec.compress([image], captions=[caption]) == [file]
+        assert codec.compress([image], caption=[caption]) == [file]
         (again,) = codec.decompress([file], seed=4)
         np.testing.assert_array_equal(np.asarray(again), np.asarray(picture))
 
 
 def test_steps_guidance_and_seed_reach_the_flow(codec: Codec) -> None:
-    files = codec.compress([photo(64, 64)], captions=["a lake"])
+    files = codec.compress([photo(64, 64)], caption=["a lake"])
 
     def pixels(**options: float) -> bytes:
         return codec.decompress(files, **options)[0].tobytes()  # type: ignore[arg-type]
@@ -203,9 +205,11 @@ def test_the_decoder_s_noise_is_the_seed_s(
         model.flow.proj_out.weight.data.zero_()
         model.flow.proj_out.bias.data.zero_()
     try:
-        plain, other = (codec.decompress(files, 1, seed=s)[0].tobytes() for s in (0, 1))
+        plain, other = (codec.decompress(files, steps=1, seed=s)[0].tobytes() for s in (0, 1))
         assert plain == other
-        once, again, third = (noisy.decompress(files, 1, seed=s)[0].tobytes() for s in (0, 0, 1))
+        once, again, third = (
+            noisy.decompress(files, steps=1, seed=s)[0].tobytes() for s in (0, 0, 1)
+        )
         assert once == again and plain != once != third
     finally:
         codec.model.__dict__.pop("flow")
@@ -359,8 +363,8 @@ def test_wrong_arguments_are_refused(codec: Codec, random_model: Path) -> None:
     for match, call in [
         ("unknown rate 'r9'.*fine, coarse", lambda: codec.compress([image], rate="r9")),
         ("unknown schedule 'x'", lambda: codec.compress([image], schedule="x")),
-        ("captions must be a list of 1", lambda: codec.compress([image], captions=[])),
-        ("captions must be a list of 1", lambda: codec.compress([image], captions="a")),
+        ("caption must be a list of 1", lambda: codec.compress([image], caption=[])),
+        ("caption must be a list of 1", lambda: codec.compress([image], caption="a")),
         ("limit of 100", lambda: codec.compress([image], max_pixels=100)),
         ("1 to 1000, not 0", lambda: codec.decompress([], steps=0)),
         ("guidance must be", lambda: codec.decompress([], guidance=-1.0)),

@@ -19,6 +19,7 @@ from percov2.evaluation.setting import Setting, described
 from percov2.models.dial import RealismDial
 from percov2.models.model_config import ModelConfig
 from percov2.models.storage import save_component
+from percov2.options import DecodeOptions, EncodeOptions
 
 
 def photo(height: int = 48, width: int = 64) -> Image.Image:
@@ -73,10 +74,10 @@ def test_realism_reaches_the_picture_and_has_defaults(dialled: Path) -> None:
     assert np.array_equal(usual, pixels(codec, file, realism=0.75))
     others = [pixels(codec, file, realism=value) for value in (0, 0.25, 1)]
     assert len({picture.tobytes() for picture in (usual, *others)}) == 4
-    (file,) = codec.compress([photo()], "coarse")
+    (file,) = codec.compress([photo()], rate="coarse")
     assert np.array_equal(pixels(codec, file), pixels(codec, file, realism=0.25))
-    assert described(codec, Setting("coarse"))["realism"] == 0.25
-    assert described(codec, Setting("fine", realism=0.5))["realism"] == 0.5
+    assert described(codec, Setting(EncodeOptions(rate="coarse")))["realism"] == 0.25
+    assert described(codec, Setting(decode=DecodeOptions(realism=0.5)))["realism"] == 0.5
 
 
 def test_the_decoder_s_noise_is_proportional_to_realism(dialled: Path, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_the_decoder_s_noise_is_proportional_to_realism(dialled: Path, tmp_path:
     (file,) = codec.compress([photo()])
     assert np.array_equal(pixels(codec, file, realism=0.5), pixels(other, file, realism=1))
     assert not np.array_equal(pixels(codec, file, realism=0.5), pixels(codec, file, realism=1))
-    (file,) = codec.compress([photo()], "coarse")  # this rate has no noise
+    (file,) = codec.compress([photo()], rate="coarse")  # this rate has no noise
     assert np.array_equal(pixels(codec, file, realism=0), pixels(codec, file, realism=1))
 
 

@@ -21,8 +21,8 @@ CHECK_LUCK = 2
 """Files that may pass the 16-bit check by chance; 0.1 are expected in 5,000."""
 
 
-SECONDS = 30
-"""Generous bound on the time of one hostile file."""
+SECONDS = 60
+"""Generous bound on the processor time of one hostile file."""
 MEMORY = 1_000_000
 """Bound in kB on what hostile files add to the memory of a process that has decoded a valid one."""
 
@@ -38,7 +38,9 @@ def codec(tmp_path_factory: pytest.TempPathFactory) -> Codec:
 def valid(codec: Codec) -> bytes:
     """A file of 6x8 tokens with a caption."""
     tokens = np.random.default_rng(3).integers(0, 64, (6, 8), dtype=np.int32)
-    return codec.pack([tokens], [(370, 501)], "r", "checkerboard", ["a red door"])[0]
+    return codec.pack(
+        [tokens], [(370, 501)], rate="r", schedule="checkerboard", caption=["a red door"]
+    )[0]
 
 
 def accepted(codec: Codec, files: Iterator[bytes]) -> tuple[int, set[str]]:
@@ -215,13 +217,13 @@ def cost_of_hostile_files(folder: Path) -> dict[str, float]:
     slowest, passed = 0.0, 0
     for lenient, some in ((False, files + parts), (True, files[::20] + parts)):
         for data in some:
-            begin = time.perf_counter()
+            begin = time.process_time()
             try:
                 codec.decode([data], allow_truncated=lenient)
                 passed += not lenient
             except BitstreamError:
                 pass
-            slowest = max(slowest, time.perf_counter() - begin)
+            slowest = max(slowest, time.process_time() - begin)
     return {"passed": passed, "seconds": slowest, "kB": memory("VmHWM") - before}
 
 

@@ -17,6 +17,7 @@ from percov2.evaluation import baselines, metrics, report
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.metrics import METRICS, Original, measure
 from percov2.models.perceptual import INSTALL_HINT, MetricWeightsMissing
+from percov2.options import DecodeOptions
 
 
 def noise(side: int = 176, seed: int = 0, sigma: float = 20) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +160,9 @@ def test_a_report_holds_what_it_says(codec: Codec, tmp_path: Path) -> None:
         Image.fromarray(noise(side=side, seed=i)[1]).save(photos / f"{i}.png")
     (photos / "notes.txt").write_text("no picture")
     out = tmp_path / "out"
-    result = report.evaluate(codec, photos, out, report.Setting(steps=1), ["jpeg"], progress=False)
+    result = report.evaluate(
+        codec, photos, out, report.Setting(decode=DecodeOptions(steps=1)), ["jpeg"], progress=False
+    )
     assert json.loads((out / "report.json").read_text()) == result
     assert [record["image"] for record in result["images"]] == ["0.png", "1.png"]
     for record, stem in zip(result["images"], "01", strict=True):
@@ -188,7 +191,11 @@ def test_the_gallery_shows_the_best_rival(codec: Codec, tmp_path: Path, monkeypa
     rivals = {"jpeg": Attempt(black, 10, 1.0, 1), "webp": Attempt(photo, 9, 1.0, 2)}
     monkeypatch.setattr(report, "attempts_within", lambda name, *_: [rivals[name]])
     report.evaluate(
-        codec, tmp_path / "photos", tmp_path / "out", report.Setting(steps=1), list(rivals)
+        codec,
+        tmp_path / "photos",
+        tmp_path / "out",
+        report.Setting(decode=DecodeOptions(steps=1)),
+        list(rivals),
     )
     with Image.open(tmp_path / "out" / "gallery.jpg") as page:
         assert page.width == 3 * 32 + 2 * 6

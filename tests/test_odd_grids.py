@@ -98,6 +98,6 @@ def test_a_search_takes_odd_grids(fine: Codec, model: CodecModel) -> None:
     after = model.token_search("r125", 2)(image, "a red door")
     assert after.shape == before.shape == (1, 7, 65, 8)
     assert bool((after != before).any(-1).all())
-    (file,) = fine.compress([Image.fromarray(pixels)], captions=["a red door"], effort=2)
+    (file,) = fine.compress([Image.fromarray(pixels)], caption=["a red door"], effort=2)
     expected = model.quantizer("r125").nearest(after)[0].numpy()
     np.testing.assert_array_equal(fine.decode_tokens([file])[0], expected)

@@ -160,8 +160,10 @@ def test_caption_pictures_are_the_model_s(codec: Codec) -> None:
         ["original", "no caption", "snow", "a red door"],
     ]
     assert all(np.array_equal(np.asarray(row[0][1]), photos[i]) for i, row in enumerate(rows))
-    [file] = codec.compress([Image.fromarray(photos[1])], "coarse", captions=["snow"])
-    assert np.array_equal(np.asarray(codec.decompress([file], 1)[0]), np.asarray(rows[1][2][1]))
+    [file] = codec.compress([Image.fromarray(photos[1])], rate="coarse", caption=["snow"])
+    assert np.array_equal(
+        np.asarray(codec.decompress([file], steps=1)[0]), np.asarray(rows[1][2][1])
+    )
 
 
 def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:

@@ -71,7 +71,7 @@ def test_tokens_are_the_originals_and_cost_a_byte_each(
     imported: Codec, published: Path, rate: str, grid: int, payload: int
 ) -> None:
     image = Image.fromarray(PIXELS)
-    (data,) = imported.compress([image], rate)
+    (data,) = imported.compress([image], rate=rate)
     # Beside the tokens: header, 16-bit check, and the rounding to whole bytes.
     overhead = sum(bits / 8 for bits in bitstream.read(data).bits.values())
     assert abs(len(data) - overhead - payload) < 1
@@ -162,7 +162,7 @@ def test_defaults_are_the_originals(imported: Codec) -> None:
 def test_any_size(imported: Codec, size: tuple[int, int]) -> None:
     image = Image.fromarray(PIXELS[: size[0], :1].repeat(size[1], 1))
     for rate in ("r1250", "r0020"):
-        (data,) = imported.compress([image], rate)
+        (data,) = imported.compress([image], rate=rate)
         (restored,) = imported.decompress([data], steps=2)
         assert restored.size == image.size
 
@@ -200,8 +200,8 @@ def test_offload_and_tiling_change_nothing_here(model: Path, imported: Codec) ->
     image = Image.fromarray(PIXELS[:64, :64])
     options = BackboneOptions(offload=True, vae_tiling=True)
     other = Codec.from_pretrained(f"perco:{model}", options=options)
-    (data,) = imported.compress([image], captions=["a door"])
-    assert other.compress([image], captions=["a door"]) == [data]
+    (data,) = imported.compress([image], caption=["a door"])
+    assert other.compress([image], caption=["a door"]) == [data]
     (first,), (second,) = (c.decompress([data], steps=2) for c in (imported, other))
     assert np.array_equal(first, second)
 
@@ -209,8 +209,8 @@ def test_offload_and_tiling_change_nothing_here(model: Path, imported: Codec) ->
 def test_half_precision_stays_near(model: Path, imported: Codec) -> None:
     image = Image.fromarray(PIXELS[:64, :64])
     half = Codec.from_pretrained(f"perco:{model}", options=BackboneOptions(dtype="bf16"))
-    (data,) = half.compress([image], captions=["a door"])
-    assert imported.compress([image], captions=["a door"]) == [data]
+    (data,) = half.compress([image], caption=["a door"])
+    assert imported.compress([image], caption=["a door"]) == [data]
     (first,), (second,) = (c.decompress([data], steps=4) for c in (imported, half))
     apart = np.abs(np.asarray(first, float) - np.asarray(second, float))
     assert 0 < apart.mean() < 8

@@ -42,8 +42,8 @@ def equal(first: Image.Image, second: Image.Image) -> bool:
 def test_it_gives_the_codecs_files_and_pictures(pipe: PerCoV2Pipeline, sd3_folder: Path) -> None:
     codec = Codec.from_pretrained(sd3_folder)
     data = pipe.compress(photo(), CAPTION, rate="r0938")
-    assert [data] == codec.compress([photo()], "r0938", captions=[CAPTION])
-    (expected,) = codec.decompress([data], 3, 2.5, 9)
+    assert [data] == codec.compress([photo()], rate="r0938", caption=[CAPTION])
+    (expected,) = codec.decompress([data], steps=3, guidance=2.5, seed=9)
     output = pipe(data, num_inference_steps=3, guidance_scale=2.5, seed=9)
     assert equal(output.images[0], expected) and expected.size == (70, 50)
     again = pipe.decompress(data, num_inference_steps=3, guidance_scale=2.5, seed=9)
@@ -55,7 +55,7 @@ def test_several_pictures_and_prompts(pipe: PerCoV2Pipeline) -> None:
     files = pipe.compress([photo(0), photo(1)], [CAPTION, ""])
     assert files == [pipe.compress(photo(0), CAPTION), pipe.compress(photo(1))]
     assert [image.size for image in pipe.decompress(files)] == [(70, 50)] * 2
-    with pytest.raises(ValueError, match="captions must be a list of 2"):
+    with pytest.raises(ValueError, match="caption must be a list of 2"):
         pipe.compress([photo(0), photo(1)], ["one"])
     with pytest.raises(BitstreamError):
         pipe(files[0][:-3])
@@ -87,7 +87,7 @@ def test_the_codec_and_the_command_line_open_saved_pipelines(
     pipe: PerCoV2Pipeline, saved: Path, picture: Path, tmp_path: Path
 ) -> None:
     codec = Codec.from_pretrained(f"sd3:{saved}")
-    (data,) = codec.compress([photo()], captions=[CAPTION])
+    (data,) = codec.compress([photo()], caption=[CAPTION])
     assert data == pipe.compress(photo(), CAPTION)
     assert equal(codec.decompress([data])[0], pipe.decompress(data))
     file, out = tmp_path / "p.pcv2", tmp_path / "p.png"
@@ -130,9 +130,9 @@ def test_rates_may_have_their_own_flows(sd3_folder: Path, tmp_path: Path) -> Non
     shutil.copytree(model / "flow", model / "r0938" / "flow")
     shutil.rmtree(model / "flow")
     codec = Codec.from_pretrained(model)
-    assert codec.decompress(codec.compress([photo()], "r0938"))[0].size == (70, 50)
+    assert codec.decompress(codec.compress([photo()], rate="r0938"))[0].size == (70, 50)
     with pytest.raises(ValueError, match="holds no flow"):
-        codec.decompress(codec.compress([photo()], "r0313"))
+        codec.decompress(codec.compress([photo()], rate="r0313"))
 
 
 def test_flow_and_tokens_of_different_trainings_are_refused(
@@ -146,7 +146,7 @@ def test_flow_and_tokens_of_different_trainings_are_refused(
     save_component(VectorQuantizer(16, 256, 8, 12), model / "r0313" / "quantizer", "float32")
     codec = Codec.from_pretrained(model)
     with pytest.raises(ValueError, match="not of one training"):
-        codec.decompress(codec.compress([photo()], "r0313"))
+        codec.decompress(codec.compress([photo()], rate="r0313"))
 
 
 def test_pickled_weights_are_not_read(saved: Path, tmp_path: Path) -> None:

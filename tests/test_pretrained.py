@@ -47,13 +47,13 @@ def test_captions_cost_a_few_bytes_and_any_text_survives(codec: Codec, photo: Im
     small = photo.resize((64, 64))
     without = len(codec.compress([small])[0])
     likely = "A man riding a wave on a surfboard in the ocean."
-    assert len(codec.compress([small], captions=[likely])[0]) - without <= 8
+    assert len(codec.compress([small], caption=[likely])[0]) - without <= 8
     for text in (
         "Ein Müßiggänger läuft über die Straße.",
         "猫が窓の外を見ている",
         "x7#Q 🎨 	~~",
     ):
-        (file,) = codec.compress([small], captions=[text])
+        (file,) = codec.compress([small], caption=[text])
         assert codec.decode([file])[0].caption == text
         assert len(file) - without <= len(text.encode()) + 2
 
@@ -65,7 +65,7 @@ def test_folder_is_small_and_holds_no_pickles() -> None:
 
 
 def test_photo_survives_within_the_rate(codec: Codec, photo: Image.Image) -> None:
-    (file,) = codec.compress([photo], captions=["a woman in an orange suit"])
+    (file,) = codec.compress([photo], caption=["a woman in an orange suit"])
     assert 8 * len(file) / (photo.width * photo.height) <= 0.04
     (restored,) = codec.decompress([file])
     values, _ = measure(np.asarray(photo), np.asarray(restored), ("psnr",))

@@ -243,7 +243,7 @@ def test_export_of_three_rates_compresses_and_restores(photo_cache: Path, tmp_pa
     assert lines == [f"{codec.model_id(name):04x} {name}" for name in ALL]
     photo = Image.fromarray(data.pixels(data.photos[2]))
     for name, (stride, _, _) in RATES.items():
-        [file] = codec.compress([photo], rate=name, captions=["a red door"])
+        [file] = codec.compress([photo], rate=name, caption=["a red door"])
         [tokens] = codec.decode_tokens([file])
         side = 8 * stride
         assert tokens.shape == (-(-72 // side), -(-80 // side))

@@ -21,6 +21,7 @@ from percov2.evaluation.photo_bootstrap import Estimate, PhotoBootstrap
 from percov2.evaluation.realism import FrechetDistance, KernelSums, frechet_distance
 from percov2.evaluation.setting import Setting
 from percov2.models.perceptual import MetricWeightsMissing
+from percov2.options import DecodeOptions, EncodeOptions
 from percov2.training.data import PhotoCrops, is_held_out
 from photo_store import store_photos
 
@@ -288,7 +289,7 @@ def judged(codec: Codec, photos: Path, out: Path, crops: Crops = CROPS, **option
 def test_a_run_is_measured_by_its_definitions(
     codec: Codec, photos: Path, tmp_path: Path, fast
 ) -> None:
-    setting = Setting("coarse", steps=1, seed=3)
+    setting = Setting(EncodeOptions(rate="coarse"), DecodeOptions(steps=1, seed=3))
     result = judged(codec, photos, tmp_path / "out", setting=setting)
     held = PhotoCrops(photos, "held out")
     originals, restored, bits = [], [], []
@@ -296,8 +297,8 @@ def test_a_run_is_measured_by_its_definitions(
         if photo.height < 32:
             continue
         pixels = held.pixels(photo)
-        (file,) = codec.compress([judge.Image.fromarray(pixels)], "coarse")
-        (picture,) = codec.decompress([file], 1, seed=3)
+        (file,) = codec.compress([judge.Image.fromarray(pixels)], rate="coarse")
+        (picture,) = codec.decompress([file], steps=1, seed=3)
         bits.append(8 * len(file) / (photo.height * photo.width))
         originals.append(CROPS.cut(np.array(pixels)))
         restored.append(CROPS.cut(np.asarray(picture)))
@@ -368,10 +369,10 @@ def test_another_run_is_refused_in_a_folder(
     judged(codec, photos, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for options, match in [
-        ({"setting": Setting("coarse")}, "rate is 'fine', not 'coarse'"),
-        ({"setting": Setting(steps=3)}, "steps is 2, not 3"),
-        ({"setting": Setting(guidance=1.0)}, "guidance is 1.5, not 1.0"),
-        ({"setting": Setting(seed=1)}, "seed is 0, not 1"),
+        ({"setting": Setting(EncodeOptions(rate="coarse"))}, "rate is 'fine', not 'coarse'"),
+        ({"setting": Setting(decode=DecodeOptions(steps=3))}, "steps is 2, not 3"),
+        ({"setting": Setting(decode=DecodeOptions(guidance=1.0))}, "guidance is 1.5, not 1.0"),
+        ({"setting": Setting(decode=DecodeOptions(seed=1))}, "seed is 0, not 1"),
         ({"crops": Crops(32, 8)}, "stride is 16, not 8"),
         ({"crops": Crops(24, 16)}, "side is 32, not 24"),
         ({"crops": Crops(32, 16, distances=1)}, "distances is None, not 1"),
@@ -415,7 +416,14 @@ def test_runs_are_compared_in_pairs(codec: Codec, photos: Path, tmp_path: Path, 
     other = judged(codec, photos, first, cache=cache)
     assert not (first / "originals").exists()
     kept = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
-    result = judged(codec, photos, second, setting=Setting("coarse"), cache=cache, against=first)
+    result = judged(
+        codec,
+        photos,
+        second,
+        setting=Setting(EncodeOptions(rate="coarse")),
+        cache=cache,
+        against=first,
+    )
     assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == kept
     assert len(kept) == 3
     against = result["against"]

@@ -146,14 +146,14 @@ def test_latents_are_normalised_posterior_means(
 def test_compressing_loads_neither_flow_nor_text_encoders(
     sd3_folder: Path, loaded: list[str]
 ) -> None:
-    Codec.from_pretrained(f"sd3:{sd3_folder}").compress([photo(40, 40)], captions=["a red door"])
+    Codec.from_pretrained(f"sd3:{sd3_folder}").compress([photo(40, 40)], caption=["a red door"])
     assert sorted(loaded) == ["AutoencoderKL", "HyperEncoder", "VectorQuantizer"]
 
 
 def test_decompressing_loads_no_hyper_encoder_and_no_captioner(
     sd3_folder: Path, loaded: list[str]
 ) -> None:
-    files = Codec.from_pretrained(sd3_folder).compress([photo(40, 40)], captions=["a red door"])
+    files = Codec.from_pretrained(sd3_folder).compress([photo(40, 40)], caption=["a red door"])
     loaded.clear()
     Codec.from_pretrained(sd3_folder).decompress(files)
     assert sorted(loaded) == [
@@ -177,7 +177,7 @@ def test_decompressing_loads_no_hyper_encoder_and_no_captioner(
 @pytest.mark.parametrize("size", [(1, 1), (40, 24), (70, 50)])
 def test_pictures_of_any_size_come_back(rate: str, size: tuple[int, int], model: SD3Model) -> None:
     codec = Codec(model)
-    file, other = codec.compress([photo(*size), photo(16, 16)], rate, captions=["a door", ""])
+    file, other = codec.compress([photo(*size), photo(16, 16)], rate=rate, caption=["a door", ""])
     first, second = codec.decompress([file, other])
     assert first.size == size and second.size == (16, 16)
     side = codec.config.rate(rate).token_side
@@ -367,7 +367,7 @@ def test_parts_of_another_rate_are_refused(sd3_folder: Path, tmp_path: Path) -> 
     shutil.rmtree(model / "r0020" / "hyper_encoder")
     shutil.copytree(model / "r0938" / "hyper_encoder", model / "r0020" / "hyper_encoder")
     with pytest.raises(ValueError, match="tokens of 8 pixels a side, but rate r0020 has 64"):
-        Codec.from_pretrained(model).compress([photo(16, 16)], "r0020")
+        Codec.from_pretrained(model).compress([photo(16, 16)], rate="r0020")
     shutil.rmtree(model / "r0020" / "quantizer")
     shutil.copytree(model / "r0938" / "quantizer", model / "r0020" / "quantizer")
     damaged = Codec.from_pretrained(model).model

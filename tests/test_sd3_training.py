@@ -290,7 +290,7 @@ def test_from_a_run_to_files(trained: str, folder: Path, tmp_path: Path) -> None
     assert (out / "r0508" / "flow" / "config.json").is_file() == (trained == "full")
 
     codec = Codec.from_pretrained(out)
-    data = codec.compress([photo], captions=["a door"])[0]
+    data = codec.compress([photo], caption=["a door"])[0]
     assert codec.decompress([data], steps=1)[0].size == photo.size
     if trained == "full":
         return

@@ -13,6 +13,7 @@ from command_line import run
 from percov2 import Codec
 from percov2.evaluation.hybrid import stages_sent
 from percov2.evaluation.setting import Setting
+from percov2.options import DecodeOptions, EncodeOptions
 
 
 @pytest.fixture
@@ -29,18 +30,18 @@ def test_more_stages_are_more_bytes_and_the_last_one_is_the_whole_file(
     codec: Codec, pictures: Path, tmp_path: Path
 ) -> None:
     paths = sorted(pictures.iterdir())
-    setting = Setting("fine", "quincunx")
+    setting = Setting(EncodeOptions(rate="fine", schedule="quincunx"))
     records = stages_sent(codec, paths, tmp_path / "out", setting, progress=False)
     assert [r["stages"] for r in records] == list(range(1, records[0]["of"] + 1))
     sizes = [record["bytes"] for record in records]
     assert sizes == sorted(sizes)
     assert sizes[0] < sizes[-1]
     images = [Image.open(path) for path in paths]
-    whole = codec.compress(images, "fine", "quincunx")
+    whole = codec.compress(images, rate="fine", schedule="quincunx")
     # 64x48 has as few stages as there are records; the larger picture has more.
     total = records[-1]["of"]
     assert codec.decode(whole)[0].stage_count == total
-    bounded = codec.compress(images, "fine", "quincunx", stages=total)
+    bounded = codec.compress(images, rate="fine", schedule="quincunx", stages=total)
     assert sizes[-1] == np.mean([len(file) for file in bounded])
     assert (tmp_path / "out" / "0_stages.jpg").is_file()
     stored = tmp_path / "out" / "stages.json"
@@ -51,7 +52,11 @@ def test_more_stages_are_more_bytes_and_the_last_one_is_the_whole_file(
     again = stages_sent(codec, paths, tmp_path / "out", setting, progress=False)
     assert [r["psnr"] for r in again[:-1]] == [-1.0] * (total - 1)
     assert again[-1] == records[-1]
-    for other in (Setting("coarse", "quincunx"), Setting("fine", "qlds5"), Setting(seed=1)):
+    for other in (
+        Setting(EncodeOptions(rate="coarse", schedule="quincunx")),
+        Setting(EncodeOptions(rate="fine", schedule="qlds5")),
+        Setting(decode=DecodeOptions(seed=1)),
+    ):
         with pytest.raises(ValueError, match="choose another folder"):
             stages_sent(codec, paths, tmp_path / "out", other, progress=False)
     with pytest.raises(ValueError, match="choose another folder"):

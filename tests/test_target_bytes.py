@@ -50,17 +50,17 @@ def test_coarser_rates_are_the_finest_first() -> None:
 
 def test_a_target_takes_the_finest_rate_that_a_reader_accepts(codec: Codec) -> None:
     image = noise(100, 100)  # 169 tokens of 8 pixels, 49 of 16
-    (whole,) = codec.compress([image], "r125")
+    (whole,) = codec.compress([image], rate="r125")
     for target in (len(whole) - 1, 30):
         with pytest.warns(CoarserRateWarning, match=r"100x100.*r031 instead of r125"):
-            (file,) = codec.compress([image], "r125", target_bytes=target, draw_seed=7)
-        assert codec.compress([image], "r031", target_bytes=target, draw_seed=7) == [file]
+            (file,) = codec.compress([image], rate="r125", target_bytes=target, draw_seed=7)
+        assert codec.compress([image], rate="r031", target_bytes=target, draw_seed=7) == [file]
         (decoded,) = codec.decode([file])
         assert decoded.rate.name == "r031" and len(file) <= target
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert codec.compress([image], "r125", target_bytes=len(whole)) == [whole]
-        (small,) = codec.compress([noise(64, 64)], "r125", target_bytes=40)  # 64 tokens
+        assert codec.compress([image], rate="r125", target_bytes=len(whole)) == [whole]
+        (small,) = codec.compress([noise(64, 64)], rate="r125", target_bytes=40)  # 64 tokens
     assert codec.decode([small])[0].rate.name == "r125"
 
 
@@ -68,31 +68,31 @@ def test_a_target_goes_down_until_a_file_fits(codec: Codec) -> None:
     image = noise(150, 140)  # 100 tokens even of 16 pixels, 25 of 32
     for rate in ("r125", "r031"):
         with pytest.warns(CoarserRateWarning, match=f"r010 instead of {rate}"):
-            (file,) = codec.compress([image], rate, target_bytes=25)
+            (file,) = codec.compress([image], rate=rate, target_bytes=25)
         assert codec.decode([file])[0].rate.name == "r010"
-    (whole,) = codec.compress([image], "r031")
+    (whole,) = codec.compress([image], rate="r031")
     with pytest.warns(CoarserRateWarning, match="r031 instead of r125"):
-        assert codec.compress([image], "r125", target_bytes=len(whole)) == [whole]
+        assert codec.compress([image], rate="r125", target_bytes=len(whole)) == [whole]
     with pytest.raises(ValueError, match=r"picture 1 of 150x140 needs \d+ bytes for its first"):
-        codec.compress([noise(8, 8), image], "r125", target_bytes=11)
+        codec.compress([noise(8, 8), image], rate="r125", target_bytes=11)
 
 
 def test_a_picture_without_a_coarser_rate_says_what_a_file_must_hold(codec: Codec) -> None:
     image = noise(300, 300)  # 100 tokens of 32 pixels
-    (whole,) = codec.compress([image], "r010")
+    (whole,) = codec.compress([image], rate="r010")
     message = rf"needs {len(whole)} bytes.*of more than 64 tokens a file must hold all"
     with pytest.raises(ValueError, match=message):
-        codec.compress([image], "r010", target_bytes=len(whole) - 1)
+        codec.compress([image], rate="r010", target_bytes=len(whole) - 1)
 
 
 def test_every_picture_of_a_batch_has_a_rate_of_its_own(codec: Codec) -> None:
     images = [noise(100, 100), noise(64, 48), noise(100, 100), noise(40, 40)]
     captions = ["a", "b", "c", "d"]
     with pytest.warns(CoarserRateWarning, match=r"picture [02] of 100x100"):
-        files = codec.compress(images, "r125", captions=captions, target_bytes=30)
+        files = codec.compress(images, rate="r125", caption=captions, target_bytes=30)
     alone = [
         codec.compress(
-            [image], "r031" if image.width == 100 else "r125", captions=[text], target_bytes=30
+            [image], rate="r031" if image.width == 100 else "r125", caption=[text], target_bytes=30
         )[0]
         for image, text in zip(images, captions, strict=True)
     ]
@@ -106,19 +106,19 @@ def test_slack_and_effort_are_those_of_the_rate_that_is_taken(codec: Codec) -> N
     image = noise(100, 100)
     for options in ({"slack": 0.5}, {"effort": 1}):
         with pytest.warns(CoarserRateWarning):
-            (file,) = codec.compress([image], "r125", target_bytes=30, **options)  # type: ignore[arg-type]
-        assert codec.compress([image], "r031", target_bytes=30, **options) == [file]  # type: ignore[arg-type]
+            (file,) = codec.compress([image], rate="r125", target_bytes=30, **options)  # type: ignore[arg-type]
+        assert codec.compress([image], rate="r031", target_bytes=30, **options) == [file]  # type: ignore[arg-type]
 
 
 def test_stages_that_a_reader_refuses_are_refused_before_anything_is_computed(
     codec: Codec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = noise(100, 100)
-    (whole,) = codec.compress([image], "r125")
-    assert codec.compress([image], "r125", stages=12) == [whole]
+    (whole,) = codec.compress([image], rate="r125")
+    assert codec.compress([image], rate="r125", stages=12) == [whole]
     monkeypatch.setattr(codec.model, "encode_tokens", None)
     with pytest.raises(ValueError, match=r"of more than 64 tokens .* not 169 in part.*coarser"):
-        codec.compress([noise(8, 8), image], "r125", stages=3)
+        codec.compress([noise(8, 8), image], rate="r125", stages=3)
 
 
 def test_raster_in_part_is_bounded_by_its_stages(
@@ -128,10 +128,10 @@ def test_raster_in_part_is_bounded_by_its_stages(
     monkeypatch.setattr(bitstream, "MAX_SPARSE_STAGES", LIMIT)
     image = noise(100, 100)
     with pytest.warns(CoarserRateWarning, match="r031 instead of r125"):
-        (file,) = codec.compress([image], "r125", "raster", target_bytes=30)
+        (file,) = codec.compress([image], rate="r125", schedule="raster", target_bytes=30)
     assert codec.decode([file])[0].rate.name == "r031"
     with pytest.raises(ValueError, match=r"3 stages .*169 of schedule 'raster'.*coarser"):
-        codec.compress([image], "r125", "raster", stages=3)
+        codec.compress([image], rate="r125", schedule="raster", stages=3)
 
 
 def test_the_command_says_that_it_takes_a_coarser_rate(
@@ -151,7 +151,9 @@ def test_the_command_says_that_it_takes_a_coarser_rate(
 def test_the_limit_is_that_of_the_format(folder: Path) -> None:
     """65,536 tokens of 8 pixels are 2048x2048; a column more is too much."""
     with pytest.raises(ValueError, match="of more than 65536 tokens"):
-        Codec.from_pretrained(folder).compress([Image.new("L", (2056, 2048))], "r125", stages=3)
+        Codec.from_pretrained(folder).compress(
+            [Image.new("L", (2056, 2048))], rate="r125", stages=3
+        )
     tried = []
 
     def encode(rate: Rate, chosen: Sequence[int]) -> list[bytes]:
@@ -171,7 +173,7 @@ def test_a_target_costs_one_pass_of_the_entropy_model(
 ) -> None:
     codec = Codec(Codec.from_pretrained(folder).model, None)
     image = noise(160, 96)
-    (whole,) = codec.compress([image], "r031", "raster")
+    (whole,) = codec.compress([image], rate="r031", schedule="raster")
     passes = []
     executor = type(codec._entropy("r031").model.executor)
     encode = executor.encode
@@ -183,5 +185,5 @@ def test_a_target_costs_one_pass_of_the_entropy_model(
     monkeypatch.setattr(executor, "encode", counted)
     for target in (len(whole), len(whole) - 1, len(whole) // 2):
         passes.clear()
-        (file,) = codec.compress([image], "r031", "raster", target_bytes=target)
+        (file,) = codec.compress([image], rate="r031", schedule="raster", target_bytes=target)
         assert len(file) <= target and len(passes) == 1

@@ -91,7 +91,7 @@ def test_files_hold_the_tokens_that_were_found(codec: Codec) -> None:
     model = codec.model
     assert isinstance(model, CodecModel)
     pictures, captions = [photo(64, 48), photo(64, 48, 1), photo(64, 64)], ["", "a red door", ""]
-    files = codec.compress(pictures, captions=captions, effort=3)
+    files = codec.compress(pictures, caption=captions, effort=3)
     decoded = codec.decode(files)
     for picture, caption, file in zip(pictures, captions, decoded, strict=True):
         directions = model.token_search("fine", 3)(tensor(picture), caption)
@@ -124,7 +124,7 @@ def test_tiles_keep_what_earlier_ones_found(codec: Codec) -> None:
 
 def test_refusals(codec: Codec, sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for effort in (-1, 1001):
-        with pytest.raises(ValueError, match="effort must be 0 to 1000"):
+        with pytest.raises(ValueError, match="effort must be a whole number from 0 to 1000"):
             codec.compress([photo(64, 64)], effort=effort)
     with pytest.raises(ValueError, match=r"32x64 pixels are too few.*47"):
         codec.compress([photo(32, 64)], effort=1)

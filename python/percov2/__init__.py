@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from percov2.bitstream import BitstreamError
     from percov2.codec import Codec
     from percov2.models.backbone import BackboneOptions
+    from percov2.options import DecodeOptions, EncodeOptions
     from percov2.pipeline import PerCoV2Pipeline
 
 __version__ = "0.1.0"
@@ -21,10 +22,20 @@ _HOME = {
     "BackboneOptions": "models.backbone",
     "BitstreamError": "bitstream",
     "Codec": "codec",
+    "DecodeOptions": "options",
+    "EncodeOptions": "options",
     "PerCoV2Pipeline": "pipeline",
 }
 
-__all__ = ["BackboneOptions", "BitstreamError", "Codec", "PerCoV2Pipeline", "__version__"]
+__all__ = [
+    "BackboneOptions",
+    "BitstreamError",
+    "Codec",
+    "DecodeOptions",
+    "EncodeOptions",
+    "PerCoV2Pipeline",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

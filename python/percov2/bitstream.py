@@ -315,7 +315,7 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
     if height * width > max_pixels:
         raise BitstreamError(
             f"the file declares an image of {width}x{height} = {width * height} pixels, more than "
-            f"the limit of {max_pixels}; raise the limit with --max-pixels if you trust the file"
+            f"the limit of {max_pixels}; raise max_pixels if you trust the file"
         )
     dense = not decoder.symbol(_DENSE)
     codec = decoder.symbol(_CAPTION_CODEC)

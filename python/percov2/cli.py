@@ -24,14 +24,17 @@ from percov2.cli_model import (
     import_perco,
     open_codec,
 )
-from percov2.cli_options import add_encoding, add_sampling, number
+from percov2.cli_options import add_options, options_of
 from percov2.cli_version import VersionAction
+from percov2.options import DecodeOptions, EncodeOptions
 
 if TYPE_CHECKING:
     from percov2.bitstream import ParsedFile
 
 MAX_FILE_BYTES = 1 << 26
 """No image within the largest pixel limit needs a longer ``.pcv2`` file."""
+_PAINTING = ("realism", "steps", "guidance", "seed")
+"""Options that ``info`` has no use for."""
 EMBEDDED = Path(__file__).parent / "pretrained"
 
 
@@ -46,15 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 # Parser ------------------------------------------------------------------------------------------
-
-
-def _add_limit(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-pixels",
-        type=number(int, 1, bitstream.MAX_SIDE**2),
-        default=bitstream.MAX_PIXELS,
-        help="refuse larger images (%(default)s)",
-    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,27 +73,14 @@ def build_parser() -> argparse.ArgumentParser:
     added.add_argument("input", type=Path, metavar="IN")
     added.add_argument("output", type=Path, metavar="OUT.pcv2")
     add_model(added)
-    add_encoding(added)
-    added.add_argument(
-        "--draw-seed",
-        type=number(int, 0, bitstream.MAX_SEED),
-        default=0,
-        help="of the tokens that the decoder draws after --stages or --target-bytes (default: 0)",
-    )
+    add_options(added, EncodeOptions)
     add_captioner(added)
-    _add_limit(added)
 
     added = command("decompress", decompress, "Restore the picture of a .pcv2 file.")
     added.add_argument("input", type=Path, metavar="IN.pcv2")
     added.add_argument("output", type=Path, metavar="OUT.png")
-    added.add_argument(
-        "--allow-truncated",
-        action="store_true",
-        help="restore what is left of a file that lacks its end",
-    )
     add_model(added)
-    add_sampling(added)
-    _add_limit(added)
+    add_options(added, DecodeOptions)
 
     added = command("info", info, "Say what a .pcv2 file holds.")
     added.add_argument("input", type=Path, metavar="FILE")
@@ -108,16 +89,16 @@ def build_parser() -> argparse.ArgumentParser:
         "--verify", action="store_true", help="decode the tokens and print their SHA-256"
     )
     add_model(added)
-    _add_limit(added)
+    add_options(added, DecodeOptions, *_PAINTING, "allow_truncated")
 
     added = command("roundtrip", roundtrip, "Compress, restore and measure pictures.")
     added.add_argument("inputs", type=Path, nargs="+", metavar="IN")
     added.add_argument("--out", type=Path, required=True, metavar="DIR")
     added.add_argument("--json", action="store_true", help="print a JSON list of records")
     add_model(added)
-    add_encoding(added)
+    add_options(added, EncodeOptions, "max_pixels")
     add_captioner(added)
-    add_sampling(added)
+    add_options(added, DecodeOptions, "max_pixels", "allow_truncated")
 
     cli_eval.add_parser(commands)
     _add_train(commands)
@@ -144,29 +125,17 @@ def compress(arguments: argparse.Namespace) -> None:
 
     with about("compress"):
         check_outputs([arguments.output], [arguments.input])
-        if arguments.draw_seed and arguments.stages is None and arguments.target_bytes is None:
-            raise ValueError("--draw-seed needs --stages or --target-bytes: nothing is drawn")
+        options = options_of(EncodeOptions, arguments)
     with about(arguments.input):
-        image = read_image(arguments.input, arguments.max_pixels)
+        image = read_image(arguments.input, options.max_pixels)
     captioner = chosen_captioner(arguments)
     codec = open_codec(arguments)
     with about(arguments.input):
-        captions = captioner([image])
-        (data,) = codec.compress(
-            [image],
-            arguments.rate,
-            arguments.schedule,
-            captions,
-            arguments.max_pixels,
-            slack=arguments.slack,
-            stages=arguments.stages,
-            target_bytes=arguments.target_bytes,
-            effort=arguments.effort,
-            draw_seed=arguments.draw_seed,
-        )
+        (caption,) = captioner([image])
+        data = codec.compress(image, options, caption=caption)
     with about(arguments.output):
         write_bytes(arguments.output, data)
-    header = bitstream.read(data, arguments.max_pixels).header
+    header = bitstream.read(data, options.max_pixels).header
     bpp = 8 * len(data) / (header.height * header.width)
     print(
         f"{arguments.output}: {len(data)} bytes, {bpp:.4f} bpp "
@@ -182,15 +151,14 @@ def decompress(arguments: argparse.Namespace) -> None:
         check_outputs([arguments.output], [arguments.input])
     with about(arguments.output):
         picture_format(arguments.output)
+    options = options_of(DecodeOptions, arguments)
     with about(arguments.input):
         data = _read_file(arguments.input)
-        bitstream.read(data, arguments.max_pixels)  # a wrong file is known before torch is loaded
+        bitstream.read(data, options.max_pixels)  # a wrong file is known before torch is loaded
     codec = open_codec(arguments)
     with about(arguments.input):
-        decoded = codec.decode([data], arguments.max_pixels, arguments.allow_truncated)
-        (image,) = codec.paint(
-            decoded, arguments.steps, arguments.guidance, arguments.seed, arguments.realism
-        )
+        decoded = codec.decode([data], options)
+        (image,) = codec.paint(decoded, options)
     with about(arguments.output):
         write_image(image, arguments.output)
     drawn = ""
@@ -209,7 +177,7 @@ def info(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         codec = open_codec(arguments)
         with about(arguments.input):
-            (decoded,) = codec.decode([data], arguments.max_pixels)
+            (decoded,) = codec.decode([data], max_pixels=arguments.max_pixels)
         import hashlib
 
         record["model"], record["rate"] = codec.config.name, decoded.rate.name

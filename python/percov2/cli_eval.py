@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from percov2.cli_faults import about
 from percov2.cli_model import add_captioner, add_model, chosen_captioner, open_codec
-from percov2.cli_options import add_encoding, add_rate, add_sampling, number
+from percov2.cli_options import add_options, number, options_of
+from percov2.options import DecodeOptions, EncodeOptions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from percov2.evaluation.setting import Setting
     from percov2.evaluation.study_coders import TokenMap
     from percov2.models.backbone import Backbone
+
+
+_BYTES = ("target_bytes", "stages", "draw_seed", "slack", "effort", "max_pixels")
+"""Options that ``eval stages`` decides on."""
 
 
 def add_parser(commands: Any) -> None:
@@ -39,14 +44,14 @@ def add_parser(commands: Any) -> None:
     one.add_argument(
         "--baselines", default="", help="jpeg,webp,avif,jpeg2000,vvc: compare at equal bytes"
     )
-    add_encoding(one)
+    add_options(one, EncodeOptions, "max_pixels")
     add_captioner(one)
-    add_sampling(one)
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     one = command("stages", evaluate_stages, "Pictures and bytes over the number of stages sent.")
     one.add_argument("folder", type=Path, metavar="DIR")
-    add_rate(one)
-    add_sampling(one)
+    add_options(one, EncodeOptions, *_BYTES)
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
         one.add_argument("photos", type=Path, help="out of `percov2 train data`")
@@ -100,8 +105,8 @@ def add_parser(commands: Any) -> None:
         metavar="DIR",
         help="compare with a finished run over the same crops: its --out",
     )
-    add_encoding(one)
-    add_sampling(one)
+    add_options(one, EncodeOptions, "max_pixels")
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     one = command("entropy", evaluate_entropy, "Entropy schedules compared on held-out tokens.")
     one.add_argument(
@@ -163,12 +168,7 @@ def evaluate_stages(arguments: argparse.Namespace) -> None:
         from percov2.evaluation.setting import Setting
 
         setting = Setting(
-            arguments.rate,
-            arguments.schedule,
-            arguments.steps,
-            arguments.guidance,
-            arguments.seed,
-            realism=arguments.realism,
+            options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
         )
         paths = pictures_in(arguments.folder)
         records = stages_sent(codec, paths, arguments.out, setting)
@@ -266,17 +266,9 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
     from percov2.evaluation.setting import Setting
 
     return Setting(
-        arguments.rate,
-        arguments.schedule,
-        arguments.steps,
-        arguments.guidance,
-        arguments.seed,
-        chosen_captioner(arguments) if "captioner" in arguments else NoCaptioner(),
-        arguments.slack,
-        arguments.stages,
-        arguments.target_bytes,
-        arguments.effort,
-        arguments.realism,
+        options_of(EncodeOptions, arguments),
+        options_of(DecodeOptions, arguments),
+        chosen_captioner(arguments) if hasattr(arguments, "captioner") else NoCaptioner(),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,7 +30,15 @@ def about(name: object) -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:
             other = error.filename is not None and str(error.filename) != str(name)
             text = f"{error.filename}: {error.strerror}" if other else error.strerror
-        raise Fault(f"{name}: {' '.join(text.split())}") from error
+        raise Fault(f"{name}: {in_flags(' '.join(text.split()))}") from error
+
+
+_FLAGS = re.compile(r"\b(max_pixels|target_bytes|draw_seed|allow_truncated)\b")
+
+
+def in_flags(text: str) -> str:
+    """Return a message of the library with options named as on the command line."""
+    return _FLAGS.sub(lambda found: "--" + found.group().replace("_", "-"), text)
 
 
 def report_faults(work: Callable[[], None]) -> int:
@@ -86,7 +95,7 @@ def _show_own_warnings() -> None:
         line: str | None = None,
     ) -> None:
         if category.__module__.startswith("percov2."):
-            print(f"percov2: warning: {message}", file=sys.stderr)
+            print(f"percov2: warning: {in_flags(str(message))}", file=sys.stderr)
         else:
             default(message, category, filename, lineno, file, line)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -22,11 +23,13 @@ from percov2.coarser_rates import encode_bounded
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES
 from percov2.entropy.token_coder import TokenCoder
+from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
 from percov2.model_ids import check_model, model_id
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.model_config import ModelConfig, Rate
+from percov2.options import DecodeOptions, EncodeOptions, options_from
 from percov2.packing import Tokens
-from percov2.tokenizing import CaptionedSearch, TokenChoice, rgb_arrays, token_maps
+from percov2.tokenizing import CaptionedSearch, TokenChoice, token_maps
 from percov2.unpacking import DecodedFile, OpenFile
 
 CAPTIONS = Path(__file__).parent / "pretrained" / "captions"
@@ -98,68 +101,75 @@ class Codec:
 
     # Compressing ---------------------------------------------------------------------------------
 
+    @overload
     def compress(
         self,
-        images: Sequence[Image.Image],
-        rate: str | None = None,
-        schedule: str | None = None,
-        captions: Sequence[str] | None = None,
-        max_pixels: int = MAX_PIXELS,
-        slack: float = 0.0,
-        stages: int | None = None,
-        target_bytes: int | None = None,
-        effort: int = 0,
-        draw_seed: int = 0,
-    ) -> list[bytes]:
-        """Compress pictures of any modes and sizes into ``.pcv2`` files.
+        picture: OnePicture,
+        options: EncodeOptions | None = None,
+        *,
+        caption: str = "",
+        **changes: Any,
+    ) -> bytes: ...
+
+    @overload
+    def compress(
+        self,
+        picture: Iterable[OnePicture],
+        options: EncodeOptions | None = None,
+        *,
+        caption: Sequence[str] | str = "",
+        **changes: Any,
+    ) -> list[bytes]: ...
+
+    def compress(
+        self,
+        picture: OnePicture | Iterable[OnePicture],
+        options: EncodeOptions | None = None,
+        *,
+        caption: str | Sequence[str] = "",
+        **changes: Any,
+    ) -> bytes | list[bytes]:
+        """Compress one picture into a ``.pcv2`` file, or several into a list of files.
 
         Args:
-            images: see ``percov2.images.to_rgb`` for what happens to their colours.
-            rate: name of a rate; the model's default if None.
-            schedule: name of an entropy schedule; the model's default if None.
-            captions: one text per image, "" for none; texts guide the decoder and cost bytes.
-            max_pixels: refuse pictures with more pixels.
-            slack: 0 to 2; above 0 a place takes, of its 16 nearest codes, the likeliest whose
-                cosine similarity is at most so much below the nearest one's. Stages are decided
-                one after the other.
-            stages: hold the tokens of so many stages, at least 1; the decoder draws the others
-                (the paper's hybrid mode). None, or all of a picture's: a complete file.
-            target_bytes: hold as many stages as so many bytes have room for. Where the complete
-                file is longer and readers accept no part of so many tokens, the picture takes the
-                finest coarser rate that has a file of so many bytes.
-            effort: 0 to 1000 rounds of a search for tokens that paint the picture better; each
-                takes as long as decoding it about three times, and 16 bring most of the gain.
-            draw_seed: 0 to 65535, of the decoder's draws for files that do not hold all stages;
-                others than 0 cost two or three bytes.
+            picture: one picture (a path, the bytes of an image file, a Pillow image, an array uint8
+                [H, W] or [H, W, 3], a tensor [C, H, W]), or several: an array or tensor of rank 4
+                or any other iterable. See ``percov2.images.to_rgb`` for what happens to colours.
+            options: how; the model's defaults if None.
+            caption: a text that guides the decoder and costs bytes, "" for none; for several
+                pictures a list with one each.
+            changes: fields of ``EncodeOptions`` that replace those of ``options``.
 
         Raises:
-            ValueError: unknown rate or schedule, a caption or picture that cannot be stored, a
-                wrong number of captions, slack, stages, effort or draw_seed out of range, both
-                stages and target_bytes, a draw_seed without either, a picture of which one stage
-                needs more than target_bytes, stages of a picture with more tokens than a file may
-                hold in part, or effort for a model or a picture that has no search.
+            ValueError: something that is no picture, an unknown rate or schedule, a caption or
+                picture that cannot be stored, a wrong number of captions, options out of range, a
+                picture of which one stage needs more than target_bytes, or effort for a model or a
+                picture that has no search.
             MetricWeightsMissing: effort, and LPIPS's weights are not installed.
 
         Warns:
-            CoarserRateWarning: a picture has a coarser rate because of target_bytes.
+            CoarserRateWarning: target_bytes gave a picture a coarser rate.
+
+        >>> codec = Codec.from_pretrained("tiny")
+        >>> grey = Image.new("RGB", (64, 48), "grey")
+        >>> data = codec.compress(grey, rate="r002")
+        >>> codec.decompress(data).size
+        (64, 48)
+        >>> [len(file) == len(data) for file in codec.compress([grey, grey], rate="r002")]
+        [True, True]
         """
-        if stages is not None and target_bytes is not None:
-            raise ValueError("stages and target_bytes exclude each other; give one")
-        if draw_seed and stages is None and target_bytes is None:
-            raise ValueError(
-                f"draw_seed {draw_seed} without stages or target_bytes: nothing is drawn"
-            )
-        for name, value, most in (
-            ("slack", slack, 2),
-            ("effort", effort, 1000),
-            ("draw_seed", draw_seed, bitstream.MAX_SEED),
-        ):
-            if not 0 <= value <= most:
-                raise ValueError(f"{name} must be 0 to {most}, not {value}")
-        point, name = self._rate(rate), self._schedule(schedule)
-        coded = self._coded_captions(captions, len(images))
-        texts = [""] * len(images) if captions is None else captions
-        arrays = rgb_arrays(images, max_pixels)
+        options = options_from(EncodeOptions, options, changes)
+        one, pictures = as_pictures(picture)
+        files = self._compress(pictures, _captions_of(caption, one, len(pictures)), options)
+        return files[0] if one else files
+
+    def _compress(
+        self, pictures: Sequence[Any], captions: Sequence[str], options: EncodeOptions
+    ) -> list[bytes]:
+        point, name = self._rate(options.rate), self._schedule(options.schedule)
+        model = self._captions() if any(captions) else None
+        coded = [encode_caption(text, model.bits if model else None) for text in captions]
+        arrays = [rgb_array(picture, options.max_pixels) for picture in pictures]
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
 
         def encode(rate: Rate, chosen: Sequence[int]) -> list[bytes]:
@@ -167,68 +177,74 @@ class Codec:
             coder, common = self._entropy(rate.name), self._common(rate, name)
             picked, coded_here = [sizes[i] for i in chosen], [coded[i] for i in chosen]
             headers = packing.headers(
-                common, picked, rate.token_side, coded_here, stages, draw_seed
+                common, picked, rate.token_side, coded_here, options.stages, options.draw_seed
             )
-            choice = TokenChoice(coder, name, slack) if slack else None
+            choice = TokenChoice(coder, name, options.slack) if options.slack else None
             search = None
-            if effort:
-                run = self.model.token_search(rate.name, effort)
-                search = CaptionedSearch(run, [texts[i] for i in chosen])
+            if options.effort:
+                run = self.model.token_search(rate.name, options.effort)
+                search = CaptionedSearch(run, [captions[i] for i in chosen])
             tokens = token_maps(self.model, [arrays[i] for i in chosen], rate, choice, search)
-            if target_bytes is None:
+            if options.target_bytes is None:
                 return self._pack(headers, tokens)
-            model = self._caption_model(headers)
-            pictures = packing.encode(coder, headers, tokens, model)
-            return packing.write_within(pictures, target_bytes, draw_seed, chosen)
+            pictures = packing.encode(coder, headers, tokens, self._caption_model(headers))
+            return packing.write_within(pictures, options.target_bytes, options.draw_seed, chosen)
 
-        if target_bytes is None:
+        if options.target_bytes is None:
             return encode(point, range(len(arrays)))
         rates = [point, *self.config.coarser(point)]
         return encode_bounded(encode, sizes, rates, SCHEDULES.index(name))
 
     def encode_tokens(
         self,
-        images: Sequence[Image.Image],
+        pictures: Iterable[OnePicture],
         rate: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> list[Tokens]:
-        """Tokens of pictures: one int32 [h, w] per image, h = ceil(height / token side).
+        """Return tokens of pictures: one int32 [h, w] each, h = ceil(height / token side).
 
         Every place takes the nearest code. A picture's tokens do not depend on its neighbours in
         the batch. Arguments and errors as for ``compress``.
         """
-        return token_maps(self.model, rgb_arrays(images, max_pixels), self._rate(rate))
+        arrays = [rgb_array(picture, max_pixels) for picture in pictures]
+        return token_maps(self.model, arrays, self._rate(rate))
 
     def pack(
         self,
         tokens: Sequence[Tokens],
         sizes: Sequence[tuple[int, int]],
-        rate: str | None = None,
-        schedule: str | None = None,
-        captions: Sequence[str] | None = None,
-        stages: int | None = None,
+        options: EncodeOptions | None = None,
+        *,
+        caption: str | Sequence[str] = "",
+        **changes: Any,
     ) -> list[bytes]:
         """Write token maps as files; the same tokens give the same bytes everywhere.
 
         Args:
-            tokens: one integer [h, w] per image, values in the rate's codebook.
-            sizes: (height, width) of each image in pixels; h and w are those divided by the token
+            tokens: one integer [h, w] per picture, values in the rate's codebook.
+            sizes: (height, width) of each picture in pixels; h and w are those divided by the token
                 side, rounded up.
-            rate, schedule, captions, stages: as for ``compress``.
+            options: of these rate, schedule, stages and draw_seed count.
+            caption, changes: as for ``compress``.
 
         Raises:
             ValueError: tokens that do not fit, or as for ``compress``.
         """
-        point, name = self._rate(rate), self._schedule(schedule)
-        coded = self._coded_captions(captions, len(tokens))
+        options = options_from(EncodeOptions, options, changes)
+        point, name = self._rate(options.rate), self._schedule(options.schedule)
+        texts = _captions_of(caption, False, len(tokens))
         if len(sizes) != len(tokens):
             raise ValueError(f"{len(sizes)} sizes for {len(tokens)} token maps; give one per map")
         maps = [
             packing.checked_tokens(grid, size, point.token_side, point.codebook_size)
             for grid, size in zip(tokens, sizes, strict=True)
         ]
+        model = self._captions() if any(texts) else None
+        coded = [encode_caption(text, model.bits if model else None) for text in texts]
         common = self._common(point, name)
-        headers = packing.headers(common, sizes, point.token_side, coded, stages)
+        headers = packing.headers(
+            common, sizes, point.token_side, coded, options.stages, options.draw_seed
+        )
         return self._pack(headers, maps)
 
     def _pack(self, headers: Sequence[Header], tokens: Sequence[Tokens]) -> list[bytes]:
@@ -241,15 +257,6 @@ class Codec:
         """The caption model, if a header needs it."""
         needed = any(header.caption_codec == bitstream.CAPTION_MODEL for header in headers)
         return self._captions() if needed else None
-
-    def _coded_captions(
-        self, captions: Sequence[str] | None, count: int
-    ) -> list[tuple[int, bytes]]:
-        texts = [""] * count if captions is None else list(captions)
-        if isinstance(captions, str) or len(texts) != count:
-            raise ValueError(f"captions must be a list of {count} texts, one per image")
-        model = self._captions() if any(texts) else None
-        return [encode_caption(text, model.bits if model else None) for text in texts]
 
     def _rate(self, name: str | None) -> Rate:
         return self.config.rate(self.config.default_rate if name is None else name)
@@ -267,61 +274,70 @@ class Codec:
 
     # Decompressing -------------------------------------------------------------------------------
 
+    @overload
+    def decompress(
+        self, file: OneFile, options: DecodeOptions | None = None, **changes: Any
+    ) -> Image.Image: ...
+
+    @overload
+    def decompress(
+        self, file: Iterable[OneFile], options: DecodeOptions | None = None, **changes: Any
+    ) -> list[Image.Image]: ...
+
     def decompress(
         self,
-        files: Sequence[bytes],
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int = 0,
-        max_pixels: int = MAX_PIXELS,
-        allow_truncated: bool = False,
-        realism: float | None = None,
-    ) -> list[Image.Image]:
-        """Restore pictures, mode RGB.
+        file: OneFile | Iterable[OneFile],
+        options: DecodeOptions | None = None,
+        **changes: Any,
+    ) -> Image.Image | list[Image.Image]:
+        """Restore the picture of a ``.pcv2`` file, or those of several as a list; mode RGB.
 
         Args:
-            files: ``.pcv2`` files made with this model.
-            steps: flow evaluations, at least 1; the model's default if None.
-            guidance: classifier-free guidance on the caption, 0 to 100; the model's default if
-                None.
-            seed: of the starting noise, 0 to 2^63 - 1.
-            max_pixels: refuse files that declare more pixels.
-            allow_truncated: of a file that lacks its end take the stages that are whole, and draw
-                the others. Nothing protects such a file from damage in what is left of it.
-            realism: 0 (faithful) to 1 (realistic); the rate's default if None.
+            file: the bytes of a file or its path, or an iterable of several.
+            options: how; the model's defaults if None.
+            changes: fields of ``DecodeOptions`` that replace those of ``options``.
 
         Raises:
             BitstreamError: a file is not valid; nothing is painted then. With several files the
                 message names the index of the faulty one.
-            ValueError: steps, guidance, seed or realism out of range, or realism for a model
+            ValueError: something that is no file, options out of range, or realism for a model
                 without a dial.
+            OSError: a path that cannot be read.
         """
-        self._check_sampling(steps, guidance, seed, realism)
-        decoded = self.decode(files, max_pixels, allow_truncated)
-        return self.paint(decoded, steps, guidance, seed, realism)
+        options = options_from(DecodeOptions, options, changes)
+        self.config.chosen_realism(self.config.default_rate, options.realism)
+        one, files = as_files(file)
+        images = self.paint(self.decode(files, options), options)
+        return images[0] if one else images
 
-    def decode_tokens(self, files: Sequence[bytes], max_pixels: int = MAX_PIXELS) -> list[Tokens]:
-        """Tokens of files, int32 [h, w] each, the same on every machine.
+    def decode_tokens(
+        self, files: Sequence[bytes], options: DecodeOptions | None = None, **changes: Any
+    ) -> list[Tokens]:
+        """Return tokens of files, int32 [h, w] each, the same on every machine.
 
-        Raises BitstreamError as ``decompress`` does.
+        Arguments and BitstreamError as for ``decode``.
         """
-        return [file.tokens for file in self.decode(files, max_pixels)]
+        return [file.tokens for file in self.decode(files, options, **changes)]
 
     def decode(
-        self,
-        files: Sequence[bytes],
-        max_pixels: int = MAX_PIXELS,
-        allow_truncated: bool = False,
+        self, files: Sequence[bytes], options: DecodeOptions | None = None, **changes: Any
     ) -> list[DecodedFile]:
-        """Headers, captions and tokens of files, checked.
+        """Return headers, captions and tokens of files, checked.
 
-        Arguments and BitstreamError as for ``decompress``.
+        Args:
+            files: the bytes of each.
+            options: of these max_pixels and allow_truncated count.
+            changes: as for ``decompress``.
+
+        Raises:
+            BitstreamError: as for ``decompress``.
         """
+        options = options_from(DecodeOptions, options, changes)
         opened: list[OpenFile] = []
         for i, data in enumerate(files):
             label = f"file {i} of {len(files)}: " if len(files) > 1 else ""
             try:
-                opened.append(self._open(bytes(data), label, max_pixels))
+                opened.append(self._open(bytes(data), label, options.max_pixels))
             except BitstreamError as error:
                 raise BitstreamError(f"{label}{error}") from error
         captions = self._caption_model(file.parsed.header for file in opened)
@@ -331,7 +347,7 @@ class Codec:
             members = [i for i, file in enumerate(opened) if file.parsed.header.rate == index]
             if members:
                 coder, chosen = self._entropy(rate.name), [opened[i] for i in members]
-                if allow_truncated:
+                if options.allow_truncated:
                     parts = unpacking.unpack_cut(coder, chosen, captions)
                 else:
                     grids = unpacking.unpack(coder, chosen, captions)
@@ -349,28 +365,23 @@ class Codec:
         return decoded
 
     def paint(
-        self,
-        decoded: Sequence[DecodedFile],
-        steps: int | None = None,
-        guidance: float | None = None,
-        seed: int = 0,
-        realism: float | None = None,
+        self, decoded: Sequence[DecodedFile], options: DecodeOptions | None = None, **changes: Any
     ) -> list[Image.Image]:
-        """The second half of ``decompress``: tokens and captions -> pictures.
+        """Paint the pictures of decoded files: the second half of ``decompress``.
 
         On the CPU pictures are painted one at a time: a batch gains nothing there, and alone a
         picture is the same in any company. Arguments and ValueError as for ``decompress``.
         """
-        self._check_sampling(steps, guidance, seed, realism)
-        strength = self.config.guidance if guidance is None else guidance
+        options = options_from(DecodeOptions, options, changes)
+        strength = self.config.guidance if options.guidance is None else options.guidance
 
         def paint_equal(group: list[DecodedFile]) -> list[Image.Image]:
             tokens = torch.from_numpy(np.stack([file.tokens for file in group]))
             rate = group[0].rate.name
-            evaluations = self.config.default_steps(rate) if steps is None else steps
+            evaluations = options.steps or self.config.default_steps(rate)
             captions = [file.caption for file in group]
             pixels = self.model.reconstruct(
-                tokens, rate, captions, evaluations, strength, seed, realism
+                tokens, rate, captions, evaluations, strength, options.seed, options.realism
             )
             levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
             arrays = levels.permute(0, 2, 3, 1).cpu().numpy()
@@ -384,17 +395,6 @@ class Codec:
         keys = [(file.rate.name, file.tokens.shape) for file in decoded]
         return packing.by_group(decoded, keys, sizes, paint_equal)
 
-    def _check_sampling(
-        self, steps: int | None, guidance: float | None, seed: int, realism: float | None
-    ) -> None:
-        if steps is not None and not 1 <= steps <= 1000:
-            raise ValueError(f"steps must be 1 to 1000, not {steps}")
-        if guidance is not None and not 0 <= guidance <= 100:
-            raise ValueError(f"guidance must be 0 to 100, not {guidance}")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be 0 to 2^63 - 1, not {seed}")
-        self.config.chosen_realism(self.config.default_rate, realism)
-
     def _open(self, data: bytes, label: str, max_pixels: int) -> OpenFile:
         """Read a header and compare it with this model; BitstreamError (without the label)."""
         parsed = bitstream.read(data, max_pixels)
@@ -404,3 +404,21 @@ class Codec:
         return OpenFile(
             data, parsed, packing.token_grid((header.height, header.width), side), label
         )
+
+
+def _captions_of(caption: str | Sequence[str], one: bool, count: int) -> list[str]:
+    """Return one caption per picture; ValueError unless there are as many."""
+    if one:
+        if not isinstance(caption, str):
+            raise ValueError(f"caption must be a text for one picture, not {caption!r}")
+        return [caption]
+    if isinstance(caption, str):
+        if caption:
+            raise ValueError(
+                f"caption must be a list of {count} texts, one per picture, not {caption!r}"
+            )
+        return [""] * count
+    texts = list(caption)
+    if len(texts) != count or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"caption must be a list of {count} texts, one per picture, not {texts!r}")
+    return texts

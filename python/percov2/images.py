@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,24 +49,29 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
         raise ValueError("not a regular file; store the picture in a file first")
     with open(path, "rb") as stream:
-        try:
-            # Some formats decode on opening, and a container may hold more than its header says.
-            with _pillow_limit(max_pixels):
-                image = Image.open(stream)
-                check_size(image.width, image.height, max_pixels)
-                image.load()
+        return decode_image(stream, max_pixels)
+
+
+def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode the picture file of a stream. Arguments, result and ValueError as ``read_image``."""
+    try:
+        # Some formats decode on opening, and a container may hold more than its header says.
+        with _pillow_limit(max_pixels):
+            image = Image.open(stream)
             check_size(image.width, image.height, max_pixels)
-        except UnidentifiedImageError:
-            raise ValueError("not a picture in a format that Pillow reads") from None
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-            raise ImageSizeError(
-                f"the picture has more pixels than the limit of {max_pixels}; scale it down, or "
-                "raise the limit with --max-pixels"
-            ) from None
-        except (ImageSizeError, MemoryError):
-            raise
-        except Exception as error:  # decoders of damaged files raise whatever they stumble over
-            raise ValueError(f"the picture is truncated or damaged: {error}") from error
+            image.load()
+        check_size(image.width, image.height, max_pixels)
+    except UnidentifiedImageError:
+        raise ValueError("not a picture in a format that Pillow reads") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise ImageSizeError(
+            f"the picture has more pixels than the limit of {max_pixels}; scale it down, or raise "
+            "max_pixels"
+        ) from None
+    except (ImageSizeError, MemoryError):
+        raise
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        raise ValueError(f"the picture is truncated or damaged: {error}") from error
     return image
 
 
@@ -98,7 +103,7 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     if width * height > max_pixels:
         raise ImageSizeError(
             f"the picture is {width}x{height} = {width * height} pixels, more than the limit of "
-            f"{max_pixels}; scale it down, or raise the limit with --max-pixels"
+            f"{max_pixels}; scale it down, or raise max_pixels"
         )
 
 

@@ -30,6 +30,7 @@ from percov2.models.model_config import ModelConfig
 from percov2.models.placement import Placement
 from percov2.models.sd3 import SD3Model
 from percov2.models.sd3_text import TextNetworks
+from percov2.options import EncodeOptions
 
 
 # Of the kinds of component that diffusers saves and loads, a scheduler is the one without weights
@@ -210,11 +211,15 @@ class PerCoV2Pipeline(DiffusionPipeline):
         Raises:
             ValueError: as ``Codec.compress``.
         """
-        images = [image] if isinstance(image, Image.Image) else list(image)
-        captions = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
-        files = self.codec.compress(images, rate, schedule, captions)
+        options = EncodeOptions(rate=rate, schedule=schedule)
+        if isinstance(image, Image.Image) and isinstance(prompt, str):
+            files: Any = self.codec.compress(image, options, caption=prompt)
+        else:
+            images = [image] if isinstance(image, Image.Image) else list(image)
+            captions = [prompt] * len(images) if isinstance(prompt, str) else list(prompt)
+            files = self.codec.compress(images, options, caption=captions)
         self.maybe_free_model_hooks()
-        return files[0] if isinstance(image, Image.Image) else files
+        return files
 
     def decompress(self, file: bytes | Sequence[bytes], **options: Any) -> Any:
         """The picture of a file, or a list of pictures for several; options as for a call."""
@@ -243,6 +248,8 @@ class PerCoV2Pipeline(DiffusionPipeline):
             ValueError: an option is out of range.
         """
         files = [file] if isinstance(file, bytes) else list(file)
-        images = self.codec.decompress(files, num_inference_steps, guidance_scale, seed)
+        images = self.codec.decompress(
+            files, steps=num_inference_steps, guidance=guidance_scale, seed=seed
+        )
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

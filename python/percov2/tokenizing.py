@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from percov2 import packing
 from percov2.entropy.token_coder import TokenCoder
-from percov2.images import check_size, pad, to_rgb
+from percov2.images import pad
 from percov2.models.backbone import Backbone
 from percov2.models.model_config import Rate
 from percov2.models.token_maker import Search
@@ -49,13 +48,6 @@ class CaptionedSearch:
 
     run: Search
     captions: Sequence[str]
-
-
-def rgb_arrays(images: Sequence[Image.Image], max_pixels: int) -> list[NDArray[np.uint8]]:
-    """Pictures of any modes as uint8 [H, W, 3] in sRGB; ValueError for one that is too large."""
-    for image in images:
-        check_size(image.width, image.height, max_pixels)
-    return [to_rgb(image) for image in images]
 
 
 def token_maps(

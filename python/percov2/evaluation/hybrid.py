@@ -47,7 +47,8 @@ def stages_sent(
         raise ValueError("no pictures to measure")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "stages.json"
-    whole = replace(setting, stages=None, target_bytes=None)
+    encode = replace(setting.encode, stages=None, target_bytes=None, draw_seed=0)
+    whole = replace(setting, encode=encode)
     of = {**described(codec, whole), "pictures": [path.name for path in paths]}
     records: list[dict[str, Any]] = []
     if path.is_file():
@@ -61,7 +62,7 @@ def stages_sent(
         if any(record["stages"] == k for record in records):
             continue
         trips = [
-            round_trip(codec, p, replace(whole, stages=k), STAGE_METRICS)
+            round_trip(codec, p, _held(whole, k), STAGE_METRICS)
             for p in tqdm(paths, desc=f"{k} of {total} stages", disable=not progress)
         ]
         notes = sorted({note for trip in trips for note in trip.notes})
@@ -88,11 +89,16 @@ def stages_sent(
     return records
 
 
+def _held(setting: Setting, stages: int) -> Setting:
+    """Return a setting whose files hold so many stages."""
+    return replace(setting, encode=replace(setting.encode, stages=stages))
+
+
 def _stage_count(codec: Codec, path: Path, setting: Setting) -> int:
-    rate = codec.config.rate(setting.rate or codec.config.default_rate)
+    rate = codec.config.rate(setting.rate(codec))
     picture = read_image(path)
     grid = token_grid((picture.height, picture.width), rate.token_side)
-    return stage_count(setting.schedule or codec.config.default_schedule, *grid)
+    return stage_count(setting.encode.schedule or codec.config.default_schedule, *grid)
 
 
 def _page(pictures: Sequence[Image.Image], columns: int = 3, gap: int = 8) -> Image.Image:

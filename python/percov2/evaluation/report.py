@@ -6,7 +6,7 @@ import json
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from percov2.evaluation.gallery import Cell, half_size, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
 from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
+from percov2.options import EncodeOptions
 
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
@@ -51,8 +52,9 @@ class RoundTrip:
 def warm_up(codec: Codec, setting: Setting) -> None:
     """Load every network of a setting, so that times are those of the work alone."""
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
-    files = codec.compress([grey], setting.rate, setting.schedule, setting.captioner([grey]))
-    codec.decompress(files, setting.steps, setting.guidance, setting.seed, realism=setting.realism)
+    whole = EncodeOptions(rate=setting.encode.rate, schedule=setting.encode.schedule)
+    file = compress(codec, grey, replace(setting, encode=whole))
+    restore(codec, file, setting)
 
 
 def round_trip(

@@ -9,64 +9,49 @@ from PIL import Image
 
 from percov2.caption import Captioner, NoCaptioner
 from percov2.codec import Codec
+from percov2.options import DecodeOptions, EncodeOptions
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How pictures are compressed and restored; None means the model's default."""
+    """How pictures are captioned, compressed and restored."""
 
-    rate: str | None = None
-    schedule: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    seed: int = 0
+    encode: EncodeOptions = field(default_factory=EncodeOptions)
+    decode: DecodeOptions = field(default_factory=DecodeOptions)
     captioner: Captioner = field(default_factory=NoCaptioner)
-    slack: float = 0.0
-    stages: int | None = None
-    target_bytes: int | None = None
-    effort: int = 0
-    realism: float | None = None
+
+    def rate(self, codec: Codec) -> str:
+        """Return the name of the rate."""
+        return self.encode.rate or codec.config.default_rate
 
 
 def compress(codec: Codec, picture: Image.Image, setting: Setting) -> bytes:
     """Compress a picture, mode RGB, into a file. Errors as for ``Codec.compress``."""
-    (file,) = codec.compress(
-        [picture],
-        setting.rate,
-        setting.schedule,
-        setting.captioner([picture]),
-        slack=setting.slack,
-        stages=setting.stages,
-        target_bytes=setting.target_bytes,
-        effort=setting.effort,
-    )
-    return file
+    (caption,) = setting.captioner([picture])
+    return codec.compress(picture, setting.encode, caption=caption)
 
 
 def restore(codec: Codec, file: bytes, setting: Setting) -> Image.Image:
     """Restore a file's picture. Errors as for ``Codec.decompress``."""
-    (picture,) = codec.decompress(
-        [file], setting.steps, setting.guidance, setting.seed, realism=setting.realism
-    )
-    return picture
+    return codec.decompress(file, setting.decode)
 
 
 def described(codec: Codec, setting: Setting) -> dict[str, Any]:
-    """Model and setting of a report, defaults filled in, as JSON holds them."""
-    config = codec.config
-    rate = setting.rate or config.default_rate
+    """Return model and setting of a report, defaults filled in, as JSON holds them."""
+    config, encode, decode = codec.config, setting.encode, setting.decode
+    rate = setting.rate(codec)
     return {
         "model": config.name,
         "model_id": f"{codec.model_id(rate):04x}",
         "rate": rate,
-        "schedule": setting.schedule or config.default_schedule,
-        "steps": setting.steps or config.default_steps(rate),
-        "guidance": config.guidance if setting.guidance is None else setting.guidance,
-        "realism": config.chosen_realism(rate, setting.realism),
-        "seed": setting.seed,
-        "effort": setting.effort,
-        "slack": setting.slack,
-        "stages": setting.stages,
-        "target_bytes": setting.target_bytes,
+        "schedule": encode.schedule or config.default_schedule,
+        "steps": decode.steps or config.default_steps(rate),
+        "guidance": config.guidance if decode.guidance is None else decode.guidance,
+        "realism": config.chosen_realism(rate, decode.realism),
+        "seed": decode.seed,
+        "effort": encode.effort,
+        "slack": encode.slack,
+        "stages": encode.stages,
+        "target_bytes": encode.target_bytes,
         "captioner": type(setting.captioner).__name__,
     }

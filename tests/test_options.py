@@ -1,0 +1,169 @@
+"""Options: checked once, in Python's terms, and the flags that are made from them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from percov2 import Codec, DecodeOptions, EncodeOptions
+from percov2.cli_faults import in_flags
+from percov2.cli_options import add_options, options_of
+from percov2.options import OptionError, options_from
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "good", "bad"),
+    [
+        (EncodeOptions, "slack", [0, 2, 0.5, np.float32(0.5)], [-0.1, 2.1, math.nan, "1", True]),
+        (EncodeOptions, "effort", [0, 1000, np.int64(3)], [-1, 1001, 1.0, "1", True, None]),
+        (EncodeOptions, "stages", [None, 1, 65536], [0, 65537, 1.5, False]),
+        (EncodeOptions, "target_bytes", [None, 1, 1 << 26], [0, (1 << 26) + 1]),
+        (EncodeOptions, "max_pixels", [1, 1 << 32], [0, None]),
+        (EncodeOptions, "rate", [None, "r031"], [3, b"r031"]),
+        (EncodeOptions, "schedule", [None, "qlds5"], [0]),
+        (DecodeOptions, "realism", [None, 0, 1, np.float64(0.5)], [-0.1, 1.1, "1", True]),
+        (DecodeOptions, "steps", [None, 1, 1000], [0, 1001, 2.0]),
+        (DecodeOptions, "guidance", [None, 0, 100.0], [-1.0, 101, math.nan]),
+        (DecodeOptions, "seed", [0, 2**63 - 1, np.uint8(7)], [-1, 2**63, None]),
+        (DecodeOptions, "allow_truncated", [True, False], [1, "yes", None]),
+    ],
+)
+def test_every_option_has_its_type_and_range(kind, name, good, bad) -> None:
+    for value in good:
+        stored = getattr(kind(**{name: value}), name)
+        assert stored == value and type(stored).__module__ == "builtins"
+    for value in bad:
+        with pytest.raises(OptionError, match=f"^{name} must be "):
+            kind(**{name: value})
+
+
+def test_options_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(OptionError, match="stages and target_bytes exclude each other"):
+        EncodeOptions(stages=1, target_bytes=90)
+    with pytest.raises(OptionError, match="draw_seed needs stages or target_bytes"):
+        EncodeOptions(draw_seed=1)
+    assert EncodeOptions(draw_seed=1, stages=3).draw_seed == 1
+
+
+def test_options_are_frozen_keyword_only_and_travel() -> None:
+    options = EncodeOptions(rate="r010", slack=0.1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.rate = "r031"  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        EncodeOptions("r010")  # type: ignore[misc]
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+def test_changes_replace_fields(codec: Codec) -> None:
+    options = DecodeOptions(steps=3, seed=7)
+    assert options_from(DecodeOptions, options, {"seed": 1}) == DecodeOptions(steps=3, seed=1)
+    assert options_from(DecodeOptions, None, {}) == DecodeOptions()
+    with pytest.raises(TypeError, match="unknown option 'step'; there are realism, steps"):
+        codec.decompress([], step=3)
+    with pytest.raises(TypeError, match="options must be EncodeOptions, not 'coarse'"):
+        codec.compress([], "coarse")  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("kind", [EncodeOptions, DecodeOptions])
+def test_flags_give_the_options_back(kind) -> None:
+    parser = argparse.ArgumentParser()
+    add_options(parser, kind)
+    assert options_of(kind, parser.parse_args([])) == kind()
+    words = {"rate": "r010", "schedule": "var", "slack": "0.5", "effort": "2", "stages": "3"}
+    words |= {"draw_seed": "4", "max_pixels": "99", "realism": "0.25", "steps": "5"}
+    words |= {"guidance": "2.5", "seed": "6"}
+    names = [one.name for one in dataclasses.fields(kind)]
+    line = [x for n, w in words.items() if n in names for x in (f"--{n.replace('_', '-')}", w)]
+    found = dataclasses.asdict(options_of(kind, parser.parse_args(line)))
+    for name, word in words.items():
+        if name in names:
+            assert str(found[name]) == word
+    text = parser.format_help()
+    assert all(f"--{name.replace('_', '-')}" in text for name in names)
+    part = argparse.ArgumentParser()
+    add_options(part, kind, names[0])
+    assert options_of(kind, part.parse_args([])) == kind()
+    with pytest.raises(SystemExit):
+        part.parse_args([f"--{names[0].replace('_', '-')}", "x"])
+
+
+def test_messages_name_flags_on_the_command_line() -> None:
+    text = "the picture is 9x9, more than max_pixels; draw_seed needs stages or target_bytes"
+    expected = "the picture is 9x9, more than --max-pixels; --draw-seed needs stages or "
+    assert in_flags(text) == expected + "--target-bytes"
+
+
+def pixels(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+
+
+def test_one_picture_gives_one_file_whatever_its_kind(codec: Codec, tmp_path: Path) -> None:
+    array = pixels()
+    image = Image.fromarray(array)
+    path = tmp_path / "picture.png"
+    image.save(path)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    expected = codec.compress(image)
+    assert isinstance(expected, bytes)
+    for picture in (path, str(path), path.read_bytes(), array, tensor, tensor.float() / 255):
+        assert codec.compress(picture) == expected
+        assert codec.compress([picture, picture]) == [expected] * 2
+    assert codec.compress(np.stack([array, array])) == [expected] * 2
+    assert codec.compress(torch.stack([tensor])) == [expected]
+    assert codec.compress(iter([image])) == [expected]
+    grey = codec.compress(image.convert("L"))
+    assert codec.compress(np.asarray(image.convert("L"))) == grey
+    assert codec.compress(image, caption="a door") == codec.compress([image], caption=["a door"])[0]
+
+
+def test_one_file_gives_one_picture(codec: Codec, tmp_path: Path) -> None:
+    data = codec.compress(pixels())
+    path = tmp_path / "picture.pcv2"
+    path.write_bytes(data)
+    expected = codec.decompress(data)
+    assert expected.size == (56, 40)
+    for file in (path, str(path), bytearray(data), memoryview(data)):
+        assert codec.decompress(file).tobytes() == expected.tobytes()
+    several = codec.decompress([data, path])
+    assert [image.tobytes() for image in several] == [expected.tobytes()] * 2
+
+
+@pytest.mark.parametrize(
+    ("picture", "message"),
+    [
+        (3, "a picture must be a path, the bytes of an image file.*not int"),
+        (None, "not NoneType"),
+        ([3], "a picture must be .*not int"),
+        ({"a": 1}, "not dict"),
+        (np.zeros(4, np.uint8), r"not an array \(4,\)"),
+        (np.zeros((4, 4, 2), np.uint8), r"must be uint8 \[H, W\] or \[H, W, 3\], not uint8"),
+        (np.zeros((4, 4, 3)), "not float64"),
+        (torch.zeros(2, 4, 4), r"must be \[1, H, W\] or \[3, H, W\], not \(2, 4, 4\)"),
+        (torch.full((3, 4, 4), 2.0), "must lie in 0..1"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "not torch.int64"),
+        (torch.zeros(4, 4), r"not a tensor \(4, 4\)"),
+        (b"no picture", "not a picture in a format that Pillow reads"),
+    ],
+)
+def test_a_wrong_type_gets_one_clear_sentence(codec: Codec, picture, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        codec.compress(picture)
+
+
+def test_captions_go_with_pictures(codec: Codec) -> None:
+    image = Image.fromarray(pixels())
+    with pytest.raises(ValueError, match="caption must be a text for one picture"):
+        codec.compress(image, caption=["a door"])  # type: ignore[call-overload]
+    for wrong in ("a door", [], ["a", "b"], [3]):
+        with pytest.raises(ValueError, match="caption must be a list of 1 texts"):
+            codec.compress([image], caption=wrong)
+    with pytest.raises(ValueError, match="a file must be a path or the bytes of one, not int"):
+        codec.decompress([3])  # type: ignore[list-item]
