@@ -28,9 +28,6 @@ attention_weights = _native.attention_weights
 stage_attention = _native.stage_attention
 IntegerTransformer = _native.IntegerTransformer
 StagedPass = _native.StagedPass
-# For percov2.entropy.lanes.
-NativeLaneEncoder = _native.LaneEncoder
-NativeLaneDecoder = _native.LaneDecoder
 # For percov2.entropy.rans_cuda.
 cuda_built = _native.cuda_built
 cuda_devices = _native.cuda_devices
