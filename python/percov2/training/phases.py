@@ -47,12 +47,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "bf16 halves the time; a few tokens near a tie may differ from the codec's",
     },
     "pictures": {"type": Path, "help": "folder of validation pictures, restored at checkpoints"},
-    "processes": {"type": int, "default": 8, "help": "devices that train (default: 8)"},
-    "teraflops": {
-        "type": float,
-        "default": 350.0,
-        "help": "10^12 FLOP/s that a device sustains (default: 350, about a third of an H100's)",
-    },
     "longest": {
         "type": int,
         "default": 768,
@@ -91,10 +85,6 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Add the rate of a stage-1 run on Stable Diffusion 3 to a model folder.",
         ("config", "codec_run", "out", "entropy"),
     ),
-    "sd3-plan": (
-        "Print parameters, memory and hours of a run on Stable Diffusion 3.",
-        ("config", "processes", "teraflops"),
-    ),
     "shard-tokens": (
         "Make token maps of shards, for `train entropy`; may be run by accelerate launch.",
         ("model", "data", "out", "rate", "longest"),
@@ -105,7 +95,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 """Phase -> its help and its options."""
-_ON_SD3 = ("sd3", "sd3-export", "sd3-plan", "shard-tokens")
+_ON_SD3 = ("sd3", "sd3-export", "shard-tokens")
 
 
 def home(phase: str) -> tuple[str, str]:

@@ -19,7 +19,6 @@ from percov2.models.storage import save_component
 from percov2.training.data import is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.lora import low_rank_tensors
-from percov2.training.sd3_budget import budget, report
 from percov2.training.sd3_networks import SD3Config, SD3Networks
 from percov2.training.sd3_pictures import STEPS, Pictures
 from percov2.training.sd3_stage import SD3Stage
@@ -124,17 +123,6 @@ def _with_rate(out: Path, settings: SD3Config, location: str) -> ModelConfig:
     if known.setdefault(settings.rate.name, settings.rate) != settings.rate:
         raise ValueError(f"{out} has another rate {settings.rate.name}: {known}")
     return dataclasses.replace(model, rates=tuple(known.values()))
-
-
-def run_sd3_plan(config: Path, processes: int = 8, teraflops: float = 350.0) -> None:
-    """`percov2 train sd3-plan`: parameters, memory and hours, without weights.
-
-    Args:
-        teraflops: that one device is expected to sustain, 10^12 per second.
-    """
-    settings, loop = sd3_config(config)
-    found = budget(settings, loop, processes)
-    print(report(found, settings, loop, processes, teraflops * 1e12))
 
 
 def run_shard_tokens(
