@@ -13,7 +13,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file with a section per phase"},
     "recipe": {
         "metavar": "NAME[,NAME]",
-        "help": "replace settings of [codec] by those of [codec.recipes.NAME]",
+        "help": "settings of [codec.recipes.NAME] (or [sd3.recipes.NAME]) replace those of [codec]",
     },
     "data": {"type": Path, "required": True, "help": "photos, shards or token maps"},
     "out": {"type": Path, "required": True, "help": "what the phase writes"},
@@ -79,11 +79,11 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "sd3": (
         "Stage 1 on Stable Diffusion 3; may be run by accelerate launch.",
-        ("config", "data", "out", "pictures", "minutes"),
+        ("config", "recipe", "data", "out", "pictures", "minutes"),
     ),
     "sd3-export": (
         "Add the rate of a stage-1 run on Stable Diffusion 3 to a model folder.",
-        ("config", "codec_run", "out", "entropy"),
+        ("config", "recipe", "codec_run", "out", "entropy"),
     ),
     "shard-tokens": (
         "Make token maps of shards, for `train entropy`; may be run by accelerate launch.",
