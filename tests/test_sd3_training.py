@@ -226,7 +226,7 @@ def test_stage_2_killed_and_resumed_equals_uninterrupted(
             train(stage(), loop, tmp_path / "twice")
     assert train(stage(), loop, tmp_path / "twice") == 4
     once, twice = (checkpoint.read(tmp_path / n / "checkpoint.pt") for n in ("once", "twice"))
-    assert all(equal(once[key], twice[key]) for key in once)
+    assert all(equal(once[key], twice[key]) for key in once.keys() - {"minutes"})
 
 
 def test_low_rank_updates_are_the_base_plus_a_product() -> None:
