@@ -11,7 +11,6 @@
 
 #include "bindings.h"
 #include "coder.h"
-#include "lanes.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -21,8 +20,6 @@ namespace {
 
 using Encoder = Shared<BatchEncoder>;
 using Decoder = Shared<BatchDecoder>;
-using LanedEncoder = Shared<LaneEncoder>;
-using LanedDecoder = Shared<LaneDecoder>;
 
 std::unique_ptr<Encoder> make_encoder(py::handle checks) {
   return std::make_unique<Encoder>(copy(TensorView<std::uint32_t>(checks, "checks")));
@@ -201,57 +198,6 @@ py::array_t<std::int32_t> cdf_of(py::handle logits, const std::string& type, int
   return table;
 }
 
-void push_lanes(LanedEncoder& encoder, py::handle starts, py::handle freqs, int prob_bits) {
-  const TensorView<std::int32_t> start(starts, "starts");
-  const TensorView<std::int32_t> freq(freqs, "freqs");
-  start.require_ndim(1);
-  freq.require_ndim(1);
-  same_size("freqs", freq.size(), start.size());
-  const Turn turn(encoder);
-  const py::gil_scoped_release unlocked;
-  encoder.push(start.data(), freq.data(), start.size(), prob_bits);
-}
-
-py::array_t<std::uint8_t> finish_lanes(LanedEncoder& encoder) {
-  const Turn turn(encoder);
-  py::array_t<std::uint8_t> stream(encoder.size());
-  encoder.finish(stream.mutable_data());
-  return stream;
-}
-
-std::unique_ptr<LanedDecoder> make_lane_decoder(py::handle stream, std::int64_t lanes) {
-  const TensorView<std::uint8_t> bytes(stream, "stream");
-  bytes.require_ndim(1);
-  return std::make_unique<LanedDecoder>(bytes.data(), bytes.size(), lanes);
-}
-
-py::array_t<std::int32_t> decode_lane_logits(LanedDecoder& decoder, py::handle logits,
-                                             const std::string& type, int prob_bits) {
-  const LogitsView logit(logits, type, 2);
-  py::array_t<std::int32_t> symbols(logit.shape(0));
-  std::int32_t* out = symbols.mutable_data();
-  const Turn turn(decoder);
-  const py::gil_scoped_release unlocked;
-  decoder.decode_logits(logit.logits(), logit.shape(0), prob_bits, out);
-  return symbols;
-}
-
-py::array_t<std::int32_t> decode_lane_cdf(LanedDecoder& decoder, py::handle cdf, int prob_bits) {
-  const TensorView<std::int32_t> table(cdf, "cdf");
-  table.require_ndim(2);
-  py::array_t<std::int32_t> symbols(table.shape(0));
-  std::int32_t* out = symbols.mutable_data();
-  const Turn turn(decoder);
-  const py::gil_scoped_release unlocked;
-  decoder.decode_cdf(table.data(), table.shape(0), table.shape(1) - 1, prob_bits, out);
-  return symbols;
-}
-
-bool finished_lanes(LanedDecoder& decoder, std::int64_t check) {
-  const Turn turn(decoder);
-  return decoder.finished(check);
-}
-
 }  // namespace
 
 void bind_coder(py::module_& module) {
@@ -279,16 +225,6 @@ void bind_coder(py::module_& module) {
       .def("positions", &positions)
       .def("exhausted", &exhausted)
       .def("finished", &finished, py::arg("checks"));
-  py::class_<LanedEncoder>(module, "LaneEncoder")
-      .def(py::init<std::int64_t, std::int64_t>(), py::arg("lanes"), py::arg("check"))
-      .def("push", &push_lanes, py::arg("starts"), py::arg("freqs"), py::arg("prob_bits"))
-      .def("finish", &finish_lanes);
-  py::class_<LanedDecoder>(module, "LaneDecoder")
-      .def(py::init(&make_lane_decoder), py::arg("stream"), py::arg("lanes"))
-      .def("decode_logits", &decode_lane_logits, py::arg("logits"), py::arg("type"),
-           py::arg("prob_bits"))
-      .def("decode_cdf", &decode_lane_cdf, py::arg("cdf"), py::arg("prob_bits"))
-      .def("finished", &finished_lanes, py::arg("check"));
 }
 
 }  // namespace percov2

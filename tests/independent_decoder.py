@@ -12,10 +12,10 @@ import re
 import struct
 import zlib
 from binascii import crc_hqx
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from independent_coder import LOWER, Coder
 from independent_model import (
     Grid,
     Model,
@@ -29,7 +29,6 @@ from independent_model import (
 
 # --------------------------------------------------------------------------- bitstream.md §3–5
 
-LOWER = 2**23
 MAX_PIXELS = 64_000_000
 
 RATE = table(1536, 1024, 768, *[96] * 4, *[43] * 6, *[42] * 3)
@@ -48,56 +47,18 @@ class Broken(ValueError):
     """The check fails: what §8 may restore."""
 
 
-class Coder:
-    """The rANS decoder of a payload."""
-
-    def __init__(self, data: bytes) -> None:
-        self.x, self.data, self.next = 0, data, 4
-        self.trusted = True  # every symbol so far (§8)
-        self._refill()
-
-    def _refill(self) -> None:
-        while self.x < LOWER and self.next < len(self.data):
-            self.x = 256 * self.x + self.data[self.next]
-            self.next += 1
-
-    def symbol(self, starts: Sequence[int], prob_bits: int = 12) -> int:
-        """Decode one symbol; `starts` ends with 2^prob_bits."""
-        self.trusted = self.trusted and self.x >= LOWER
-        slot = self.x % (1 << prob_bits)
-        i = bisect_right(starts, slot) - 1
-        self.x = (starts[i + 1] - starts[i]) * (self.x >> prob_bits) + slot - starts[i]
-        self._refill()
-        return i
-
-    def bits(self, k: int) -> int:
-        """k ≤ 12 equally likely bits."""
-        return self.symbol(range(0, 4097, 1 << (12 - k)))
-
-    def number(self, exponents: Sequence[int]) -> int:
-        """A number from 1."""
-        e = self.symbol(exponents)
-        if e == 0:
-            return 1
-        value, left = 1, e - 1
-        while left:
-            k = (left - 1) % 12 + 1
-            value, left = value << k | self.bits(k), left - k
-        return value + 1
-
-
 class Header(NamedTuple):
     """The fields before the caption; `stages_sent` is 0 for all, `dense` the coded symbol."""
 
     model_id: int
-    rate: int
-    schedule: int
-    stages_sent: int
-    seed: int
     height: int
     width: int
-    dense: int
-    caption_codec: int
+    rate: int = 0
+    schedule: int = 0
+    stages_sent: int = 0
+    seed: int = 0
+    dense: int = 0
+    caption_codec: int = 0
 
 
 class Decoded(NamedTuple):
@@ -113,13 +74,13 @@ ModelOf = Callable[[int, int], tuple[Model, int]]
 CaptionModel = tuple[Model, list[str]]
 
 
-def _open(data: bytes) -> tuple[Header, Coder]:
+def open_file(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[Header, Coder]:
     """§2, 1 and 2, up to the caption codec."""
     require(len(data) > 0, "an empty file")
     require(data[0] == 0xFC and data[1:2] in (b"", b"\x21"), "another magic or version")
     require(len(data) >= 4, "a file of less than four bytes")
     require(data[4:5] != b"\x00", "the payload begins with a zero byte")
-    coder = Coder(data)
+    coder = Coder(data, 4)
     rate, schedule = coder.symbol(RATE), coder.symbol(SCHEDULE)
     require(schedule != 7, "a reserved schedule")
     sent = coder.number(STAGES_EXPONENT) if coder.symbol(ALL_STAGES) else 0
@@ -128,17 +89,17 @@ def _open(data: bytes) -> tuple[Header, Coder]:
     if coder.symbol(STANDARD_SIZE):
         height, width = coder.number(SIDE_EXPONENT), coder.number(SIDE_EXPONENT)
         require((height, width) != (512, 512), "512×512 in the long form")
-    require(height * width <= MAX_PIXELS, "too many pixels")
+    require(height * width <= max_pixels, "too many pixels")
     dense, codec = coder.symbol(DENSE), coder.symbol(CAPTION_CODEC)
     require(codec <= 3, "a reserved caption codec")
     identity = int.from_bytes(data[2:4], "big")
-    return Header(identity, rate, schedule, sent, seed, height, width, dense, codec), coder
+    return Header(identity, height, width, rate, schedule, sent, seed, dense, codec), coder
 
 
-def _stored_caption(coder: Coder) -> bytes:
+def stored_caption(coder: Coder) -> bytes:
     """The caption bytes of codecs 1 and 2."""
     length = coder.number(CAPTION_EXPONENT)
-    require(length <= len(coder.data) - coder.next + 4, "a caption longer than the file")
+    require(length <= len(coder.data) - coder.position + 4, "a caption longer than the file")
     caption = bytes(coder.bits(8) for _ in range(length))
     require(caption[-1] != 0, "the caption's last byte is zero")
     return caption
@@ -182,9 +143,14 @@ def _text(codec: int, caption: bytes) -> str:
 # --------------------------------------------------------------------------- bitstream.md §6–9
 
 
-def _check(head: Header, data: bytes, caption: bytes, identity: bytes, tokens: list[int]) -> int:
-    """§9."""
-    told = data[:4] + struct.pack(">BBI", head.rate, head.schedule, head.stages_sent)
+def prefix(head: Header) -> bytes:
+    """§1: the first four bytes."""
+    return b"\xfc\x21" + struct.pack(">H", head.model_id)
+
+
+def check(head: Header, caption: bytes, tokens: Sequence[int], identity: bytes = b"") -> int:
+    """§9; `identity` is the fingerprint of the model that coded the caption (codec 3)."""
+    told = prefix(head) + struct.pack(">BBI", head.rate, head.schedule, head.stages_sent)
     told += struct.pack(">H", head.seed) if head.stages_sent else b""
     told += struct.pack(">IIBB", head.height, head.width, head.dense, head.caption_codec)
     told += struct.pack(">I", len(caption)) + caption + identity
@@ -199,10 +165,10 @@ def _decode(
     cut: bool = False,
 ) -> Decoded:
     """lenient: whatever the dense promise says (§8); cut: whatever the check says, too."""
-    head, coder = _open(data)
+    head, coder = open_file(data)
     caption, identity = b"", b""
     if head.caption_codec in (1, 2):
-        caption = _stored_caption(coder)
+        caption = stored_caption(coder)
     require(coder.trusted or not cut, "header or caption are cut")
     model, side = model_of(head.model_id, head.rate)
     h, w = -(-head.height // side), -(-head.width // side)
@@ -246,10 +212,9 @@ def _decode(
             break
         know(stage)
     # Of a file that is complete but for its check, §8 says more below.
-    ended = coder.next == len(data) and coder.x < LOWER
-    require(ended, "data behind the last token", ValueError if cut else Broken)
-    check = _check(head, data, caption, identity, tokens)
-    require(cut or coder.x == check, "the check fails", Broken)
+    require(coder.exhausted, "data behind the last token", ValueError if cut else Broken)
+    whole = coder.finished(check(head, caption, tokens, identity))
+    require(cut or whole, "the check fails", Broken)
     text = _text(head.caption_codec, caption)
     for stage in range(held + 1, count + 1):
         for n in places[stage]:

@@ -27,7 +27,8 @@ def require(holds: bool, fault: str, error: type[ValueError] = ValueError) -> No
 # --------------------------------------------------------------------------- schedules.md
 
 
-def _qlds(h: int, w: int, most: int) -> list[int]:
+def qlds_walk(h: int, w: int) -> list[int]:
+    """Raster indices in coding order."""
     size = h * w
     order: dict[int, None] = {}
     for n in range(1, 16 * size + 65):
@@ -35,14 +36,23 @@ def _qlds(h: int, w: int, most: int) -> list[int]:
         order[(a * h >> 32) * w + (b * w >> 32)] = None
         if len(order) == size:
             break
-    places = list(order | dict.fromkeys(range(size)))
-    stages, count, end = [0] * size, min(most, size), 0
+    return list(order | dict.fromkeys(range(size)))
+
+
+def power_law_ends(size: int, most: int) -> list[int]:
+    """How many positions the stages 1, 2, … have together."""
+    count, ends = min(most, size), [0]
     for i in range(1, count + 1):
         bound = 32 * size**5 * i**11
         k = bisect_right(range(size + 1), bound, 1, key=lambda k: (2 * k - 1) ** 5 * count**11) - 1
-        begin, end = end, max(k, end + 1)
-        for place in places[begin:end]:
-            stages[place] = i
+        ends.append(max(k, ends[-1] + 1))
+    return ends[1:]
+
+
+def _qlds(h: int, w: int, most: int) -> list[int]:
+    ends, stages = power_law_ends(h * w, most), [0] * (h * w)
+    for rank, place in enumerate(qlds_walk(h, w)):
+        stages[place] = bisect_right(ends, rank) + 1
     return stages
 
 
@@ -83,6 +93,11 @@ def stage_map(schedule: int, h: int, w: int) -> list[int]:
             keys = list(range(h * w))
         case _:
             keys = _qlds(h, w, {0: 12, 5: 8, 6: 5}[schedule])
+    return ranks(keys)
+
+
+def ranks(keys: Sequence[int]) -> list[int]:
+    """The values in use become 1, 2, 3, … in their order."""
     rank = {key: i for i, key in enumerate(sorted(set(keys)), 1)}
     return [rank[key] for key in keys]
 
@@ -117,8 +132,9 @@ class Model(NamedTuple):
         out = []
         weights = self.tensors[f"{name}.weight"].rows
         for row, bias, multiplier, shift in zip(weights, *parts, strict=True):
-            acc = (bias + sum(map(mul, row, x))) * multiplier
-            out.append(min(max((acc + (1 << shift - 1)) >> shift, low), high))
+            acc = bias + sum(map(mul, row, x))
+            require(abs(acc) < 2**24, "a sum beyond float32's integers")
+            out.append(requantize(acc, multiplier, shift, low, high))
         return out
 
 
@@ -160,7 +176,24 @@ def model_id(model: Model, side: int, codebook: bytes) -> int:
 SOFTMAX = [int(126.61 * 2 ** (-d / 16) + 0.5) for d in range(128)]
 
 
-def _norm(r: Sequence[int], gain: Sequence[int]) -> list[int]:
+def requantize(acc: int, multiplier: int, shift: int, low: int, high: int) -> int:
+    """A sum to the scale of the next layer."""
+    return min(max((acc * multiplier + (1 << shift - 1)) >> shift, low), high)
+
+
+def softmax_weight(distance: int) -> int:
+    """The weight of a score so far below the largest."""
+    return SOFTMAX[distance] if distance < 128 else 0
+
+
+def attention_mean(weighted: int, total: int, gain_bits: int) -> int:
+    """The weighted mean times 2^gain_bits."""
+    v = (weighted << gain_bits) + (total << 7 + gain_bits) + total // 2
+    return min(max(v // total - (1 << 7 + gain_bits), -127), 127)
+
+
+def layer_norm(r: Sequence[int], gain: Sequence[int]) -> list[int]:
+    """LayerNorm to bytes."""
     d = len(r)
     c = (sum(r) + (d << 20) + d // 2) // d - 2**20
     y = [v - c for v in r]
@@ -174,7 +207,10 @@ def _add(*terms: Sequence[int]) -> list[int]:
 
 
 class Grid:
-    """The program for one grid: takes the tokens of a stage, gives the logits of the next."""
+    """The program for one grid: takes the tokens of a stage, gives the logits of the next.
+
+    Stages are never looked at: an entry sees what was kept before it and with it.
+    """
 
     def __init__(self, model: Model, h: int, w: int) -> None:
         self.model, self.h, self.w = model, h, w
@@ -186,30 +222,27 @@ class Grid:
         height = model.row("embedding.height", min(16, (h - 1).bit_length()))
         width = model.row("embedding.width", min(16, (w - 1).bit_length()))
         entries = [list(start[0]), _add(start[1], height), _add(start[2], width)]
-        self._run(entries, [None] * 3, keep=True)
+        self.run(entries, [None] * 3, keep=True)
 
     def know(self, tokens: dict[Place, int]) -> None:
         """Run the contents of a stage."""
-        entries = [self._payload(p, "embedding.token", t) for p, t in tokens.items()]
-        self._run(entries, list(tokens), keep=True)
+        entries = [self.payload(p, "embedding.token", t) for p, t in tokens.items()]
+        self.run(entries, list(tokens), keep=True)
 
     def logits(self, place: Place) -> list[int]:
         """Run the query of one position."""
-        entry = [self._payload(place, "embedding.query", 0)]
-        (r,) = self._run(entry, [place], keep=False)
-        x = _norm(r, self.model.row("head_norm.gain"))
-        return self.model.linear("head", x, -(2**15), 2**15 - 1)
+        entry = [self.payload(place, "embedding.query")]
+        (logits,) = self.run(entry, [place], answer=True)
+        return logits
 
-    def _payload(self, place: Place, name: str, i: int) -> list[int]:
+    def payload(self, place: Place, name: str, i: int = 0) -> list[int]:
+        """What an entry starts with."""
         row = self.model.row("embedding.row", 16 * place[0] // self.h)
         column = self.model.row("embedding.column", 16 * place[1] // self.w)
         return _add(self.model.row(name, i), row, column)
 
     def _visible(self, place: Place | None) -> tuple[list[int], list[int]]:
-        """The keys that an entry sees and their indices into the attention's bias.
-
-        Stages need no look: what is kept when an entry runs is what it reads.
-        """
+        """The keys that an entry sees and their indices into the attention's bias."""
         keys, indices = [0, 1, 2], [961, 962, 963]
         for j, other in enumerate(self.places):
             if place and other:
@@ -219,15 +252,20 @@ class Grid:
                     indices.append((dy + 15) * 31 + dx + 15)
         return keys, indices
 
-    def _run(
-        self, entries: list[list[int]], places: Sequence[Place | None], keep: bool
+    def run(
+        self,
+        entries: list[list[int]],
+        places: Sequence[Place | None],
+        keep: bool = False,
+        answer: bool = False,
     ) -> list[list[int]]:
+        """Run entries side by side; `keep` their keys and values, `answer` with their logits."""
         model, width = self.model, self.model.config["head_dim"]
         self.places += places if keep else []
         seen = [self._visible(place) for place in places]
         for i, heads in enumerate(self.kept):
             t = f"layers.{i}."
-            xs = [_norm(r, model.row(t + "attention_norm.gain")) for r in entries]
+            xs = [layer_norm(r, model.row(t + "attention_norm.gain")) for r in entries]
             if keep:
                 for x in xs:
                     kv = model.linear(t + "kv", x, -127, 127)
@@ -235,16 +273,19 @@ class Grid:
                     for n, (keys, values) in enumerate(heads):
                         keys.append(parts[n])
                         values.append(parts[len(heads) + n])
-                if i == len(self.kept) - 1:
-                    break  # nobody reads what becomes of them
+                if i == len(self.kept) - 1 and not answer:
+                    return []  # nobody reads what becomes of them
             for j, (r, x) in enumerate(zip(entries, xs, strict=True)):
                 q = model.linear(t + "q", x, -127, 127)
                 a = [v for n in range(len(heads)) for v in self._attend(i, n, q, *seen[j])]
                 r = _add(r, model.linear(t + "out", a, -(2**20), 2**20))
-                up = model.linear(t + "up", _norm(r, model.row(t + "mlp_norm.gain")), -127, 127)
+                up = model.linear(
+                    t + "up", layer_norm(r, model.row(t + "mlp_norm.gain")), -127, 127
+                )
                 x = [model.row(t + "gelu")[u + 128] for u in up]
                 entries[j] = _add(r, model.linear(t + "down", x, -(2**20), 2**20))
-        return entries
+        xs = [layer_norm(r, model.row("head_norm.gain")) for r in entries]
+        return [model.linear("head", x, -(2**15), 2**15 - 1) for x in xs]
 
     def _attend(
         self, layer: int, head: int, qs: list[int], seen: list[int], indices: list[int]
@@ -260,13 +301,10 @@ class Grid:
             for j, k in zip(seen, indices, strict=True)
         ]
         top = max(scores)
-        weights = [SOFTMAX[top - s] if top - s <= 127 else 0 for s in scores]
+        weights = [softmax_weight(top - s) for s in scores]
         total = sum(weights)
-        out = []
-        for column in zip(*(values[j] for j in seen), strict=True):
-            v = (sum(map(mul, weights, column)) << bits) + (total << 7 + bits) + total // 2
-            out.append(min(max(v // total - (1 << 7 + bits), -127), 127))
-        return out
+        columns = zip(*(values[j] for j in seen), strict=True)
+        return [attention_mean(sum(map(mul, weights, c)), total, bits) for c in columns]
 
 
 # --------------------------------------------------------------------------- entropy-model.md §5, 6
@@ -283,11 +321,17 @@ def _weights(distances: Iterable[int]) -> list[int]:
     return [TABLE[d & 255] >> (d >> 8) for d in distances]
 
 
-def intervals(logits: Sequence[int]) -> tuple[list[int], int]:
-    """The start of every token, and M, of one position's logits; prob_bits."""
-    size, top = len(logits), max(logits)
-    prob_bits = 16 if size <= 256 else 18 if size <= 1024 else 20
-    sums = table(*_weights(top - logit for logit in logits))
+def weights(logits: Sequence[int]) -> list[int]:
+    """The weights of one position's logits."""
+    top = max(logits)
+    return _weights(top - logit for logit in logits)
+
+
+def intervals(logits: Sequence[int], prob_bits: int | None = None) -> tuple[list[int], int]:
+    """The start of every token, and M, of one position's logits; prob_bits (by size if None)."""
+    size = len(logits)
+    prob_bits = prob_bits or (16 if size <= 256 else 18 if size <= 1024 else 20)
+    sums = table(*weights(logits))
     room = (1 << prob_bits) - size
     return [p * room // sums[-1] + i for i, p in enumerate(sums)], prob_bits
 
@@ -306,7 +350,7 @@ def draw(logits: Sequence[int], seed: int, n: int) -> int:
     """The drawn token of the place n."""
     x0, x1, *_ = philox((n % 2**32, n >> 32, 0, 0), (seed, 0))
     top = max(logits)
-    weights = _weights((top - logit) * 384 // 256 for logit in logits)
-    floor = max(weights) >> 10
-    sums = table(*(w if w >= floor else 0 for w in weights))
+    sharp = _weights((top - logit) * 384 // 256 for logit in logits)
+    floor = max(sharp) >> 10
+    sums = table(*(w if w >= floor else 0 for w in sharp))
     return bisect_right(sums, (x0 << 32 | x1) * sums[-1] >> 64) - 1

@@ -59,7 +59,7 @@ def test_every_step_left_its_records(report: dict) -> None:
     # Float pass; both ways of two schedules, two further batches, a large and a raster grid, and
     # of two threads where there are two cores.
     ways = 1 + 2 * (6 + (report["environment"]["cores"] > 1))
-    expected = {"coder": shapes, "logits": kinds * shapes, "lanes": 1, "overhead": 1, "long": 1}
+    expected = {"coder": shapes, "logits": kinds * shapes, "overhead": 1, "long": 1}
     expected["model"], expected["attention"] = ways, 4
     assert count == expected
 

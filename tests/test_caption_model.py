@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import reference_bitstream
-import reference_rans
+import independent_decoder
+import independent_encoder
 from percov2 import BitstreamError, Codec, bitstream
 from percov2.caption import encode_caption
 from percov2.caption_model import END, FIRST_BYTE, FIRST_LEARNED, MAX_PIECES, Alphabet, CaptionModel
@@ -96,12 +96,6 @@ def test_bytes_equal_a_plain_python_writer(describing: Codec, captions: CaptionM
         [tokens], [(40, 70)], rate="fine", schedule="checkerboard", caption=[text]
     )
 
-    def symbols(logits: torch.Tensor, chosen: list[int], bits: int) -> list:
-        return [
-            reference_bitstream.Symbol(*reference_rans.interval(row, symbol, bits), bits)
-            for row, symbol in zip(logits.tolist(), chosen, strict=False)
-        ]
-
     pieces = [*captions.alphabet.split(text), END]
     row = torch.tensor([pieces + [END] * (MAX_PIECES - len(pieces))])[None]
     caption_logits = one_pass_logits(captions._coder.model, row, stages("raster", 1, MAX_PIECES))[0]
@@ -109,12 +103,16 @@ def test_bytes_equal_a_plain_python_writer(describing: Codec, captions: CaptionM
     entropy = IntTransformer.load(describing.model.folder / "fine" / "entropy")
     token_logits = one_pass_logits(entropy, torch.from_numpy(tokens)[None], stage_map)[0]
     ordered = tokens.reshape(-1)[order(stage_map)].tolist()
-    fields = reference_bitstream.Fields(
-        describing.model_id("fine"), 40, 70, 0, 2, 0, 3, text.encode()
+    head = independent_decoder.Header(
+        describing.model_id("fine"), 40, 70, schedule=2, caption_codec=3
     )
-    check = reference_bitstream.check(fields, tokens.reshape(-1).tolist(), captions.fingerprint())
-    coded = [*symbols(caption_logits, pieces, 18), *symbols(token_logits, ordered, 16)]
-    assert data == reference_bitstream.write(fields, coded, check)
+    raster = tokens.reshape(-1).tolist()
+    check = independent_decoder.check(head, text.encode(), raster, captions.fingerprint())
+    coded = [
+        *independent_encoder.chosen(caption_logits[: len(pieces)].tolist(), pieces),
+        *independent_encoder.chosen(token_logits.tolist(), ordered),
+    ]
+    assert data == independent_encoder.write(head, b"", coded, check)
     (decoded,) = describing.decode([data])
     assert decoded.caption == text
     np.testing.assert_array_equal(decoded.tokens, tokens)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference_rans as reference
+import independent_model as reference
 from percov2 import _native
 from percov2.entropy import cdf, rans
 
@@ -22,7 +22,11 @@ def logits_of(seed: int, rows: int, size: int, spread: int) -> np.ndarray:
 
 
 def test_weight_table_is_frozen_and_exact() -> None:
-    assert reference.weight_table() == cdf.WEIGHT_TABLE
+    for k, weight in enumerate(cdf.WEIGHT_TABLE):
+        # r - 1/2 <= 2^(22 - k/256) < r + 1/2, but for entry 0, which is one less.
+        r, power = weight + (k == 0), 1 << (256 * 23 - k)
+        assert (2 * r - 1) ** 256 <= power < (2 * r + 1) ** 256
+    assert tuple(reference.TABLE) == cdf.WEIGHT_TABLE
     assert tuple(_native.weight_table().tolist()) == cdf.WEIGHT_TABLE
     data = b"".join(value.to_bytes(4, "little") for value in cdf.WEIGHT_TABLE)
     assert hashlib.sha256(data).hexdigest() == (
@@ -55,7 +59,7 @@ def test_all_forms_agree(size: int, spread: int) -> None:
     symbols[0] = size - 1
     for row, symbol in enumerate(symbols.tolist()):
         if size <= 257:
-            assert bounds[row].tolist() == reference.cdf(logits[row].tolist(), prob_bits)
+            assert bounds[row].tolist() == reference.intervals(logits[row].tolist(), prob_bits)[0]
         weights = reference.weights(logits[row].tolist())
         total, limit = sum(weights), (1 << prob_bits) - size
         start = sum(weights[:symbol]) * limit // total + symbol

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-import reference_int_transformer as reference
+import independent_model
 from percov2.entropy.direct import (
     UNKNOWN,
     DirectBatch,
@@ -39,25 +39,24 @@ def grid(height: int, width: int) -> np.ndarray:
     return ((np.abs(7 * y - 3 * x) // 4 + y * x // 9) % 16).astype(np.int32)
 
 
-def masked_entries(tensors: dict, tokens: np.ndarray, known: np.ndarray) -> list[dict]:
-    """Start entries as the format has them, then one entry per token, all of one stage."""
-    entries = reference.make_entries(tensors, tokens, np.ones_like(tokens))
-    size = tokens.size
-    contents, queries = entries[3 : 3 + size], entries[3 + size :]
-    chosen = [
-        c if k else {**q, "key_stage": 1, "reads": 1}
-        for c, q, k in zip(contents, queries, known.flat, strict=True)
+def plain_logits(tokens: np.ndarray, known: np.ndarray) -> list[list[int]]:
+    """One entry per token, known or not, that sees all of them: in plain Python."""
+    plain = independent_model.Grid(independent_model.read_model(FROZEN), *tokens.shape)
+    places = [(int(y), int(x)) for y, x in np.ndindex(*tokens.shape)]
+    entries = [
+        plain.payload(place, "embedding.token", int(tokens[place]))
+        if known[place]
+        else plain.payload(place, "embedding.query")
+        for place in places
     ]
-    return [*entries[:3], *chosen]
+    return plain.run(entries, places, keep=True, answer=True)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 4), (2, 19)])
 def test_logits_equal_the_oracle(model: IntTransformer, height: int, width: int) -> None:
     tokens = grid(height, width)
     known = (np.arange(tokens.size) % 3 == 1).reshape(tokens.shape)
-    tensors = {name: value.numpy() for name, value in model.tensors.items()}
-    entries = masked_entries(tensors, tokens, known)
-    expected = reference.entry_logits(model.config.to_dict(), tensors, entries, entries[3:])
+    expected = np.array(plain_logits(tokens, known))
     plan = masked_plan(np.ones_like(tokens))
     payload = plan.payload(np.where(known, tokens, UNKNOWN).reshape(-1))
     logits = int_direct_logits(model, plan.entries, payload, (height, width))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import reference_schedule
+import independent_model
 from command_line import failure, run
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES, qlds, stages
@@ -37,7 +37,7 @@ def grid(height: int, width: int, codebook_size: int = 16) -> np.ndarray:
     return ((np.abs(7 * y - 3 * x) // 4 + y * x // 9) % codebook_size).astype(np.int32)
 
 
-def slow_every_side(height: int, width: int) -> list[list[int]]:
+def slow_every_side(height: int, width: int) -> list[int]:
     def first(r: int, c: int) -> int:
         for s in range(1, max(height, width) + 1):
             rows, columns = ({i * n // s for i in range(s)} for n in (height, width))
@@ -45,7 +45,7 @@ def slow_every_side(height: int, width: int) -> list[list[int]]:
                 return s
         raise AssertionError("the last side has every position")
 
-    return reference_schedule.dense([[first(r, c) for c in range(width)] for r in range(height)])
+    return independent_model.ranks([first(r, c) for r in range(height) for c in range(width)])
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
@@ -53,8 +53,8 @@ def test_orders_are_what_they_are_called(height: int, width: int) -> None:
     made = {name: order(height, width) for name, (_, order) in STUDY_SCHEDULES.items()}
     for name in SCHEDULES:
         assert np.array_equal(made[name], stages(name, height, width))
-    assert made["var_every_side"].tolist() == slow_every_side(height, width)
-    walk = reference_schedule.qlds_walk(height, width)
+    assert made["var_every_side"].reshape(-1).tolist() == slow_every_side(height, width)
+    walk = independent_model.qlds_walk(height, width)
     for count in (5, 8, 12):
         size = min(count, height * width)
         labels = made[f"qlds{count}_flat"].reshape(-1)[walk]

@@ -125,7 +125,7 @@ def test_random_bytes_are_refused(codec: Codec, valid: bytes) -> None:
 
 
 def test_huge_declared_sizes_are_refused_at_once(codec: Codec, valid: bytes) -> None:
-    from reference_rans import encode
+    from independent_coder import encode
 
     for height, width, message in [
         (65536, 65536, "more than the limit"),
@@ -165,7 +165,7 @@ def test_other_files_are_named_as_such(codec: Codec, tmp_path: Path) -> None:
 
 def junk_after(codec: Codec, size: int, seed: int, **fields: Any) -> bytes:
     """A file with a sound header and random bytes instead of its tokens."""
-    from reference_rans import encode
+    from independent_coder import encode
 
     header = bitstream.Header(codec.model_id("r"), **fields)
     symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]

@@ -54,7 +54,7 @@ class Pair(NamedTuple):
         else:
             (tokens,) = unpack(self.coder, [file], self.captions)
             held = file.stages_held
-        fields = (h.model_id, h.rate, h.schedule, h.stages_sent, h.seed, h.height, h.width)
+        fields = (h.model_id, h.height, h.width, h.rate, h.schedule, h.stages_sent, h.seed)
         header = independent.Header(*fields, int(not h.dense), h.caption_codec)
         text = decode_caption(h.caption_codec, h.caption)
         return independent.Decoded(header, text, tokens.tolist(), held)

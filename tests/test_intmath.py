@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference_intmath as reference
+import independent_model as reference
 from percov2.entropy import intmath
 
 LIMIT = intmath.RESIDUAL_LIMIT
@@ -74,7 +74,7 @@ def test_integer_sqrt(values):
     squares = [math.isqrt(v) ** 2 for v in values]
     every = values + squares + [max(0, s - 1) for s in squares]
     result = intmath.integer_sqrt(torch.tensor(every, dtype=torch.int64)).tolist()
-    assert result == [reference.integer_sqrt(v) for v in every] == [math.isqrt(v) for v in every]
+    assert result == [math.isqrt(v) for v in every]
 
 
 @pytest.mark.parametrize("error", [-0.7, 0.7])

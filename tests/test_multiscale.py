@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-import reference_int_transformer as reference
+import independent_model
 from command_line import failure, run
 from percov2.codec import Codec
 from percov2.entropy.direct import UNKNOWN, int_direct_logits
@@ -94,28 +95,26 @@ def test_scales_are_what_they_should_be(height: int, width: int) -> None:
     assert set(plan.source[plan.source >= 0]) == set(np.flatnonzero(~finest))
 
 
-def test_logits_equal_the_oracle(model: IntTransformer) -> None:
+def test_logits_equal_the_oracle(model: IntTransformer, tmp_path: Path) -> None:
     height, width = 3, 5
     tokens = random_tokens(height, width)
     cells = slow_cells(height, width)
     plan = scale_plan(height, width, SIZE)
-    tensors = {name: value.numpy() for name, value in model.tensors.items()}
-    grid = np.zeros((height, width), np.int32)
-    entries = reference.make_entries(tensors, grid, np.ones_like(grid))[:3]
     where = {cell["cell"]: i for i, cell in enumerate(cells)}
-    for cell in cells:
-        (y, x), stage = cell["middle"], cell["cell"][0]
-        r = tensors["embedding.row"][16 * y // height].astype(int)
-        r = r + tensors["embedding.column"][16 * x // width]
+    model.save(tmp_path)
+    plain = independent_model.Grid(independent_model.read_model(tmp_path), height, width)
+
+    def payload(cell: dict) -> list[int]:
         if cell["over"] is None:
-            r = r + tensors["embedding.query"]
-        else:
-            token = tokens[where[cell["over"]]] + (stage - 2) * SIZE
-            r = r + tensors["embedding.token"][token]
-        r = [int(v) for v in r]
-        when = {"key_stage": stage, "reads": stage}
-        entries.append({"start": None, "y": y, "x": x, "r": r, **when})
-    expected = reference.entry_logits(model.config.to_dict(), tensors, entries, entries[3:])
+            return plain.payload(cell["middle"], "embedding.query")
+        token = int(tokens[where[cell["over"]]]) + (cell["cell"][0] - 2) * SIZE
+        return plain.payload(cell["middle"], "embedding.token", token)
+
+    expected: list[list[int]] = []
+    for _, scale in groupby(cells, key=lambda cell: cell["cell"][0]):
+        found = list(scale)
+        middles = [cell["middle"] for cell in found]
+        expected += plain.run([payload(c) for c in found], middles, keep=True, answer=True)
     logits = int_direct_logits(model, plan.entries, plan.payload(tokens), (height, width))
     assert np.array_equal(logits.numpy(), expected)
 

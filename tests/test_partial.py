@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -12,18 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import reference_bitstream
-import reference_rans
-import reference_sampling
+import independent_coder
+import independent_decoder
+import independent_model
 from percov2 import BitstreamError, Codec, bitstream
-from percov2.entropy import IntTransformer, TokenCoder, sampling, stages
+from percov2.entropy import IntTransformer, TokenCoder, stages
 from percov2.entropy.schedule import SCHEDULES, stage_count
-from percov2.entropy.stage_pass import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.packing import Tokens, encode, pack, write, write_within
 from percov2.unpacking import OpenFile, unpack, unpack_cut
 
 SIDE = 16
+Read = Callable[..., tuple[np.ndarray, int]]
 CONFIG = TransformerConfig(codebook_size=64, dim=16, heads=2, head_dim=8, layers=2, hidden=16)
 
 
@@ -51,38 +51,19 @@ def opened(files: Sequence[bytes]) -> list[OpenFile]:
     ]
 
 
-def slowly(coder: TokenCoder, data: bytes, complete: bool = False) -> tuple[np.ndarray, int]:
-    """Tokens of a file and the stages that hold, symbol by symbol as docs/bitstream.md says.
+@pytest.fixture(scope="module")
+def slowly(coder: TokenCoder, tmp_path_factory: pytest.TempPathFactory) -> Read:
+    """A reader in plain Python: tokens and the stages that hold."""
+    folder = tmp_path_factory.mktemp("entropy")
+    coder.model.save(folder)
+    model = independent_model.read_model(folder)
 
-    The last symbols of a complete file are read from a small state and count all the same.
-    """
-    fields, decoder = reference_bitstream.read_header(data)
-    h, w = fields.height // SIDE, fields.width // SIDE
-    stage_map = stages(SCHEDULES[fields.schedule], h, w).reshape(-1)
-    tokens = np.zeros(h * w, dtype=np.int32)
-    total = int(stage_map.max())
-    held, trusted = 0, True
-    for stage in range(1, total + 1):
-        placed = torch.from_numpy(tokens.reshape(1, h, w))
-        logits = one_pass_logits(coder.model, placed, stage_map.reshape(h, w))[0].tolist()
-        begin = int((stage_map < stage).sum())
-        places = np.flatnonzero(stage_map == stage)
-        coded = []
-        if stage <= (fields.stages_sent or total):
-            for row in logits[begin : begin + len(places)]:
-                trusted &= complete or decoder.state >= 2**23
-                bounds = reference_rans.cdf(row, coder.prob_bits)
-                coded.append(decoder.symbol(np.diff(bounds).tolist(), coder.prob_bits))
-            if trusted:
-                held = stage
-        if held == stage:
-            tokens[places] = coded
-        else:
-            tokens[places] = [
-                reference_sampling.draw(row, int(place), fields.seed, sampling.SHARPNESS)
-                for row, place in zip(logits[begin:], places, strict=False)
-            ]
-    return tokens.reshape(h, w), held
+    def read(data: bytes, cut: bool = False) -> tuple[np.ndarray, int]:
+        decode = independent_decoder.decode_cut if cut else independent_decoder.decode
+        found = decode(data, lambda identity, rate: (model, SIDE))
+        return np.array(found.tokens, np.int32), found.stages
+
+    return read
 
 
 @settings(max_examples=25, deadline=None)
@@ -94,7 +75,7 @@ def slowly(coder: TokenCoder, data: bytes, complete: bool = False) -> tuple[np.n
     st.sampled_from([0, 1, 65535]),
 )
 def test_files_of_some_stages_hold_them_and_draw_the_rest(
-    coder: TokenCoder, h: int, w: int, name: str, data: int, seed: int
+    coder: TokenCoder, slowly: Read, h: int, w: int, name: str, data: int, seed: int
 ) -> None:
     total = stage_count(name, h, w)
     sent = data % total
@@ -105,17 +86,17 @@ def test_files_of_some_stages_hold_them_and_draw_the_rest(
     held = stages(name, h, w) <= (sent or total)
     np.testing.assert_array_equal(back[held], tokens[held])
     if sent:
-        np.testing.assert_array_equal(back, slowly(coder, file, complete=True)[0])
+        np.testing.assert_array_equal(back, slowly(file)[0])
 
 
-def test_a_cut_file_gives_what_the_oracle_trusts(coder: TokenCoder) -> None:
+def test_a_cut_file_gives_what_the_oracle_trusts(coder: TokenCoder, slowly: Read) -> None:
     tokens = some_tokens(1, 6, 7)
     for sent in (0, 3):
         (file,) = pack(coder, [header(6, 7, "qlds5", sent)], [tokens])
         held = []
         for length in range(16, len(file), 2):
             (found,) = unpack_cut(coder, opened([file[:length]]))
-            expected, count = slowly(coder, file[:length])
+            expected, count = slowly(file[:length], cut=True)
             np.testing.assert_array_equal(found[0], expected)
             assert found[1] == count
             known = stages("qlds5", 6, 7) <= count
@@ -199,7 +180,9 @@ def test_impossible_parts_are_refused(coder: TokenCoder) -> None:
         head = header(h, w, name, sent)
         with pytest.raises(ValueError, match=message):
             pack(coder, [head], [np.zeros((h, w), np.int32)])
-        coded = reference_rans.encode(1, [(a, b, 12) for a, b in bitstream.header_intervals(head)])
+        coded = independent_coder.encode(
+            1, [(a, b, 12) for a, b in bitstream.header_intervals(head)]
+        )
         files = opened([bitstream.prefix(head) + coded])
         for read in (unpack, unpack_cut):
             with pytest.raises(BitstreamError, match=f"impossible header field: .*{message}"):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference_rans as reference
+import independent_coder as reference
 from percov2.entropy.cdf import default_prob_bits
 from percov2.entropy.rans import RansDecoder, RansEncoder, cdf, intervals
 
@@ -67,13 +67,13 @@ def test_golden_streams(check: int, symbols: list[reference.Interval], stream: s
         encoder.push([start], [freq], [1], prob_bits)
     data = encoder.finish()[0].tobytes()
     assert data.hex() == stream
-    decoder, slow = RansDecoder(data, [0, len(data)]), reference.Decoder(data)
+    decoder, slow = RansDecoder(data, [0, len(data)]), reference.Coder(data)
     for start, freq, prob_bits in symbols:
         bounds = sorted({0, start, start + freq, 1 << prob_bits})
         symbol = bounds.index(start)
         table = np.array(bounds, np.int32)[None, None]
         assert decoder.decode_cdf(table, prob_bits).tolist() == [[symbol]]
-        assert slow.decode(bounds, prob_bits) == symbol
+        assert slow.symbol(bounds, prob_bits) == symbol
     assert decoder.finished([check]).all()
     assert slow.finished(check)
 
@@ -84,7 +84,7 @@ def test_each_stream_has_one_form() -> None:
         assert RansDecoder(data, [0, len(data)]).finished([check]).all()
         longer = b"\0" + data
         assert not RansDecoder(longer, [0, len(longer)]).finished([check]).any()
-        assert not reference.Decoder(longer).finished(check)
+        assert not reference.Coder(longer).finished(check)
 
 
 @st.composite
@@ -125,18 +125,18 @@ def test_mixed_ragged_pushes_equal_the_oracle(
     quiet = encoder.symbols_before_output
     assert offsets.dtype == np.int64
     assert buffer.dtype == np.uint8
-    for stream, data in enumerate(reference.streams(buffer, offsets.tolist())):
+    for stream, data in enumerate(reference.split(buffer, offsets.tolist())):
         symbols = [(s, f, bits) for bits, rows in reversed(pushes) for s, f in rows[stream]]
         assert data == reference.encode(checks[stream], symbols)
         # Read it again, one symbol at a time, comparing states with the oracle.
-        slow = reference.Decoder(data)
+        slow = reference.Coder(data)
         fast = RansDecoder(data, [0, len(data)])
         met_exhausted = 0
         for start, freq, bits in symbols:
             bounds = sorted({0, start, start + freq, 1 << bits})
             met_exhausted += slow.exhausted
             assert fast.exhausted.tolist() == [slow.exhausted]
-            symbol = slow.decode(bounds, bits)
+            symbol = slow.symbol(bounds, bits)
             assert bounds[symbol] == start
             got = fast.decode_cdf(np.array(bounds, np.int32)[None, None], bits)
             assert got.tolist() == [[symbol]]
@@ -190,9 +190,9 @@ def test_large_codebooks(size: int) -> None:
     decoder = RansDecoder(data, [0, len(data)])
     assert np.array_equal(decoder.decode_logits(logits[:1], bits), symbols[:1])
     assert decoder.finished([77]).all()
-    slow = reference.Decoder(data)
+    slow = reference.Coder(data)
     for row, symbol in zip(cdf(logits, bits)[0].tolist(), symbols[0].tolist(), strict=True):
-        assert slow.decode(row, bits) == symbol
+        assert slow.symbol(row, bits) == symbol
 
 
 def test_streams_choose_rows() -> None:

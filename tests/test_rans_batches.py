@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference_rans as reference
+import independent_coder as reference
 from percov2.entropy.rans import RansEncoder
 
 Rows = list[list[tuple[int, int]]]  # per stream (start, freq)
@@ -45,11 +45,11 @@ def push(encoder: RansEncoder, rows: Rows, prob_bits: int, threads: int = 1) -> 
 
 def quiet_symbols(check: int, symbols: list[reference.Interval]) -> int:
     """How many symbols a decoder meets in an exhausted stream, counted by decoding."""
-    decoder = reference.Decoder(reference.encode(check, symbols))
+    decoder = reference.Coder(reference.encode(check, symbols))
     met = 0
     for start, freq, bits in symbols:
         met += decoder.exhausted
-        decoder.decode(sorted({0, start, start + freq, 1 << bits}), bits)
+        decoder.symbol(sorted({0, start, start + freq, 1 << bits}), bits)
     return met
 
 
@@ -71,7 +71,7 @@ def test_ragged_batches_equal_the_oracle(batch: int, kind: str) -> None:
         encoder = RansEncoder(checks)
         for prob_bits, rows in pushes:
             push(encoder, rows, prob_bits, threads)
-        streams = reference.streams(*(part.tolist() for part in encoder.finish()))
+        streams = reference.split(*(part.tolist() for part in encoder.finish()))
         for stream, data in enumerate(streams):
             assert data == reference.encode(int(checks[stream]), expected[stream])
     quiet = [quiet_symbols(int(c), s) for c, s in zip(checks, expected, strict=True)]
@@ -83,7 +83,7 @@ def test_every_precision(prob_bits: int) -> None:
     rows = random_rows(prob_bits, [70, 66, 1, 0, 68, 80, 64, 90, 65, 3], prob_bits, "mixed")
     encoder = RansEncoder(range(10))
     push(encoder, rows, prob_bits)
-    for check, data in enumerate(reference.streams(*(p.tolist() for p in encoder.finish()))):
+    for check, data in enumerate(reference.split(*(p.tolist() for p in encoder.finish()))):
         assert data == reference.encode(check, [(s, f, prob_bits) for s, f in rows[check]])
 
 
@@ -95,7 +95,7 @@ def test_long_streams_among_short_ones(kind: str) -> None:
     encoder = RansEncoder(range(10))
     push(encoder, rows, 20, threads=2)
     push(encoder, rows[::-1], 20)
-    streams = reference.streams(*(part.tolist() for part in encoder.finish()))
+    streams = reference.split(*(part.tolist() for part in encoder.finish()))
     for check, data in enumerate(streams):
         symbols = [(s, f, 20) for s, f in rows[9 - check] + rows[check]]
         assert data == reference.encode(check, symbols)
@@ -121,7 +121,7 @@ def test_cutting_a_push_changes_no_byte(
     push(parts, [row[:cut] for row, cut in zip(rows, cuts, strict=True)], prob_bits)
     assert whole.finish()[0].tobytes() == parts.finish()[0].tobytes()
     assert np.array_equal(whole.symbols_before_output, parts.symbols_before_output)
-    for row, stream in zip(rows, reference.streams(*whole.finish()), strict=True):
+    for row, stream in zip(rows, reference.split(*whole.finish()), strict=True):
         assert stream == reference.encode(7, [(s, f, prob_bits) for s, f in row])
 
 

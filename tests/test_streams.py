@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import reference_rans as reference
+import independent_coder as reference
 from percov2.entropy import SymbolDecoder, SymbolEncoder, cdf, decode, encode
 
 LOGITS = np.random.default_rng(0).integers(-900, 900, (3, 25, 40)).astype(np.int16)

@@ -15,8 +15,6 @@ import triton.language as tl
 from percov2.triton_kernels.placement import padded, pieces, queue, require_runnable
 
 MAX_CODEBOOK = 8192
-NARROW = 1024
-"""Up to here the 22-bit weights of a row (the largest is 2^22 - 1) sum to less than 2^32."""
 TILE = 4096
 """Logits of one program: 32 for each thread."""
 
@@ -116,7 +114,7 @@ def intervals_kernel(
         own = tl.where(valid, own, 0.0)
     weights = symbol_weights(table, octave_steps(values, top[:, None], KIND), inside)
     own_weight = symbol_weights(table, octave_steps(own, top, KIND), valid).to(tl.int64)
-    if SIZE > 1024:
+    if SIZE > 1024:  # 1024 weights below 2^22 sum to less than 2^32
         weights = weights.to(tl.int64)
     total = tl.sum(weights, axis=1).to(tl.int64)
     below = tl.sum(tl.where(column[None, :] < symbol[:, None], weights, 0), axis=1).to(tl.int64)

@@ -116,23 +116,6 @@ class BatchDecoder:
     def finished(self, checks: _Array) -> NDArray[np.bool_]:
         """checks uint32 [B]."""
 
-class LaneEncoder:
-    def __init__(self, lanes: int, check: int) -> None: ...
-    def push(self, starts: _Array, freqs: _Array, prob_bits: int) -> None:
-        """starts, freqs int32 [n]; prob_bits 8 to 20."""
-
-    def finish(self) -> NDArray[np.uint8]: ...
-
-class LaneDecoder:
-    def __init__(self, stream: _Bytes, lanes: int) -> None: ...
-    def decode_logits(self, logits: _Array, type: _LogitType, prob_bits: int) -> NDArray[np.int32]:
-        """logits [n, V] of that type -> [n]."""
-
-    def decode_cdf(self, cdf: _Array, prob_bits: int) -> NDArray[np.int32]:
-        """cdf int32 [n, V + 1] -> [n]."""
-
-    def finished(self, check: int) -> bool: ...
-
 class IntegerTransformer:
     def __init__(
         self,

@@ -49,7 +49,6 @@ void fuzz_damaged_streams(Random& random, Outcomes& outcomes);
 void fuzz_decoder_arguments(Random& random, Outcomes& outcomes);
 void fuzz_encoder_arguments(Random& random, Outcomes& outcomes);
 void fuzz_interval_arguments(Random& random, Outcomes& outcomes);
-void fuzz_lanes(Random& random, Outcomes& outcomes);
 void fuzz_transformer(Random& random, Outcomes& outcomes);
 void fuzz_transformer_parameters(Random& random, Outcomes& outcomes);
 

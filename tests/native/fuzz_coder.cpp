@@ -42,7 +42,6 @@ Subject subjects[] = {
     {"decoder arguments", fuzz_decoder_arguments, {}, 0},
     {"encoder arguments", fuzz_encoder_arguments, {}, 0},
     {"interval arguments", fuzz_interval_arguments, {}, 0},
-    {"lanes", fuzz_lanes, {}, 0},
     {"transformer", fuzz_transformer, {}, 0},
     {"transformer parameters", fuzz_transformer_parameters, {}, 0},
 };

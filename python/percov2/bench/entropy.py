@@ -61,9 +61,6 @@ def _steps(
             yield _title("coders", shape), partial(_coders, plan, shape, timed, peers)
         for shape in plan.scaling:
             yield _title("coder", shape), partial(_coders, plan, shape, timed, None)
-    if "coder" in sections:
-        for lanes in plan.lanes:
-            yield f"one stream, {lanes} lanes", partial(_lanes, plan, lanes)
     if "overhead" in sections:
         for shape in plan.short:
             yield _title("bytes", shape), partial(_bytes, shape, peers)
@@ -115,10 +112,6 @@ def _round(
             record["bytes"] = sum(record.pop("stream_bytes"))
             records.append(record)
     return records
-
-
-def _lanes(plan: Plan, lanes: int) -> list[dict[str, Any]]:
-    return [own_coder.one_stream(make_case(plan.single), lanes, plan.effort)]
 
 
 def _bytes(shape: Shape, peers: Peers | None) -> list[dict[str, Any]]:

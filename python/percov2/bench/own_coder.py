@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from percov2.bench.cases import Case, ideal_bytes, integer_logits, interval_bytes
-from percov2.bench.results import rate, result
+from percov2.bench.results import result
 from percov2.bench.timing import Effort, measure
 from percov2.entropy import cdf, rans
-from percov2.entropy.lanes import LaneDecoder, LaneEncoder
 
 NAME = "percov2"
 _ORACLE_LOGITS = 2**20
@@ -117,44 +115,3 @@ def from_logits(case: Case, kind: str, effort: Effort) -> dict[str, Any]:
         stream_bytes=np.diff(streams[1]),
         ideal=ideal_bytes(case.logits, case.symbols),
     )
-
-
-def one_stream(case: Case, count: int, effort: Effort) -> dict[str, Any]:
-    """All symbols of a case as one stream with ``count`` interleaved lanes."""
-    bits, size = case.prob_bits, case.shape.codebook
-    integers, symbols = integer_logits(case.logits).reshape(-1, size), case.symbols.reshape(-1)
-    starts, freqs = rans.intervals(integers, symbols, bits)
-    tables = rans.cdf(integers, bits)
-
-    def pushed() -> NDArray[np.uint8]:
-        encoder = LaneEncoder(count)
-        encoder.push(starts, freqs, bits)
-        return encoder.finish()
-
-    def coded() -> NDArray[np.uint8]:
-        encoder = LaneEncoder(count)
-        encoder.push(*rans.intervals(integers, symbols, bits), bits)
-        return encoder.finish()
-
-    stream = pushed()
-    require(np.array_equal(coded(), stream), "a stream of lanes is not the same twice")
-    for name, given in (("decode_cdf", tables), ("decode_logits", integers)):
-        decoder = LaneDecoder(stream, count)
-        equal = np.array_equal(getattr(decoder, name)(given, bits), symbols)
-        require(equal and decoder.finished(), f"{count} lanes decode other symbols by {name}")
-    works: dict[str, Callable[[], object]] = {
-        "push": pushed,
-        "decode_cdf": lambda: LaneDecoder(stream, count).decode_cdf(tables, bits),
-        "encode": coded,
-        "decode": lambda: LaneDecoder(stream, count).decode_logits(integers, bits),
-    }
-    return {
-        "section": "lanes",
-        "coder": NAME,
-        "lanes": count,
-        "codebook": size,
-        "symbols": symbols.size,
-        **{name: rate(measure(work, effort), symbols.size) for name, work in works.items()},
-        "bytes": len(stream),
-        "interval_bytes": float(interval_bytes(freqs[None], bits)[0]),
-    }

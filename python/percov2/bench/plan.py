@@ -17,7 +17,6 @@ class Plan:
         rounds: how often percov2 and its peers take turns.
         compared: shapes on which the coders, also the peers', are timed.
         scaling: further shapes, for percov2 alone: other lengths and numbers of images.
-        single: shape of one long stream, coded with each number of ``lanes``.
         short: shapes whose streams' bytes are counted.
         long: (codebook, prob_bits) of long streams of ``long_symbols`` symbols.
         schedules: entropy schedules that are decoded.
@@ -32,8 +31,6 @@ class Plan:
     rounds: int
     compared: tuple[Shape, ...]
     scaling: tuple[Shape, ...]
-    single: Shape
-    lanes: tuple[int, ...]
     short: tuple[Shape, ...]
     long: tuple[tuple[int, int], ...]
     long_symbols: int
@@ -63,8 +60,6 @@ FULL_PLAN = Plan(
         Shape(256, 1024, 8),
         Shape(256, 1024, 256),
     ),
-    single=Shape(256, 2**16, 1),
-    lanes=(1, 8, 16),
     short=(
         Shape(64, 64, 512),
         Shape(256, 256, 256),
@@ -86,8 +81,6 @@ QUICK_PLAN = Plan(
     rounds=1,
     compared=(Shape(256, 256, 16), Shape(1024, 256, 4)),
     scaling=(Shape(256, 64, 16),),
-    single=Shape(256, 2**12, 1),
-    lanes=(1, 16),
     short=(Shape(64, 64, 64), Shape(256, 256, 32)),
     long=((256, 16),),
     long_symbols=2**15,

@@ -42,7 +42,6 @@ def tables(report: Record) -> list[Table]:
         summary_table(report["summary"]),
         _coders("Coder only (million symbols per second)", by_section.get("coder", [])),
         _coders("From logits (million symbols per second)", by_section.get("logits", [])),
-        _lanes(by_section.get("lanes", [])),
         _overhead(by_section.get("overhead", [])),
         _long(by_section.get("long", [])),
         _model(by_section.get("model", [])),
@@ -81,31 +80,6 @@ def _coders(title: str, records: list[Record]) -> Table:
         for r in sorted(records, key=lambda r: (r["codebook"], r["tokens"], r["images"]))
     ]
     return Table(title, header, rows)
-
-
-def _lanes(records: list[Record]) -> Table:
-    ways = ("push", "decode_cdf", "encode", "decode")
-    rows = [
-        (
-            str(r["lanes"]),
-            str(r["codebook"]),
-            str(r["symbols"]),
-            *(number(r[way]["msym_per_s"]) for way in ways),
-            number(100 * (r["bytes"] / r["interval_bytes"] - 1)),
-        )
-        for r in records
-    ]
-    header = (
-        "lanes",
-        "V",
-        "symbols",
-        "intervals to bytes",
-        "by CDF rows",
-        "int16 logits to bytes",
-        "by int16 logits",
-        "above intervals, %",
-    )
-    return Table("One stream of several lanes (million symbols per second)", header, rows)
 
 
 def _overhead(records: list[Record]) -> Table:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from percov2.entropy.cdf import default_prob_bits
     from percov2.entropy.int_transformer import IntTransformer
-    from percov2.entropy.lanes import LaneDecoder, LaneEncoder
     from percov2.entropy.rans import RansDecoder, RansEncoder
     from percov2.entropy.schedule import SCHEDULES, order, stages
     from percov2.entropy.streams import SymbolDecoder, SymbolEncoder, decode, encode
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
 
 _HOME = {
     "IntTransformer": "int_transformer",
-    "LaneDecoder": "lanes",
-    "LaneEncoder": "lanes",
     "RansDecoder": "rans",
     "RansEncoder": "rans",
     "SCHEDULES": "schedule",
@@ -37,8 +34,6 @@ _HOME = {
 __all__ = [
     "SCHEDULES",
     "IntTransformer",
-    "LaneDecoder",
-    "LaneEncoder",
     "RansDecoder",
     "RansEncoder",
     "SymbolDecoder",

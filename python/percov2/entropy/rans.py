@@ -23,14 +23,11 @@ except ImportError as error:  # pragma: no cover - only in a tree that was never
         "pip, or build it in place as CONTRIBUTING.md says"
     ) from error
 
-# For percov2.entropy.cpu_executor; named here because one module imports the compiled code.
+# For percov2.entropy.cpu_executor, benchmark and tests; one module imports the compiled code.
 attention_weights = _native.attention_weights
 stage_attention = _native.stage_attention
 IntegerTransformer = _native.IntegerTransformer
 StagedPass = _native.StagedPass
-# For percov2.entropy.lanes.
-NativeLaneEncoder = _native.LaneEncoder
-NativeLaneDecoder = _native.LaneDecoder
 # For percov2.entropy.rans_cuda.
 cuda_built = _native.cuda_built
 cuda_devices = _native.cuda_devices

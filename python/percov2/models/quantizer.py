@@ -137,17 +137,16 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         return Quantized(z_hat, tokens, loss, spread, flat)
 
     @torch.no_grad()
-    def update_codebook(
-        self, directions: Tensor, tokens: Tensor, decay: float = 0.97, dead_below: float = 0.1
-    ) -> None:
+    def update_codebook(self, directions: Tensor, tokens: Tensor, decay: float = 0.97) -> None:
         """Move each code toward its members; restart codes that are hardly used (training).
+
+        A code whose average count per step falls under a tenth of the uniform count is replaced by
+        a random direction of this step.
 
         Args:
             directions: float [N, D] unit vectors of this step.
             tokens: int [N] their codes.
             decay: moving-average factor.
-            dead_below: a code whose average count per step falls under this fraction of the
-                uniform count is replaced by a random direction of this step.
         """
         size = self.codebook.shape[0]
         directions = directions.float()
@@ -158,7 +157,7 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         means = sums / counts.clamp_min(1)[:, None]
         self.codebook.copy_(F.normalize(self.codebook * (1 - step) + means * step, dim=1))
         uniform = directions.shape[0] / size
-        dead = (self.usage < dead_below * uniform).nonzero().flatten()
+        dead = (self.usage < 0.1 * uniform).nonzero().flatten()
         if len(dead):
             picks = torch.randint(directions.shape[0], (len(dead),))
             self.codebook[dead] = directions[picks]

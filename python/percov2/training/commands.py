@@ -24,7 +24,7 @@ from percov2.training.data import CropPlan, PhotoCrops, decode_shards, is_held_o
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.losses import LossTerms, Term
 from percov2.training.rates import RateConfig, RateNetworks
-from percov2.training.settings import build_config, read_section, write_model_ids
+from percov2.training.settings import build_config, read_recipe, read_section, write_model_ids
 from percov2.training.stage1 import CodecConfig, CodecStage
 from percov2.training.stage2 import EntropyConfig, train_entropy
 
@@ -60,15 +60,6 @@ _COMMON = ("losses", "aligned", "frozen_tokens")
 """Settings of the joint phase that rates may replace."""
 
 
-def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A table with the settings of another one before its own, table by table."""
-    merged = {**values, **own}
-    for key in values.keys() & own.keys():
-        if isinstance(values[key], dict) and isinstance(own[key], dict):
-            merged[key] = _merged(values[key], own[key])
-    return merged
-
-
 def codec_stage(
     config: Path, data: PhotoCrops, recipe: str | None = None
 ) -> tuple[CodecStage, LoopConfig]:
@@ -81,12 +72,7 @@ def codec_stage(
     Raises:
         ValueError: no such recipe, or settings that do not fit.
     """
-    values = read_section(config, "codec")
-    recipes = values.pop("recipes", {})
-    for name in recipe.split(",") if recipe else ():
-        if name not in recipes:
-            raise ValueError(f"{config.name} has no recipe {name!r}; it has {sorted(recipes)}")
-        values = _merged(values, recipes[name])
+    values = read_recipe(config, "codec", recipe)
     loop = build_config(LoopConfig, values.pop("loop", {}))
     common: dict[str, Any] = {key: values.pop(key) for key in _COMMON if key in values}
     values["rates"] = {
@@ -289,13 +275,7 @@ def run_entropy(
     Raises:
         ValueError: a rate without such a table, or settings that do not fit.
     """
-    table = read_section(config, "entropy")
-    own = table.pop("rates", {})
-    if rate is not None:
-        if rate not in own:
-            raise ValueError(f"{config.name} has no [entropy.rates.{rate}]; it has {sorted(own)}")
-        for key, value in own[rate].items():
-            table[key] = {**table[key], **value} if isinstance(value, dict) else value
+    table = read_recipe(config, "entropy", rate, "rates")
     loop = build_config(LoopConfig, table.pop("loop", {}))
     train_entropy(build_config(EntropyConfig, table), loop, data, out, minutes=minutes)
 

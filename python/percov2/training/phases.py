@@ -13,7 +13,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file with a section per phase"},
     "recipe": {
         "metavar": "NAME[,NAME]",
-        "help": "replace settings of [codec] by those of [codec.recipes.NAME]",
+        "help": "settings of [codec.recipes.NAME] (or [sd3.recipes.NAME]) replace those of [codec]",
     },
     "data": {"type": Path, "required": True, "help": "photos, shards or token maps"},
     "out": {"type": Path, "required": True, "help": "what the phase writes"},
@@ -47,12 +47,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "bf16 halves the time; a few tokens near a tie may differ from the codec's",
     },
     "pictures": {"type": Path, "help": "folder of validation pictures, restored at checkpoints"},
-    "processes": {"type": int, "default": 8, "help": "devices that train (default: 8)"},
-    "teraflops": {
-        "type": float,
-        "default": 350.0,
-        "help": "10^12 FLOP/s that a device sustains (default: 350, about a third of an H100's)",
-    },
     "longest": {
         "type": int,
         "default": 768,
@@ -85,15 +79,11 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "sd3": (
         "Stage 1 on Stable Diffusion 3; may be run by accelerate launch.",
-        ("config", "data", "out", "pictures", "minutes"),
+        ("config", "recipe", "data", "out", "pictures", "minutes"),
     ),
     "sd3-export": (
         "Add the rate of a stage-1 run on Stable Diffusion 3 to a model folder.",
-        ("config", "codec_run", "out", "entropy"),
-    ),
-    "sd3-plan": (
-        "Print parameters, memory and hours of a run on Stable Diffusion 3.",
-        ("config", "processes", "teraflops"),
+        ("config", "recipe", "codec_run", "out", "entropy"),
     ),
     "shard-tokens": (
         "Make token maps of shards, for `train entropy`; may be run by accelerate launch.",
@@ -105,7 +95,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 """Phase -> its help and its options."""
-_ON_SD3 = ("sd3", "sd3-export", "sd3-plan", "shard-tokens")
+_ON_SD3 = ("sd3", "sd3-export", "shard-tokens")
 
 
 def home(phase: str) -> tuple[str, str]:

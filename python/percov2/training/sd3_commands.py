@@ -19,26 +19,30 @@ from percov2.models.storage import save_component
 from percov2.training.data import is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.lora import low_rank_tensors
-from percov2.training.sd3_budget import budget, report
 from percov2.training.sd3_networks import SD3Config, SD3Networks
 from percov2.training.sd3_pictures import STEPS, Pictures
 from percov2.training.sd3_stage import SD3Stage
-from percov2.training.settings import build_config, read_section, write_model_ids
+from percov2.training.settings import build_config, read_recipe, write_model_ids
 from percov2.training.shards import shard_photos
 
 _GUIDANCE = 3.0
 """PerCo's; a reader of files may choose another."""
 
 
-def sd3_config(path: Path) -> tuple[SD3Config, LoopConfig]:
-    """Section [sd3] of a configuration file.
+def sd3_config(path: Path, recipe: str | None = None) -> tuple[SD3Config, LoopConfig]:
+    """Section [sd3] of a configuration file, with the recipes ``[sd3.recipes.NAME]`` over it.
+
+    Args:
+        recipe: names, joined by commas.
 
     Raises:
-        ValueError: for settings that do not exist or do not fit.
+        ValueError: no such recipe, no rate, or settings that do not exist or do not fit.
     """
-    values = read_section(path, "sd3")
+    values = read_recipe(path, "sd3", recipe)
+    if "rate" not in values:
+        raise ValueError(f"[sd3] of {path.name} has no rate; choose a recipe that has one")
     loop = build_config(LoopConfig, values.pop("loop", {}))
-    values["rate"] = build_config(Rate, values.get("rate", {}))
+    values["rate"] = build_config(Rate, values["rate"])
     if "lora_layers" in values:
         values["lora_layers"] = tuple(values["lora_layers"])
     return build_config(SD3Config, values), loop
@@ -50,13 +54,15 @@ def run_sd3(
     out: Path,
     pictures: Path | None = None,
     minutes: float | None = None,
+    recipe: str | None = None,
 ) -> None:
     """`percov2 train sd3`: stage 1 on the shards of a folder.
 
     Args:
         pictures: folder of validation pictures.
+        recipe: as for ``sd3_config``.
     """
-    settings, loop = sd3_config(config)
+    settings, loop = sd3_config(config, recipe)
     shown = None if pictures is None else Pictures.load(pictures, settings.crop)
     torch.manual_seed(loop.seed)
     networks = SD3Networks(settings, loop.precision, Path())
@@ -65,18 +71,23 @@ def run_sd3(
 
 
 def run_sd3_export(
-    config: Path, codec_run: Path, out: Path, entropy: list[str] | None = None
+    config: Path,
+    codec_run: Path,
+    out: Path,
+    entropy: list[str] | None = None,
+    recipe: str | None = None,
 ) -> None:
     """`percov2 train sd3-export`: averaged weights of a run -> a rate of a model folder.
 
     Args:
         out: a new folder, or one of the same base model, to which the rate is added.
         entropy: folder of the rate's integer entropy model; uniform coding if None.
+        recipe: that of the run.
 
     Raises:
         ValueError: no run, a folder of another base model, or a rate that differs from its own.
     """
-    settings, loop = sd3_config(config)
+    settings, loop = sd3_config(config, recipe)
     networks = SD3Networks(settings, loop.precision, Path())
     load_averaged(codec_run, SD3Stage(networks, [Path("none.tar")], loop.seed))
     model = _with_rate(out, settings, networks.open_base("cpu").location)
@@ -124,17 +135,6 @@ def _with_rate(out: Path, settings: SD3Config, location: str) -> ModelConfig:
     if known.setdefault(settings.rate.name, settings.rate) != settings.rate:
         raise ValueError(f"{out} has another rate {settings.rate.name}: {known}")
     return dataclasses.replace(model, rates=tuple(known.values()))
-
-
-def run_sd3_plan(config: Path, processes: int = 8, teraflops: float = 350.0) -> None:
-    """`percov2 train sd3-plan`: parameters, memory and hours, without weights.
-
-    Args:
-        teraflops: that one device is expected to sustain, 10^12 per second.
-    """
-    settings, loop = sd3_config(config)
-    found = budget(settings, loop, processes)
-    print(report(found, settings, loop, processes, teraflops * 1e12))
 
 
 def run_shard_tokens(

@@ -24,6 +24,39 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
     return tables[section]
 
 
+def read_recipe(
+    path: Path, section: str, chosen: str | None, table: str = "recipes"
+) -> dict[str, Any]:
+    """Return a phase's table with the chosen recipes merged over it, one after the other.
+
+    Recipe ``NAME`` is the table ``[SECTION.recipes.NAME]``: it holds what differs from the section.
+
+    Args:
+        chosen: names, joined by commas; None for the section alone.
+        table: name of the table of recipes.
+
+    Raises:
+        ValueError: when the file has no such section or recipe.
+    """
+    values = read_section(path, section)
+    recipes = values.pop(table, {})
+    for name in chosen.split(",") if chosen else ():
+        if name not in recipes:
+            wanted = f"[{section}.{table}.{name}]"
+            raise ValueError(f"{path.name} has no {wanted}; it has {sorted(recipes)}")
+        values = _merged(values, recipes[name])
+    return values
+
+
+def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A table with the settings of another one before its own, table by table."""
+    merged = {**values, **own}
+    for key in values.keys() & own.keys():
+        if isinstance(values[key], dict) and isinstance(own[key], dict):
+            merged[key] = _merged(values[key], own[key])
+    return merged
+
+
 def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
     """A config dataclass from a TOML table.
 

@@ -1,0 +1,75 @@
+"""Recipes of a configuration file, and the shipped one of SD3 training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+import percov2.training
+from percov2.models.model_config import PAPER_RATES, Rate
+from percov2.training.sd3_commands import sd3_config
+from percov2.training.settings import build_config, read_recipe, read_section
+from percov2.training.stage2 import EntropyConfig
+
+SD3 = Path(percov2.training.__file__).parent / "configs" / "sd3.toml"
+FILE = """
+[phase]
+steps = 5
+loop = { rate = 1.0, clip = 2.0 }
+
+[phase.recipes.long]
+steps = 50
+loop = { rate = 0.5 }
+
+[phase.recipes.new]
+sizes = [3]
+loop = { clip = 9.0 }
+"""
+
+
+def written(folder: Path) -> Path:
+    path = folder / "c.toml"
+    path.write_text(FILE)
+    return path
+
+
+def test_recipes_replace_settings_table_by_table_in_their_order(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    plain = {"steps": 5, "loop": {"rate": 1.0, "clip": 2.0}}
+    long = {"steps": 50, "loop": {"rate": 0.5, "clip": 2.0}}
+    both = {"steps": 50, "sizes": [3], "loop": {"rate": 0.5, "clip": 9.0}}
+    assert read_recipe(path, "phase", None) == plain
+    assert read_recipe(path, "phase", "long") == long
+    assert read_recipe(path, "phase", "long,new") == both
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no \[phase.recipes.x\]; it has \['long', 'new'\]"):
+        read_recipe(written(tmp_path), "phase", "long,x")
+
+
+def test_sd3_without_a_recipe_has_no_rate() -> None:
+    with pytest.raises(ValueError, match="has no rate; choose a recipe"):
+        sd3_config(SD3)
+
+
+def test_sd3_has_a_recipe_and_an_entropy_rate_for_each_of_the_papers_rates() -> None:
+    names = [rate.name for rate in PAPER_RATES]
+    assert list(read_section(SD3, "sd3")["recipes"]) == names
+    assert list(read_section(SD3, "entropy")["rates"]) == names
+
+
+@pytest.mark.parametrize("rate", PAPER_RATES, ids=lambda rate: rate.name)
+def test_sd3_recipes_follow_the_paper(rate: Rate) -> None:
+    config, loop = sd3_config(SD3, rate.name)
+    assert config.rate == rate
+    bits_per_pixel = math.log2(rate.codebook_size) / rate.token_side**2
+    assert (config.lpips_weight > 0) == (bits_per_pixel > 0.05)
+    assert (loop.learning_rate, loop.weight_decay, loop.clip) == (1e-5, 0.01, 1.0)
+    assert (config.crop, config.caption_dropout, config.t5) == (512, 0.1, True)
+    assert config.batch % (8 * loop.accumulate) == 0
+    table = read_recipe(SD3, "entropy", rate.name, "rates")
+    table.pop("loop")
+    build_config(EntropyConfig, table)
