@@ -348,7 +348,7 @@ def test_missing_parts_are_named(
     shutil.rmtree(tmp_path / "copy" / missing)
     with pytest.raises(ValueError, match=message):
         Codec.from_pretrained(tmp_path / "copy" / "model").decompress(
-            Codec.from_pretrained(sd3_folder).compress([photo(16, 16)], captions=["a"])
+            Codec.from_pretrained(sd3_folder).compress([photo(16, 16)], caption=["a"])
         )
 
 
