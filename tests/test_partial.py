@@ -235,9 +235,9 @@ def test_the_codec_writes_and_restores_parts(codec: Codec) -> None:
     assert codec.compress([image], stages=99, draw_seed=7) == [whole]
     with pytest.raises(ValueError, match="draw_seed needs stages or target_bytes"):
         codec.compress([image], draw_seed=1)
-    with pytest.raises(ValueError, match="draw_seed must be a whole number .* not 65536"):
+    with pytest.raises(ValueError, match=r"draw_seed must be a whole number .* not 65536"):
         codec.compress([image], stages=4, draw_seed=65536)
     with pytest.raises(ValueError, match="exclude each other"):
         codec.compress([image], stages=1, target_bytes=90)
-    with pytest.raises(ValueError, match="stages must be a whole number .* not 0"):
+    with pytest.raises(ValueError, match=r"stages must be a whole number .* not 0"):
         codec.compress([image], stages=0)
