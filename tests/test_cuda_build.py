@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from percov2.bench.gpu_compiled import kernel_name
+from compiled_kernels import kernel_name
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = ROOT / "csrc" / "coder_cuda.cu"
