@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from percov2.bench.cases import Shape
-from percov2.bench.plan import Plan
+from percov2.bench.entropy import Plan
 from percov2.bench.timing import Effort
 
 MODEL = Path(__file__).parent / "data" / "entropy_v1"

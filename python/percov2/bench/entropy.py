@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,23 +13,81 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from percov2.bench import attention, fresh, model, overhead, own_coder
+from percov2.bench import coders, fresh, model
 from percov2.bench.cases import Case, Shape, make_case
-from percov2.bench.environment import environment
 from percov2.bench.peers import Peers
-from percov2.bench.plan import Plan
-from percov2.bench.results import middle
+from percov2.bench.report import environment
 from percov2.bench.summary import summarize
+from percov2.bench.timing import Effort
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
 
 SCHEMA = 1
-Step = tuple[str, Callable[[], list[dict[str, Any]]]]
+Record = dict[str, Any]
+Step = tuple[str, Callable[[], list[Record]]]
+FULL, SINGLE = Effort(0.5, 5, 200), Shape(256, 2**16, 1)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run measures; the full run, unless told otherwise."""
+
+    effort: Effort = FULL  # how long each call is repeated
+    rounds: int = 3  # how often percov2 and its peers take turns
+    # Shapes on which the coders, also the peers', are timed.
+    compared: tuple[Shape, ...] = (
+        *(Shape(size, 1024, 64) for size in (64, 256, 1024)),
+        Shape(8192, 1024, 8),
+    )
+    # Further shapes, for percov2 alone: other lengths and numbers of images.
+    scaling: tuple[Shape, ...] = (
+        *(Shape(256, tokens, 64) for tokens in (64, 256, 4096)),
+        *(Shape(256, 1024, images) for images in (1, 8, 256)),
+    )
+    single: Shape = SINGLE  # one long stream, coded with each number of ``lanes``
+    lanes: tuple[int, ...] = (1, 8, 16)
+    # Shapes whose streams' bytes are counted.
+    short: tuple[Shape, ...] = (
+        Shape(64, 64, 512),
+        Shape(256, 256, 256),
+        Shape(1024, 1024, 64),
+        Shape(8192, 1024, 64),
+    )
+    # (codebook, prob_bits) of long streams of ``long_symbols`` symbols.
+    long: tuple[tuple[int, int], ...] = ((256, 16), (256, 20), (1024, 18), (1024, 20))
+    long_symbols: int = 2**20
+    schedules: tuple[str, ...] = ("qlds12", "quincunx", "checkerboard", "var", "qlds8", "qlds5")
+    grid: int = 16  # side of the images, in tokens
+    batch: int = 64  # images of a call
+    batches: tuple[int, ...] = (1, 8, 64, 256)  # whose cost per image is compared
+    memory: tuple[int, ...] = (1, 64, 256)  # images whose peak memory is taken
+    large_grid: int = 32  # side of one large image, decoded with ``schedules[0]``; 0 for none
+    raster_grid: int = 16  # side of one image decoded token by token; 0 for none
+
+
+FULL_PLAN = Plan()
+QUICK_PLAN = Plan(
+    effort=Effort(0.05, 3, 10),
+    rounds=1,
+    compared=(Shape(256, 256, 16), Shape(1024, 256, 4)),
+    scaling=(Shape(256, 64, 16),),
+    single=Shape(256, 2**12, 1),
+    lanes=(1, 16),
+    short=(Shape(64, 64, 64), Shape(256, 256, 32)),
+    long=((256, 16),),
+    long_symbols=2**15,
+    schedules=("qlds12",),
+    batch=2,
+    batches=(1,),
+    memory=(),
+    large_grid=0,
+    raster_grid=4,
+)
 
 
 def run(
     plan: Plan, sections: tuple[str, ...], model_folder: Path, peers: Peers | None = None
-) -> dict[str, Any]:
+) -> Record:
     """Measure and return the report, as it is written to JSON.
 
     Raises ValueError for a model that cannot be loaded, RuntimeError for a peer that fails and
@@ -35,65 +95,90 @@ def run(
     """
     # Everything but the lines that say otherwise runs on one thread.
     with model.torch_threads(1):
-        report: dict[str, Any] = {
+        report: Record = {
             "schema": SCHEMA,
             "environment": environment(),
             "peers": None if peers is None else peers.versions(),
             "model": str(model_folder),
-            "records": [],
+            "records": take(list(_steps(plan, sections, model_folder, peers))),
         }
-        steps = list(_steps(plan, sections, model_folder, peers))
-        with tqdm(total=len(steps), unit="step", leave=False) as bar:
-            for name, work in steps:
-                bar.set_description(name)
-                report["records"] += work()
-                bar.update()
     report["summary"] = summarize(report["records"])
     return report
+
+
+def take(steps: list[Step]) -> list[Record]:
+    """Return the records of all steps, with a bar that says which one runs."""
+    records = []
+    with tqdm(total=len(steps), unit="step", leave=False) as bar:
+        for name, work in steps:
+            bar.set_description(name)
+            records += work()
+            bar.update()
+    return records
+
+
+def heading(report: Record) -> str:
+    """Return one line about where the figures come from."""
+    where, peers = report["environment"], report["peers"]
+    coders = ("constriction", "torchac", "compressai")
+    beside = ", ".join(f"{name} {peers[name]}" for name in coders) if peers else ""
+    return (
+        f"percov2 {where['percov2']} on {where['processor']} ({where['cores']} cores, "
+        f"{where['instruction_set']}, load {where['load']:.1f}), torch {where['torch']}, "
+        f"{where['date']}{beside and '; ' + beside}"
+    )
 
 
 def _steps(
     plan: Plan, sections: tuple[str, ...], folder: Path, peers: Peers | None
 ) -> Iterator[Step]:
+    def step(name: str, work: Callable[..., Record], *arguments: Any) -> Step:
+        return name, lambda: [work(*arguments)]
+
     timed = tuple(name for name in ("coder", "logits") if name in sections)
-    if timed:
-        for shape in plan.compared:
-            yield _title("coders", shape), partial(_coders, plan, shape, timed, peers)
-        for shape in plan.scaling:
-            yield _title("coder", shape), partial(_coders, plan, shape, timed, None)
+    for shapes, beside in ((plan.compared, peers), (plan.scaling, None)) if timed else ():
+        for shape in shapes:
+            yield f"coders, {_title(shape)}", partial(_coders, plan, shape, timed, beside)
     if "coder" in sections:
         for lanes in plan.lanes:
-            yield f"one stream, {lanes} lanes", partial(_lanes, plan, lanes)
+            work = partial(_lanes, plan, lanes)
+            yield step(f"one stream, {lanes} lanes", work)
     if "overhead" in sections:
         for shape in plan.short:
-            yield _title("bytes", shape), partial(_bytes, shape, peers)
+            yield f"bytes, {_title(shape)}", partial(_bytes, shape, peers)
         for codebook, bits in plan.long:
-            yield f"long stream, V={codebook}", partial(_long, plan.long_symbols, codebook, bits)
+            tokens = min(plan.long_symbols, 2**22 // codebook)
+            parts = plan.long_symbols // tokens
+            one = Shape(codebook, tokens, 1)
+            yield step(f"long stream, V={codebook}", coders.long_stream, one, parts, bits)
     if "model" in sections:
-        coder = TokenCoder(IntTransformer.load(folder))
-        yield from _model_steps(plan, coder)
+        yield from _model_steps(plan, TokenCoder(IntTransformer.load(folder)))
         for images in plan.memory:
-            yield f"memory, {images} images", partial(_memory, plan, folder, images)
+            for way in ("encode", "decode"):
+                name = f"memory, {images} images, {way}"
+                yield step(name, fresh.memory, way, folder, images, plan.grid)
     if "attention" in sections:
         config = IntTransformer.load(folder).config
-        cases = [(plan.grid, plan.batch), *([(plan.large_grid, 1)] if plan.large_grid else [])]
-        for side, images in cases:
-            yield (
-                f"attention, {images} x {side}x{side}",
-                partial(attention.attention, config, plan.schedules[0], side, images, plan.effort),
-            )
+        for side, images in ((plan.grid, plan.batch), (plan.large_grid, 1)):
+            if side:
+                arguments = (config, plan.schedules[0], side, images, plan.effort)
+                yield f"attention, {side}x{side}", partial(model.attention, *arguments)
     if "cold" in sections:
-        yield "fresh process", lambda: [fresh.cold(folder)]
+        yield step("fresh process", fresh.cold, folder)
 
 
-def _title(what: str, shape: Shape) -> str:
-    return f"{what}, V={shape.codebook}, {shape.images}x{shape.tokens}"
+def _title(shape: Shape) -> str:
+    return f"V={shape.codebook}, {shape.images}x{shape.tokens}"
+
+
+def _lanes(plan: Plan, lanes: int) -> Record:
+    return coders.one_stream(make_case(plan.single), lanes, plan.effort)
 
 
 def _coders(
     plan: Plan, shape: Shape, sections: tuple[str, ...], peers: Peers | None
-) -> list[dict[str, Any]]:
-    """Records of all coders on a shape, in rounds when they are to be compared.
+) -> list[Record]:
+    """Return records of all coders on a shape, in rounds when they are to be compared.
 
     A shared machine is faster at one time and slower at another: taking turns lets both have both.
     """
@@ -102,14 +187,12 @@ def _coders(
     return middle([_round(plan, case, sections, peers) for _ in range(rounds)])
 
 
-def _round(
-    plan: Plan, case: Case, sections: tuple[str, ...], peers: Peers | None
-) -> list[dict[str, Any]]:
+def _round(plan: Plan, case: Case, sections: tuple[str, ...], peers: Peers | None) -> list[Record]:
     records = []
     if "coder" in sections:
-        records.append(own_coder.coder_only(case, plan.effort))
+        records.append(coders.coder_only(case, plan.effort))
     if "logits" in sections:
-        records += [own_coder.from_logits(case, kind, plan.effort) for kind in own_coder.KINDS]
+        records += [coders.from_logits(case, kind, plan.effort) for kind in coders.KINDS]
     if peers is not None:
         for record in peers.measure(case, sections, plan.effort):
             record["bytes"] = sum(record.pop("stream_bytes"))
@@ -117,47 +200,51 @@ def _round(
     return records
 
 
-def _lanes(plan: Plan, lanes: int) -> list[dict[str, Any]]:
-    return [own_coder.one_stream(make_case(plan.single), lanes, plan.effort)]
+def middle(rounds: Iterable[list[Record]]) -> list[Record]:
+    """Return one round out of several of the same records: every timing of middle median.
+
+    Raises ValueError if the rounds do not hold the same records.
+    """
+    merged = []
+    for same in zip(*rounds, strict=True):
+        record = dict(same[0])
+        if len({(r["coder"], r["given"], r["bytes"]) for r in same}) > 1:
+            raise ValueError("the rounds of a measurement do not hold the same records")
+        for way in ("encode", "decode"):
+            wanted = statistics.median_low([r[way]["median_s"] for r in same])
+            record[way] = next(r[way] for r in same if r[way]["median_s"] == wanted)
+        merged.append(record)
+    return merged
 
 
-def _bytes(shape: Shape, peers: Peers | None) -> list[dict[str, Any]]:
-    records = [overhead.short_streams(shape)]
+def _bytes(shape: Shape, peers: Peers | None) -> list[Record]:
+    records = [coders.short_streams(shape)]
     if peers is not None:
-        case = next(overhead.parts_of(shape))
+        case = next(coders.parts_of(shape))
         records += [
-            overhead.peer_streams(case, peer["coder"], peer["stream_bytes"])
+            coders.peer_streams(case, peer["coder"], peer["stream_bytes"])
             for peer in peers.measure(case, ("logits",), None)
             if peer["given"] == "float32 logits"
         ]
     return records
 
 
-def _long(symbols: int, codebook: int, prob_bits: int) -> list[dict[str, Any]]:
-    tokens = min(symbols, 2**22 // codebook)
-    return [overhead.long_stream(Shape(codebook, tokens, 1), symbols // tokens, prob_bits)]
-
-
-def _memory(plan: Plan, folder: Path, images: int) -> list[dict[str, Any]]:
-    return [fresh.memory(way, folder, images, plan.grid) for way in ("encode", "decode")]
-
-
 def _model_steps(plan: Plan, coder: TokenCoder) -> Iterator[Step]:
     tokens = model.draw_tokens(coder, max(plan.batch, *plan.batches), plan.grid)
     main, default = tokens[: plan.batch], plan.schedules[0]
 
-    def both(grids: torch.Tensor, schedule: str, threads: int) -> list[dict[str, Any]]:
-        return model.encode_and_decode(coder, grids, schedule, threads, plan.effort)
+    def both(what: str, grids: torch.Tensor, schedule: str, threads: int = 1) -> Step:
+        work = partial(model.encode_and_decode, coder, grids, schedule, threads, plan.effort)
+        return f"entropy model, {what}", work
 
     yield "float transformer", lambda: [model.float_pass(coder, main, default, plan.effort)]
     for schedule in plan.schedules:
-        yield f"entropy model, {schedule}", partial(both, main, schedule, 1)
+        yield both(schedule, main, schedule)
     if (os.cpu_count() or 1) > 1:
-        yield "entropy model, 2 threads", partial(both, main, default, 2)
+        yield both("2 threads", main, default, 2)
     for images in plan.batches:
         if images != plan.batch:
-            yield f"entropy model, {images} images", partial(both, tokens[:images], default, 1)
+            yield both(f"{images} images", tokens[:images], default)
     for side, schedule in ((plan.large_grid, default), (plan.raster_grid, "raster")):
         if side:
-            one = model.draw_tokens(coder, 1, side)
-            yield f"entropy model, {schedule}, {side}x{side}", partial(both, one, schedule, 1)
+            yield both(f"{schedule}, {side}x{side}", model.draw_tokens(coder, 1, side), schedule)

@@ -1,4 +1,4 @@
-"""The entropy model's float32 counterpart in eager torch, as one would write it: what to beat.
+"""The entropy model's float32 counterpart in eager torch, as one would write it: the one to beat.
 
 The same entries, widths and mask as the integer model: contents and queries of all stages in one
 pass, LayerNorm, q, k, v and output projections, scaled dot product attention under a boolean mask,
@@ -14,16 +14,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from percov2.entropy.entries import (
-    START_ENTRIES,
-    content_entries,
-    join,
-    query_entries,
-    start_entries,
-    visible,
-)
-from percov2.entropy.schedule import order
+from percov2.entropy import entries, schedule
+from percov2.entropy.entries import START_ENTRIES, Entries
 from percov2.entropy.transformer_config import TransformerConfig
+
+
+def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries, Entries]:
+    """Return the coding order of the pass that encodes a grid, its readers and its keys.
+
+    The keys are start entries and contents, but for the last stage's, which nobody reads; the
+    readers are the keys and then the queries of all tokens.
+    """
+    coding = schedule.order(stages)
+    stage, width = stages.reshape(-1)[coding], stages.shape[1]
+    known = int(np.searchsorted(stage, stage[-1]))
+    contents = entries.content_entries(stage[:known], coding[:known], width)
+    keys = entries.join(entries.start_entries(), contents)
+    return coding, entries.join(keys, entries.query_entries(stage, coding, width)), keys
 
 
 class FloatLayer(nn.Module):
@@ -67,15 +74,9 @@ class FloatTransformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, stages: NDArray[np.int32]) -> None:
         super().__init__()
-        coding = order(stages)
-        stage = stages.reshape(-1)[coding]
-        # As in the integer pass, nobody reads the contents of the last stage.
-        self.known = int(np.searchsorted(stage, stage[-1]))
-        width = stages.shape[1]
-        contents = content_entries(stage[: self.known], coding[: self.known], width)
-        keys = join(start_entries(), contents)
-        readers = join(keys, query_entries(stage, coding, width))
-        self.mask = torch.from_numpy(visible(readers, keys))
+        coding, readers, keys = pass_entries(stages)
+        self.known = len(keys) - START_ENTRIES
+        self.mask = torch.from_numpy(entries.visible(readers, keys))
         self.coding = torch.from_numpy(coding)
         self.token = nn.Embedding(config.codebook_size, config.dim)
         self.query = nn.Parameter(torch.randn(config.dim))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -46,48 +46,43 @@ class Peers:
             "MKL_NUM_THREADS": "1",
         }
 
-    def _ask(self, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
-        answer = folder / "answer.json"
-        description = folder / "task.json"
-        description.write_text(json.dumps({**task, "answer": str(answer)}), encoding="utf-8")
-        done = subprocess.run(
-            [str(self.python), "-P", str(_SCRIPT), str(description)],
-            env=self._environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0 or not answer.is_file():
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise RuntimeError(
-                f"the peers at {self.python} failed: {lines[-1]}; "
-                "make them again with: bash benchmarks/peers.sh"
+    def _ask(
+        self, case: Case | None, sections: tuple[str, ...], effort: Effort | None
+    ) -> dict[str, Any]:
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            task = {"sections": sections, "effort": None if effort is None else asdict(effort)}
+            (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
+            if case is not None:
+                np.save(folder / "logits.npy", case.logits)
+                np.save(folder / "symbols.npy", case.symbols)
+            done = subprocess.run(
+                [str(self.python), "-P", str(_SCRIPT), str(folder)],
+                env=self._environment(),
+                capture_output=True,
+                text=True,
+                check=False,
             )
-        return json.loads(answer.read_text(encoding="utf-8"))
+            answer = folder / "answer.json"
+            if done.returncode == 0 and answer.is_file():
+                return json.loads(answer.read_text(encoding="utf-8"))
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise RuntimeError(
+            f"the peers at {self.python} failed: {lines[-1]}; "
+            "make them again with: bash benchmarks/peers.sh"
+        )
 
     def versions(self) -> dict[str, str]:
-        """Versions of the peers. Raises RuntimeError if they cannot be imported."""
-        with tempfile.TemporaryDirectory() as folder:
-            task: dict[str, Any] = {"logits": None, "symbols": None, "sections": [], "effort": None}
-            return self._ask(Path(folder), task)["versions"]
+        """Return the versions of the peers. Raises RuntimeError if they cannot be imported."""
+        return self._ask(None, (), None)["versions"]
 
     def measure(
         self, case: Case, sections: tuple[str, ...], effort: Effort | None
     ) -> list[dict[str, Any]]:
-        """Records of all peers on a case; without ``effort`` only what they write, no times.
+        """Return records of all peers on a case; without ``effort`` only what they write, no times.
 
-        A record is as ``results.result`` makes it, but for ``stream_bytes``, a list with the bytes
-        of each image, in place of their sum and the ideal. Raises RuntimeError if a peer fails or
-        does not return the symbols.
+        A record is that of coders.py, but for ``stream_bytes``, a list with the bytes of each
+        image, in place of their sum and the ideal. Raises RuntimeError if a peer fails or does not
+        return the symbols.
         """
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            np.save(folder / "logits.npy", case.logits)
-            np.save(folder / "symbols.npy", case.symbols)
-            task = {
-                "logits": str(folder / "logits.npy"),
-                "symbols": str(folder / "symbols.npy"),
-                "sections": list(sections),
-                "effort": None if effort is None else asdict(effort),
-            }
-            return self._ask(folder, task)["records"]
+        return self._ask(case, sections, effort)["records"]

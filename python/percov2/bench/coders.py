@@ -1,0 +1,279 @@
+"""percov2's coder on synthetic cases: checked, then timed or weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.bench.cases import (
+    Case,
+    Shape,
+    ideal_bytes,
+    integer_logits,
+    interval_bytes,
+    make_case,
+)
+from percov2.bench.timing import Effort, measure
+from percov2.entropy import cdf, rans
+from percov2.entropy.lanes import LaneDecoder, LaneEncoder
+
+NAME = "percov2"
+KINDS = ("float32", "bfloat16", "int16")
+"""Types of logits that are measured."""
+CHECK_BYTES = 2
+"""The 16-bit check that every stream of percov2 holds."""
+LOGITS_AT_ONCE = 2**26
+"""Images of more logits are made and coded in parts."""
+_ORACLE_LOGITS = 2**20
+"""So many logits of a case are also given to the oracle in torch."""
+Record = dict[str, Any]
+Intervals = tuple[NDArray[np.int32], NDArray[np.int32]]
+Streams = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+class Mismatch(RuntimeError):
+    """A coder gave other symbols or intervals than it must; nothing is timed then."""
+
+
+def require(holds: bool | np.bool_, what: str) -> None:
+    """Raise Mismatch unless ``holds``."""
+    if not holds:
+        raise Mismatch(f"{what}; the figures would mean nothing")
+
+
+# Coding and checking -----------------------------------------------------------------------------
+
+
+def push(case: Case, intervals: Intervals, prob_bits: int, threads: int = 1) -> rans.RansEncoder:
+    """Return an encoder that holds a case, from intervals int32 [B, n]."""
+    encoder = rans.RansEncoder(case.checks)
+    starts, freqs = intervals
+    encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits, threads)
+    return encoder
+
+
+def encode(case: Case, logits: Any, prob_bits: int) -> Streams:
+    """Return the streams of a case from logits [B, n, V]: buffer and offsets."""
+    return push(case, rans.intervals(logits, case.symbols, prob_bits), prob_bits).finish()
+
+
+def _check_decoded(case: Case, decoder: rans.RansDecoder, symbols: NDArray[np.int32]) -> None:
+    require(np.array_equal(symbols, case.symbols), "percov2 decoded other symbols")
+    require(decoder.finished(case.checks).all(), "a stream of percov2 does not end in its check")
+
+
+def _checked_intervals(case: Case, logits: Any) -> Intervals:
+    """Return the intervals of a case, some of which were compared with the oracle's."""
+    found = rans.intervals(logits, case.symbols, case.prob_bits)
+    size, rows = case.shape.codebook, max(1, _ORACLE_LOGITS // case.shape.codebook)
+    sample = torch.from_numpy(integer_logits(case.logits.reshape(1, -1, size)[:, :rows])[0])
+    symbols = torch.from_numpy(case.symbols.reshape(-1)[:rows])
+    for mine, oracle in zip(found, cdf.intervals(sample, symbols, case.prob_bits), strict=True):
+        equal = np.array_equal(mine.reshape(-1)[:rows], oracle.numpy())
+        require(equal, "intervals differ from those of percov2.entropy.cdf")
+    return found
+
+
+# Times -------------------------------------------------------------------------------------------
+
+
+def coder_only(case: Case, effort: Effort) -> Record:
+    """Measure intervals -> bytes, and bytes and CDF rows -> symbols."""
+    integers, bits = integer_logits(case.logits), case.prob_bits
+    intervals = _checked_intervals(case, integers)
+    tables = rans.cdf(integers, bits)
+    return _timed(
+        ("coder", "intervals / CDF rows"),
+        case,
+        effort,
+        encode=lambda: push(case, intervals, bits).finish(),
+        decode=lambda decoder: decoder.decode_cdf(tables, bits),
+        ideal=interval_bytes(intervals[1], bits),
+    )
+
+
+def given_logits(case: Case, kind: str) -> tuple[Any, Case]:
+    """Return logits of a kind (of ``KINDS``), and the case as they tell it.
+
+    Rounding to bfloat16 is the maker's choice, so it changes what is ideal; rounding to int16 is
+    percov2's, so it does not.
+    """
+    if kind == "float32":
+        return case.logits, case
+    if kind == "int16":
+        return integer_logits(case.logits), case
+    rounded = torch.from_numpy(case.logits).to(torch.bfloat16)
+    return rounded, replace(case, logits=rounded.to(torch.float32).numpy())
+
+
+def from_logits(case: Case, kind: str, effort: Effort) -> Record:
+    """Measure logits of a kind (of ``KINDS``) -> bytes and back."""
+    bits = case.prob_bits
+    logits, case = given_logits(case, kind)
+    _checked_intervals(case, logits)
+    return _timed(
+        ("logits", f"{kind} logits"),
+        case,
+        effort,
+        encode=lambda: encode(case, logits, bits),
+        decode=lambda decoder: decoder.decode_logits(logits, bits),
+        ideal=ideal_bytes(case.logits, case.symbols),
+    )
+
+
+def _timed(
+    names: tuple[str, str],
+    case: Case,
+    effort: Effort,
+    encode: Callable[[], Streams],
+    decode: Callable[[rans.RansDecoder], NDArray[np.int32]],
+    ideal: NDArray[np.float64],
+) -> Record:
+    """Check and time both ways. names: the section, and what the coder is given."""
+    streams = encode()
+    decoder = rans.RansDecoder(*streams)
+    _check_decoded(case, decoder, decode(decoder))
+    symbols = case.shape.symbols
+    return {
+        "section": names[0],
+        "coder": NAME,
+        "given": names[1],
+        **asdict(case.shape),
+        "encode": measure(encode, effort).rate(symbols),
+        "decode": measure(lambda: decode(rans.RansDecoder(*streams)), effort).rate(symbols),
+        "bytes": len(streams[0]),
+        "ideal_bytes": float(ideal.sum()),
+    }
+
+
+def one_stream(case: Case, count: int, effort: Effort) -> Record:
+    """Measure all symbols of a case as one stream with ``count`` interleaved lanes."""
+    bits, size = case.prob_bits, case.shape.codebook
+    integers, symbols = integer_logits(case.logits).reshape(-1, size), case.symbols.reshape(-1)
+    intervals = rans.intervals(integers, symbols, bits)
+    tables = rans.cdf(integers, bits)
+
+    def pushed(starts: NDArray[np.int32], freqs: NDArray[np.int32]) -> NDArray[np.uint8]:
+        encoder = LaneEncoder(count)
+        encoder.push(starts, freqs, bits)
+        return encoder.finish()
+
+    def coded() -> NDArray[np.uint8]:
+        return pushed(*rans.intervals(integers, symbols, bits))
+
+    stream = pushed(*intervals)
+    require(np.array_equal(coded(), stream), "a stream of lanes is not the same twice")
+    for name, given in (("decode_cdf", tables), ("decode_logits", integers)):
+        decoder = LaneDecoder(stream, count)
+        equal = np.array_equal(getattr(decoder, name)(given, bits), symbols)
+        require(equal and decoder.finished(), f"{count} lanes decode other symbols by {name}")
+    works: dict[str, Callable[[], object]] = {
+        "push": lambda: pushed(*intervals),
+        "decode_cdf": lambda: LaneDecoder(stream, count).decode_cdf(tables, bits),
+        "encode": coded,
+        "decode": lambda: LaneDecoder(stream, count).decode_logits(integers, bits),
+    }
+    return {
+        "section": "lanes",
+        "coder": NAME,
+        "lanes": count,
+        "codebook": size,
+        "symbols": symbols.size,
+        **{name: measure(work, effort).rate(symbols.size) for name, work in works.items()},
+        "bytes": len(stream),
+        "interval_bytes": float(interval_bytes(intervals[1][None], bits)[0]),
+    }
+
+
+# Bytes above the ideal ---------------------------------------------------------------------------
+
+
+def short_streams(shape: Shape) -> Record:
+    """Return the mean bytes per image above the ideal, with percov2's own precision.
+
+    ``above_ideal`` counts from the float softmax of the logits, ``above_intervals`` from the
+    coded intervals; both are beyond the check.
+    """
+    lengths, ideals, intervals = [], [], []
+    for case in parts_of(shape):
+        integers, bits = integer_logits(case.logits), case.prob_bits
+        found = rans.intervals(integers, case.symbols, bits)
+        buffer, offsets = push(case, found, bits).finish()
+        decoder = rans.RansDecoder(buffer, offsets)
+        _check_decoded(case, decoder, decoder.decode_logits(integers, bits))
+        lengths.append(np.diff(offsets))
+        ideals.append(ideal_bytes(case.logits, case.symbols))
+        intervals.append(interval_bytes(found[1], bits))
+    written = np.concatenate(lengths)
+    record = _overhead(shape, NAME, CHECK_BYTES, written, np.concatenate(ideals))
+    above = written - np.concatenate(intervals) - CHECK_BYTES
+    return {**record, "above_intervals": float(above.mean())}
+
+
+def parts_of(shape: Shape) -> Iterator[Case]:
+    """Yield the images of a shape in cases that fit in memory."""
+    at_once = max(1, LOGITS_AT_ONCE // (shape.tokens * shape.codebook))
+    for part, first in enumerate(range(0, shape.images, at_once)):
+        yield make_case(replace(shape, images=min(at_once, shape.images - first)), seed=part)
+
+
+def peer_streams(case: Case, coder: str, lengths: list[int]) -> Record:
+    """Return the same of another coder, from its bytes of each image, or of the first ones."""
+    part = case.first(len(lengths))
+    ideal = ideal_bytes(part.logits, part.symbols)
+    return _overhead(part.shape, coder, 0, np.asarray(lengths), ideal)
+
+
+def _overhead(
+    shape: Shape, coder: str, check: int, lengths: NDArray[Any], ideal: NDArray[np.float64]
+) -> Record:
+    above = lengths - ideal - check
+    # The standard error of the mean; a single value tells nothing about others.
+    error = float(above.std(ddof=1) / np.sqrt(len(above))) if len(above) > 1 else None
+    return {
+        "section": "overhead",
+        "coder": coder,
+        **asdict(shape),
+        "ideal_bytes_per_image": float(ideal.mean()),
+        "bytes_per_image": float(lengths.mean()),
+        "check_bytes": check,
+        "above_ideal": float(above.mean()),
+        "above_ideal_error": error,
+    }
+
+
+def long_stream(shape: Shape, parts: int, prob_bits: int) -> Record:
+    """Code ``parts`` cases of one image as one stream: percent above the ideal.
+
+    The parts are made again for decoding, so that their logits need not fit in memory.
+    """
+    check, ideal, by_intervals = [0xBEEF], 0.0, 0.0
+    encoder = rans.RansEncoder(check)
+    for part in reversed(range(parts)):  # what is pushed last is decoded first
+        case = make_case(replace(shape, images=1), seed=part)
+        starts, freqs = rans.intervals(integer_logits(case.logits), case.symbols, prob_bits)
+        encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits)
+        ideal += float(ideal_bytes(case.logits, case.symbols).sum())
+        by_intervals += float(interval_bytes(freqs, prob_bits).sum())
+    buffer, offsets = encoder.finish()
+    decoder = rans.RansDecoder(buffer, offsets)
+    for part in range(parts):
+        case = make_case(replace(shape, images=1), seed=part)
+        symbols = decoder.decode_logits(integer_logits(case.logits), prob_bits)
+        require(np.array_equal(symbols, case.symbols), "percov2 decoded other symbols")
+    require(decoder.finished(check).all(), "a long stream does not end in its check")
+    return {
+        "section": "long",
+        "coder": NAME,
+        "codebook": shape.codebook,
+        "symbols": shape.tokens * parts,
+        "prob_bits": prob_bits,
+        "bytes": len(buffer),
+        "percent_above_ideal": 100 * (len(buffer) / ideal - 1),
+        "percent_above_intervals": 100 * (len(buffer) / by_intervals - 1),
+    }

@@ -1,0 +1,220 @@
+"""A report as tables, and where its figures come from.
+
+Tables are Markdown with aligned columns: the same text serves a terminal and a page.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from percov2 import __version__
+from percov2.entropy import rans
+
+Record = dict[str, Any]
+
+
+def environment() -> Record:
+    """Return versions and machine as JSON values; ``load`` is the mean of the last minute."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "percov2": __version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "instruction_set": rans.instruction_set(),
+        "instruction_sets": list(rans.instruction_sets()),
+        "cuda_kernels": rans.cuda_state(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def processor() -> str:
+    """Return the processor's name, as Linux gives it; elsewhere what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+# Tables ------------------------------------------------------------------------------------------
+
+
+def _rate(*ways: str) -> Callable[[Record], float | None]:
+    """Return a function of a record: million symbols per second of the first way that it has."""
+
+    def found(record: Record) -> float | None:
+        timing = next(record[way] for way in ways if way in record)
+        return timing and timing["msym_per_s"]
+
+    return found
+
+
+TABLES = {
+    "summary": ("Summary", " | value | goal | met"),
+    "coder": (
+        "Coder only (million symbols per second)",
+        "coder | given | V | images x tokens | encode | decode",
+    ),
+    "logits": (
+        "From logits (million symbols per second)",
+        "coder | given | V | images x tokens | encode | decode",
+    ),
+    "lanes": (
+        "One stream of several lanes (million symbols per second)",
+        "lanes | V | symbols | intervals to bytes | by CDF rows | int16 logits to bytes"
+        " | by int16 logits | above intervals, %",
+    ),
+    "overhead": (
+        "Bytes per image above the ideal, beyond the check",
+        "coder | V | images x tokens | ideal, B | written, B | check, B | above, B | ± error"
+        " | above, %",
+    ),
+    "long": (
+        "Long streams",
+        "symbols | V | prob_bits | bytes | above intervals, % | above ideal, %",
+    ),
+    "model": ("Whole entropy model", "what | schedule | grid | images | threads | ms per image"),
+    "attention": (
+        "Attention of one layer, one thread",
+        "coder | schedule | grid | images | entries x keys | ms per image",
+    ),
+    "memory": (
+        "Peak memory of the process",
+        "what | grid | images | peak, MB | of that for the batch, MB",
+    ),
+    "cold": ("A fresh process", "step | ms"),
+    "measured": (
+        "Measured, after every result was compared with the CPU's",
+        "kernel | case | launches | µs | Msym/s | GB/s | of peak, % | CPU engine, Msym/s"
+        " | unfused torch, Msym/s",
+    ),
+    "paths": (
+        "Whole coding, random weights, wall time",
+        "what | case | who | Msym/s | ms | launches | copies to and from the host",
+    ),
+}
+"""Section -> title and columns, in the order of a page."""
+COLUMNS: dict[str, str | Callable[[Record], Any]] = {
+    "": "name",
+    "goal": lambda r: f"{'>=' if r['at_least'] else '<='} {number(r['goal'])}",
+    "met": lambda r: "yes" if r["met"] else "no",
+    "V": "codebook",
+    "images x tokens": lambda r: f"{r['images']} x {r['tokens']}",
+    "encode": _rate("encode"),
+    "decode": _rate("decode"),
+    "intervals to bytes": _rate("push"),
+    "by CDF rows": _rate("decode_cdf"),
+    "int16 logits to bytes": _rate("encode"),
+    "by int16 logits": _rate("decode"),
+    "above intervals, %": "percent_above_intervals",
+    "above ideal, %": "percent_above_ideal",
+    "ideal, B": "ideal_bytes_per_image",
+    "written, B": "bytes_per_image",
+    "check, B": "check_bytes",
+    "above, B": "above_ideal",
+    "± error": "above_ideal_error",
+    "above, %": lambda r: 100 * r["above_ideal"] / r["ideal_bytes_per_image"],
+    "grid": lambda r: f"{r['grid']}x{r['grid']}",
+    "entries x keys": lambda r: f"{r['entries']} x {r['keys']}",
+    "ms per image": "ms_per_image",
+    "peak, MB": "peak_mb",
+    "of that for the batch, MB": "extra_mb",
+    "kernel": lambda r: f"`{r['kernel']}`",
+    "µs": lambda r: 1e6 * r["gpu"]["median_s"],
+    "Msym/s": _rate("gpu", "wall"),
+    "GB/s": lambda r: r["bytes_per_s"] / 1e9,
+    "of peak, %": lambda r: 100 * r["share_of_peak"],
+    "CPU engine, Msym/s": _rate("cpu"),
+    "unfused torch, Msym/s": _rate("unfused"),
+    "ms": lambda r: 1e3 * (r["wall"]["median_s"] if "wall" in r else r["s"]),
+    "copies to and from the host": lambda r: r["copies"],
+}
+"""Header -> what a record says there: its key, or a function of it; other headers are keys."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, the names of the columns and the values: text, or numbers."""
+
+    title: str
+    header: list[str]
+    rows: list[list[Any]]
+
+    def markdown(self) -> str:
+        """Return its lines with aligned columns: text to the left, numbers to the right."""
+        columns = []
+        for name, *values in zip(self.header, *self.rows, strict=True):
+            cells = [number(value) for value in values]
+            width = max(3, len(name), *map(len, cells))
+            text = any(isinstance(value, str) for value in values)
+            side = ":".ljust(width, "-") if text else ":".rjust(width, "-")
+            aligned = [cell.ljust(width) if text else cell.rjust(width) for cell in (name, *cells)]
+            columns.append([aligned[0], side, *aligned[1:]])
+        return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+
+
+def number(value: str | float | None) -> str:
+    """Write three significant digits without an exponent, integers whole, a dash for None."""
+    if value is None or isinstance(value, str | int):
+        return "-" if value is None else str(value)
+    size = abs(value)
+    if size >= 100 or value == int(value):
+        return f"{value:.0f}"
+    digits = 1 if size >= 10 else 2 if size >= 1 else 3 if size >= 0.1 else 4
+    return f"{value:.{digits}f}"
+
+
+def tables(report: Record) -> list[Table]:
+    """Return the tables of a report, empty ones left out."""
+    by_section: dict[str, list[Record]] = {"summary": report["summary"]}
+    for record in report["records"]:
+        by_section.setdefault(record["section"], []).extend(_rows(record))
+    for section in {"coder", "logits"} & set(by_section):
+        by_section[section].sort(key=lambda r: (r["codebook"], r["tokens"], r["images"]))
+    made = []
+    for section, (title, columns) in TABLES.items():
+        header = columns.split(" | ")
+        cells = [COLUMNS.get(name, name) for name in header]
+        rows = [
+            [r[cell] if isinstance(cell, str) else cell(r) for cell in cells]
+            for r in by_section.get(section, [])
+        ]
+        if rows:
+            made.append(Table(title, header, rows))
+    return made
+
+
+def _rows(record: Record) -> list[Record]:
+    """Return what tables show of a record: a row for each step, or one, or none."""
+    if record["section"] == "cold":
+        steps = {k.removesuffix("_s"): v for k, v in record.items() if k != "section"}
+        return [{"step": name.replace("_", " "), "s": seconds} for name, seconds in steps.items()]
+    if record["section"] == "paths":
+        found = record["launches"] or {"kernels": None, "to_host": None, "to_device": None}
+        both = (found["to_host"], found["to_device"])
+        copies = None if None in both else "{}, {}".format(*both)
+        return [{**record, "launches": found["kernels"], "copies": copies}]
+    if record["section"] == "lanes":
+        above = 100 * (record["bytes"] / record["interval_bytes"] - 1)
+        return [{**record, "percent_above_intervals": above}]
+    return [record] if record.get("kind") != "missing" else []
+
+
+def page(heading: str, report: Record) -> str:
+    """Return the tables of a report below a heading that says where the figures come from."""
+    made = [f"### {table.title}\n\n{table.markdown()}" for table in tables(report)]
+    return "\n\n".join([heading, *made]) + "\n"
