@@ -13,7 +13,7 @@ from percov2 import cli
 from percov2.bench import cases, coders, entropy, fresh, model
 from percov2.bench.cases import Shape
 from percov2.bench.entropy import middle
-from percov2.bench.float_transformer import FloatTransformer
+from percov2.bench.model import FloatTransformer
 from percov2.bench.report import Table, number, page, tables
 from percov2.bench.timing import Effort, Timing, measure
 from percov2.entropy import RansDecoder, rans, schedule
@@ -73,7 +73,7 @@ def test_coder_records_hold_times_and_bytes(report: dict) -> None:
 
 def test_overhead_is_that_of_the_written_bytes(report: dict) -> None:
     (record,) = [r for r in report["records"] if r["section"] == "overhead"]
-    case = cases.make_case(TINY.short[0])
+    case = cases.make_case(Shape(*TINY.short[0]))
     ideal = naive_cost(case.logits, case.symbols) / 8 / 4
     assert record["ideal_bytes_per_image"] == pytest.approx(ideal)
     assert record["above_ideal"] == pytest.approx(record["bytes_per_image"] - 2 - ideal)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from percov2.bench.cases import Shape
 from percov2.bench.entropy import Plan
 from percov2.bench.timing import Effort
 
@@ -13,11 +12,11 @@ SHORT = Effort(0.0, 1, 1)
 TINY = Plan(
     effort=SHORT,
     rounds=2,
-    compared=(Shape(16, 12, 3),),
-    scaling=(Shape(16, 5, 2),),
-    single=Shape(16, 50, 1),
+    compared=((16, 12, 3),),
+    scaling=((16, 5, 2),),
+    single=(16, 50, 1),
     lanes=(2,),
-    short=(Shape(64, 20, 4),),
+    short=((64, 20, 4),),
     long=((64, 16),),
     long_symbols=300,
     schedules=("qlds5", "checkerboard"),

@@ -26,6 +26,9 @@ class Shape:
     tokens: int
     images: int
 
+    def __str__(self) -> str:
+        return f"V={self.codebook}, {self.images}x{self.tokens}"
+
     @property
     def symbols(self) -> int:
         """Symbols of all images."""
@@ -37,7 +40,6 @@ class Case:
     """Logits in nats, float32 [B, n, V]; symbols int32 [B, n]; checks uint16 [B]."""
 
     shape: Shape
-    seed: int
     logits: NDArray[np.float32]
     symbols: NDArray[np.int32]
     checks: NDArray[np.uint16]
@@ -55,8 +57,8 @@ class Case:
     def first(self, images: int) -> Case:
         """Return the case of the first images only."""
         shape = replace(self.shape, images=min(images, self.shape.images))
-        kept = slice(shape.images)
-        return Case(shape, self.seed, self.logits[kept], self.symbols[kept], self.checks[kept])
+        part = slice(shape.images)
+        return Case(shape, self.logits[part], self.symbols[part], self.checks[part])
 
 
 def make_case(shape: Shape, seed: int = 0) -> Case:
@@ -67,17 +69,10 @@ def make_case(shape: Shape, seed: int = 0) -> Case:
     for image, chosen in zip(logits, symbols, strict=True):
         rng.standard_normal(out=image, dtype=np.float32)
         image *= np.float32(SPREAD)
-        chosen[:] = _draw(image, rng)
-    checks = rng.integers(0, 2**16, shape.images, dtype=np.uint16)
-    return Case(shape, seed, logits, symbols, checks)
-
-
-def _draw(logits: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Draw one symbol per row of logits [n, V] from the softmax: int64 [n]."""
-    bounds = np.exp(logits, dtype=np.float64)
-    np.cumsum(bounds, axis=1, out=bounds)
-    target = rng.random((len(bounds), 1)) * bounds[:, -1:]
-    return np.minimum((bounds <= target).sum(1), logits.shape[1] - 1)
+        bounds = np.exp(image, dtype=np.float64).cumsum(1)
+        target = rng.random((len(bounds), 1)) * bounds[:, -1:]
+        chosen[:] = np.minimum((bounds <= target).sum(1), shape.codebook - 1)
+    return Case(shape, logits, symbols, rng.integers(0, 2**16, shape.images, dtype=np.uint16))
 
 
 def integer_logits(logits: NDArray[np.float32]) -> NDArray[np.int16]:
@@ -95,8 +90,7 @@ def ideal_bytes(logits: NDArray[np.float32], symbols: NDArray[np.int32]) -> NDAr
     for i, (image, chosen) in enumerate(zip(logits, symbols, strict=True)):
         exact = image.astype(np.float64)
         exact -= exact.max(1, keepdims=True)
-        taken = np.take_along_axis(exact, chosen[:, None].astype(np.int64), 1)[:, 0]
-        nats = np.log(np.exp(exact).sum(1)) - taken
+        nats = np.log(np.exp(exact).sum(1)) - exact[np.arange(len(chosen)), chosen]
         costs[i] = nats.sum() / np.log(2.0) / 8
     return costs
 

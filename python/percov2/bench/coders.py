@@ -10,14 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from percov2.bench.cases import (
-    Case,
-    Shape,
-    ideal_bytes,
-    integer_logits,
-    interval_bytes,
-    make_case,
-)
+from percov2.bench import cases
+from percov2.bench.cases import Case, Shape, integer_logits, interval_bytes, make_case
 from percov2.bench.timing import Effort, measure
 from percov2.entropy import cdf, rans
 from percov2.entropy.lanes import LaneDecoder, LaneEncoder
@@ -44,9 +38,6 @@ def require(holds: bool | np.bool_, what: str) -> None:
     """Raise Mismatch unless ``holds``."""
     if not holds:
         raise Mismatch(f"{what}; the figures would mean nothing")
-
-
-# Coding and checking -----------------------------------------------------------------------------
 
 
 def push(case: Case, intervals: Intervals, prob_bits: int, threads: int = 1) -> rans.RansEncoder:
@@ -79,21 +70,19 @@ def _checked_intervals(case: Case, logits: Any) -> Intervals:
     return found
 
 
-# Times -------------------------------------------------------------------------------------------
-
-
 def coder_only(case: Case, effort: Effort) -> Record:
     """Measure intervals -> bytes, and bytes and CDF rows -> symbols."""
     integers, bits = integer_logits(case.logits), case.prob_bits
     intervals = _checked_intervals(case, integers)
     tables = rans.cdf(integers, bits)
-    return _timed(
-        ("coder", "intervals / CDF rows"),
+    ideal = interval_bytes(intervals[1], bits)
+    record = {"section": "coder", "coder": NAME, "given": "intervals / CDF rows"}
+    return record | _timed(
         case,
         effort,
-        encode=lambda: push(case, intervals, bits).finish(),
-        decode=lambda decoder: decoder.decode_cdf(tables, bits),
-        ideal=interval_bytes(intervals[1], bits),
+        ideal,
+        lambda: push(case, intervals, bits).finish(),
+        lambda decoder: decoder.decode_cdf(tables, bits),
     )
 
 
@@ -116,33 +105,30 @@ def from_logits(case: Case, kind: str, effort: Effort) -> Record:
     bits = case.prob_bits
     logits, case = given_logits(case, kind)
     _checked_intervals(case, logits)
-    return _timed(
-        ("logits", f"{kind} logits"),
+    ideal = cases.ideal_bytes(case.logits, case.symbols)
+    record = {"section": "logits", "coder": NAME, "given": f"{kind} logits"}
+    return record | _timed(
         case,
         effort,
-        encode=lambda: encode(case, logits, bits),
-        decode=lambda decoder: decoder.decode_logits(logits, bits),
-        ideal=ideal_bytes(case.logits, case.symbols),
+        ideal,
+        lambda: encode(case, logits, bits),
+        lambda decoder: decoder.decode_logits(logits, bits),
     )
 
 
 def _timed(
-    names: tuple[str, str],
     case: Case,
     effort: Effort,
+    ideal: NDArray[np.float64],
     encode: Callable[[], Streams],
     decode: Callable[[rans.RansDecoder], NDArray[np.int32]],
-    ideal: NDArray[np.float64],
 ) -> Record:
-    """Check and time both ways. names: the section, and what the coder is given."""
+    """Check and time both ways."""
     streams = encode()
     decoder = rans.RansDecoder(*streams)
     _check_decoded(case, decoder, decode(decoder))
     symbols = case.shape.symbols
     return {
-        "section": names[0],
-        "coder": NAME,
-        "given": names[1],
         **asdict(case.shape),
         "encode": measure(encode, effort).rate(symbols),
         "decode": measure(lambda: decode(rans.RansDecoder(*streams)), effort).rate(symbols),
@@ -151,9 +137,10 @@ def _timed(
     }
 
 
-def one_stream(case: Case, count: int, effort: Effort) -> Record:
-    """Measure all symbols of a case as one stream with ``count`` interleaved lanes."""
-    bits, size = case.prob_bits, case.shape.codebook
+def one_stream(shape: Shape, count: int, effort: Effort) -> Record:
+    """Measure all symbols of a shape as one stream with ``count`` interleaved lanes."""
+    case = make_case(shape)
+    bits, size = case.prob_bits, shape.codebook
     integers, symbols = integer_logits(case.logits).reshape(-1, size), case.symbols.reshape(-1)
     intervals = rans.intervals(integers, symbols, bits)
     tables = rans.cdf(integers, bits)
@@ -178,19 +165,11 @@ def one_stream(case: Case, count: int, effort: Effort) -> Record:
         "encode": coded,
         "decode": lambda: LaneDecoder(stream, count).decode_logits(integers, bits),
     }
-    return {
-        "section": "lanes",
-        "coder": NAME,
-        "lanes": count,
-        "codebook": size,
-        "symbols": symbols.size,
-        **{name: measure(work, effort).rate(symbols.size) for name, work in works.items()},
-        "bytes": len(stream),
-        "interval_bytes": float(interval_bytes(intervals[1][None], bits)[0]),
-    }
-
-
-# Bytes above the ideal ---------------------------------------------------------------------------
+    sizes = {"lanes": count, "codebook": size, "symbols": symbols.size}
+    rates = {name: measure(work, effort).rate(symbols.size) for name, work in works.items()}
+    least = float(interval_bytes(intervals[1][None], bits)[0])
+    record = {"section": "lanes", "coder": NAME, **sizes, **rates}
+    return {**record, "bytes": len(stream), "interval_bytes": least}
 
 
 def short_streams(shape: Shape) -> Record:
@@ -207,7 +186,7 @@ def short_streams(shape: Shape) -> Record:
         decoder = rans.RansDecoder(buffer, offsets)
         _check_decoded(case, decoder, decoder.decode_logits(integers, bits))
         lengths.append(np.diff(offsets))
-        ideals.append(ideal_bytes(case.logits, case.symbols))
+        ideals.append(cases.ideal_bytes(case.logits, case.symbols))
         intervals.append(interval_bytes(found[1], bits))
     written = np.concatenate(lengths)
     record = _overhead(shape, NAME, CHECK_BYTES, written, np.concatenate(ideals))
@@ -225,7 +204,7 @@ def parts_of(shape: Shape) -> Iterator[Case]:
 def peer_streams(case: Case, coder: str, lengths: list[int]) -> Record:
     """Return the same of another coder, from its bytes of each image, or of the first ones."""
     part = case.first(len(lengths))
-    ideal = ideal_bytes(part.logits, part.symbols)
+    ideal = cases.ideal_bytes(part.logits, part.symbols)
     return _overhead(part.shape, coder, 0, np.asarray(lengths), ideal)
 
 
@@ -235,10 +214,7 @@ def _overhead(
     above = lengths - ideal - check
     # The standard error of the mean; a single value tells nothing about others.
     error = float(above.std(ddof=1) / np.sqrt(len(above))) if len(above) > 1 else None
-    return {
-        "section": "overhead",
-        "coder": coder,
-        **asdict(shape),
+    return {"section": "overhead", "coder": coder, **asdict(shape)} | {
         "ideal_bytes_per_image": float(ideal.mean()),
         "bytes_per_image": float(lengths.mean()),
         "check_bytes": check,
@@ -258,7 +234,7 @@ def long_stream(shape: Shape, parts: int, prob_bits: int) -> Record:
         case = make_case(replace(shape, images=1), seed=part)
         starts, freqs = rans.intervals(integer_logits(case.logits), case.symbols, prob_bits)
         encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits)
-        ideal += float(ideal_bytes(case.logits, case.symbols).sum())
+        ideal += float(cases.ideal_bytes(case.logits, case.symbols).sum())
         by_intervals += float(interval_bytes(freqs, prob_bits).sum())
     buffer, offsets = encoder.finish()
     decoder = rans.RansDecoder(buffer, offsets)
@@ -267,13 +243,8 @@ def long_stream(shape: Shape, parts: int, prob_bits: int) -> Record:
         symbols = decoder.decode_logits(integer_logits(case.logits), prob_bits)
         require(np.array_equal(symbols, case.symbols), "percov2 decoded other symbols")
     require(decoder.finished(check).all(), "a long stream does not end in its check")
-    return {
-        "section": "long",
-        "coder": NAME,
-        "codebook": shape.codebook,
-        "symbols": shape.tokens * parts,
-        "prob_bits": prob_bits,
-        "bytes": len(buffer),
+    sizes = {"codebook": shape.codebook, "symbols": shape.tokens * parts, "prob_bits": prob_bits}
+    return {"section": "long", "coder": NAME, **sizes, "bytes": len(buffer)} | {
         "percent_above_ideal": 100 * (len(buffer) / ideal - 1),
         "percent_above_intervals": 100 * (len(buffer) / by_intervals - 1),
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -25,42 +25,33 @@ from percov2.entropy.token_coder import TokenCoder
 SCHEMA = 1
 Record = dict[str, Any]
 Step = tuple[str, Callable[[], list[Record]]]
-FULL, SINGLE = Effort(0.5, 5, 200), Shape(256, 2**16, 1)
+Shapes = tuple[tuple[int, int, int], ...]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one run measures; the full run, unless told otherwise."""
+class Plan(NamedTuple):
+    """What one run measures; shapes are codebook, tokens, images."""
 
-    effort: Effort = FULL  # how long each call is repeated
+    effort: Effort = Effort(0.5, 5, 200)  # how long each call is repeated
     rounds: int = 3  # how often percov2 and its peers take turns
     # Shapes on which the coders, also the peers', are timed.
-    compared: tuple[Shape, ...] = (
-        *(Shape(size, 1024, 64) for size in (64, 256, 1024)),
-        Shape(8192, 1024, 8),
-    )
+    compared: Shapes = ((64, 1024, 64), (256, 1024, 64), (1024, 1024, 64), (8192, 1024, 8))
     # Further shapes, for percov2 alone: other lengths and numbers of images.
-    scaling: tuple[Shape, ...] = (
-        *(Shape(256, tokens, 64) for tokens in (64, 256, 4096)),
-        *(Shape(256, 1024, images) for images in (1, 8, 256)),
+    scaling: Shapes = (
+        *((256, 64, 64), (256, 256, 64), (256, 4096, 64)),
+        *((256, 1024, 1), (256, 1024, 8), (256, 1024, 256)),
     )
-    single: Shape = SINGLE  # one long stream, coded with each number of ``lanes``
+    single: tuple[int, int, int] = (256, 2**16, 1)  # one long stream, coded with each of ``lanes``
     lanes: tuple[int, ...] = (1, 8, 16)
     # Shapes whose streams' bytes are counted.
-    short: tuple[Shape, ...] = (
-        Shape(64, 64, 512),
-        Shape(256, 256, 256),
-        Shape(1024, 1024, 64),
-        Shape(8192, 1024, 64),
-    )
+    short: Shapes = ((64, 64, 512), (256, 256, 256), (1024, 1024, 64), (8192, 1024, 64))
     # (codebook, prob_bits) of long streams of ``long_symbols`` symbols.
     long: tuple[tuple[int, int], ...] = ((256, 16), (256, 20), (1024, 18), (1024, 20))
     long_symbols: int = 2**20
     schedules: tuple[str, ...] = ("qlds12", "quincunx", "checkerboard", "var", "qlds8", "qlds5")
     grid: int = 16  # side of the images, in tokens
-    batch: int = 64  # images of a call
-    batches: tuple[int, ...] = (1, 8, 64, 256)  # whose cost per image is compared
-    memory: tuple[int, ...] = (1, 64, 256)  # images whose peak memory is taken
+    batch: int = 64  # how many images
+    batches: tuple[int, ...] = (1, 8, 64, 256)  # numbers of images whose cost each is compared
+    memory: tuple[int, ...] = (1, 64, 256)  # numbers of images whose peak memory is taken
     large_grid: int = 32  # side of one large image, decoded with ``schedules[0]``; 0 for none
     raster_grid: int = 16  # side of one image decoded token by token; 0 for none
 
@@ -69,11 +60,11 @@ FULL_PLAN = Plan()
 QUICK_PLAN = Plan(
     effort=Effort(0.05, 3, 10),
     rounds=1,
-    compared=(Shape(256, 256, 16), Shape(1024, 256, 4)),
-    scaling=(Shape(256, 64, 16),),
-    single=Shape(256, 2**12, 1),
+    compared=((256, 256, 16), (1024, 256, 4)),
+    scaling=((256, 64, 16),),
+    single=(256, 2**12, 1),
     lanes=(1, 16),
-    short=(Shape(64, 64, 64), Shape(256, 256, 32)),
+    short=((64, 64, 64), (256, 256, 32)),
     long=((256, 16),),
     long_symbols=2**15,
     schedules=("qlds12",),
@@ -102,8 +93,7 @@ def run(
             "model": str(model_folder),
             "records": take(list(_steps(plan, sections, model_folder, peers))),
         }
-    report["summary"] = summarize(report["records"])
-    return report
+    return {**report, "summary": summarize(report["records"])}
 
 
 def take(steps: list[Step]) -> list[Record]:
@@ -119,13 +109,12 @@ def take(steps: list[Step]) -> list[Record]:
 
 def heading(report: Record) -> str:
     """Return one line about where the figures come from."""
-    where, peers = report["environment"], report["peers"]
-    coders = ("constriction", "torchac", "compressai")
-    beside = ", ".join(f"{name} {peers[name]}" for name in coders) if peers else ""
+    where, peers = report["environment"], report["peers"] or {}
+    versions = (f"{name} {peers[name]}" for name in ("constriction", "torchac", "compressai"))
     return (
         f"percov2 {where['percov2']} on {where['processor']} ({where['cores']} cores, "
         f"{where['instruction_set']}, load {where['load']:.1f}), torch {where['torch']}, "
-        f"{where['date']}{beside and '; ' + beside}"
+        f"{where['date']}{'; ' + ', '.join(versions) if peers else ''}"
     )
 
 
@@ -137,19 +126,16 @@ def _steps(
 
     timed = tuple(name for name in ("coder", "logits") if name in sections)
     for shapes, beside in ((plan.compared, peers), (plan.scaling, None)) if timed else ():
-        for shape in shapes:
-            yield f"coders, {_title(shape)}", partial(_coders, plan, shape, timed, beside)
-    if "coder" in sections:
-        for lanes in plan.lanes:
-            work = partial(_lanes, plan, lanes)
-            yield step(f"one stream, {lanes} lanes", work)
+        for shape in itertools.starmap(Shape, shapes):
+            yield f"coders, {shape}", partial(_coders, plan, shape, timed, beside)
+    for lanes in plan.lanes if "coder" in sections else ():
+        yield step(f"{lanes} lanes", coders.one_stream, Shape(*plan.single), lanes, plan.effort)
     if "overhead" in sections:
-        for shape in plan.short:
-            yield f"bytes, {_title(shape)}", partial(_bytes, shape, peers)
+        for shape in itertools.starmap(Shape, plan.short):
+            yield f"bytes, {shape}", partial(_bytes, shape, peers)
         for codebook, bits in plan.long:
-            tokens = min(plan.long_symbols, 2**22 // codebook)
-            parts = plan.long_symbols // tokens
-            one = Shape(codebook, tokens, 1)
+            one = Shape(codebook, min(plan.long_symbols, 2**22 // codebook), 1)
+            parts = plan.long_symbols // one.tokens
             yield step(f"long stream, V={codebook}", coders.long_stream, one, parts, bits)
     if "model" in sections:
         yield from _model_steps(plan, TokenCoder(IntTransformer.load(folder)))
@@ -161,18 +147,10 @@ def _steps(
         config = IntTransformer.load(folder).config
         for side, images in ((plan.grid, plan.batch), (plan.large_grid, 1)):
             if side:
-                arguments = (config, plan.schedules[0], side, images, plan.effort)
-                yield f"attention, {side}x{side}", partial(model.attention, *arguments)
+                case = (config, plan.schedules[0], side, images)
+                yield f"attention, {side}x{side}", partial(model.attention, *case, plan.effort)
     if "cold" in sections:
         yield step("fresh process", fresh.cold, folder)
-
-
-def _title(shape: Shape) -> str:
-    return f"V={shape.codebook}, {shape.images}x{shape.tokens}"
-
-
-def _lanes(plan: Plan, lanes: int) -> Record:
-    return coders.one_stream(make_case(plan.single), lanes, plan.effort)
 
 
 def _coders(
@@ -193,15 +171,14 @@ def _round(plan: Plan, case: Case, sections: tuple[str, ...], peers: Peers | Non
         records.append(coders.coder_only(case, plan.effort))
     if "logits" in sections:
         records += [coders.from_logits(case, kind, plan.effort) for kind in coders.KINDS]
-    if peers is not None:
-        for record in peers.measure(case, sections, plan.effort):
-            record["bytes"] = sum(record.pop("stream_bytes"))
-            records.append(record)
+    for record in peers.measure(case, sections, plan.effort) if peers is not None else ():
+        record["bytes"] = sum(record.pop("stream_bytes"))
+        records.append(record)
     return records
 
 
 def middle(rounds: Iterable[list[Record]]) -> list[Record]:
-    """Return one round out of several of the same records: every timing of middle median.
+    """Return one round out of several of the same records, with each timing of middle median.
 
     Raises ValueError if the rounds do not hold the same records.
     """

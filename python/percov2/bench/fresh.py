@@ -23,14 +23,10 @@ SCHEDULE = "qlds12"
 
 def _start(*arguments: object) -> dict[str, Any]:
     """Return the JSON object that a fresh process of this module prints, and its wall time."""
+    command = [sys.executable, "-m", __name__, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     wall = time.perf_counter() - started
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -71,7 +67,6 @@ def _cold(folder: Path) -> dict[str, float]:
             streams = coders.encode(case, logits, case.prob_bits)
         with mark(f"{turn}_decode"):
             coders.rans.RansDecoder(*streams).decode_logits(logits, case.prob_bits)
-
     from percov2.bench import model
     from percov2.entropy import IntTransformer, TokenCoder
 
@@ -88,14 +83,6 @@ def _cold(folder: Path) -> dict[str, float]:
     return marks
 
 
-def _kilobytes(name: str) -> int | None:
-    """Return a line of the process's status on Linux, in kB; None elsewhere."""
-    if not STATUS.exists():
-        return None
-    lines = STATUS.read_text(encoding="utf-8").splitlines()
-    return next((int(line.split()[1]) for line in lines if line.startswith(name + ":")), None)
-
-
 def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float | None]:
     import torch
 
@@ -107,16 +94,22 @@ def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float 
     # What is made once and kept is made before the peak is reset.
     tokens = model.draw_tokens(coder, 1, side)
     model.encode(coder, tokens, SCHEDULE, 1)
-    before = _kilobytes("VmRSS")
-    if before is None:
+    if not STATUS.exists():
         return {"peak_mb": None, "extra_mb": None}
+    before = _megabytes("VmRSS")
     CLEAR.write_text("5", encoding="ascii")  # resets the peak
     if what == "encode":
         model.encode(coder, tokens.expand(images, -1, -1), SCHEDULE, 1)
     else:
         model.decode(coder, model.random_streams(images, side), SCHEDULE, side, 1)
-    peak = _kilobytes("VmHWM") or before
-    return {"peak_mb": peak / 1024, "extra_mb": (peak - before) / 1024}
+    peak = _megabytes("VmHWM")
+    return {"peak_mb": peak, "extra_mb": peak - before}
+
+
+def _megabytes(name: str) -> float:
+    """Return a line of the process's status on Linux."""
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -68,32 +68,25 @@ def find() -> Gpu | None:
     return Gpu() if torch.cuda.is_available() else None
 
 
-def lacking(gpu: Gpu | None) -> list[str]:
-    """Say what this machine lacks to run all kernels."""
-    triton = importlib.util.find_spec("triton") is not None
-    found = {NO_DEVICE: gpu is not None, NO_TRITON: triton, NO_CUDA: rans.cuda_built()}
-    return [why for why, there in found.items() if not there]
-
-
 def run(plan: Plan, gpu: Gpu | None = None) -> Record:
     """Measure on ``gpu`` and return the report, as it is written to JSON.
 
     The CPU engine takes as many threads as torch. Raises Mismatch (a RuntimeError) if the device
     returns anything but what the CPU returns.
     """
-    missing = lacking(gpu)
+    triton, cuda = importlib.util.find_spec("triton") is not None, rans.cuda_built()
+    found = {NO_DEVICE: gpu is not None, NO_TRITON: triton, NO_CUDA: cuda}
+    missing = [why for why, there in found.items() if not there]
     if gpu is None or missing:
         records = [{"kind": MISSING, "section": "measured", "why": why} for why in missing]
     else:
         bench = Bench(gpu, plan, torch.get_num_threads(), gpu.bandwidth(plan.effort))
         records = [bench.bandwidth, *take(list(bench.steps()))]
-    triton = importlib.util.find_spec("triton") is not None
-    cuda_built = rans.cuda_built()
     where = {
         "triton": importlib.metadata.version("triton") if triton else None,
-        "cuda_kernels": cuda_built,
+        "cuda_kernels": cuda,
         "torch_cuda": torch.version.cuda,
-        "devices": list(rans.cuda_devices()) if cuda_built else [],
+        "devices": list(rans.cuda_devices()) if cuda else [],
     }
     return {
         "schema": SCHEMA,
@@ -114,22 +107,21 @@ class Bench:
     bandwidth: Record
 
     def steps(self) -> Iterator[Step]:
-        """Yield what is measured, one after the other."""
-        place, sizes = self.gpu.place, self.plan.sizes
+        """Yield what is measured, one after the other; jobs are made when they are due."""
+
+        def step(name: str, size: Size, make: Callable[..., Iterable[Job]], *more: int) -> Step:
+            jobs = partial(make, self.gpu.place, size, *more)
+            return name, lambda: [self.measured(size, job) for job in jobs()]
+
+        sizes = self.plan.sizes
         for size in sizes:
-            coder = partial(gpu_jobs.CoderJobs, place, size, self.threads)
-            make = lambda coder=coder: coder().jobs()  # noqa: E731
-            yield f"coder, V = {size.config.codebook_size}", partial(self._jobs, size, make)
-        layers = partial(gpu_jobs.layer_jobs, place, sizes[0])
-        yield "layers", partial(self._jobs, sizes[0], layers)
+            name = f"coder, V = {size.config.codebook_size}"
+            yield step(name, size, gpu_jobs.coder_jobs, self.threads)
+        yield step("layers", sizes[0], gpu_jobs.layer_jobs)
         for size in sizes:
-            make = lambda size=size: iter([gpu_jobs.nearest_job(place, size)])  # noqa: E731
-            yield f"{size.config.codebook_size} codes", partial(self._jobs, size, make)
+            yield step(f"{size.config.codebook_size} codes", size, gpu_jobs.nearest_jobs)
         for size in sizes:
             yield f"whole, V = {size.config.codebook_size}", partial(self.paths, size)
-
-    def _jobs(self, size: Size, make: Callable[[], Iterator[Job]]) -> list[Record]:
-        return [self.measured(size, job) for job in make()]
 
     def measured(self, size: Size, job: Job) -> Record:
         """Return a job's record. Raises Mismatch unless the device returns what the CPU returns."""
@@ -195,7 +187,12 @@ class Bench:
                 effort = self.plan.cpu_effort if coder is plain else self.plan.effort
                 for what, way in (("encode", encode), ("decode", decode)):
                     work = partial(way, coder)
-                    record: Record = {"kind": MEASUREMENT, "section": "paths", "what": what, "who": who}
+                    record: Record = {
+                        "kind": MEASUREMENT,
+                        "section": "paths",
+                        "what": what,
+                        "who": who,
+                    }
                     record |= {"coder": coder.coder_name, "case": case, "threads": threads}
                     record["bytes"] = len(streams[0])
                     # Every work ends with a copy to the host, for which the host waits.

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
 TIMING = runpy.run_path(str(Path(__file__).with_name("timing.py")))
 SHARED_TABLES = 64
@@ -51,15 +52,15 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return torch.softmax(torch.from_numpy(logits), -1).numpy()
 
 
-def cumulated(logits: torch.Tensor) -> torch.Tensor:
-    """float32 [n, V] -> bounds float32 [n, V], the last about 1."""
-    return torch.softmax(logits, -1).cumsum(-1).clamp_(max=1.0)
+def bounds(logits: torch.Tensor) -> torch.Tensor:
+    """float32 [n, V] -> interval bounds 0 ... 1, float32 [n, V + 1]."""
+    return pad(torch.softmax(logits, -1).cumsum(-1).clamp_(max=1.0), (1, 0))
 
 
-def steps(bounds: torch.Tensor) -> torch.Tensor:
+def steps(rows: torch.Tensor) -> torch.Tensor:
     """Bounds of 0 ... 1 as integers of 16 bits, as torchac's encode_float_cdf makes them."""
-    size = bounds.shape[-1] - 1
-    return (bounds * (2**16 - size)).round().to(torch.int32) + torch.arange(size + 1)
+    size = rows.shape[-1] - 1
+    return (rows * (2**16 - size)).round().to(torch.int32) + torch.arange(size + 1)
 
 
 def constriction_peers() -> list[Peer]:
@@ -79,16 +80,19 @@ def constriction_peers() -> list[Peer]:
         encoder.encode_reverse(symbols, family, probabilities)
         return encoder.get_compressed()
 
-    coders: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-        "Range": (range_encode, lambda p, stream: queue.RangeDecoder(stream).decode(family, p)),
-        "ANS": (ans_encode, lambda p, stream: stack.AnsCoder(stream).decode(family, p)),
-    }
     peers = []
-    for name, (encode, decode) in coders.items():
-        names = ("logits", f"constriction {name}")
+    for name, encode, decoder in (
+        ("constriction Range", range_encode, queue.RangeDecoder),
+        ("constriction ANS", ans_encode, stack.AnsCoder),
+    ):
+
+        def decode(p: np.ndarray, stream: np.ndarray, decoder: Any = decoder) -> np.ndarray:
+            return decoder(stream).decode(family, p)
+
+        coder = ("logits", name)
         peers += [
-            Peer(*names, "float32 logits", lambda x, s: (x, s), encode, decode, softmax),
-            Peer(*names, "float32 probabilities", lambda x, s: (softmax(x), s), encode, decode),
+            Peer(*coder, "float32 logits", lambda x, s: (x, s), encode, decode, softmax),
+            Peer(*coder, "float32 probabilities", lambda x, s: (softmax(x), s), encode, decode),
         ]
     return peers
 
@@ -97,9 +101,6 @@ def torchac_peers() -> list[Peer]:
     """torchac from logits, and from the int16 CDF rows that it makes of them."""
     import torchac
 
-    def bounds(logits: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(cumulated(logits), (1, 0))
-
     def tensors(logits: np.ndarray, symbols: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.from_numpy(logits), torch.from_numpy(symbols).to(torch.int16)
 
@@ -107,35 +108,21 @@ def torchac_peers() -> list[Peer]:
         values, chosen = tensors(logits, symbols)
         return steps(bounds(values)).to(torch.int16), chosen
 
+    floats = (torchac.encode_float_cdf, torchac.decode_float_cdf)
+    integers = (torchac.encode_int16_normalized_cdf, torchac.decode_int16_normalized_cdf)
     return [
-        Peer(
-            "logits",
-            "torchac",
-            "float32 logits",
-            tensors,
-            torchac.encode_float_cdf,
-            torchac.decode_float_cdf,
-            bounds,
-        ),
-        Peer(
-            "coder",
-            "torchac",
-            "int16 CDF rows",
-            integer_cdf,
-            torchac.encode_int16_normalized_cdf,
-            torchac.decode_int16_normalized_cdf,
-        ),
+        Peer("logits", "torchac", "float32 logits", tensors, *floats, bounds),
+        Peer("coder", "torchac", "int16 CDF rows", integer_cdf, *integers),
     ]
 
 
 def compressai_extension(name: str) -> Any:
     """A compiled module of CompressAI without its package, whose import needs much more."""
-    package = importlib.machinery.PathFinder.find_spec("compressai")
-    if package is None:
-        raise ImportError("compressai is not installed")
-    found = importlib.machinery.PathFinder.find_spec(name, package.submodule_search_locations)
+    find = importlib.machinery.PathFinder.find_spec
+    package = find("compressai")
+    found = package and find(name, package.submodule_search_locations)
     if found is None or found.loader is None:
-        raise ImportError(f"compressai has no compiled module {name}")
+        raise ImportError(f"compressai is not installed with its compiled module {name}")
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     return module
@@ -148,7 +135,7 @@ def compressai_peers() -> list[Peer]:
     def tables(logits: np.ndarray) -> list[list[int]]:
         # CompressAI's pmf_to_quantized_cdf takes quadratic time. The last entry is always the
         # escape to symbols beyond the table; it gets one slot.
-        rows = torch.nn.functional.pad(cumulated(torch.from_numpy(logits)), (1, 1))
+        rows = pad(bounds(torch.from_numpy(logits)), (0, 1))
         rows[:, -1] = 1.0
         return steps(rows).tolist()
 
@@ -172,17 +159,13 @@ def compressai_peers() -> list[Peer]:
         ]
         return tables(kept), drawn, places.tolist()
 
+    def own(logits: np.ndarray, symbols: np.ndarray) -> Any:
+        return logits, symbols.tolist(), list(range(len(symbols)))
+
+    name, few = "CompressAI ANS", f"{SHARED_TABLES} shared tables"
     return [
-        Peer(
-            "logits",
-            "CompressAI ANS",
-            "float32 logits",
-            lambda logits, symbols: (logits, symbols.tolist(), list(range(len(symbols)))),
-            encode,
-            decode,
-            tables,
-        ),
-        Peer("coder", "CompressAI ANS", f"{SHARED_TABLES} shared tables", shared, encode, decode),
+        Peer("logits", name, "float32 logits", own, encode, decode, tables),
+        Peer("coder", name, few, shared, encode, decode),
     ]
 
 
@@ -209,15 +192,10 @@ def measure(peer: Peer, logits: np.ndarray, symbols: np.ndarray, task: Any) -> d
     for given, decoded in zip(inputs, decode_all(), strict=True):
         if not np.array_equal(decoded, given[1]):
             raise RuntimeError(f"{peer.coder} decoded other symbols than it encoded")
-    record = {
-        "section": peer.section,
-        "coder": peer.coder,
-        "given": peer.given,
-        "codebook": logits.shape[2],
-        "tokens": logits.shape[1],
-        "images": logits.shape[0],
-        "stream_bytes": [memoryview(stream).nbytes for stream in streams],
-    }
+    images, tokens, codebook = logits.shape
+    record: dict[str, Any] = {"section": peer.section, "coder": peer.coder, "given": peer.given}
+    record |= {"codebook": codebook, "tokens": tokens, "images": images}
+    record["stream_bytes"] = [memoryview(stream).nbytes for stream in streams]
     if task["effort"] is not None:
         effort = TIMING["Effort"](**task["effort"])
         for way, work in (("encode", encode_all), ("decode", decode_all)):

@@ -21,11 +21,7 @@ _SCRIPT = Path(__file__).with_name("peer_coders.py")
 class Peers:
     """The interpreter that has constriction, torchac and CompressAI.
 
-    Args:
-        python: its path, as ``benchmarks/peers.sh`` makes it.
-
-    Raises:
-        ValueError: there is none; the message says how to make it.
+    python: its path, as ``benchmarks/peers.sh`` makes it. Raises ValueError if there is none.
     """
 
     def __init__(self, python: Path) -> None:
@@ -37,8 +33,7 @@ class Peers:
     def _environment(self) -> dict[str, str]:
         folder = self.python.parent
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        return {
-            **kept,
+        return kept | {
             "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, for torchac
             "CXX": str(folder / "optimizing-c++"),  # or torchac compiles without optimisation
             "TORCH_EXTENSIONS_DIR": str(folder.parent / "torch_extensions"),
@@ -46,35 +41,26 @@ class Peers:
             "MKL_NUM_THREADS": "1",
         }
 
-    def _ask(
-        self, case: Case | None, sections: tuple[str, ...], effort: Effort | None
-    ) -> dict[str, Any]:
+    def _ask(self, case: Case | None, **task: Any) -> dict[str, Any]:
         with TemporaryDirectory() as name:
             folder = Path(name)
-            task = {"sections": sections, "effort": None if effort is None else asdict(effort)}
             (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
             if case is not None:
                 np.save(folder / "logits.npy", case.logits)
                 np.save(folder / "symbols.npy", case.symbols)
-            done = subprocess.run(
-                [str(self.python), "-P", str(_SCRIPT), str(folder)],
-                env=self._environment(),
-                capture_output=True,
-                text=True,
-                check=False,
-            )
+            command = [str(self.python), "-P", str(_SCRIPT), name]
+            environment, pipe = self._environment(), subprocess.PIPE
+            done = subprocess.run(command, env=environment, stdout=pipe, stderr=pipe, text=True)
             answer = folder / "answer.json"
             if done.returncode == 0 and answer.is_file():
                 return json.loads(answer.read_text(encoding="utf-8"))
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise RuntimeError(
-            f"the peers at {self.python} failed: {lines[-1]}; "
-            "make them again with: bash benchmarks/peers.sh"
-        )
+        again = "make them again with: bash benchmarks/peers.sh"
+        raise RuntimeError(f"the peers at {self.python} failed: {lines[-1]}; {again}")
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the peers. Raises RuntimeError if they cannot be imported."""
-        return self._ask(None, (), None)["versions"]
+        return self._ask(None)["versions"]
 
     def measure(
         self, case: Case, sections: tuple[str, ...], effort: Effort | None
@@ -85,4 +71,5 @@ class Peers:
         image, in place of their sum and the ideal. Raises RuntimeError if a peer fails or does not
         return the symbols.
         """
-        return self._ask(case, sections, effort)["records"]
+        limits = None if effort is None else asdict(effort)
+        return self._ask(case, sections=sections, effort=limits)["records"]

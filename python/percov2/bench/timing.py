@@ -28,8 +28,12 @@ class Timing:
     runs: int
 
     def rate(self, symbols: int) -> dict[str, Any]:
-        """The timing and its throughput: million symbols per second at the median."""
+        """Return the timing and its median throughput: million symbols per second."""
         return {**asdict(self), "msym_per_s": symbols / self.median_s / 1e6}
+
+    def per_image(self, images: int) -> dict[str, Any]:
+        """Return the timing and the median milliseconds per image."""
+        return {**asdict(self), "ms_per_image": self.median_s / images * 1e3}
 
 
 def repeat(take: Callable[[], list[float]], effort: Effort) -> Timing:
@@ -41,22 +45,19 @@ def repeat(take: Callable[[], list[float]], effort: Effort) -> Timing:
 
 
 def measure(work: Callable[[], object], effort: Effort) -> Timing:
-    """Time ``work`` after one call that does not count.
+    """Time ``work`` after one call that does not count, without the garbage collector."""
 
-    The garbage collector waits meanwhile, as it does in ``timeit``.
-    """
+    def once() -> list[float]:
+        started = time.perf_counter()
+        work()
+        return [time.perf_counter() - started]
+
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         work()
-        return repeat(lambda: [_once(work)], effort)
+        return repeat(once, effort)
     finally:
         if collects:
             gc.enable()
-
-
-def _once(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
