@@ -107,7 +107,7 @@ gpu_device.WARM_UP = 0
 gpu.SCHEDULE = "checkerboard"  # two stages: interpreting takes long
 CONFIG = TransformerConfig(codebook_size=16, dim=24, heads=1, head_dim=32, layers=2, hidden=40)
 ONCE = Effort(0.0, 1, 1)
-PLAN = gpu.Plan((Size(1, 4, CONFIG),), ONCE, ONCE)
+PLAN = gpu.Plan((Size(1, 2, CONFIG),), ONCE, ONCE)
 device = Pretended()
 if changed == ["tokens"]:
     gpu.Bench(device, PLAN, 1, device.bandwidth(ONCE)).paths(PLAN.sizes[0])

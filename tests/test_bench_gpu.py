@@ -22,7 +22,7 @@ from percov2.bench.timing import Effort
 from percov2.entropy.transformer_config import TransformerConfig
 
 SHORT = Effort(0.0, 1, 1)
-SMALL = Size(2, 16, TransformerConfig(codebook_size=16, dim=32, heads=1, layers=2, hidden=64))
+SMALL = Size(2, 4, TransformerConfig(codebook_size=16, dim=32, heads=1, layers=2, hidden=64))
 PLAN = gpu.Plan((SMALL,), SHORT, SHORT)
 COPIED = "a copy within the device"
 
@@ -187,7 +187,7 @@ def test_a_mismatch_ends_the_benchmark(
 @pytest.mark.cuda
 @needs_triton
 def test_a_card_is_measured() -> None:
-    size = Size(4, 64, TransformerConfig(layers=2))
+    size = Size(4, 8, TransformerConfig(layers=2))
     report = gpu.run(gpu.Plan((size,), SHORT, SHORT), gpu.find())
     assert report["kind"] == "measurement"
     assert {line["met"] for line in report["summary"]} == {True}

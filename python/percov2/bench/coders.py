@@ -11,14 +11,17 @@ import torch
 from numpy.typing import NDArray
 
 from percov2.bench import cases
-from percov2.bench.cases import Case, Shape, integer_logits, interval_bytes, make_case
+from percov2.bench.cases import Case, Shape, integer_logits, make_case
 from percov2.bench.timing import Effort, measure
 from percov2.entropy import cdf, rans
 from percov2.entropy.lanes import LaneDecoder, LaneEncoder
 
 NAME = "percov2"
-KINDS = ("float32", "bfloat16", "int16")
-"""Types of logits that are measured."""
+INTERVALS = "intervals / CDF rows"
+GIVEN = {INTERVALS: "coder"} | dict.fromkeys(
+    ("float32 logits", "bfloat16 logits", "int16 logits"), "logits"
+)
+"""What the coder is given -> the section of the report."""
 CHECK_BYTES = 2
 """The 16-bit check that every stream of percov2 holds."""
 LOGITS_AT_ONCE = 2**26
@@ -70,68 +73,40 @@ def _checked_intervals(case: Case, logits: Any) -> Intervals:
     return found
 
 
-def coder_only(case: Case, effort: Effort) -> Record:
-    """Measure intervals -> bytes, and bytes and CDF rows -> symbols."""
-    integers, bits = integer_logits(case.logits), case.prob_bits
-    intervals = _checked_intervals(case, integers)
-    tables = rans.cdf(integers, bits)
-    ideal = interval_bytes(intervals[1], bits)
-    record = {"section": "coder", "coder": NAME, "given": "intervals / CDF rows"}
-    return record | _timed(
-        case,
-        effort,
-        ideal,
-        lambda: push(case, intervals, bits).finish(),
-        lambda decoder: decoder.decode_cdf(tables, bits),
-    )
-
-
-def given_logits(case: Case, kind: str) -> tuple[Any, Case]:
-    """Return logits of a kind (of ``KINDS``), and the case as they tell it.
+def timed(case: Case, given: str, effort: Effort) -> Record:
+    """Measure ``INTERVALS`` -> bytes -> symbols, or other of ``GIVEN`` -> bytes and back.
 
     Rounding to bfloat16 is the maker's choice, so it changes what is ideal; rounding to int16 is
     percov2's, so it does not.
     """
-    if kind == "float32":
-        return case.logits, case
-    if kind == "int16":
-        return integer_logits(case.logits), case
-    rounded = torch.from_numpy(case.logits).to(torch.bfloat16)
-    return rounded, replace(case, logits=rounded.to(torch.float32).numpy())
+    bits, symbols = case.prob_bits, case.shape.symbols
+    logits: Any = case.logits if given == "float32 logits" else integer_logits(case.logits)
+    if given == "bfloat16 logits":
+        logits = torch.from_numpy(case.logits).to(torch.bfloat16)
+        case = replace(case, logits=logits.to(torch.float32).numpy())
+    intervals = _checked_intervals(case, logits)
+    if given == INTERVALS:
+        ideal, tables = cases.interval_bytes(intervals[1], bits), rans.cdf(logits, bits)
+    else:
+        ideal = cases.ideal_bytes(case.logits, case.symbols)
 
+    def encoded() -> Streams:
+        if given == INTERVALS:
+            return push(case, intervals, bits).finish()
+        return encode(case, logits, bits)
 
-def from_logits(case: Case, kind: str, effort: Effort) -> Record:
-    """Measure logits of a kind (of ``KINDS``) -> bytes and back."""
-    bits = case.prob_bits
-    logits, case = given_logits(case, kind)
-    _checked_intervals(case, logits)
-    ideal = cases.ideal_bytes(case.logits, case.symbols)
-    record = {"section": "logits", "coder": NAME, "given": f"{kind} logits"}
-    return record | _timed(
-        case,
-        effort,
-        ideal,
-        lambda: encode(case, logits, bits),
-        lambda decoder: decoder.decode_logits(logits, bits),
-    )
+    def decoded(decoder: rans.RansDecoder) -> NDArray[np.int32]:
+        if given == INTERVALS:
+            return decoder.decode_cdf(tables, bits)
+        return decoder.decode_logits(logits, bits)
 
-
-def _timed(
-    case: Case,
-    effort: Effort,
-    ideal: NDArray[np.float64],
-    encode: Callable[[], Streams],
-    decode: Callable[[rans.RansDecoder], NDArray[np.int32]],
-) -> Record:
-    """Check and time both ways."""
-    streams = encode()
+    streams = encoded()
     decoder = rans.RansDecoder(*streams)
-    _check_decoded(case, decoder, decode(decoder))
-    symbols = case.shape.symbols
-    return {
-        **asdict(case.shape),
-        "encode": measure(encode, effort).rate(symbols),
-        "decode": measure(lambda: decode(rans.RansDecoder(*streams)), effort).rate(symbols),
+    _check_decoded(case, decoder, decoded(decoder))
+    names = {"section": GIVEN[given], "coder": NAME, "given": given}
+    return {**names, **asdict(case.shape)} | {
+        "encode": measure(encoded, effort).rate(symbols),
+        "decode": measure(lambda: decoded(rans.RansDecoder(*streams)), effort).rate(symbols),
         "bytes": len(streams[0]),
         "ideal_bytes": float(ideal.sum()),
     }
@@ -167,7 +142,7 @@ def one_stream(shape: Shape, count: int, effort: Effort) -> Record:
     }
     sizes = {"lanes": count, "codebook": size, "symbols": symbols.size}
     rates = {name: measure(work, effort).rate(symbols.size) for name, work in works.items()}
-    least = float(interval_bytes(intervals[1][None], bits)[0])
+    least = float(cases.interval_bytes(intervals[1][None], bits)[0])
     record = {"section": "lanes", "coder": NAME, **sizes, **rates}
     return {**record, "bytes": len(stream), "interval_bytes": least}
 
@@ -187,7 +162,7 @@ def short_streams(shape: Shape) -> Record:
         _check_decoded(case, decoder, decoder.decode_logits(integers, bits))
         lengths.append(np.diff(offsets))
         ideals.append(cases.ideal_bytes(case.logits, case.symbols))
-        intervals.append(interval_bytes(found[1], bits))
+        intervals.append(cases.interval_bytes(found[1], bits))
     written = np.concatenate(lengths)
     record = _overhead(shape, NAME, CHECK_BYTES, written, np.concatenate(ideals))
     above = written - np.concatenate(intervals) - CHECK_BYTES
@@ -235,7 +210,7 @@ def long_stream(shape: Shape, parts: int, prob_bits: int) -> Record:
         starts, freqs = rans.intervals(integer_logits(case.logits), case.symbols, prob_bits)
         encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits)
         ideal += float(cases.ideal_bytes(case.logits, case.symbols).sum())
-        by_intervals += float(interval_bytes(freqs, prob_bits).sum())
+        by_intervals += float(cases.interval_bytes(freqs, prob_bits).sum())
     buffer, offsets = encoder.finish()
     decoder = rans.RansDecoder(buffer, offsets)
     for part in range(parts):

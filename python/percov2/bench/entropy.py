@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from percov2.bench import coders, fresh, model
-from percov2.bench.cases import Case, Shape, make_case
+from percov2.bench.cases import Shape, make_case
 from percov2.bench.peers import Peers
 from percov2.bench.report import environment
 from percov2.bench.summary import summarize
@@ -161,20 +161,16 @@ def _coders(
     A shared machine is faster at one time and slower at another: taking turns lets both have both.
     """
     case = make_case(shape)
-    rounds = 1 if peers is None else plan.rounds
-    return middle([_round(plan, case, sections, peers) for _ in range(rounds)])
 
+    def turn() -> list[Record]:
+        given = [given for given, section in coders.GIVEN.items() if section in sections]
+        records = [coders.timed(case, each, plan.effort) for each in given]
+        for record in peers.measure(case, sections, plan.effort) if peers is not None else ():
+            record["bytes"] = sum(record.pop("stream_bytes"))
+            records.append(record)
+        return records
 
-def _round(plan: Plan, case: Case, sections: tuple[str, ...], peers: Peers | None) -> list[Record]:
-    records = []
-    if "coder" in sections:
-        records.append(coders.coder_only(case, plan.effort))
-    if "logits" in sections:
-        records += [coders.from_logits(case, kind, plan.effort) for kind in coders.KINDS]
-    for record in peers.measure(case, sections, plan.effort) if peers is not None else ():
-        record["bytes"] = sum(record.pop("stream_bytes"))
-        records.append(record)
-    return records
+    return middle([turn() for _ in range(1 if peers is None else plan.rounds)])
 
 
 def middle(rounds: Iterable[list[Record]]) -> list[Record]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -58,7 +59,7 @@ class Plan:
     cpu_effort: Effort
 
 
-SIZES = tuple(Size(256, 1024, TransformerConfig(codebook_size=size)) for size in (256, 1024))
+SIZES = tuple(Size(256, 32, TransformerConfig(codebook_size=size)) for size in (256, 1024))
 FULL_PLAN = Plan(SIZES, Effort(1.0, 20, 1000), Effort(1.0, 3, 20))
 QUICK_PLAN = Plan(SIZES, Effort(0.1, 5, 50), Effort(0.1, 1, 5))
 
@@ -135,14 +136,9 @@ class Bench:
         speed = job.bytes / timing.median_s
         unfused = gpu.time(job.unfused, plan.effort) if job.unfused else None
         engine = measure(job.reference, plan.cpu_effort) if job.engine else None
-        return {
-            "kind": MEASUREMENT,
-            "section": "measured",
-            "card": self.bandwidth["card"],
-            "kernel": job.kernel,
-            "case": job.case,
-            "codebook": size.config.codebook_size,
-            "symbols": size.symbols,
+        names = {"card": self.bandwidth["card"], "kernel": job.kernel, "case": job.case}
+        sizes = {"codebook": size.config.codebook_size, "symbols": size.symbols}
+        return {"kind": MEASUREMENT, "section": "measured", **names, **sizes} | {
             "gpu": timing.rate(size.symbols),
             "bytes": job.bytes,
             "bytes_per_s": speed,
@@ -163,42 +159,35 @@ class Bench:
         plain = TokenCoder(IntTransformer(size.config, tensors))
         placed = IntTransformer(size.config, tensors, self.gpu.place, executor="triton")
         tokens = model.draw_tokens(plain, size.images, size.side)
-        checks = np.arange(size.images, dtype=np.uint16)
         card, where = self.bandwidth["card"], {"cuda": "all", "cpu": "model"}
         coders = {f"{where[name]} on {card}": TokenCoder(placed, name) for name in CODERS}
         coders["CPU engine"] = plain
-
-        def encode(coder: TokenCoder) -> model.Streams:
-            return coder.encoder(tokens, SCHEDULE, checks, threads).finish()
-
-        def decode(coder: TokenCoder) -> torch.Tensor:
-            decoder = coder.decoder(*streams)
-            return coder.decode(decoder, SCHEDULE, size.side, size.side, threads=threads)
-
         case = f"{size.images} x {size.tokens} tokens, V = {size.config.codebook_size}"
+        shared = {"kind": MEASUREMENT, "section": "paths", "case": case, "threads": threads}
         records = []
         with model.torch_threads(threads):
-            streams = encode(plain)
-            for who, coder in coders.items():
-                same = all(map(np.array_equal, encode(coder), streams))
+            streams = model.encode(plain, tokens, SCHEDULE, threads)
+            works: dict[str, dict[str, Callable[[], Any]]] = {
+                who: {
+                    "encode": partial(model.encode, coder, tokens, SCHEDULE, threads),
+                    "decode": partial(model.decode, coder, streams, SCHEDULE, size.side, threads),
+                }
+                for who, coder in coders.items()
+            }
+            for who, ways in works.items():
+                same = all(map(np.array_equal, ways["encode"](), streams))
                 require(same, f"{who}: other bytes than on the CPU")
-                require(torch.equal(decode(coder), tokens), f"{who}: other tokens than on the CPU")
-            for who, coder in coders.items():
-                effort = self.plan.cpu_effort if coder is plain else self.plan.effort
-                for what, way in (("encode", encode), ("decode", decode)):
-                    work = partial(way, coder)
-                    record: Record = {
-                        "kind": MEASUREMENT,
-                        "section": "paths",
-                        "what": what,
-                        "who": who,
-                    }
-                    record |= {"coder": coder.coder_name, "case": case, "threads": threads}
-                    record["bytes"] = len(streams[0])
-                    # Every work ends with a copy to the host, for which the host waits.
-                    record["wall"] = measure(work, effort).rate(size.symbols)
-                    traced = None if coder is plain else launches(self.gpu.trace(work))
-                    records.append({**record, "launches": traced})
+                require(
+                    torch.equal(ways["decode"](), tokens), f"{who}: other tokens than on the CPU"
+                )
+            for who, what in itertools.product(works, ("encode", "decode")):
+                # Every work ends with a copy to the host, for which the host waits.
+                work, here = works[who][what], coders[who] is plain
+                wall = measure(work, self.plan.cpu_effort if here else self.plan.effort)
+                record = {**shared, "what": what, "who": who, "coder": coders[who].coder_name}
+                record |= {"bytes": len(streams[0]), "wall": wall.rate(size.symbols)}
+                traced = None if here else launches(self.gpu.trace(work))
+                records.append({**record, "launches": traced})
         return records
 
 

@@ -1,7 +1,7 @@
 """A card as the benchmark sees it: where tensors go, a clock, what it was asked to do.
 
-Tests replace ``Gpu`` by one whose kernels are interpreted and emulated on the CPU; everything else
-of the benchmark is the same there.
+Tests replace the first methods of ``Gpu``, so that kernels are interpreted and emulated on the CPU;
+everything else of the benchmark is the same there.
 """
 
 from __future__ import annotations
@@ -32,14 +32,10 @@ class Gpu:
         size = 8 * getattr(self.properties, "L2_cache_size", 2**26)
         self._flood = torch.empty(size, dtype=torch.uint8, device=self.place)
 
-    # What tests replace ---------------------------------------------------------------------------
-
     def find(self) -> torch.device:
-        """Return where tensors go."""
         return torch.device("cuda", torch.cuda.current_device())
 
     def ask(self) -> Any:
-        """Return what torch tells of the device."""
         return torch.cuda.get_device_properties(self.place)
 
     def mark(self) -> Any:
@@ -53,7 +49,6 @@ class Gpu:
         return float(begin.elapsed_time(end)) / 1e3
 
     def wait(self) -> None:
-        """Wait until the device has done everything."""
         torch.cuda.synchronize(self.place)
 
     def trace(self, work: Callable[[], object]) -> list[str]:
@@ -68,8 +63,6 @@ class Gpu:
             self.wait()
         events = [e for e in traced.events() if e.device_type == DeviceType.CUDA]
         return [e.name for e in sorted(events, key=lambda e: e.time_range.start)]
-
-    # What it is made of ---------------------------------------------------------------------------
 
     def time(
         self, work: Callable[[], object], effort: Effort, before: Callable[[], object] | None = None

@@ -34,19 +34,16 @@ Arrays = Sequence[NDArray[Any]]
 
 @dataclass(frozen=True)
 class Size:
-    """``images`` of ``tokens`` each (a square grid), and a model for a codebook."""
+    """``images`` of ``side`` x ``side`` tokens, and a model for a codebook."""
 
     images: int
-    tokens: int
+    side: int
     config: TransformerConfig
 
     @property
-    def side(self) -> int:
-        """Side of the grid. Raises ValueError unless the grid is a square."""
-        side = math.isqrt(self.tokens)
-        if side * side != self.tokens:
-            raise ValueError(f"{self.tokens} tokens are no square grid")
-        return side
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.side**2
 
     @property
     def symbols(self) -> int:

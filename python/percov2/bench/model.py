@@ -61,7 +61,7 @@ def encode(coder: TokenCoder, tokens: Tensor, name: str, threads: int) -> Stream
 
 def decode(coder: TokenCoder, streams: Streams, name: str, side: int, threads: int) -> Tensor:
     """Decode streams stage by stage."""
-    return coder.decode(rans.RansDecoder(*streams), name, side, side, threads=threads)
+    return coder.decode(coder.decoder(*streams), name, side, side, threads=threads)
 
 
 def _record(what: str, name: str, tokens: Tensor, threads: int, timing: Timing) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,16 @@ def write_plots(report: Record, folder: Path) -> list[Path]:
     import matplotlib.pyplot as plt
 
     folder.mkdir(parents=True, exist_ok=True)
+    by_section: dict[str, list[Record]] = {}
+    for record in report["records"]:
+        by_section.setdefault(record["section"], []).append(record)
     written = []
-    for name, draw in (
-        ("throughput", _throughput),
-        ("overhead", _overhead),
-        ("cost_per_image", _cost),
+    for section, name, draw in (
+        ("logits", "throughput", _throughput),
+        ("overhead", "overhead", _overhead),
+        ("model", "cost_per_image", _cost),
     ):
-        figure = draw(report["records"])
-        if figure is not None:
+        for figure in draw(by_section.get(section, [])):
             written.append(folder / f"{name}.png")
             figure.savefig(written[-1], dpi=120)
             plt.close(figure)
@@ -47,69 +50,61 @@ def _figure(panels: int = 1) -> tuple[Any, Any]:
     return figure, axes[0]
 
 
-def _throughput(records: list[Record]) -> Any:
+def _throughput(records: list[Record]) -> Iterator[Any]:
     """Draw bars per coder, from logits: a panel per codebook, the shape that was compared first."""
     panels: dict[int, dict[tuple[str, str], Record]] = {}
     for r in records:
-        if r["section"] == "logits":
-            panels.setdefault(r["codebook"], {}).setdefault((r["coder"], r["given"]), r)
-    if not panels:
-        return None
-    figure, axes = _figure(len(panels))
-    for axis, (codebook, bars) in zip(axes, sorted(panels.items()), strict=True):
-        for offset, way in ((-0.2, "encode"), (0.2, "decode")):
-            places = [place + offset for place in range(len(bars))]
-            rates = [r[way]["msym_per_s"] for r in bars.values()]
-            axis.barh(places, rates, 0.38, label=way)
-        names = [f"{coder}\n{given}" if axis is axes[0] else "" for coder, given in bars]
-        axis.set(xscale="log", title=f"V = {codebook}")
-        axis.set_yticks(range(len(bars)), names)
-        axis.tick_params(labelsize=7)
-        axis.invert_yaxis()
-    axes[0].legend(fontsize=7)
-    figure.supxlabel("million symbols per second, one thread")
-    return figure
+        panels.setdefault(r["codebook"], {}).setdefault((r["coder"], r["given"]), r)
+    if panels:
+        figure, axes = _figure(len(panels))
+        for axis, (codebook, bars) in zip(axes, sorted(panels.items()), strict=True):
+            for offset, way in ((-0.2, "encode"), (0.2, "decode")):
+                rates = [r[way]["msym_per_s"] for r in bars.values()]
+                axis.barh([i + offset for i in range(len(bars))], rates, 0.38, label=way)
+            names = [f"{coder}\n{given}" if axis is axes[0] else "" for coder, given in bars]
+            axis.set(xscale="log", title=f"V = {codebook}")
+            axis.set_yticks(range(len(bars)), names)
+            axis.tick_params(labelsize=7)
+            axis.invert_yaxis()
+        axes[0].legend(fontsize=7)
+        figure.supxlabel("million symbols per second, one thread")
+        yield figure
 
 
-def _overhead(records: list[Record]) -> Any:
+def _overhead(records: list[Record]) -> Iterator[Any]:
     """Draw bars per coder: bytes per image above the ideal, a group per shape."""
-    values: dict[str, dict[tuple[int, int], float]] = {}
+    values: dict[str, dict[str, float]] = {}
     for r in records:
-        if r["section"] == "overhead":
-            values.setdefault(r["coder"], {})[r["codebook"], r["tokens"]] = r["above_ideal"]
-    if not values:
-        return None
-    shapes = list(dict.fromkeys(shape for group in values.values() for shape in group))
-    width = 0.8 / len(values)
-    figure, (axis,) = _figure()
-    for i, (coder, group) in enumerate(values.items()):
-        places = [shapes.index(shape) + i * width for shape in group]
-        axis.bar(places, list(group.values()), width, label=coder)
-    axis.set_yscale("symlog", linthresh=1)
-    axis.set_xticks(
-        [place + 0.4 - width / 2 for place in range(len(shapes))],
-        [f"V = {codebook}, {tokens} tokens" for codebook, tokens in shapes],
-    )
-    axis.set_ylabel("bytes per image above the ideal, beyond the check")
-    axis.legend(fontsize=7)
-    return figure
+        shape = f"V = {r['codebook']}, {r['tokens']} tokens"
+        values.setdefault(r["coder"], {})[shape] = r["above_ideal"]
+    if values:
+        shapes = list(dict.fromkeys(shape for group in values.values() for shape in group))
+        width = 0.8 / len(values)
+        figure, (axis,) = _figure()
+        for i, (coder, group) in enumerate(values.items()):
+            places = [shapes.index(shape) + i * width for shape in group]
+            axis.bar(places, list(group.values()), width, label=coder)
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(shapes))], shapes)
+        axis.set_ylabel("bytes per image above the ideal, beyond the check")
+        axis.legend(fontsize=7)
+        yield figure
 
 
-def _cost(records: list[Record]) -> Any:
+def _cost(records: list[Record]) -> Iterator[Any]:
     """Draw milliseconds per image over the number of images, one thread."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for r in records:
-        if r["section"] == "model" and r["threads"] == 1:
+        if r["threads"] == 1:
             name = f"{r['what']}, {r['schedule']}, {r['grid']}x{r['grid']}"
             lines.setdefault(name, []).append((r["images"], r["ms_per_image"]))
     lines = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
-    if not lines:
-        return None
-    figure, (axis,) = _figure()
-    for name, points in lines.items():
-        axis.plot(*zip(*points, strict=True), marker="o", label=name)
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(bottom=0)
-    axis.set(xlabel="images per call", ylabel="milliseconds per image")
-    axis.legend(fontsize=7)
-    return figure
+    if lines:
+        figure, (axis,) = _figure()
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set(xlabel="images per call", ylabel="milliseconds per image")
+        axis.legend(fontsize=7)
+        yield figure
