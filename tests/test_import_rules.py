@@ -111,7 +111,7 @@ RULES: dict[str, tuple[set[str], set[str], set[str]]] = {
     "percov2.bench": (
         {"percov2", "percov2.bench", "percov2.entropy"},
         {"numpy", "torch", "tqdm"},
-        {"matplotlib", "triton"},
+        {"matplotlib"},
     ),
     "percov2.bench.command": ({"percov2.cli_faults"}, set(), set()),
     # Runs under another interpreter, which has no percov2.
