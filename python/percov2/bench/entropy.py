@@ -99,11 +99,9 @@ def run(
 def take(steps: list[Step]) -> list[Record]:
     """Return the records of all steps, with a bar that says which one runs."""
     records = []
-    with tqdm(total=len(steps), unit="step", leave=False) as bar:
-        for name, work in steps:
-            bar.set_description(name)
-            records += work()
-            bar.update()
+    for name, work in (bar := tqdm(steps, unit="step", leave=False)):
+        bar.set_description(name)
+        records += work()
     return records
 
 

@@ -10,6 +10,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,38 +59,38 @@ def _rate(*ways: str) -> Callable[[Record], float | None]:
     return found
 
 
+_CODERS = "coder | given | V = codebook | images x tokens | encode | decode"
 TABLES = {
-    "summary": ("Summary", " | value | goal | met"),
-    "coder": (
-        "Coder only (million symbols per second)",
-        "coder | given | V | images x tokens | encode | decode",
-    ),
-    "logits": (
-        "From logits (million symbols per second)",
-        "coder | given | V | images x tokens | encode | decode",
-    ),
+    "summary": ("Summary", " = name | value | goal | met"),
+    "coder": ("Coder only (million symbols per second)", _CODERS),
+    "logits": ("From logits (million symbols per second)", _CODERS),
     "lanes": (
         "One stream of several lanes (million symbols per second)",
-        "lanes | V | symbols | intervals to bytes | by CDF rows | int16 logits to bytes"
+        "lanes | V = codebook | symbols | intervals to bytes | by CDF rows | int16 logits to bytes"
         " | by int16 logits | above intervals, %",
     ),
     "overhead": (
         "Bytes per image above the ideal, beyond the check",
-        "coder | V | images x tokens | ideal, B | written, B | check, B | above, B | ± error"
-        " | above, %",
+        "coder | V = codebook | images x tokens | ideal, B = ideal_bytes_per_image"
+        " | written, B = bytes_per_image | check, B = check_bytes | above, B = above_ideal"
+        " | ± error = above_ideal_error | above, %",
     ),
     "long": (
         "Long streams",
-        "symbols | V | prob_bits | bytes | percent above intervals | above ideal, %",
+        "symbols | V = codebook | prob_bits | bytes"
+        " | above intervals, % = percent_above_intervals | above ideal, % = percent_above_ideal",
     ),
-    "model": ("Whole entropy model", "what | schedule | grid | images | threads | ms per image"),
+    "model": (
+        "Whole entropy model",
+        "what | schedule | tokens | images | threads | ms per image = ms_per_image",
+    ),
     "attention": (
         "Attention of one layer, one thread",
-        "coder | schedule | grid | images | entries x keys | ms per image",
+        "coder | schedule | tokens | images | entries x keys | ms per image = ms_per_image",
     ),
     "memory": (
         "Peak memory of the process",
-        "what | grid | images | peak, MB | of that for the batch, MB",
+        "what | tokens | images | peak, MB = peak_mb | of that for the batch, MB = extra_mb",
     ),
     "cold": ("A fresh process", "step | ms"),
     "measured": (
@@ -99,15 +100,13 @@ TABLES = {
     ),
     "paths": (
         "Whole coding, random weights, wall time",
-        "what | case | who | Msym/s | ms | kernels | copies to the host | from the host",
+        "what | case | coder = who | Msym/s | ms | kernels | copies to the host | from the host",
     ),
 }
-"""Section -> title and columns, in the order of a page."""
-COLUMNS: dict[str, str | Callable[[Record], Any]] = {
-    "": "name",
+"""Section -> title and columns ("header", or "header = key"), in the order of a page."""
+VALUES: dict[str, Callable[[Record], Any]] = {
     "goal": lambda r: f"{'>=' if r['at_least'] else '<='} {number(r['goal'])}",
     "met": lambda r: "yes" if r["met"] else "no",
-    "V": "codebook",
     "images x tokens": lambda r: f"{r['images']} x {r['tokens']}",
     "encode": _rate("encode"),
     "decode": _rate("decode"),
@@ -116,19 +115,9 @@ COLUMNS: dict[str, str | Callable[[Record], Any]] = {
     "int16 logits to bytes": _rate("encode"),
     "by int16 logits": _rate("decode"),
     "above intervals, %": lambda r: 100 * (r["bytes"] / r["interval_bytes"] - 1),
-    "percent above intervals": "percent_above_intervals",
-    "above ideal, %": "percent_above_ideal",
-    "ideal, B": "ideal_bytes_per_image",
-    "written, B": "bytes_per_image",
-    "check, B": "check_bytes",
-    "above, B": "above_ideal",
-    "± error": "above_ideal_error",
     "above, %": lambda r: 100 * r["above_ideal"] / r["ideal_bytes_per_image"],
-    "grid": lambda r: f"{r['grid']}x{r['grid']}",
+    "tokens": lambda r: f"{r['grid']}x{r['grid']}",
     "entries x keys": lambda r: f"{r['entries']} x {r['keys']}",
-    "ms per image": "ms_per_image",
-    "peak, MB": "peak_mb",
-    "of that for the batch, MB": "extra_mb",
     "kernel": lambda r: f"`{r['kernel']}`",
     "µs": lambda r: 1e6 * r["gpu"]["median_s"],
     "Msym/s": _rate("gpu", "wall"),
@@ -141,7 +130,7 @@ COLUMNS: dict[str, str | Callable[[Record], Any]] = {
     "copies to the host": lambda r: r["launches"] and r["launches"]["to_host"],
     "from the host": lambda r: r["launches"] and r["launches"]["to_device"],
 }
-"""Header -> what a record says there: its key, or a function of it; other headers are keys."""
+"""What a record says in a column that names no key of it."""
 
 
 @dataclass(frozen=True)
@@ -184,15 +173,14 @@ def tables(report: Record) -> list[Table]:
     for section in {"coder", "logits"} & set(by_section):
         by_section[section].sort(key=lambda r: (r["codebook"], r["tokens"], r["images"]))
     made = []
-    for section, (title, columns) in TABLES.items():
-        header = columns.split(" | ")
-        cells = [COLUMNS.get(name, name) for name in header]
+    for section, (title, described) in TABLES.items():
+        columns = [column.partition(" = ") for column in described.split(" | ")]
         rows = [
-            [r[cell] if isinstance(cell, str) else cell(r) for cell in cells]
+            [r[key] if key else VALUES.get(name, itemgetter(name))(r) for name, _, key in columns]
             for r in by_section.get(section, [])
         ]
         if rows:
-            made.append(Table(title, header, rows))
+            made.append(Table(title, [name for name, *_ in columns], rows))
     return made
 
 
