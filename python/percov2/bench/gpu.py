@@ -38,10 +38,8 @@ NO_CUDA = (
     "percov2's compiled module was built without CUDA: build it where nvcc is installed, with "
     "pip install --no-binary percov2 -C cmake.define.PERCOV2_CUDA=ON percov2"
 )
-# What a summary holds the engine against.
-BYTES_TO_FLOOR = 1.1
-MOST_LAUNCHES = 3
-COPIES_TO_HOST = 1
+BYTES_TO_FLOOR, MOST_LAUNCHES, COPIES_TO_HOST = 1.1, 3, 1
+"""What a summary holds the engine against."""
 Record = dict[str, Any]
 
 
