@@ -15,7 +15,7 @@ import numpy as np
 from percov2.bench.cases import Case
 from percov2.bench.timing import Effort
 
-_SCRIPT = Path(__file__).with_name("peer_coders.py")
+_TIMING = Path(__file__).with_name("timing.py")
 
 
 class Peers:
@@ -41,14 +41,18 @@ class Peers:
             "MKL_NUM_THREADS": "1",
         }
 
-    def _ask(self, case: Case | None, **task: Any) -> dict[str, Any]:
+    def _ask(
+        self, case: Case | None, sections: tuple[str, ...], effort: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        task = {"sections": sections, "effort": effort, "timing": str(_TIMING)}
         with TemporaryDirectory() as name:
             folder = Path(name)
             (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
             if case is not None:
                 np.save(folder / "logits.npy", case.logits)
                 np.save(folder / "symbols.npy", case.symbols)
-            command = [str(self.python), "-P", str(_SCRIPT), name]
+            script = self.python.parent.parent / "peer_coders.py"  # benchmarks/peer_coders.py
+            command = [str(self.python), "-P", str(script), name]
             environment, pipe = self._environment(), subprocess.PIPE
             done = subprocess.run(command, env=environment, stdout=pipe, stderr=pipe, text=True)
             answer = folder / "answer.json"
@@ -60,7 +64,7 @@ class Peers:
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the peers. Raises RuntimeError if they cannot be imported."""
-        return self._ask(None)["versions"]
+        return self._ask(None, (), None)["versions"]
 
     def measure(
         self, case: Case, sections: tuple[str, ...], effort: Effort | None
@@ -72,4 +76,4 @@ class Peers:
         return the symbols.
         """
         limits = None if effort is None else asdict(effort)
-        return self._ask(case, sections=sections, effort=limits)["records"]
+        return self._ask(case, sections, limits)["records"]

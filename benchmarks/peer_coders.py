@@ -1,8 +1,8 @@
 """Times constriction, torchac and CompressAI; runs under the interpreter of their environment.
 
 ``python peer_coders.py FOLDER``: percov2.bench.peers writes the task there and reads the answer.
-This file imports nothing of percov2, but runs ``timing.py`` beside it. Every peer must return the
-symbols before it is timed.
+benchmarks/peers.sh links this file into that environment, which has no percov2; the task names the
+file of percov2.bench.timing, which takes the times. Every peer must return the symbols before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-TIMING = runpy.run_path(str(Path(__file__).with_name("timing.py")))
 SHARED_TABLES = 64
 COMPRESSAI_LOGITS = 2**20
 """CompressAI takes a Python list per symbol; it gets the first images with so many logits."""
@@ -169,8 +169,13 @@ def compressai_peers() -> list[Peer]:
     ]
 
 
-def measure(peer: Peer, logits: np.ndarray, symbols: np.ndarray, task: Any) -> dict[str, Any]:
-    """The record of one peer; RuntimeError if it does not return the symbols."""
+def measure(
+    peer: Peer, logits: np.ndarray, symbols: np.ndarray, timed: Callable[..., Any] | None
+) -> dict[str, Any]:
+    """The record of one peer; RuntimeError if it does not return the symbols.
+
+    timed: takes a call's times (percov2.bench.timing.Timing); without it the record has none.
+    """
     if peer.coder.startswith("CompressAI"):
         if peer.section == "logits":
             count = max(1, COMPRESSAI_LOGITS // logits[0].size)
@@ -196,23 +201,25 @@ def measure(peer: Peer, logits: np.ndarray, symbols: np.ndarray, task: Any) -> d
     record: dict[str, Any] = {"section": peer.section, "coder": peer.coder, "given": peer.given}
     record |= {"codebook": codebook, "tokens": tokens, "images": images}
     record["stream_bytes"] = [memoryview(stream).nbytes for stream in streams]
-    if task["effort"] is not None:
-        effort = TIMING["Effort"](**task["effort"])
+    if timed is not None:
         for way, work in (("encode", encode_all), ("decode", decode_all)):
-            record[way] = TIMING["measure"](work, effort).rate(symbols.size)
+            record[way] = timed(work).rate(symbols.size)
     return record
 
 
 def main(folder: Path) -> None:
     """Do the task of a folder; without logits only the versions are asked for."""
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    timing, timed = runpy.run_path(task["timing"]), None
+    if task["effort"] is not None:
+        timed = partial(timing["measure"], effort=timing["Effort"](**task["effort"]))
     torch.set_num_threads(1)
     peers = [*constriction_peers(), *torchac_peers(), *compressai_peers()]
     records = []
     if (folder / "logits.npy").exists():
         logits, symbols = np.load(folder / "logits.npy"), np.load(folder / "symbols.npy")
         chosen = [peer for peer in peers if peer.section in task["sections"]]
-        records = [measure(peer, logits, symbols, task) for peer in chosen]
+        records = [measure(peer, logits, symbols, timed) for peer in chosen]
     names = ("constriction", "torchac", "compressai", "numpy", "torch")
     versions = {name: importlib.metadata.version(name) for name in names}
     answer = {"versions": {"python": sys.version.split()[0], **versions}, "records": records}
