@@ -112,4 +112,4 @@ device = Pretended()
 if changed == ["tokens"]:
     gpu.Bench(device, PLAN, 1, device.bandwidth(ONCE)).paths(PLAN.sizes[0])
 report = gpu.run(PLAN, device)
-print(json.dumps({"report": report, "text": page(gpu.heading(report), report)}))
+print(json.dumps({"report": report, "text": page(report)}))

@@ -92,7 +92,7 @@ def test_real_peers_are_measured_on_the_same_data() -> None:
     report = entropy.run(TINY, ("coder", "logits", "overhead"), MODEL, Peers(REAL_PEERS))
     assert set(report["peers"]) >= {"constriction", "torchac", "compressai"}
     names = {(r["coder"], r["given"]) for r in report["records"] if r["section"] == "logits"}
-    assert len(names) == 6 + list(coders.GIVEN.values()).count("logits")
+    assert len(names) == 6 + len(coders.LOGITS)
     above = {r["coder"]: r["above_ideal"] for r in report["records"] if r["section"] == "overhead"}
     assert len(above) == 5
     assert all(0 < value < 12 for coder, value in above.items() if coder != coders.NAME)

@@ -18,9 +18,8 @@ from percov2.entropy.lanes import LaneDecoder, LaneEncoder
 
 NAME = "percov2"
 INTERVALS = "intervals / CDF rows"
-GIVEN = {INTERVALS: "coder"} | dict.fromkeys(
-    ("float32 logits", "bfloat16 logits", "int16 logits"), "logits"
-)
+LOGITS = ("float32 logits", "bfloat16 logits", "int16 logits")
+GIVEN = {INTERVALS: "coder", **dict.fromkeys(LOGITS, "logits")}
 """What the coder is given -> the section of the report."""
 CHECK_BYTES = 2
 """The 16-bit check that every stream of percov2 holds."""

@@ -18,17 +18,13 @@ def add_parser(commands: Any) -> None:
     """Add ``bench`` to the commands of the command line."""
     benches = commands.add_parser("bench", help="Measure the parts of percov2.")
     added = benches.add_subparsers(dest="bench", required=True, metavar="WHAT")
-    help_ = "Measure the entropy engine, also beside other coders."
-    parser = added.add_parser("entropy", help=help_, description=help_)
-    parser.set_defaults(run=bench_entropy)
-    parser.add_argument("--quick", action="store_true", help="few and small cases, seconds only")
-    names = ",".join(SECTIONS)
-    parser.add_argument(
-        "--only", type=_sections, default=SECTIONS, metavar="SECTIONS", help=f"some of {names}"
-    )
+    what = "Measure the entropy engine, also beside other coders."
+    quick = "few and small cases, seconds only"
+    parser = _add_bench(added, "entropy", bench_entropy, what, quick)
+    help_ = f"some of {','.join(SECTIONS)}"
+    parser.add_argument("--only", type=_sections, default=SECTIONS, metavar="SECTIONS", help=help_)
     help_ = f"also time the coders that benchmarks/peers.sh installs ({PEERS})"
     parser.add_argument("--peers", type=Path, nargs="?", const=PEERS, metavar="PYTHON", help=help_)
-    _add_outputs(parser)
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write PNGs (needs matplotlib)")
     help_ = "folder of an integer entropy model (default: that of tiny, r031)"
     parser.add_argument(
@@ -36,16 +32,18 @@ def add_parser(commands: Any) -> None:
     )
     help_ = "scalar, avx2, ... (default: the best one)"
     parser.add_argument("--instruction-set", metavar="NAME", help=help_)
-    help_ = "Compare the GPU kernels with the CPU engine on a card, and measure them."
-    parser = added.add_parser("gpu", help=help_, description=help_)
-    parser.set_defaults(run=bench_gpu)
-    parser.add_argument("--quick", action="store_true", help="short measurements")
-    _add_outputs(parser)
+    what = "Compare the GPU kernels with the CPU engine on a card, and measure them."
+    _add_bench(added, "gpu", bench_gpu, what, "short measurements")
 
 
-def _add_outputs(parser: argparse.ArgumentParser) -> None:
+def _add_bench(added: Any, name: str, run: Any, what: str, quick: str) -> argparse.ArgumentParser:
+    """Add a benchmark with the options that all have."""
+    parser = added.add_parser(name, help=what, description=what)
+    parser.set_defaults(run=run)
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
+    return parser
 
 
 def _sections(text: str) -> tuple[str, ...]:
@@ -70,7 +68,7 @@ def bench_entropy(arguments: argparse.Namespace) -> None:
             rans.use_instruction_set(arguments.instruction_set)
         plan = entropy.QUICK_PLAN if arguments.quick else entropy.FULL_PLAN
         report = entropy.run(plan, arguments.only, arguments.entropy_model, peers)
-    _write(arguments, report, entropy.heading(report))
+    _write(arguments, report)
     if arguments.plots is not None:
         with about(arguments.plots):
             plots.write_plots(report, arguments.plots)
@@ -83,14 +81,14 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
         from percov2.bench import gpu
 
         report = gpu.run(gpu.QUICK_PLAN if arguments.quick else gpu.FULL_PLAN, gpu.find())
-    _write(arguments, report, gpu.heading(report))
+    _write(arguments, report)
 
 
-def _write(arguments: argparse.Namespace, report: dict[str, Any], heading: str) -> None:
+def _write(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     """Write what --json and --markdown ask for, and print the tables."""
     from percov2.bench.report import page
 
-    tables = page(heading, report)
+    tables = page(report)
     texts = {arguments.json: json.dumps(report, indent=2) + "\n", arguments.markdown: tables}
     for path, text in texts.items():
         if path is not None:

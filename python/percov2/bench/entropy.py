@@ -26,6 +26,7 @@ SCHEMA = 1
 Record = dict[str, Any]
 Step = tuple[str, Callable[[], list[Record]]]
 Shapes = tuple[tuple[int, int, int], ...]
+Names = tuple[str, ...]
 
 
 class Plan(NamedTuple):
@@ -47,7 +48,7 @@ class Plan(NamedTuple):
     # (codebook, prob_bits) of long streams of ``long_symbols`` symbols.
     long: tuple[tuple[int, int], ...] = ((256, 16), (256, 20), (1024, 18), (1024, 20))
     long_symbols: int = 2**20
-    schedules: tuple[str, ...] = ("qlds12", "quincunx", "checkerboard", "var", "qlds8", "qlds5")
+    schedules: Names = ("qlds12", "quincunx", "checkerboard", "var", "qlds8", "qlds5")
     grid: int = 16  # side of the images, in tokens
     batch: int = 64  # how many images
     batches: tuple[int, ...] = (1, 8, 64, 256)  # numbers of images whose cost each is compared
@@ -76,9 +77,7 @@ QUICK_PLAN = Plan(
 )
 
 
-def run(
-    plan: Plan, sections: tuple[str, ...], model_folder: Path, peers: Peers | None = None
-) -> Record:
+def run(plan: Plan, sections: Names, model_folder: Path, peers: Peers | None = None) -> Record:
     """Measure and return the report, as it is written to JSON.
 
     Raises ValueError for a model that cannot be loaded, RuntimeError for a peer that fails and
@@ -105,20 +104,7 @@ def take(steps: list[Step]) -> list[Record]:
     return records
 
 
-def heading(report: Record) -> str:
-    """Return one line about where the figures come from."""
-    where, peers = report["environment"], report["peers"] or {}
-    versions = (f"{name} {peers[name]}" for name in ("constriction", "torchac", "compressai"))
-    return (
-        f"percov2 {where['percov2']} on {where['processor']} ({where['cores']} cores, "
-        f"{where['instruction_set']}, load {where['load']:.1f}), torch {where['torch']}, "
-        f"{where['date']}{'; ' + ', '.join(versions) if peers else ''}"
-    )
-
-
-def _steps(
-    plan: Plan, sections: tuple[str, ...], folder: Path, peers: Peers | None
-) -> Iterator[Step]:
+def _steps(plan: Plan, sections: Names, folder: Path, peers: Peers | None) -> Iterator[Step]:
     def step(name: str, work: Callable[..., Record], *arguments: Any) -> Step:
         return name, lambda: [work(*arguments)]
 
@@ -151,9 +137,7 @@ def _steps(
         yield step("fresh process", fresh.cold, folder)
 
 
-def _coders(
-    plan: Plan, shape: Shape, sections: tuple[str, ...], peers: Peers | None
-) -> list[Record]:
+def _coders(plan: Plan, shape: Shape, sections: Names, peers: Peers | None) -> list[Record]:
     """Return records of all coders on a shape, in rounds when they are to be compared.
 
     A shared machine is faster at one time and slower at another: taking turns lets both have both.

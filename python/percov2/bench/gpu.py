@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from percov2.bench.coders import require
 from percov2.bench.entropy import Step, take
 from percov2.bench.gpu_device import Gpu, launches
 from percov2.bench.gpu_jobs import SCHEDULE, Job, Size
-from percov2.bench.report import environment, number
+from percov2.bench.report import environment
 from percov2.bench.summary import line
 from percov2.bench.timing import Effort, measure
 from percov2.entropy import rans
@@ -43,21 +43,18 @@ BYTES_TO_FLOOR, MOST_LAUNCHES, COPIES_TO_HOST = 1.1, 3, 1
 Record = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one run measures.
-
-    Attributes:
-        sizes: of the coder's kernels and of whole encoding; the first also of the model's layers.
-        effort: how long each call is repeated on a card; cpu_effort: on the CPU beside it.
-    """
-
-    sizes: tuple[Size, ...]
-    effort: Effort
-    cpu_effort: Effort
-
-
 SIZES = tuple(Size(256, 32, TransformerConfig(codebook_size=size)) for size in (256, 1024))
+
+
+class Plan(NamedTuple):
+    """What one run measures."""
+
+    # Of the coder's kernels and of whole encoding; the first also of the model's layers.
+    sizes: tuple[Size, ...]
+    effort: Effort  # how long each call is repeated on a card
+    cpu_effort: Effort  # and on the CPU beside it
+
+
 FULL_PLAN = Plan(SIZES, Effort(1.0, 20, 1000), Effort(1.0, 3, 20))
 QUICK_PLAN = Plan(SIZES, Effort(0.1, 5, 50), Effort(0.1, 1, 5))
 
@@ -203,24 +200,3 @@ def summarize(records: list[Record]) -> Iterator[Record]:
             after = len(found["after_transformer"])
             yield line(f"{name}: launches after the transformer", after, MOST_LAUNCHES)
             yield line(f"{name}: copies to the host", found["to_host"], COPIES_TO_HOST)
-
-
-def heading(report: Record) -> str:
-    """Return paragraphs about where the figures come from."""
-    where = report["environment"]
-    triton = f"triton {where['triton']}" if where["triton"] else "no triton"
-    kernels = "with" if where["cuda_kernels"] else "without"
-    lines = [
-        f"percov2 {where['percov2']} ({kernels} CUDA kernels), torch {where['torch']}, {triton}, "
-        f"{where['date']}; {where['processor']}, {where['threads']} threads"
-    ]
-    for record in report["records"]:
-        if record["section"] == "bandwidth":
-            peak, copy = (number(record[k] / 1e9) for k in ("peak_bytes_per_s", "copy_bytes_per_s"))
-            lines.append(
-                f"{record['card']}: {peak} GB/s by {record['peak_from']}, of which shares are "
-                f"taken; a copy within the device has {copy} GB/s."
-            )
-        elif record["kind"] == MISSING:
-            lines.append(f"Not measured: {record['why']}.")
-    return "\n\n".join(lines)

@@ -89,9 +89,6 @@ def encode_and_decode(
         ]
 
 
-# A float transformer -----------------------------------------------------------------------------
-
-
 def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries, Entries]:
     """Return the coding order of the pass that encodes a grid, its readers and its keys.
 
@@ -183,9 +180,6 @@ def float_pass(coder: TokenCoder, tokens: Tensor, name: str, effort: Effort) -> 
     with torch_threads(1), torch.inference_mode():
         timing = _fastest(len(wide), lambda parts: [model(wide[part]) for part in parts], effort)
     return _record("float32 torch", name, tokens, 1, timing)
-
-
-# Attention of one layer --------------------------------------------------------------------------
 
 
 class AttentionCase:

@@ -15,6 +15,7 @@ import numpy as np
 from percov2.bench.cases import Case
 from percov2.bench.timing import Effort
 
+Record = dict[str, Any]
 _TIMING = Path(__file__).with_name("timing.py")
 
 
@@ -41,9 +42,7 @@ class Peers:
             "MKL_NUM_THREADS": "1",
         }
 
-    def _ask(
-        self, case: Case | None, sections: tuple[str, ...], effort: dict[str, Any] | None
-    ) -> dict[str, Any]:
+    def _ask(self, case: Case | None, sections: tuple[str, ...], effort: Any) -> Record:
         task = {"sections": sections, "effort": effort, "timing": str(_TIMING)}
         with TemporaryDirectory() as name:
             folder = Path(name)
@@ -66,9 +65,7 @@ class Peers:
         """Return the versions of the peers. Raises RuntimeError if they cannot be imported."""
         return self._ask(None, (), None)["versions"]
 
-    def measure(
-        self, case: Case, sections: tuple[str, ...], effort: Effort | None
-    ) -> list[dict[str, Any]]:
+    def measure(self, case: Case, sections: tuple[str, ...], effort: Effort | None) -> list[Record]:
         """Return records of all peers on a case; without ``effort`` only what they write, no times.
 
         A record is that of coders.py, but for ``stream_bytes``, a list with the bytes of each

@@ -192,7 +192,25 @@ def _rows(record: Record) -> list[Record]:
     return [record] if record.get("kind") != "missing" else []
 
 
-def page(heading: str, report: Record) -> str:
-    """Return the tables of a report below a heading that says where the figures come from."""
-    made = [f"### {table.title}\n\n{table.markdown()}" for table in tables(report)]
-    return "\n\n".join([heading, *made]) + "\n"
+def page(report: Record) -> str:
+    """Return the tables of a report below paragraphs about where its figures come from."""
+    where, others = report["environment"], dict(report.get("peers") or {})
+    if "triton" in where:  # on a GPU
+        others = {"triton": where["triton"], "CUDA kernels": where["cuda_kernels"]}
+    versions = [f"{k} {v}" for k, v in others.items() if k not in ("python", "numpy", "torch")]
+    parts = [
+        f"percov2 {where['percov2']} on {where['processor']} ({where['cores']} cores, "
+        f"{where['instruction_set']}, threads {where['threads']}, load {number(where['load'])}), "
+        f"torch {where['torch']}, {', '.join([*versions, where['date']])}"
+    ]
+    for record in report["records"]:
+        if record["section"] == "bandwidth":
+            peak, copy = (number(record[k] / 1e9) for k in ("peak_bytes_per_s", "copy_bytes_per_s"))
+            parts.append(
+                f"{record['card']}: {peak} GB/s by {record['peak_from']}, of which shares are "
+                f"taken; a copy within the device has {copy} GB/s."
+            )
+        elif record.get("kind") == "missing":
+            parts.append(f"Not measured: {record['why']}.")
+    parts += [f"### {table.title}\n\n{table.markdown()}" for table in tables(report)]
+    return "\n\n".join(parts) + "\n"
