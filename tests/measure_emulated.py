@@ -19,10 +19,9 @@ from unittest import mock
 import torch
 from triton.runtime import interpreter
 
-from percov2.bench import gpu, gpu_compiled, gpu_device, gpu_paths, gpu_tables
-from percov2.bench.gpu_cards import CARDS
-from percov2.bench.gpu_kernels import Size
-from percov2.bench.gpu_plan import GpuPlan
+from percov2.bench import gpu, gpu_device
+from percov2.bench.gpu_jobs import Size
+from percov2.bench.report import page
 from percov2.bench.timing import Effort
 from percov2.entropy import cdf, rans, rans_cuda, token_coder
 from percov2.entropy.transformer_config import TransformerConfig
@@ -41,16 +40,7 @@ class Pretended(gpu_device.Gpu):
         return torch.device("cpu")
 
     def ask(self) -> Any:
-        return SimpleNamespace(
-            name="NVIDIA H100 80GB HBM3",
-            major=9,
-            minor=0,
-            multi_processor_count=132,
-            max_threads_per_multi_processor=2048,
-            regs_per_multiprocessor=65536,
-            shared_memory_per_multiprocessor=228 * 1024,
-            L2_cache_size=64,
-        )
+        return SimpleNamespace(name="NVIDIA H100 80GB HBM3", L2_cache_size=64)
 
     def mark(self) -> Any:
         return time.perf_counter()
@@ -114,14 +104,12 @@ elif changed == ["tokens"]:
     token_coder.TokenCoder.decode = wrong_tokens
 torch.set_num_threads(1)
 gpu_device.WARM_UP = 0
-gpu_paths.SCHEDULE = "checkerboard"  # two stages: interpreting takes long
+gpu.SCHEDULE = "checkerboard"  # two stages: interpreting takes long
 CONFIG = TransformerConfig(codebook_size=16, dim=24, heads=1, head_dim=32, layers=2, hidden=40)
 ONCE = Effort(0.0, 1, 1)
-PLAN = GpuPlan(CARDS, (Size(1, 4, CONFIG),), ONCE, ONCE)
+PLAN = gpu.Plan((Size(1, 2, CONFIG),), ONCE, ONCE)
+device = Pretended()
 if changed == ["tokens"]:
-    gpu_paths.measure_paths(Pretended(), CARDS[0], PLAN.sizes[0], 1, ONCE, ONCE)
-# An interpreted kernel cannot be compiled: what it would need is another test's business.
-missing = gpu_compiled.Missing("an interpreted kernel")
-with mock.patch.object(gpu_compiled, "compile_kernel", side_effect=missing):
-    report = gpu.run(PLAN, Pretended())
-print(json.dumps({"report": report, "text": gpu_tables.as_text(report)}))
+    gpu.Bench(device, PLAN, 1, device.bandwidth(ONCE)).paths(PLAN.sizes[0])
+report = gpu.run(PLAN, device)
+print(json.dumps({"report": report, "text": page(report)}))

@@ -10,19 +10,11 @@ import pytest
 import torch
 
 from percov2 import cli
-from percov2.bench import (
-    attention,
-    cases,
-    entropy,
-    fresh,
-    overhead,
-    own_coder,
-    plan,
-    tables,
-)
+from percov2.bench import cases, coders, entropy, fresh, model
 from percov2.bench.cases import Shape
-from percov2.bench.float_transformer import FloatTransformer
-from percov2.bench.results import middle
+from percov2.bench.entropy import middle
+from percov2.bench.model import FloatTransformer
+from percov2.bench.report import Table, number, page, tables
 from percov2.bench.timing import Effort, Timing, measure
 from percov2.entropy import RansDecoder, rans, schedule
 from percov2.entropy.transformer_config import TransformerConfig
@@ -54,7 +46,7 @@ def test_every_step_left_its_records(report: dict) -> None:
     count: dict[str, int] = {}
     for record in report["records"]:
         count[record["section"]] = count.get(record["section"], 0) + 1
-    kinds = len(own_coder.KINDS)
+    kinds = len(coders.LOGITS)
     shapes = len(TINY.compared) + len(TINY.scaling)
     # Float pass; both ways of two schedules, two further batches, a large and a raster grid, and
     # of two threads where there are two cores.
@@ -81,7 +73,7 @@ def test_coder_records_hold_times_and_bytes(report: dict) -> None:
 
 def test_overhead_is_that_of_the_written_bytes(report: dict) -> None:
     (record,) = [r for r in report["records"] if r["section"] == "overhead"]
-    case = cases.make_case(TINY.short[0])
+    case = cases.make_case(Shape(*TINY.short[0]))
     ideal = naive_cost(case.logits, case.symbols) / 8 / 4
     assert record["ideal_bytes_per_image"] == pytest.approx(ideal)
     assert record["above_ideal"] == pytest.approx(record["bytes_per_image"] - 2 - ideal)
@@ -92,24 +84,43 @@ def test_overhead_is_that_of_the_written_bytes(report: dict) -> None:
 
 
 def test_tables_show_every_record(report: dict) -> None:
-    text, page = tables.as_text(report), tables.as_markdown(report)
-    made = tables.tables(report)
+    text = page(report)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    made = tables(report)
     assert sum(len(table.rows) for table in made[1:]) == len(report["records"])
     for table in made:
-        assert f"\n{table.title}\n" in text
-        assert f"### {table.title}\n\n| " in page
-        for row in table.rows:
+        assert f"### {table.title}\n\n| " in text
+        for row in [table.header, *table.rows]:
             assert len(row) == len(table.header)
-            assert "| " + " | ".join(row) + " |" in page
+            assert [number(value) for value in row] in lines
     assert "percov2 0" in text.splitlines()[0]
+
+
+def test_columns_are_aligned_and_pages_know_how() -> None:
+    table = Table("", ["coder", "ms"], [["percov2", 1.5], ["a", None], ["b", 12]])
+    assert table.markdown().splitlines() == [
+        "| coder   |   ms |",
+        "| :------ | ---: |",
+        "| percov2 | 1.50 |",
+        "| a       |    - |",
+        "| b       |   12 |",
+    ]
 
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "-"), (0.0, "0"), (3.0, "3"), (1234.5, "1234"), (12.34, "12.3"), (0.01234, "0.0123")],
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (3.0, "3"),
+        (2, "2"),
+        (1234.5, "1234"),
+        (12.34, "12.3"),
+        (0.01234, "0.0123"),
+    ],
 )
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:
-    assert tables.number(value) == text
+    assert number(value) == text
 
 
 def test_sections_can_be_left_out() -> None:
@@ -153,24 +164,24 @@ def test_cases_repeat_and_differ() -> None:
 
 
 def test_many_images_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overhead, "LOGITS_AT_ONCE", 100)
+    monkeypatch.setattr(coders, "LOGITS_AT_ONCE", 100)
     shape = Shape(8, 6, 5)
-    parts = list(overhead.parts_of(shape))
+    parts = list(coders.parts_of(shape))
     assert [part.shape.images for part in parts] == [2, 2, 1]
     assert not np.array_equal(parts[0].logits, parts[1].logits)
-    record = overhead.short_streams(shape)
+    record = coders.short_streams(shape)
     costs = [naive_cost(part.logits, part.symbols) for part in parts]
     assert record["ideal_bytes_per_image"] == pytest.approx(sum(costs) / 8 / 5)
 
 
 def test_one_image_has_no_standard_error() -> None:
-    record = overhead.short_streams(Shape(16, 12, 1))
+    record = coders.short_streams(Shape(16, 12, 1))
     assert record["above_ideal_error"] is None
-    assert tables.number(record["above_ideal_error"]) == "-"
+    assert number(record["above_ideal_error"]) == "-"
     case = cases.make_case(Shape(16, 12, 2))
     ideal = cases.ideal_bytes(case.logits, case.symbols)
     lengths = np.rint(ideal).astype(int) + np.array([1, 5])
-    record = overhead.peer_streams(case, "other", lengths.tolist())
+    record = coders.peer_streams(case, "other", lengths.tolist())
     above = lengths - ideal
     assert record["above_ideal_error"] == pytest.approx(abs(above[1] - above[0]) / 2)
 
@@ -210,26 +221,26 @@ def test_wrong_symbols_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(RansDecoder, "decode_logits", wrong)
     case = cases.make_case(Shape(16, 4, 2))
-    with pytest.raises(own_coder.Mismatch, match="other symbols"):
-        own_coder.from_logits(case, "int16", SHORT)
-    with pytest.raises(own_coder.Mismatch, match="other symbols"):
-        overhead.short_streams(Shape(16, 4, 2))
-    with pytest.raises(own_coder.Mismatch, match="other symbols"):
-        overhead.long_stream(Shape(16, 4, 1), 2, 16)
+    with pytest.raises(coders.Mismatch, match="other symbols"):
+        coders.timed(case, "int16 logits", SHORT)
+    with pytest.raises(coders.Mismatch, match="other symbols"):
+        coders.short_streams(Shape(16, 4, 2))
+    with pytest.raises(coders.Mismatch, match="other symbols"):
+        coders.long_stream(Shape(16, 4, 1), 2, 16)
 
 
 def test_wrong_intervals_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = own_coder.rans.intervals
+    right = coders.rans.intervals
 
     def wrong(logits: np.ndarray, symbols: np.ndarray, prob_bits: int) -> tuple:
         starts, freqs = right(logits, symbols, prob_bits)
         starts[0, 0] += 1
         return starts, freqs
 
-    monkeypatch.setattr(own_coder.rans, "intervals", wrong)
+    monkeypatch.setattr(coders.rans, "intervals", wrong)
     case = cases.make_case(Shape(16, 4, 2))
-    with pytest.raises(own_coder.Mismatch, match="intervals differ"):
-        own_coder.coder_only(case, SHORT)
+    with pytest.raises(coders.Mismatch, match="intervals differ"):
+        coders.timed(case, coders.INTERVALS, SHORT)
 
 
 def test_measure_does_not_count_the_first_call() -> None:
@@ -242,28 +253,28 @@ def test_measure_does_not_count_the_first_call() -> None:
 
 
 def test_wrong_attention_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = attention.rans.stage_attention
+    right = model.rans.stage_attention
 
     def wrong(*arguments: object) -> np.ndarray:
         mean = right(*arguments)
         mean[-1, -1, -1] ^= 1
         return mean
 
-    monkeypatch.setattr(attention.rans, "stage_attention", wrong)
-    with pytest.raises(own_coder.Mismatch, match="attention"):
-        attention.attention(SMALL, "qlds5", 5, 2, SHORT)
+    monkeypatch.setattr(model.rans, "stage_attention", wrong)
+    with pytest.raises(coders.Mismatch, match="attention"):
+        model.attention(SMALL, "qlds5", 5, 2, SHORT)
 
 
 @pytest.mark.parametrize("name", schedule.SCHEDULES)
 def test_attention_kernel_equals_the_oracle(name: str) -> None:
-    case = attention.AttentionCase(SMALL, name, 18, 2)
+    case = model.AttentionCase(SMALL, name, 18, 2)
     result = case.compiled()
     for image in range(2):
         np.testing.assert_array_equal(result[image], case.oracle(image))
 
 
 def test_attention_refuses_arrays_that_do_not_fit() -> None:
-    case = attention.AttentionCase(SMALL, "qlds5", 4, 1)
+    case = model.AttentionCase(SMALL, "qlds5", 4, 1)
     q, kv, bias = case.q, case.kv, case.bias.numpy()
 
     def refused(text: str, stages=case.stages, bias=bias, gain=1, q=q, kv=kv) -> None:
@@ -287,18 +298,18 @@ def test_float_transformer_sees_earlier_stages_only() -> None:
     torch.manual_seed(0)
     stages = schedule.stages("qlds5", 4, 5)
     config = TransformerConfig(codebook_size=9, dim=16, heads=2, head_dim=8, layers=3, hidden=32)
-    model = FloatTransformer(config, stages).eval()
+    transformer = FloatTransformer(config, stages).eval()
     tokens = torch.randint(0, 9, (2, 4, 5))
     coding = schedule.order(stages)
     stage = stages.reshape(-1)[coding]
     with torch.inference_mode():
-        before = model(tokens)
+        before = transformer(tokens)
         assert before.shape == (2, 20, 9)
         for changed in range(20):
             other = tokens.clone()
             other.view(2, -1)[:, coding[changed]] += 1
             other %= 9
-            moved = (model(other) - before).abs().amax((0, 2)).numpy() > 1e-6
+            moved = (transformer(other) - before).abs().amax((0, 2)).numpy() > 1e-6
             np.testing.assert_array_equal(moved, stage > stage[changed])
 
 
@@ -325,15 +336,24 @@ def test_a_failing_process_says_why(tmp_path: Path) -> None:
 def test_command_writes_table_json_page_and_plots(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(plan, "QUICK_PLAN", TINY)
-    figures, page, folder = tmp_path / "a.json", tmp_path / "a.md", tmp_path / "plots"
+    monkeypatch.setattr(entropy, "QUICK_PLAN", TINY)
+    figures, written, folder = tmp_path / "a.json", tmp_path / "a.md", tmp_path / "plots"
     arguments = ["bench", "entropy", "--quick", "--only", "logits,overhead,model"]
-    outputs = ["--json", figures, "--markdown", page, "--plots", folder, "--entropy-model", MODEL]
+    outputs = [
+        "--json",
+        figures,
+        "--markdown",
+        written,
+        "--plots",
+        folder,
+        "--entropy-model",
+        MODEL,
+    ]
     assert cli.main([*arguments, *map(str, outputs)]) == 0
     captured = capsys.readouterr()
     report = json.loads(figures.read_text(encoding="utf-8"))
-    assert captured.out == tables.as_text(report)
-    assert page.read_text(encoding="utf-8") == tables.as_markdown(report)
+    assert captured.out == page(report)
+    assert written.read_text(encoding="utf-8") == captured.out
     names = {path.name for path in folder.iterdir()}
     assert names == {"throughput.png", "overhead.png", "cost_per_image.png"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())

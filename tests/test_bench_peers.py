@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from percov2 import cli
-from percov2.bench import cases, entropy, own_coder, peer_coders, summary
+from percov2.bench import cases, coders, entropy, summary
 from percov2.bench.cases import Shape
 from percov2.bench.peers import Peers
-from tiny_plan import MODEL, TINY
+from percov2.bench.timing import Timing, measure
+from tiny_plan import MODEL, SHORT, TINY
 
-REAL_PEERS = Path(__file__).parent.parent / ".peers" / "bin" / "python"
+ROOT = Path(__file__).parent.parent
+REAL_PEERS = ROOT / ".peers" / "bin" / "python"
 
 
 def fake_interpreter(folder: Path, script: str) -> Path:
@@ -41,41 +47,55 @@ def test_failing_peers_say_why(tmp_path: Path) -> None:
         Peers(silent).versions()
 
 
-def pair_of(coder: str, decode: object) -> peer_coders.Peer:
+def test_peers_without_their_script_say_so(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.symlink_to(sys.executable)
+    with pytest.raises(RuntimeError, match=r"peer_coders\.py.*make them again"):
+        Peers(python).versions()
+
+
+peer_coders = SimpleNamespace(**runpy.run_path(str(ROOT / "benchmarks" / "peer_coders.py")))
+
+
+def pair_of(coder: str, decode: object) -> Any:
     return peer_coders.Peer(
         "logits",
         coder,
         "float32 logits",
         lambda logits, symbols: (logits, symbols),
-        lambda given: given[1].tobytes(),
+        lambda tables, symbols: symbols.tobytes(),
         decode,
     )
 
 
 def test_a_peer_that_decodes_wrongly_is_not_timed() -> None:
     case = cases.make_case(Shape(16, 6, 3))
-    task = {"effort": {"seconds": 0.0, "least": 1, "most": 1}}
-    right = pair_of("right", lambda given, stream: np.frombuffer(stream, np.int32))
-    record = peer_coders.measure(right, case.logits, case.symbols, task)
+
+    def timed(work: Any) -> Timing:
+        return measure(work, SHORT)
+
+    right = pair_of("right", lambda tables, stream: np.frombuffer(stream, np.int32))
+    record = peer_coders.measure(right, case.logits, case.symbols, timed)
     assert record["stream_bytes"] == [24, 24, 24]
     assert record["encode"]["runs"] == 1
     assert record["encode"]["msym_per_s"] > 0
-    untimed = peer_coders.measure(right, case.logits, case.symbols, {"effort": None})
+    untimed = peer_coders.measure(right, case.logits, case.symbols, None)
     assert "encode" not in untimed
-    wrong = pair_of("wrong", lambda given, stream: np.zeros(6, np.int32))
+    wrong = pair_of("wrong", lambda tables, stream: np.zeros(6, np.int32))
     with pytest.raises(RuntimeError, match="wrong decoded other symbols"):
-        peer_coders.measure(wrong, case.logits, case.symbols, task)
+        peer_coders.measure(wrong, case.logits, case.symbols, timed)
 
 
 @pytest.mark.skipif(not REAL_PEERS.exists(), reason="benchmarks/peers.sh was not run")
 def test_real_peers_are_measured_on_the_same_data() -> None:
     report = entropy.run(TINY, ("coder", "logits", "overhead"), MODEL, Peers(REAL_PEERS))
     assert set(report["peers"]) >= {"constriction", "torchac", "compressai"}
-    coders = {(r["coder"], r["given"]) for r in report["records"] if r["section"] == "logits"}
-    assert len(coders) == 6 + len(own_coder.KINDS)
+    names = {(r["coder"], r["given"]) for r in report["records"] if r["section"] == "logits"}
+    assert len(names) == 6 + len(coders.LOGITS)
     above = {r["coder"]: r["above_ideal"] for r in report["records"] if r["section"] == "overhead"}
     assert len(above) == 5
-    assert all(0 < value < 12 for coder, value in above.items() if coder != own_coder.NAME)
+    assert all(0 < value < 12 for coder, value in above.items() if coder != coders.NAME)
 
 
 # The summary -------------------------------------------------------------------------------------

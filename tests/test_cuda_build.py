@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from percov2.bench.gpu_compiled import kernel_name
+import compiled_kernels
+from compiled_kernels import kernel_name, module_usages
+from percov2 import _native
+from percov2.entropy import rans
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIT = ROOT / "csrc" / "coder_cuda.cu"
@@ -94,6 +97,36 @@ def test_a_spill_would_be_seen(tmp_path: Path) -> None:
     unit.write_text(SPILLING)
     usage = usages(compiled(unit, (80,), tmp_path, "-maxrregcount=24"))["encode_kernel", 80]
     assert usage.spilled and usage.stack and usage.registers == 24
+
+
+def test_the_installed_kernels_do_not_spill() -> None:
+    if not rans.cuda_built():
+        pytest.skip("the compiled module was built without CUDA")
+    found = module_usages(compiled_kernels.cuobjdump("--dump-resource-usage", _native.__file__))
+    assert {kernel for kernel, _ in found} == KERNELS
+    for name, usage in found.items():
+        assert usage.stack == 0 < usage.registers <= 128, (name, usage)
+
+
+def test_usage_is_read_from_the_report() -> None:
+    name = "_ZN7percov2{}EvNS_10DecodeTaskE"
+    line = "REG:{} STACK:{} SHARED:{} LOCAL:{} CONSTANT[0]:448 TEXTURE:0"
+    text = "".join(
+        f"Fatbin elf code:\n====\narch = sm_{arch}\ncode version = [1,8]\n\nResource usage:\n"
+        f" Common:\n  GLOBAL:0 CONSTANT[3]:1024\n Function {name.format(symbol)}:\n  {usage}\n"
+        for arch, symbol, usage in (
+            (80, "13decode_kernelILb0E", line.format(48, 0, 1024, 0)),
+            (90, "13decode_kernelILb1E", line.format(56, 8, 2048, 4)),
+            (90, "11pack_kernel", line.format(32, 0, 1088, 0)),
+        )
+    )
+    assert module_usages(text) == {
+        ("decode_kernel<false>", 80): compiled_kernels.Usage(48, 0, 1024),
+        ("decode_kernel<true>", 90): compiled_kernels.Usage(56, 12, 1024),
+        ("pack_kernel", 90): compiled_kernels.Usage(32, 0, 64),
+    }
+    with pytest.raises(ValueError, match="other_kernel"):
+        kernel_name("other_kernel")
 
 
 PROJECT = """cmake_minimum_required(VERSION 3.20)

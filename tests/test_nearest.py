@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compiled_kernels import CAPABILITIES, needs_triton
+from compiled_kernels import CAPABILITIES, compile_kernel, nearest_codes_source, needs_triton
 from percov2 import triton_kernels
-from percov2.bench import gpu_sources
-from percov2.bench.gpu_compiled import compile_kernel
 
 HERE = Path(__file__).parent
 
@@ -38,7 +36,7 @@ def test_interpreted_kernel_agrees_with_torch() -> None:
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_kernel_compiles_without_spills(capability: int) -> None:
-    report = compile_kernel(gpu_sources.nearest_codes(), capability)
+    report = compile_kernel(nearest_codes_source(), capability)
     assert report.stack == 0, report  # spilled registers live there
     assert 0 < report.registers <= 255, report
     assert report.shared <= 48 * 1024, report

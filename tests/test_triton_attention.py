@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from compiled_kernels import CAPABILITIES, compare_on, needs_triton
+from compiled_kernels import (
+    CAPABILITIES,
+    attention_source,
+    compare_on,
+    compile_kernel,
+    needs_triton,
+)
 from percov2 import triton_kernels
-from percov2.bench import gpu_sources
-from percov2.bench.gpu_compiled import compile_kernel
 from percov2.entropy import entries, schedule
 from percov2.entropy.reader_plan import plan_readers
 
@@ -23,7 +27,7 @@ def test_interpreted_kernel_agrees_with_plain_torch() -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("head_dim", [32, 64])
 def test_attention_compiles_without_spills(head_dim: int, capability: int) -> None:
-    report = compile_kernel(gpu_sources.attention(head_dim), capability)
+    report = compile_kernel(attention_source(head_dim), capability)
     assert report.stack == 0, report
     assert report.registers <= 128, report  # four programs of four warps on a multiprocessor
     # A group of keys, and of values, is one load per thread.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiled_kernels import CAPABILITIES, compare_on, needs_triton
+from compiled_kernels import (
+    CAPABILITIES,
+    compare_on,
+    compile_kernel,
+    needs_triton,
+    symbol_intervals_source,
+)
 from percov2 import triton_kernels
-from percov2.bench import gpu_sources
-from percov2.bench.gpu_compiled import compile_kernel
 from percov2.entropy import cdf
 
 TABLE = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32)
@@ -29,7 +33,7 @@ def test_interpreted_kernel_agrees_with_the_oracle() -> None:
     ],
 )
 def test_rows_are_read_once_in_128_bit_loads(size: int, kind: str, capability: int) -> None:
-    source = gpu_sources.symbol_intervals(size, kind)
+    source = symbol_intervals_source(size, kind)
     report = compile_kernel(source, capability)
     assert report.stack == 0, report
     assert report.registers <= 128, report
@@ -48,12 +52,12 @@ def test_rows_are_read_once_in_128_bit_loads(size: int, kind: str, capability: i
 def test_pairs_of_16_bits_are_filled_with_nothing_but_zeros(size: int, kind: str) -> None:
     # On an H200 with Triton 3.6 every second place of a pair that was not read became -1, and with
     # it the largest logit of rows where all lie lower.
-    assert compile_kernel(gpu_sources.symbol_intervals(size, kind), 90).fills == {"0x0"}
+    assert compile_kernel(symbol_intervals_source(size, kind), 90).fills == {"0x0"}
 
 
 @needs_triton
 def test_a_codebook_of_any_size_compiles() -> None:
-    report = compile_kernel(gpu_sources.symbol_intervals(50), 90)
+    report = compile_kernel(symbol_intervals_source(50), 90)
     assert report.stack == 0, report
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compiled_kernels import CAPABILITIES, compare_on, needs_triton
+from compiled_kernels import (
+    CAPABILITIES,
+    ENDS,
+    compare_on,
+    compile_kernel,
+    layer_norm_source,
+    linear_source,
+    needs_triton,
+)
 from percov2 import triton_kernels
-from percov2.bench import gpu_sources
-from percov2.bench.gpu_compiled import compile_kernel
 
 
 @needs_triton
@@ -20,7 +26,7 @@ def test_interpreted_kernels_agree_with_the_oracle() -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dim", [128, 1024])
 def test_norm_compiles_without_spills(dim: int, capability: int) -> None:
-    source = gpu_sources.layer_norm(dim)
+    source = layer_norm_source(dim)
     report = compile_kernel(source, capability)
     assert report.stack == 0, report
     assert report.registers <= 128, report
@@ -34,7 +40,7 @@ def test_norm_compiles_without_spills(dim: int, capability: int) -> None:
 @pytest.mark.parametrize(
     ("rows", "end", "capability"),
     [
-        *((4096, end, 90) for end in gpu_sources.ENDS),
+        *((4096, end, 90) for end in ENDS),
         (4096, "table", 80),
         (4096, "residual", 100),
         (64, "table", 80),
@@ -43,7 +49,7 @@ def test_norm_compiles_without_spills(dim: int, capability: int) -> None:
     ],
 )
 def test_linear_compiles_without_spills(rows: int, end: str, capability: int) -> None:
-    report = compile_kernel(gpu_sources.linear(rows, 512, end), capability)
+    report = compile_kernel(linear_source(rows, 512, end), capability)
     assert report.stack == 0, report
     assert report.registers <= 128, report
     assert report.wide_loads >= 2, report  # both operands

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from percov2.bench.cases import Shape
-from percov2.bench.plan import Plan
+from percov2.bench.entropy import Plan
 from percov2.bench.timing import Effort
 
 MODEL = Path(__file__).parent / "data" / "entropy_v1"
@@ -13,9 +12,9 @@ SHORT = Effort(0.0, 1, 1)
 TINY = Plan(
     effort=SHORT,
     rounds=2,
-    compared=(Shape(16, 12, 3),),
-    scaling=(Shape(16, 5, 2),),
-    short=(Shape(64, 20, 4),),
+    compared=((16, 12, 3),),
+    scaling=((16, 5, 2),),
+    short=((64, 20, 4),),
     long=((64, 16),),
     long_symbols=300,
     schedules=("qlds5", "checkerboard"),

@@ -1,4 +1,4 @@
-"""Measurements of the entropy engine, also beside its peers: ``percov2 bench entropy``.
+"""Measurements of the entropy engine, beside its peers and on GPUs: ``percov2 bench``.
 
-docs/benchmarks.md says what each figure means and how it is taken.
+docs/benchmarks.md and docs/gpu.md say what each figure means and how it is taken.
 """

@@ -1,4 +1,4 @@
-"""Synthetic data: logits, symbols drawn from their softmax, and what these cost ideally.
+"""Synthetic data: logits, symbols drawn from their softmax, and their least cost.
 
 Logits are independent normal numbers with a standard deviation of ``SPREAD`` nats, so that 256
 symbols cost about 5.4 bits each, which is what tokens of a trained model cost.
@@ -26,6 +26,9 @@ class Shape:
     tokens: int
     images: int
 
+    def __str__(self) -> str:
+        return f"V={self.codebook}, {self.images}x{self.tokens}"
+
     @property
     def symbols(self) -> int:
         """Symbols of all images."""
@@ -34,10 +37,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """What is coded: logits in nats, float32 [B, n, V]; symbols int32 [B, n]; checks uint16 [B]."""
+    """Logits in nats, float32 [B, n, V]; symbols int32 [B, n]; checks uint16 [B]."""
 
     shape: Shape
-    seed: int
     logits: NDArray[np.float32]
     symbols: NDArray[np.int32]
     checks: NDArray[np.uint16]
@@ -53,35 +55,28 @@ class Case:
         return np.full(self.shape.images, self.shape.tokens, dtype=np.int64)
 
     def first(self, images: int) -> Case:
-        """The same with the first images only."""
+        """Return the case of the first images only."""
         shape = replace(self.shape, images=min(images, self.shape.images))
-        kept = slice(shape.images)
-        return Case(shape, self.seed, self.logits[kept], self.symbols[kept], self.checks[kept])
+        part = slice(shape.images)
+        return Case(shape, self.logits[part], self.symbols[part], self.checks[part])
 
 
 def make_case(shape: Shape, seed: int = 0) -> Case:
-    """The case of a shape and a seed."""
+    """Return the case of a shape and a seed."""
     rng = np.random.default_rng([seed, shape.codebook, shape.tokens, shape.images])
     logits = np.empty((shape.images, shape.tokens, shape.codebook), dtype=np.float32)
     symbols = np.empty((shape.images, shape.tokens), dtype=np.int32)
     for image, chosen in zip(logits, symbols, strict=True):
         rng.standard_normal(out=image, dtype=np.float32)
         image *= np.float32(SPREAD)
-        chosen[:] = _draw(image, rng)
-    checks = rng.integers(0, 2**16, shape.images, dtype=np.uint16)
-    return Case(shape, seed, logits, symbols, checks)
-
-
-def _draw(logits: NDArray[np.float32], rng: np.random.Generator) -> NDArray[np.int64]:
-    """One symbol per row of logits [n, V], drawn from the softmax: int64 [n]."""
-    bounds = np.exp(logits, dtype=np.float64)
-    np.cumsum(bounds, axis=1, out=bounds)
-    target = rng.random((len(bounds), 1)) * bounds[:, -1:]
-    return np.minimum((bounds <= target).sum(1), logits.shape[1] - 1)
+        bounds = np.exp(image, dtype=np.float64).cumsum(1)
+        target = rng.random((len(bounds), 1)) * bounds[:, -1:]
+        chosen[:] = np.minimum((bounds <= target).sum(1), shape.codebook - 1)
+    return Case(shape, logits, symbols, rng.integers(0, 2**16, shape.images, dtype=np.uint16))
 
 
 def integer_logits(logits: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Logits in nats as base-2 logits with 8 fractional bits, each row's largest at 0."""
+    """Turn logits in nats into base-2 logits with 8 fractional bits, each row's largest at 0."""
     integers = np.empty(logits.shape, dtype=np.int16)
     for image, result in zip(logits, integers, strict=True):
         difference = image - image.max(-1, keepdims=True)
@@ -90,17 +85,16 @@ def integer_logits(logits: NDArray[np.float32]) -> NDArray[np.int16]:
 
 
 def ideal_bytes(logits: NDArray[np.float32], symbols: NDArray[np.int32]) -> NDArray[np.float64]:
-    """What the symbols of each image cost at least by the softmax of logits in nats: [B]."""
+    """Return the least cost of each image's symbols by the softmax of logits in nats: [B]."""
     costs = np.empty(len(logits))
     for i, (image, chosen) in enumerate(zip(logits, symbols, strict=True)):
         exact = image.astype(np.float64)
         exact -= exact.max(1, keepdims=True)
-        taken = np.take_along_axis(exact, chosen[:, None].astype(np.int64), 1)[:, 0]
-        nats = np.log(np.exp(exact).sum(1)) - taken
+        nats = np.log(np.exp(exact).sum(1)) - exact[np.arange(len(chosen)), chosen]
         costs[i] = nats.sum() / np.log(2.0) / 8
     return costs
 
 
 def interval_bytes(freqs: NDArray[np.int32], prob_bits: int) -> NDArray[np.float64]:
-    """What intervals of the given widths, int32 [B, n], cost at least: [B]."""
+    """Return the least cost of intervals with the given widths, int32 [B, n]: [B]."""
     return (prob_bits - np.log2(freqs)).sum(1) / 8

@@ -2,32 +2,78 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from percov2.bench import attention, fresh, model, overhead, own_coder
-from percov2.bench.cases import Case, Shape, make_case
-from percov2.bench.environment import environment
+from percov2.bench import coders, fresh, model
+from percov2.bench.cases import Shape, make_case
 from percov2.bench.peers import Peers
-from percov2.bench.plan import Plan
-from percov2.bench.results import middle
+from percov2.bench.report import environment
 from percov2.bench.summary import summarize
+from percov2.bench.timing import Effort
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
 
 SCHEMA = 1
-Step = tuple[str, Callable[[], list[dict[str, Any]]]]
+Record = dict[str, Any]
+Step = tuple[str, Callable[[], list[Record]]]
+Shapes = tuple[tuple[int, int, int], ...]
+Names = tuple[str, ...]
 
 
-def run(
-    plan: Plan, sections: tuple[str, ...], model_folder: Path, peers: Peers | None = None
-) -> dict[str, Any]:
+class Plan(NamedTuple):
+    """What one run measures; shapes are codebook, tokens, images."""
+
+    effort: Effort = Effort(0.5, 5, 200)  # how long each call is repeated
+    rounds: int = 3  # how often percov2 and its peers take turns
+    # Shapes on which the coders, also the peers', are timed.
+    compared: Shapes = ((64, 1024, 64), (256, 1024, 64), (1024, 1024, 64), (8192, 1024, 8))
+    # Further shapes, for percov2 alone: other lengths and numbers of images.
+    scaling: Shapes = (
+        *((256, 64, 64), (256, 256, 64), (256, 4096, 64)),
+        *((256, 1024, 1), (256, 1024, 8), (256, 1024, 256)),
+    )
+    # Shapes whose streams' bytes are counted.
+    short: Shapes = ((64, 64, 512), (256, 256, 256), (1024, 1024, 64), (8192, 1024, 64))
+    # (codebook, prob_bits) of long streams of ``long_symbols`` symbols.
+    long: tuple[tuple[int, int], ...] = ((256, 16), (256, 20), (1024, 18), (1024, 20))
+    long_symbols: int = 2**20
+    schedules: Names = ("qlds12", "quincunx", "checkerboard", "var", "qlds8", "qlds5")
+    grid: int = 16  # side of the images, in tokens
+    batch: int = 64  # how many images
+    batches: tuple[int, ...] = (1, 8, 64, 256)  # numbers of images whose cost each is compared
+    memory: tuple[int, ...] = (1, 64, 256)  # numbers of images whose peak memory is taken
+    large_grid: int = 32  # side of one large image, decoded with ``schedules[0]``; 0 for none
+    raster_grid: int = 16  # side of one image decoded token by token; 0 for none
+
+
+FULL_PLAN = Plan()
+QUICK_PLAN = Plan(
+    effort=Effort(0.05, 3, 10),
+    rounds=1,
+    compared=((256, 256, 16), (1024, 256, 4)),
+    scaling=((256, 64, 16),),
+    short=((64, 64, 64), (256, 256, 32)),
+    long=((256, 16),),
+    long_symbols=2**15,
+    schedules=("qlds12",),
+    batch=2,
+    batches=(1,),
+    memory=(),
+    large_grid=0,
+    raster_grid=4,
+)
+
+
+def run(plan: Plan, sections: Names, model_folder: Path, peers: Peers | None = None) -> Record:
     """Measure and return the report, as it is written to JSON.
 
     Raises ValueError for a model that cannot be loaded, RuntimeError for a peer that fails and
@@ -35,122 +81,119 @@ def run(
     """
     # Everything but the lines that say otherwise runs on one thread.
     with model.torch_threads(1):
-        report: dict[str, Any] = {
+        report: Record = {
             "schema": SCHEMA,
             "environment": environment(),
             "peers": None if peers is None else peers.versions(),
             "model": str(model_folder),
-            "records": [],
+            "records": take(list(_steps(plan, sections, model_folder, peers))),
         }
-        steps = list(_steps(plan, sections, model_folder, peers))
-        with tqdm(total=len(steps), unit="step", leave=False) as bar:
-            for name, work in steps:
-                bar.set_description(name)
-                report["records"] += work()
-                bar.update()
-    report["summary"] = summarize(report["records"])
-    return report
+    return {**report, "summary": summarize(report["records"])}
 
 
-def _steps(
-    plan: Plan, sections: tuple[str, ...], folder: Path, peers: Peers | None
-) -> Iterator[Step]:
+def take(steps: list[Step]) -> list[Record]:
+    """Return the records of all steps, with a bar that says which one runs."""
+    records = []
+    for name, work in (bar := tqdm(steps, unit="step", leave=False)):
+        bar.set_description(name)
+        records += work()
+    return records
+
+
+def _steps(plan: Plan, sections: Names, folder: Path, peers: Peers | None) -> Iterator[Step]:
+    def step(name: str, work: Callable[..., Record], *arguments: Any) -> Step:
+        return name, lambda: [work(*arguments)]
+
     timed = tuple(name for name in ("coder", "logits") if name in sections)
-    if timed:
-        for shape in plan.compared:
-            yield _title("coders", shape), partial(_coders, plan, shape, timed, peers)
-        for shape in plan.scaling:
-            yield _title("coder", shape), partial(_coders, plan, shape, timed, None)
+    for shapes, beside in ((plan.compared, peers), (plan.scaling, None)) if timed else ():
+        for shape in itertools.starmap(Shape, shapes):
+            yield f"coders, {shape}", partial(_coders, plan, shape, timed, beside)
     if "overhead" in sections:
-        for shape in plan.short:
-            yield _title("bytes", shape), partial(_bytes, shape, peers)
+        for shape in itertools.starmap(Shape, plan.short):
+            yield f"bytes, {shape}", partial(_bytes, shape, peers)
         for codebook, bits in plan.long:
-            yield f"long stream, V={codebook}", partial(_long, plan.long_symbols, codebook, bits)
+            one = Shape(codebook, min(plan.long_symbols, 2**22 // codebook), 1)
+            parts = plan.long_symbols // one.tokens
+            yield step(f"long stream, V={codebook}", coders.long_stream, one, parts, bits)
     if "model" in sections:
-        coder = TokenCoder(IntTransformer.load(folder))
-        yield from _model_steps(plan, coder)
+        yield from _model_steps(plan, TokenCoder(IntTransformer.load(folder)))
         for images in plan.memory:
-            yield f"memory, {images} images", partial(_memory, plan, folder, images)
+            for way in ("encode", "decode"):
+                name = f"memory, {images} images, {way}"
+                yield step(name, fresh.memory, way, folder, images, plan.grid)
     if "attention" in sections:
         config = IntTransformer.load(folder).config
-        cases = [(plan.grid, plan.batch), *([(plan.large_grid, 1)] if plan.large_grid else [])]
-        for side, images in cases:
-            yield (
-                f"attention, {images} x {side}x{side}",
-                partial(attention.attention, config, plan.schedules[0], side, images, plan.effort),
-            )
+        for side, images in ((plan.grid, plan.batch), (plan.large_grid, 1)):
+            if side:
+                case = (config, plan.schedules[0], side, images)
+                yield f"attention, {side}x{side}", partial(model.attention, *case, plan.effort)
     if "cold" in sections:
-        yield "fresh process", lambda: [fresh.cold(folder)]
+        yield step("fresh process", fresh.cold, folder)
 
 
-def _title(what: str, shape: Shape) -> str:
-    return f"{what}, V={shape.codebook}, {shape.images}x{shape.tokens}"
-
-
-def _coders(
-    plan: Plan, shape: Shape, sections: tuple[str, ...], peers: Peers | None
-) -> list[dict[str, Any]]:
-    """Records of all coders on a shape, in rounds when they are to be compared.
+def _coders(plan: Plan, shape: Shape, sections: Names, peers: Peers | None) -> list[Record]:
+    """Return records of all coders on a shape, in rounds when they are to be compared.
 
     A shared machine is faster at one time and slower at another: taking turns lets both have both.
     """
     case = make_case(shape)
-    rounds = 1 if peers is None else plan.rounds
-    return middle([_round(plan, case, sections, peers) for _ in range(rounds)])
 
-
-def _round(
-    plan: Plan, case: Case, sections: tuple[str, ...], peers: Peers | None
-) -> list[dict[str, Any]]:
-    records = []
-    if "coder" in sections:
-        records.append(own_coder.coder_only(case, plan.effort))
-    if "logits" in sections:
-        records += [own_coder.from_logits(case, kind, plan.effort) for kind in own_coder.KINDS]
-    if peers is not None:
-        for record in peers.measure(case, sections, plan.effort):
+    def turn() -> list[Record]:
+        given = [given for given, section in coders.GIVEN.items() if section in sections]
+        records = [coders.timed(case, each, plan.effort) for each in given]
+        for record in peers.measure(case, sections, plan.effort) if peers is not None else ():
             record["bytes"] = sum(record.pop("stream_bytes"))
             records.append(record)
-    return records
+        return records
+
+    return middle([turn() for _ in range(1 if peers is None else plan.rounds)])
 
 
-def _bytes(shape: Shape, peers: Peers | None) -> list[dict[str, Any]]:
-    records = [overhead.short_streams(shape)]
+def middle(rounds: Iterable[list[Record]]) -> list[Record]:
+    """Return one round out of several of the same records, with each timing of middle median.
+
+    Raises ValueError if the rounds do not hold the same records.
+    """
+    merged = []
+    for same in zip(*rounds, strict=True):
+        record = dict(same[0])
+        if len({(r["coder"], r["given"], r["bytes"]) for r in same}) > 1:
+            raise ValueError("the rounds of a measurement do not hold the same records")
+        for way in ("encode", "decode"):
+            wanted = statistics.median_low([r[way]["median_s"] for r in same])
+            record[way] = next(r[way] for r in same if r[way]["median_s"] == wanted)
+        merged.append(record)
+    return merged
+
+
+def _bytes(shape: Shape, peers: Peers | None) -> list[Record]:
+    records = [coders.short_streams(shape)]
     if peers is not None:
-        case = next(overhead.parts_of(shape))
+        case = next(coders.parts_of(shape))
         records += [
-            overhead.peer_streams(case, peer["coder"], peer["stream_bytes"])
+            coders.peer_streams(case, peer["coder"], peer["stream_bytes"])
             for peer in peers.measure(case, ("logits",), None)
             if peer["given"] == "float32 logits"
         ]
     return records
 
 
-def _long(symbols: int, codebook: int, prob_bits: int) -> list[dict[str, Any]]:
-    tokens = min(symbols, 2**22 // codebook)
-    return [overhead.long_stream(Shape(codebook, tokens, 1), symbols // tokens, prob_bits)]
-
-
-def _memory(plan: Plan, folder: Path, images: int) -> list[dict[str, Any]]:
-    return [fresh.memory(way, folder, images, plan.grid) for way in ("encode", "decode")]
-
-
 def _model_steps(plan: Plan, coder: TokenCoder) -> Iterator[Step]:
     tokens = model.draw_tokens(coder, max(plan.batch, *plan.batches), plan.grid)
     main, default = tokens[: plan.batch], plan.schedules[0]
 
-    def both(grids: torch.Tensor, schedule: str, threads: int) -> list[dict[str, Any]]:
-        return model.encode_and_decode(coder, grids, schedule, threads, plan.effort)
+    def both(what: str, grids: torch.Tensor, schedule: str, threads: int = 1) -> Step:
+        work = partial(model.encode_and_decode, coder, grids, schedule, threads, plan.effort)
+        return f"entropy model, {what}", work
 
     yield "float transformer", lambda: [model.float_pass(coder, main, default, plan.effort)]
     for schedule in plan.schedules:
-        yield f"entropy model, {schedule}", partial(both, main, schedule, 1)
+        yield both(schedule, main, schedule)
     if (os.cpu_count() or 1) > 1:
-        yield "entropy model, 2 threads", partial(both, main, default, 2)
+        yield both("2 threads", main, default, 2)
     for images in plan.batches:
         if images != plan.batch:
-            yield f"entropy model, {images} images", partial(both, tokens[:images], default, 1)
+            yield both(f"{images} images", tokens[:images], default)
     for side, schedule in ((plan.large_grid, default), (plan.raster_grid, "raster")):
         if side:
-            one = model.draw_tokens(coder, 1, side)
-            yield f"entropy model, {schedule}, {side}x{side}", partial(both, one, schedule, 1)
+            yield both(f"{schedule}, {side}x{side}", model.draw_tokens(coder, 1, side), schedule)

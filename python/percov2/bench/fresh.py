@@ -1,4 +1,4 @@
-"""What only a fresh process shows: the first call with its imports, and the peak of memory.
+"""Figures that only a fresh process shows: the first call with its imports, and the peak of memory.
 
 ``python -m percov2.bench.fresh cold FOLDER`` and ``... encode|decode FOLDER IMAGES SIDE`` print one
 JSON object; ``cold`` and ``memory`` here start them. FOLDER holds an integer entropy model.
@@ -11,24 +11,21 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STATUS = Path("/proc/self/status")
-CLEAR = Path("/proc/self/clear_refs")
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SCHEDULE = "qlds12"
 
 
 def _start(*arguments: object) -> dict[str, Any]:
-    """The JSON object that a fresh process of this module prints, and its wall time."""
+    """Return the JSON object that a fresh process of this module prints, and its wall time."""
+    command = [sys.executable, "-m", __name__, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", __name__, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     wall = time.perf_counter() - started
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
@@ -37,12 +34,12 @@ def _start(*arguments: object) -> dict[str, Any]:
 
 
 def cold(folder: Path) -> dict[str, Any]:
-    """Seconds of a first use in a new process, step by step: see ``_cold``."""
+    """Measure a first use in a new process, step by step: see ``_cold``."""
     return {"section": "cold", **_start("cold", folder)}
 
 
 def memory(what: str, folder: Path, images: int, side: int) -> dict[str, Any]:
-    """Peak memory of "encode" or "decode" of a batch: see ``_memory``."""
+    """Measure the peak memory of "encode" or "decode" of a batch: see ``_memory``."""
     sizes = {"images": images, "grid": side}
     return {"section": "memory", "what": what, **sizes, **_start(what, folder, images, side)}
 
@@ -50,58 +47,39 @@ def memory(what: str, folder: Path, images: int, side: int) -> dict[str, Any]:
 def _cold(folder: Path) -> dict[str, float]:
     # Nothing but the standard library is imported yet.
     marks: dict[str, float] = {}
-    last = time.perf_counter()
 
-    def mark(name: str) -> None:
-        nonlocal last
-        now = time.perf_counter()
-        marks[name] = now - last
-        last = time.perf_counter()
+    @contextmanager
+    def mark(name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        marks[f"{name}_s"] = time.perf_counter() - started
 
-    import torch
+    with mark("import"):
+        import torch
 
-    from percov2.bench import cases, own_coder
-
-    mark("import_s")
+        from percov2.bench import cases, coders
     torch.set_num_threads(1)
     case = cases.make_case(cases.Shape(256, 256, 1))
     logits = cases.integer_logits(case.logits)
-    last = time.perf_counter()
-    streams = own_coder.encode(case, logits, case.prob_bits)
-    mark("first_encode_s")
-    decoder = own_coder.rans.RansDecoder(*streams)
-    decoder.decode_logits(logits, case.prob_bits)
-    mark("first_decode_s")
-    own_coder.encode(case, logits, case.prob_bits)
-    mark("second_encode_s")
-    own_coder.rans.RansDecoder(*streams).decode_logits(logits, case.prob_bits)
-    mark("second_decode_s")
-
+    for turn in ("first", "second"):
+        with mark(f"{turn}_encode"):
+            streams = coders.encode(case, logits, case.prob_bits)
+        with mark(f"{turn}_decode"):
+            coders.rans.RansDecoder(*streams).decode_logits(logits, case.prob_bits)
     from percov2.bench import model
     from percov2.entropy import IntTransformer, TokenCoder
 
-    last = time.perf_counter()
-    coder = TokenCoder(IntTransformer.load(folder))
-    mark("load_model_s")
-    tokens = model.draw_tokens(coder, 1, 16)
-    mark("first_model_decode_s")
-    streams = model.encode(coder, tokens, SCHEDULE, 1)
-    mark("first_model_encode_s")
-    model.decode(coder, streams, SCHEDULE, 16, 1)
-    mark("second_model_decode_s")
-    model.encode(coder, tokens, SCHEDULE, 1)
-    mark("second_model_encode_s")
+    with mark("load_model"):
+        coder = TokenCoder(IntTransformer.load(folder))
+    with mark("first_model_decode"):
+        tokens = model.draw_tokens(coder, 1, 16)
+    with mark("first_model_encode"):
+        streams = model.encode(coder, tokens, SCHEDULE, 1)
+    with mark("second_model_decode"):
+        model.decode(coder, streams, SCHEDULE, 16, 1)
+    with mark("second_model_encode"):
+        model.encode(coder, tokens, SCHEDULE, 1)
     return marks
-
-
-def _kilobytes(name: str) -> int | None:
-    """A line of the process's status on Linux, in kB; None elsewhere."""
-    if not STATUS.exists():
-        return None
-    for line in STATUS.read_text(encoding="utf-8").splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    return None
 
 
 def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float | None]:
@@ -115,28 +93,27 @@ def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float 
     # What is made once and kept is made before the peak is reset.
     tokens = model.draw_tokens(coder, 1, side)
     model.encode(coder, tokens, SCHEDULE, 1)
-    before = _kilobytes("VmRSS")
-    if before is None:
+    if not STATUS.exists():
         return {"peak_mb": None, "extra_mb": None}
+    before = _megabytes("VmRSS")
     CLEAR.write_text("5", encoding="ascii")  # resets the peak
     if what == "encode":
         model.encode(coder, tokens.expand(images, -1, -1), SCHEDULE, 1)
     else:
         model.decode(coder, model.random_streams(images, side), SCHEDULE, side, 1)
-    peak = _kilobytes("VmHWM") or before
-    return {"peak_mb": peak / 1024, "extra_mb": (peak - before) / 1024}
+    peak = _megabytes("VmHWM")
+    return {"peak_mb": peak, "extra_mb": peak - before}
 
 
-def main() -> None:
-    """The process itself."""
-    what, folder, *sizes = sys.argv[1:]
-    if what == "cold":
-        answer: dict[str, Any] = _cold(Path(folder))
-    else:
-        images, side = map(int, sizes)
-        answer = _memory(what, Path(folder), images, side)
-    print(json.dumps(answer))
+def _megabytes(name: str) -> float:
+    """Return a line of the process's status on Linux."""
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
-    main()
+    what, folder, *sizes = sys.argv[1:]
+    answer = (
+        _cold(Path(folder)) if what == "cold" else _memory(what, Path(folder), *map(int, sizes))
+    )
+    print(json.dumps(answer))

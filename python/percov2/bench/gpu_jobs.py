@@ -1,27 +1,59 @@
-"""The coder's kernels on a device: what runs, and what must come out of it.
+"""The GPU kernels one by one: what runs, what must come out, and how many bytes must move.
 
-A job holds its tensors; making it places them. ``work`` queues the kernels and waits for nothing.
+A job holds its tensors; making it places them. docs/gpu-kernels.md says what the kernels do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from percov2.bench import gpu_kernels
-from percov2.bench.cases import Case, Shape, integer_logits, make_case
-from percov2.bench.gpu_device import Gpu
-from percov2.bench.gpu_kernels import Row, Size
-from percov2.entropy import cdf, rans, rans_cuda
+from percov2.bench import coders
+from percov2.bench.cases import Shape, integer_logits, make_case
+from percov2.bench.model import AttentionCase, pass_entries
+from percov2.entropy import cdf, intmath, rans, rans_cuda
+from percov2.entropy.int_transformer import random_tensors
+from percov2.entropy.reader_plan import plan_readers
+from percov2.entropy.transformer_config import TransformerConfig
 
+SCHEDULE = "qlds12"
+LATENT = 32
+"""Length of the quantizer's vectors (percov2.models.quantizer)."""
+_LOGITS_AT_ONCE, _ROWS_AT_ONCE = 2**26, 2**14
+"""Torch's operators make several wide tensors of so many numbers or rows."""
 Arrays = Sequence[NDArray[Any]]
-_LOGITS_AT_ONCE = 2**26
-"""The unfused form makes several int64 tensors of this many numbers."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """``images`` of ``side`` x ``side`` tokens, and a model for a codebook."""
+
+    images: int
+    side: int
+    config: TransformerConfig
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image."""
+        return self.side**2
+
+    @property
+    def symbols(self) -> int:
+        """Tokens of all images."""
+        return self.images * self.tokens
+
+
+def host(*tensors: Tensor) -> Arrays:
+    """Return tensors as arrays."""
+    return [tensor.cpu().numpy() for tensor in tensors]
 
 
 @dataclass(frozen=True)
@@ -29,141 +61,219 @@ class Job:
     """Work of a device, and the same by others.
 
     Attributes:
-        rows: the kernels that run, one after the other, at one case.
-        work: queues the kernels; result: brings what it returned to the host.
-        reference: computes the result on the CPU.
+        kernel, case: what runs, at which sizes.
+        bytes: that must cross the memory's bus: every operand once, every result once.
+        work: queues the kernels and waits for nothing.
+        reference: computes the result on the CPU; result: brings that of ``work`` to the host.
         engine: whether ``reference`` is percov2's CPU engine, worth timing beside the device.
         before: puts back what ``work`` changes.
         unfused: the same on the device in torch's operators.
     """
 
-    rows: tuple[Row, ...]
+    kernel: str
+    case: str
+    bytes: float
     work: Callable[[], Any]
-    result: Callable[[Any], Arrays]
     reference: Callable[[], Arrays]
+    result: Callable[[Any], Arrays] = host
     engine: bool = False
     before: Callable[[], object] | None = None
     unfused: Callable[[], Any] | None = None
 
 
-def host(*tensors: torch.Tensor) -> Arrays:
-    """Tensors as arrays."""
-    return [tensor.cpu().numpy() for tensor in tensors]
-
-
-def coder_jobs(gpu: Gpu, size: Size, threads: int) -> Iterator[Job]:
-    """Intervals, streams and symbols at a size; the CPU engine takes ``threads``."""
-    case = make_case(Shape(size.config.codebook_size, size.tokens, size.images))
-    logits = integer_logits(case.logits)
-    starts, freqs = rans.intervals(logits, case.symbols, case.prob_bits, threads)
-    yield interval_job(gpu, size, case, logits, threads)
-    yield encode_job(gpu, size, case, starts, freqs, threads)
-    for whole in (True, False):
-        yield decode_job(gpu, size, case, logits, (starts, freqs), whole, threads)
-
-
-def interval_job(gpu: Gpu, size: Size, case: Case, logits: NDArray[Any], threads: int) -> Job:
-    """int16 logits -> (start, freq)."""
+def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
+    """Yield intervals, streams and symbols; the CPU engine takes ``threads``."""
     from percov2.triton_kernels import symbol_intervals
 
-    bits = case.prob_bits
-    placed, symbols = (torch.from_numpy(a).to(gpu.place) for a in (logits, case.symbols))
-    table = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32).to(gpu.place)
-    return Job(
-        (gpu_kernels.coder_rows(size)["symbol_intervals"],),
-        work=lambda: symbol_intervals(placed, symbols, bits, table),
-        result=lambda both: host(*both),
-        reference=lambda: rans.intervals(logits, case.symbols, bits, threads),
+    codebook, symbols = size.config.codebook_size, size.symbols
+    case = make_case(Shape(codebook, size.tokens, size.images))
+    bits, name, integers = case.prob_bits, f"V = {codebook}", integer_logits(case.logits)
+    # Where every symbol costs log2(V) bits, the most that a good model needs.
+    stream_bytes = symbols * math.log2(codebook) / 8
+
+    def engine_intervals() -> coders.Intervals:
+        return rans.intervals(integers, case.symbols, bits, threads)
+
+    intervals = engine_intervals()
+    arrays = (integers, case.symbols, *intervals, case.checks.astype(np.int32))
+    logits, chosen, start, freq, checks = (torch.from_numpy(a).to(place) for a in arrays)
+    table = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32).to(place)
+    yield Job(
+        "symbol_intervals",
+        name,
+        symbols * (2 * codebook + 12),
+        lambda: symbol_intervals(logits, chosen, bits, table),
+        engine_intervals,
+        lambda both: host(*both),
         engine=True,
-        unfused=lambda: unfused_intervals(placed, symbols, bits),
+        unfused=lambda: unfused_intervals(logits, chosen, bits),
     )
 
+    def engine_streams() -> Arrays:
+        encoder = coders.push(case, intervals, bits, threads)
+        return (*encoder.finish(), encoder.symbols_before_output)
 
-def unfused_intervals(
-    logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int
-) -> list[torch.Tensor]:
-    """What percov2.entropy.cdf does where nothing is fused: whole tables, of which two are read.
+    yield Job(
+        "encode_kernel + pack_kernel",
+        name,
+        8 * symbols + 3 * stream_bytes,
+        lambda: rans_cuda.encode(start, freq, checks, bits),
+        engine_streams,
+        lambda streams: streams.to_host(),
+        engine=True,
+    )
+    buffer, offsets, _ = engine_streams()
+    streams = torch.from_numpy(buffer), torch.from_numpy(offsets)
+    decoder = rans_cuda.CudaRansDecoder(*streams, place)
+    states, positions = decoder.states.clone(), decoder.positions.clone()
 
-    logits int16 [B, n, V], symbols int32 [B, n]; a few images at a time. Returns [2, b, n] each.
+    def engine_symbols() -> Arrays:
+        plain = rans.RansDecoder(buffer, offsets)
+        decoded = plain.decode_logits(integers, bits, threads=threads)
+        return decoded, plain.states.astype(np.int32), plain.positions
+
+    # Rows that begin off their grid take the other kernel.
+    moved = torch.empty(logits.numel() + 1, dtype=torch.int16, device=place)
+    unaligned = moved[1:].view(logits.shape).copy_(logits)
+    for whole, rows in (("true", logits), ("false", unaligned)):
+        yield Job(
+            f"decode_kernel<{whole}>",
+            name,
+            symbols * (2 * codebook + 4) + stream_bytes,
+            partial(decoder.decode_logits, rows, bits),
+            engine_symbols,
+            lambda decoded: host(decoded, decoder.states, decoder.positions),
+            engine=True,
+            before=lambda: (decoder.states.copy_(states), decoder.positions.copy_(positions)),
+        )
+
+
+def unfused_intervals(logits: Tensor, symbols: Tensor, prob_bits: int) -> list[Tensor]:
+    """Do what percov2.entropy.cdf does where nothing is fused: whole tables, of which two are read.
+
+    logits int16 [B, n, V], symbols int32 [B, n]; a few images at a time. Returns [b, n, 2] each.
     """
     step = max(1, _LOGITS_AT_ONCE // max(1, logits[0].numel()))
     parts = []
-    for begin in range(0, len(logits), step):
-        bounds = cdf.cdf(logits[begin : begin + step], prob_bits)
-        index = symbols[begin : begin + step].to(torch.int64).unsqueeze(-1)
+    for part, chosen in zip(logits.split(step), symbols.split(step), strict=True):
+        bounds, index = cdf.cdf(part, prob_bits), chosen.to(torch.int64).unsqueeze(-1)
         start, end = bounds.gather(-1, index), bounds.gather(-1, index + 1)
         parts.append(torch.cat([start, end - start], -1))
     return parts
 
 
-def encode_job(
-    gpu: Gpu,
-    size: Size,
-    case: Case,
-    starts: NDArray[np.int32],
-    freqs: NDArray[np.int32],
-    threads: int,
-) -> Job:
-    """(start, freq) -> streams behind a head: two kernels."""
-    checks = torch.from_numpy(case.checks.astype(np.int32)).to(gpu.place)
-    start, freq = (torch.from_numpy(a).to(gpu.place) for a in (starts, freqs))
+def layer_jobs(place: torch.device, size: Size) -> Iterator[Job]:
+    """Yield what a layer and the head launch: maps for queries, attention for all entries."""
+    from percov2.triton_kernels import attention, attention_blocks, layer_norm
 
-    def reference() -> Arrays:
-        encoder = rans.RansEncoder(case.checks)
-        encoder.push(starts.ravel(), freqs.ravel(), case.counts, case.prob_bits, threads)
-        return (*encoder.finish(), encoder.symbols_before_output)
+    config, dim, inner = size.config, size.config.dim, size.config.inner
+    residual = _integers(2**17, (size.symbols, dim), torch.int32)
+    gain = _integers(250, (dim,), torch.int16) + 650
 
-    rows = gpu_kernels.coder_rows(size)
-    return Job(
-        (rows["encode_kernel"], rows["pack_kernel"]),
-        work=lambda: rans_cuda.encode(start, freq, checks, case.prob_bits),
-        result=lambda streams: streams.to_host(),
-        reference=reference,
+    def plain_norm(rows: Tensor) -> Tensor:
+        return intmath.layer_norm(rows, gain.to(torch.int32)).to(torch.int8)
+
+    yield Job(
+        "layer_norm",
+        f"d = {dim}",
+        5 * dim * size.symbols,
+        partial(layer_norm, residual.to(place), gain.to(place)),
+        lambda: _in_parts(plain_norm, residual),
+    )
+    yield linear_job(place, size, "q", dim, inner, "int8")
+    yield linear_job(place, size, "kv", dim, 2 * inner, "int8")
+    yield linear_job(place, size, "out", inner, dim, "residual")
+    yield linear_job(place, size, "up", dim, config.hidden, "table")
+    yield linear_job(place, size, "down", config.hidden, dim, "residual")
+    yield linear_job(place, size, "head", dim, config.codebook_size, "int16")
+    case = AttentionCase(config, SCHEDULE, size.side, size.images)
+    _, readers, keys = pass_entries(case.stages)
+    plan = plan_readers(readers, keys, place, *attention_blocks())
+    weights = torch.tensor(intmath.WEIGHT_TABLE, dtype=torch.int8)
+    made = (torch.from_numpy(case.q), torch.from_numpy(case.kv), case.bias, case.shift, weights)
+    q, both, bias, shift, table = (t.to(place) for t in made)
+    k, v = both[..., :inner], both[..., inner:]
+    yield Job(
+        "attention",
+        f"{config.heads} heads of {config.head_dim}, {SCHEDULE}",
+        2 * size.images * inner * (len(readers) + len(keys)) + 12 * plan[3].shape[1],
+        lambda: attention(q, k, v, plan, bias, shift, case.gain_bits, table),
+        lambda: [case.compiled()],
         engine=True,
     )
 
 
-def decode_job(
-    gpu: Gpu,
-    size: Size,
-    case: Case,
-    logits: NDArray[np.int16],
-    intervals: tuple[NDArray[np.int32], NDArray[np.int32]],
-    whole: bool,
-    threads: int,
+def _integers(limit: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(len(shape))
+    return torch.randint(-limit, limit + 1, shape, generator=generator, dtype=dtype)
+
+
+def _in_parts(function: Callable[..., Tensor], *rows: Tensor) -> Arrays:
+    """Apply a function to some rows at a time."""
+    parts = zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in rows), strict=True)
+    return host(torch.cat([function(*part) for part in parts]))
+
+
+_ENDS = {
+    "int8": (-127, 127, 1),
+    "table": (-127, 127, 1),
+    "int16": (-(2**15), 2**15 - 1, 2),
+    "residual": (-(2**20), 2**20, 8),
+}
+"""What may follow a linear map: its limits, and bytes per output (a residual is also read)."""
+
+
+def linear_job(
+    place: torch.device, size: Size, name: str, terms: int, outputs: int, end: str
 ) -> Job:
-    """Logits and streams -> symbols, all at once; not ``whole``: the logits lie off their grid."""
-    bits = case.prob_bits
-    encoder = rans.RansEncoder(case.checks)
-    starts, freqs = intervals
-    encoder.push(starts.ravel(), freqs.ravel(), case.counts, bits, threads)
-    buffer, offsets = encoder.finish()
-    placed = torch.from_numpy(logits).to(gpu.place)
-    if not whole:
-        moved = torch.empty(placed.numel() + 1, dtype=torch.int16, device=gpu.place)
-        placed = moved[1:].view(placed.shape).copy_(placed)
-    decoder = rans_cuda.CudaRansDecoder(
-        torch.from_numpy(buffer), torch.from_numpy(offsets), gpu.place
-    )
-    states, positions = decoder.states.clone(), decoder.positions.clone()
+    """Make one of the model's maps, with random weights as ``random_tensors`` draws them."""
+    from percov2.triton_kernels import linear
 
-    def before() -> None:
-        decoder.states.copy_(states)
-        decoder.positions.copy_(positions)
+    prefix = name if name == "head" else f"layers.0.{name}"
+    tensors, (low, high, moved) = random_tensors(size.config, 0), _ENDS[end]
+    kinds = ("weight", "bias", "multiplier", "shift")
+    parameters = [tensors[f"{prefix}.{kind}"] for kind in kinds]
+    weight, bias, multiplier, shift = parameters
+    x = _integers(127, (size.symbols, terms), torch.int8)
+    width = outputs if end == "residual" else 1
+    added = _integers(2**17, (size.symbols, width), torch.int32)
+    extra = {"table": tensors["layers.0.gelu"], "residual": added}
+    placed = [t.to(place) for t in (x, *parameters)]
+    more = {kind: tensor.to(place) for kind, tensor in extra.items() if kind == end}
+    dtype = torch.int16 if end == "int16" else None
 
-    def result(symbols: torch.Tensor) -> Arrays:
-        return host(symbols, decoder.states, decoder.positions)
-
-    def reference() -> Arrays:
-        plain = rans.RansDecoder(buffer, offsets)
-        symbols = plain.decode_logits(logits, bits, threads=threads)
-        return symbols, plain.states.astype(np.int32), plain.positions
+    def plain(rows: Tensor, residual: Tensor) -> Tensor:
+        acc = intmath.linear(rows.float(), weight.float(), bias.float())
+        result = intmath.requantize(acc, multiplier.int(), shift.int(), low, high)
+        if end == "table":
+            return extra["table"][(result + 128).long()]
+        if end == "residual":
+            return intmath.residual_add(residual.clone(), result)
+        return result.to(dtype or torch.int8)
 
     return Job(
-        (gpu_kernels.coder_rows(size)[f"decode_kernel<{str(whole).lower()}>"],),
-        work=lambda: decoder.decode_logits(placed, bits),
-        result=result,
-        reference=reference,
-        engine=True,
-        before=before,
+        "linear",
+        f"{name}, {terms} -> {outputs}, {end}",
+        size.symbols * (terms + outputs * moved) + outputs * (terms + 9),
+        lambda: linear(*placed, **more, dtype=dtype),
+        lambda: _in_parts(plain, x, added),
     )
+
+
+def nearest_jobs(place: torch.device, size: Size) -> Iterator[Job]:
+    """Yield the quantizer's search; similarities of small integers are exact, and often equal."""
+    from percov2.triton_kernels import nearest_codes
+
+    codes = size.config.codebook_size
+    vectors = _integers(2, (size.symbols, LATENT), torch.float32)
+    codebook = _integers(2, (codes, LATENT), torch.float32).flip(0)
+    placed = [x.to(place) for x in (vectors, codebook)]
+
+    def plain(rows: Tensor) -> Tensor:
+        similarity = rows @ codebook.T
+        best = similarity == similarity.amax(1, keepdim=True)
+        return best.to(torch.uint8).argmax(1).to(torch.int32)
+
+    moved = size.symbols * (4 * LATENT + 4) + 4 * LATENT * codes
+    case, work = f"{codes} codes of {LATENT}", partial(nearest_codes, *placed)
+    yield Job("nearest_codes", case, moved, work, lambda: _in_parts(plain, vectors))

@@ -1,29 +1,33 @@
-"""The whole entropy model: one-pass encoding, staged decoding, and a float transformer beside it.
+"""The entropy model: one-pass encoding, staged decoding, one layer's attention, each beside torch.
 
 Tokens are drawn from the model itself, by decoding random bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from percov2.bench.float_transformer import FloatTransformer
-from percov2.bench.own_coder import require
+from percov2.bench.coders import require
 from percov2.bench.timing import Effort, Timing, measure
-from percov2.entropy import schedule
-from percov2.entropy.rans import RansDecoder, RansEncoder
+from percov2.entropy import entries, intmath, rans, schedule
+from percov2.entropy.entries import START_ENTRIES, Entries
+from percov2.entropy.int_transformer import random_tensors
 from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.transformer_config import TransformerConfig
 
 FLOAT_CHUNKS = (8, 64)
-"""The float transformer takes so many images at a time; the faster choice counts."""
+"""Torch takes so many images at a time; the faster choice counts."""
 Streams = tuple[Any, Any]
+Record = dict[str, Any]
 
 
 @contextmanager
@@ -38,85 +42,211 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def random_streams(images: int, side: int) -> Streams:
-    """Random bytes, as many as ``images`` grids could need: what they decode to is likely."""
+    """Return random bytes, as many as ``images`` grids could need: they decode to likely tokens."""
     size = 3 * side * side  # prob_bits is at most 20
     buffer = np.random.default_rng([images, side]).integers(0, 256, images * size, dtype=np.uint8)
     return buffer, np.arange(images + 1, dtype=np.int64) * size
 
 
-def draw_tokens(coder: TokenCoder, images: int, side: int) -> torch.Tensor:
-    """Tokens drawn from the model: int32 [images, side, side]."""
+def draw_tokens(coder: TokenCoder, images: int, side: int) -> Tensor:
+    """Draw tokens from the model: int32 [images, side, side]."""
     return decode(coder, random_streams(images, side), "qlds8", side, 1)
 
 
-def encode(coder: TokenCoder, tokens: torch.Tensor, name: str, threads: int) -> Streams:
-    """Tokens -> streams by one pass; every check is 0."""
-    starts, freqs = coder.intervals(tokens, name, threads)
-    images, count = starts.shape
-    encoder = RansEncoder(np.zeros(images, dtype=np.uint16))
-    counts = np.full(images, count, dtype=np.int64)
-    encoder.push(starts.reshape(-1), freqs.reshape(-1), counts, coder.prob_bits, threads)
-    return encoder.finish()
+def encode(coder: TokenCoder, tokens: Tensor, name: str, threads: int) -> Streams:
+    """Encode tokens by one pass; every check is 0."""
+    checks = np.zeros(len(tokens), dtype=np.uint16)
+    return coder.encoder(tokens, name, checks, threads).finish()
 
 
-def decode(coder: TokenCoder, streams: Streams, name: str, side: int, threads: int) -> torch.Tensor:
-    """Streams -> tokens, stage by stage."""
-    return coder.decode(RansDecoder(*streams), name, side, side, threads=threads)
+def decode(coder: TokenCoder, streams: Streams, name: str, side: int, threads: int) -> Tensor:
+    """Decode streams stage by stage."""
+    return coder.decode(coder.decoder(*streams), name, side, side, threads=threads)
 
 
-def _record(what: str, name: str, tokens: torch.Tensor, threads: int, timing: Timing) -> Any:
+def _record(what: str, name: str, tokens: Tensor, threads: int, timing: Timing) -> Record:
     images, side = tokens.shape[:2]
-    return {
-        "section": "model",
-        "what": what,
-        "schedule": name,
-        "grid": side,
-        "images": images,
-        "threads": threads,
-        **asdict(timing),
-        "ms_per_image": timing.median_s / images * 1e3,
-    }
+    case = {"schedule": name, "grid": side, "images": images, "threads": threads}
+    return {"section": "model", "what": what, **case, **timing.per_image(images)}
 
 
 def encode_and_decode(
-    coder: TokenCoder, tokens: torch.Tensor, name: str, threads: int, effort: Effort
-) -> list[dict[str, Any]]:
-    """Times of both ways for tokens int32 [B, side, side] under one schedule."""
-    side = tokens.shape[1]
+    coder: TokenCoder, tokens: Tensor, name: str, threads: int, effort: Effort
+) -> list[Record]:
+    """Measure both ways for tokens int32 [B, side, side] under one schedule."""
+    case = (name, tokens.shape[1], threads)
     with torch_threads(threads):
         streams = encode(coder, tokens, name, threads)
-        decoded = decode(coder, streams, name, side, threads)
-        require(torch.equal(decoded, tokens), f"{name} decodes other tokens")
+        require(torch.equal(decode(coder, streams, *case), tokens), f"{name} decodes other tokens")
         works: dict[str, Callable[[], object]] = {
             "encode": lambda: encode(coder, tokens, name, threads),
-            "decode": lambda: decode(coder, streams, name, side, threads),
+            "decode": lambda: decode(coder, streams, *case),
         }
+        size = {"bytes": len(streams[0])}
         return [
-            {
-                **_record(what, name, tokens, threads, measure(work, effort)),
-                "bytes": len(streams[0]),
-            }
+            _record(what, name, tokens, threads, measure(work, effort)) | size
             for what, work in works.items()
         ]
 
 
-def _pass(model: FloatTransformer, parts: Sequence[torch.Tensor]) -> None:
-    for part in parts:
-        model(part)
+def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries, Entries]:
+    """Return the coding order of the pass that encodes a grid, its readers and its keys.
+
+    The keys are start entries and contents, but for the last stage's, which nobody reads; the
+    readers are the keys and then the queries of all tokens.
+    """
+    coding = schedule.order(stages)
+    stage, width = stages.reshape(-1)[coding], stages.shape[1]
+    known = int(np.searchsorted(stage, stage[-1]))
+    contents = entries.content_entries(stage[:known], coding[:known], width)
+    keys = entries.join(entries.start_entries(), contents)
+    return coding, entries.join(keys, entries.query_entries(stage, coding, width)), keys
 
 
-def float_pass(
-    coder: TokenCoder, tokens: torch.Tensor, name: str, effort: Effort
-) -> dict[str, Any]:
-    """Time of the float transformer's pass from tokens to logits, on one thread."""
+class FloatLayer(nn.Module):
+    """Attention to contents, then feed-forward, each added to the residual."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim, inner, hidden = config.dim, config.inner, config.hidden
+        self.heads, self.norm = config.heads, nn.LayerNorm(dim)
+        self.q, self.kv, self.out = (
+            nn.Linear(*sizes) for sizes in ((dim, inner), (dim, 2 * inner), (inner, dim))
+        )
+        up, down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.mlp = nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
+
+    def forward(self, x: Tensor, keys: int, first_reader: int, mask: Tensor) -> Tensor:
+        """x [B, E, dim], the first ``keys`` of which are contents -> rows from ``first_reader``.
+
+        mask bool [E - first_reader, keys]: what is seen.
+        """
+        y, x = self.norm(x), x[:, first_reader:]
+        parts = (self.q(y[:, first_reader:]), *self.kv(y[:, :keys]).chunk(2, -1))
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in parts)
+        mean = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = x + self.out(mean.transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+class FloatTransformer(nn.Module):
+    """The entropy model's float32 counterpart in eager torch, as one would write it.
+
+    The same entries, widths and mask as the integer model, for grids of ``stages`` (int32 [h, w],
+    values 1 .. S). It has random weights and, unlike the integer model, no relative positions,
+    which would cost it more.
+    """
+
+    def __init__(self, config: TransformerConfig, stages: NDArray[np.int32]) -> None:
+        super().__init__()
+        coding, readers, keys = pass_entries(stages)
+        self.keys, dim = len(keys), config.dim
+        self.mask = torch.from_numpy(entries.visible(readers, keys))
+        self.coding = torch.from_numpy(coding)
+        self.token = nn.Embedding(config.codebook_size, dim)
+        self.query, self.start, self.place = (
+            nn.Parameter(torch.randn(rows, dim)) for rows in (1, START_ENTRIES, len(coding))
+        )
+        self.layers = nn.ModuleList(FloatLayer(config) for _ in range(config.layers))
+        self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, config.codebook_size))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, h, w] -> logits float32 [B, h * w, V] in coding order."""
+        known = self.keys - START_ENTRIES
+        contents = self.token(tokens.flatten(1)[:, self.coding[:known]]) + self.place[:known]
+        start, queries = (
+            part.expand(len(tokens), -1, -1) for part in (self.start, self.query + self.place)
+        )
+        x = torch.cat([start, contents, queries], 1)
+        for layer in self.layers:
+            first = self.keys if layer is self.layers[-1] else 0  # only queries are needed after it
+            x = layer(x, self.keys, first, self.mask[first:])
+        return self.head(x)
+
+
+def _fastest(images: int, work: Callable[[list[slice]], object], effort: Effort) -> Timing:
+    """Time torch on parts of a batch, with each of ``FLOAT_CHUNKS``; the fastest counts."""
+    timings = []
+    for chunk in sorted({min(chunk, images) for chunk in FLOAT_CHUNKS}):
+        parts = [slice(begin, begin + chunk) for begin in range(0, images, chunk)]
+        timings.append(measure(partial(work, parts), effort))
+    return min(timings, key=lambda timing: timing.median_s)
+
+
+def float_pass(coder: TokenCoder, tokens: Tensor, name: str, effort: Effort) -> Record:
+    """Measure the float transformer's pass from tokens to logits, on one thread."""
     model = FloatTransformer(coder.model.config, schedule.stages(name, *tokens.shape[1:]))
     wide = tokens.to(torch.int64)
-    best: Timing | None = None
-    chunks = sorted({min(chunk, len(tokens)) for chunk in FLOAT_CHUNKS})
     with torch_threads(1), torch.inference_mode():
-        for chunk in chunks:
-            timing = measure(partial(_pass, model, wide.split(chunk)), effort)
-            if best is None or timing.median_s < best.median_s:
-                best = timing
-    assert best is not None
-    return _record("float32 torch", name, tokens, 1, best)
+        timing = _fastest(len(wide), lambda parts: [model(wide[part]) for part in parts], effort)
+    return _record("float32 torch", name, tokens, 1, timing)
+
+
+class AttentionCase:
+    """Random activations for all entries of one pass.
+
+    Attributes:
+        q: int8 [B, E, inner]; kv: int8 [B, K, 2 * inner], keys first.
+        index: int64 [E, K], which relative position each pair has.
+    """
+
+    def __init__(self, config: TransformerConfig, name: str, side: int, images: int) -> None:
+        self.heads, inner = config.heads, config.inner
+        self.stages = np.ascontiguousarray(schedule.stages(name, side, side))
+        _, readers, keys = pass_entries(self.stages)
+        self.index = torch.from_numpy(entries.relative_index(readers, keys).astype(np.int64))
+        rng = np.random.default_rng(0)
+        sizes = (images, len(readers), inner), (images, len(keys), 2 * inner)
+        self.q, self.kv = (rng.integers(-127, 128, size, dtype=np.int8) for size in sizes)
+        tensors = random_tensors(config, 0)
+        self.bias, self.shift, gain = (
+            tensors[f"layers.0.attention.{name}"] for name in ("bias", "shift", "gain_bits")
+        )
+        self.gain_bits = int(gain)
+
+    def compiled(self) -> NDArray[np.int8]:
+        """Return the kernel's result: int8 [B, E, inner]."""
+        return rans.stage_attention(
+            self.stages, self.bias.numpy(), self.shift.numpy(), self.gain_bits, self.q, self.kv
+        )
+
+    def split(self, images: slice) -> list[Tensor]:
+        """Return q, k and v as float32 [images, heads, entries, head_dim]."""
+        parts = (self.q[images], *np.split(self.kv[images], 2, axis=-1))
+        wide = (torch.from_numpy(part).to(torch.float32) for part in parts)
+        return [x.unflatten(2, (self.heads, -1)).transpose(1, 2).contiguous() for x in wide]
+
+    def oracle(self, image: int) -> NDArray[np.int8]:
+        """Return what the kernel must give for one image, by torch: int8 [E, inner]."""
+        q, k, v = (part[0] for part in self.split(slice(image, image + 1)))
+        bias = pad(self.bias.to(torch.float32), (0, 1), value=float(intmath.HIDDEN_SCORE))
+        scale = torch.exp2(-self.shift.to(torch.float32))[:, None, None]
+        scores = torch.floor(q @ k.transpose(1, 2) * scale + 0.5) + bias[:, self.index]
+        weights = intmath.softmax_weights_(scores)
+        mean = intmath.attention_mean(weights @ v, weights.sum(-1, keepdim=True), self.gain_bits)
+        return mean.transpose(0, 1).flatten(1).to(torch.int8).numpy()
+
+
+def attention(
+    config: TransformerConfig, name: str, side: int, images: int, effort: Effort
+) -> list[Record]:
+    """Measure the compiled kernel and torch's attention in float32, on one thread."""
+    case = AttentionCase(config, name, side, images)
+    with torch_threads(1), torch.inference_mode():
+        equal = np.array_equal(case.compiled()[-1], case.oracle(images - 1))
+        require(equal, "the attention kernel does not compute what torch computes")
+        q, k, v = case.split(slice(images))
+        mask = case.index != entries.HIDDEN_INDEX
+
+        def by_torch(parts: list[slice]) -> None:
+            for part in parts:
+                scaled_dot_product_attention(q[part], k[part], v[part], mask)
+
+        compiled = measure(case.compiled, effort)
+        timings = {"percov2": compiled, "float32 torch": _fastest(images, by_torch, effort)}
+    readers, keys = case.index.shape
+    sizes = {"schedule": name, "grid": side, "images": images, "entries": readers, "keys": keys}
+    return [
+        {"section": "attention", "coder": who, **sizes, **timing.per_image(images)}
+        for who, timing in timings.items()
+    ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,17 +15,14 @@ import numpy as np
 from percov2.bench.cases import Case
 from percov2.bench.timing import Effort
 
-_SCRIPT = Path(__file__).with_name("peer_coders.py")
+Record = dict[str, Any]
+_TIMING = Path(__file__).with_name("timing.py")
 
 
 class Peers:
     """The interpreter that has constriction, torchac and CompressAI.
 
-    Args:
-        python: its path, as ``benchmarks/peers.sh`` makes it.
-
-    Raises:
-        ValueError: there is none; the message says how to make it.
+    python: its path, as ``benchmarks/peers.sh`` makes it. Raises ValueError if there is none.
     """
 
     def __init__(self, python: Path) -> None:
@@ -37,8 +34,7 @@ class Peers:
     def _environment(self) -> dict[str, str]:
         folder = self.python.parent
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        return {
-            **kept,
+        return kept | {
             "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, for torchac
             "CXX": str(folder / "optimizing-c++"),  # or torchac compiles without optimisation
             "TORCH_EXTENSIONS_DIR": str(folder.parent / "torch_extensions"),
@@ -46,48 +42,35 @@ class Peers:
             "MKL_NUM_THREADS": "1",
         }
 
-    def _ask(self, folder: Path, task: dict[str, Any]) -> dict[str, Any]:
-        answer = folder / "answer.json"
-        description = folder / "task.json"
-        description.write_text(json.dumps({**task, "answer": str(answer)}), encoding="utf-8")
-        done = subprocess.run(
-            [str(self.python), "-P", str(_SCRIPT), str(description)],
-            env=self._environment(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0 or not answer.is_file():
-            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-            raise RuntimeError(
-                f"the peers at {self.python} failed: {lines[-1]}; "
-                "make them again with: bash benchmarks/peers.sh"
-            )
-        return json.loads(answer.read_text(encoding="utf-8"))
+    def _ask(self, case: Case | None, sections: tuple[str, ...], effort: Any) -> Record:
+        task = {"sections": sections, "effort": effort, "timing": str(_TIMING)}
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            (folder / "task.json").write_text(json.dumps(task), encoding="utf-8")
+            if case is not None:
+                np.save(folder / "logits.npy", case.logits)
+                np.save(folder / "symbols.npy", case.symbols)
+            script = self.python.parent.parent / "peer_coders.py"  # benchmarks/peer_coders.py
+            command = [str(self.python), "-P", str(script), name]
+            environment, pipe = self._environment(), subprocess.PIPE
+            done = subprocess.run(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+            answer = folder / "answer.json"
+            if done.returncode == 0 and answer.is_file():
+                return json.loads(answer.read_text(encoding="utf-8"))
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        again = "make them again with: bash benchmarks/peers.sh"
+        raise RuntimeError(f"the peers at {self.python} failed: {lines[-1]}; {again}")
 
     def versions(self) -> dict[str, str]:
-        """Versions of the peers. Raises RuntimeError if they cannot be imported."""
-        with tempfile.TemporaryDirectory() as folder:
-            task: dict[str, Any] = {"logits": None, "symbols": None, "sections": [], "effort": None}
-            return self._ask(Path(folder), task)["versions"]
+        """Return the versions of the peers. Raises RuntimeError if they cannot be imported."""
+        return self._ask(None, (), None)["versions"]
 
-    def measure(
-        self, case: Case, sections: tuple[str, ...], effort: Effort | None
-    ) -> list[dict[str, Any]]:
-        """Records of all peers on a case; without ``effort`` only what they write, no times.
+    def measure(self, case: Case, sections: tuple[str, ...], effort: Effort | None) -> list[Record]:
+        """Return records of all peers on a case; without ``effort`` only what they write, no times.
 
-        A record is as ``results.result`` makes it, but for ``stream_bytes``, a list with the bytes
-        of each image, in place of their sum and the ideal. Raises RuntimeError if a peer fails or
-        does not return the symbols.
+        A record is that of coders.py, but for ``stream_bytes``, a list with the bytes of each
+        image, in place of their sum and the ideal. Raises RuntimeError if a peer fails or does not
+        return the symbols.
         """
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            np.save(folder / "logits.npy", case.logits)
-            np.save(folder / "symbols.npy", case.symbols)
-            task = {
-                "logits": str(folder / "logits.npy"),
-                "symbols": str(folder / "symbols.npy"),
-                "sections": list(sections),
-                "effort": None if effort is None else asdict(effort),
-            }
-            return self._ask(folder, task)["records"]
+        limits = None if effort is None else asdict(effort)
+        return self._ask(case, sections, limits)["records"]

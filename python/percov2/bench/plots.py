@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-_INCHES = (9.0, 4.5)
 
 
 def require_matplotlib() -> None:
@@ -24,104 +24,87 @@ def write_plots(report: Record, folder: Path) -> list[Path]:
     Raises ValueError without matplotlib, OSError where a file cannot be written.
     """
     require_matplotlib()
+    import matplotlib.pyplot as plt
+
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = [
-        _throughput(report["records"], folder / "throughput.png"),
-        _overhead(report["records"], folder / "overhead.png"),
-        _cost(report["records"], folder / "cost_per_image.png"),
-    ]
-    return [path for path in drawn if path is not None]
+    by_section: dict[str, list[Record]] = {}
+    for record in report["records"]:
+        by_section.setdefault(record["section"], []).append(record)
+    written = []
+    for section, name, draw in (
+        ("logits", "throughput", _throughput),
+        ("overhead", "overhead", _overhead),
+        ("model", "cost_per_image", _cost),
+    ):
+        for figure in draw(by_section.get(section, [])):
+            written.append(folder / f"{name}.png")
+            figure.savefig(written[-1], dpi=120)
+            plt.close(figure)
+    return written
 
 
-def _figure(panels: int) -> tuple[Any, Any]:
+def _figure(panels: int = 1) -> tuple[Any, Any]:
     import matplotlib.pyplot as plt
 
-    return plt.subplots(1, panels, figsize=_INCHES, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, panels, figsize=(9.0, 4.5), layout="constrained", squeeze=False)
+    return figure, axes[0]
 
 
-def _save(figure: Any, path: Path) -> Path:
-    import matplotlib.pyplot as plt
-
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
-
-
-def _throughput(records: list[Record], path: Path) -> Path | None:
-    """Bars per coder, from logits: a panel per codebook, the shape that was compared first."""
-    bars: dict[int, dict[tuple[str, str], Record]] = {}
+def _throughput(records: list[Record]) -> Iterator[Any]:
+    """Draw bars per coder, from logits: a panel per codebook, the shape that was compared first."""
+    panels: dict[int, dict[tuple[str, str], Record]] = {}
     for r in records:
-        if r["section"] == "logits":
-            bars.setdefault(r["codebook"], {}).setdefault((r["coder"], r["given"]), r)
-    panels = {codebook: list(group.values()) for codebook, group in bars.items()}
-    if not panels:
-        return None
-    figure, axes = _figure(len(panels))
-    for axis, (codebook, group) in zip(axes[0], sorted(panels.items()), strict=True):
-        names = [f"{r['coder']}\n{r['given']}" for r in group]
-        places = range(len(group))
-        for offset, way in ((-0.2, "encode"), (0.2, "decode")):
-            axis.barh(
-                [place + offset for place in places],
-                [r[way]["msym_per_s"] for r in group],
-                0.38,
-                label=way,
-            )
-        axis.set_xscale("log")
-        axis.set_yticks(list(places), names if axis is axes[0][0] else [""] * len(names))
-        axis.tick_params(labelsize=7)
-        axis.invert_yaxis()
-        axis.set_title(f"V = {codebook}")
-    axes[0][0].legend(fontsize=7)
-    figure.supxlabel("million symbols per second, one thread")
-    return _save(figure, path)
+        panels.setdefault(r["codebook"], {}).setdefault((r["coder"], r["given"]), r)
+    if panels:
+        figure, axes = _figure(len(panels))
+        for axis, (codebook, bars) in zip(axes, sorted(panels.items()), strict=True):
+            for offset, way in ((-0.2, "encode"), (0.2, "decode")):
+                rates = [r[way]["msym_per_s"] for r in bars.values()]
+                axis.barh([i + offset for i in range(len(bars))], rates, 0.38, label=way)
+            names = [f"{coder}\n{given}" if axis is axes[0] else "" for coder, given in bars]
+            axis.set(xscale="log", title=f"V = {codebook}")
+            axis.set_yticks(range(len(bars)), names)
+            axis.tick_params(labelsize=7)
+            axis.invert_yaxis()
+        axes[0].legend(fontsize=7)
+        figure.supxlabel("million symbols per second, one thread")
+        yield figure
 
 
-def _overhead(records: list[Record], path: Path) -> Path | None:
-    """Bars per coder: bytes per image above the ideal, a group per shape."""
-    found = [r for r in records if r["section"] == "overhead"]
-    if not found:
-        return None
-    coders = list(dict.fromkeys(r["coder"] for r in found))
-    shapes = list(dict.fromkeys((r["codebook"], r["tokens"]) for r in found))
-    figure, axes = _figure(1)
-    axis = axes[0][0]
-    width = 0.8 / len(coders)
-    for i, coder in enumerate(coders):
-        values = {
-            (r["codebook"], r["tokens"]): r["above_ideal"] for r in found if r["coder"] == coder
-        }
-        places = [place + i * width for place, shape in enumerate(shapes) if shape in values]
-        axis.bar(places, [values[s] for s in shapes if s in values], width, label=coder)
-    axis.set_yscale("symlog", linthresh=1)
-    axis.set_xticks(
-        [place + 0.4 - width / 2 for place in range(len(shapes))],
-        [f"V = {codebook}, {tokens} tokens" for codebook, tokens in shapes],
-    )
-    axis.set_ylabel("bytes per image above the ideal, beyond the check")
-    axis.legend(fontsize=7)
-    return _save(figure, path)
+def _overhead(records: list[Record]) -> Iterator[Any]:
+    """Draw bars per coder: bytes per image above the ideal, a group per shape."""
+    values: dict[str, dict[str, float]] = {}
+    for r in records:
+        shape = f"V = {r['codebook']}, {r['tokens']} tokens"
+        values.setdefault(r["coder"], {})[shape] = r["above_ideal"]
+    if values:
+        shapes = list(dict.fromkeys(shape for group in values.values() for shape in group))
+        width = 0.8 / len(values)
+        figure, (axis,) = _figure()
+        for i, (coder, group) in enumerate(values.items()):
+            places = [shapes.index(shape) + i * width for shape in group]
+            axis.bar(places, list(group.values()), width, label=coder)
+        axis.set_yscale("symlog", linthresh=1)
+        axis.set_xticks([i + 0.4 - width / 2 for i in range(len(shapes))], shapes)
+        axis.set_ylabel("bytes per image above the ideal, beyond the check")
+        axis.legend(fontsize=7)
+        yield figure
 
 
-def _cost(records: list[Record], path: Path) -> Path | None:
-    """Milliseconds per image over the number of images, one thread."""
-    found = [r for r in records if r["section"] == "model" and r["threads"] == 1]
-    lines: dict[tuple[str, str, int], list[tuple[int, float]]] = {}
-    for r in found:
-        key = (r["what"], r["schedule"], r["grid"])
-        lines.setdefault(key, []).append((r["images"], r["ms_per_image"]))
-    lines = {key: sorted(points) for key, points in lines.items() if len(points) > 1}
-    if not lines:
-        return None
-    figure, axes = _figure(1)
-    axis = axes[0][0]
-    for (what, schedule, grid), points in lines.items():
-        axis.plot(
-            *zip(*points, strict=True), marker="o", label=f"{what}, {schedule}, {grid}x{grid}"
-        )
-    axis.set_xscale("log", base=2)
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("images per call")
-    axis.set_ylabel("milliseconds per image")
-    axis.legend(fontsize=7)
-    return _save(figure, path)
+def _cost(records: list[Record]) -> Iterator[Any]:
+    """Draw milliseconds per image over the number of images, one thread."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for r in records:
+        if r["threads"] == 1:
+            name = f"{r['what']}, {r['schedule']}, {r['grid']}x{r['grid']}"
+            lines.setdefault(name, []).append((r["images"], r["ms_per_image"]))
+    lines = {name: sorted(points) for name, points in lines.items() if len(points) > 1}
+    if lines:
+        figure, (axis,) = _figure()
+        for name, points in lines.items():
+            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set(xlabel="images per call", ylabel="milliseconds per image")
+        axis.legend(fontsize=7)
+        yield figure

@@ -7,10 +7,12 @@ from typing import Any
 
 Record = dict[str, Any]
 
-# Codebook -> how many times faster than constriction (encode, decode): from float32 logits, and
-# from what each is best prepared with.
-FASTER_FROM_LOGITS = {256: (5.0, 4.0), 1024: (6.0, 5.0)}
-FASTER_PREPARED = {256: (4.0, 3.5), 1024: (5.0, 4.0)}
+# What both coders start from, as percov2's and constriction's records call it; codebook -> how many
+# times faster percov2 shall be (encode, decode).
+FASTER = {
+    "float32 logits": ("float32 logits", "logits", {256: (5.0, 4.0), 1024: (6.0, 5.0)}),
+    "best prepared input": ("int16 logits", "probabilities", {256: (4.0, 3.5), 1024: (5.0, 4.0)}),
+}
 RANS_STEP = 250.0
 BYTES_ABOVE_IDEAL = 0.5
 PERCENT_ABOVE_INTERVALS = 0.01
@@ -20,19 +22,15 @@ TWO_THREADS = 1.7
 FLAT = 1.1
 
 
-def summarize(records: list[Record]) -> list[Record]:
-    """Name, value, goal and which side of the goal is good, for all that was measured."""
-    return [
-        *_against_constriction(records, "float32", FASTER_FROM_LOGITS),
-        *_against_constriction(records, "prepared", FASTER_PREPARED),
-        *_coder(records),
-        *_model(records),
-    ]
-
-
-def _line(name: str, value: float, goal: float, at_least: bool) -> Record:
+def line(name: str, value: float, goal: float, at_least: bool = False) -> Record:
+    """Return a line of a summary; ``at_least`` says which side of the goal is good."""
     met = value >= goal if at_least else value <= goal
     return {"name": name, "value": value, "goal": goal, "at_least": at_least, "met": met}
+
+
+def summarize(records: list[Record]) -> list[Record]:
+    """Return the lines about all that was measured."""
+    return [*_against_constriction(records), *_coder(records), *_model(records)]
 
 
 def _picked(records: list[Record], **wanted: Any) -> list[Record]:
@@ -43,38 +41,31 @@ def _best(records: list[Record], way: str) -> float:
     return max(r[way]["msym_per_s"] for r in records)
 
 
-def _against_constriction(
-    records: list[Record], given: str, goals: dict[int, tuple[float, float]]
-) -> Iterator[Record]:
-    ours, theirs = ("int16", "probabilities") if given == "prepared" else (given, "logits")
-    for codebook, goal in goals.items():
-        at = _picked(records, section="logits", codebook=codebook)
-        peers = [r for r in at if "constriction" in r["coder"] and theirs in r["given"]]
-        shapes = {(r["tokens"], r["images"]) for r in peers}
-        mine = [
-            r
-            for r in _picked(at, coder="percov2", given=f"{ours} logits")
-            if (r["tokens"], r["images"]) in shapes
-        ]
-        if not peers or not mine:
-            continue
-        for way, least in zip(("encode", "decode"), goal, strict=True):
-            ratio = _best(mine, way) / _best(peers, way)
-            what = "best prepared input" if given == "prepared" else "float32 logits"
-            yield _line(f"{way} from {what}, V={codebook}: x constriction", ratio, least, True)
+def _against_constriction(records: list[Record]) -> Iterator[Record]:
+    for what, (ours, theirs, goals) in FASTER.items():
+        for codebook, goal in goals.items():
+            at = _picked(records, section="logits", codebook=codebook)
+            peers = [r for r in at if "constriction" in r["coder"] and theirs in r["given"]]
+            shapes = {(r["tokens"], r["images"]) for r in peers}
+            mine = _picked(at, coder="percov2", given=ours)
+            mine = [r for r in mine if (r["tokens"], r["images"]) in shapes]
+            if mine:
+                for way, least in zip(("encode", "decode"), goal, strict=True):
+                    name = f"{way} from {what}, V={codebook}: x constriction"
+                    yield line(name, _best(mine, way) / _best(peers, way), least, True)
 
 
 def _coder(records: list[Record]) -> Iterator[Record]:
     steps = _picked(records, section="coder", coder="percov2")
     if steps:
         name = "rANS step, intervals given, best case: Msym/s"
-        yield _line(name, _best(steps, "encode"), RANS_STEP, True)
+        yield line(name, _best(steps, "encode"), RANS_STEP, True)
     for r in _picked(records, section="overhead", coder="percov2"):
         name = f"bytes above ideal and check, V={r['codebook']}, {r['tokens']} tokens"
-        yield _line(name, r["above_ideal"], BYTES_ABOVE_IDEAL, False)
+        yield line(name, r["above_ideal"], BYTES_ABOVE_IDEAL)
     for r in _picked(records, section="long"):
         name = f"long stream, V={r['codebook']}, {r['prob_bits']} bits: % above its intervals"
-        yield _line(name, r["percent_above_intervals"], PERCENT_ABOVE_INTERVALS, False)
+        yield line(name, r["percent_above_intervals"], PERCENT_ABOVE_INTERVALS)
 
 
 def _model(records: list[Record]) -> Iterator[Record]:
@@ -86,17 +77,13 @@ def _model(records: list[Record]) -> Iterator[Record]:
         encode = times.get(("encode", schedule, grid, images, threads))
         single = times.get((what, schedule, grid, images, 1))
         if what == "float32 torch" and encode:
-            yield _line(f"one pass, {size}: time / float32 torch", encode / seconds, 1.0, False)
+            yield line(f"one pass, {size}: time / float32 torch", encode / seconds, 1.0)
         elif what == "decode" and schedule != "raster" and threads == 1 and encode:
             goal = DECODE_PER_ENCODE if images > 1 else DECODE_PER_ENCODE_ALONE
-            yield _line(f"staged decoding, {size}: time / one pass", seconds / encode, goal, False)
+            yield line(f"staged decoding, {size}: time / one pass", seconds / encode, goal)
         if threads == 2 and single:
-            yield _line(f"{what}, {size}: 2 threads x 1", single / seconds, TWO_THREADS, True)
-    yield from _flat(found)
-
-
-def _flat(found: list[Record]) -> Iterator[Record]:
-    """The cost per image of the largest batch, in terms of that of the first one from 8 on."""
+            yield line(f"{what}, {size}: 2 threads x 1", single / seconds, TWO_THREADS, True)
+    # The cost per image of the largest batch, in terms of that of the first one from 8 on.
     for what in ("encode", "decode"):
         costs: dict[tuple[str, int], dict[int, float]] = {}
         for r in _picked(found, what=what, threads=1):
@@ -107,4 +94,4 @@ def _flat(found: list[Record]) -> Iterator[Record]:
             few, many = min(by_images), max(by_images)
             if few < many:
                 name = f"{what}, {schedule}, {grid}x{grid}: cost per image, {many} / {few} images"
-                yield _line(name, by_images[many] / by_images[few], FLAT, False)
+                yield line(name, by_images[many] / by_images[few], FLAT)

@@ -1,4 +1,4 @@
-"""Wall times of repeated calls: the median and the best."""
+"""Wall times of repeated calls. The peers' interpreter also runs this file: imports stay few."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,6 @@ class Effort:
     most: int
 
 
-QUICK = Effort(0.05, 3, 10)
-FULL = Effort(0.5, 5, 200)
-
-
 @dataclass(frozen=True)
 class Timing:
     """Seconds per call: median and best of ``runs`` calls."""
@@ -30,29 +27,37 @@ class Timing:
     best_s: float
     runs: int
 
+    def rate(self, symbols: int) -> dict[str, Any]:
+        """Return the timing and its median throughput: million symbols per second."""
+        return {**asdict(self), "msym_per_s": symbols / self.median_s / 1e6}
+
+    def per_image(self, images: int) -> dict[str, Any]:
+        """Return the timing and the median milliseconds per image."""
+        return {**asdict(self), "ms_per_image": self.median_s / images * 1e3}
+
+
+def repeat(take: Callable[[], list[float]], effort: Effort) -> Timing:
+    """Take times, some at once, until they suffice."""
+    times: list[float] = []
+    while len(times) < effort.least or (len(times) < effort.most and sum(times) < effort.seconds):
+        times += take()
+    return Timing(statistics.median(times), min(times), len(times))
+
 
 def measure(work: Callable[[], object], effort: Effort) -> Timing:
-    """Time ``work`` after one call that does not count.
+    """Time ``work`` after one call that does not count, without the garbage collector."""
 
-    The garbage collector waits meanwhile, as it does in ``timeit``.
-    """
+    def once() -> list[float]:
+        started = time.perf_counter()
+        work()
+        return [time.perf_counter() - started]
+
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
     try:
         work()
-        times: list[float] = []
-        while len(times) < effort.least or (
-            len(times) < effort.most and sum(times) < effort.seconds
-        ):
-            times.append(_once(work))
+        return repeat(once, effort)
     finally:
         if collects:
             gc.enable()
-    return Timing(statistics.median(times), min(times), len(times))
-
-
-def _once(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

@@ -1,0 +1,230 @@
+"""Times constriction, torchac and CompressAI; runs under the interpreter of their environment.
+
+``python peer_coders.py FOLDER``: percov2.bench.peers writes the task there and reads the answer.
+benchmarks/peers.sh links this file into that environment, which has no percov2; the task names the
+file of percov2.bench.timing, which takes the times. Every peer must return the symbols before.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.metadata
+import importlib.util
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+SHARED_TABLES = 64
+COMPRESSAI_LOGITS = 2**20
+"""CompressAI takes a Python list per symbol; it gets the first images with so many logits."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One coder.
+
+    Attributes:
+        prepare: logits, symbols of an image -> values, symbols, ..., before the clock starts.
+        encode: tables, symbols, ... -> stream; decode: tables, stream, ... -> symbols.
+        tables: values -> tables, while the clock runs.
+    """
+
+    section: str
+    coder: str
+    given: str
+    prepare: Callable[[Any, Any], tuple[Any, ...]]
+    encode: Callable[..., Any]
+    decode: Callable[..., Any]
+    tables: Callable[[Any], Any] = lambda values: values
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 [n, V] -> float32 [n, V]."""
+    return torch.softmax(torch.from_numpy(logits), -1).numpy()
+
+
+def bounds(logits: torch.Tensor) -> torch.Tensor:
+    """float32 [n, V] -> interval bounds 0 ... 1, float32 [n, V + 1]."""
+    return pad(torch.softmax(logits, -1).cumsum(-1).clamp_(max=1.0), (1, 0))
+
+
+def steps(rows: torch.Tensor) -> torch.Tensor:
+    """Bounds of 0 ... 1 as integers of 16 bits, as torchac's encode_float_cdf makes them."""
+    size = rows.shape[-1] - 1
+    return (rows * (2**16 - size)).round().to(torch.int32) + torch.arange(size + 1)
+
+
+def constriction_peers() -> list[Peer]:
+    """Range and ANS coder, each from logits and from probabilities."""
+    import constriction
+
+    family = constriction.stream.model.Categorical(perfect=False)
+    queue, stack = constriction.stream.queue, constriction.stream.stack
+
+    def range_encode(probabilities: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        encoder = queue.RangeEncoder()
+        encoder.encode(symbols, family, probabilities)
+        return encoder.get_compressed()
+
+    def ans_encode(probabilities: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        encoder = stack.AnsCoder()
+        encoder.encode_reverse(symbols, family, probabilities)
+        return encoder.get_compressed()
+
+    peers = []
+    for name, encode, decoder in (
+        ("constriction Range", range_encode, queue.RangeDecoder),
+        ("constriction ANS", ans_encode, stack.AnsCoder),
+    ):
+
+        def decode(p: np.ndarray, stream: np.ndarray, decoder: Any = decoder) -> np.ndarray:
+            return decoder(stream).decode(family, p)
+
+        coder = ("logits", name)
+        peers += [
+            Peer(*coder, "float32 logits", lambda x, s: (x, s), encode, decode, softmax),
+            Peer(*coder, "float32 probabilities", lambda x, s: (softmax(x), s), encode, decode),
+        ]
+    return peers
+
+
+def torchac_peers() -> list[Peer]:
+    """torchac from logits, and from the int16 CDF rows that it makes of them."""
+    import torchac
+
+    def tensors(logits: np.ndarray, symbols: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.from_numpy(logits), torch.from_numpy(symbols).to(torch.int16)
+
+    def integer_cdf(logits: np.ndarray, symbols: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        values, chosen = tensors(logits, symbols)
+        return steps(bounds(values)).to(torch.int16), chosen
+
+    floats = (torchac.encode_float_cdf, torchac.decode_float_cdf)
+    integers = (torchac.encode_int16_normalized_cdf, torchac.decode_int16_normalized_cdf)
+    return [
+        Peer("logits", "torchac", "float32 logits", tensors, *floats, bounds),
+        Peer("coder", "torchac", "int16 CDF rows", integer_cdf, *integers),
+    ]
+
+
+def compressai_extension(name: str) -> Any:
+    """A compiled module of CompressAI without its package, whose import needs much more."""
+    find = importlib.machinery.PathFinder.find_spec
+    package = find("compressai")
+    found = package and find(name, package.submodule_search_locations)
+    if found is None or found.loader is None:
+        raise ImportError(f"compressai is not installed with its compiled module {name}")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+def compressai_peers() -> list[Peer]:
+    """CompressAI from logits with a table per symbol, and one stream for all with few tables."""
+    ans = compressai_extension("ans")
+
+    def tables(logits: np.ndarray) -> list[list[int]]:
+        # CompressAI's pmf_to_quantized_cdf takes quadratic time. The last entry is always the
+        # escape to symbols beyond the table; it gets one slot.
+        rows = pad(bounds(torch.from_numpy(logits)), (0, 1))
+        rows[:, -1] = 1.0
+        return steps(rows).tolist()
+
+    def described(rows: list[list[int]]) -> tuple[list[list[int]], list[int], list[int]]:
+        return rows, [len(row) for row in rows], [0] * len(rows)
+
+    def encode(rows: list[list[int]], symbols: list[int], places: list[int]) -> bytes:
+        return ans.RansEncoder().encode_with_indexes(symbols, places, *described(rows))
+
+    def decode(rows: list[list[int]], stream: bytes, places: list[int]) -> list[int]:
+        return ans.RansDecoder().decode_with_indexes(stream, places, *described(rows))
+
+    def shared(logits: np.ndarray, symbols: np.ndarray) -> Any:
+        kept = logits[:SHARED_TABLES]
+        places = np.arange(len(symbols)) % len(kept)
+        bounds = softmax(kept).astype(np.float64).cumsum(1)
+        draws = np.random.default_rng(0).random(len(symbols))
+        drawn = [
+            min(int(np.searchsorted(bounds[place], draw, "right")), logits.shape[1] - 1)
+            for place, draw in zip(places, draws, strict=True)
+        ]
+        return tables(kept), drawn, places.tolist()
+
+    def own(logits: np.ndarray, symbols: np.ndarray) -> Any:
+        return logits, symbols.tolist(), list(range(len(symbols)))
+
+    name, few = "CompressAI ANS", f"{SHARED_TABLES} shared tables"
+    return [
+        Peer("logits", name, "float32 logits", own, encode, decode, tables),
+        Peer("coder", name, few, shared, encode, decode),
+    ]
+
+
+def measure(
+    peer: Peer, logits: np.ndarray, symbols: np.ndarray, timed: Callable[..., Any] | None
+) -> dict[str, Any]:
+    """The record of one peer; RuntimeError if it does not return the symbols.
+
+    timed: takes a call's times (percov2.bench.timing.Timing); without it the record has none.
+    """
+    if peer.coder.startswith("CompressAI"):
+        if peer.section == "logits":
+            count = max(1, COMPRESSAI_LOGITS // logits[0].size)
+            logits, symbols = logits[:count], symbols[:count]
+        else:  # each call turns the tables from lists into vectors: one call is its best
+            logits, symbols = logits.reshape(1, -1, logits.shape[2]), symbols.reshape(1, -1)
+    inputs = [peer.prepare(*image) for image in zip(logits, symbols, strict=True)]
+
+    def encode_all() -> list[Any]:
+        return [peer.encode(peer.tables(values), *rest) for values, *rest in inputs]
+
+    def decode_all() -> list[Any]:
+        return [
+            peer.decode(peer.tables(values), stream, *rest)
+            for (values, _, *rest), stream in zip(inputs, streams, strict=True)
+        ]
+
+    streams = encode_all()
+    for given, decoded in zip(inputs, decode_all(), strict=True):
+        if not np.array_equal(decoded, given[1]):
+            raise RuntimeError(f"{peer.coder} decoded other symbols than it encoded")
+    images, tokens, codebook = logits.shape
+    record: dict[str, Any] = {"section": peer.section, "coder": peer.coder, "given": peer.given}
+    record |= {"codebook": codebook, "tokens": tokens, "images": images}
+    record["stream_bytes"] = [memoryview(stream).nbytes for stream in streams]
+    if timed is not None:
+        for way, work in (("encode", encode_all), ("decode", decode_all)):
+            record[way] = timed(work).rate(symbols.size)
+    return record
+
+
+def main(folder: Path) -> None:
+    """Do the task of a folder; without logits only the versions are asked for."""
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    timing, timed = runpy.run_path(task["timing"]), None
+    if task["effort"] is not None:
+        timed = partial(timing["measure"], effort=timing["Effort"](**task["effort"]))
+    torch.set_num_threads(1)
+    peers = [*constriction_peers(), *torchac_peers(), *compressai_peers()]
+    records = []
+    if (folder / "logits.npy").exists():
+        logits, symbols = np.load(folder / "logits.npy"), np.load(folder / "symbols.npy")
+        chosen = [peer for peer in peers if peer.section in task["sections"]]
+        records = [measure(peer, logits, symbols, timed) for peer in chosen]
+    names = ("constriction", "torchac", "compressai", "numpy", "torch")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    answer = {"versions": {"python": sys.version.split()[0], **versions}, "records": records}
+    (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

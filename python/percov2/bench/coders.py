@@ -1,0 +1,188 @@
+"""percov2's coder on synthetic cases: checked, then timed or weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.bench import cases
+from percov2.bench.cases import Case, Shape, integer_logits, make_case
+from percov2.bench.timing import Effort, measure
+from percov2.entropy import cdf, rans
+
+NAME = "percov2"
+INTERVALS = "intervals / CDF rows"
+LOGITS = ("float32 logits", "bfloat16 logits", "int16 logits")
+GIVEN = {INTERVALS: "coder", **dict.fromkeys(LOGITS, "logits")}
+"""What the coder is given -> the section of the report."""
+CHECK_BYTES = 2
+"""The 16-bit check that every stream of percov2 holds."""
+LOGITS_AT_ONCE = 2**26
+"""Images of more logits are made and coded in parts."""
+_ORACLE_LOGITS = 2**20
+"""So many logits of a case are also given to the oracle in torch."""
+Record = dict[str, Any]
+Intervals = tuple[NDArray[np.int32], NDArray[np.int32]]
+Streams = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+class Mismatch(RuntimeError):
+    """A coder gave other symbols or intervals than it must; nothing is timed then."""
+
+
+def require(holds: bool | np.bool_, what: str) -> None:
+    """Raise Mismatch unless ``holds``."""
+    if not holds:
+        raise Mismatch(f"{what}; the figures would mean nothing")
+
+
+def push(case: Case, intervals: Intervals, prob_bits: int, threads: int = 1) -> rans.RansEncoder:
+    """Return an encoder that holds a case, from intervals int32 [B, n]."""
+    encoder = rans.RansEncoder(case.checks)
+    starts, freqs = intervals
+    encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits, threads)
+    return encoder
+
+
+def encode(case: Case, logits: Any, prob_bits: int) -> Streams:
+    """Return the streams of a case from logits [B, n, V]: buffer and offsets."""
+    return push(case, rans.intervals(logits, case.symbols, prob_bits), prob_bits).finish()
+
+
+def _check_decoded(case: Case, decoder: rans.RansDecoder, symbols: NDArray[np.int32]) -> None:
+    require(np.array_equal(symbols, case.symbols), "percov2 decoded other symbols")
+    require(decoder.finished(case.checks).all(), "a stream of percov2 does not end in its check")
+
+
+def _checked_intervals(case: Case, logits: Any) -> Intervals:
+    """Return the intervals of a case, some of which were compared with the oracle's."""
+    found = rans.intervals(logits, case.symbols, case.prob_bits)
+    size, rows = case.shape.codebook, max(1, _ORACLE_LOGITS // case.shape.codebook)
+    sample = torch.from_numpy(integer_logits(case.logits.reshape(1, -1, size)[:, :rows])[0])
+    symbols = torch.from_numpy(case.symbols.reshape(-1)[:rows])
+    for mine, oracle in zip(found, cdf.intervals(sample, symbols, case.prob_bits), strict=True):
+        equal = np.array_equal(mine.reshape(-1)[:rows], oracle.numpy())
+        require(equal, "intervals differ from those of percov2.entropy.cdf")
+    return found
+
+
+def timed(case: Case, given: str, effort: Effort) -> Record:
+    """Measure ``INTERVALS`` -> bytes -> symbols, or other of ``GIVEN`` -> bytes and back.
+
+    Rounding to bfloat16 is the maker's choice, so it changes what is ideal; rounding to int16 is
+    percov2's, so it does not.
+    """
+    bits, symbols = case.prob_bits, case.shape.symbols
+    logits: Any = case.logits if given == "float32 logits" else integer_logits(case.logits)
+    if given == "bfloat16 logits":
+        logits = torch.from_numpy(case.logits).to(torch.bfloat16)
+        case = replace(case, logits=logits.to(torch.float32).numpy())
+    intervals = _checked_intervals(case, logits)
+    if given == INTERVALS:
+        ideal, tables = cases.interval_bytes(intervals[1], bits), rans.cdf(logits, bits)
+    else:
+        ideal = cases.ideal_bytes(case.logits, case.symbols)
+
+    def encoded() -> Streams:
+        if given == INTERVALS:
+            return push(case, intervals, bits).finish()
+        return encode(case, logits, bits)
+
+    def decoded(decoder: rans.RansDecoder) -> NDArray[np.int32]:
+        if given == INTERVALS:
+            return decoder.decode_cdf(tables, bits)
+        return decoder.decode_logits(logits, bits)
+
+    streams = encoded()
+    decoder = rans.RansDecoder(*streams)
+    _check_decoded(case, decoder, decoded(decoder))
+    names = {"section": GIVEN[given], "coder": NAME, "given": given}
+    return {**names, **asdict(case.shape)} | {
+        "encode": measure(encoded, effort).rate(symbols),
+        "decode": measure(lambda: decoded(rans.RansDecoder(*streams)), effort).rate(symbols),
+        "bytes": len(streams[0]),
+        "ideal_bytes": float(ideal.sum()),
+    }
+
+
+def short_streams(shape: Shape) -> Record:
+    """Return the mean bytes per image above the ideal, with percov2's own precision.
+
+    ``above_ideal`` counts from the float softmax of the logits, ``above_intervals`` from the
+    coded intervals; both are beyond the check.
+    """
+    lengths, ideals, intervals = [], [], []
+    for case in parts_of(shape):
+        integers, bits = integer_logits(case.logits), case.prob_bits
+        found = rans.intervals(integers, case.symbols, bits)
+        buffer, offsets = push(case, found, bits).finish()
+        decoder = rans.RansDecoder(buffer, offsets)
+        _check_decoded(case, decoder, decoder.decode_logits(integers, bits))
+        lengths.append(np.diff(offsets))
+        ideals.append(cases.ideal_bytes(case.logits, case.symbols))
+        intervals.append(cases.interval_bytes(found[1], bits))
+    written = np.concatenate(lengths)
+    record = _overhead(shape, NAME, CHECK_BYTES, written, np.concatenate(ideals))
+    above = written - np.concatenate(intervals) - CHECK_BYTES
+    return {**record, "above_intervals": float(above.mean())}
+
+
+def parts_of(shape: Shape) -> Iterator[Case]:
+    """Yield the images of a shape in cases that fit in memory."""
+    at_once = max(1, LOGITS_AT_ONCE // (shape.tokens * shape.codebook))
+    for part, first in enumerate(range(0, shape.images, at_once)):
+        yield make_case(replace(shape, images=min(at_once, shape.images - first)), seed=part)
+
+
+def peer_streams(case: Case, coder: str, lengths: list[int]) -> Record:
+    """Return the same of another coder, from its bytes of each image, or of the first ones."""
+    part = case.first(len(lengths))
+    ideal = cases.ideal_bytes(part.logits, part.symbols)
+    return _overhead(part.shape, coder, 0, np.asarray(lengths), ideal)
+
+
+def _overhead(
+    shape: Shape, coder: str, check: int, lengths: NDArray[Any], ideal: NDArray[np.float64]
+) -> Record:
+    above = lengths - ideal - check
+    # The standard error of the mean; a single value tells nothing about others.
+    error = float(above.std(ddof=1) / np.sqrt(len(above))) if len(above) > 1 else None
+    return {"section": "overhead", "coder": coder, **asdict(shape)} | {
+        "ideal_bytes_per_image": float(ideal.mean()),
+        "bytes_per_image": float(lengths.mean()),
+        "check_bytes": check,
+        "above_ideal": float(above.mean()),
+        "above_ideal_error": error,
+    }
+
+
+def long_stream(shape: Shape, parts: int, prob_bits: int) -> Record:
+    """Code ``parts`` cases of one image as one stream: percent above the ideal.
+
+    The parts are made again for decoding, so that their logits need not fit in memory.
+    """
+    check, ideal, by_intervals = [0xBEEF], 0.0, 0.0
+    encoder = rans.RansEncoder(check)
+    for part in reversed(range(parts)):  # what is pushed last is decoded first
+        case = make_case(replace(shape, images=1), seed=part)
+        starts, freqs = rans.intervals(integer_logits(case.logits), case.symbols, prob_bits)
+        encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits)
+        ideal += float(cases.ideal_bytes(case.logits, case.symbols).sum())
+        by_intervals += float(cases.interval_bytes(freqs, prob_bits).sum())
+    buffer, offsets = encoder.finish()
+    decoder = rans.RansDecoder(buffer, offsets)
+    for part in range(parts):
+        case = make_case(replace(shape, images=1), seed=part)
+        symbols = decoder.decode_logits(integer_logits(case.logits), prob_bits)
+        require(np.array_equal(symbols, case.symbols), "percov2 decoded other symbols")
+    require(decoder.finished(check).all(), "a long stream does not end in its check")
+    sizes = {"codebook": shape.codebook, "symbols": shape.tokens * parts, "prob_bits": prob_bits}
+    return {"section": "long", "coder": NAME, **sizes, "bytes": len(buffer)} | {
+        "percent_above_ideal": 100 * (len(buffer) / ideal - 1),
+        "percent_above_intervals": 100 * (len(buffer) / by_intervals - 1),
+    }
