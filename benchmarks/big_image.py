@@ -64,10 +64,11 @@ def main() -> None:
     if not len(places) or side % rate.token_side:
         raise SystemExit(f"{side} must be a multiple of the token side, and larger than a window")
     small = image.resize((64, 64))
-    codec.decompress(codec.compress([small], rate.name), steps=arguments.steps)  # loads networks
-    (file,) = codec.compress([image], rate=rate.name)
+    # The first call loads the networks.
+    codec.decompress(codec.compress(small, rate=rate.name), steps=arguments.steps)
+    file = codec.compress(image, rate=rate.name)
     started = time.perf_counter()
-    (restored,) = codec.decompress([file], steps=arguments.steps)
+    restored = codec.decompress(file, steps=arguments.steps)
     seconds = time.perf_counter() - started
     if restored.size != image.size:
         raise SystemExit(f"restored {restored.size}, not {image.size}")
