@@ -261,10 +261,14 @@ def test_learning_rates() -> None:
     cosine = LoopConfig(steps=110, learning_rate=1.0, warmup=10)
     constant = LoopConfig(steps=110, learning_rate=1.0, warmup=10, schedule="constant")
     for config in (cosine, constant):
-        assert [_learning_rate(config, s) for s in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
-    assert _learning_rate(cosine, 60) == pytest.approx(0.51)
-    assert _learning_rate(cosine, 110) == pytest.approx(0.02)
-    assert _learning_rate(constant, 109) == 1.0
-    for wrong in ({"schedule": "linear"}, {"accumulate": 0}):
+        rates = [_learning_rate(config, step, 0.0) for step in (0, 4, 9)]
+        assert rates == pytest.approx([0.1, 0.5, 1.0])
+    assert _learning_rate(cosine, 60, 0.0) == pytest.approx(0.51)
+    assert _learning_rate(cosine, 110, 0.0) == pytest.approx(0.02)
+    assert _learning_rate(constant, 109, 0.0) == 1.0
+    timed = LoopConfig(steps=1_000_000, learning_rate=1.0, warmup=10, minutes=8.0)
+    rates = [_learning_rate(timed, 20, minutes) for minutes in (0.0, 4.0, 8.0, 9.0)]
+    assert rates == pytest.approx([1.0, 0.51, 0.02, 0.02])
+    for wrong in ({"schedule": "linear"}, {"accumulate": 0}, {"minutes": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             LoopConfig(steps=1, **wrong)  # type: ignore[arg-type]
