@@ -90,7 +90,8 @@ class CodedGrids:
                 f"{sent} stages of a schedule that has {self.stage_count} on this grid"
             )
         count = int(np.count_nonzero(self._stages <= (sent or self.stage_count)))
-        chosen = slice(None) if rows is None else list(rows)
+        every = rows is None or list(rows) == list(range(len(self)))
+        chosen = slice(None) if every else list(rows or ())
         starts, freqs = self._starts[chosen, :count], self._freqs[chosen, :count]
         bits = self._coder.prob_bits
         if self._symbols is None:
@@ -98,8 +99,7 @@ class CodedGrids:
             counts = np.full(len(starts), count, dtype=np.int64)
             encoder.push(starts.ravel(), freqs.ravel(), counts, bits, threads)
             return encoder
-        states = torch.from_numpy(np.array(checks, dtype=np.int32))
-        states = states.to(self._symbols.device, non_blocking=True)
+        states = self._coder.placed_checks(checks)
         streams = rans_cuda.encode(starts.contiguous(), freqs.contiguous(), states, bits)
         try:
             return rans.RansEncoder.resumed(*streams.to_host())
@@ -170,7 +170,16 @@ class TokenCoder:
         wrong checks, stages or a schedule that does not fit, RuntimeError where torch is set to
         reduced precision.
         """
+        if self.coder_name == "cuda":
+            # Before the pass: CUDA may finish a stream before it takes pageable memory.
+            checks = self.placed_checks(checks)
         return self.code(tokens, scheduled, threads).encoder(checks, threads, sent)
+
+    def placed_checks(self, checks: Any) -> torch.Tensor:
+        """Return checks as int32 [B] on the model's device, where they may lie already."""
+        if not isinstance(checks, torch.Tensor):
+            checks = torch.from_numpy(np.array(checks, dtype=np.int32))
+        return checks.to(self.model.device, non_blocking=True)
 
     def code(
         self, tokens: torch.Tensor, scheduled: schedule.Schedule, threads: int = 1
