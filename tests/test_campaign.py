@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -55,6 +56,8 @@ def test_a_campaign_trains_and_its_pieces_make_a_run(tmp_path: Path, monkeypatch
 
     module = campaign()
     monkeypatch.setattr(module, "PIECE", 20_000)
+    # The script puts its own tree first; processes that later tests start must not find it there.
+    monkeypatch.setattr(sys, "path", list(sys.path))
     common = ["--start", str(tmp_path / "start")]
     folders = {"--shards": shards, "--out": tmp_path / "out", "--work": tmp_path / "work"}
     settings = {"--config": config, "--recipe": "short", "--minutes": 5, "--tests": 0}
