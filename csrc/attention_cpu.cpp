@@ -20,6 +20,14 @@ constexpr std::int64_t padded(std::int64_t count, std::int64_t to) {
   return (count + to - 1) / to * to;
 }
 
+// Columns in memory. Rows of keys that are a power of two apart fall on the same sets of a cache: a
+// pass over 1024 columns took twice the time of one over 1040. An odd number of vectors avoids it.
+constexpr std::int64_t padded_columns(std::int64_t width) {
+  const std::int64_t columns = padded(width, kCellColumns);
+  const bool even = columns / kCellColumns % 2 == 0;
+  return even && columns >= 128 ? columns + kCellColumns : columns;
+}
+
 }  // namespace
 
 const AttentionKernels& attention_kernels() {
@@ -40,7 +48,7 @@ StageGrid::StageGrid(const std::int32_t* stages, std::int64_t height, std::int64
     : height_(height),
       width_(width),
       rows_(padded(height, kCellRows)),
-      columns_(padded(width, kCellColumns)) {
+      columns_(padded_columns(width)) {
   if (height < 1 || width < 1 || height > (1 << 20) || width > (1 << 20)) {
     throw std::invalid_argument("a stage map must have 1 to 2^20 rows and columns");
   }

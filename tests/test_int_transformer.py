@@ -126,6 +126,17 @@ def test_executors_agree(heads, head_dim):
         assert len(logits[0].unique()) > 1000
 
 
+@pytest.mark.parametrize("width", [112, 113, 128, 129, 250])
+def test_executors_agree_on_wide_grids(width):
+    """From 128 columns on, compiled passes keep keys in rows that are no power of two apart."""
+    tokens = random_tokens(2, 9, width)
+    stages = schedule.stages("qlds5", 9, width)
+    compiled, oracle = (IntTransformer.random(SMALL, 3, executor=name) for name in ON_THE_CPU)
+    expected = one_pass_logits(oracle, tokens, stages)
+    assert torch.equal(one_pass_logits(compiled, tokens, stages), expected)
+    assert torch.equal(staged_logits(compiled, tokens, stages), expected)
+
+
 def test_compiled_passes_refuse_wrong_arrays():
     tensors = random_tensors(SMALL, 1)
     executor = cpu_executor.Executor(SMALL, tensors, torch.device("cpu"))
