@@ -132,7 +132,9 @@ void check_attention(Random& random, Subject& subject, const std::vector<percov2
   Layer layer;
   layer.fill_sizes(random, true);
   layer.fill(random);
-  const std::int64_t high = random.between(1, 40), wide = random.between(1, 70);
+  const bool strip = random.one_in(8);  // from 128 columns on rows are padded further
+  const std::int64_t high = random.between(1, strip ? 4 : 40);
+  const std::int64_t wide = strip ? random.between(112, 300) : random.between(1, 70);
   const std::int64_t inner = layer.inner();
   const std::vector<std::int32_t> stages = random_stages(random, high * wide);
   const percov2::StageGrid grid(stages.data(), high, wide);
