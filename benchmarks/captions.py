@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from percov2.caption import encode_caption
-from percov2.caption_model import CaptionModel
 from percov2.codec import CAPTIONS
+from percov2.container.caption_model import CaptionModel
+from percov2.container.captions import encode_caption
 from percov2.entropy.rans import RansEncoder
 from percov2.training.captions import WORDS, is_held_out, read_lines
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from percov2 import Codec, bitstream
+from percov2 import Codec
+from percov2.container import bitstream
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES
 from percov2.entropy.token_coder import TokenCoder

@@ -9,11 +9,11 @@ from typing import IO
 
 import pytest
 
-from percov2 import cli
+from percov2.cli.main import main
 
 
 def run(*arguments: object) -> int:
-    return cli.main([str(argument) for argument in arguments])
+    return main([str(argument) for argument in arguments])
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from percov2 import Codec
-from percov2.packing import Tokens
+from percov2.container.tokens_file import Tokens
 
 FOLDER = Path(__file__).parent / "data" / "tiny"
 RECORD = FOLDER / "tokens.json"

@@ -8,13 +8,13 @@ import torch
 
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.models.autoencoder import PatchAutoencoder
-from percov2.models.flow import build_flow
+from percov2.models.config import ModelConfig, Rate
 from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.model_config import ModelConfig, Rate
 from percov2.models.quantizer import VectorQuantizer
 from percov2.models.storage import save_component
-from percov2.models.text_encoder import HashedTextEncoder
+from percov2.models.tiny.autoencoder import PatchAutoencoder
+from percov2.models.tiny.flow import build_flow
+from percov2.models.tiny.text_encoder import HashedTextEncoder
 
 RATES = (Rate("fine", 16, 64), Rate("coarse", 32, 300))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from percov2.training.loop import LoopConfig, leave_processes, train
-from percov2.training.sd3_commands import run_sd3
+from percov2.training.sd3.commands import run_sd3
 from percov2.training.settings import build_config, read_section
 from percov2.training.stage2 import EntropyConfig, EntropyStage, TokenMaps
 

@@ -13,7 +13,7 @@ import torch
 from command_line import failure, run
 from percov2 import BackboneOptions, Codec
 from percov2.models.backbone import open_backbone
-from percov2.models.model_config import ModelConfig, Rate
+from percov2.models.config import ModelConfig, Rate
 
 
 def test_old_folders_are_tiny_ones(random_model: Path, tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from percov2 import cli
 from percov2.bench import cases, coders, entropy, fresh, model
 from percov2.bench.cases import Shape
 from percov2.bench.entropy import middle
 from percov2.bench.model import FloatTransformer
 from percov2.bench.report import Table, number, page, tables
 from percov2.bench.timing import Effort, Timing, measure
+from percov2.cli.main import main
 from percov2.entropy import RansDecoder, rans, schedule
 from percov2.entropy.transformer_config import TransformerConfig
 from tiny_plan import MODEL, SECTIONS, SHORT, TINY
@@ -349,7 +349,7 @@ def test_command_writes_table_json_page_and_plots(
         "--entropy-model",
         MODEL,
     ]
-    assert cli.main([*arguments, *map(str, outputs)]) == 0
+    assert main([*arguments, *map(str, outputs)]) == 0
     captured = capsys.readouterr()
     report = json.loads(figures.read_text(encoding="utf-8"))
     assert captured.out == page(report)
@@ -371,7 +371,7 @@ def test_command_writes_table_json_page_and_plots(
 def test_faults_are_one_line(
     arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["bench", "entropy", "--quick", *arguments]) == 2
+    assert main(["bench", "entropy", "--quick", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("percov2: bench entropy: ")
@@ -382,6 +382,6 @@ def test_faults_are_one_line(
 @pytest.mark.parametrize("value", ["", "nothing", "coder,nothing"])
 def test_unknown_sections_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["bench", "entropy", "--only", value])
+        main(["bench", "entropy", "--only", value])
     assert stop.value.code == 2
     assert "must be some of coder,logits,overhead,model,attention,cold" in capsys.readouterr().err

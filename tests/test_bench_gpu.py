@@ -15,10 +15,10 @@ import torch
 
 import emulated_cuda
 from compiled_kernels import needs_triton
-from percov2 import cli
 from percov2.bench import gpu, gpu_device
 from percov2.bench.gpu_jobs import Size
 from percov2.bench.timing import Effort
+from percov2.cli.main import main
 from percov2.entropy.transformer_config import TransformerConfig
 
 SHORT = Effort(0.0, 1, 1)
@@ -207,7 +207,7 @@ def test_what_is_missing_is_said(
     monkeypatch.setattr(gpu.rans, "cuda_built", lambda: False)
     figures, page = tmp_path / "a.json", tmp_path / "a.md"
     arguments = ["bench", "gpu", "--quick", "--json", str(figures), "--markdown", str(page)]
-    assert cli.main(arguments) == 0
+    assert main(arguments) == 0
     out = capsys.readouterr().out
     assert page.read_text(encoding="utf-8") == out
     report = json.loads(figures.read_text(encoding="utf-8"))
@@ -227,7 +227,7 @@ def test_a_card_without_triton_is_not_measured(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_faults_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "gpu", "--json", "absent/a.json"]) == 2
+    assert main(["bench", "gpu", "--json", "absent/a.json"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("percov2: bench gpu: cannot write absent/a.json")

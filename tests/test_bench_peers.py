@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from percov2 import cli
 from percov2.bench import cases, coders, entropy, summary
 from percov2.bench.cases import Shape
 from percov2.bench.peers import Peers
 from percov2.bench.timing import Timing, measure
+from percov2.cli.main import main
 from tiny_plan import MODEL, SHORT, TINY
 
 ROOT = Path(__file__).parent.parent
@@ -31,7 +31,7 @@ def fake_interpreter(folder: Path, script: str) -> Path:
 
 def test_missing_peers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = tmp_path / "python"
-    assert cli.main(["bench", "entropy", "--quick", "--peers", str(absent)]) == 2
+    assert main(["bench", "entropy", "--quick", "--peers", str(absent)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     expected = f"no peers at {absent}; make them with: bash benchmarks/peers.sh"

@@ -15,8 +15,8 @@ import independent_decoder as tables
 import independent_encoder
 from independent_coder import Coder, Symbol, encode, symbol_of
 from independent_encoder import header_symbols, number
-from percov2 import bitstream
-from percov2.bitstream import BitstreamError, Header, ParsedFile, read
+from percov2.container import bitstream
+from percov2.container.bitstream import BitstreamError, Header, ParsedFile, read
 from percov2.entropy.schedule import SCHEDULES
 
 # The rates that have a table entry of their own: r031, r010, r002 of the embedded model.

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from percov2.bitstream import BitstreamError, Header
-from percov2.caption import (
+from percov2.container.bitstream import BitstreamError, Header
+from percov2.container.captions import (
     Captioner,
     NoCaptioner,
     TextCaptioner,

@@ -13,9 +13,17 @@ from PIL import Image
 
 import independent_decoder
 import independent_encoder
-from percov2 import BitstreamError, Codec, bitstream
-from percov2.caption import encode_caption
-from percov2.caption_model import END, FIRST_BYTE, FIRST_LEARNED, MAX_PIECES, Alphabet, CaptionModel
+from percov2 import BitstreamError, Codec
+from percov2.container import bitstream
+from percov2.container.caption_model import (
+    END,
+    FIRST_BYTE,
+    FIRST_LEARNED,
+    MAX_PIECES,
+    Alphabet,
+    CaptionModel,
+)
+from percov2.container.captions import encode_caption
 from percov2.entropy import IntTransformer, order, stages
 from percov2.entropy.stage_pass import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig

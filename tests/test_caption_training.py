@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from percov2.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
+from percov2.container.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.training.captions import (

@@ -22,8 +22,8 @@ from transformers import (
 
 import random_blip2
 from command_line import failure, run
-from percov2.caption import NoCaptioner, TextCaptioner
 from percov2.captioners import Blip2Captioner, Molmo2Captioner, open_captioner, tidy
+from percov2.container.captions import NoCaptioner, TextCaptioner
 
 
 @pytest.fixture(scope="module")

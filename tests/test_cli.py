@@ -12,7 +12,8 @@ from PIL import Image
 
 import percov2
 from command_line import failure, run, subprocess_run
-from percov2 import Codec, cli
+from percov2 import Codec
+from percov2.cli import info
 from percov2.entropy import SCHEDULES, rans
 
 
@@ -115,7 +116,7 @@ def test_info_names_the_embedded_model_of_a_file(
     embedded = tmp_path / "pretrained" / "some"
     embedded.mkdir(parents=True)
     (embedded / "config.json").write_bytes((random_model / "config.json").read_bytes())
-    monkeypatch.setattr(cli, "EMBEDDED", embedded.parent)
+    monkeypatch.setattr(info, "EMBEDDED", embedded.parent)
     for model_id, expected in [
         (codec.model_id("fine"), ("random", "fine")),
         (codec.model_id("fine") ^ 1, (None, None)),
@@ -216,11 +217,11 @@ def test_training_phases_match_the_functions_that_they_call() -> None:
     import importlib
     import inspect
 
-    from percov2.training import phases
+    from percov2.cli import train
 
-    assert {"data", "autoencoder", "codec", "tokens", "export"} <= set(phases.PHASES)
-    for phase, (_, options) in phases.PHASES.items():
-        module, name = phases.home(phase)
+    assert {"data", "autoencoder", "codec", "tokens", "export"} <= set(train.PHASES)
+    for phase, (_, options) in train.PHASES.items():
+        module, name = train.home(phase)
         signature = inspect.signature(getattr(importlib.import_module(module), name))
         signature.bind(**dict.fromkeys(options))
         required = {
@@ -228,7 +229,7 @@ def test_training_phases_match_the_functions_that_they_call() -> None:
             for name, parameter in signature.parameters.items()
             if parameter.default is inspect.Parameter.empty
         }
-        assert {name for name in options if phases.OPTIONS[name].get("required")} >= required
+        assert {name for name in options if train.OPTIONS[name].get("required")} >= required
 
 
 def test_train_passes_its_options_on(
@@ -253,11 +254,11 @@ def test_train_passes_its_options_on(
 
 
 def test_info_needs_neither_torch_nor_the_compiled_coder(file: Path) -> None:
-    result = subprocess_run("-X importtime -m percov2.cli info", file)
+    result = subprocess_run("-X importtime -m percov2 info", file)
     assert result.returncode == 0, result.stderr
     assert "70x50" in result.stdout
     loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
-    assert "percov2.bitstream" in loaded
+    assert "percov2.container.bitstream" in loaded
     for module in ("torch", "percov2._native", "PIL", "diffusers"):
         assert module not in loaded
 
@@ -301,7 +302,7 @@ def test_text_that_the_terminal_lacks_is_escaped(
         path.write_bytes(codec.compress([image], caption=["grün"])[0])
     for options in ((), ("--json",)):
         result = subprocess_run(
-            "-m percov2.cli info", path, *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+            "-m percov2 info", path, *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0"
         )
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""

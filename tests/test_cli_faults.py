@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from command_line import failure, run, subprocess_run
-from percov2 import cli, cli_eval
+from percov2.cli import compress, decompress, evaluate, info, roundtrip
+from percov2.cli.main import main
 
 
 def test_expected_errors_are_one_line_about_the_file(
@@ -95,8 +96,8 @@ def test_faults_known_before_loading_load_no_model(
     def load(_: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(cli, "open_codec", load)
-    monkeypatch.setattr(cli_eval, "open_codec", load)
+    for module in (compress, decompress, evaluate, roundtrip):
+        monkeypatch.setattr(module, "open_codec", load)
     for command in [
         ("eval", "modes", tmp_path, "--out", tmp_path / "o"),
         ("eval", "modes", tmp_path, "--out", tmp_path / "o", "--steps", "1,x"),
@@ -129,7 +130,7 @@ def test_faults_of_torch_while_working_are_one_line(
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("percov2.models.preset.CodecModel.encode_tokens", fail)
+    monkeypatch.setattr("percov2.models.tiny.backbone.CodecModel.encode_tokens", fail)
     command = ("compress", picture, tmp_path / "o.pcv2", "--model", random_model)
     assert f"{picture}: CUDA out of memory. Tried" in failure(capsys, *command)
 
@@ -151,7 +152,7 @@ def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch, file: Path)
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_read_file", interrupt)
+    monkeypatch.setattr(info, "read_file", interrupt)
     assert run("info", file) == 130
 
 
@@ -174,13 +175,13 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
         ["info", "a", "--nonsense"],
     ]:
         with pytest.raises(SystemExit) as stop:
-            cli.main(arguments)
+            main(arguments)
         assert stop.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_failures_have_no_traceback(tmp_path: Path) -> None:
-    result = subprocess_run("-m percov2.cli info", tmp_path / "none.pcv2")
+    result = subprocess_run("-m percov2 info", tmp_path / "none.pcv2")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == f"percov2: {tmp_path / 'none.pcv2'}: No such file or directory\n"
@@ -188,12 +189,12 @@ def test_failures_have_no_traceback(tmp_path: Path) -> None:
 
 def test_a_full_or_closed_stdout_is_one_line(file: Path) -> None:
     with open("/dev/full", "wb") as full:
-        result = subprocess_run("-m percov2.cli info", file, stdout=full)
+        result = subprocess_run("-m percov2 info", file, stdout=full)
     assert result.stderr == "percov2: standard output: No space left on device\n"
     assert result.returncode == 2
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb") as pipe:
-        result = subprocess_run("-m percov2.cli info", file, stdout=pipe)
+        result = subprocess_run("-m percov2 info", file, stdout=pipe)
     assert result.stderr == "percov2: standard output: Broken pipe\n"
     assert result.returncode == 2

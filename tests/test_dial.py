@@ -16,9 +16,9 @@ from command_line import run
 from percov2.codec import Codec
 from percov2.evaluation.modes import operating_modes, plot_modes
 from percov2.evaluation.setting import Setting, described
-from percov2.models.dial import RealismDial
-from percov2.models.model_config import ModelConfig
+from percov2.models.config import ModelConfig
 from percov2.models.storage import save_component
+from percov2.models.tiny.dial import RealismDial
 from percov2.options import DecodeOptions, EncodeOptions
 
 

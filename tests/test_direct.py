@@ -22,8 +22,8 @@ from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.quantization import LOGIT_SCALE
 from percov2.entropy.schedule import stages
 from percov2.entropy.transformer import Crop, TokenTransformer, TransformerConfig, crop_batch
-from percov2.evaluation.study_coders import DirectCoder, token_map
-from percov2.training.direct_stage import masked_examples
+from percov2.evaluation.study.coders import DirectCoder, token_map
+from percov2.training.study.direct_stage import masked_examples
 
 FROZEN = Path(__file__).parent / "data" / "entropy_v1"
 SIZES = TransformerConfig(codebook_size=16, dim=32, heads=2, head_dim=16, layers=2, hidden=64)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from percov2 import packing
-from percov2.bitstream import Header
+from percov2.container import tokens_file
+from percov2.container.bitstream import Header
 from percov2.entropy import cdf, schedule, token_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
@@ -106,10 +106,10 @@ def test_files_are_written_with_one_copy_for_each_batch(device, coder, cpu_coder
     shapes = [(3, 4), (3, 4), (5, 2), (3, 4)]
     maps = [tokens_of(i + 1, *shape)[0].numpy() for i, shape in enumerate(shapes)]
     headers = [Header(model_id=7, height=16 * h, width=16 * w) for h, w in shapes]
-    files = packing.pack(coder, headers, maps)
+    files = tokens_file.pack(coder, headers, maps)
     assert device.waits == []
     assert device.downloads == [(2, 3, 12), (2, 1, 10)]
-    assert files == packing.pack(cpu_coder, headers, maps)
+    assert files == tokens_file.pack(cpu_coder, headers, maps)
 
 
 WASTE: dict[str, Callable[[torch.Tensor], object]] = {

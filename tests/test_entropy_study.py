@@ -16,10 +16,10 @@ from command_line import failure, run
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES, qlds, stages
 from percov2.entropy.token_coder import TokenCoder
-from percov2.evaluation.entropy_study import compare, measure, order_methods
-from percov2.evaluation.study_coders import OrderCoder, token_check, token_map, uniform_coder
-from percov2.evaluation.study_page import page, panels, saved
-from percov2.evaluation.study_schedules import STUDY_SCHEDULES
+from percov2.evaluation.study.coders import OrderCoder, token_check, token_map, uniform_coder
+from percov2.evaluation.study.comparison import compare, measure, order_methods
+from percov2.evaluation.study.page import page, panels, saved
+from percov2.evaluation.study.schedules import STUDY_SCHEDULES
 from percov2.training.stage2 import integer_bits
 
 FROZEN = Path(__file__).parent / "data" / "entropy_v1"

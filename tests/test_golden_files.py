@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from golden_pictures import CASES, FOLDER, RECORD, record
-from percov2 import Codec, bitstream
-from percov2.caption import decode_caption
-from percov2.caption_model import CaptionModel
+from percov2 import Codec
 from percov2.codec import CAPTIONS
+from percov2.container import bitstream
+from percov2.container.caption_model import CaptionModel
+from percov2.container.captions import decode_caption
+from percov2.container.tokens_file import OpenFile, Tokens, pack, unpack
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder
-from percov2.packing import Tokens, pack
-from percov2.unpacking import OpenFile, unpack
 
 DATA = Path(__file__).parent / "data"
 SIDE = 16

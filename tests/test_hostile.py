@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 import random_model
-from percov2 import BitstreamError, Codec, bitstream
+from percov2 import BitstreamError, Codec
+from percov2.container import bitstream
+from percov2.container.tokens_file import pack
 from percov2.entropy import SCHEDULES
-from percov2.models.model_config import Rate
-from percov2.packing import pack
+from percov2.models.config import Rate
 
 CHECK_LUCK = 2
 """Files that may pass the 16-bit check by chance; 0.1 are expected in 5,000."""

@@ -12,16 +12,22 @@ import pytest
 
 import independent_decoder as independent
 import independent_model
-from percov2 import bitstream
-from percov2.bitstream import BitstreamError, Header
-from percov2.caption import decode_caption, encode_caption
-from percov2.caption_model import Alphabet, CaptionModel
+from percov2.container import bitstream
+from percov2.container.bitstream import BitstreamError, Header
+from percov2.container.caption_model import Alphabet, CaptionModel
+from percov2.container.captions import decode_caption, encode_caption
+from percov2.container.model_id import model_id
+from percov2.container.tokens_file import (
+    OpenFile,
+    Tokens,
+    pack,
+    token_grid,
+    unpack,
+    unpack_cut,
+    with_captions,
+)
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, stages
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.model_ids import model_id
-from percov2.models.model_config import Rate
-from percov2.packing import Tokens, pack, token_grid
-from percov2.unpacking import OpenFile, unpack, unpack_cut, with_captions
 
 DATA = Path(__file__).parent / "data"
 SIDE = 16
@@ -229,7 +235,7 @@ def test_fingerprints_and_model_ids(frozen: Pair) -> None:
     fingerprint = frozen.coder.model.fingerprint()
     assert independent_model.fingerprint(frozen.model) == fingerprint
     codebook = np.arange(32, dtype="<f4").tobytes()
-    expected = model_id(Rate("any", SIDE, 16), fingerprint, codebook)
+    expected = model_id(SIDE, 16, fingerprint, codebook)
     assert independent_model.model_id(frozen.model, SIDE, codebook) == expected
 
 

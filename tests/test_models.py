@@ -10,8 +10,12 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from percov2.models.autoencoder import PatchAutoencoder
-from percov2.models.flow import (
+from percov2.models.config import ModelConfig, Rate
+from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.quantizer import VectorQuantizer
+from percov2.models.storage import load_component, load_tensor, save_component
+from percov2.models.tiny.autoencoder import PatchAutoencoder
+from percov2.models.tiny.flow import (
     WindowedEstimate,
     build_flow,
     estimate_clean,
@@ -20,11 +24,7 @@ from percov2.models.flow import (
     widen_patch_embedding,
     window_starts,
 )
-from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.model_config import ModelConfig, Rate
-from percov2.models.quantizer import VectorQuantizer
-from percov2.models.storage import load_component, load_tensor, save_component
-from percov2.models.text_encoder import HashedTextEncoder
+from percov2.models.tiny.text_encoder import HashedTextEncoder
 
 FLOW = {
     "sample_size": 8,

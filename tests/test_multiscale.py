@@ -20,12 +20,13 @@ from percov2.entropy.direct import UNKNOWN, int_direct_logits
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.scales import scale_plan, scale_shapes
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.evaluation.study_coders import DirectCoder, TokenMap
-from percov2.evaluation.study_schedules import STUDY_SCHEDULES
+from percov2.evaluation.study.coders import DirectCoder, TokenMap
+from percov2.evaluation.study.schedules import STUDY_SCHEDULES
 from percov2.training.commands import run_tokens
 from percov2.training.data import PhotoCrops, is_held_out
 from percov2.training.loop import LoopConfig
-from percov2.training.multiscale import (
+from percov2.training.stage2 import EntropyConfig, TokenMaps, train_entropy
+from percov2.training.study.multiscale import (
     PhotoDirections,
     ScaleMaps,
     ScaleQuantizer,
@@ -34,7 +35,6 @@ from percov2.training.multiscale import (
     photo_directions,
     same_tokens,
 )
-from percov2.training.stage2 import EntropyConfig, TokenMaps, train_entropy
 from photo_store import store_photos
 
 SIZE = 16
@@ -295,7 +295,7 @@ def test_the_command_compares_explicit_var(
     shutil.rmtree(folder / "fine" / "entropy")
     shutil.copytree(tmp_path / "shared" / "entropy", folder / "fine" / "entropy")
     few = {"var": STUDY_SCHEDULES["var"]}
-    monkeypatch.setattr("percov2.evaluation.entropy_study.STUDY_SCHEDULES", few)
+    monkeypatch.setattr("percov2.evaluation.study.comparison.STUDY_SCHEDULES", few)
     out = tmp_path / "out"
     command = ("eval", "entropy", "--data", tmp_path / "maps.npz", "--model", folder)
     command += ("--rate", "fine", "--out", out, "--entropy-run", tmp_path / "shared")

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import random_model
 from percov2.codec import Codec
-from percov2.models.model_config import Rate
-from percov2.models.preset import CodecModel
+from percov2.models.config import Rate
+from percov2.models.tiny.backbone import CodecModel
 
 SIDES = range(1, 41)
 

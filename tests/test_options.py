@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from percov2 import Codec, DecodeOptions, EncodeOptions
-from percov2.cli_faults import in_flags
-from percov2.cli_options import add_options, options_of
+from percov2.cli.faults import in_flags
+from percov2.cli.options import add_options, options_of
 from percov2.options import OptionError, options_from
 
 

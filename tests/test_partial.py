@@ -15,12 +15,21 @@ from PIL import Image
 import independent_coder
 import independent_decoder
 import independent_model
-from percov2 import BitstreamError, Codec, bitstream
+from percov2 import BitstreamError, Codec
+from percov2.container import bitstream
+from percov2.container.tokens_file import (
+    OpenFile,
+    Tokens,
+    encode,
+    pack,
+    unpack,
+    unpack_cut,
+    write,
+    write_within,
+)
 from percov2.entropy import IntTransformer, TokenCoder, stages
 from percov2.entropy.schedule import SCHEDULES, stage_count
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.packing import Tokens, encode, pack, write, write_within
-from percov2.unpacking import OpenFile, unpack, unpack_cut
 
 SIDE = 16
 Read = Callable[..., tuple[np.ndarray, int]]

@@ -20,9 +20,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 import random_perco
 import reference_perco as reference
 from command_line import run
-from percov2 import BackboneOptions, Codec, bitstream
-from percov2.import_perco import import_perco
-from percov2.models.perco import PerCoModel
+from percov2 import BackboneOptions, Codec
+from percov2.container import bitstream
+from percov2.models.perco.backbone import PerCoModel
+from percov2.training.import_perco import import_perco
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
 

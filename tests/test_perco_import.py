@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import random_perco
 from command_line import failure, run
-from percov2.import_perco import find_checkpoints, import_perco
-from percov2.models.model_config import ModelConfig
+from percov2.models.config import ModelConfig
+from percov2.training.import_perco import find_checkpoints, import_perco
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import reference_perco as reference
 from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.perco_checkpoint import (
+from percov2.models.perco.checkpoint import (
     hyper_encoder_tensors,
     quantizer_tensors,
     unet_tensors,

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import percov2
-from percov2.caption_model import CaptionModel
 from percov2.codec import Codec
+from percov2.container.caption_model import CaptionModel
 from percov2.evaluation.metrics import measure
 
 FOLDER = Path(percov2.__file__).parent / "pretrained" / "tiny"

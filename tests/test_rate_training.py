@@ -12,7 +12,7 @@ from PIL import Image
 
 from percov2.codec import Codec
 from percov2.entropy.int_transformer import IntTransformer, TransformerConfig
-from percov2.models.model_config import Rate
+from percov2.models.config import Rate
 from percov2.training.commands import codec_stage, run_codec, run_export
 from percov2.training.data import CropPlan, PhotoCrops
 from percov2.training.loop import load_averaged, train

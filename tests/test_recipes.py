@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import percov2.training
-from percov2.models.model_config import PAPER_RATES, Rate
-from percov2.training.sd3_commands import sd3_config
+from percov2.models.config import PAPER_RATES, Rate
+from percov2.training.sd3.commands import sd3_config
 from percov2.training.settings import build_config, read_recipe, read_section
 from percov2.training.stage2 import EntropyConfig
 

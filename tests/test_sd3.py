@@ -16,17 +16,10 @@ from PIL import Image
 import random_sd3
 from command_line import failure, run
 from percov2 import BackboneOptions, Codec
-from percov2.models import (
-    hyper_encoder,
-    placement,
-    quantizer,
-    sd3_base,
-    sd3_flow,
-    sd3_text,
-    storage,
-)
-from percov2.models.model_config import PAPER_RATES
-from percov2.models.sd3 import SD3Model
+from percov2.models import hyper_encoder, placement, quantizer, storage
+from percov2.models.config import PAPER_RATES
+from percov2.models.sd3 import base, flow, text
+from percov2.models.sd3.backbone import SD3Model
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return load
 
-    for module in (sd3_base, sd3_flow, sd3_text):
+    for module in (base, flow, text):
         monkeypatch.setattr(module, "load_part", recording(placement.load_part))
     for module in (hyper_encoder, quantizer):
         monkeypatch.setattr(module, "load_component", recording(storage.load_component))
@@ -107,10 +100,10 @@ def test_sampling_equals_diffusers_while_z_hat_has_no_weight(
 ) -> None:
     shutil.copytree(sd3_folder, tmp_path / "model")
     shutil.copytree(sd3_folder.parent / "base", tmp_path / "base")
-    tensors, scale = sd3_flow.load_delta(tmp_path / "model" / "flow")
+    tensors, scale = flow.load_delta(tmp_path / "model" / "flow")
     weight = tensors["pos_embed.proj.weight"]
     weight.zero_()[:, :16] = original.transformer.pos_embed.proj.weight.detach()
-    sd3_flow.save_delta(tensors, scale, tmp_path / "model" / "flow")
+    flow.save_delta(tensors, scale, tmp_path / "model" / "flow")
     model = SD3Model(tmp_path / "model")
     z_hat = torch.randn(1, random_sd3.Z_CHANNELS, 8, 12)
     latents = model.sample(z_hat, "r0313", ["a red door"], steps, guidance, seed=7)

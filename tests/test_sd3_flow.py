@@ -9,8 +9,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 import random_sd3
-from percov2.models.flow import widen_patch_embedding
-from percov2.models.sd3_flow import DELTA_FILE, apply_delta, load_delta, open_flow, save_delta
+from percov2.models.sd3.flow import DELTA_FILE, apply_delta, load_delta, open_flow, save_delta
+from percov2.models.tiny.flow import widen_patch_embedding
 
 LAYER = "transformer_blocks.1.attn.to_q"
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from percov2.models import sd3_memory
+from percov2.models.sd3 import memory
 
 
 @pytest.fixture(scope="module")
 def counts() -> dict[str, int]:
-    found = sd3_memory.networks("stable-diffusion-3-medium")
+    found = memory.networks("stable-diffusion-3-medium")
     assert all(p.device.type == "meta" for network in found.values() for p in network.parameters())
-    return {name: sd3_memory.parameters(network) for name, network in found.items()}
+    return {name: memory.parameters(network) for name, network in found.items()}
 
 
 def test_networks_have_the_published_sizes(counts: dict[str, int]) -> None:
@@ -25,15 +25,15 @@ def test_networks_have_the_published_sizes(counts: dict[str, int]) -> None:
 
 
 def test_widening_adds_the_columns_of_z_hat_only(counts: dict[str, int]) -> None:
-    plain = sd3_memory.transformer("stable-diffusion-3-medium")
-    assert sd3_memory.parameters(plain) == 2_028_328_000
-    added = counts["flow transformer, widened"] - sd3_memory.parameters(plain)
+    plain = memory.transformer("stable-diffusion-3-medium")
+    assert memory.parameters(plain) == 2_028_328_000
+    added = counts["flow transformer, widened"] - memory.parameters(plain)
     assert added == 320 * 1536 * 2 * 2
 
 
 def test_full_size_transformers_run_without_memory() -> None:
     """Shapes fit: 1024x1024 pixels, 77 + 256 text positions."""
-    flow = sd3_memory.networks("stable-diffusion-3.5-medium")["flow transformer, widened"]
+    flow = memory.networks("stable-diffusion-3.5-medium")["flow transformer, widened"]
     with torch.device("meta"):
         output = flow(
             torch.empty(1, 336, 128, 128),
@@ -47,11 +47,11 @@ def test_full_size_transformers_run_without_memory() -> None:
 
 def test_hyper_encoders_are_as_large_as_the_original() -> None:
     """4,080,128 and 5,868,032 parameters at the two ends (PerCo's authors, 4 latent channels)."""
-    sizes = {name: counts[0] for name, counts in sd3_memory.rate_parameters().items()}
+    sizes = {name: counts[0] for name, counts in memory.rate_parameters().items()}
     assert sizes["r1250"] - 192 * (16 - 4) == 4_080_128  # first convolution 1x1
     assert sizes["r0020"] - 192 * (16 - 4) * 5 * 5 == 5_868_032  # first convolution 5x5
 
 
 def test_the_documented_tables_are_the_commands() -> None:
     page = Path(__file__).parent.parent / "docs" / "sd3.md"
-    assert sd3_memory.tables() in page.read_text(encoding="utf-8")
+    assert memory.tables() in page.read_text(encoding="utf-8")

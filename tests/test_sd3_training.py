@@ -15,15 +15,16 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 
 from percov2.codec import Codec
-from percov2.models.flow import upsample_z_hat
-from percov2.models.sd3_flow import open_flow
-from percov2.training import checkpoint, sd3_commands
+from percov2.models.sd3.flow import open_flow
+from percov2.models.tiny.flow import upsample_z_hat
+from percov2.training import checkpoint
 from percov2.training.commands import run_entropy
 from percov2.training.loop import load_averaged, train
 from percov2.training.lora import LowRankLinear, add_low_rank
-from percov2.training.sd3_networks import SD3Networks
-from percov2.training.sd3_pictures import Pictures
-from percov2.training.sd3_stage import SD3Stage, _draw, shifted
+from percov2.training.sd3 import commands
+from percov2.training.sd3.networks import SD3Networks
+from percov2.training.sd3.pictures import Pictures
+from percov2.training.sd3.stage import SD3Stage, _draw, shifted
 from percov2.training.settings import build_config, read_section
 from percov2.training.shards import CropFeed, Sample, ShardStreams
 from percov2.training.stage2 import EntropyConfig, EntropyStage, TokenMaps
@@ -48,7 +49,7 @@ def _own_accelerator() -> Iterator[None]:
 
 
 def make_stage(config: Path, shards: Path, pictures: Pictures | None = None) -> SD3Stage:
-    settings, loop = sd3_commands.sd3_config(config)
+    settings, loop = commands.sd3_config(config)
     torch.manual_seed(loop.seed)
     networks = SD3Networks(settings, loop.precision, Path())
     return SD3Stage(networks, sorted(shards.glob("*.tar")), loop.seed, pictures)
@@ -161,7 +162,7 @@ def test_stage_1_killed_and_resumed_equals_uninterrupted(
     trained: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_config(tmp_path / "c.toml", folder / "base", trained, 2)
-    loop = dataclasses.replace(sd3_commands.sd3_config(path)[1], checkpoint_seconds=0.0)
+    loop = dataclasses.replace(commands.sd3_config(path)[1], checkpoint_seconds=0.0)
     stage = make_stage(path, folder / "shards")
     assert train(stage, loop, tmp_path / "once") == 4
 
@@ -203,7 +204,7 @@ def test_stage_2_killed_and_resumed_equals_uninterrupted(
         np.savez(tmp_path / "tokens" / f"{part}.npz", codebook_size=16, held_out=held_out, **maps)
     path = write_config(tmp_path / "c.toml", tmp_path, round_from="0.5", shapes="[[2, 3]]")
     table = read_section(path, "entropy")
-    loop = build_config(sd3_commands.LoopConfig, {**table.pop("loop"), "checkpoint_seconds": 0.0})
+    loop = build_config(commands.LoopConfig, {**table.pop("loop"), "checkpoint_seconds": 0.0})
 
     def stage() -> EntropyStage:
         torch.manual_seed(3)
@@ -261,7 +262,7 @@ def test_settings_that_cannot_work_are_refused_before_training(
 ) -> None:
     path = write_config(tmp_path / "c.toml", tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
-        sd3_commands.sd3_config(path)
+        commands.sd3_config(path)
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
@@ -272,12 +273,12 @@ def test_from_a_run_to_files(trained: str, folder: Path, tmp_path: Path) -> None
     photo.save(tmp_path / "pictures" / "a.png")
     (tmp_path / "pictures" / "a.txt").write_text("a door")
     run, out = tmp_path / "run", tmp_path / "model"
-    sd3_commands.run_sd3(path, folder / "shards", run, tmp_path / "pictures")
+    commands.run_sd3(path, folder / "shards", run, tmp_path / "pictures")
     with Image.open(run / "samples" / "0000002.png") as picture:
         assert picture.size == (32, 96)
     assert (run / "validation.csv").read_text().startswith("step,flow\n2,")
 
-    sd3_commands.run_sd3_export(path, run, out, None)
+    commands.run_sd3_export(path, run, out, None)
     stage = make_stage(path, folder / "shards")
     load_averaged(run, stage)
     stored = open_flow(out / "r0508" / "flow", str(folder / "base"), torch.float32)
@@ -296,11 +297,11 @@ def test_from_a_run_to_files(trained: str, folder: Path, tmp_path: Path) -> None
         return
     # Stage 2 on the folder's own tokens, and the folder with its entropy model.
     tokens = tmp_path / "tokens"
-    sd3_commands.run_shard_tokens(out, folder / "shards", tokens, longest=48)
+    commands.run_shard_tokens(out, folder / "shards", tokens, longest=48)
     names = sorted(p.name for p in tokens.iterdir())
     assert names == ["photos-1.npz", "photos-2.npz"]
     run_entropy(path, tokens, tmp_path / "entropy")
-    sd3_commands.run_sd3_export(path, run, out, [str(tmp_path / "entropy" / "entropy")])
+    commands.run_sd3_export(path, run, out, [str(tmp_path / "entropy" / "entropy")])
     trained_codec = Codec.from_pretrained(out)
     assert trained_codec.model_id("r0508") != codec.model_id("r0508")
     again = trained_codec.compress([photo])[0]
@@ -322,8 +323,8 @@ def test_a_folder_takes_further_rates_of_the_same_base(folder: Path, tmp_path: P
     stale.write_text("{}")
     for recipe in (None, "r0020", None):
         run = tmp_path / (recipe or "r0508")
-        sd3_commands.run_sd3(path, folder / "shards", run, recipe=recipe)
-        sd3_commands.run_sd3_export(path, run, out, recipe=recipe)
+        commands.run_sd3(path, folder / "shards", run, recipe=recipe)
+        commands.run_sd3_export(path, run, out, recipe=recipe)
     codec = Codec.from_pretrained(out)
     assert [rate.name for rate in codec.config.rates] == ["r0508", "r0020"]
     assert len((out / "model_id").read_text().splitlines()) == 2
@@ -335,4 +336,4 @@ def test_a_folder_takes_further_rates_of_the_same_base(folder: Path, tmp_path: P
         rate='{ name = "r0508", token_side = 16, codebook_size = 32 }',
     )
     with pytest.raises(ValueError, match="does not fit"):
-        sd3_commands.run_sd3_export(other, tmp_path / "r0508", out, None)
+        commands.run_sd3_export(other, tmp_path / "r0508", out, None)

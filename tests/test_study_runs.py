@@ -17,11 +17,9 @@ from command_line import failure, run
 from percov2.entropy.direct import masked_plan
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
-from percov2.evaluation.entropy_study import measure
-from percov2.evaluation.study_coders import DirectCoder, token_map
-from percov2.evaluation.study_schedules import STUDY_SCHEDULES
-from percov2.training import study_runs
-from percov2.training.direct_stage import masked_model
+from percov2.evaluation.study.coders import DirectCoder, token_map
+from percov2.evaluation.study.comparison import measure
+from percov2.evaluation.study.schedules import STUDY_SCHEDULES
 from percov2.training.loop import LoopConfig, load_averaged
 from percov2.training.stage2 import (
     EntropyConfig,
@@ -30,7 +28,9 @@ from percov2.training.stage2 import (
     integer_bits,
     train_entropy,
 )
-from percov2.training.study_runs import OneOrder, SharedRun, fine_tuned, shared_run
+from percov2.training.study import runs
+from percov2.training.study.direct_stage import masked_model
+from percov2.training.study.runs import OneOrder, SharedRun, fine_tuned, shared_run
 
 SIZES = {"dim": 16, "heads": 2, "head_dim": 8, "layers": 2, "hidden": 32}
 CONFIG = EntropyConfig(model=SIZES, shapes=((5, 6), (4, 4)), tokens_per_step=256)
@@ -90,7 +90,7 @@ def test_every_draw_is_of_the_one_order(token_file: Path) -> None:
 def test_fine_tuning_starts_from_the_shared_weights(
     shared: SharedRun, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_runs, "_FINE_RATE", 0.0)
+    monkeypatch.setattr(runs, "_FINE_RATE", 0.0)
     still = fine_tuned(shared, token_file, ORDER, 2, tmp_path)
     before = IntTransformer.load(shared.folder / "entropy")
     for name in ("embedding.token", "embedding.query", "embedding.start"):
@@ -152,7 +152,7 @@ def test_a_run_is_not_taken_for_another_one(
 def test_an_interrupted_run_says_so(
     shared: SharedRun, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_runs, "trained_model", lambda *arguments: None)
+    monkeypatch.setattr(runs, "trained_model", lambda *arguments: None)
     with pytest.raises(RuntimeError, match="interrupted before step 7; start it again"):
         fine_tuned(shared, token_file, ORDER, 7, tmp_path)
 
@@ -195,7 +195,7 @@ def test_the_command_trains_what_it_compares(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     few = {name: STUDY_SCHEDULES[name] for name in ("var", "var_every_side", "raster")}
-    monkeypatch.setattr("percov2.evaluation.entropy_study.STUDY_SCHEDULES", few)
+    monkeypatch.setattr("percov2.evaluation.study.comparison.STUDY_SCHEDULES", few)
     command = ("eval", "entropy", "--data", token_file, "--model", model_folder, "--rate", "fine")
     command += ("--out", tmp_path / "out", "--finetune", 3)
     assert "training needs the --entropy-run" in failure(capsys, *command)

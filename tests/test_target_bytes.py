@@ -12,10 +12,11 @@ from PIL import Image
 
 import random_model
 from command_line import failure, run
-from percov2 import Codec, bitstream
+from percov2 import Codec
 from percov2.coarser_rates import CoarserRateWarning, encode_bounded
-from percov2.models.model_config import ModelConfig, Rate
-from percov2.packing import TooFewBytes
+from percov2.container import bitstream
+from percov2.container.tokens_file import TooFewBytes
+from percov2.models.config import ModelConfig, Rate
 
 # Rates of a model are never reordered, so a finer one may come last.
 RATES = (Rate("r031", 16, 64), Rate("r010", 32, 300), Rate("r125", 8, 64))

@@ -12,15 +12,14 @@ import pytest
 import torch
 
 import emulated_cuda
-from percov2 import bitstream, packing, unpacking
-from percov2.bitstream import BitstreamError, Header
+from percov2.container import bitstream, tokens_file
+from percov2.container.bitstream import BitstreamError, Header
+from percov2.container.tokens_file import OpenFile, Tokens
 from percov2.entropy import cdf, rans, rans_cuda, schedule, token_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import RansDecoder
 from percov2.entropy.token_coder import TokenCoder, default_coder
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.packing import Tokens
-from percov2.unpacking import OpenFile
 from pretended_device import DEVICE, Held, PretendedDevice
 from test_codec import certain_model
 
@@ -69,11 +68,11 @@ def opened(files: list[bytes], grids: list[Tokens]) -> list[OpenFile]:
 def test_files_are_those_of_the_cpu(coder, cpu_coder, name):
     assert (coder.coder_name, cpu_coder.coder_name) == ("cuda", "cpu")
     grids = maps()
-    files = packing.pack(coder, headers(grids, name), grids)
-    assert files == packing.pack(cpu_coder, headers(grids, name), grids)
-    assert files[3:4] == packing.pack(coder, headers(grids[3:4], name), grids[3:4])
+    files = tokens_file.pack(coder, headers(grids, name), grids)
+    assert files == tokens_file.pack(cpu_coder, headers(grids, name), grids)
+    assert files[3:4] == tokens_file.pack(coder, headers(grids[3:4], name), grids[3:4])
     for reader in (coder, cpu_coder):
-        decoded = unpacking.unpack(reader, opened(files, grids))
+        decoded = tokens_file.unpack(reader, opened(files, grids))
         assert all(np.array_equal(a, b) for a, b in zip(decoded, grids, strict=True))
 
 
@@ -81,16 +80,16 @@ def test_plain_maps_are_written_again_without_the_dense_promise(coder):
     certain = IntTransformer(certain_model().config, certain_model().tensors, coder.model.device)
     sure = TokenCoder(certain, coder.coder_name)
     grids = [np.zeros((60, 60), np.int32), np.full((60, 60), 255, np.int32)]
-    files = packing.pack(sure, headers(grids, "qlds12"), grids)
+    files = tokens_file.pack(sure, headers(grids, "qlds12"), grids)
     assert [bitstream.read(file).header.dense for file in files] == [False, True]
-    assert files == packing.pack(TokenCoder(certain_model()), headers(grids, "qlds12"), grids)
-    decoded = unpacking.unpack(sure, opened(files, grids))
+    assert files == tokens_file.pack(TokenCoder(certain_model()), headers(grids, "qlds12"), grids)
+    decoded = tokens_file.unpack(sure, opened(files, grids))
     assert all(np.array_equal(a, b) for a, b in zip(decoded, grids, strict=True))
 
 
 def test_damaged_files_are_refused_as_on_the_cpu(coder, cpu_coder):
     grids = maps()
-    files = packing.pack(cpu_coder, headers(grids, "qlds5"), grids)
+    files = tokens_file.pack(cpu_coder, headers(grids, "qlds5"), grids)
     refused = 0
     for i, cut in ((0, 1), (0, 4), (3, 2), (3, 25), (3, 40)):
         damaged = [files[i][:-cut], files[i][:-cut] + bytes([files[i][-cut] ^ 64])]
@@ -98,7 +97,7 @@ def test_damaged_files_are_refused_as_on_the_cpu(coder, cpu_coder):
             messages = []
             for reader in (coder, cpu_coder):
                 with pytest.raises(BitstreamError) as caught:
-                    unpacking.unpack(reader, opened([files[i], data], [grids[i]] * 2))
+                    tokens_file.unpack(reader, opened([files[i], data], [grids[i]] * 2))
                 messages.append(str(caught.value))
             assert messages[0] == messages[1]
             assert messages[0].startswith("file 1: ")
@@ -109,14 +108,14 @@ def test_damaged_files_are_refused_as_on_the_cpu(coder, cpu_coder):
 def test_parts_and_cut_files_are_drawn_as_on_the_cpu(coder, cpu_coder):
     grids = [grid for grid in maps()[:4] if grid.size > 1]  # plain ones have no bytes to lose
     heads = [replace(h, stages_sent=3, seed=9) for h in headers(grids, "qlds5")]
-    files = packing.pack(cpu_coder, heads, grids)
-    assert packing.pack(coder, heads, grids) == files
-    expected = unpacking.unpack(cpu_coder, opened(files, grids))
-    for one, two in zip(expected, unpacking.unpack(coder, opened(files, grids)), strict=True):
+    files = tokens_file.pack(cpu_coder, heads, grids)
+    assert tokens_file.pack(coder, heads, grids) == files
+    expected = tokens_file.unpack(cpu_coder, opened(files, grids))
+    for one, two in zip(expected, tokens_file.unpack(coder, opened(files, grids)), strict=True):
         np.testing.assert_array_equal(one, two)
-    whole = packing.pack(cpu_coder, headers(grids, "qlds5"), grids)
+    whole = tokens_file.pack(cpu_coder, headers(grids, "qlds5"), grids)
     cut = [file[:-2] for file in files] + [file[: len(file) // 2 + 4] for file in whole]
-    read = [unpacking.unpack_cut(one, opened(cut, grids * 2)) for one in (cpu_coder, coder)]
+    read = [tokens_file.unpack_cut(one, opened(cut, grids * 2)) for one in (cpu_coder, coder)]
     for (tokens, stages), (others, taken) in zip(*read, strict=True):
         np.testing.assert_array_equal(tokens, others)
         assert stages == taken

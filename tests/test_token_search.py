@@ -15,9 +15,9 @@ from torch import Tensor
 
 from percov2.codec import Codec
 from percov2.models import token_search
-from percov2.models.flow import window_starts
 from percov2.models.perceptual import LPIPS
-from percov2.models.preset import CodecModel
+from percov2.models.tiny.backbone import CodecModel
+from percov2.models.tiny.flow import window_starts
 from percov2.models.token_search import TokenSearch, tiles
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from percov2.models.preset import CodecModel
+from percov2.models.tiny.backbone import CodecModel
 from percov2.training.commands import codec_stage, run_codec, run_export
 from percov2.training.data import PhotoCrops
 from percov2.training.loop import train

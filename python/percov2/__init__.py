@@ -10,8 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from percov2.bitstream import BitstreamError
     from percov2.codec import Codec
+    from percov2.container.bitstream import BitstreamError
     from percov2.models.backbone import BackboneOptions
     from percov2.options import DecodeOptions, EncodeOptions
     from percov2.pipeline import PerCoV2Pipeline
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BackboneOptions": "models.backbone",
-    "BitstreamError": "bitstream",
+    "BitstreamError": "container.bitstream",
     "Codec": "codec",
     "DecodeOptions": "options",
     "EncodeOptions": "options",

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from percov2.caption import CAPTIONERS, Captioner, NoCaptioner, TextCaptioner
+from percov2.container.captions import CAPTIONERS, Captioner, NoCaptioner, TextCaptioner
 from percov2.images import to_rgb
 
 MAX_TOKENS = 32

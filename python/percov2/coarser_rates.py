@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
-from percov2 import packing
-from percov2.models.model_config import Rate
-from percov2.packing import TooFewBytes
+from percov2.container import tokens_file
+from percov2.container.tokens_file import TooFewBytes
+from percov2.models.config import Rate
 
 
 class CoarserRateWarning(UserWarning):
@@ -38,15 +38,15 @@ def encode_bounded(
         CoarserRateWarning: a picture has another rate than the first.
     """
     wanted = rates[0]
-    grids = [packing.token_grid(size, wanted.token_side) for size in sizes]
-    large = [i for i, grid in enumerate(grids) if packing.whole_only(schedule, grid)]
+    grids = [tokens_file.token_grid(size, wanted.token_side) for size in sizes]
+    large = [i for i, grid in enumerate(grids) if tokens_file.whole_only(schedule, grid)]
     others = [i for i in range(len(sizes)) if i not in large]
     files = dict(zip(others, encode(wanted, others), strict=True))
     for i in large:
         rate, files[i] = _first_short_enough(encode, i, rates)
         if rate != wanted:
             height, width = sizes[i]
-            reason = packing.whole_only(schedule, grids[i])
+            reason = tokens_file.whole_only(schedule, grids[i])
             warnings.warn(
                 f"picture {i} of {width}x{height} has rate {rate.name} instead of {wanted.name}: "
                 f"all stages of {wanted.name} need more bytes, and {reason}",

@@ -7,6 +7,7 @@ Compressing: picture -> tokens (float networks) -> intervals (one pass of the in
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -15,25 +16,51 @@ import numpy as np
 import torch
 from PIL import Image
 
-from percov2 import bitstream, packing, unpacking
-from percov2.bitstream import MAX_PIXELS, BitstreamError, Header
-from percov2.caption import decode_caption, encode_caption
-from percov2.caption_model import CaptionModel
+from percov2.batching import TOKENS_AT_ONCE, by_group
 from percov2.coarser_rates import encode_bounded
+from percov2.container import bitstream, tokens_file
+from percov2.container.bitstream import MAX_PIXELS, BitstreamError, Header
+from percov2.container.caption_model import CaptionModel
+from percov2.container.captions import decode_caption, encode_caption
+from percov2.container.model_id import check_model, model_id
+from percov2.container.tokens_file import OpenFile, Tokens
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.schedule import SCHEDULES
+from percov2.entropy.schedule import SCHEDULES, stage_count
 from percov2.entropy.token_coder import TokenCoder
 from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
-from percov2.model_ids import check_model, model_id
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
-from percov2.models.model_config import ModelConfig, Rate
+from percov2.models.config import ModelConfig, Rate
 from percov2.options import DecodeOptions, EncodeOptions, options_from
-from percov2.packing import Tokens
 from percov2.tokenizing import CaptionedSearch, TokenChoice, token_maps
-from percov2.unpacking import DecodedFile, OpenFile
 
 CAPTIONS = Path(__file__).parent / "pretrained" / "captions"
 """The embedded caption model. Files name it by the caption codec, so it never changes."""
+
+
+@dataclass(frozen=True)
+class DecodedFile:
+    """What a valid file holds.
+
+    Attributes:
+        header: its fields.
+        rate: the rate point that ``header.rate`` names.
+        caption: its text, "" if there is none.
+        tokens: int32 [h, w].
+        stages: tokens of stages 1..stages are the file's, later ones were drawn.
+        bits: cost of header, caption and check, as of ``bitstream.ParsedFile``.
+    """
+
+    header: Header
+    rate: Rate
+    caption: str
+    tokens: Tokens
+    stages: int
+    bits: dict[str, float]
+
+    @property
+    def stage_count(self) -> int:
+        """How many stages its tokens have."""
+        return stage_count(SCHEDULES[self.header.schedule], *self.tokens.shape)
 
 
 class Codec:
@@ -83,7 +110,8 @@ class Codec:
     def _compute_id(self, rate_name: str) -> int:
         rate = self.config.rate(rate_name)
         fingerprint = self._entropy(rate_name).model.fingerprint()
-        return model_id(rate, fingerprint, self.model.codebook_bytes(rate_name))
+        codebook = self.model.codebook_bytes(rate_name)
+        return model_id(rate.token_side, rate.codebook_size, fingerprint, codebook)
 
     def _load_captions(self) -> CaptionModel | None:
         return None if self._caption_folder is None else CaptionModel.load(self._caption_folder)
@@ -176,7 +204,7 @@ class Codec:
             """Files, at a rate, of the pictures of these numbers."""
             coder, common = self._entropy(rate.name), self._common(rate, name)
             picked, coded_here = [sizes[i] for i in chosen], [coded[i] for i in chosen]
-            headers = packing.headers(
+            headers = tokens_file.headers(
                 common, picked, rate.token_side, coded_here, options.stages, options.draw_seed
             )
             choice = TokenChoice(coder, name, options.slack) if options.slack else None
@@ -187,8 +215,9 @@ class Codec:
             tokens = token_maps(self.model, [arrays[i] for i in chosen], rate, choice, search)
             if options.target_bytes is None:
                 return self._pack(headers, tokens)
-            pictures = packing.encode(coder, headers, tokens, self._caption_model(headers))
-            return packing.write_within(pictures, options.target_bytes, options.draw_seed, chosen)
+            pictures = tokens_file.encode(coder, headers, tokens, self._caption_model(headers))
+            limit, seed = options.target_bytes, options.draw_seed
+            return tokens_file.write_within(pictures, limit, seed, chosen)
 
         if options.target_bytes is None:
             return encode(point, range(len(arrays)))
@@ -236,13 +265,13 @@ class Codec:
         if len(sizes) != len(tokens):
             raise ValueError(f"{len(sizes)} sizes for {len(tokens)} token maps; give one per map")
         maps = [
-            packing.checked_tokens(grid, size, point.token_side, point.codebook_size)
+            tokens_file.checked_tokens(grid, size, point.token_side, point.codebook_size)
             for grid, size in zip(tokens, sizes, strict=True)
         ]
         model = self._captions() if any(texts) else None
         coded = [encode_caption(text, model.bits if model else None) for text in texts]
         common = self._common(point, name)
-        headers = packing.headers(
+        headers = tokens_file.headers(
             common, sizes, point.token_side, coded, options.stages, options.draw_seed
         )
         return self._pack(headers, maps)
@@ -251,7 +280,7 @@ class Codec:
         if not headers:
             return []
         coder = self._entropy(self.config.rates[headers[0].rate].name)
-        return packing.pack(coder, headers, tokens, self._caption_model(headers))
+        return tokens_file.pack(coder, headers, tokens, self._caption_model(headers))
 
     def _caption_model(self, headers: Iterable[Header]) -> CaptionModel | None:
         """The caption model, if a header needs it."""
@@ -341,16 +370,16 @@ class Codec:
             except BitstreamError as error:
                 raise BitstreamError(f"{label}{error}") from error
         captions = self._caption_model(file.parsed.header for file in opened)
-        opened = unpacking.with_captions(opened, captions)
+        opened = tokens_file.with_captions(opened, captions)
         found: dict[int, tuple[Tokens, int]] = {}
         for index, rate in enumerate(self.config.rates):
             members = [i for i, file in enumerate(opened) if file.parsed.header.rate == index]
             if members:
                 coder, chosen = self._entropy(rate.name), [opened[i] for i in members]
                 if options.allow_truncated:
-                    parts = unpacking.unpack_cut(coder, chosen, captions)
+                    parts = tokens_file.unpack_cut(coder, chosen, captions)
                 else:
-                    grids = unpacking.unpack(coder, chosen, captions)
+                    grids = tokens_file.unpack(coder, chosen, captions)
                     parts = [(g, f.stages_held) for g, f in zip(grids, chosen, strict=True)]
                 found.update(zip(members, parts, strict=True))
         decoded: list[DecodedFile] = []
@@ -391,18 +420,19 @@ class Codec:
             ]
 
         alone = torch.device(self.model.device).type == "cpu"
-        sizes = [packing.TOKENS_AT_ONCE if alone else file.tokens.size for file in decoded]
+        sizes = [TOKENS_AT_ONCE if alone else file.tokens.size for file in decoded]
         keys = [(file.rate.name, file.tokens.shape) for file in decoded]
-        return packing.by_group(decoded, keys, sizes, paint_equal)
+        return by_group(decoded, keys, sizes, paint_equal)
 
     def _open(self, data: bytes, label: str, max_pixels: int) -> OpenFile:
         """Read a header and compare it with this model; BitstreamError (without the label)."""
         parsed = bitstream.read(data, max_pixels)
         header = parsed.header
-        check_model(header, self.config, self.model_id)
+        rates = [rate.name for rate in self.config.rates]
+        check_model(header, self.config.name, rates, [self.model_id(name) for name in rates])
         side = self.config.rates[header.rate].token_side
         return OpenFile(
-            data, parsed, packing.token_grid((header.height, header.width), side), label
+            data, parsed, tokens_file.token_grid((header.height, header.width), side), label
         )
 
 

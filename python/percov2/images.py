@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from percov2.bitstream import MAX_PIXELS, MAX_SIDE
+from percov2.container.bitstream import MAX_PIXELS, MAX_SIDE
 
 _DIRECT = ("L", "RGB", "CMYK")
 """Modes that colour management reads as they are."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from percov2 import bitstream
+from percov2.container import bitstream
 
 
 class OptionError(ValueError):

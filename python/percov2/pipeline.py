@@ -26,10 +26,10 @@ from PIL import Image
 
 from percov2.codec import Codec
 from percov2.models.backbone import BackboneOptions, open_backbone
-from percov2.models.model_config import ModelConfig
+from percov2.models.config import ModelConfig
 from percov2.models.placement import Placement
-from percov2.models.sd3 import SD3Model
-from percov2.models.sd3_text import TextNetworks
+from percov2.models.sd3.backbone import SD3Model
+from percov2.models.sd3.text import TextNetworks
 from percov2.options import EncodeOptions
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from percov2 import packing
+from percov2.batching import by_group
+from percov2.container.tokens_file import Tokens
 from percov2.entropy.token_coder import TokenCoder
 from percov2.images import pad
 from percov2.models.backbone import Backbone
-from percov2.models.model_config import Rate
+from percov2.models.config import Rate
 from percov2.models.token_maker import Search
-from percov2.packing import Tokens
 
 _CANDIDATES = 16
 """Nearest codes that a place may choose from."""
@@ -84,4 +84,4 @@ def token_maps(
 
     shapes = [array.shape for array in padded]
     sizes = [height * width // rate.token_side**2 for height, width, _ in shapes]
-    return packing.by_group(indices, shapes, sizes, encode)
+    return by_group(indices, shapes, sizes, encode)

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from percov2.codec import Codec
 from percov2.evaluation.gallery import Cell
-from percov2.models.flow import estimate_clean
 from percov2.models.perceptual import LPIPS
-from percov2.models.preset import CodecModel
+from percov2.models.tiny.backbone import CodecModel
+from percov2.models.tiny.flow import estimate_clean
 
 TIMES = (0.25, 0.5, 0.75, 1.0)
 """Noise levels of the flow loss; 1 is pure noise."""

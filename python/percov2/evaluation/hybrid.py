@@ -13,11 +13,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from percov2.codec import Codec
+from percov2.container.tokens_file import token_grid
 from percov2.entropy.schedule import stage_count
 from percov2.evaluation.report import round_trip
 from percov2.evaluation.setting import Setting, described
 from percov2.images import read_image, write_bytes, write_image
-from percov2.packing import token_grid
 
 STAGE_METRICS = ("psnr", "lpips_alex")
 _SHOWN = 6

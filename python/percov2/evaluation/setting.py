@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from percov2.caption import Captioner, NoCaptioner
 from percov2.codec import Codec
+from percov2.container.captions import Captioner, NoCaptioner
 from percov2.options import DecodeOptions, EncodeOptions
 
 

@@ -16,14 +16,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from percov2.models.model_config import BACKBONES, EMBEDDED, ModelConfig
+from percov2.models.config import BACKBONES, EMBEDDED, ModelConfig
 from percov2.models.quantizer import VectorQuantizer
 from percov2.models.token_maker import Search
 
 _HOME = {
-    "tiny": ("preset", "CodecModel"),
-    "sd3": ("sd3", "SD3Model"),
-    "perco": ("perco", "PerCoModel"),
+    "tiny": ("tiny.backbone", "CodecModel"),
+    "sd3": ("sd3.backbone", "SD3Model"),
+    "perco": ("perco.backbone", "PerCoModel"),
 }
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 IN_PIPELINE = "percov2"

@@ -14,7 +14,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from percov2.models.model_config import LATENT_SIDE, Rate
+from percov2.models.config import LATENT_SIDE, Rate
 from percov2.models.storage import load_component
 
 TOKEN_STRIDES = (1, 2, 4, 8)

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from percov2.models.model_config import Rate
+from percov2.models.config import Rate
 from percov2.models.storage import load_component, load_tensor
 
 

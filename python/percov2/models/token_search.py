@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from percov2.models.autoencoder import PatchAutoencoder
-from percov2.models.flow import whole_patches
 from percov2.models.perceptual import LPIPS
+from percov2.models.tiny.autoencoder import PatchAutoencoder
+from percov2.models.tiny.flow import whole_patches
 
 if TYPE_CHECKING:
-    from percov2.models.preset import CodecModel
+    from percov2.models.tiny.backbone import CodecModel
 
 L1_WEIGHT = 3.0
 """Beside 1.6 for LPIPS."""

@@ -1,6 +1,6 @@
 """The caption model: an alphabet of pieces and a transformer on captions, for the package.
 
-Captions are grids of one row whose every place is a stage (``percov2.caption_model``). Lines are
+Captions are grids of one row whose every place is a stage (``container.caption_model``). Lines are
 held out by a hash of their text, so that a line is on the same side in every run and file.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from percov2.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
+from percov2.container.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
 from percov2.entropy.entries import size_class
 from percov2.entropy.export import export
 from percov2.entropy.schedule import stages
@@ -76,7 +76,7 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
     Raises:
         ValueError: no captions, or one that no file can hold.
     """
-    from percov2.caption import encode_caption
+    from percov2.container.captions import encode_caption
 
     def texts() -> Iterator[bytes]:
         for source in sources:
@@ -240,7 +240,7 @@ def measure(model: CaptionModel, lines: Sequence[str]) -> dict[str, Any]:
 
     Those of too many pieces for the model are left out.
     """
-    from percov2.caption import encode_caption
+    from percov2.container.captions import encode_caption
 
     held_out = [x for x in lines if is_held_out(x) and len(x.split()) in WORDS]
     costs = {x: model.bits(x) for x in tqdm(held_out, desc="measuring", unit="caption")}

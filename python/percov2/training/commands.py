@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from percov2.models.autoencoder import PatchAutoencoder
-from percov2.models.model_config import ModelConfig
-from percov2.models.preset import CodecModel
+from percov2.models.config import ModelConfig
 from percov2.models.storage import save_component
+from percov2.models.tiny.autoencoder import PatchAutoencoder
+from percov2.models.tiny.backbone import CodecModel
 from percov2.training import warm_start
 from percov2.training.adversary import AdversaryConfig
 from percov2.training.autoencoder_stage import AutoencoderConfig, AutoencoderStage

@@ -1,6 +1,6 @@
 """Low-rank updates of frozen linear maps (LoRA, arXiv 2106.09685), while they are trained.
 
-A trained update is stored and added to the base model's weights by ``percov2.models.sd3_flow``.
+A trained update is stored and added to the base model's weights by ``percov2.models.sd3.flow``.
 """
 
 from __future__ import annotations

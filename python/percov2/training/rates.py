@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from percov2.models.autoencoder import PatchAutoencoder
+from percov2.models.config import Rate
 from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.model_config import Rate
 from percov2.models.quantizer import Quantized, VectorQuantizer
+from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.training.data import CropPlan
 from percov2.training.losses import LossTerms, least_side
 

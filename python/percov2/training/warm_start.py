@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from percov2.models.preset import CodecModel
+from percov2.models.tiny.backbone import CodecModel
 from percov2.training.rates import RateNetworks
 from percov2.training.stage1 import CodecStage
 

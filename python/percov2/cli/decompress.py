@@ -1,0 +1,50 @@
+"""``percov2 decompress``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from percov2.cli.faults import about
+from percov2.cli.info import read_file
+from percov2.cli.models import add_model, open_codec
+from percov2.cli.options import add_options, options_of
+from percov2.container import bitstream
+from percov2.options import DecodeOptions
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``decompress`` to the commands."""
+    help_ = "Restore the picture of a .pcv2 file."
+    added = commands.add_parser("decompress", help=help_, description=help_)
+    added.set_defaults(run=decompress)
+    added.add_argument("input", type=Path, metavar="IN.pcv2")
+    added.add_argument("output", type=Path, metavar="OUT.png")
+    add_model(added)
+    add_options(added, DecodeOptions)
+
+
+def decompress(arguments: argparse.Namespace) -> None:
+    """``percov2 decompress``."""
+    from percov2.images import check_outputs, picture_format, write_image
+
+    with about("decompress"):
+        check_outputs([arguments.output], [arguments.input])
+    with about(arguments.output):
+        picture_format(arguments.output)
+    options = options_of(DecodeOptions, arguments)
+    with about(arguments.input):
+        data = read_file(arguments.input)
+        bitstream.read(data, options.max_pixels)  # a wrong file is known before torch is loaded
+    codec = open_codec(arguments)
+    with about(arguments.input):
+        decoded = codec.decode([data], options)
+        (image,) = codec.paint(decoded, options)
+    with about(arguments.output):
+        write_image(image, arguments.output)
+    drawn = ""
+    total = decoded[0].stage_count
+    if decoded[0].stages < total:
+        drawn = f", tokens of {decoded[0].stages} of {total} stages, the others drawn"
+    print(f"{arguments.output}: {image.width}x{image.height}{drawn}")

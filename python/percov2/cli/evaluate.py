@@ -1,0 +1,376 @@
+"""The command line's evaluations: ``percov2 eval kodak|stages|modes|captions|realism|entropy``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from percov2.cli.faults import about
+from percov2.cli.models import add_captioner, add_model, chosen_captioner, open_codec
+from percov2.cli.options import add_options, number, options_of
+from percov2.options import DecodeOptions, EncodeOptions
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from percov2.evaluation.setting import Setting
+    from percov2.evaluation.study.coders import TokenMap
+    from percov2.evaluation.study.comparison import Method
+    from percov2.models.backbone import Backbone
+
+
+_BYTES = ("target_bytes", "stages", "draw_seed", "slack", "effort", "max_pixels")
+"""Options that ``eval stages`` decides on."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``eval`` to the commands."""
+    parser = commands.add_parser("eval", help="Evaluate a model.", description="Evaluate a model.")
+    added = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
+
+    def command(name: str, run: Any, help_: str) -> argparse.ArgumentParser:
+        one: argparse.ArgumentParser = added.add_parser(name, help=help_, description=help_)
+        one.set_defaults(run=run)
+        add_model(one)
+        one.add_argument("--out", type=Path, required=True, metavar="DIR")
+        return one
+
+    one = command("kodak", evaluate_kodak, "Write a report over the pictures of a folder.")
+    one.add_argument("folder", type=Path, metavar="DIR")
+    one.add_argument(
+        "--baselines", default="", help="jpeg,webp,avif,jpeg2000,vvc: compare at equal bytes"
+    )
+    add_options(one, EncodeOptions, "max_pixels")
+    add_captioner(one)
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
+
+    one = command("stages", evaluate_stages, "Pictures and bytes over the number of stages sent.")
+    one.add_argument("folder", type=Path, metavar="DIR")
+    add_options(one, EncodeOptions, *_BYTES)
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
+
+    def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
+        one.add_argument("photos", type=Path, help="out of `percov2 train data`")
+        one.add_argument("--rate", help="rate of the model, e.g. r031")
+        for name, default, most in (("crops", count, 10**6), ("side", side, 4096)):
+            one.add_argument(
+                f"--{name}", type=number(int, 2, most), default=default, help=f"default: {default}"
+            )
+
+    one = command("modes", evaluate_modes, "Distortion and realism over dial, steps and guidance.")
+    crops(one, 2000, 128)
+    one.add_argument("--steps", default="1,2,4,8,20", help="default: 1,2,4,8,20")
+    one.add_argument("--guidance", default="1,2", help="default: 1,2")
+    one.add_argument("--realism", help="settings of the dial, e.g. 0,0.5,1 (default: the rate's)")
+    one = command("captions", evaluate_captions, "Right captions against other photos' captions.")
+    crops(one, 500, 192)
+    one.add_argument("--steps", type=number(int, 1, 1000), help="flow evaluations")
+    one.add_argument("--guidance", type=number(float, 0, 100), help="weight of the caption")
+    one.add_argument(
+        "--pictures",
+        type=number(int, 0, 100),
+        default=8,
+        help="crops whose restored pictures are shown (default: 8)",
+    )
+
+    one = command("realism", evaluate_realism, "Quality and realism on held-out photos' crops.")
+    one.add_argument("photos", type=Path, help="folder made by `percov2 train data`")
+    for name, default, help_ in (
+        ("side", 256, "side of a crop in pixels (default: 256)"),
+        ("stride", 128, "pixels from crop to crop, at most the side (default: 128)"),
+    ):
+        one.add_argument(f"--{name}", type=number(int, 1, 4096), default=default, help=help_)
+    one.add_argument(
+        "--distances",
+        type=number(int, 1, 10**6),
+        metavar="N",
+        help="measure LPIPS and DISTS on N crops per photo (default: all)",
+    )
+    one.add_argument(
+        "--limit", type=number(int, 2, 10**6), metavar="N", help="take N photos (default: all)"
+    )
+    one.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="folder of the originals' features, which runs may share (default: in --out)",
+    )
+    one.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="compare with a finished run over the same crops: its --out",
+    )
+    add_options(one, EncodeOptions, "max_pixels")
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
+
+    one = command("entropy", evaluate_entropy, "Entropy schedules compared on held-out tokens.")
+    one.add_argument(
+        "--data", type=Path, required=True, help="token maps: out of `percov2 train tokens`"
+    )
+    one.add_argument("--rate", help="rate of the model, e.g. r031: the rate of the token maps")
+    one.add_argument(
+        "--entropy-run",
+        type=Path,
+        help="out of `percov2 train entropy` that made the model's weights, for training",
+    )
+    one.add_argument(
+        "--finetune",
+        type=number(int, 0, 10**6),
+        default=0,
+        metavar="STEPS",
+        help="train on for each schedule alone, measure again (needs --entropy-run; default: 0)",
+    )
+    one.add_argument(
+        "--baselines",
+        default="",
+        help="masked,multiscale: train the paper's re-reading masked model and explicit VAR, as "
+        "long as the shared weights, and measure them (need --entropy-run)",
+    )
+    one.add_argument(
+        "--photos", type=Path, help="out of `percov2 train data` that the maps are of: multiscale"
+    )
+
+
+def _held_out(
+    arguments: argparse.Namespace, captioned: bool
+) -> tuple[NDArray[np.uint8], list[str]]:
+    """Crops of held-out photos, always the same ones: uint8 [N, S, S, 3] and their captions."""
+    import numpy as np
+
+    from percov2.training.data import PhotoCrops
+
+    photos = PhotoCrops(arguments.photos, "held out")
+    if captioned:
+        photos = photos.with_captions()
+    images, captions = photos.batch(np.random.default_rng(0), arguments.crops, arguments.side)
+    levels = ((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    return levels.contiguous().numpy(), captions
+
+
+def _numbers(text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{text!r} is no list of numbers like 1,2,4") from error
+
+
+def evaluate_stages(arguments: argparse.Namespace) -> None:
+    """``percov2 eval stages``."""
+    codec = open_codec(arguments)
+    with about("eval stages"):
+        from percov2.evaluation.hybrid import plot_stages, stages_sent
+        from percov2.evaluation.report import pictures_in
+        from percov2.evaluation.setting import Setting
+
+        setting = Setting(
+            options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
+        )
+        paths = pictures_in(arguments.folder)
+        records = stages_sent(codec, paths, arguments.out, setting)
+        plot_stages(records, arguments.out / "stages.png")
+    for record in records:
+        print(
+            f"{record['stages']:3} of {record['of']} stages: {record['bytes']:.1f} bytes, PSNR "
+            f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}"
+        )
+
+
+def evaluate_modes(arguments: argparse.Namespace) -> None:
+    """``percov2 eval modes``."""
+    with about("eval modes"):
+        steps, guidances = _numbers(arguments.steps, int), _numbers(arguments.guidance, float)
+        realisms = _numbers(arguments.realism, float) if arguments.realism else [None]
+        crops, captions = _held_out(arguments, captioned=False)
+    codec = open_codec(arguments)
+    with about("eval modes"):
+        from percov2.evaluation.modes import operating_modes, plot_modes
+
+        records = operating_modes(
+            codec, crops, captions, arguments.out, arguments.rate, steps, guidances, realisms
+        )
+        plot_modes(records, arguments.out / "modes.png")
+    for record in records:
+        print(
+            f"realism {record['realism']:g}, {record['steps']} steps, guidance "
+            f"{record['guidance']:g}: PSNR "
+            f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}, Fréchet distance "
+            f"{record['frechet']:.3f} (EfficientNet-Lite0, {record['crops']} crops)"
+        )
+
+
+def evaluate_captions(arguments: argparse.Namespace) -> None:
+    """``percov2 eval captions``."""
+    with about("eval captions"):
+        crops, captions = _held_out(arguments, captioned=True)
+    codec = open_codec(arguments)
+    with about("eval captions"):
+        from percov2.evaluation.caption_effect import (
+            caption_effect,
+            caption_pictures,
+            other_captions,
+        )
+        from percov2.evaluation.gallery import write_page
+        from percov2.images import write_bytes
+
+        rate = arguments.rate or codec.config.default_rate
+        result = caption_effect(codec, crops, captions, rate, arguments.steps, arguments.guidance)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(result, indent=2) + "\n"
+        write_bytes(arguments.out / f"captions_{rate}.json", text.encode())
+        if arguments.pictures:
+            shown = slice(arguments.pictures)
+            rows = caption_pictures(
+                codec,
+                crops[shown],
+                captions[shown],
+                other_captions(captions)[shown],
+                rate,
+                arguments.steps,
+                arguments.guidance,
+            )
+            write_page(rows, arguments.out / f"captions_{rate}.jpg")
+    print(text, end="")
+
+
+def evaluate_realism(arguments: argparse.Namespace) -> None:
+    """``percov2 eval realism``."""
+    name = "eval realism"
+    with about(name):
+        from percov2.evaluation.judge import Crops, judge_realism
+        from percov2.training.data import PhotoCrops
+
+        crops = Crops(arguments.side, arguments.stride, arguments.distances, arguments.limit)
+        photos = PhotoCrops(arguments.photos, "held out")
+    codec = open_codec(arguments)
+    with about(name):
+        judge_realism(
+            codec,
+            photos,
+            arguments.out,
+            chosen_setting(arguments),
+            crops,
+            arguments.cache,
+            arguments.against,
+        )
+    print((arguments.out / "realism.md").read_text(encoding="utf-8"), end="")
+
+
+def chosen_setting(arguments: argparse.Namespace) -> Setting:
+    """The setting of a command line with encoding, sampling and, maybe, captioner options."""
+    from percov2.container.captions import NoCaptioner
+    from percov2.evaluation.setting import Setting
+
+    return Setting(
+        options_of(EncodeOptions, arguments),
+        options_of(DecodeOptions, arguments),
+        chosen_captioner(arguments) if hasattr(arguments, "captioner") else NoCaptioner(),
+    )
+
+
+def evaluate_kodak(arguments: argparse.Namespace) -> None:
+    """``percov2 eval kodak``."""
+    from percov2.evaluation import report
+
+    baselines = [name for name in arguments.baselines.split(",") if name]
+    name = "eval kodak"
+    with about(name):
+        report.plan_evaluation(arguments.folder, arguments.out, baselines)
+    codec = open_codec(arguments)
+    with about(name):
+        result = report.evaluate(
+            codec, arguments.folder, arguments.out, chosen_setting(arguments), baselines
+        )
+    print(report.table([{"image": "mean", **result["mean"]}], "kodak"))
+    print(arguments.out / "report.md")
+
+
+def evaluate_entropy(arguments: argparse.Namespace) -> None:
+    """``percov2 eval entropy``."""
+    name = "eval entropy"
+    with about(name):
+        from percov2.evaluation.study.coders import token_map
+        from percov2.evaluation.study.comparison import compare
+        from percov2.training.stage2 import TokenMaps
+
+        baselines = [part for part in arguments.baselines.split(",") if part]
+        unknown = sorted(set(baselines) - {"masked", "multiscale"})
+        if unknown:
+            raise ValueError(f"no such baselines: {unknown}; there are masked and multiscale")
+        if (arguments.finetune or baselines) and arguments.entropy_run is None:
+            raise ValueError("training needs the --entropy-run that made the model's weights")
+        if "multiscale" in baselines and arguments.photos is None:
+            raise ValueError("multiscale needs the --photos that the token maps are of")
+        data = TokenMaps(arguments.data)
+    codec = open_codec(arguments)
+    with about(name):
+        rate = codec.config.rate(arguments.rate or codec.config.default_rate)
+        if data.codebook_size != rate.codebook_size:
+            raise ValueError(
+                f"{arguments.data} has tokens of a codebook of {data.codebook_size}, but rate "
+                f"{rate.name} one of {rate.codebook_size}: choose the --rate of the tokens"
+            )
+        facts = {
+            "rate": rate.name,
+            "codebook_size": rate.codebook_size,
+            "token_side": rate.token_side,
+            "command": _entropy_command(arguments, rate.name),
+        }
+        maps = [token_map(grid) for grid in data.held_out]
+        methods = _entropy_methods(arguments, baselines, codec.model, rate.name, maps)
+        compare(maps, methods, facts, arguments.out)
+    print(arguments.out / "report.md")
+
+
+def _entropy_command(arguments: argparse.Namespace, rate: str) -> str:
+    """The command of a report: names of files and folders, not where they lie."""
+    words = ["percov2 eval entropy --model", Path(arguments.model).name, "--rate", rate]
+    words += ["--data", arguments.data.name, "--out", arguments.out.name]
+    if arguments.entropy_run is not None:
+        words += ["--entropy-run", arguments.entropy_run.name]
+    if arguments.baselines:
+        words += ["--baselines", arguments.baselines]
+    if arguments.photos is not None:
+        words += ["--photos", arguments.photos.name]
+    if arguments.finetune:
+        words += ["--finetune", str(arguments.finetune)]
+    return " ".join(words)
+
+
+def _entropy_methods(
+    arguments: argparse.Namespace,
+    baselines: list[str],
+    model: Backbone,
+    rate: str,
+    maps: list[TokenMap],
+) -> Iterator[Method]:
+    """What ``eval entropy`` compares, each trained when its turn comes."""
+    from percov2.entropy.int_transformer import IntTransformer
+    from percov2.entropy.token_coder import TokenCoder
+    from percov2.evaluation.study.coders import OrderCoder
+    from percov2.evaluation.study.comparison import order_methods
+    from percov2.training.study import methods
+    from percov2.training.study.runs import shared_run
+
+    shared = IntTransformer.load(model.folder / rate / "entropy", arguments.device)
+    runs = arguments.out / "runs"
+    run = None
+    if arguments.entropy_run is not None:
+        run = shared_run(arguments.entropy_run, shared.fingerprint())
+    coder = TokenCoder(shared)
+    yield from order_methods("shared", lambda _, order: OrderCoder(coder, order), maps, draw=True)
+    if run is None:
+        return
+    data = arguments.data
+    if arguments.finetune:
+        yield from methods.fine_tuned_methods(run, data, maps, arguments.finetune, runs)
+    if "masked" in baselines:
+        yield from methods.masked_methods(run, data, maps, runs / "masked")
+    if "multiscale" in baselines:
+        yield from methods.multiscale_methods(
+            run, model, rate, arguments.photos, maps, runs / "multiscale"
+        )

@@ -1,0 +1,146 @@
+"""``percov2 info``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from percov2.cli.faults import about
+from percov2.cli.models import add_model, open_codec
+from percov2.cli.options import add_options
+from percov2.container import bitstream
+from percov2.options import DecodeOptions
+
+if TYPE_CHECKING:
+    from percov2.container.bitstream import ParsedFile
+
+EMBEDDED = Path(__file__).parent.parent / "pretrained"
+MAX_FILE_BYTES = 1 << 26
+"""No image within the largest pixel limit needs a longer ``.pcv2`` file."""
+_PAINTING = ("realism", "steps", "guidance", "seed")
+"""Options that ``info`` has no use for."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``info`` to the commands."""
+    help_ = "Say what a .pcv2 file holds."
+    added = commands.add_parser("info", help=help_, description=help_)
+    added.set_defaults(run=info)
+    added.add_argument("input", type=Path, metavar="FILE")
+    added.add_argument("--json", action="store_true", help="print one JSON object")
+    added.add_argument(
+        "--verify", action="store_true", help="decode the tokens and print their SHA-256"
+    )
+    add_model(added)
+    add_options(added, DecodeOptions, *_PAINTING, "allow_truncated")
+
+
+def read_file(path: Path) -> bytes:
+    with open(path, "rb") as stream:
+        data = stream.read(MAX_FILE_BYTES + 1)
+    if len(data) > MAX_FILE_BYTES:
+        raise ValueError(f"not a .pcv2 file: it is longer than {MAX_FILE_BYTES} bytes")
+    return data
+
+
+def info(arguments: argparse.Namespace) -> None:
+    """``percov2 info``."""
+    with about(arguments.input):
+        data = read_file(arguments.input)
+        parsed = bitstream.read(data, arguments.max_pixels)
+        record = _describe(arguments.input, data, parsed)
+    if arguments.verify:
+        codec = open_codec(arguments)
+        with about(arguments.input):
+            (decoded,) = codec.decode([data], max_pixels=arguments.max_pixels)
+        import hashlib
+
+        record["model"], record["rate"] = codec.config.name, decoded.rate.name
+        record["caption"], record["bytes"] = decoded.caption, _parts(data, decoded.bits)
+        record["sha256"] = hashlib.sha256(decoded.tokens.astype("<i4").tobytes()).hexdigest()
+    if arguments.json:
+        print(json.dumps(record, indent=2))
+    else:
+        _print_info(record)
+
+
+def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
+    """What a file says about itself, without decoding its tokens."""
+    from percov2.container.captions import CAPTION_CODECS, decode_caption
+    from percov2.entropy.schedule import SCHEDULES
+
+    header = parsed.header
+    model, rate = _embedded_model(header.model_id)
+    unread = header.caption_codec == bitstream.CAPTION_MODEL  # this takes the model: --verify
+    return {
+        "file": str(path),
+        "width": header.width,
+        "height": header.height,
+        "model_id": f"{header.model_id:04x}",
+        "model": model,
+        "rate": rate,
+        "rate_index": header.rate,
+        "schedule": SCHEDULES[header.schedule],
+        "stages_sent": header.stages_sent or "all",
+        "draw_seed": header.seed if header.stages_sent else None,
+        "caption_codec": CAPTION_CODECS[header.caption_codec],
+        "caption": None if unread else decode_caption(header.caption_codec, header.caption),
+        "bpp": 8 * len(data) / (header.height * header.width),
+        "bytes": _parts(data, parsed.bits),
+    }
+
+
+def _parts(data: bytes, bits: dict[str, float]) -> dict[str, float]:
+    """The bytes of a file by what they hold; a caption that was not read counts as tokens."""
+    parts = {name: value / 8 for name, value in bits.items()}
+    return {
+        "total": len(data),
+        "header": parts["header"],
+        "caption": parts["caption"],
+        # A damaged file may be shorter than its own header costs; --verify refuses it.
+        "tokens": max(0.0, len(data) - sum(parts.values())),
+        "check": parts["check"],
+    }
+
+
+def _embedded_model(model_id: int) -> tuple[str | None, str | None]:
+    """Names of embedded model and rate whose ``model_id`` file says so; else (None, None).
+
+    Such a file has a line per rate: its id in hexadecimal, a space, its name.
+    """
+    for path in sorted(EMBEDDED.glob("*/model_id")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            known, _, rate = line.partition(" ")
+            if known == f"{model_id:04x}":
+                config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
+                return config["name"], rate
+    return None, None
+
+
+def _quoted(record: dict[str, Any]) -> str:
+    if record["caption"] is None:
+        return "by the caption model, among the tokens; --verify reads it"
+    return f"{record['caption']!r} ({record['caption_codec']})" if record["caption"] else "none"
+
+
+def _print_info(record: dict[str, Any]) -> None:
+    parts = record["bytes"]
+    model = record["model"] or "not an embedded one"
+    lines = {
+        "image": f"{record['width']}x{record['height']}",
+        "model": f"{record['model_id']} ({model})",
+        "rate": record["rate"] or f"number {record['rate_index']}",
+        "schedule": f"{record['schedule']}, stages sent: {record['stages_sent']}"
+        + (f", draw seed {record['draw_seed']}" if record["draw_seed"] else ""),
+        "caption": _quoted(record),
+        "size": f"{parts['total']} bytes, {record['bpp']:.4f} bpp",
+        "of that": f"header {parts['header']:.2f} (with {bitstream.PREFIX_BYTES} plain), check "
+        f"{parts['check']:.0f}, caption {parts['caption']:.2f}, tokens {parts['tokens']:.2f}",
+    }
+    if "sha256" in record:
+        lines["tokens"] = f"valid, sha256 {record['sha256']}"
+    print(record["file"])
+    for name, value in lines.items():
+        print(f"  {name:9}{value}")

@@ -1,0 +1,53 @@
+"""The command line: ``percov2 COMMAND``, each command a module of this package.
+
+Nothing heavy is imported before a command needs it: ``info`` answers without torch. What can be
+known to be wrong without a model is said before one is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from percov2.cli import (
+    bench,
+    compress,
+    decompress,
+    evaluate,
+    import_perco,
+    info,
+    roundtrip,
+    train,
+)
+from percov2.cli.faults import report_faults
+from percov2.cli.version import VersionAction
+
+COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco, bench)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status (0, 2 for an expected error, 130 for Ctrl-C)."""
+
+    def work() -> None:
+        arguments = build_parser().parse_args(argv)
+        arguments.run(arguments)
+
+    return report_faults(work)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; each sets ``run``, a function of the arguments."""
+    parser = _Parser(prog="percov2", description="Photographs in a few hundred bytes.")
+    parser.add_argument(
+        "-V", "--version", action=VersionAction, nargs=0, help="say what is installed"
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser

@@ -1,0 +1,80 @@
+"""The command line's choice of models and captioners."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from percov2.cli.faults import about
+from percov2.container.captions import CAPTIONERS
+
+if TYPE_CHECKING:
+    from percov2.codec import Codec
+    from percov2.container.captions import Captioner
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add ``--model``, ``--device`` and the options of big backbones."""
+    parser.add_argument(
+        "--model",
+        default="tiny",
+        help="embedded model, model folder, sd3:FOLDER or perco:FOLDER (default: tiny)",
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    group = parser.add_argument_group("options of big models (sd3, perco)")
+    group.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], help="default: fp32 on cpu, bf16 on cuda"
+    )
+    group.add_argument(
+        "--offload", action="store_true", help="move each network to the device while it runs"
+    )
+    group.add_argument(
+        "--vae-tiling", action="store_true", help="bound the autoencoder's memory by tiles"
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="compile the flow network (slow first picture)"
+    )
+    group.add_argument(
+        "--no-t5", dest="t5", action="store_false", help="sd3 without its largest text encoder"
+    )
+
+
+def open_codec(arguments: argparse.Namespace) -> Codec:
+    """The codec of the chosen model, with the entropy models of all its rates."""
+    from percov2.codec import Codec
+    from percov2.models.backbone import BackboneOptions
+
+    with about(f"model {arguments.model}"):
+        options = BackboneOptions(
+            arguments.dtype,
+            arguments.offload,
+            arguments.vae_tiling,
+            arguments.compile,
+            arguments.t5,
+        )
+        codec = Codec.from_pretrained(arguments.model, arguments.device, options)
+        for rate in codec.config.rates:
+            codec.model_id(rate.name)
+    return codec
+
+
+def add_captioner(parser: argparse.ArgumentParser) -> None:
+    """Add ``--caption``, ``--captioner`` and ``--captioner-model``."""
+    parser.add_argument("--caption", default="", help="text that guides the decoder; costs bytes")
+    parser.add_argument(
+        "--captioner",
+        choices=CAPTIONERS,
+        help="who writes the caption (default: text with --caption, else none)",
+    )
+    parser.add_argument(
+        "--captioner-model", metavar="MODEL", help="hub id or folder of another BLIP-2 or Molmo2"
+    )
+
+
+def chosen_captioner(arguments: argparse.Namespace) -> Captioner:
+    """The captioner of the command line, on ``--device``; its network loads when it is called."""
+    from percov2.captioners import open_captioner
+
+    name = arguments.captioner or ("text" if arguments.caption else "none")
+    with about(f"captioner {name}"):
+        return open_captioner(name, arguments.caption, arguments.captioner_model, arguments.device)

@@ -1,0 +1,57 @@
+"""``percov2 roundtrip``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from percov2.cli.evaluate import chosen_setting
+from percov2.cli.faults import about
+from percov2.cli.models import add_captioner, add_model, open_codec
+from percov2.cli.options import add_options
+from percov2.options import DecodeOptions, EncodeOptions
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``roundtrip`` to the commands."""
+    help_ = "Compress, restore and measure pictures."
+    added = commands.add_parser("roundtrip", help=help_, description=help_)
+    added.set_defaults(run=roundtrip)
+    added.add_argument("inputs", type=Path, nargs="+", metavar="IN")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR")
+    added.add_argument("--json", action="store_true", help="print a JSON list of records")
+    add_model(added)
+    add_options(added, EncodeOptions, "max_pixels")
+    add_captioner(added)
+    add_options(added, DecodeOptions, "max_pixels", "allow_truncated")
+
+
+def roundtrip(arguments: argparse.Namespace) -> None:
+    """``percov2 roundtrip``."""
+    from percov2.evaluation import report
+
+    with about(arguments.out):
+        arguments.out.mkdir(parents=True, exist_ok=True)
+    with about("roundtrip"):
+        stems = report.plan_outputs(arguments.inputs, arguments.out)
+    codec = open_codec(arguments)
+    setting = chosen_setting(arguments)
+    with about(f"model {arguments.model}"):
+        report.warm_up(codec, setting)
+    records, notes = [], []
+    for path, stem in zip(arguments.inputs, stems, strict=True):
+        with about(path):
+            trip = report.round_trip(codec, path, setting)
+        with about(arguments.out):
+            report.write_round_trip(trip, arguments.out, stem)
+        records.append(trip.record)
+        notes += trip.notes
+        if not arguments.json:
+            print(report.sentence(trip.record))
+    if arguments.json:
+        print(json.dumps(records, indent=2))
+    for note in sorted(set(notes)):
+        print(f"percov2: note: {note}", file=sys.stderr if arguments.json else sys.stdout)

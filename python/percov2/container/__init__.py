@@ -1,0 +1,1 @@
+"""The ``.pcv2`` file: header, captions and tokens on one rANS stream."""

@@ -1,0 +1,250 @@
+"""Captions coded with a small integer transformer: about eight bytes instead of fifty.
+
+A text is split into pieces (words, parts of words, single bytes), so that any UTF-8 text has a
+form. The pieces are the tokens of a grid of one row in raster order: a piece is coded given the
+pieces before it, by the same integer program as image tokens (docs/entropy-model.md), into the same
+rANS stream. docs/bitstream.md, section 5, says how.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.container.bitstream import BitstreamError
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.rans import RansDecoder
+from percov2.entropy.schedule import stages
+from percov2.entropy.stage_pass import StagedDecoder
+from percov2.entropy.token_coder import TokenCoder
+
+MAX_PIECES = 64
+"""Pieces of a caption, its end included: the width of the grid."""
+END = 0
+"""The piece that ends a caption."""
+FIRST_BYTE = 1
+"""Pieces FIRST_BYTE … FIRST_BYTE + 255 are the single bytes."""
+FIRST_LEARNED = FIRST_BYTE + 256
+_MAX_PIECE_BYTES = 32
+_REMEMBERED = 256
+"""Captions whose intervals are kept."""
+
+
+class Alphabet:
+    """The pieces that texts are split into.
+
+    Args:
+        learned: pieces FIRST_LEARNED, FIRST_LEARNED + 1, …: of 2 to 32 bytes, no two alike. A word
+            inside a text begins with the space before it.
+
+    Raises:
+        ValueError: other pieces.
+
+    >>> alphabet = Alphabet([b" a", b" red"])
+    >>> alphabet.split("a red ad")
+    [257, 258, 257, 101]
+    >>> alphabet.join([257, 258, 257, 101])
+    b'a red ad'
+    """
+
+    def __init__(self, learned: Sequence[bytes]) -> None:
+        lengths = {len(piece) for piece in learned}
+        if len(set(learned)) != len(learned) or not lengths <= set(range(2, _MAX_PIECE_BYTES + 1)):
+            raise ValueError(
+                f"learned pieces must be unlike and of 2 to {_MAX_PIECE_BYTES} bytes; there are "
+                f"{len(learned)}, {len(set(learned))} unlike, of {sorted(lengths)[:3]} … bytes"
+            )
+        self.learned = list(learned)
+        self._ids = {piece: i for i, piece in enumerate(self.learned, FIRST_LEARNED)}
+        self._longest = max(lengths, default=1)
+
+    def __len__(self) -> int:
+        """How many pieces there are, the end and single bytes included."""
+        return FIRST_LEARNED + len(self.learned)
+
+    def split(self, text: str) -> list[int]:
+        """A text, not empty, as the fewest pieces; of equally few, longer ones come first."""
+        data = b" " + text.encode("utf-8")
+        fewest = [0] * (len(data) + 1)  # pieces of data[i:]
+        chosen = [0] * len(data)
+        for i in range(len(data) - 1, -1, -1):
+            fewest[i], chosen[i] = fewest[i + 1] + 1, 1
+            for length in range(2, min(self._longest, len(data) - i) + 1):
+                if fewest[i + length] + 1 <= fewest[i] and data[i : i + length] in self._ids:
+                    fewest[i], chosen[i] = fewest[i + length] + 1, length
+        pieces, i = [], 0
+        while i < len(data):
+            part = data[i : i + chosen[i]]
+            pieces.append(self._ids[part] if len(part) > 1 else FIRST_BYTE + part[0])
+            i += chosen[i]
+        return pieces
+
+    def join(self, pieces: Sequence[int]) -> bytes:
+        """The bytes of pieces that hold no end.
+
+        Raises:
+            BitstreamError: they do not begin with the space that every text's pieces begin with.
+        """
+        data = b"".join(
+            self.learned[piece - FIRST_LEARNED]
+            if piece >= FIRST_LEARNED
+            else bytes([piece - FIRST_BYTE])
+            for piece in pieces
+        )
+        if not data.startswith(b" "):
+            raise BitstreamError("damaged caption: its pieces do not begin with a space")
+        return data[1:]
+
+
+@dataclass(frozen=True)
+class ReadCaption:
+    """A caption behind a file's header, and where the stream goes on.
+
+    Attributes:
+        text: its bytes, or a fault that the file has.
+        state: of the decoder behind it.
+        position: of the next byte, in the file.
+        whole: none of its symbols was read after the end of the data.
+        bits: what it costs.
+    """
+
+    text: bytes | BitstreamError
+    state: int
+    position: int
+    whole: bool
+    bits: float
+
+
+class CaptionModel:
+    """Codes captions with one alphabet and one integer transformer, on the CPU.
+
+    Raises:
+        ValueError: a transformer for another number of pieces.
+    """
+
+    def __init__(self, alphabet: Alphabet, transformer: IntTransformer) -> None:
+        if transformer.config.codebook_size != len(alphabet):
+            raise ValueError(
+                f"the caption model codes {transformer.config.codebook_size} pieces, but its "
+                f"alphabet has {len(alphabet)}"
+            )
+        self.alphabet, self._coder = alphabet, TokenCoder(transformer, "cpu")
+        # A caption's cost is asked for before its intervals, and those for every file of it.
+        self._coded = lru_cache(_REMEMBERED)(self._code)
+
+    @property
+    def prob_bits(self) -> int:
+        """Precision of its symbols."""
+        return self._coder.prob_bits
+
+    def fingerprint(self) -> bytes:
+        """SHA-256 over the transformer's fingerprint and the pieces, each with its length."""
+        digest = hashlib.sha256(self._coder.model.fingerprint())
+        for piece in self.alphabet.learned:
+            digest.update(bytes([len(piece)]) + piece)
+        return digest.digest()
+
+    @classmethod
+    def load(cls, folder: Path) -> CaptionModel:
+        """Read what ``save`` wrote.
+
+        Raises:
+            OSError, ValueError: files that are missing, or not a caption model.
+        """
+        stored = json.loads((folder / "pieces.json").read_text(encoding="utf-8"))
+        if not isinstance(stored, list) or not all(isinstance(piece, str) for piece in stored):
+            raise ValueError(f"{folder / 'pieces.json'} must hold a list of texts")
+        alphabet = Alphabet([piece.encode("utf-8") for piece in stored])
+        return cls(alphabet, IntTransformer.load(folder))
+
+    def save(self, folder: Path) -> None:
+        """Write config.json, model.safetensors and pieces.json."""
+        self._coder.model.save(folder)
+        pieces = [piece.decode("utf-8") for piece in self.alphabet.learned]
+        text = json.dumps(pieces, ensure_ascii=False, indent=0) + "\n"
+        (folder / "pieces.json").write_text(text, encoding="utf-8")
+
+    def intervals(self, text: str) -> NDArray[np.int32] | None:
+        """Return (start, freq) of the pieces of a text, not empty, and of their end: int32 [n, 2].
+
+        Frequencies are in 1 / 2^prob_bits. None if the text has more than ``MAX_PIECES`` - 1.
+        """
+        return self._coded(text)
+
+    def _code(self, text: str) -> NDArray[np.int32] | None:
+        pieces = self.alphabet.split(text)
+        return None if len(pieces) >= MAX_PIECES else self._intervals(pieces)
+
+    def bits(self, text: str) -> float:
+        """What a text costs, in bits; infinite if it has too many pieces."""
+        coded = self.intervals(text)
+        return float("inf") if coded is None else self._cost(coded)
+
+    def _intervals(self, pieces: Sequence[int]) -> NDArray[np.int32]:
+        row = np.full((1, MAX_PIECES), END, dtype=np.int32)
+        row[0, : len(pieces)] = pieces
+        starts, freqs = self._coder.intervals(torch.from_numpy(row)[None], "raster")
+        return np.stack([starts[0], freqs[0]], axis=1)[: len(pieces) + 1]
+
+    def _cost(self, intervals: NDArray[np.int32]) -> float:
+        return float((self.prob_bits - np.log2(intervals[:, 1])).sum())
+
+    def read(self, files: Sequence[tuple[bytes, int, int]]) -> list[ReadCaption]:
+        """The captions of files, each given with the state and position behind its header.
+
+        Works on damaged data in bounded time: at most ``MAX_PIECES`` passes.
+        """
+        if not files:
+            return []
+        data, states, positions = zip(*files, strict=True)
+        decoder = RansDecoder(
+            b"".join(data),
+            np.cumsum([0, *(len(one) for one in data)]),
+            np.array(states, dtype=np.uint32),
+            np.array(positions, dtype=np.int64),
+        )
+        count = len(files)
+        staged = StagedDecoder(self._coder.model, stages("raster", 1, MAX_PIECES), count)
+        pieces = np.full((count, MAX_PIECES), END, dtype=np.int32)
+        open_, whole = np.arange(count, dtype=np.int64), np.ones(count, dtype=bool)
+        for column in range(MAX_PIECES):
+            logits = staged.logits()[torch.from_numpy(open_)]
+            whole[open_] &= ~decoder.exhausted[open_]
+            found = decoder.decode_logits(logits, self.prob_bits, open_)[:, 0]
+            pieces[open_, column] = found
+            open_ = open_[found != END]
+            if not len(open_):
+                break
+            staged.accept(torch.from_numpy(pieces[:, column : column + 1].copy()))
+        return [
+            self._read_one(row, i in open_, (state, position, intact))
+            for i, (row, state, position, intact) in enumerate(
+                zip(
+                    pieces,
+                    decoder.states.tolist(),
+                    decoder.positions.tolist(),
+                    whole.tolist(),
+                    strict=True,
+                )
+            )
+        ]
+
+    def _read_one(
+        self, row: NDArray[np.int32], unended: bool, end: tuple[int, int, bool]
+    ) -> ReadCaption:
+        if unended:
+            fault = BitstreamError(f"damaged caption: it has more than {MAX_PIECES - 1} pieces")
+            return ReadCaption(fault, *end, 0.0)
+        read = row[: row.tolist().index(END)].tolist()
+        try:
+            return ReadCaption(self.alphabet.join(read), *end, self._cost(self._intervals(read)))
+        except BitstreamError as error:
+            return ReadCaption(error, *end, 0.0)

@@ -1,0 +1,181 @@
+"""Captions: where they come from, and their text <-> coded bytes.
+
+The coded bytes go into the header of a file (``percov2.container.bitstream``), eight bits each.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from percov2.container.bitstream import (
+    CAPTION_DEFLATE,
+    CAPTION_MODEL,
+    CAPTION_NONE,
+    CAPTION_RAW,
+    MAX_CAPTION_BYTES,
+    PROB_BITS,
+    BitstreamError,
+    Header,
+    header_intervals,
+)
+
+CAPTION_CODECS = ("none", "raw", "deflate", "model")
+"""Names of the caption codecs of ``percov2.container.bitstream``, by their numbers."""
+CAPTIONERS = ("none", "text", "blip2", "molmo2")
+"""Names that ``percov2.captioners.open_captioner`` knows."""
+
+# A deflate stream often ends in zero bits; zero bytes at its end are not stored. The reader
+# appends this many again, more than any stream that the writer accepts has lost.
+_DEFLATE_PADDING = 4
+
+
+class Captioner(Protocol):
+    """Describes images in words; the words guide the decoder."""
+
+    def __call__(self, images: Sequence[Any]) -> list[str]:
+        """Return one caption per image (PIL images); an empty caption costs nothing."""
+        ...
+
+
+class NoCaptioner:
+    """Gives every image an empty caption."""
+
+    def __call__(self, images: Sequence[Any]) -> list[str]:
+        """Return one empty string per image."""
+        return [""] * len(images)
+
+
+class TextCaptioner:
+    """Gives every image a text from the user.
+
+    Args:
+        text: one caption for all images, or a list with one caption per image.
+
+    Raises:
+        ValueError: a text that ``encode_caption`` refuses.
+    """
+
+    def __init__(self, text: str | Sequence[str]) -> None:
+        self._text: str | list[str] = text if isinstance(text, str) else list(text)
+        for caption in [self._text] if isinstance(self._text, str) else self._text:
+            encode_caption(caption)
+
+    def __call__(self, images: Sequence[Any]) -> list[str]:
+        """Return the captions; ValueError if their number is not the number of images."""
+        if isinstance(self._text, str):
+            return [self._text] * len(images)
+        if len(self._text) != len(images):
+            raise ValueError(
+                f"{len(self._text)} captions for {len(images)} images; give one per image"
+            )
+        return list(self._text)
+
+
+def encode_caption(
+    text: str, model_bits: Callable[[str], float] | None = None
+) -> tuple[int, bytes]:
+    """Code a caption with the codec that makes it shortest.
+
+    Args:
+        text: the caption; its UTF-8 form has at most 4096 bytes; no control characters but tab
+            and newline.
+        model_bits: what a text costs with a caption model, in bits; None if there is none.
+
+    Returns:
+        (codec, coded bytes) for ``bitstream.Header``; (``CAPTION_NONE``, ``b""``) for no text.
+
+    Raises:
+        ValueError: the text is too long, or cannot be written.
+    """
+    if not text:
+        return CAPTION_NONE, b""
+    bad = _first_control_character(text)
+    if bad is not None:
+        raise ValueError(f"a caption cannot hold the control character {bad!r}; remove it")
+    try:
+        raw = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the caption is not valid Unicode text: {error}") from None
+    if len(raw) > MAX_CAPTION_BYTES:
+        raise ValueError(
+            f"the caption has {len(raw)} bytes of UTF-8, the limit is {MAX_CAPTION_BYTES}; "
+            "shorten it"
+        )
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15)
+    deflated = (deflater.compress(raw) + deflater.flush()).rstrip(b"\0")
+    costs = {(CAPTION_RAW, raw): _header_bits(CAPTION_RAW, raw)}
+    if len(deflated) < len(raw) and _inflates_to(deflated, raw):
+        costs[CAPTION_DEFLATE, deflated] = _header_bits(CAPTION_DEFLATE, deflated)
+    if model_bits is not None:
+        costs[CAPTION_MODEL, raw] = _header_bits(CAPTION_MODEL, raw) + model_bits(text)
+    return min(costs, key=lambda coded: costs[coded])
+
+
+def _header_bits(codec: int, coded: bytes) -> float:
+    """What a header with this caption costs, in bits, but for a model's part."""
+    header = Header(0, 1, 1, 0, 0, caption_codec=codec, caption=coded)
+    return sum(PROB_BITS - math.log2(freq) for _, freq in header_intervals(header))
+
+
+def decode_caption(codec: int, coded: bytes) -> str:
+    """Return the text of a coded caption; memory and time are bounded for any input.
+
+    Args:
+        codec: ``CAPTION_NONE``, ``CAPTION_RAW``, ``CAPTION_DEFLATE`` or ``CAPTION_MODEL``.
+        coded: the bytes of the header.
+
+    Raises:
+        BitstreamError: unknown codec, or bytes that no caption of at most 4096 bytes of UTF-8
+            without control characters gives.
+    """
+    if codec == CAPTION_NONE:
+        if coded:
+            raise BitstreamError(f"damaged caption: {len(coded)} bytes where there is none")
+        return ""
+    if codec in (CAPTION_RAW, CAPTION_MODEL):
+        raw = coded
+    elif codec == CAPTION_DEFLATE:
+        raw = _inflate(coded)
+    else:
+        raise BitstreamError(f"unknown caption codec {codec}")
+    if not 1 <= len(raw) <= MAX_CAPTION_BYTES:
+        raise BitstreamError(f"damaged caption: {len(raw)} bytes, 1 to {MAX_CAPTION_BYTES} allowed")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BitstreamError("damaged caption: it is not UTF-8 text") from None
+    bad = _first_control_character(text)
+    if bad is not None:
+        raise BitstreamError(f"damaged caption: it holds the control character {bad!r}")
+    return text
+
+
+def _inflate(coded: bytes) -> bytes:
+    inflater = zlib.decompressobj(-15)
+    try:
+        raw = inflater.decompress(coded + bytes(_DEFLATE_PADDING), MAX_CAPTION_BYTES + 1)
+    except zlib.error:
+        raise BitstreamError("damaged caption: it is not a deflate stream") from None
+    if len(raw) > MAX_CAPTION_BYTES:
+        raise BitstreamError(f"damaged caption: it inflates to over {MAX_CAPTION_BYTES} bytes")
+    if not inflater.eof or len(inflater.unused_data) > _DEFLATE_PADDING:
+        raise BitstreamError("damaged caption: its deflate stream does not end where it should")
+    return raw
+
+
+def _inflates_to(coded: bytes, raw: bytes) -> bool:
+    try:
+        return _inflate(coded) == raw
+    except BitstreamError:
+        return False
+
+
+def _first_control_character(text: str) -> str | None:
+    for character in text:
+        if character not in "\t\n" and unicodedata.category(character) == "Cc":
+            return character
+    return None

@@ -1,0 +1,612 @@
+"""Token maps -> ``.pcv2`` files: header, caption and tokens on one rANS stream, with a check.
+
+Given tokens, the bytes are the same alone, in a batch, on any device and with any thread count.
+``percov2.container.unpacking`` reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.batching import by_group
+from percov2.container import bitstream
+from percov2.container.bitstream import BitstreamError, Header, ParsedFile
+from percov2.container.caption_model import CaptionModel
+from percov2.entropy.rans import RansDecoder, RansEncoder
+from percov2.entropy.rans_cuda import CudaRansDecoder
+from percov2.entropy.schedule import SCHEDULES, stage_count, stages
+from percov2.entropy.token_coder import CodedGrids, TokenCoder
+
+Tokens = NDArray[np.int32]
+
+_SHRINKAGE = 4
+"""Bytes by which a file may be longer than one of more stages."""
+
+Result = TypeVar("Result")
+
+
+class TooFewBytes(ValueError):
+    """No file of a picture that a reader accepts has so few bytes."""
+
+
+def headers(
+    common: Header,
+    sizes: Sequence[tuple[int, int]],
+    token_side: int,
+    captions: Sequence[tuple[int, bytes]],
+    stages_sent: int | None,
+    seed: int = 0,
+) -> list[Header]:
+    """Headers of pictures.
+
+    Args:
+        common: model id, rate and schedule of all.
+        sizes: (height, width) of every picture in pixels.
+        token_side: of the rate, in pixels.
+        captions: codec and coded bytes of its caption.
+        stages_sent: hold so many stages, or all of a picture that has no more; None for all.
+        seed: of the draws of files that do not hold all.
+
+    Raises:
+        ValueError: stages_sent below 1, or a part of the stages that a reader would refuse.
+    """
+    if stages_sent is not None and stages_sent < 1:
+        raise ValueError(f"a file holds at least 1 stage, not {stages_sent}")
+    grids = [token_grid(size, token_side) for size in sizes]
+    result = []
+    for (height, width), grid, (codec, caption) in zip(sizes, grids, captions, strict=True):
+        sent = stages_sent or 0
+        if sent >= stage_count(SCHEDULES[common.schedule], *grid):
+            sent = 0
+        size = replace(common, height=height, width=width, stages_sent=sent, seed=seed * bool(sent))
+        result.append(replace(size, caption_codec=codec, caption=caption))
+    refuse_parts(result, grids)
+    return result
+
+
+@dataclass(frozen=True)
+class EncodedPicture:
+    """A picture after the one pass of the entropy model: a file of any of its stages is a slice.
+
+    Attributes:
+        header: of the file that ``write`` makes; ``dense`` is set there, whatever it says.
+        tokens: int32 [h, w].
+    """
+
+    header: Header
+    tokens: Tokens
+    _coded: CodedGrids
+    _row: int
+    _captions: CaptionModel | None
+
+    @property
+    def stage_count(self) -> int:
+        """Return how many stages its tokens have."""
+        return self._coded.stage_count
+
+    def part(self, stages: int, seed: int = 0) -> EncodedPicture:
+        """Return the same picture for a file of so many stages, all of them included."""
+        sent = 0 if stages >= self.stage_count else stages
+        header = replace(self.header, stages_sent=sent, seed=seed * bool(sent))
+        return replace(self, header=header)
+
+
+def encode(
+    coder: TokenCoder,
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    captions: CaptionModel | None = None,
+) -> list[EncodedPicture]:
+    """Run the entropy model over token maps.
+
+    Args:
+        coder: the entropy model of the headers' rate.
+        headers: one per file.
+        tokens: int32 [h, w] per file, values in the coder's codebook.
+        captions: codes the captions of headers with ``CAPTION_MODEL``.
+
+    Raises:
+        ValueError: a part of the stages that ``partial_fault`` refuses, or a caption for a model
+            that is missing.
+    """
+    return _by_form(coder, headers, tokens, captions, lambda group: group)
+
+
+def pack(
+    coder: TokenCoder,
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    captions: CaptionModel | None = None,
+) -> list[bytes]:
+    """Write token maps as files. Arguments and errors as for ``encode`` and ``write``."""
+    return _by_form(coder, headers, tokens, captions, write)
+
+
+def _by_form(
+    coder: TokenCoder,
+    headers: Sequence[Header],
+    tokens: Sequence[Tokens],
+    captions: CaptionModel | None,
+    finish: Callable[[list[EncodedPicture]], list[Result]],
+) -> list[Result]:
+    """Encode pictures of one schedule and grid together, and finish them before the next ones."""
+    for header in headers:
+        if header.caption_codec == bitstream.CAPTION_MODEL and captions is None:
+            raise ValueError(f"the caption {header.caption!r} needs the caption model; give it")
+    refuse_parts(headers, [grid.shape for grid in tokens])
+
+    def work(group: list[tuple[Header, Tokens]]) -> list[Result]:
+        grids = torch.from_numpy(np.stack([grid for _, grid in group]))
+        coded = coder.code(grids, SCHEDULES[group[0][0].schedule], threads())
+        return finish(
+            [EncodedPicture(h, grid, coded, i, captions) for i, (h, grid) in enumerate(group)]
+        )
+
+    files = list(zip(headers, tokens, strict=True))
+    keys = [(header.schedule, grid.shape) for header, grid in files]
+    return by_group(files, keys, [grid.size for grid in tokens], work, coder.tokens_at_once)
+
+
+def write(pictures: Sequence[EncodedPicture]) -> list[bytes]:
+    """Write pictures as files.
+
+    Raises:
+        ValueError: a file that cannot keep the dense promise and has too many stages.
+    """
+    dense = [replace(p, header=replace(p.header, dense=True)) for p in pictures]
+    written = _written(dense)
+    # The check covers the flag, so a file that breaks the promise is written again without it.
+    broken = [
+        i
+        for i, (picture, (file, tail)) in enumerate(zip(dense, written, strict=True))
+        if not is_dense(file, sent_tokens(picture.header, picture.tokens.shape), tail)
+    ]
+    for i in broken:
+        header, grid = dense[i].header, dense[i].tokens
+        if too_many_stages(header.schedule, grid.shape):
+            raise ValueError(
+                f"schedule {SCHEDULES[header.schedule]!r} would give this plain picture of "
+                f"{header.width}x{header.height} {grid.size} stages, more than the "
+                f"{bitstream.MAX_SPARSE_STAGES} that a reader accepts; choose another schedule"
+            )
+    sparse = [replace(dense[i], header=replace(dense[i].header, dense=False)) for i in broken]
+    for i, file in zip(broken, _written(sparse), strict=True):
+        written[i] = file
+    return [file for file, _ in written]
+
+
+def write_within(
+    pictures: Sequence[EncodedPicture],
+    limit: int,
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+) -> list[bytes]:
+    """Write files of at most ``limit`` bytes that hold as many stages as fit.
+
+    Args:
+        pictures: their ``stages_sent`` and ``seed`` are set here.
+        limit: bytes of a file.
+        seed: of the draws of files that do not hold all stages.
+        numbers: of the pictures in messages; 0, 1, … if None.
+
+    Raises:
+        TooFewBytes: the first stage of a picture needs more bytes, or all stages do and a reader
+            accepts no part of them.
+        ValueError: as ``write``.
+    """
+    files = write([picture.part(picture.stage_count) for picture in pictures])
+    names = [
+        f"picture {number} of {picture.header.width}x{picture.header.height}"
+        for number, picture in zip(numbers or range(len(pictures)), pictures, strict=True)
+    ]
+    for name, picture, file in zip(names, pictures, files, strict=True):
+        reason = whole_only(picture.header.schedule, picture.tokens.shape)
+        if len(file) > limit and reason:
+            raise TooFewBytes(
+                f"{name} needs {len(file)} bytes, more than {limit}: {reason}; choose a lower rate "
+                "or more bytes"
+            )
+    totals = [picture.stage_count for picture in pictures]
+
+    def parts(counts: dict[int, int]) -> list[bytes]:
+        """Pictures, by index, with so many stages each."""
+        return write([pictures[i].part(k, seed) for i, k in counts.items()])
+
+    # Stages that fit, and the least number that is known not to, with the bytes that it takes.
+    fits = [total if len(file) <= limit else 0 for total, file in zip(totals, files, strict=True)]
+    fails, sizes = list(totals), [len(file) for file in files]
+    while tried := {
+        i: (a + b) // 2 for i, (a, b) in enumerate(zip(fits, fails, strict=True)) if b - a > 1
+    }:
+        for (i, k), file in zip(tried.items(), parts(tried), strict=True):
+            if len(file) <= limit:
+                fits[i], files[i] = k, file
+            else:
+                fails[i], sizes[i] = k, len(file)
+    # The check is where the coder starts from, and numbers of stages differ in cost, so a stage of
+    # few bits may even save a byte or two.
+    while tried := {
+        i: k + 1
+        for i, k in enumerate(fails)
+        if k + 1 < totals[i] and sizes[i] <= limit + _SHRINKAGE
+    }:
+        for (i, k), file in zip(tried.items(), parts(tried), strict=True):
+            fails[i], sizes[i] = k, len(file)
+            if len(file) <= limit:
+                files[i] = file
+    for i, file in enumerate(files):
+        if len(file) > limit:
+            least = len(file) if totals[i] == 1 else len(parts({i: 1})[0])
+            raise TooFewBytes(
+                f"{names[i]} needs {least} bytes for its first stage, more than {limit}; choose a "
+                "lower rate or more bytes"
+            )
+    return files
+
+
+def is_dense(file: bytes, tokens: int, tail: int) -> bool:
+    """Whether a file keeps the dense promise (``bitstream.keeps_dense_promise``)."""
+    return bitstream.keeps_dense_promise(tokens, len(file) - bitstream.PREFIX_BYTES, tail)
+
+
+def too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
+    """Whether a file without the dense promise may not have this schedule, by index, and grid."""
+    # The other schedules have a few dozen stages at most (docs/schedules.md).
+    raster = SCHEDULES[schedule] == "raster"
+    return raster and grid[0] * grid[1] > bitstream.MAX_SPARSE_STAGES
+
+
+def whole_only(schedule: int, grid: tuple[int, ...]) -> str:
+    """Why a file of this schedule, by index, and grid must hold all stages; "" if it need not.
+
+    Drawn tokens cost no bits, so the dense promise does not bound their number.
+    """
+    count = grid[0] * grid[1]
+    if count > bitstream.MAX_DRAWN_TOKENS:
+        return (
+            f"of more than {bitstream.MAX_DRAWN_TOKENS} tokens a file must hold all, not {count} "
+            "in part"
+        )
+    if too_many_stages(schedule, grid):
+        return (
+            f"a file may hold a part of {bitstream.MAX_SPARSE_STAGES} stages at most, not of the "
+            f"{count} of schedule {SCHEDULES[schedule]!r}"
+        )
+    return ""
+
+
+def refuse_parts(headers: Sequence[Header], grids: Sequence[tuple[int, ...]]) -> None:
+    """Raise ValueError for a number of stages that a reader would refuse."""
+    for header, grid in zip(headers, grids, strict=True):
+        if fault := partial_fault(header, grid):
+            raise ValueError(f"{fault}; send all stages, or choose a coarser rate")
+
+
+def partial_fault(header: Header, grid: tuple[int, ...]) -> str:
+    """What is wrong with the number of stages that a file of this grid holds; "" if nothing is."""
+    if not header.stages_sent:
+        return ""
+    if reason := whole_only(header.schedule, grid):
+        return (
+            f"{header.stages_sent} stages of an image of {header.width}x{header.height}: {reason}"
+        )
+    name = SCHEDULES[header.schedule]
+    total = stage_count(name, grid[0], grid[1])
+    if header.stages_sent >= total:
+        return (
+            f"{header.stages_sent} stages are no part of the {total} that schedule {name!r} has on "
+            f"{grid[0]}x{grid[1]} tokens"
+        )
+    return ""
+
+
+def sent_tokens(header: Header, grid: tuple[int, ...]) -> int:
+    """How many tokens of a grid a file holds."""
+    if not header.stages_sent:
+        return grid[0] * grid[1]
+    return int(np.count_nonzero(_sent_places(header, grid)))
+
+
+def _sent_places(header: Header, grid: tuple[int, ...]) -> NDArray[np.bool_]:
+    return stages(SCHEDULES[header.schedule], grid[0], grid[1]) <= header.stages_sent
+
+
+def threads() -> int:
+    """Threads of the coder: as many as torch has."""
+    return torch.get_num_threads()
+
+
+def check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> int:
+    """The check of a file with these tokens, of which it may hold a part."""
+    model = b""
+    if header.caption_codec == bitstream.CAPTION_MODEL and captions is not None:
+        model = captions.fingerprint()
+    if header.stages_sent:
+        tokens = np.where(_sent_places(header, tokens.shape), tokens, -1)
+    return bitstream.check(header, tokens.astype("<i4").tobytes(), model)
+
+
+def _written(pictures: Sequence[EncodedPicture]) -> list[tuple[bytes, int]]:
+    """Files, each with the number of tokens that its reader meets in exhausted data."""
+    keys = [(id(picture._coded), picture.header.stages_sent) for picture in pictures]
+    return by_group(pictures, keys, [1] * len(pictures), _written_equal, len(pictures))
+
+
+def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
+    """``_written`` for pictures of one pass and equal stages: tokens, then caption and header."""
+    coded, captions = pictures[0]._coded, pictures[0]._captions
+    headers = [picture.header for picture in pictures]
+    checks = [check_of(picture.header, picture.tokens, captions) for picture in pictures]
+    rows = [picture._row for picture in pictures]
+    encoder = coded.encoder(checks, threads(), headers[0].stages_sent, rows)
+    tails = encoder.symbols_before_output.tolist()
+    if captions is not None:
+        texts = [_coded_caption(header, captions) for header in headers]
+        _push(encoder, texts, captions.prob_bits)
+    fields = [np.array(bitstream.header_intervals(header), dtype=np.int32) for header in headers]
+    _push(encoder, fields, bitstream.PROB_BITS)
+    buffer, offsets = encoder.finish()
+    payload = buffer.tobytes()
+    return [
+        (bitstream.prefix(header) + payload[begin:end], tail)
+        for header, begin, end, tail in zip(headers, offsets[:-1], offsets[1:], tails, strict=True)
+    ]
+
+
+def _coded_caption(header: Header, captions: CaptionModel) -> NDArray[np.int32]:
+    """Intervals of a caption that the model codes, int32 [n, 2]; none if another codec does."""
+    if header.caption_codec != bitstream.CAPTION_MODEL:
+        return np.empty((0, 2), dtype=np.int32)
+    coded = captions.intervals(header.caption.decode("utf-8"))
+    if coded is None:
+        raise ValueError(f"the caption {header.caption!r} has too many pieces for the model")
+    return coded
+
+
+def _push(encoder: RansEncoder, symbols: Sequence[NDArray[np.int32]], prob_bits: int) -> None:
+    """Push (start, freq) int32 [n, 2] of every stream."""
+    joined = np.concatenate(symbols)
+    counts = np.array([len(one) for one in symbols], dtype=np.int64)
+    encoder.push(joined[:, 0], joined[:, 1], counts, prob_bits, threads())
+
+
+def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(h, w) of the token map of an image of (height, width) pixels, ``side`` pixels per token."""
+    return -(-size[0] // side), -(-size[1] // side)
+
+
+def checked_tokens(
+    grid: Tokens, size: tuple[int, int], token_side: int, codebook_size: int
+) -> Tokens:
+    """A token map as int32; ValueError unless it fits its image's size and its codebook."""
+    array = np.asarray(grid)
+    expected = token_grid(size, token_side)
+    if array.dtype.kind not in "iu" or array.shape != expected:
+        raise ValueError(
+            f"tokens are {array.dtype} {array.shape}; an image of {size[1]}x{size[0]} pixels with "
+            f"{token_side}-pixel tokens has integers {expected}"
+        )
+    if array.min() < 0 or array.max() >= codebook_size:
+        raise ValueError(
+            f"tokens range from {array.min()} to {array.max()}; they must lie in "
+            f"0..{codebook_size - 1}"
+        )
+    return array.astype(np.int32)
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A file whose header has been read; its tokens are still to be decoded.
+
+    Attributes:
+        data: the whole file.
+        parsed: what ``bitstream.read`` returned.
+        grid: (h, w) of the token map.
+        label: what precedes a fault in messages, "" or "file 3 of 5: ".
+    """
+
+    data: bytes
+    parsed: ParsedFile
+    grid: tuple[int, int]
+    label: str = ""
+
+    def check_plausible(self) -> None:
+        """Raise BitstreamError unless the data may hold the tokens of ``grid``."""
+        header = self.parsed.header
+        self.check_stages()
+        count = sent_tokens(header, self.grid)
+        if header.dense and not is_dense(self.data, count, 0):
+            raise self.fault(
+                f"the file is damaged or cut: {len(self.data)} bytes cannot hold the {count} "
+                f"tokens of an image of {header.width}x{header.height}"
+            )
+        if not header.dense and too_many_stages(header.schedule, self.grid):
+            raise self.fault(
+                f"the file is damaged: {self.grid[0] * self.grid[1]} stages without the dense "
+                f"promise, at most {bitstream.MAX_SPARSE_STAGES} are allowed"
+            )
+
+    @property
+    def stages_held(self) -> int:
+        """How many stages the complete file holds."""
+        sent, schedule = self.parsed.header.stages_sent, self.parsed.header.schedule
+        return sent or stage_count(SCHEDULES[schedule], *self.grid)
+
+    def check_stages(self) -> None:
+        """Raise BitstreamError if the file declares an impossible part of its stages."""
+        if fault := partial_fault(self.parsed.header, self.grid):
+            raise self.fault(f"impossible header field: {fault}")
+
+    def fault(self, message: str) -> BitstreamError:
+        """An error about this file."""
+        return BitstreamError(self.label + message)
+
+
+def with_captions(files: Sequence[OpenFile], captions: CaptionModel | None) -> list[OpenFile]:
+    """Files behind their captions: those that a caption model coded are read.
+
+    Args:
+        files: as opened, of any models.
+        captions: what reads the captions; None if there is none.
+
+    Raises:
+        BitstreamError: a caption that is damaged, or cannot be read without a model.
+    """
+    result = list(files)
+    coded = [
+        i for i, f in enumerate(files) if f.parsed.header.caption_codec == bitstream.CAPTION_MODEL
+    ]
+    if coded and captions is None:
+        raise files[coded[0]].fault("its caption needs a caption model, and none is at hand")
+    parts = [(files[i].data, files[i].parsed.state, files[i].parsed.position) for i in coded]
+    for i, found in zip(coded, captions.read(parts) if captions else [], strict=True):
+        parsed = files[i].parsed
+        if isinstance(found.text, BitstreamError):
+            raise files[i].fault(str(found.text)) from found.text
+        try:
+            header = replace(parsed.header, caption=found.text)
+        except ValueError as error:
+            raise files[i].fault(f"damaged caption: {error}") from error
+        bits = {**parsed.bits, "caption": found.bits}
+        parsed = ParsedFile(header, found.state, found.position, parsed.whole and found.whole, bits)
+        result[i] = replace(files[i], parsed=parsed)
+    return result
+
+
+def unpack(
+    coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
+) -> list[Tokens]:
+    """Decode and check the tokens of files: int32 [h, w] each.
+
+    Args:
+        coder: the entropy model of the files' rate.
+        files: any schedules and grids. Tokens that a file does not hold are drawn.
+        captions: what read their captions (``with_captions``); the check names it.
+
+    Raises:
+        BitstreamError: a file that is damaged or cut.
+    """
+    for file in files:
+        file.check_plausible()
+    return _by_file_form(coder, files, lambda group: _unpack_equal(coder, group, captions))
+
+
+def unpack_cut(
+    coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
+) -> list[tuple[Tokens, int]]:
+    """Decode the tokens of files that may lack their ends, which nothing checks.
+
+    Arguments as for ``unpack``.
+
+    Returns:
+        Per file tokens int32 [h, w] and how many stages of them are the file's; the others, if any,
+        are drawn.
+
+    Raises:
+        BitstreamError: a file that ends before its tokens begin, or that is damaged elsewhere.
+    """
+    for file in files:
+        file.check_stages()
+        if too_many_stages(file.parsed.header.schedule, file.grid):
+            raise file.fault(
+                f"more than {bitstream.MAX_SPARSE_STAGES} stages are restored from complete files "
+                "only"
+            )
+    complete = _by_file_form(
+        coder, files, lambda group: _unpack_equal(coder, group, captions, trusting=True)
+    )
+    cut = [file for file, tokens in zip(files, complete, strict=True) if tokens is None]
+    for file in cut:
+        if not file.parsed.whole:
+            raise file.fault("the file is cut: it ends inside its header or caption")
+    parts = iter(_by_file_form(coder, cut, lambda group: _unpack_equal_cut(coder, group)))
+    found: list[tuple[Tokens, int]] = []
+    for file, tokens in zip(files, complete, strict=True):
+        found.append(next(parts) if tokens is None else (tokens, file.stages_held))
+    return found
+
+
+def _by_file_form(
+    coder: TokenCoder, files: Sequence[OpenFile], work: Callable[[list[OpenFile]], list[Result]]
+) -> list[Result]:
+    """``by_group`` of files that are decoded together."""
+    keys = [
+        (header.schedule, header.stages_sent, header.seed, file.grid)
+        for file, header in ((file, file.parsed.header) for file in files)
+    ]
+    sizes = [file.grid[0] * file.grid[1] for file in files]
+    return by_group(files, keys, sizes, work, coder.tokens_at_once)
+
+
+def _decoder(coder: TokenCoder, files: Sequence[OpenFile]) -> RansDecoder | CudaRansDecoder:
+    """A decoder of the tokens of files, behind their headers."""
+    return coder.decoder(
+        b"".join(file.data for file in files),
+        np.cumsum([0, *(len(file.data) for file in files)]),
+        np.array([file.parsed.state for file in files], dtype=np.uint32),
+        np.array([file.parsed.position for file in files], dtype=np.int64),
+    )
+
+
+def _unpack_equal(
+    coder: TokenCoder,
+    files: Sequence[OpenFile],
+    captions: CaptionModel | None,
+    trusting: bool = False,
+) -> list[Any]:
+    """``unpack`` for files of one form, together; trusting: None for a faulty one instead."""
+    decoder = _decoder(coder, files)
+
+    def hold_to_promise(remaining: int) -> None:
+        if trusting or remaining <= bitstream.DENSE_SLACK:
+            return
+        for file, exhausted in zip(files, decoder.exhausted, strict=True):
+            if exhausted and file.parsed.header.dense:
+                raise file.fault(
+                    f"the file is damaged or cut: its data end with {remaining} tokens to come"
+                )
+
+    header = files[0].parsed.header
+    grids = coder.decode(
+        decoder,
+        SCHEDULES[header.schedule],
+        *files[0].grid,
+        on_stage=hold_to_promise,
+        threads=threads(),
+        sent=header.stages_sent,
+        seed=header.seed,
+    )
+    tokens: list[Any] = list(grids.numpy())
+    checks = [check_of(f.parsed.header, g, captions) for f, g in zip(files, tokens, strict=True)]
+    for i, valid in enumerate(decoder.finished(checks)):
+        if not valid and not trusting:
+            raise files[i].fault("the file is damaged or cut: its check does not fit")
+        tokens[i] = tokens[i] if valid else None
+    return tokens
+
+
+def _unpack_equal_cut(coder: TokenCoder, files: Sequence[OpenFile]) -> list[tuple[Tokens, int]]:
+    """``unpack_cut`` for incomplete files of one form, together."""
+    header = files[0].parsed.header
+    decoder = _decoder(coder, files)
+    grids, taken = coder.decode_cut(
+        decoder,
+        SCHEDULES[header.schedule],
+        *files[0].grid,
+        threads=threads(),
+        sent=header.stages_sent,
+        seed=header.seed,
+    )
+    for file, ended in zip(files, decoder.exhausted, strict=True):
+        if not ended:
+            raise file.fault("the file is damaged, not cut: bytes are left after its last token")
+    return list(zip(grids.numpy(), taken.tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Entropy schedules and coders compared on held-out tokens."""

@@ -1,0 +1,1 @@
+"""PerCo's Stable Diffusion 2.1 as the painter."""

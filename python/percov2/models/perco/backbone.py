@@ -1,0 +1,232 @@
+"""The backbone "perco": PerCo (SD v2.1), arXiv 2310.10325 on Stable Diffusion 2.1, imported.
+
+Stable Diffusion's U-Net reads z_hat beside the noisy latents and the caption through the CLIP text
+encoder; it predicts the velocity, and DDIM samples. Autoencoder, text encoder, tokenizer and
+scheduler come from the base model, one U-Net per rate from the folder. Compressing never loads
+U-Net or text encoder, decompressing never the hyper-encoder. docs/perco-import.md has the facts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from percov2.models.backbone import BackboneOptions
+from percov2.models.config import LATENT_SIDE, ModelConfig
+from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
+from percov2.models.placement import Placement, base_location, load_part
+from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
+from percov2.models.tiny.flow import WindowedEstimate, upsample_z_hat
+from percov2.models.token_maker import TokenMaker
+
+
+class PerCoModel(TokenMaker):
+    """The float networks of an imported folder and of its base model.
+
+    Args:
+        folder: config.json and, per rate, hyper_encoder/, quantizer/ and unet/. Its ``base`` has
+            the layout of Stable Diffusion 2.1, with weights as safetensors.
+        device: torch device of every network.
+        options: see there. Autoencoder, hyper-encoder and quantizer always run as float32.
+
+    Raises:
+        ValueError: when ``base`` is neither a folder nor could be a hub id.
+    """
+
+    def __init__(self, folder: Path, device: str, options: BackboneOptions) -> None:
+        self.folder = Path(folder)
+        self.device = device
+        self.options = options
+        self.config = ModelConfig.load(self.folder)
+        self.place = Placement.of(device, options)
+        self._base = base_location(self.folder, self.config.base)
+        self.quantizer = lru_cache(None)(self._load_quantizer)
+        self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
+        # Two U-Nets would need twice the memory, and a batch is of one rate.
+        self._unet = lru_cache(1)(self._load_unet)
+
+    # Networks ------------------------------------------------------------------------------------
+
+    @cached_property
+    def autoencoder(self) -> AutoencoderKL:
+        """Stable Diffusion's autoencoder."""
+        vae = load_part(AutoencoderKL, self._base, "vae", use_safetensors=True)
+        if self.options.vae_tiling:
+            vae.enable_tiling()
+        return self.place.settle(vae.float())
+
+    @cached_property
+    def scheduler(self) -> DDIMScheduler:
+        """DDIM with the base model's noise schedule.
+
+        Raises:
+            ValueError: when the schedule belongs to networks that do not predict v.
+        """
+        scheduler = load_part(DDIMScheduler, self._base, "scheduler")
+        prediction = scheduler.config.prediction_type
+        if prediction != "v_prediction":
+            raise ValueError(
+                f"base model {self._base}: its networks predict {prediction!r}, PerCo's v; set "
+                f"base in {self.folder / 'config.json'} to Stable Diffusion 2.1 (for 768 pixels)"
+            )
+        return scheduler
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """CLIP's tokenizer."""
+        from transformers import CLIPTokenizer
+
+        return load_part(CLIPTokenizer, self._base, "tokenizer")
+
+    @cached_property
+    def text_encoder(self) -> Any:
+        """CLIP's text encoder as Stable Diffusion 2.1 ships it, without CLIP's last layer."""
+        from transformers import CLIPTextModel
+
+        return self.place.settle(
+            load_part(
+                CLIPTextModel,
+                self._base,
+                "text_encoder",
+                use_safetensors=True,
+                dtype=self.place.dtype,
+            )
+        )
+
+    def _load_unet(self, rate: str) -> UNet2DConditionModel:
+        unet = load_part(
+            UNet2DConditionModel,
+            str(self.folder / self.config.rate(rate).name),
+            "unet",
+            use_safetensors=True,
+            torch_dtype=self.place.dtype,
+        )
+        words, reads = self.text_encoder.config.hidden_size, unet.config.cross_attention_dim
+        if words != reads:
+            raise ValueError(
+                f"base model {self._base}: its text encoder gives {words} numbers per word, the "
+                f"network of rate {rate} reads {reads}; set base in {self.folder / 'config.json'} "
+                "to Stable Diffusion 2.1"
+            )
+        self.place.settle(unet)
+        if self.options.compile:
+            unet.compile()
+        return unet
+
+    def _load_quantizer(self, rate: str) -> VectorQuantizer:
+        point = self.config.rate(rate)
+        return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
+
+    def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
+        point = self.config.rate(rate)
+        folder = self.folder / point.name / "hyper_encoder"
+        return self.place.settle(load_hyper_encoder(folder, point))
+
+    # Compressing ---------------------------------------------------------------------------------
+
+    def codebook_bytes(self, rate: str) -> bytes:
+        """The stored codebook, float32 little-endian, row after row (part of the model id)."""
+        return stored_codebook(self.folder / self.config.rate(rate).name / "quantizer")
+
+    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
+        """See :meth:`TokenMaker.hyper_latents`.
+
+        The latents are the mean of the posterior (the original draws a sample).
+        """
+        side = self.config.rate(rate).token_side
+        if images.shape[-1] % side or images.shape[-2] % side:
+            raise ValueError(f"image sides must be multiples of {side}: {tuple(images.shape[-2:])}")
+        hyper_encoder, vae = self._hyper_encoder(rate), self.autoencoder
+        with self.place.at_work(vae):
+            means = [vae.encode(x).latent_dist.mode() for x in images.to(self.device).split(1)]
+        with self.place.at_work(hyper_encoder):
+            for mean in means:
+                yield hyper_encoder(mean * vae.config.scaling_factor)
+
+    # Decompressing -------------------------------------------------------------------------------
+
+    def _words(self, captions: Sequence[str]) -> Tensor:
+        """Embeddings [B, L, d] of captions, padded and cut to CLIP's length."""
+        rows = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        with self.place.at_work(self.text_encoder):
+            return self.text_encoder(rows.input_ids.to(self.device))[0]
+
+    @torch.inference_mode()
+    def reconstruct(
+        self,
+        tokens: Tensor,
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        realism: float | None = None,
+    ) -> Tensor:
+        """Images float [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
+
+        Args:
+            captions: one per image, "" for none.
+            steps: DDIM steps; the original takes 20. With few of them the base model's spacing
+                begins late: at time 951 of 1000 with 20, at 801 with 5, at 1 with 1.
+            guidance: classifier-free guidance on captions; 1 turns it off.
+            seed: of the starting noise, the same for every image of the batch.
+            realism: must be None: PerCo's dial is ``steps``.
+
+        Raises:
+            ValueError: for tokens out of range, an unknown rate, a number of steps that the
+                schedule does not have, or any realism.
+        """
+        self.config.chosen_realism(rate, realism)
+        ratio = self.config.rate(rate).token_side // LATENT_SIDE
+        height, width = tokens.shape[-2] * ratio, tokens.shape[-1] * ratio
+        times = self._times(steps)
+        z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
+        z_hat = upsample_z_hat(z_hat, height, width)
+        words = [self._words(captions)]
+        if guidance != 1.0 and any(captions):
+            words.append(self._words([""] * len(captions)))
+        unet, vae = self._unet(rate), self.autoencoder
+        channels = int(vae.config.latent_channels)
+        noise = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed))
+        x = noise.to(self.device).expand(len(tokens), -1, -1, -1)
+        with self.place.at_work(unet):
+            for t in times:
+                velocity, *without = (self._velocity(unet, x, z_hat, t, text) for text in words)
+                if without:
+                    velocity = without[0] + guidance * (velocity - without[0])
+                x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
+        x = x / vae.config.scaling_factor
+        with self.place.at_work(vae):
+            pictures = [vae.decode(y, return_dict=False)[0] for y in x.split(1)]
+        return torch.cat(pictures).clamp(-1, 1)
+
+    def _times(self, steps: int) -> Tensor:
+        scheduler = self.scheduler
+        most = scheduler.config.num_train_timesteps - scheduler.config.steps_offset
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps must be 1 to {most} with this model, not {steps}")
+        scheduler.set_timesteps(steps)
+        return scheduler.timesteps
+
+    def _velocity(
+        self, unet: UNet2DConditionModel, x: Tensor, z_hat: Tensor, t: Tensor, text: Tensor
+    ) -> Tensor:
+        """v at time t, in overlapping windows of the size that the networks were trained on."""
+
+        def window(noisy: Tensor, z: Tensor, rows: Tensor) -> Tensor:
+            both = torch.cat([noisy, z], 1).to(self.place.dtype)
+            return unet(both, t, text[rows], return_dict=False)[0].float()
+
+        return WindowedEstimate(window, self.config.window, self.config.overlap)(x, z_hat)

@@ -1,0 +1,221 @@
+"""The backbone "sd3": Stable Diffusion 3 with our hyper-encoder, quantizer and widened flow.
+
+PerCoV2 (arXiv 2503.09368, §3): SD3's autoencoder gives latents, the hyper-encoder and the
+quantizer tokens; decoding samples SD3's flow on the noisy latents beside z_hat, guided by the
+caption. Compressing loads no flow and no text encoder, decompressing no hyper-encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from percov2.models.backbone import BackboneOptions
+from percov2.models.config import LATENT_SIDE, ModelConfig
+from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
+from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
+from percov2.models.sd3.base import SD3Base, SD3Folder
+from percov2.models.sd3.latents import decode_latents, encode_latents
+from percov2.models.sd3.text import CaptionEmbedder
+from percov2.models.tiny.flow import WindowedEstimate, upsample_z_hat
+from percov2.models.token_maker import TokenMaker
+
+_Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
+_PATCH = 2
+"""Latent positions per side of a patch; latents are padded to whole patches."""
+_POSITIONS_AT_ONCE = 128 * 128
+"""Latent positions that are sampled together: one picture of 1024×1024 or four of 512×512."""
+
+
+class SD3Model(TokenMaker):
+    """The float networks of an "sd3" folder: images -> tokens, tokens -> images.
+
+    Our trained parts run in float32, those of the base model in the dtype of the options.
+
+    Args:
+        folder: see docs/sd3.md for its layout.
+        device: torch device.
+        options: see there; defaults if None.
+        base: the base model's networks; those that the folder names if None.
+
+    Raises:
+        ValueError: a folder that is no model, or an impossible base.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        options: BackboneOptions | None = None,
+        base: SD3Base | None = None,
+    ) -> None:
+        self.folder, self.device = Path(folder), device
+        self.config = ModelConfig.load(self.folder)
+        options = options or BackboneOptions()
+        self.base = base or SD3Folder(self.folder, self.config.base, device, options)
+        place = self.base.place
+        self._captions = CaptionEmbedder(self.base.text_networks, place.at_work, place.device)
+        self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
+        self.quantizer = lru_cache(None)(self._load_quantizer)
+
+    def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
+        point = self.config.rate(rate)
+        return load_hyper_encoder(self._home(rate) / "hyper_encoder", point, self.device)
+
+    def _load_quantizer(self, rate: str) -> VectorQuantizer:
+        point = self.config.rate(rate)
+        return load_quantizer(self._home(rate) / "quantizer", point, self.device)
+
+    def _home(self, rate: str) -> Path:
+        return self.folder / self.config.rate(rate).name
+
+    def codebook_bytes(self, rate: str) -> bytes:
+        """The stored codebook, float32 little-endian, row after row (part of the model id)."""
+        return stored_codebook(self._home(rate) / "quantizer")
+
+    # Images -> tokens ----------------------------------------------------------------------------
+
+    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
+        """See :meth:`TokenMaker.hyper_latents`."""
+        side = self.config.rate(rate).token_side
+        height, width = images.shape[-2:]
+        if height % side or width % side:
+            raise ValueError(f"image sides must be multiples of {side}: {(height, width)}")
+        hyper_encoder = self._hyper_encoder(rate)
+        patch = _PATCH * LATENT_SIDE
+        padded = F.pad(images, (0, -width % patch, 0, -height % patch), mode="replicate")
+        for image in padded.to(self.device).split(1):
+            hyper_latents = hyper_encoder(self.encode_latents(image))
+            yield hyper_latents[..., : height // side, : width // side]
+
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Latents float32 [B, 16, H/8, W/8] of about unit variance: the posterior's mean.
+
+        Args:
+            images: float [B, 3, H, W] in [-1, 1], sides multiples of 8.
+        """
+        autoencoder = self.base.autoencoder()
+        with self.base.place.at_work(autoencoder):
+            return encode_latents(autoencoder, images)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Images float32 [B, 3, 8h, 8w], nominally in [-1, 1], from latents [B, 16, h, w]."""
+        autoencoder = self.base.autoencoder()
+        with self.base.place.at_work(autoencoder):
+            return decode_latents(autoencoder, latents)
+
+    # Tokens -> images ----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def reconstruct(
+        self,
+        tokens: Tensor,
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        realism: float | None = None,
+    ) -> Tensor:
+        """Paint images from tokens and captions.
+
+        Args:
+            tokens: int [B, h, w].
+            captions: one per image, "" for none; equal ones are embedded once.
+            steps: flow evaluations, at least 1.
+            guidance: classifier-free guidance on captions; 1 turns it off.
+            seed: of the starting noise, drawn on the CPU, the same for every image of the batch.
+            realism: must be None: the dial of Stable Diffusion 3 is ``steps``.
+
+        Returns:
+            Images float [B, 3, h·s, w·s] in [-1, 1].
+
+        Raises:
+            ValueError: for tokens out of range, an unknown rate, steps < 1, or any realism.
+        """
+        self.config.chosen_realism(rate, realism)
+        side = self.config.rate(rate).token_side
+        rows, columns = tokens.shape[-2:]
+        ratio = side // LATENT_SIDE
+        z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
+        z_hat = upsample_z_hat(z_hat, rows * ratio, columns * ratio)
+        height, width = z_hat.shape[-2:]
+        z_hat = F.pad(z_hat, (0, -width % _PATCH, 0, -height % _PATCH), mode="replicate")
+        at_once = max(1, _POSITIONS_AT_ONCE // (z_hat.shape[-2] * z_hat.shape[-1]))
+        latents = [
+            self.sample(part, rate, captions[i * at_once :][:at_once], steps, guidance, seed)
+            for i, part in enumerate(z_hat.split(at_once))
+        ]
+        images = self.decode_latents(torch.cat(latents)).clamp(-1, 1)
+        return images[..., : rows * side, : columns * side]
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        z_hat: Tensor,
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+    ) -> Tensor:
+        """Clean latents float32 [B, 16, h, w] by Euler steps of the flow (SD3's own sampler).
+
+        Args:
+            z_hat: [B, C, h, w] on the latent grid, h and w even.
+            captions, steps, guidance, seed: as for ``reconstruct``.
+
+        Raises:
+            ValueError: when steps < 1, or a flow that does not fit z_hat.
+        """
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, not {steps}")
+        place, flow = self.base.place, self.base.flow(rate)
+        channels, width = (int(flow.config[n]) for n in ("out_channels", "joint_attention_dim"))
+        if flow.config["in_channels"] != channels + z_hat.shape[1]:
+            raise ValueError(
+                f"{self.folder}: the flow reads {flow.config['in_channels']} channels, but latents "
+                f"and z_hat have {channels} and {z_hat.shape[1]}: they are not of one training"
+            )
+        texts = [self._captions(captions, width)]
+        if guidance != 1.0 and any(captions):
+            texts.insert(0, self._captions([""] * len(captions), width))
+        z_hat = z_hat.to(flow.dtype)
+
+        def velocity(time: Tensor, noisy: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
+            inputs = torch.cat([noisy.to(flow.dtype), cut], 1)
+            output = flow(
+                hidden_states=torch.cat([inputs] * len(texts)),
+                timestep=time.expand(len(inputs) * len(texts)),
+                encoder_hidden_states=torch.cat([words[rows] for words, _ in texts]),
+                pooled_projections=torch.cat([pooled[rows] for _, pooled in texts]),
+                return_dict=False,
+            )[0]
+            if len(texts) == 1:
+                return output.float()
+            unconditional, conditional = output.float().chunk(2)
+            return unconditional + guidance * (conditional - unconditional)
+
+        scheduler = self.base.scheduler()
+        scheduler.set_timesteps(steps, device=place.device)
+        noise = torch.randn(
+            1, channels, *z_hat.shape[-2:], generator=torch.Generator().manual_seed(seed)
+        )
+        x = noise.to(place.device).expand(len(z_hat), -1, -1, -1)
+        with place.at_work(flow):
+            for time in scheduler.timesteps:
+                estimate = self._windowed(partial(velocity, time), x, z_hat)
+                x = scheduler.step(estimate, time, x, return_dict=False)[0]
+        return x
+
+    def _windowed(self, velocity: _Velocity, x: Tensor, z_hat: Tensor) -> Tensor:
+        """Velocities of latents of any size; those within one window without any blending."""
+        window = self.config.window
+        if max(x.shape[-2:]) <= window:
+            return velocity(x, z_hat, torch.arange(len(x), device=x.device))
+        return WindowedEstimate(velocity, window, self.config.overlap, batch=1)(x, z_hat)

@@ -1,0 +1,1 @@
+"""The embedded model: a small autoencoder and flow transformer."""

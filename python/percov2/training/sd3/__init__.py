@@ -1,0 +1,1 @@
+"""Stage 1 on Stable Diffusion 3."""

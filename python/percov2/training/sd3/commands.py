@@ -1,0 +1,180 @@
+"""What `percov2 train sd3 …` runs: configuration files to runs, and runs to model folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from percov2.entropy.uniform import uniform_model
+from percov2.models.backbone import open_backbone
+from percov2.models.config import LATENT_SIDE, ModelConfig, Rate
+from percov2.models.sd3.flow import save_delta
+from percov2.models.storage import save_component
+from percov2.training.data import is_held_out
+from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training.lora import low_rank_tensors
+from percov2.training.sd3.networks import SD3Config, SD3Networks
+from percov2.training.sd3.pictures import STEPS, Pictures
+from percov2.training.sd3.stage import SD3Stage
+from percov2.training.settings import build_config, read_recipe, write_model_ids
+from percov2.training.shards import shard_photos
+
+_GUIDANCE = 3.0
+"""PerCo's; a reader of files may choose another."""
+
+
+def sd3_config(path: Path, recipe: str | None = None) -> tuple[SD3Config, LoopConfig]:
+    """Section [sd3] of a configuration file, with the recipes ``[sd3.recipes.NAME]`` over it.
+
+    Args:
+        recipe: names, joined by commas.
+
+    Raises:
+        ValueError: no such recipe, no rate, or settings that do not exist or do not fit.
+    """
+    values = read_recipe(path, "sd3", recipe)
+    if "rate" not in values:
+        raise ValueError(f"[sd3] of {path.name} has no rate; choose a recipe that has one")
+    loop = build_config(LoopConfig, values.pop("loop", {}))
+    values["rate"] = build_config(Rate, values["rate"])
+    if "lora_layers" in values:
+        values["lora_layers"] = tuple(values["lora_layers"])
+    return build_config(SD3Config, values), loop
+
+
+def run_sd3(
+    config: Path,
+    data: Path,
+    out: Path,
+    pictures: Path | None = None,
+    minutes: float | None = None,
+    recipe: str | None = None,
+) -> None:
+    """`percov2 train sd3`: stage 1 on the shards of a folder.
+
+    Args:
+        pictures: folder of validation pictures.
+        recipe: as for ``sd3_config``.
+    """
+    settings, loop = sd3_config(config, recipe)
+    shown = None if pictures is None else Pictures.load(pictures, settings.crop)
+    torch.manual_seed(loop.seed)
+    networks = SD3Networks(settings, loop.precision, Path())
+    stage = SD3Stage(networks, sorted(data.glob("*.tar")), loop.seed, shown)
+    train(stage, loop, out, stop_after_minutes=minutes)
+
+
+def run_sd3_export(
+    config: Path,
+    codec_run: Path,
+    out: Path,
+    entropy: list[str] | None = None,
+    recipe: str | None = None,
+) -> None:
+    """`percov2 train sd3-export`: averaged weights of a run -> a rate of a model folder.
+
+    Args:
+        out: a new folder, or one of the same base model, to which the rate is added.
+        entropy: folder of the rate's integer entropy model; uniform coding if None.
+        recipe: that of the run.
+
+    Raises:
+        ValueError: no run, a folder of another base model, or a rate that differs from its own.
+    """
+    settings, loop = sd3_config(config, recipe)
+    networks = SD3Networks(settings, loop.precision, Path())
+    load_averaged(codec_run, SD3Stage(networks, [Path("none.tar")], loop.seed))
+    model = _with_rate(out, settings, networks.open_base("cpu").location)
+    home = out / settings.rate.name
+    # Of another kind of training; a whole transformer there would go before a delta.
+    shutil.rmtree(home / "flow", ignore_errors=True)
+    if settings.trained == "full":
+        networks.flow.half().save_pretrained(home / "flow")
+    else:
+        state = networks.flow.state_dict()
+        kept = {name: state[name] for name in ("pos_embed.proj.weight", "pos_embed.proj.bias")}
+        scale = settings.lora_alpha / settings.lora_rank
+        save_delta({**kept, **low_rank_tensors(networks.flow)}, scale, home / "flow")
+    save_component(networks.hyper_encoder, home / "hyper_encoder", "float16")
+    save_component(networks.quantizer, home / "quantizer", "float32")
+    if entropy:
+        shutil.copytree(entropy[0], home / "entropy", dirs_exist_ok=True)
+    else:
+        uniform_model(settings.rate.codebook_size).save(home / "entropy")
+    model.save(out)
+    write_model_ids(out)
+
+
+def _with_rate(out: Path, settings: SD3Config, location: str) -> ModelConfig:
+    """The folder's config with the rate, which goes last if it is new: never reorder."""
+    base = str(Path(location).resolve()) if Path(location).is_dir() else location
+    window = settings.crop // LATENT_SIDE
+    if not (out / "config.json").is_file():
+        return ModelConfig(
+            out.name,
+            (settings.rate,),
+            settings.rate.name,
+            steps=STEPS,
+            guidance=_GUIDANCE,
+            prediction="velocity",
+            window=window,
+            overlap=window // 4,
+            backbone="sd3",
+            base=base,
+        )
+    model = ModelConfig.load(out)
+    if (model.backbone, model.base) != ("sd3", base):
+        raise ValueError(f"{out} is a model on {model.base or model.backbone}, not on {base}")
+    known = {rate.name: rate for rate in model.rates}
+    if known.setdefault(settings.rate.name, settings.rate) != settings.rate:
+        raise ValueError(f"{out} has another rate {settings.rate.name}: {known}")
+    return dataclasses.replace(model, rates=tuple(known.values()))
+
+
+def run_shard_tokens(
+    model: str | Path, data: Path, out: Path, rate: str | None = None, longest: int = 768
+) -> None:
+    """`percov2 train shard-tokens`: the token maps of all photos of shards, for `train entropy`.
+
+    Every shard becomes a file of its own, and processes take turns at the shards; files that exist
+    are left as they are, so an interrupted call goes on.
+
+    Args:
+        model: a model folder or name.
+        out: folder of ``<shard>.npz``.
+        longest: photos are scaled down to this shorter side.
+
+    Raises:
+        ValueError: no shards, or an unknown model or rate.
+    """
+    from accelerate import PartialState
+
+    place = PartialState(cpu=not torch.cuda.is_available())
+    shards = sorted(data.glob("*.tar"))
+    if not shards:
+        raise ValueError(f"{data} holds no .tar shards")
+    out.mkdir(parents=True, exist_ok=True)
+    backbone = open_backbone(model, str(place.device))
+    point = backbone.config.rate(rate or backbone.config.default_rate)
+    mine = shards[place.process_index :: place.num_processes]
+    for shard in tqdm(mine, desc="shards", unit="shard", disable=not place.is_main_process):
+        path = out / f"{shard.stem}.npz"
+        if path.is_file():
+            continue
+        maps: dict[str, Any] = {}
+        held_out: list[bool] = []
+        for key, pixels in shard_photos(shard, point.token_side, longest):
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+            tokens = backbone.encode_tokens(image.float().div(127.5).sub(1.0), point.name)
+            maps[f"tokens_{len(held_out)}"] = tokens[0].cpu().numpy().astype(np.uint16)
+            held_out.append(is_held_out(key))
+        part = path.with_suffix(".part")
+        with open(part, "wb") as file:
+            np.savez(file, codebook_size=point.codebook_size, held_out=held_out, **maps)
+        part.replace(path)

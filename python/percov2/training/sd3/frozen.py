@@ -1,0 +1,65 @@
+"""The frozen networks around SD3 training: autoencoder, text encoders, LPIPS.
+
+They are no submodules of a stage: no checkpoint holds them and no process exchanges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from percov2.models.perceptual import LPIPS
+from percov2.models.sd3.base import SD3Folder
+from percov2.models.sd3.latents import decode_latents, encode_latents
+from percov2.models.sd3.text import CaptionEmbedder
+
+
+class FrozenNetworks:
+    """Loaded when first needed, on the base's device.
+
+    Args:
+        base: the base model.
+        text_width: channels of the sequence that the flow is conditioned on.
+        checkpointing: compute the decoder's activations again in the backward pass.
+    """
+
+    def __init__(self, base: SD3Folder, text_width: int, checkpointing: bool) -> None:
+        self.base, self.text_width, self.checkpointing = base, text_width, checkpointing
+        self.device = torch.device(base.place.device)
+        self._captions = CaptionEmbedder(base.text_networks, base.place.at_work, self.device)
+
+    @cached_property
+    def _autoencoder(self) -> AutoencoderKL:
+        autoencoder = self.base.autoencoder()
+        if self.checkpointing:
+            autoencoder.enable_gradient_checkpointing()
+        return autoencoder
+
+    @cached_property
+    def _lpips(self) -> LPIPS:
+        return LPIPS("alex").to(self.device)
+
+    @torch.no_grad()
+    def text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Sequence [B, L, d] and pooled [B, p] embeddings of captions ("" = none)."""
+        return self._captions(captions, self.text_width)
+
+    @torch.no_grad()
+    def latents(self, images: Tensor) -> Tensor:
+        """Latents float32 [B, 16, h, w] of images [B, 3, 8h, 8w] in [-1, 1]: posterior means."""
+        return encode_latents(self._autoencoder, images)
+
+    def lpips(self, latents: Tensor, images: Tensor) -> Tensor:
+        """Mean LPIPS (AlexNet) of decoded latents against images, with gradients to the latents."""
+        with torch.no_grad():
+            target = self._lpips.features(images)
+        decoded = decode_latents(self._autoencoder, latents)
+        return self._lpips.distance(self._lpips.features(decoded), target).mean()
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Images float32 [B, 3, 8h, 8w], nominally in [-1, 1], of latents [B, 16, h, w]."""
+        return decode_latents(self._autoencoder, latents)

@@ -1,0 +1,167 @@
+"""What training on Stable Diffusion 3 changes: hyper-encoder, quantizer and flow of one rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor, nn
+
+from percov2.models.backbone import BackboneOptions
+from percov2.models.config import LATENT_SIDE, Rate
+from percov2.models.hyper_encoder import HyperEncoder
+from percov2.models.placement import load_part
+from percov2.models.quantizer import VectorQuantizer
+from percov2.models.sd3.base import SD3Folder
+from percov2.models.tiny.flow import upsample_z_hat, widen_patch_embedding
+from percov2.training.lora import add_low_rank
+
+MODES = ("full", "lora", "patch_embedding")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+@dataclass(frozen=True)
+class SD3Config:
+    """Configuration of stage 1 on SD3.
+
+    Attributes:
+        base: hub id or folder of the base model.
+        rate: name, token_side in pixels, codebook_size.
+        trained: part of the transformer that learns: "full", "lora" (and the patch embedding), or
+            "patch_embedding". Hyper-encoder and quantizer always learn.
+        lora_rank, lora_alpha: of the low-rank updates; their factor is alpha / rank.
+        lora_layers: last parts of the names of the linear maps that get one.
+        hyper_encoder: HyperEncoder's sizes; it has CompressAI's attention blocks.
+        quantizer: VectorQuantizer's arguments beside ``codebook_size``.
+        batch: samples per optimiser step, in all processes and forward passes together.
+        crop: side of the square crops in pixels.
+        longest: photos are scaled down so that their shorter side is drawn from crop … longest.
+        caption_dropout: share of captions replaced by "".
+        shift: SD3's timestep shift; larger puts more samples near t = 1.
+        lpips_weight: of LPIPS on the one-step estimate; 0 leaves autoencoder and LPIPS out.
+        vq_weight: of the commitment loss.
+        spread_weight: of the entropy of the soft code usage, which is raised. It is computed per
+            forward pass and process, so with it the number of processes matters.
+        codebook_decay: of the codebook's moving averages.
+        t5: condition on T5 too; without it its part of the sequence is zero.
+        gradient_checkpointing: compute activations again in the backward pass.
+
+    Raises:
+        ValueError: for a setting outside its range.
+    """
+
+    base: str
+    rate: Rate
+    trained: str = "full"
+    lora_rank: int = 32
+    lora_alpha: float = 32.0
+    lora_layers: tuple[str, ...] = ATTENTION
+    hyper_encoder: dict[str, Any] = field(default_factory=dict)
+    quantizer: dict[str, Any] = field(default_factory=dict)
+    batch: int = 64
+    crop: int = 512
+    longest: int = 768
+    caption_dropout: float = 0.1
+    shift: float = 3.0
+    lpips_weight: float = 0.0
+    vq_weight: float = 0.25
+    spread_weight: float = 0.0
+    codebook_decay: float = 0.97
+    t5: bool = True
+    gradient_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        if self.trained not in MODES:
+            raise ValueError(f"trained must be one of {MODES}, not {self.trained!r}")
+        self.rate.check()  # else a model folder would refuse it, after the training
+        if self.crop % self.rate.token_side or self.crop % (2 * LATENT_SIDE):
+            raise ValueError(
+                f"crop is {self.crop}; it must be a multiple of 16 and of the token side, "
+                f"{self.rate.token_side}"
+            )
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must lie in 0 … 1, not {self.caption_dropout}")
+        if self.batch < 1:
+            raise ValueError(f"batch must be at least 1, not {self.batch}")
+
+
+class SD3Networks(nn.Module):
+    """What stage 1 trains: hyper-encoder, quantizer and widened transformer of one rate.
+
+    Args:
+        config: see there.
+        precision: "bf16" keeps frozen weights in bfloat16; trained ones are always float32.
+        folder: that a relative ``config.base`` is relative to.
+
+    Raises:
+        ValueError: when the base model cannot be loaded, or settings do not fit it.
+    """
+
+    def __init__(self, config: SD3Config, precision: str, folder: Path) -> None:
+        super().__init__()
+        self.config, self.precision, self.folder = config, precision, folder
+        location = self.open_base("cpu").location
+        stride = config.rate.token_side // LATENT_SIDE
+        self.hyper_encoder = HyperEncoder(
+            stride=stride, rectified_attention=True, **config.hyper_encoder
+        )
+        self.quantizer = VectorQuantizer(
+            codebook_size=config.rate.codebook_size, **config.quantizer
+        )
+        self.flow = load_part(
+            SD3Transformer2DModel,
+            location,
+            "transformer",
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+        )
+        self._prepare_flow(precision)
+
+    def _prepare_flow(self, precision: str) -> None:
+        config = self.config
+        full = config.trained == "full"
+        if not full:
+            self.flow.requires_grad_(False)
+            if precision == "bf16":
+                self.flow.to(torch.bfloat16)
+        widen_patch_embedding(self.flow, int(self.quantizer.config["output_channels"]))
+        self.flow.pos_embed.proj.float().requires_grad_(True)
+        if config.trained == "lora":
+            add_low_rank(self.flow, config.lora_layers, config.lora_rank, config.lora_alpha)
+        if config.gradient_checkpointing:
+            self.flow.enable_gradient_checkpointing()
+
+    def open_base(self, device: str) -> SD3Folder:
+        """The base model's frozen networks on a device, in the dtype of frozen weights."""
+        dtype = "bf16" if self.precision == "bf16" else "fp32"
+        return SD3Folder(
+            self.folder, self.config.base, device, BackboneOptions(dtype, t5=self.config.t5)
+        )
+
+    def stored_keys(self) -> set[str]:
+        """Names in ``state_dict()`` of what training changes."""
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}
+        return trained | {f"quantizer.{name}" for name, _ in self.quantizer.named_buffers()}
+
+    def velocity(
+        self, noisy: Tensor, z_hat: Tensor, t: Tensor, text: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """The flow's velocity float [B, 16, h, w].
+
+        Args:
+            noisy: x_t = (1 − t) · x_0 + t · noise [B, 16, h, w].
+            z_hat: [B, C, h', w'], on the token grid.
+            t: [B] in 0 … 1.
+            text: sequence [B, L, d] and pooled [B, p] embeddings.
+        """
+        above = upsample_z_hat(z_hat, *noisy.shape[-2:])
+        return self.flow(
+            hidden_states=torch.cat([noisy, above.to(noisy.dtype)], 1),
+            timestep=t * 1000,
+            encoder_hidden_states=text[0],
+            pooled_projections=text[1],
+            return_dict=False,
+        )[0].float()

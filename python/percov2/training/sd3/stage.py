@@ -1,0 +1,175 @@
+"""Stage 1 on Stable Diffusion 3.
+
+PerCoV2 (arXiv 2503.09368, §3): flow matching with z_hat beside the noisy latents, timesteps as SD3
+draws them (logit-normal, then shifted), captions dropped in a tenth of the samples, and above 0.05
+bpp LPIPS on the decoded one-step estimate.
+
+Whatever is random about a sample comes from the sample's own generator, so neither the number of
+processes nor that of forward passes per step changes what a step learns from.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from percov2.models.config import LATENT_SIDE
+from percov2.models.quantizer import Quantized
+from percov2.training.rates import perplexity
+from percov2.training.sd3.frozen import FrozenNetworks
+from percov2.training.sd3.networks import SD3Networks
+from percov2.training.sd3.pictures import Pictures
+from percov2.training.shards import CropFeed, Sample, ShardStreams
+from percov2.training.stage import Place, TrainingStage
+
+_LATENT_CHANNELS = 16
+
+
+class SD3Stage(TrainingStage):
+    """Flow matching on crops of shards, with the codes moved after every step.
+
+    Args:
+        networks: trained in place.
+        shards: ``.tar`` files of the training photos.
+        seed: of the run.
+        pictures: drawn at every checkpoint, if any.
+    """
+
+    whole_batches = True
+
+    def __init__(
+        self,
+        networks: SD3Networks,
+        shards: list[Path],
+        seed: int,
+        pictures: Pictures | None = None,
+    ) -> None:
+        super().__init__()
+        self.networks = networks
+        self.config = config = networks.config
+        self.streams = ShardStreams(shards, config.batch, config.crop, config.longest, seed)
+        self.pictures = pictures
+        self._step = 0
+        self._seen: list[Quantized] = []
+        self.start_run(Place(torch.device("cpu")))
+
+    def stored_keys(self) -> set[str]:
+        """See :meth:`TrainingStage.stored_keys`: what training changes."""
+        return {f"networks.{key}" for key in self.networks.stored_keys()}
+
+    def start_run(self, place: Place) -> None:
+        """See :meth:`TrainingStage.start_run`."""
+        self.place = place
+        self.frozen = FrozenNetworks(
+            self.networks.open_base(str(place.device)),
+            int(self.networks.flow.config["joint_attention_dim"]),
+            self.config.gradient_checkpointing,
+        )
+        self.feed = CropFeed(self.streams, place.process, place.processes, place.accumulate)
+
+    def start_step(self, step: int, total: int) -> None:
+        """See :meth:`TrainingStage.start_step`."""
+        self._step = step
+
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`TrainingStage.forward`; the generator is not used."""
+        config, networks, device = self.config, self.networks, self.place.device
+        samples = self.feed.take()
+        pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+        images = pixels.permute(0, 3, 1, 2).to(device).float().div_(127.5).sub_(1.0)
+        drawn = [_draw(sample, config.caption_dropout, config.crop) for sample in samples]
+        t = shifted(torch.tensor([d.time for d in drawn], device=device), config.shift)
+        mix = t.view(-1, 1, 1, 1)
+        # Hyper-encoder and quantizer run as the codec runs them, so that tokens are its tokens.
+        with torch.autocast(device.type, enabled=False):
+            latents = self.frozen.latents(images)
+            quantized: Quantized = networks.quantizer(networks.hyper_encoder(latents))
+        self._seen.append(quantized)
+        noise = torch.stack([d.noise for d in drawn]).to(device)
+        noisy = (1 - mix) * latents + mix * noise
+        text = self.frozen.text([d.caption for d in drawn])
+        velocity = networks.velocity(noisy, quantized.z_hat, t, text)
+        flow = (velocity - (noise - latents)).square().mean()
+        loss = flow + config.vq_weight * quantized.loss - config.spread_weight * quantized.spread
+        lpips = torch.tensor(math.nan)
+        if config.lpips_weight:
+            with torch.autocast(device.type, enabled=False):
+                lpips = self.frozen.lpips(noisy - mix * velocity, images)
+            loss = loss + config.lpips_weight * lpips
+        return loss, {
+            "flow": flow.detach(),
+            "lpips": lpips.detach(),
+            "vq": quantized.loss.detach(),
+            "spread": quantized.spread.detach(),
+            "codes": perplexity(networks.quantizer.usage),
+        }
+
+    def after_step(self) -> None:
+        """Move the codes toward the hyper-latents of the whole batch, alike in every process."""
+        seen, self._seen = self._seen, []
+        # [forward passes · own places, tokens per image, ...]
+        directions = torch.cat([q.directions.view(*q.tokens.flatten(1).shape, -1) for q in seen])
+        tokens = torch.cat([q.tokens.flatten(1) for q in seen])
+        directions, tokens = self._all_places(directions), self._all_places(tokens)
+        seed = np.random.default_rng([self.place.seed, self._step]).integers(2**63)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed))
+            self.networks.quantizer.update_codebook(
+                directions.flatten(0, 1), tokens, decay=self.config.codebook_decay
+            )
+
+    def _all_places(self, own: Tensor) -> Tensor:
+        """All processes' rows in the order of their places in the batch (collective)."""
+        if self.place.processes == 1:
+            return own
+        from accelerate.utils import gather
+
+        rows = gather(own.contiguous()).view(self.place.processes, *own.shape)
+        return rows.transpose(0, 1).flatten(0, 1)
+
+    def side_state(self) -> dict[str, Any]:
+        """See :meth:`TrainingStage.side_state`: where the streams of all processes are."""
+        from accelerate.utils import gather_object
+
+        merged: dict[int, list[int]] = {}
+        for part in gather_object([self.feed.positions()]):
+            merged.update(part)
+        return {"positions": merged}
+
+    def load_side_state(self, state: dict[str, Any]) -> None:
+        """See :meth:`TrainingStage.load_side_state`."""
+        self.feed.go_to(state["positions"])
+
+    def draw_samples(self, folder: Path, step: int) -> None:
+        """Validation pictures and their flow loss, if there are pictures."""
+        if self.pictures is not None:
+            self.pictures.restore(self.networks, self.frozen, folder, step)
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What chance decides about a sample: time before the shift, caption or "", noise."""
+
+    time: float
+    caption: str
+    noise: Tensor
+
+
+def _draw(sample: Sample, caption_dropout: float, crop: int) -> _Drawn:
+    random = sample.randomness
+    time = 1 / (1 + math.exp(-random.standard_normal()))
+    caption = "" if random.random() < caption_dropout else sample.caption
+    generator = torch.Generator().manual_seed(int(random.integers(2**63)))
+    side = crop // LATENT_SIDE
+    return _Drawn(time, caption, torch.randn(_LATENT_CHANNELS, side, side, generator=generator))
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """SD3's timestep shift (arXiv 2403.03206, §5.3.2): t in 0 … 1, moved toward 1 if shift > 1."""
+    return shift * t / (1 + (shift - 1) * t)

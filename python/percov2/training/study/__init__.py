@@ -1,0 +1,1 @@
+"""Training of the methods that the entropy study compares."""

@@ -1,0 +1,278 @@
+"""Explicit hierarchical VAR on frozen hyper-latents: codebooks, tokens and training.
+
+The directions that a rate's quantizer replaces by one code each are described by a sum of codes
+instead, from coarse to fine: each scale's codebook is fitted by k-means on what the coarser scales
+leave over.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from percov2.entropy.direct import DirectBatch
+from percov2.entropy.entries import sixteenth, size_class
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.scales import scale_plan, scale_shapes
+from percov2.models.backbone import Backbone
+from percov2.training.data import PhotoCrops, is_held_out
+from percov2.training.stage2 import evenly_spread
+from percov2.training.study.direct_stage import DirectExamples, DirectStage
+from percov2.training.study.runs import SharedRun, digest, finished
+
+_FIT_VECTORS = 200_000
+"""Codebooks are fitted on photos with about so many tokens; k-means sees half of these vectors."""
+_ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class PhotoDirections:
+    """Directions float32 [h, w, D] of photos, cut to whole tokens, and which are held out."""
+
+    directions: list[Tensor]
+    held_out: list[bool]
+
+
+def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections:
+    """What ``percov2 train tokens`` quantizes (its first views), before it is.
+
+    cache: out of ``percov2 train data``. Raises ValueError for an unknown rate or no photos.
+    """
+    side = model.config.rate(rate).token_side
+    photos = PhotoCrops(cache, "all")
+    large = [photo for photo in photos.photos if min(photo.height, photo.width) >= side]
+    directions = []
+    for photo in tqdm(large, desc="directions", unit="photo"):
+        height, width = photo.height // side * side, photo.width // side * side
+        pixels = torch.from_numpy(photos.pixels(photo)[:height, :width].copy())
+        image = pixels.permute(2, 0, 1)[None].float().div(127.5).sub(1.0)
+        directions.append(model.directions(image, rate)[0].cpu().clone())
+    return PhotoDirections(directions, [is_held_out(photo.key) for photo in large])
+
+
+def k_means(vectors: Tensor, size: int, seed: int) -> Tensor:
+    """``size`` means of vectors float32 [n, D], n >= size: float32 [size, D].
+
+    Raises ValueError for fewer vectors than means.
+    """
+    if len(vectors) < size:
+        raise ValueError(f"{len(vectors)} vectors for {size} codes; give more photos")
+    generator = torch.Generator().manual_seed(seed)
+    means = vectors[torch.randperm(len(vectors), generator=generator)[:size]].clone()
+    for _ in range(_ROUNDS):
+        nearest = nearest_codes(vectors, means)
+        counts = torch.bincount(nearest, minlength=size)
+        sums = torch.zeros_like(means).index_add_(0, nearest, vectors)
+        means = sums / counts.clamp(min=1)[:, None]
+        empty = (counts == 0).nonzero().flatten()
+        again = torch.randint(len(vectors), (len(empty),), generator=generator)
+        means[empty] = vectors[again]
+    return means
+
+
+def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
+    """Index int64 [n] of the code [V, D] with the least distance to each vector [n, D]."""
+    half = codes.square().sum(1) / 2
+    parts = [(part @ codes.T - half).argmax(1) for part in vectors.split(2**14)]
+    return torch.cat(parts)
+
+
+def _shrunk(grid: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Means of the cells of [h, w, D]: [n, D] of a coarser grid, in raster order."""
+    small = functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="area")
+    return small[0].flatten(1).T
+
+
+def _grown(codes: Tensor, shape: tuple[int, int], whole: tuple[int, int]) -> Tensor:
+    """Codes [n, D] of a grid of ``shape``, interpolated to [h, w, D]."""
+    grid = codes.T.view(1, -1, *shape)
+    return functional.interpolate(grid, whole, mode="bilinear")[0].permute(1, 2, 0)
+
+
+class ScaleQuantizer:
+    """Residual quantizer over scales: codebooks float32 [S, V, D], the coarsest first."""
+
+    def __init__(self, codebooks: Tensor) -> None:
+        self.codebooks = codebooks
+
+    @classmethod
+    def stored(cls, path: Path, photos: PhotoDirections, codebook_size: int) -> ScaleQuantizer:
+        """The codebooks in the .npy file ``path``; if it is missing, they are fitted first."""
+        if not path.is_file():
+            pairs = zip(photos.directions, photos.held_out, strict=True)
+            trained_on = [grid for grid, held in pairs if not held]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.save(path, cls.fit(trained_on, codebook_size).codebooks.numpy())
+        return cls(torch.from_numpy(np.load(path, allow_pickle=False)))
+
+    @classmethod
+    def fit(cls, directions: list[Tensor], codebook_size: int, seed: int = 0) -> ScaleQuantizer:
+        """Codebooks for directions [h, w, D] of photos.
+
+        Raises ValueError where a scale has fewer vectors than codes.
+        """
+        order = np.random.default_rng(seed).permutation(len(directions))
+        sizes = np.cumsum([directions[i].shape[0] * directions[i].shape[1] for i in order])
+        chosen = order[: int(np.searchsorted(sizes, _FIT_VECTORS)) + 1]
+        left = [directions[i] for i in chosen]
+        shapes = [scale_shapes(*grid.shape[:2]) for grid in left]
+        books: list[Tensor] = []
+        for scale in tqdm(range(max(map(len, shapes))), desc="codebooks", unit="scale"):
+            having = [i for i, s in enumerate(shapes) if len(s) > scale]
+            small = {i: _shrunk(left[i], shapes[i][scale]) for i in having}
+            vectors = torch.cat(list(small.values()))
+            books.append(
+                k_means(vectors[:: 1 + len(vectors) // (_FIT_VECTORS // 2)], codebook_size, seed)
+            )
+            for i in having:
+                codes = books[-1][nearest_codes(small[i], books[-1])]
+                whole = (left[i].shape[0], left[i].shape[1])
+                left[i] = left[i] - _grown(codes, shapes[i][scale], whole)
+        return cls(torch.stack(books))
+
+    def tokens(self, directions: Tensor) -> NDArray[np.int32]:
+        """Tokens int32 [E] of directions [h, w, D], as ``entropy.scales`` orders them.
+
+        Raises ValueError for a grid with more scales than there are codebooks.
+        """
+        height, width = directions.shape[:2]
+        shapes = scale_shapes(height, width)
+        if len(shapes) > len(self.codebooks):
+            raise ValueError(
+                f"a grid of {height}x{width} has {len(shapes)} scales; the training photos had "
+                f"{len(self.codebooks)}"
+            )
+        parts = []
+        for shape, book in zip(shapes, self.codebooks, strict=False):
+            parts.append(nearest_codes(_shrunk(directions, shape), book))
+            directions = directions - _grown(book[parts[-1]], shape, (height, width))
+        return torch.cat(parts).numpy().astype(np.int32)
+
+    def restored(self, tokens: NDArray[np.int32], shape: tuple[int, int]) -> Tensor:
+        """Unit vectors float32 [h, w, D] that tokens int32 [E] stand for."""
+        total = torch.zeros(*shape, self.codebooks.shape[2])
+        begin = 0
+        for small, book in zip(scale_shapes(*shape), self.codebooks, strict=False):
+            part = torch.from_numpy(tokens[begin : begin + small[0] * small[1]]).long()
+            total += _grown(book[part], small, shape)
+            begin += len(part)
+        return functional.normalize(total, dim=-1)
+
+
+class ScaleMaps:
+    """Tokens of all scales of photos: grids' shapes and tokens int32 [E].
+
+    Attributes:
+        maps: of photos to train on, by the shape of their finest grid: int32 [n, E].
+        held_out: of at most 48 others: of the photos whose maps ``TokenMaps`` holds out.
+        codebook_size: of each scale; scales: the most that a photo has.
+    """
+
+    def __init__(self, quantizer: ScaleQuantizer, photos: PhotoDirections) -> None:
+        self.scales, self.codebook_size = quantizer.codebooks.shape[:2]
+        by_shape = defaultdict(list)
+        self.held_out: list[tuple[tuple[int, int], NDArray[np.int32]]] = []
+        pairs = zip(photos.directions, photos.held_out, strict=True)
+        for grid, held in tqdm(list(pairs), desc="scales", unit="photo"):
+            shape, tokens = (grid.shape[0], grid.shape[1]), quantizer.tokens(grid)
+            if held:
+                self.held_out.append((shape, tokens))
+            else:
+                by_shape[shape].append(tokens)
+        self.held_out = evenly_spread(self.held_out)
+        self.maps = {shape: np.stack(tokens) for shape, tokens in by_shape.items()}
+
+    def counts(self) -> NDArray[np.int64]:
+        """How often each token of each scale occurs in the training maps: int64 [S * V]."""
+        counts = np.zeros(self.scales * self.codebook_size, dtype=np.int64)
+        for shape, tokens in self.maps.items():
+            every = tokens + scale_plan(*shape, self.codebook_size).first
+            counts += np.bincount(every.reshape(-1), minlength=len(counts))
+        return counts
+
+    def size_classes(self) -> tuple[set[int], set[int]]:
+        """Size classes of the heights and of the widths of the training maps."""
+        return {size_class(h) for h, _ in self.maps}, {size_class(w) for _, w in self.maps}
+
+    def draw(self, generator: np.random.Generator, tokens_per_step: int) -> DirectExamples:
+        """Whole maps of one shape, drawn so that every token is about as likely as any other."""
+        shapes = list(self.maps)
+        sizes = np.array([self.maps[shape].size for shape in shapes], dtype=np.float64)
+        shape = shapes[int(generator.choice(len(shapes), p=sizes / sizes.sum()))]
+        plan = scale_plan(*shape, self.codebook_size)
+        count = max(1, round(tokens_per_step / len(plan.stage)))
+        tokens = self.maps[shape][generator.integers(len(self.maps[shape]), size=count)]
+        rows = sixteenth(plan.entries.row.astype(np.int64), shape[0])
+        columns = sixteenth(plan.entries.column.astype(np.int64), shape[1])
+        batch = DirectBatch(
+            plan.entries,
+            torch.from_numpy(plan.payload(tokens)),
+            torch.from_numpy(rows).expand(count, -1),
+            torch.from_numpy(columns).expand(count, -1),
+            torch.tensor([[size_class(side) for side in shape]]).expand(count, -1),
+        )
+        weights = torch.full(tokens.shape, 1 / tokens.size)
+        return DirectExamples(batch, torch.from_numpy(tokens + plan.first), weights)
+
+
+def multiscale_model(shared: SharedRun, maps: ScaleMaps, out: Path) -> IntTransformer:
+    """The model of tokens of all scales, of the shared model's sizes, steps and settings.
+
+    Its embedding and head have a codebook per scale; arguments, result and errors are otherwise
+    those of ``direct_stage.masked_model``.
+    """
+    per_step = shared.config.tokens_per_step
+    torch.manual_seed(shared.loop.seed)
+    stage = DirectStage(shared.config, maps.counts(), lambda draw: maps.draw(draw, per_step))
+    facts = {"data": digest([*maps.maps.values(), *(tokens for _, tokens in maps.held_out)])}
+    model = finished(stage, maps.size_classes(), shared.loop, out, facts)
+    return IntTransformer(model.config, model.tensors, executor="torch")
+
+
+def same_tokens(
+    model: Backbone, rate: str, photos: PhotoDirections, maps: Sequence[NDArray[np.int32]]
+) -> float:
+    """Share of the tokens of ``maps`` that the held-out photos have, too; 0 for other shapes.
+
+    Less than 1 for maps that were made in bfloat16.
+
+    Args:
+        maps: int32 [h, w], as ``TokenMaps.held_out``.
+    """
+    single = model.quantizer(rate)
+    pairs = zip(photos.directions, photos.held_out, strict=True)
+    held = evenly_spread([grid for grid, held in pairs if held])
+    found = [single.nearest(grid.to(model.device)).cpu().numpy() for grid in held]
+    if [grid.shape for grid in found] != [tokens.shape for tokens in maps]:
+        return 0.0
+    equal = sum(int((a == b).sum()) for a, b in zip(found, maps, strict=True))
+    return equal / sum(tokens.size for tokens in maps)
+
+
+def mean_cosines(
+    model: Backbone, rate: str, quantizer: ScaleQuantizer, photos: PhotoDirections
+) -> tuple[float, float]:
+    """Mean cosine between directions of held-out photos and what stands for them.
+
+    Returns:
+        That of the rate's single grid of codes, and that of all scales.
+    """
+    single = model.quantizer(rate)
+    sums, count = torch.zeros(2), 0
+    pairs = zip(photos.directions, photos.held_out, strict=True)
+    for grid in evenly_spread([grid for grid, held in pairs if held]):
+        codes = single.codebook[single.nearest(grid.to(model.device)).long()].float().cpu()
+        shape = (grid.shape[0], grid.shape[1])
+        restored = quantizer.restored(quantizer.tokens(grid), shape)
+        sums += torch.stack([(grid * codes).sum(), (grid * restored).sum()])
+        count += shape[0] * shape[1]
+    return float(sums[0]) / count, float(sums[1]) / count
