@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from photo_store import store_photos
+from tools.photo_store import store_photos
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small model with random weights."""
-    import random_model as builder
+    from tools import random_model as builder
 
     return builder.build(tmp_path_factory.mktemp("model") / "random")
 
@@ -41,7 +41,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an "sd3" model with random weights; its base model lies beside it."""
-    import random_sd3
+    from tools import random_sd3
 
     return random_sd3.build(tmp_path_factory.mktemp("sd3"))
 
@@ -79,7 +79,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
     if request.param == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
-    import emulated_cuda
+    from tools import emulated_cuda
 
     emulated_cuda.use(monkeypatch, emulated_cuda.module(request, "emulated_cuda"))
     return torch.device("cpu")

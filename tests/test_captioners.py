@@ -20,10 +20,10 @@ from transformers import (
     Molmo2ForConditionalGeneration,
 )
 
-import random_blip2
-from command_line import failure, run
 from percov2.captioners import Blip2Captioner, Molmo2Captioner, open_captioner, tidy
 from percov2.container.captions import NoCaptioner, TextCaptioner
+from tools import random_blip2
+from tools.command_line import failure, run
 
 
 @pytest.fixture(scope="module")

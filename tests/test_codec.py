@@ -16,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import independent_coder
-import independent_decoder
-import independent_encoder
+from oracles import independent_coder, independent_decoder, independent_encoder
 from percov2 import BitstreamError, Codec
 from percov2.container import bitstream
 from percov2.container.tokens_file import OpenFile, pack, unpack
@@ -293,7 +291,7 @@ def test_faults_name_the_file_of_a_batch(codec: Codec) -> None:
 
 
 def test_another_model_is_refused_by_both_ids(codec: Codec, tmp_path: Path) -> None:
-    import random_model
+    from tools import random_model
 
     other = Codec.from_pretrained(random_model.build(tmp_path / "other", seed=9))
     ours, theirs = codec.model_id("fine"), other.model_id("fine")
@@ -320,7 +318,7 @@ def test_the_model_id_depends_on_what_tokens_mean(codec: Codec) -> None:
 
 
 def test_a_model_with_a_further_rate_reads_old_files(tmp_path: Path) -> None:
-    import random_model
+    from tools import random_model
 
     old = Codec.from_pretrained(random_model.build(tmp_path / "old", rates=random_model.RATES[:1]))
     files = old.compress([photo(40, 40)])

@@ -14,7 +14,7 @@ from percov2.entropy import cdf, schedule, token_coder
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
-from pretended_device import DEVICE, PretendedDevice
+from tools.pretended_device import DEVICE, PretendedDevice
 
 UPLOADS = 5  # tokens, coding order (model and coder), plan of the contents, plan of the queries
 

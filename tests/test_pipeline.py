@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-import random_sd3
-from command_line import run
 from percov2 import BitstreamError, Codec, PerCoV2Pipeline
 from percov2.pipeline import TrainedParts
+from tools import random_sd3
+from tools.command_line import run
 
 CAPTION = "a red door"
 

@@ -1,0 +1,387 @@
+"""``percov2 bench``: what it measures is right, and what it writes holds together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from percov2.bench import cases, coders, entropy, fresh, model
+from percov2.bench.cases import Shape
+from percov2.bench.entropy import middle
+from percov2.bench.model import FloatTransformer
+from percov2.bench.report import Table, number, page, tables
+from percov2.bench.timing import Effort, Timing, measure
+from percov2.cli.main import main
+from percov2.entropy import RansDecoder, rans, schedule
+from percov2.entropy.transformer_config import TransformerConfig
+from tools.tiny_plan import MODEL, SECTIONS, SHORT, TINY
+
+SMALL = TransformerConfig(codebook_size=9, dim=16, heads=2, head_dim=12, layers=1, hidden=32)
+
+
+@pytest.fixture(scope="module")
+def report() -> dict:
+    return entropy.run(TINY, SECTIONS, MODEL)
+
+
+# The report --------------------------------------------------------------------------------------
+
+
+def test_report_survives_json_and_says_where_it_was_taken(report: dict) -> None:
+    assert json.loads(json.dumps(report)) == report
+    assert report["schema"] == entropy.SCHEMA
+    where = report["environment"]
+    assert where["torch"] == torch.__version__
+    assert where["numpy"] == np.__version__
+    assert where["instruction_set"] in where["instruction_sets"]
+    assert where["threads"] == 1
+    assert report["peers"] is None
+
+
+def test_every_step_left_its_records(report: dict) -> None:
+    count: dict[str, int] = {}
+    for record in report["records"]:
+        count[record["section"]] = count.get(record["section"], 0) + 1
+    kinds = len(coders.LOGITS)
+    shapes = len(TINY.compared) + len(TINY.scaling)
+    # Float pass; both ways of two schedules, two further batches, a large and a raster grid, and
+    # of two threads where there are two cores.
+    ways = 1 + 2 * (6 + (report["environment"]["cores"] > 1))
+    expected = {"coder": shapes, "logits": kinds * shapes, "overhead": 1, "long": 1}
+    expected["model"], expected["attention"] = ways, 4
+    assert count == expected
+
+
+def test_coder_records_hold_times_and_bytes(report: dict) -> None:
+    for record in report["records"]:
+        if record["section"] not in ("coder", "logits"):
+            continue
+        for way in ("encode", "decode"):
+            timing = record[way]
+            assert 0 < timing["best_s"] <= timing["median_s"]
+            symbols = record["tokens"] * record["images"]
+            assert timing["msym_per_s"] == pytest.approx(symbols / timing["median_s"] / 1e6)
+        streams = record["images"]
+        # The check costs two bytes, and no stream wastes more than one.
+        assert record["ideal_bytes"] + 0.9 * streams < record["bytes"]
+        assert record["bytes"] < record["ideal_bytes"] + 3.5 * streams
+
+
+def test_overhead_is_that_of_the_written_bytes(report: dict) -> None:
+    (record,) = [r for r in report["records"] if r["section"] == "overhead"]
+    case = cases.make_case(Shape(*TINY.short[0]))
+    ideal = naive_cost(case.logits, case.symbols) / 8 / 4
+    assert record["ideal_bytes_per_image"] == pytest.approx(ideal)
+    assert record["above_ideal"] == pytest.approx(record["bytes_per_image"] - 2 - ideal)
+    assert -0.5 < record["above_ideal"] < 1
+    (long,) = [r for r in report["records"] if r["section"] == "long"]
+    assert long["symbols"] == TINY.long_symbols
+    assert 0 < long["percent_above_intervals"] < 3
+
+
+def test_tables_show_every_record(report: dict) -> None:
+    text = page(report)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    made = tables(report)
+    assert sum(len(table.rows) for table in made[1:]) == len(report["records"])
+    for table in made:
+        assert f"### {table.title}\n\n| " in text
+        for row in [table.header, *table.rows]:
+            assert len(row) == len(table.header)
+            assert [number(value) for value in row] in lines
+    assert "percov2 0" in text.splitlines()[0]
+
+
+def test_columns_are_aligned_and_pages_know_how() -> None:
+    table = Table("", ["coder", "ms"], [["percov2", 1.5], ["a", None], ["b", 12]])
+    assert table.markdown().splitlines() == [
+        "| coder   |   ms |",
+        "| :------ | ---: |",
+        "| percov2 | 1.50 |",
+        "| a       |    - |",
+        "| b       |   12 |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (3.0, "3"),
+        (2, "2"),
+        (1234.5, "1234"),
+        (12.34, "12.3"),
+        (0.01234, "0.0123"),
+    ],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert number(value) == text
+
+
+def test_sections_can_be_left_out() -> None:
+    report = entropy.run(TINY, ("overhead",), MODEL)
+    assert {r["section"] for r in report["records"]} == {"overhead", "long"}
+
+
+# Cases -------------------------------------------------------------------------------------------
+
+
+def naive_cost(logits: np.ndarray, symbols: np.ndarray) -> float:
+    """Bits of all symbols, one by one."""
+    bits = 0.0
+    for row, symbol in zip(logits.reshape(-1, logits.shape[-1]), symbols.reshape(-1), strict=True):
+        p = np.exp(row.astype(np.float64))
+        bits -= np.log2(p[symbol] / p.sum())
+    return float(bits)
+
+
+def test_symbols_follow_their_logits() -> None:
+    case = cases.make_case(Shape(64, 500, 4))
+    p = np.exp(case.logits.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    entropy_bits = -(p * np.log2(p)).sum()
+    cost = naive_cost(case.logits, case.symbols)
+    assert cases.ideal_bytes(case.logits, case.symbols).sum() * 8 == pytest.approx(cost)
+    assert cost == pytest.approx(entropy_bits, rel=0.03)
+    expected = p.sum((0, 1))
+    counts = np.bincount(case.symbols.reshape(-1), minlength=64)
+    assert np.abs(counts - expected).max() < 6 * np.sqrt(expected.max())
+
+
+def test_cases_repeat_and_differ() -> None:
+    a, b = (cases.make_case(Shape(8, 4, 2)) for _ in range(2))
+    other = cases.make_case(Shape(8, 4, 2), seed=1)
+    np.testing.assert_array_equal(a.logits, b.logits)
+    np.testing.assert_array_equal(a.symbols, b.symbols)
+    assert not np.array_equal(a.logits, other.logits)
+    assert a.first(1).shape == Shape(8, 4, 1)
+    np.testing.assert_array_equal(a.first(1).logits, a.logits[:1])
+
+
+def test_many_images_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(coders, "LOGITS_AT_ONCE", 100)
+    shape = Shape(8, 6, 5)
+    parts = list(coders.parts_of(shape))
+    assert [part.shape.images for part in parts] == [2, 2, 1]
+    assert not np.array_equal(parts[0].logits, parts[1].logits)
+    record = coders.short_streams(shape)
+    costs = [naive_cost(part.logits, part.symbols) for part in parts]
+    assert record["ideal_bytes_per_image"] == pytest.approx(sum(costs) / 8 / 5)
+
+
+def test_one_image_has_no_standard_error() -> None:
+    record = coders.short_streams(Shape(16, 12, 1))
+    assert record["above_ideal_error"] is None
+    assert number(record["above_ideal_error"]) == "-"
+    case = cases.make_case(Shape(16, 12, 2))
+    ideal = cases.ideal_bytes(case.logits, case.symbols)
+    lengths = np.rint(ideal).astype(int) + np.array([1, 5])
+    record = coders.peer_streams(case, "other", lengths.tolist())
+    above = lengths - ideal
+    assert record["above_ideal_error"] == pytest.approx(abs(above[1] - above[0]) / 2)
+
+
+def test_integer_logits_are_the_nearest() -> None:
+    logits = cases.make_case(Shape(16, 9, 2)).logits
+    integers = cases.integer_logits(logits)
+    assert (integers.max(-1) == 0).all()
+    exact = (logits - logits.max(-1, keepdims=True)).astype(np.float64) * 256 / np.log(2)
+    assert np.abs(integers - exact).max() <= 0.501
+    far = np.array([[[0.0, -1e9]]], dtype=np.float32)
+    assert cases.integer_logits(far).tolist() == [[[0, -32768]]]
+
+
+# Nothing wrong is timed --------------------------------------------------------------------------
+
+
+def test_of_several_rounds_the_middle_one_counts() -> None:
+    def round_of(encode: float, decode: float) -> list[dict]:
+        times = {"encode": {"median_s": encode}, "decode": {"median_s": decode}}
+        return [{"coder": "a", "given": "b", "bytes": 7, **times}]
+
+    rounds = [round_of(3, 1), round_of(1, 2), round_of(2, 9)]
+    assert middle(rounds) == round_of(2, 2)
+    assert middle(rounds[:2]) == round_of(1, 1)
+    with pytest.raises(ValueError, match="same records"):
+        middle([round_of(1, 1), [{**round_of(1, 1)[0], "bytes": 8}]])
+
+
+def test_wrong_symbols_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RansDecoder.decode_logits
+
+    def wrong(*arguments: object, **options: object) -> np.ndarray:
+        symbols = right(*arguments, **options)
+        symbols[-1, -1] ^= 1
+        return symbols
+
+    monkeypatch.setattr(RansDecoder, "decode_logits", wrong)
+    case = cases.make_case(Shape(16, 4, 2))
+    with pytest.raises(coders.Mismatch, match="other symbols"):
+        coders.timed(case, "int16 logits", SHORT)
+    with pytest.raises(coders.Mismatch, match="other symbols"):
+        coders.short_streams(Shape(16, 4, 2))
+    with pytest.raises(coders.Mismatch, match="other symbols"):
+        coders.long_stream(Shape(16, 4, 1), 2, 16)
+
+
+def test_wrong_intervals_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = coders.rans.intervals
+
+    def wrong(logits: np.ndarray, symbols: np.ndarray, prob_bits: int) -> tuple:
+        starts, freqs = right(logits, symbols, prob_bits)
+        starts[0, 0] += 1
+        return starts, freqs
+
+    monkeypatch.setattr(coders.rans, "intervals", wrong)
+    case = cases.make_case(Shape(16, 4, 2))
+    with pytest.raises(coders.Mismatch, match="intervals differ"):
+        coders.timed(case, coders.INTERVALS, SHORT)
+
+
+def test_measure_does_not_count_the_first_call() -> None:
+    calls: list[int] = []
+    timing = measure(lambda: calls.append(1), Effort(0.0, 3, 5))
+    assert isinstance(timing, Timing)
+    assert timing.runs == 3
+    assert len(calls) == 4
+    assert measure(lambda: None, Effort(60.0, 1, 5)).runs == 5
+
+
+def test_wrong_attention_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = model.rans.stage_attention
+
+    def wrong(*arguments: object) -> np.ndarray:
+        mean = right(*arguments)
+        mean[-1, -1, -1] ^= 1
+        return mean
+
+    monkeypatch.setattr(model.rans, "stage_attention", wrong)
+    with pytest.raises(coders.Mismatch, match="attention"):
+        model.attention(SMALL, "qlds5", 5, 2, SHORT)
+
+
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+def test_attention_kernel_equals_the_oracle(name: str) -> None:
+    case = model.AttentionCase(SMALL, name, 18, 2)
+    result = case.compiled()
+    for image in range(2):
+        np.testing.assert_array_equal(result[image], case.oracle(image))
+
+
+def test_attention_refuses_arrays_that_do_not_fit() -> None:
+    case = model.AttentionCase(SMALL, "qlds5", 4, 1)
+    q, kv, bias = case.q, case.kv, case.bias.numpy()
+
+    def refused(text: str, stages=case.stages, bias=bias, gain=1, q=q, kv=kv) -> None:
+        with pytest.raises(ValueError, match=text):
+            rans.stage_attention(stages, bias, case.shift.numpy(), gain, q, kv)
+
+    refused("q's second axis", q=q[:, 1:].copy())
+    refused("kv's first axis", kv=np.repeat(kv, 2, axis=0))
+    refused("kv's second axis", kv=kv[:, 1:].copy())
+    refused("kv's last axis", kv=kv[:, :, 1:].copy())
+    refused("bias's last axis", bias=bias[:, 1:].copy())
+    refused("head_dim", q=q[:, :, :-4].copy())
+    refused("gain_bits", gain=9)
+    refused("stages", stages=case.stages + 1)
+
+
+# The float transformer ---------------------------------------------------------------------------
+
+
+def test_float_transformer_sees_earlier_stages_only() -> None:
+    torch.manual_seed(0)
+    stages = schedule.stages("qlds5", 4, 5)
+    config = TransformerConfig(codebook_size=9, dim=16, heads=2, head_dim=8, layers=3, hidden=32)
+    transformer = FloatTransformer(config, stages).eval()
+    tokens = torch.randint(0, 9, (2, 4, 5))
+    coding = schedule.order(stages)
+    stage = stages.reshape(-1)[coding]
+    with torch.inference_mode():
+        before = transformer(tokens)
+        assert before.shape == (2, 20, 9)
+        for changed in range(20):
+            other = tokens.clone()
+            other.view(2, -1)[:, coding[changed]] += 1
+            other %= 9
+            moved = (transformer(other) - before).abs().amax((0, 2)).numpy() > 1e-6
+            np.testing.assert_array_equal(moved, stage > stage[changed])
+
+
+# Fresh processes ---------------------------------------------------------------------------------
+
+
+def test_a_fresh_process_reports_memory() -> None:
+    record = fresh.memory("decode", MODEL, 4, 8)
+    assert record["section"] == "memory"
+    assert record["process_s"] > 0
+    if fresh.STATUS.exists():
+        assert 20 < record["peak_mb"] < 2000
+        assert 0 <= record["extra_mb"] < 200
+
+
+def test_a_failing_process_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"a fresh process failed: .*config\.json"):
+        fresh.memory("encode", tmp_path, 1, 4)
+
+
+# The command line --------------------------------------------------------------------------------
+
+
+def test_command_writes_table_json_page_and_plots(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(entropy, "QUICK_PLAN", TINY)
+    figures, written, folder = tmp_path / "a.json", tmp_path / "a.md", tmp_path / "plots"
+    arguments = ["bench", "entropy", "--quick", "--only", "logits,overhead,model"]
+    outputs = [
+        "--json",
+        figures,
+        "--markdown",
+        written,
+        "--plots",
+        folder,
+        "--entropy-model",
+        MODEL,
+    ]
+    assert main([*arguments, *map(str, outputs)]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(figures.read_text(encoding="utf-8"))
+    assert captured.out == page(report)
+    assert written.read_text(encoding="utf-8") == captured.out
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"throughput.png", "overhead.png", "cost_per_image.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--json", "absent/a.json"], "cannot write absent/a.json"),
+        (["--markdown", "."], "cannot write ."),
+        (["--entropy-model", "absent"], "absent/config.json: No such file"),
+        (["--instruction-set", "mmx"], "mmx"),
+    ],
+)
+def test_faults_are_one_line(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "entropy", "--quick", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("percov2: bench entropy: ")
+    assert text in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("value", ["", "nothing", "coder,nothing"])
+def test_unknown_sections_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["bench", "entropy", "--only", value])
+    assert stop.value.code == 2
+    assert "must be some of coder,logits,overhead,model,attention,cold" in capsys.readouterr().err

@@ -1,0 +1,309 @@
+"""The command line: what it prints, writes and returns."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import percov2
+from percov2 import Codec
+from percov2.cli import info
+from percov2.entropy import SCHEDULES, rans
+from tools.command_line import failure, run, subprocess_run
+
+
+def test_compress_writes_what_the_codec_makes(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    codec = Codec.from_pretrained(random_model)
+    out = tmp_path / "out.pcv2"
+    options = ("--rate", "coarse", "--schedule", "quincunx", "--caption", "a red door")
+    assert run("compress", picture, out, "--model", random_model, *options) == 0
+    with Image.open(picture) as image:
+        (expected,) = codec.compress(
+            [image], rate="coarse", schedule="quincunx", caption=["a red door"]
+        )
+    assert out.read_bytes() == expected
+    bpp = 8 * len(expected) / (70 * 50)
+    text = capsys.readouterr().out
+    assert text == f"{out}: {len(expected)} bytes, {bpp:.4f} bpp (70x50, coarse)\n"
+
+
+def test_a_part_of_the_stages_goes_through_every_command(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    codec = Codec.from_pretrained(random_model)
+    with Image.open(picture) as opened:
+        image = opened.convert("RGB")
+    out, restored, model = tmp_path / "p.pcv2", tmp_path / "p.png", ("--model", random_model)
+    (expected,) = codec.compress([image], schedule="qlds5", stages=3, draw_seed=9)
+    options = ("--schedule", "qlds5", "--stages", 3, "--draw-seed", 9)
+    assert run("compress", picture, out, *model, *options) == 0
+    assert out.read_bytes() == expected
+    capsys.readouterr()
+    assert run("info", out, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["stages_sent"], record["draw_seed"]) == (3, 9)
+    assert run("info", out) == 0
+    assert "qlds5, stages sent: 3, draw seed 9" in capsys.readouterr().out
+    assert run("decompress", out, restored, *model) == 0
+    said = f"{restored}: 70x50, tokens of 3 of 5 stages, the others drawn\n"
+    assert capsys.readouterr().out == said
+    with Image.open(restored) as found:
+        np.testing.assert_array_equal(
+            np.asarray(found), np.asarray(codec.decompress([expected])[0])
+        )
+
+    (limited,) = codec.compress([image], target_bytes=len(expected))
+    assert run("compress", picture, out, *model, "--target-bytes", len(expected)) == 0
+    assert out.read_bytes() == limited and len(limited) <= len(expected)
+    assert codec.decode([limited])[0].header.seed == 0
+
+    (whole,) = codec.compress([image], schedule="qlds5")
+    out.write_bytes(whole[:-3])
+    assert "check does not fit" in failure(capsys, "decompress", out, restored, *model)
+    assert run("decompress", out, restored, *model, "--allow-truncated") == 0
+    (cut,) = codec.decode([whole[:-3]], allow_truncated=True)
+    assert 0 < cut.stages < 5
+    said = f"{restored}: 70x50, tokens of {cut.stages} of 5 stages, the others drawn\n"
+    assert capsys.readouterr().out == said
+
+
+def test_decompress_writes_what_the_codec_restores(
+    file: Path, codec: Codec, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "restored.png"
+    options = ("--steps", 3, "--guidance", 2.5, "--seed", 7, "--device", "cpu")
+    assert run("decompress", file, out, "--model", random_model, *options) == 0
+    (expected,) = codec.decompress([file.read_bytes()], steps=3, guidance=2.5, seed=7)
+    with Image.open(out) as restored:
+        np.testing.assert_array_equal(np.asarray(restored), np.asarray(expected))
+    assert capsys.readouterr().out == f"{out}: 70x50\n"
+
+
+def test_info_accounts_for_every_byte(
+    file: Path, codec: Codec, capsys: pytest.CaptureFixture
+) -> None:
+    assert run("info", file, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    parts = record["bytes"]
+    assert set(parts) == {"total", "header", "caption", "tokens", "check"}
+    assert parts["total"] == len(file.read_bytes())
+    assert sum(parts.values()) == pytest.approx(2 * parts["total"])
+    assert parts["check"] == 2
+    assert 10 <= parts["caption"] < 12
+    assert (record["width"], record["height"]) == (70, 50)
+    assert record["model_id"] == f"{codec.model_id('fine'):04x}"
+    assert record["schedule"] == codec.config.default_schedule
+    assert record["caption"] == "a red door"
+    assert record["bpp"] == 8 * parts["total"] / 3500
+    assert "sha256" not in record
+
+
+def test_info_names_the_embedded_model_of_a_file(
+    file: Path,
+    codec: Codec,
+    random_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    embedded = tmp_path / "pretrained" / "some"
+    embedded.mkdir(parents=True)
+    (embedded / "config.json").write_bytes((random_model / "config.json").read_bytes())
+    monkeypatch.setattr(info, "EMBEDDED", embedded.parent)
+    for model_id, expected in [
+        (codec.model_id("fine"), ("random", "fine")),
+        (codec.model_id("fine") ^ 1, (None, None)),
+    ]:
+        (embedded / "model_id").write_text(f"0000 other\n{model_id:04x} fine\n")
+        assert run("info", file, "--json") == 0
+        record = json.loads(capsys.readouterr().out)
+        assert (record["model"], record["rate"]) == expected
+
+
+def test_info_reads_a_modelled_caption_when_it_verifies(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "x.pcv2"
+    common = ("--model", random_model)
+    text = "A woman standing in front of a red door."
+    assert run("compress", picture, path, *common, "--caption", text) == 0
+    capsys.readouterr()
+    assert run("info", path, "--json") == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["caption_codec"], record["caption"]) == ("model", None)
+    assert run("info", path) == 0
+    assert "by the caption model, among the tokens; --verify reads it" in capsys.readouterr().out
+    assert run("info", path, "--verify", "--json", *common) == 0
+    verified = json.loads(capsys.readouterr().out)
+    assert verified["caption"] == text
+    parts = verified["bytes"]
+    assert 2 < parts["caption"] < 12  # 40 bytes of text
+    assert sum(parts.values()) == pytest.approx(2 * parts["total"])
+    assert parts["tokens"] + parts["caption"] == pytest.approx(record["bytes"]["tokens"])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_verify_prints_the_hash_of_the_tokens(
+    schedule: str,
+    picture: Path,
+    codec: Codec,
+    random_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    path = tmp_path / f"{schedule}.pcv2"
+    with Image.open(picture) as image:
+        path.write_bytes(codec.compress([image], schedule=schedule)[0])
+        tokens = codec.encode_tokens([image])[0]
+    expected = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
+    assert run("info", path, "--verify", "--json", "--model", random_model) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["sha256"] == expected
+    assert (record["rate"], record["model"]) == ("fine", "random")
+    assert run("info", path, "--verify", "--model", random_model) == 0
+    text = capsys.readouterr().out
+    assert expected in text
+    assert "70x50" in text
+    assert schedule in text
+
+
+def test_roundtrip_writes_files_and_records(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    second = tmp_path / "grey.png"
+    Image.new("L", (20, 20), 90).save(second)
+    out = tmp_path / "new" / "out"
+    common = ("roundtrip", picture, second, "--out", out, "--model", random_model)
+    assert run(*common, "--json") == 0
+    captured = capsys.readouterr()
+    records = json.loads(captured.out)
+    keys = ["image", "bytes", "bpp", "psnr", "ms_ssim", "lpips_alex", "encode_s", "decode_s"]
+    assert [list(record) for record in records] == [keys, keys]
+    assert records[0]["image"] == str(picture)
+    assert records[0]["ms_ssim"] is None
+    assert "ms_ssim was not measured" in captured.err
+    for record, stem in zip(records, ("photo", "grey"), strict=True):
+        assert record["bytes"] == len((out / f"{stem}.pcv2").read_bytes())
+    with Image.open(out / "photo.png") as restored, Image.open(out / "photo_compare.png") as page:
+        assert restored.size == (70, 50)
+        assert page.size == (148, 50)
+    assert run(*common) == 0
+    assert f"{picture}: {records[0]['bytes']} bytes" in capsys.readouterr().out
+
+
+def test_eval_writes_a_report(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    picture.rename(folder / "a.png")
+    out = tmp_path / "report"
+    assert run("eval", "kodak", folder, "--out", out, "--model", random_model) == 0
+    assert "| mean |" in capsys.readouterr().out
+    assert json.loads((out / "report.json").read_text())["images"][0]["image"] == "a.png"
+    bad = ("--baselines", "gif")
+    command = ("eval", "kodak", folder, "--out", out, "--model", random_model, *bad)
+    assert "unknown baselines ['gif']" in failure(capsys, *command)
+
+
+def test_training_phases_match_the_functions_that_they_call() -> None:
+    import importlib
+    import inspect
+
+    from percov2.cli import train
+
+    assert {"data", "autoencoder", "codec", "tokens", "export"} <= set(train.PHASES)
+    for phase, (_, options) in train.PHASES.items():
+        module, name = train.home(phase)
+        signature = inspect.signature(getattr(importlib.import_module(module), name))
+        signature.bind(**dict.fromkeys(options))
+        required = {
+            name
+            for name, parameter in signature.parameters.items()
+            if parameter.default is inspect.Parameter.empty
+        }
+        assert {name for name in options if train.OPTIONS[name].get("required")} >= required
+
+
+def test_train_passes_its_options_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from percov2.training import commands
+
+    seen: dict[str, object] = {}
+    monkeypatch.setattr(commands, "run_autoencoder", lambda **options: seen.update(options))
+    arguments = ("--config", "c.toml", "--data", "d", "--out", "o", "--minutes", "3")
+    assert run("train", "autoencoder", *arguments) == 0
+    expected = {"config": Path("c.toml"), "data": Path("d"), "out": Path("o"), "minutes": 3.0}
+    assert seen == expected
+
+    def refuse(**_: object) -> None:
+        raise ValueError("no photos\nin d")
+
+    monkeypatch.setattr(commands, "run_autoencoder", refuse)
+    assert "train autoencoder: no photos in d" in failure(
+        capsys, "train", "autoencoder", *arguments
+    )
+
+
+def test_info_needs_neither_torch_nor_the_compiled_coder(file: Path) -> None:
+    result = subprocess_run("-X importtime -m percov2 info", file)
+    assert result.returncode == 0, result.stderr
+    assert "70x50" in result.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "percov2.container.bitstream" in loaded
+    for module in ("torch", "percov2._native", "PIL", "diffusers"):
+        assert module not in loaded
+
+
+@pytest.mark.parametrize(
+    ("built", "devices", "said"),
+    [
+        (False, (), "CUDA: not built"),
+        (True, (), "CUDA: built, no device"),
+        (True, ("NVIDIA H100", "NVIDIA A100"), "CUDA: built, NVIDIA H100, NVIDIA A100"),
+        (True, None, "CUDA: built, the driver is asleep"),
+    ],
+)
+def test_version_says_which_kernels_are_installed(
+    built: bool,
+    devices: tuple[str, ...] | None,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def found() -> tuple[str, ...]:
+        if devices is None:
+            raise RuntimeError("the driver is asleep")
+        return devices
+
+    monkeypatch.setattr(rans, "cuda_built", lambda: built)
+    monkeypatch.setattr(rans, "cuda_devices", found)
+    with pytest.raises(SystemExit) as stop:
+        run("--version")
+    assert stop.value.code == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"percov2 {percov2.__version__}"
+    assert second == f"compiled kernels: {rans.instruction_set()}; {said}"
+
+
+def test_text_that_the_terminal_lacks_is_escaped(
+    picture: Path, codec: Codec, tmp_path: Path
+) -> None:
+    path = tmp_path / "é.pcv2"
+    with Image.open(picture) as image:
+        path.write_bytes(codec.compress([image], caption=["grün"])[0])
+    for options in ((), ("--json",)):
+        result = subprocess_run(
+            "-m percov2 info", path, *options, PYTHONIOENCODING="ascii", PYTHONUTF8="0"
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        assert ("gr\\u00fcn" if options else "gr\\xfcn") in result.stdout

@@ -1,0 +1,200 @@
+"""The command line when something is wrong: one line, an exit status, nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from percov2.cli import compress, decompress, evaluate, info, roundtrip
+from percov2.cli.main import main
+from tools.command_line import failure, run, subprocess_run
+
+
+def test_expected_errors_are_one_line_about_the_file(
+    picture: Path,
+    file: Path,
+    random_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    text = tmp_path / "notes.txt"
+    text.write_text("just words")
+    cut = tmp_path / "cut.pcv2"
+    cut.write_bytes(file.read_bytes()[:-2])
+    other = tmp_path / "other.pcv2"
+    other.write_bytes(file.read_bytes()[:2] + b"\0\0" + file.read_bytes()[4:])
+    none = tmp_path / "none.png"
+    out = tmp_path / "out.png"
+    model = ("--model", random_model)
+    for command, message in [
+        (("compress", none, out, *model), f"{none}: No such file or directory"),
+        (("compress", text, out, *model), f"{text}: not a picture"),
+        (("compress", tmp_path, out, *model), f"{tmp_path}: Is a directory"),
+        (
+            ("compress", picture, tmp_path / "x/y.pcv2", *model),
+            f"there is no folder {tmp_path / 'x'}",
+        ),
+        (("compress", picture, out, *model, "--rate", "r9"), "unknown rate 'r9'"),
+        (("compress", picture, out, *model, "--max-pixels", 99), "limit of 99"),
+        (("compress", picture, out, "--model", "nix"), "model nix: no model 'nix'"),
+        (("compress", picture, picture, *model), "photo.png: it is the same file as the input"),
+        *(
+            (("compress", picture, out, *model, "--device", device), f"unknown device '{device}'")
+            for device in ("abacus", "meta", "xpu", "mps", "")
+        ),
+        (("decompress", none, out, *model), f"{none}: No such file or directory"),
+        (("decompress", text, out, *model), f"{text}: not a .pcv2 file"),
+        (("decompress", cut, out, *model), f"{cut}: the file is damaged or cut"),
+        (("decompress", other, out, *model), f"{other}: the file needs the model with id 0000"),
+        (("decompress", file, tmp_path / "out.txt", *model), "no picture format"),
+        (("decompress", file, file, *model), "photo.pcv2: it is the same file as the input"),
+        (("decompress", file, tmp_path, *model), f"cannot write {tmp_path}: it is a folder"),
+        (("decompress", file, out, *model, "--max-pixels", 99), "limit of 99"),
+        (("info", text), f"{text}: not a .pcv2 file"),
+        (("info", cut, "--verify", *model), f"{cut}: the file is damaged or cut"),
+        (("roundtrip", picture, picture, "--out", tmp_path, *model), "'photo' too"),
+        (("roundtrip", picture, "--out", tmp_path, *model), "same file as the input"),
+        (("roundtrip", file, "--out", text, *model), f"{text}: File exists"),
+        (("eval", "kodak", tmp_path, "--out", tmp_path, *model), "same file as the input"),
+        (("eval", "kodak", none, "--out", tmp_path, *model), f"{none}: No such file"),
+        (("roundtrip", text, "--out", tmp_path / "rt", *model), f"{text}: not a picture"),
+    ]:
+        assert message in failure(capsys, *command), command
+    assert not out.exists()
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_what_is_left_out_is_said(
+    random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "clear.png"
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path)
+    assert run("compress", path, tmp_path / "o.pcv2", "--model", random_model) == 0
+    assert capsys.readouterr().err == (
+        "percov2: warning: transparency was flattened on white; it is not stored\n"
+    )
+
+
+def test_warnings_name_the_file_where_several_are_given(
+    random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in paths:
+        Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path)
+    assert run("roundtrip", *paths, "--out", tmp_path / "out", "--model", random_model) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "flattened" in line]
+    assert [line.split(": ")[2] for line in lines] == [str(path) for path in paths]
+
+
+def test_faults_known_before_loading_load_no_model(
+    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def load(_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for module in (compress, decompress, evaluate, roundtrip):
+        monkeypatch.setattr(module, "open_codec", load)
+    for command in [
+        ("eval", "modes", tmp_path, "--out", tmp_path / "o"),
+        ("eval", "modes", tmp_path, "--out", tmp_path / "o", "--steps", "1,x"),
+        ("eval", "captions", tmp_path, "--out", tmp_path / "o"),
+        ("compress", picture, tmp_path / "none" / "a.pcv2"),
+        ("compress", picture, tmp_path / "a.pcv2", "--draw-seed", 5),
+        ("decompress", file, tmp_path / "none" / "a.png"),
+        ("decompress", file, tmp_path / "a.pdf"),
+        ("roundtrip", picture, "--out", tmp_path),
+        ("roundtrip", picture, "--out", picture / "x"),
+        ("eval", "kodak", tmp_path, "--out", tmp_path),
+        ("eval", "kodak", tmp_path, "--out", tmp_path / "o", "--baselines", "gif"),
+    ]:
+        failure(capsys, *command)
+
+
+def test_originals_survive_every_command(
+    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    before = picture.read_bytes()
+    for command in ("roundtrip", picture), ("eval", "kodak", tmp_path):
+        failure(capsys, *command, "--out", tmp_path, "--model", random_model)
+    assert {path.name for path in tmp_path.iterdir()} == {"photo.png"}
+    assert picture.read_bytes() == before
+
+
+def test_faults_of_torch_while_working_are_one_line(
+    picture: Path, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr("percov2.models.tiny.backbone.CodecModel.encode_tokens", fail)
+    command = ("compress", picture, tmp_path / "o.pcv2", "--model", random_model)
+    assert f"{picture}: CUDA out of memory. Tried" in failure(capsys, *command)
+
+
+@pytest.mark.parametrize("part", ["autoencoder", "fine/quantizer", "fine/entropy"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_damaged_models_are_one_line(
+    part: str, name: str, picture: Path, random_model: Path, tmp_path: Path, capsys
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(random_model, model)
+    path = model / part / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = failure(capsys, "compress", picture, tmp_path / "o.pcv2", "--model", model)
+    assert str(model / part) in message
+
+
+def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "read_file", interrupt)
+    assert run("info", file) == 130
+
+
+WRONG_NUMBERS = [
+    *(("--steps", value) for value in ("0", "1001", "1.5", "x")),
+    *(("--guidance", value) for value in ("-0.1", "101", "nan", "inf", "x")),
+    *(("--seed", value) for value in ("-1", str(2**63), "x")),
+]
+
+
+def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
+    sampling = ["decompress", "a", "b.png"]
+    for arguments in [
+        *([*sampling, option, value] for option, value in WRONG_NUMBERS),
+        *([command, "a", "b", "--max-pixels", "0"] for command in ("compress", "decompress")),
+        [],
+        ["compress"],
+        ["train"],
+        ["nonsense"],
+        ["info", "a", "--nonsense"],
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_failures_have_no_traceback(tmp_path: Path) -> None:
+    result = subprocess_run("-m percov2 info", tmp_path / "none.pcv2")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == f"percov2: {tmp_path / 'none.pcv2'}: No such file or directory\n"
+
+
+def test_a_full_or_closed_stdout_is_one_line(file: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess_run("-m percov2 info", file, stdout=full)
+    assert result.stderr == "percov2: standard output: No space left on device\n"
+    assert result.returncode == 2
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe:
+        result = subprocess_run("-m percov2 info", file, stdout=pipe)
+    assert result.stderr == "percov2: standard output: Broken pipe\n"
+    assert result.returncode == 2

@@ -1,0 +1,366 @@
+"""The integer token transformer against its oracle, and its passes against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oracles import independent_model
+from percov2.entropy import cpu_executor, int_transformer, rans, schedule
+from percov2.entropy.entries import (
+    content_entries,
+    join,
+    plan_blocks,
+    query_entries,
+    start_entries,
+    visible,
+)
+from percov2.entropy.int_transformer import (
+    IntTransformer,
+    check_tensors,
+    random_tensors,
+    tensor_layout,
+)
+from percov2.entropy.stage_pass import StagedDecoder, one_pass_logits
+from percov2.entropy.transformer_config import TransformerConfig
+
+ON_THE_CPU = ("cpu", "torch")
+SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=2, hidden=40)
+
+
+@pytest.fixture(scope="module", params=ON_THE_CPU)
+def model(request: pytest.FixtureRequest) -> IntTransformer:
+    return IntTransformer.random(SMALL, seed=3, executor=request.param)
+
+
+def random_tokens(batch: int, height: int, width: int, size: int = 16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    shape = (batch, height, width)
+    return torch.randint(0, size, shape, generator=generator).to(torch.int32)
+
+
+def staged_logits(model: IntTransformer, tokens: torch.Tensor, stages: np.ndarray) -> torch.Tensor:
+    decoder = StagedDecoder(model, stages, len(tokens))
+    ordered = tokens.flatten(1)[:, torch.from_numpy(schedule.order(stages))]
+    parts: list[torch.Tensor] = []
+    known = 0
+    while decoder.remaining:
+        parts.append(decoder.logits())
+        count = parts[-1].shape[1]
+        decoder.accept(ordered[:, known : known + count])
+        known += count
+    assert torch.equal(decoder.tokens(), tokens)
+    return torch.cat(parts, 1)
+
+
+def plain_logits(folder: Path, tokens: np.ndarray, stages: np.ndarray) -> list[list[int]]:
+    """Logits [h * w, V] in coding order, stage by stage in plain Python."""
+    grid = independent_model.Grid(independent_model.read_model(folder), *stages.shape)
+    rows: list[list[int]] = []
+    for stage in range(1, int(stages.max()) + 1):
+        places = [(int(y), int(x)) for y, x in np.argwhere(stages == stage)]
+        rows += [grid.logits(place) for place in places]
+        grid.know({place: int(tokens[place]) for place in places})
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "name"),
+    [(1, 1, "qlds12"), (3, 4, "checkerboard"), (2, 19, "var"), (5, 3, "raster")],
+)
+def test_logits_equal_the_oracle(model, height, width, name, tmp_path):
+    tokens = random_tokens(1, height, width)
+    stages = schedule.stages(name, height, width)
+    model.save(tmp_path)
+    expected = np.array(plain_logits(tmp_path, tokens[0].numpy(), stages))
+    logits = one_pass_logits(model, tokens, stages)
+    assert logits.dtype == torch.int16
+    assert np.array_equal(logits[0].numpy(), expected)
+    assert expected.std() > 100  # the random model is no constant
+
+
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (5, 7), (1, 40), (18, 33)])
+def test_staged_logits_equal_one_pass(model, name, height, width):
+    if name == "raster" and height * width > 300:
+        height, width = 2, 40
+    tokens = random_tokens(2, height, width)
+    stages = schedule.stages(name, height, width)
+    assert torch.equal(staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages))
+
+
+def test_staged_logits_equal_one_pass_at_768x512():
+    model = IntTransformer.random(
+        TransformerConfig(codebook_size=64, dim=32, heads=2, head_dim=16, layers=1, hidden=64), 1
+    )
+    tokens = random_tokens(1, 32, 48, 64)
+    for name in ("qlds12", "checkerboard"):
+        stages = schedule.stages(name, 32, 48)
+        assert torch.equal(
+            staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages)
+        )
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 8), (2, 32), (2, 40), (1, 64)])
+def test_executors_agree(heads, head_dim):
+    config = TransformerConfig(
+        codebook_size=50, dim=40, heads=heads, head_dim=head_dim, layers=2, hidden=72
+    )
+    tensors = random_tensors(config, head_dim)
+    tensors["layers.0.attention.shift"].fill_(5)  # scores at the ends of their range
+    tensors["layers.1.attention.gain_bits"].fill_(5)
+    tokens = random_tokens(2, 37, 52, 50)
+    for name in ("qlds5", "var"):
+        stages = schedule.stages(name, 37, 52)
+        logits = [
+            one_pass_logits(IntTransformer(config, tensors, executor=executor), tokens, stages)
+            for executor in ON_THE_CPU
+        ]
+        assert torch.equal(*logits)
+        assert len(logits[0].unique()) > 1000
+
+
+@pytest.mark.parametrize("width", [112, 113, 128, 129, 250])
+def test_executors_agree_on_wide_grids(width):
+    """From 128 columns on, compiled passes keep keys in rows that are no power of two apart."""
+    tokens = random_tokens(2, 9, width)
+    stages = schedule.stages("qlds5", 9, width)
+    compiled, oracle = (IntTransformer.random(SMALL, 3, executor=name) for name in ON_THE_CPU)
+    expected = one_pass_logits(oracle, tokens, stages)
+    assert torch.equal(one_pass_logits(compiled, tokens, stages), expected)
+    assert torch.equal(staged_logits(compiled, tokens, stages), expected)
+
+
+def test_compiled_passes_refuse_wrong_arrays():
+    tensors = random_tensors(SMALL, 1)
+    executor = cpu_executor.Executor(SMALL, tensors, torch.device("cpu"))
+    native = executor._native
+    stages = np.array([[1, 2, 2]], dtype=np.int32)
+    tokens = np.zeros((2, 1, 3), dtype=np.int32)
+    assert native.encode(stages, tokens, 1).shape == (2, 3, 24)
+    with pytest.raises(ValueError, match="last axis"):
+        native.encode(stages, tokens[:, :, :2].copy(), 1)
+    with pytest.raises(ValueError, match="token 16 is not in 0"):
+        native.encode(stages, tokens + 16, 1)
+    with pytest.raises(ValueError, match="stages must be"):
+        native.encode(stages - 1, tokens, 1)
+    with pytest.raises(ValueError, match="stages must be"):
+        native.encode(stages + 2, tokens, 1)
+    with pytest.raises(ValueError, match="threads is 0"):
+        native.encode(stages, tokens, 0)
+    with pytest.raises(ValueError, match="last axis"):
+        native.logits(np.zeros((1, 3, 23), dtype=np.int32), 1)
+    staged = rans.StagedPass(native, stages, 2)
+    assert staged.residual(1).shape == (2, 1, 24)
+    with pytest.raises(ValueError, match="last axis"):
+        staged.accept(np.zeros((2, 2), dtype=np.int32))
+    with pytest.raises(ValueError, match="first axis"):
+        staged.accept(np.zeros((1, 1), dtype=np.int32))
+    with pytest.raises(ValueError, match="token -1 is not in 0"):
+        staged.accept(np.full((2, 1), -1, dtype=np.int32))
+    for count in (1, 2):
+        staged.accept(np.ones((2, count), dtype=np.int32))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no tokens are due"):
+            staged.accept(np.ones((2, 0), dtype=np.int32))
+    for batch in (0, -1):
+        with pytest.raises(ValueError, match=f"batch is {batch}"):
+            rans.StagedPass(native, stages, batch)
+    assert native.encode(stages, tokens, 2**31 - 1).shape == (2, 3, 24)
+    with pytest.raises(IndexError, match="every stage is decoded"):
+        staged.residual(1)
+    with pytest.raises(ValueError, match="cannot run on meta"):
+        cpu_executor.Executor(SMALL, tensors, torch.device("meta"))
+    del tensors["layers.0.gelu"]
+    with pytest.raises(ValueError, match=r"has no layers\.0\.gelu"):
+        cpu_executor.Executor(SMALL, tensors, torch.device("cpu"))
+
+
+def test_a_wrong_executor_is_refused():
+    with pytest.raises(ValueError, match="executor is 'gpu'"):
+        IntTransformer.random(SMALL, seed=3, executor="gpu")
+
+
+def test_an_executor_that_disagrees_is_refused(monkeypatch):
+    exact = cpu_executor.Executor.logits
+    monkeypatch.setattr(cpu_executor.Executor, "logits", lambda self, r: exact(self, r) + 1)
+    int_transformer._executor.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match="'cpu' does not compute"):
+            IntTransformer.random(SMALL, seed=3, executor="cpu")
+    finally:
+        int_transformer._executor.cache_clear()
+
+
+def test_batch_and_threads_do_not_matter(model):
+    tokens = random_tokens(5, 9, 21)
+    stages = schedule.stages("quincunx", 9, 21)
+    together = one_pass_logits(model, tokens, stages)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 - min(threads, 2))
+        alone = torch.cat([one_pass_logits(model, tokens[i : i + 1], stages) for i in range(5)])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(together, alone)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_later_tokens_never_move_earlier_logits(model, data):
+    height = data.draw(st.integers(1, 6))
+    width = data.draw(st.integers(1, 6))
+    count = data.draw(st.integers(1, height * width))
+    seed = data.draw(st.integers(0, 2**32 - 1))
+    random = np.random.default_rng(seed)
+    stages = random.permutation(np.arange(height * width) % count).astype(np.int32) + 1
+    stages = stages.reshape(height, width)
+    tokens = random_tokens(1, height, width)
+    stage = data.draw(st.integers(1, count))
+    changed = tokens.clone()
+    later = torch.from_numpy(stages >= stage)
+    changed[0][later] = (changed[0][later] + 1 + seed % 15) % 16
+    before = one_pass_logits(model, tokens, stages)
+    after = one_pass_logits(model, changed, stages)
+    safe = int((stages <= stage).sum())
+    assert torch.equal(before[:, :safe], after[:, :safe])
+    if height * width > 1 and count > stage:
+        assert not torch.equal(before[:, safe:], after[:, safe:])  # and earlier ones do matter
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
+def test_what_a_visible_key_knows_the_reader_may_know(height, width, seed):
+    random = np.random.default_rng(seed)
+    position = random.permutation(height * width)[:60]
+    stage = random.integers(1, 9, len(position)).astype(np.int32)
+    keys = join(start_entries(), content_entries(stage, position, width))
+    readers = join(keys, query_entries(stage, position, width))
+    seen = visible(readers, keys)
+    for i in range(len(readers)):
+        for j in np.flatnonzero(seen[i]):
+            # A key knows contents up to its own stage; a reader may know those it reads.
+            assert keys.reads[j] <= readers.reads[i]
+            if keys.row[j] >= 0:
+                assert abs(int(keys.row[j]) - int(readers.row[i])) <= 15
+                assert abs(int(keys.column[j]) - int(readers.column[i])) <= 15
+    assert seen[:, :3].all()  # no softmax is empty
+
+
+@pytest.mark.parametrize("pairs", [1, 50, 1000, 2**30])
+def test_blocks_cover_each_visible_pair_once(pairs):
+    stages = schedule.stages("qlds8", 20, 36)
+    position = schedule.order(stages)
+    stage = stages.reshape(-1)[position]
+    keys = join(start_entries(), content_entries(stage, position, 36))
+    readers = join(keys, query_entries(stage, position, 36))
+    expected = visible(readers, keys)
+    covered = np.zeros_like(expected)
+    times = np.zeros(len(readers), dtype=np.int64)
+    for block in plan_blocks(readers, keys, pairs=pairs):
+        part = np.ix_(block.readers.numpy(), block.keys.numpy())
+        relative = block.relative().view(len(block.readers), len(block.keys)).numpy()
+        covered[part] = relative != 964
+        times[block.readers.numpy()] += 1
+    assert (times == 1).all()
+    assert np.array_equal(covered, expected)
+
+
+def test_save_load_and_fingerprint(model, tmp_path: Path):
+    model.save(tmp_path / "entropy")
+    loaded = IntTransformer.load(tmp_path / "entropy")
+    assert loaded.config == model.config
+    assert loaded.fingerprint() == model.fingerprint()
+    assert all(torch.equal(loaded.tensors[name], model.tensors[name]) for name in model.tensors)
+    tensors = dict(model.tensors)
+    tensors["head.bias"] = tensors["head.bias"].clone()
+    tensors["head.bias"][3] += 1
+    assert IntTransformer(SMALL, tensors).fingerprint() != model.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("head.weight", -128),
+        ("head.multiplier", 0),
+        ("head.shift", 0),
+        ("head.shift", 25),
+        ("head.bias", 2**24 - 24 * 127 * 127),
+        ("layers.1.attention.shift", 4),
+        ("layers.1.attention.bias", 2048),
+        ("layers.0.attention.gain_bits", 6),
+        ("layers.0.mlp_norm.gain", -2048),
+        ("layers.0.gelu", -128),
+    ],
+)
+def test_tensors_outside_the_ranges_are_refused(model, name, value):
+    tensors = {key: tensor.clone() for key, tensor in model.tensors.items()}
+    if name == "head.bias":
+        tensors["head.weight"][0] = 127
+    tensors[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=name.removesuffix(".bias").replace(".", r"\.")):
+        check_tensors(SMALL, tensors)
+
+
+def test_missing_and_misshapen_tensors_are_refused(model):
+    for name in tensor_layout(SMALL):
+        tensors = dict(model.tensors)
+        del tensors[name]
+        with pytest.raises(ValueError, match="missing or unknown"):
+            IntTransformer(SMALL, tensors)
+    with pytest.raises(ValueError, match=r"head\.bias"):
+        IntTransformer(SMALL, {**model.tensors, "head.bias": torch.zeros(3, dtype=torch.int32)})
+
+
+def test_broken_files_are_refused(model, tmp_path: Path):
+    model.save(tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    for broken in (b"", data[:7], data[:-1], b"\xff" * 8 + data[8:], data[:8] + b"[" + data[9:]):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="safetensors"):
+            IntTransformer.load(tmp_path)
+    path.write_bytes(data)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change in ({"version": 2}, {"dim": 2000}, {"kind": "other"}, {"more": 1}):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=r"version 2|dim is 2000|'other'|more"):
+            IntTransformer.load(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        IntTransformer.load(tmp_path)
+
+
+def test_wrong_tokens_and_stages_are_refused(model):
+    stages = schedule.stages("qlds5", 2, 3)
+    with pytest.raises(ValueError, match="codebook has 16"):
+        one_pass_logits(model, torch.full((1, 2, 3), 16), stages)
+    with pytest.raises(ValueError, match="shape"):
+        one_pass_logits(model, torch.zeros(1, 3, 2, dtype=torch.int32), stages)
+    with pytest.raises(ValueError, match="stages must be"):
+        one_pass_logits(model, torch.zeros(1, 1, 2, dtype=torch.int32), np.array([[1, 3]]))
+    decoder = StagedDecoder(model, stages, 1)
+    with pytest.raises(ValueError, match="next stage needs"):
+        decoder.accept(torch.zeros(1, 5, dtype=torch.int32))
+
+
+def test_reduced_precision_is_refused(model):
+    stages = schedule.stages("qlds5", 2, 3)
+    tokens = torch.zeros(1, 2, 3, dtype=torch.int32)
+    expected = one_pass_logits(model, tokens, stages)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(RuntimeError, match="highest"):
+            one_pass_logits(model, tokens, stages)
+        with pytest.raises(RuntimeError, match="highest"):
+            IntTransformer(SMALL, model.tensors)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(one_pass_logits(model, tokens, stages), expected)

@@ -1,0 +1,182 @@
+"""Streams of a model of one's own: any steps give the same bytes, damage is noticed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from oracles import independent_coder as reference
+from percov2.entropy import SymbolDecoder, SymbolEncoder, cdf, decode, encode
+
+LOGITS = np.random.default_rng(0).integers(-900, 900, (3, 25, 40)).astype(np.int16)
+SYMBOLS = np.random.default_rng(1).integers(0, 40, (3, 25))
+GOLDEN = ["10290397f529", "08ef4ce5fa666b"]
+
+
+def crc(symbols: np.ndarray) -> int:
+    """CRC-16, polynomial 0x1021, from 0xFFFF, bit by bit."""
+    state = 0xFFFF
+    for byte in symbols.astype("<i4").tobytes():
+        state ^= byte << 8
+        for _ in range(8):
+            state = (state << 1 ^ (0x1021 if state & 0x8000 else 0)) & 0xFFFF
+    return state
+
+
+def pieces(data: st.DataObject, length: int) -> list[slice]:
+    cuts = sorted(data.draw(st.lists(st.integers(0, length), max_size=6)))
+    return [slice(a, b) for a, b in zip([0, *cuts], [*cuts, length], strict=True)]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 12), st.integers(2, 300), st.integers(10, 20), st.data())
+def test_any_steps_write_and_read_the_same_streams(batch, count, size, bits, data):
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    logits = random.integers(-2000, 2000, (batch, count, size)).astype(np.int16)
+    symbols = random.integers(0, size, (batch, count)).astype(np.int32)
+    encoder = SymbolEncoder(batch, bits)
+    for part in pieces(data, count):
+        encoder.put(logits[:, part], symbols[:, part])
+    streams = encoder.finish()
+    assert streams == encode(logits, symbols, bits, threads=2) == encoder.finish()
+    for b in range(batch):
+        starts, freqs = cdf.intervals(
+            torch.from_numpy(logits[b]), torch.from_numpy(symbols[b]), bits
+        )
+        triples = [(s, f, bits) for s, f in zip(starts.tolist(), freqs.tolist(), strict=True)]
+        assert streams[b] == reference.encode(crc(symbols[b]), triples)
+    decoder = SymbolDecoder(streams, bits)
+    read = [decoder.get(logits[:, part]) for part in pieces(data, count)]
+    decoder.finish()
+    assert np.array_equal(np.concatenate(read, axis=1), symbols)
+
+
+def test_golden_streams():
+    logits = (np.arange(2 * 6 * 17).reshape(2, 6, 17) ** 2 % 1801).astype(np.int16)
+    streams = encode(logits, [[0, 16, 3, 3, 9, 1], [5, 5, 5, 5, 5, 5]])
+    assert [stream.hex() for stream in streams] == GOLDEN
+
+
+def test_a_step_may_depend_on_what_was_read():
+    table = np.random.default_rng(2).integers(-1500, 1500, (40, 1, 40)).astype(np.int16)
+    encoder = SymbolEncoder(3)
+    before = np.zeros(3, np.int64)
+    for n in range(SYMBOLS.shape[1]):
+        encoder.put(table[before], SYMBOLS[:, n : n + 1])
+        before = SYMBOLS[:, n]
+    decoder, read = SymbolDecoder(encoder.finish()), [np.zeros((3, 1), np.int32)]
+    for _ in range(SYMBOLS.shape[1]):
+        read.append(decoder.get(table[read[-1][:, 0]]))
+    decoder.finish()
+    assert np.array_equal(np.concatenate(read[1:], axis=1), SYMBOLS)
+
+
+@pytest.mark.parametrize("bits", [None, 20])
+def test_codebooks_may_change_from_step_to_step(bits):
+    random = np.random.default_rng(3)
+    steps = []
+    for size in (2, 3000, 3, 256, 257, 300, 8192):
+        logits = random.integers(-999, 999, (2, 3, size)).astype(np.int16)
+        steps.append((torch.from_numpy(logits), torch.from_numpy(random.integers(0, size, (2, 3)))))
+    encoder = SymbolEncoder(2, bits)
+    for step in steps:
+        encoder.put(*step)
+    decoder = SymbolDecoder(encoder.finish(), bits)
+    for logits, symbols in steps:
+        assert np.array_equal(decoder.get(logits), symbols)
+    decoder.finish()
+
+
+def test_damage_is_noticed():
+    streams, missed, tried = encode(LOGITS, SYMBOLS), 0, 0
+    for cut in range(len(streams[1])):
+        with pytest.raises(ValueError, match="stream 1 of 3"):
+            decode([streams[0], streams[1][:cut], streams[2]], LOGITS)
+    for bit in range(8 * len(streams[1])):
+        broken = bytearray(streams[1])
+        broken[bit // 8] ^= 1 << bit % 8
+        tried += 1
+        try:
+            decode([streams[0], bytes(broken), streams[2]], LOGITS)
+            missed += 1
+        except ValueError:
+            pass
+    assert tried > 100 and missed <= 1  # a 16-bit check misses one in 65,536
+
+
+@pytest.mark.parametrize("count", [0, 7, 24])
+def test_symbols_that_were_not_read_are_noticed(count):
+    decoder = SymbolDecoder(encode(LOGITS, SYMBOLS))
+    decoder.get(LOGITS[:, :count])
+    with pytest.raises(ValueError, match="stream 0 of 3"):
+        decoder.finish()
+
+
+def test_bytes_that_follow_are_noticed():
+    streams = encode(LOGITS, SYMBOLS)
+    with pytest.raises(ValueError, match="stream 2 of 3 has bytes left"):
+        decode([*streams[:2], streams[2] + b"\0\0"], LOGITS)
+
+
+def test_other_logits_are_noticed():
+    changed = LOGITS.copy()
+    changed[0, 3, SYMBOLS[0, 3]] += 300
+    with pytest.raises(ValueError, match="stream 0 of 3"):
+        decode(encode(LOGITS, SYMBOLS), changed)
+
+
+def test_own_checks_replace_that_of_the_symbols():
+    streams = encode(LOGITS, SYMBOLS, checks=[1, 2, 3])
+    assert np.array_equal(decode(streams, LOGITS, checks=[1, 2, 3]), SYMBOLS)
+    with pytest.raises(ValueError, match="stream 1 of 3"):
+        decode(streams, LOGITS, checks=[1, 7, 3])
+    for wrong in ([1, 2], [1, 2, 65536]):
+        with pytest.raises(ValueError, match="check"):
+            encode(LOGITS, SYMBOLS, checks=wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_float_logits_are_coded_as_their_rounding(dtype):
+    logits = torch.from_numpy(LOGITS).to(torch.float32).div(300).to(dtype).requires_grad_()
+    streams = encode(logits, SYMBOLS)
+    assert streams == encode(cdf.round_logits(logits), SYMBOLS)
+    assert np.array_equal(decode(streams, logits), SYMBOLS)
+    with pytest.raises(ValueError, match="NaN"):
+        encode(logits.detach().index_fill(2, torch.tensor([3]), float("nan")), SYMBOLS)
+
+
+def test_no_symbols_are_a_stream_too():
+    assert encode(LOGITS[:, :0], SYMBOLS[:, :0]) == [b"\xff\xff"] * 3 == SymbolEncoder(3).finish()
+    SymbolDecoder([b"\xff\xff"]).finish()
+
+
+def test_wrong_use_is_refused_and_leaves_no_trace():
+    encoder = SymbolEncoder(3)
+    encoder.put(LOGITS, SYMBOLS)
+    for logits, symbols in (
+        (LOGITS[:2], SYMBOLS[:2]),
+        (LOGITS, SYMBOLS[:, :3]),
+        (LOGITS, SYMBOLS + 40),
+        (LOGITS, SYMBOLS.astype(np.float32)),
+        (LOGITS.astype(np.int64), SYMBOLS),
+        (LOGITS[0], SYMBOLS),
+    ):
+        with pytest.raises(ValueError, match=r"symbol|logits"):
+            encoder.put(logits, symbols)
+    assert encoder.finish() == encode(LOGITS, SYMBOLS)
+    decoder = SymbolDecoder(encoder.finish())
+    for wrong in (LOGITS[:2], LOGITS[0], LOGITS.astype(np.int64)):
+        with pytest.raises(ValueError, match=r"streams|logits"):
+            decoder.get(wrong)
+    assert np.array_equal(decoder.get(LOGITS), SYMBOLS)
+    decoder.finish()
+    with pytest.raises(ValueError, match="batch is 0"):
+        SymbolEncoder(0)
+    for streams in ([], b"one"):
+        with pytest.raises(ValueError, match="list"):
+            SymbolDecoder(streams)
+    with pytest.raises(ValueError, match="prob_bits is 9"):
+        encode(np.zeros((1, 1, 300), np.int16), [[5]], prob_bits=9)

@@ -1,0 +1,161 @@
+"""Tokens to payload bytes and back; golden values of a frozen model."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from percov2.entropy import cdf, schedule
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.rans import RansDecoder, RansEncoder
+from percov2.entropy.stage_pass import one_pass_logits
+from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.transformer_config import TransformerConfig
+
+FROZEN = Path(__file__).parents[1] / "data" / "entropy_v1"
+FINGERPRINT = "31b1e9760d8e6f24faff3d672c253ffc9dbac3cbdae798227705e1b75032cd46"
+
+# SHA-256 of starts, then freqs, int32-LE, in coding order, of `picture(17, 33)`.
+GOLDEN_INTERVALS = {
+    "qlds12": "63c6eb3242e8dba6a8a67995c088075c5fa38a7de5dca67ec57f789d9050dd11",
+    "quincunx": "7d167e3e532b8f9a2e939e8705d571136856d1247485b24b5b7bc2c4df120711",
+    "checkerboard": "13c2040d3e5e244ea15b43f5effae4f60497d3bbba6fbfbb7d516416aa1e6c93",
+    "var": "bef5fe9eb128984c664b77bbc38e5022f75529d3c2636ca546e9d127baf41815",
+    "raster": "da8154bd2d22f216fb938a45d0060579c6d89d6c39450bd078c940815849b5d0",
+    "qlds8": "090d324bfee547b2745a992dbaf5bea02eeacd62882f3a1ff615e29fab5adb32",
+    "qlds5": "bfbd7602f222125fc770c19d4440061094eed8411ee2038a22b32d2fcd03738f",
+}
+# Whole payload of `picture(5, 7)`, first state 0x1234.
+GOLDEN_PAYLOADS = {
+    "qlds12": "135046aec7cc90b8a685bb7a",
+    "checkerboard": "050705220c64267f14b2777c52",
+    "raster": "7d640231114e972a868ae1",
+}
+
+
+@pytest.fixture(scope="module")
+def coder() -> TokenCoder:
+    return TokenCoder(IntTransformer.load(FROZEN))
+
+
+def picture(height: int, width: int) -> torch.Tensor:
+    """Smooth tokens 0 ... 15 made of integers only: int32 [1, height, width]."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return ((7 * y - 3 * x).abs() // 4 + y * x // 9).remainder(16).to(torch.int32)[None]
+
+
+def encode(coder: TokenCoder, tokens: torch.Tensor, name: str, check: int) -> list[bytes]:
+    starts, freqs = coder.intervals(tokens, name)
+    counts = np.full(len(tokens), starts.shape[1], dtype=np.int64)
+    encoder = RansEncoder(np.full(len(tokens), check))
+    encoder.push(starts.reshape(-1), freqs.reshape(-1), counts, coder.prob_bits)
+    buffer, offsets = encoder.finish()
+    return [buffer[begin:end].tobytes() for begin, end in pairwise(offsets)]
+
+
+def decoder_of(payloads: list[bytes]) -> RansDecoder:
+    offsets = np.cumsum([0] + [len(payload) for payload in payloads])
+    return RansDecoder(b"".join(payloads), offsets)
+
+
+def test_frozen_model_is_unchanged(coder):
+    assert coder.model.fingerprint().hex() == FINGERPRINT
+
+
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+def test_golden_intervals(coder, name):
+    starts, freqs = coder.intervals(picture(17, 33), name)
+    data = starts.astype("<i4").tobytes() + freqs.astype("<i4").tobytes()
+    assert hashlib.sha256(data).hexdigest() == GOLDEN_INTERVALS[name]
+
+
+@pytest.mark.parametrize("name", sorted(GOLDEN_PAYLOADS))
+def test_golden_payloads(coder, name):
+    (payload,) = encode(coder, picture(5, 7), name, 0x1234)
+    assert payload.hex() == GOLDEN_PAYLOADS[name]
+    decoder = decoder_of([bytes.fromhex(GOLDEN_PAYLOADS[name])])
+    assert torch.equal(coder.decode(decoder, name, 5, 7), picture(5, 7))
+    assert decoder.finished([0x1234]).all()
+
+
+def test_frozen_model_predicts(coder):
+    _, freqs = coder.intervals(picture(17, 33), "qlds12")
+    assert (coder.prob_bits - np.log2(freqs)).mean() < 3.2  # uniform: 4 bits
+
+
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (6, 5), (12, 20)])
+def test_round_trip_alone_and_in_a_batch(coder, name, shape):
+    if name == "raster" and shape == (12, 20):
+        shape = (6, 10)
+    generator = torch.Generator().manual_seed(shape[1])
+    noise = torch.randint(0, 16, (2, *shape), generator=generator).to(torch.int32)
+    tokens = torch.cat([noise, picture(*shape)])
+    payloads = encode(coder, tokens, name, 777)
+    assert payloads == [encode(coder, tokens[i : i + 1], name, 777)[0] for i in range(3)]
+    decoder = decoder_of(payloads)
+    remaining: list[int] = []
+    decoded = coder.decode(decoder, name, *shape, on_stage=remaining.append)
+    assert torch.equal(decoded, tokens)
+    assert decoded.dtype == torch.int32
+    assert decoder.finished([777, 777, 777]).all()
+    sizes = np.bincount(schedule.stages(name, *shape).reshape(-1))[1:]
+    assert remaining == list(sizes[::-1].cumsum()[::-1])
+
+
+@pytest.mark.parametrize("size", [2, 16, 300])
+def test_intervals_equal_those_of_the_logits(size):
+    model = IntTransformer.random(
+        TransformerConfig(codebook_size=size, dim=16, heads=2, head_dim=8, layers=1, hidden=24), 5
+    )
+    coder = TokenCoder(model)
+    assert coder.prob_bits == cdf.default_prob_bits(size)
+    generator = torch.Generator().manual_seed(size)
+    tokens = torch.randint(0, size, (2, 7, 11), generator=generator).to(torch.int32)
+    stages = schedule.stages("qlds5", 7, 11)
+    logits = one_pass_logits(model, tokens, stages)
+    symbols = tokens.flatten(1)[:, torch.from_numpy(schedule.order(stages))]
+    starts, freqs = cdf.intervals(logits, symbols, coder.prob_bits)
+    ours = coder.intervals(tokens, "qlds5")
+    assert np.array_equal(ours[0], starts.numpy())
+    assert np.array_equal(ours[1], freqs.numpy())
+
+
+def test_logits_in_pieces_give_the_same_intervals_and_tokens(coder, monkeypatch):
+    whole = coder.intervals(picture(9, 8), "qlds8")
+    monkeypatch.setattr("percov2.entropy.token_coder._LOGITS_AT_ONCE", 16 * 7)
+    pieces = coder.intervals(picture(9, 8), "qlds8")
+    assert all(np.array_equal(a, b) for a, b in zip(whole, pieces, strict=True))
+    decoder = decoder_of(encode(coder, picture(9, 8), "qlds8", 5))
+    assert torch.equal(coder.decode(decoder, "qlds8", 9, 8), picture(9, 8))
+    assert decoder.finished([5]).all()
+
+
+def test_decoding_ends_when_the_caller_says_so(coder):
+    decoder = decoder_of([b"\x01\x02"])
+
+    def refuse(remaining: int) -> None:
+        raise ValueError(f"{remaining} tokens cannot be in two bytes")
+
+    with pytest.raises(ValueError, match="3000 tokens"):
+        coder.decode(decoder, "qlds12", 50, 60, on_stage=refuse)
+
+
+@pytest.mark.parametrize("executor", ["cpu", "torch"])
+def test_no_image_has_no_intervals(coder, executor):
+    model = IntTransformer(coder.model.config, coder.model.tensors, executor=executor)
+    tokens = torch.zeros(0, 4, 5, dtype=torch.int32)
+    starts, freqs = TokenCoder(model).intervals(tokens, "qlds12")
+    assert starts.shape == freqs.shape == (0, 20)
+
+
+def test_tokens_outside_the_codebook_are_refused(coder):
+    with pytest.raises(ValueError, match="codebook has 16"):
+        coder.intervals(torch.full((1, 2, 2), 16, dtype=torch.int32), "qlds12")
+    with pytest.raises(ValueError, match="unknown schedule"):
+        coder.intervals(picture(2, 2), "spiral")

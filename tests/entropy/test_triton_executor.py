@@ -1,0 +1,132 @@
+"""The Triton executor of the integer transformer: interpreted, chosen, and refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+import warnings
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from percov2.entropy import int_transformer
+from percov2.entropy.entries import content_entries, join, start_entries
+from percov2.entropy.int_transformer import IntTransformer, default_executor
+from percov2.entropy.transformer_config import TransformerConfig
+from tools.compiled_kernels import compare_on, needs_triton
+
+SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=1, hidden=40)
+CUDA = torch.device("cuda", 0)
+
+
+@needs_triton
+def test_interpreted_passes_equal_torch() -> None:
+    compare_on("cpu", "compare_executor.py")
+
+
+@needs_triton
+def test_encoding_takes_three_launches_and_one_copy_after_the_transformer() -> None:
+    compare_on("cpu", "compare_launches.py")
+
+
+@needs_triton
+def test_a_cpu_without_interpreter_is_refused() -> None:
+    with pytest.raises(ValueError, match="TRITON_INTERPRET"):
+        IntTransformer.random(SMALL, 1, executor="triton")
+
+
+@needs_triton
+def test_each_stream_keeps_its_own_plans_up_to_a_limit(monkeypatch) -> None:
+    from percov2.entropy import rans_cuda, triton_executor
+
+    executor = triton_executor.Executor.__new__(triton_executor.Executor)
+    executor.device, executor._blocks = torch.device("cpu"), (32, 32)
+    executor._plans, executor._lock = OrderedDict(), threading.Lock()
+    current = 1
+    monkeypatch.setattr(rans_cuda, "queue", lambda device: current)
+    monkeypatch.setattr(triton_executor, "_KEPT_KEYS", 160)
+
+    def plan(tokens: int) -> tuple[torch.Tensor, ...]:
+        stage = np.ones(tokens, dtype=np.int32)
+        contents = content_entries(stage, np.arange(tokens, dtype=np.int64), tokens)
+        return executor.plan(contents, join(start_entries(), contents))
+
+    first = plan(20)  # 32 listed keys
+    assert plan(20) is first
+    current = 2
+    second = plan(20)
+    assert second is not first and plan(20) is second
+    current = 1
+    assert plan(20) is first
+    assert plan(300)[-1].shape[1] > 160  # too large to be kept, and nobody goes for it
+    assert plan(20) is first
+    for tokens in (25, 26, 27, 28):  # 192 keys with these: the plan used longest ago has to go
+        assert plan(tokens)[-1].shape[1] == 32
+    assert plan(20) is first
+    current = 2
+    assert plan(20) is not second
+
+
+@needs_triton
+def test_a_card_is_tried_with_tiles_of_both_sizes() -> None:
+    from percov2.triton_kernels.int_linear import block_sizes
+
+    tokens, stages = int_transformer._trial(CUDA)
+    assert tokens.max() < 40
+    contents = len(tokens) * (3 + int((stages < stages.max()).sum()))
+    assert block_sizes(tokens.numel(), 48) != block_sizes(contents, 48)
+
+
+def test_the_executor_has_a_name() -> None:
+    assert IntTransformer.random(SMALL, 1).executor_name == "cpu"
+    assert IntTransformer.random(SMALL, 1, executor="torch").executor_name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("installed", "capability", "chosen", "reason"),
+    [
+        (True, (8, 0), "triton", None),
+        (True, (10, 0), "triton", None),
+        (True, (7, 5), "torch", "Old Card is older"),
+        (False, (9, 0), "torch", "pip install"),
+    ],
+)
+def test_the_choice_on_a_gpu_is_visible(monkeypatch, installed, capability, chosen, reason):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        int_transformer.importlib.util,
+        "find_spec",
+        lambda name: (object() if installed else None) if name == "triton" else find(name),
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old Card")
+    if reason is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert default_executor(CUDA) == chosen
+    else:
+        with pytest.warns(RuntimeWarning, match=reason):
+            assert default_executor(CUDA) == chosen
+
+
+def test_a_model_stays_on_the_card_that_was_current(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert int_transformer._numbered(torch.device("cuda")) == torch.device("cuda", 3)
+    for device in (CUDA, torch.device("cpu"), torch.device("meta")):
+        assert int_transformer._numbered(device) == device
+
+
+def test_a_model_does_not_care_for_the_default_device() -> None:
+    tensors = int_transformer.random_tensors(SMALL, 1)
+    with torch.device("meta"):
+        model = IntTransformer(SMALL, tensors, executor="torch")
+    assert model.tensors["head.bias"].device.type == "cpu"
+
+
+def test_elsewhere_the_choice_is_quiet() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert default_executor(torch.device("cpu")) == "cpu"
+        assert default_executor(torch.device("meta")) == "torch"

@@ -1,0 +1,153 @@
+"""The realism dial, from the embedding to the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from percov2.codec import Codec
+from percov2.evaluation.modes import operating_modes, plot_modes
+from percov2.evaluation.setting import Setting, described
+from percov2.models.config import ModelConfig
+from percov2.models.storage import save_component
+from percov2.models.tiny.dial import RealismDial
+from percov2.options import DecodeOptions, EncodeOptions
+from tools.command_line import run
+
+
+def photo(height: int = 48, width: int = 64) -> Image.Image:
+    generator = np.random.default_rng(0)
+    return Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def dialled(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The random model with a dial that has a say, and noise in its decoder."""
+    folder = tmp_path_factory.mktemp("dialled") / "model"
+    shutil.copytree(random_model, folder)
+    torch.manual_seed(1)
+    dial = RealismDial(frequencies=3, width=8, pooled=8)
+    torch.nn.init.normal_(dial.layers[-1].weight, std=3.0)
+    save_component(dial, folder / "dial", "float32")
+    config = ModelConfig.load(folder)
+    fine, coarse = config.rates
+    rates = (fine, dataclasses.replace(coarse, realism=0.25, decoder_noise=0.0))
+    dataclasses.replace(config, rates=rates, realism=0.75, decoder_noise=0.5).save(folder)
+    return folder
+
+
+def pixels(codec: Codec, file: bytes, **options: object) -> np.ndarray:
+    (restored,) = codec.decompress([file], **options)
+    return np.asarray(restored)
+
+
+def test_the_embedding_is_that_of_plain_sums() -> None:
+    torch.manual_seed(0)
+    dial = RealismDial(frequencies=3, width=5, pooled=4)
+    assert not dial(torch.rand(6)).any()  # a new dial changes nothing
+    torch.nn.init.normal_(dial.layers[-1].weight)
+    first, _, last = dial.layers
+    realism = 0.3
+    angles = [realism * math.pi / 2 * 2**k for k in range(3)]
+    inputs = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+    hidden = []
+    for row, bias in zip(first.weight.tolist(), first.bias.tolist(), strict=True):
+        x = sum(w * v for w, v in zip(row, inputs, strict=True)) + bias
+        hidden.append(x / (1 + math.exp(-x)))
+    expected = [
+        sum(w * h for w, h in zip(row, hidden, strict=True)) for row in last.weight.tolist()
+    ]
+    assert dial(torch.tensor([realism]))[0].tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_realism_reaches_the_picture_and_has_defaults(dialled: Path) -> None:
+    codec = Codec.from_pretrained(dialled)
+    (file,) = codec.compress([photo()])
+    usual = pixels(codec, file)
+    assert np.array_equal(usual, pixels(codec, file, realism=0.75))
+    others = [pixels(codec, file, realism=value) for value in (0, 0.25, 1)]
+    assert len({picture.tobytes() for picture in (usual, *others)}) == 4
+    (file,) = codec.compress([photo()], rate="coarse")
+    assert np.array_equal(pixels(codec, file), pixels(codec, file, realism=0.25))
+    assert described(codec, Setting(EncodeOptions(rate="coarse")))["realism"] == 0.25
+    assert described(codec, Setting(decode=DecodeOptions(realism=0.5)))["realism"] == 0.5
+
+
+def test_the_decoder_s_noise_is_proportional_to_realism(dialled: Path, tmp_path: Path) -> None:
+    """With a dial that the flow does not feel, realism 0.5 is half of the noise."""
+    folder = shutil.copytree(dialled, tmp_path / "model")
+    save_component(RealismDial(3, 8, 8), folder / "dial", "float32")
+    quiet = shutil.copytree(folder, tmp_path / "quiet")
+    config = ModelConfig.load(folder)
+    dataclasses.replace(config, decoder_noise=0.25).save(quiet)
+    codec, other = Codec.from_pretrained(folder), Codec.from_pretrained(quiet)
+    (file,) = codec.compress([photo()])
+    assert np.array_equal(pixels(codec, file, realism=0.5), pixels(other, file, realism=1))
+    assert not np.array_equal(pixels(codec, file, realism=0.5), pixels(codec, file, realism=1))
+    (file,) = codec.compress([photo()], rate="coarse")  # this rate has no noise
+    assert np.array_equal(pixels(codec, file, realism=0), pixels(codec, file, realism=1))
+
+
+def test_realism_out_of_range_or_without_a_dial_is_refused(
+    dialled: Path, random_model: Path, sd3_folder: Path
+) -> None:
+    codec = Codec.from_pretrained(dialled)
+    for wrong in (-0.1, 1.1, math.nan, "1", True):
+        with pytest.raises(ValueError, match="realism must be a number from 0 to 1"):
+            codec.decompress([], realism=wrong)
+    for folder in (random_model, sd3_folder):
+        with pytest.raises(ValueError, match="has no realism dial"):
+            Codec.from_pretrained(folder).decompress([], realism=0.5)
+    config = codec.config
+    for wrong in (
+        dataclasses.replace(config, realism=2.0),
+        dataclasses.replace(config, realism=None),
+        dataclasses.replace(config, rates=(dataclasses.replace(config.rates[0], realism=-1.0),)),
+    ):
+        with pytest.raises(ValueError, match="realism"):
+            wrong.check()
+
+
+def test_the_command_line_has_the_dial(dialled: Path, random_model: Path, tmp_path, capsys) -> None:
+    codec = Codec.from_pretrained(dialled)
+    (file,) = codec.compress([photo()])
+    (tmp_path / "photo.pcv2").write_bytes(file)
+    command = ("decompress", tmp_path / "photo.pcv2", tmp_path / "out.png")
+    assert run(*command, "--model", dialled, "--realism", 0.1) == 0
+    with Image.open(tmp_path / "out.png") as restored:
+        assert np.array_equal(np.asarray(restored), pixels(codec, file, realism=0.1))
+    assert run(*command, "--model", random_model, "--realism", 0.1) == 2
+    assert "has no realism dial" in capsys.readouterr().err
+
+
+def test_modes_follow_the_dial(dialled: Path, tmp_path: Path) -> None:
+    class Means(torch.nn.Module):
+        num_features = 3
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().mean((2, 3))
+
+    crops = np.stack([np.asarray(photo(32, 32).rotate(90 * i)) for i in range(4)])
+    records = operating_modes(
+        Codec.from_pretrained(dialled),
+        crops,
+        [""] * 4,
+        tmp_path,
+        "fine",
+        steps=(1,),
+        guidances=(1.0,),
+        realisms=(0, 0.5, None, 0.75),
+        features=Means(),
+        progress=False,
+    )
+    assert [record["realism"] for record in records] == [0, 0.5, 0.75]
+    assert len({record["psnr"] for record in records}) == 3
+    plot_modes(records, tmp_path / "modes.png")
+    assert (tmp_path / "modes.png").is_file()

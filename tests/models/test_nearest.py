@@ -1,0 +1,82 @@
+"""The nearest-vector kernel: interpreted against torch, and compiled ahead of time for GPUs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from percov2 import triton_kernels
+from tools.compiled_kernels import CAPABILITIES, compile_kernel, nearest_codes_source, needs_triton
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_triton
+def test_interpreted_kernel_agrees_with_torch() -> None:
+    result = run(str(TOOLS / "interpreted_nearest.py"), TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "agreed"
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernel_compiles_without_spills(capability: int) -> None:
+    report = compile_kernel(nearest_codes_source(), capability)
+    assert report.stack == 0, report  # spilled registers live there
+    assert 0 < report.registers <= 255, report
+    assert report.shared <= 48 * 1024, report
+
+
+def test_missing_triton_is_explained_at_the_call(tmp_path: Path) -> None:
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no', name='triton')\n")
+    code = (
+        "import torch; from percov2.triton_kernels import nearest_codes\n"
+        "nearest_codes(torch.ones(1, 2), torch.ones(3, 2))"
+    )
+    search = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    result = run("-c", code, PYTHONPATH=search)
+    assert result.returncode == 1
+    assert "RuntimeError" in result.stderr
+    assert "pip install 'percov2[gpu]'" in result.stderr
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("vectors", "codebook", "message"),
+    [
+        (torch.ones(2), torch.ones(3, 2), "two axes"),
+        (torch.ones(2, 2).double(), torch.ones(3, 2), "float64"),
+        (torch.ones(2, 2), torch.ones(3, 4), "2 components"),
+        (torch.ones(2, 2), torch.ones(0, 2), "empty"),
+        (torch.ones(2, 2), torch.ones(3, 2, device="meta"), "meta"),
+        (torch.ones(2, 2), torch.ones(3, 2), "TRITON_INTERPRET"),
+    ],
+)
+def test_wrong_arguments_are_refused(
+    vectors: torch.Tensor, codebook: torch.Tensor, message: str
+) -> None:
+    if triton_interprets() and message == "TRITON_INTERPRET":
+        pytest.skip("kernels are being interpreted here")
+    with pytest.raises(ValueError, match=message):
+        triton_kernels.nearest_codes(vectors, codebook)
+
+
+def triton_interprets() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)

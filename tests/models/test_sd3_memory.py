@@ -1,0 +1,57 @@
+"""Full-size networks without memory: their counts, and the documented tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from percov2.models.sd3 import memory
+
+
+@pytest.fixture(scope="module")
+def counts() -> dict[str, int]:
+    found = memory.networks("stable-diffusion-3-medium")
+    assert all(p.device.type == "meta" for network in found.values() for p in network.parameters())
+    return {name: memory.parameters(network) for name, network in found.items()}
+
+
+def test_networks_have_the_published_sizes(counts: dict[str, int]) -> None:
+    assert counts["autoencoder"] == 83_819_683
+    assert counts["CLIP-L text encoder"] == 123_650_304
+    assert counts["CLIP-G text encoder"] == 694_659_840
+    assert counts["T5-XXL text encoder"] == 4_762_310_656
+
+
+def test_widening_adds_the_columns_of_z_hat_only(counts: dict[str, int]) -> None:
+    plain = memory.transformer("stable-diffusion-3-medium")
+    assert memory.parameters(plain) == 2_028_328_000
+    added = counts["flow transformer, widened"] - memory.parameters(plain)
+    assert added == 320 * 1536 * 2 * 2
+
+
+def test_full_size_transformers_run_without_memory() -> None:
+    """Shapes fit: 1024x1024 pixels, 77 + 256 text positions."""
+    flow = memory.networks("stable-diffusion-3.5-medium")["flow transformer, widened"]
+    with torch.device("meta"):
+        output = flow(
+            torch.empty(1, 336, 128, 128),
+            encoder_hidden_states=torch.empty(1, 333, 4096),
+            pooled_projections=torch.empty(1, 2048),
+            timestep=torch.empty(1),
+            return_dict=False,
+        )[0]
+    assert output.shape == (1, 16, 128, 128)
+
+
+def test_hyper_encoders_are_as_large_as_the_original() -> None:
+    """4,080,128 and 5,868,032 parameters at the two ends (PerCo's authors, 4 latent channels)."""
+    sizes = {name: counts[0] for name, counts in memory.rate_parameters().items()}
+    assert sizes["r1250"] - 192 * (16 - 4) == 4_080_128  # first convolution 1x1
+    assert sizes["r0020"] - 192 * (16 - 4) * 5 * 5 == 5_868_032  # first convolution 5x5
+
+
+def test_the_documented_tables_are_the_commands() -> None:
+    page = Path(__file__).parents[2] / "docs" / "sd3.md"
+    assert memory.tables() in page.read_text(encoding="utf-8")

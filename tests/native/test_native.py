@@ -1,0 +1,55 @@
+"""Proofs of the compiled core without Python: programs of tests/native, built and run here.
+
+docs/testing.md says what each of them proves and how to run them longer.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tools.native_programs import NATIVE, build, run, tools
+
+FUZZ_SECONDS, RACE_SECONDS = 12, 6
+SEED = 1
+UNITS = re.compile(r"_(avx2|avx512|neon)\.cpp\.o")
+
+
+def test_hostile_calls_under_sanitizers(request: pytest.FixtureRequest) -> None:
+    tools("cmake", "c++")
+    said = run(build(request, "native", "fuzz_coder"), str(FUZZ_SECONDS), str(SEED))
+    assert "no finding" in said
+
+
+def test_no_data_races(request: pytest.FixtureRequest) -> None:
+    tools("cmake", "c++")
+    said = run(build(request, "native", "fuzz_threads"), str(RACE_SECONDS), str(SEED))
+    assert "no finding" in said
+
+
+def test_kernels_agree_with_plain_statements(request: pytest.FixtureRequest) -> None:
+    tools("cmake", "c++")
+    said = run(build(request, "native", "check_kernels"))
+    assert "DIFFER" not in said
+
+
+def test_vector_units_share_no_function(request: pytest.FixtureRequest) -> None:
+    """A weak function of theirs could be linked into code that runs on every machine."""
+    tools("cmake", "c++", "nm")
+    library = build(request, "native", "check_kernels").with_name("libcore_of_check_kernels.a")
+    symbols = [line.split(":", 2)[1:] for line in run("nm", "-A", library).splitlines()]
+    vector = [(unit, rest.split()) for unit, rest in symbols if UNITS.search(unit)]
+    kinds = {unit: {words[-2] for name, words in vector if name == unit} for unit, _ in vector}
+    assert kinds
+    assert not {unit: kind & set("uvwVW") for unit, kind in kinds.items() if kind & set("uvwVW")}
+
+
+def test_kernels_agree_on_aarch64(request: pytest.FixtureRequest) -> None:
+    """NEON kernels, or whatever AArch64 runs, under emulation."""
+    tools("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64", required="FAIL_WITHOUT_QEMU")
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={NATIVE / 'aarch64.cmake'}"
+    program = build(request, "native-aarch64", "check_kernels", toolchain)
+    said = run("qemu-aarch64", program, "3")
+    assert "neon" in said
+    assert "DIFFER" not in said

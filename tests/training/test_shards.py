@@ -1,0 +1,185 @@
+"""Shards: reading by seeking, streams, held-out photos, and a feed that can be put anywhere."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from percov2.training.data import is_held_out
+from percov2.training.shards import (
+    CropFeed,
+    Position,
+    Sample,
+    ShardStreams,
+    read_member,
+    shard_members,
+)
+from tools.photo_shards import add_member, write_shard
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("shards")
+    for seed in range(3):
+        write_shard(folder / f"s-{seed}.tar", 7 + seed, seed)
+    return sorted(folder.glob("*.tar"))
+
+
+def walk(streams: ShardStreams, stream: int, count: int) -> list[Sample]:
+    position, found = Position(), []
+    for _ in range(count):
+        sample, position = streams.next(stream, position)
+        found.append(sample)
+    return found
+
+
+def test_members_are_those_of_webdataset(shards: list[Path], tmp_path: Path) -> None:
+    odd = tmp_path / "odd.tar"
+    with tarfile.open(odd, "w") as tar:
+        add_member(tar, "a/b.c.jpg", b"x")  # the key of a name ends at its first dot
+        add_member(tar, "a/d.JPEG", b"yy")
+        add_member(tar, "a/d.txt", b"words")
+    for shard in (*shards, odd):
+        members = {member.key: member for member in shard_members(shard)}
+        expected = {s["__key__"]: s for s in wds.WebDataset(str(shard), shardshuffle=False)}
+        known = {key for key, s in expected.items() if {"png", "jpg", "jpeg"} & set(s)}
+        assert set(members) == known
+        data = shard.read_bytes()
+        for key, member in members.items():
+            stored = next(v for k, v in expected[key].items() if k in ("png", "jpeg", "jpg"))
+            assert data[member.photo[0] :][: member.photo[1]] == stored
+    assert read_member(shards[0], shard_members(shards[0])[1])[1] == ("a door", "a red door")
+
+
+def test_a_stream_sees_every_photo_of_its_shards_once_a_round(shards: list[Path]) -> None:
+    streams = ShardStreams(shards, 2, 8, 8, seed=5)
+    for stream, own in ((0, (shards[0], shards[2])), (1, (shards[1],))):
+        keys = [m.key for shard in own for m in shard_members(shard) if not is_held_out(m.key)]
+        position, seen = Position(), []
+        while position.rounds == 0:
+            shard, members, more = streams._shard(stream, position)
+            assert shard in own
+            seen += [m.key for m in members]
+            position = Position(0, position.shards + 1) if more else Position(1)
+        assert sorted(seen) == sorted(keys) and seen != keys
+        # The next round has another order.
+        again = streams._shard(stream, position)[1]
+        assert [m.key for m in again] != seen[: len(again)]
+
+
+def test_streams_that_share_a_shard_deal_it_among_them(shards: list[Path]) -> None:
+    streams = ShardStreams(shards[:1], 3, 8, 8, seed=5)
+    dealt = [[m.key for m in streams._shard(i, Position())[1]] for i in range(3)]
+    keys = [m.key for m in shard_members(shards[0]) if not is_held_out(m.key)]
+    assert sorted(key for own in dealt for key in own) == sorted(keys)
+
+
+def test_held_out_photos_are_never_drawn(tmp_path: Path) -> None:
+    write_shard(tmp_path / "many.tar", 200, 9, side=8)
+    members = shard_members(tmp_path / "many.tar")
+    held = {m.key for m in members if is_held_out(m.key)}
+    assert held
+    drawn = {
+        m.key
+        for i in range(4)
+        for m in ShardStreams([tmp_path / "many.tar"], 4, 8, 8, 0)._shard(i, Position())[1]
+    }
+    assert drawn == {m.key for m in members} - held
+
+
+def test_crops_are_reproducible_parts_of_photos(shards: list[Path]) -> None:
+    streams = ShardStreams(shards, 2, 40, 48, seed=3)
+    first, again = walk(streams, 0, 9), walk(ShardStreams(shards, 2, 40, 48, seed=3), 0, 9)
+    for a, b in zip(first, again, strict=True):
+        assert np.array_equal(a.pixels, b.pixels) and a.pixels.shape == (40, 40, 3)
+        assert a.caption == b.caption and a.caption in ("", "a door", "a red door")
+        assert a.randomness.integers(2**63) == b.randomness.integers(2**63)
+    other = walk(ShardStreams(shards, 2, 40, 48, seed=4), 0, 9)
+    assert not all(np.array_equal(a.pixels, b.pixels) for a, b in zip(first, other, strict=True))
+
+
+def test_a_crop_that_needs_no_scaling_is_a_part_of_its_photo(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 40, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "png")
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        add_member(tar, "one.png", out.getvalue())
+    windows = {pixels[:, i : i + 16].tobytes(): False for i in range(25)}
+    windows |= {pixels[:, i : i + 16][:, ::-1].tobytes(): True for i in range(25)}
+    streams = ShardStreams([tmp_path / "one.tar"], 1, 16, 16, 0)
+    found = [sample.pixels.tobytes() for sample in walk(streams, 0, 12)]
+    assert {windows[crop] for crop in found} == {False, True} and len(set(found)) > 6
+
+
+def test_batches_do_not_depend_on_processes_or_parts(shards: list[Path]) -> None:
+    def batches(processes: int, parts: int) -> list[bytes]:
+        streams = ShardStreams(shards, 4, 24, 32, seed=1)
+        feeds = [CropFeed(streams, p, processes, parts) for p in range(processes)]
+        found = []
+        for _ in range(3):
+            taken = [[s for _ in range(parts) for s in feed.take()] for feed in feeds]
+            places = [sample for row in zip(*taken, strict=True) for sample in row]
+            found += [sample.pixels.tobytes() for sample in places]
+        return found
+
+    alone = batches(1, 1)
+    assert len(set(alone)) == 12
+    assert alone == batches(2, 1) == batches(1, 2) == batches(2, 2) == batches(4, 1)
+
+
+def test_a_feed_goes_on_from_stored_positions(shards: list[Path]) -> None:
+    streams = ShardStreams(shards, 4, 24, 32, seed=1)
+    feed = CropFeed(streams)
+    for _ in range(3):
+        feed.take()
+    stored = feed.positions()
+    expected = [s.pixels.tobytes() for s in feed.take()]
+    fresh = CropFeed(streams)
+    fresh.take()
+    fresh.go_to(stored)
+    assert [s.pixels.tobytes() for s in fresh.take()] == expected
+    # Other numbers of processes may go on from the same place.
+    pair = [CropFeed(streams, p, 2) for p in range(2)]
+    for half in pair:
+        half.go_to(stored)
+    taken = [half.take() for half in pair]
+    assert [s.pixels.tobytes() for row in zip(*taken, strict=True) for s in row] == expected
+    with pytest.raises(ValueError, match="same batch"):
+        CropFeed(ShardStreams(shards, 2, 24, 32, 1)).go_to(stored)
+
+
+def test_damaged_and_small_photos_are_passed_over(tmp_path: Path) -> None:
+    shard = tmp_path / "bad.tar"
+    write_shard(tmp_path / "good.tar", 2, 4)
+    good = (tmp_path / "good.tar").read_bytes()
+    members = shard_members(tmp_path / "good.tar")
+    photo = good[members[0].photo[0] :][: members[0].photo[1]]
+    with tarfile.open(shard, "w") as tar:
+        add_member(tar, "x-1.png", photo[: len(photo) // 2])
+        add_member(tar, "x-2.png", photo)
+    with pytest.warns(UserWarning, match="passed over x-1"):
+        walk(ShardStreams([shard], 1, 16, 16, 0), 0, 2)
+    with pytest.raises(ValueError, match="smaller crop"):
+        ShardStreams([shard], 1, 500, 500, 0).next(0, Position())
+
+
+def test_refusals(shards: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no \.tar"):
+        ShardStreams([], 1, 8, 8, 0)
+    with pytest.raises(ValueError, match="smaller"):
+        ShardStreams(shards, 1, 8, 7, 0)
+    with pytest.raises(ValueError, match="cannot be divided"):
+        CropFeed(ShardStreams(shards, 4, 8, 8, 0), 0, 3)
+    (tmp_path / "no.tar").write_bytes(b"not a tar file" * 100)
+    with pytest.raises(ValueError, match="tar"):
+        shard_members(tmp_path / "no.tar")
+    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
+        add_member(tar, "a.txt", b"words")
+    with pytest.raises(ValueError, match="holds no photo"):
+        shard_members(tmp_path / "empty.tar")
