@@ -1,16 +1,19 @@
-# percov2_add_core(<name>): the core as a static library. It knows nothing of Python: every unit of
-# this folder belongs to it except the bindings. One unit per instruction set and subject has flags
-# of its own; csrc/isa.h says which of them runs.
+# percov2_add_core(<name>): the core as a static library. It knows nothing of Python or CUDA: coder/,
+# transformer/ and support/. One unit per instruction set and subject has flags of its own;
+# support/isa.h says which of them runs.
 include_guard(GLOBAL)
 
 function(percov2_add_core name)
   set(folder ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
-  file(GLOB units CONFIGURE_DEPENDS ${folder}/*.cpp)
-  list(FILTER units EXCLUDE REGEX "/bindings[^/]*$|_(avx2|avx512|neon)\\.cpp$")
-  add_library(${name} STATIC ${units})
+  file(GLOB units CONFIGURE_DEPENDS ${folder}/coder/*.cpp ${folder}/transformer/*.cpp ${folder}/support/*.cpp)
+  set(generic ${units})
+  list(FILTER generic EXCLUDE REGEX "_(avx2|avx512|neon)\\.cpp$")
+  add_library(${name} STATIC ${generic})
   if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64)$" AND CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
-    file(GLOB avx2_units CONFIGURE_DEPENDS ${folder}/*_avx2.cpp)
-    file(GLOB avx512_units CONFIGURE_DEPENDS ${folder}/*_avx512.cpp)
+    set(avx2_units ${units})
+    list(FILTER avx2_units INCLUDE REGEX "_avx2\\.cpp$")
+    set(avx512_units ${units})
+    list(FILTER avx512_units INCLUDE REGEX "_avx512\\.cpp$")
     target_sources(${name} PRIVATE ${avx2_units} ${avx512_units})
     # Exactly what isa.cpp asks the processor for, and nothing that a level like x86-64-v3 adds.
     set_source_files_properties(${avx2_units} PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mbmi2")
@@ -23,7 +26,8 @@ function(percov2_add_core name)
     endif()
     target_compile_definitions(${name} PUBLIC PERCOV2_X86_KERNELS)
   elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
-    file(GLOB neon_units CONFIGURE_DEPENDS ${folder}/*_neon.cpp)
+    set(neon_units ${units})
+    list(FILTER neon_units INCLUDE REGEX "_neon\\.cpp$")
     target_sources(${name} PRIVATE ${neon_units})
     target_compile_definitions(${name} PUBLIC PERCOV2_NEON_KERNELS)
   endif()

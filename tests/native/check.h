@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "isa.h"
+#include "support/isa.h"
 
 namespace percov2_test {
 

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "check.h"
-#include "coder.h"
+#include "coder/coder.h"
 #include "plain_coder.h"
 #include "random_input.h"
 #include "random_logits.h"

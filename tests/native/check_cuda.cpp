@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "check.h"
-#include "coder.h"
-#include "coder_cuda.h"
+#include "coder/coder.h"
+#include "coder/reciprocal.h"
+#include "cuda/coder_cuda.h"
 #include "cuda_emulation.h"
 #include "random_input.h"
-#include "reciprocal.h"
 #include "streams.h"
 
 namespace percov2_test {

@@ -1,4 +1,4 @@
-// CUDA's threads on a CPU, for kernels written against csrc/cuda_threads.cuh.
+// CUDA's threads on a CPU, for kernels written against csrc/cuda/cuda_threads.cuh.
 //
 // The threads of a block are fibers; a fiber runs until it meets others (a barrier, a shuffle, a
 // vote, a reduction), and which one goes on is drawn by the order in force. Blocks run one after
@@ -16,7 +16,7 @@
 #include <functional>
 #include <type_traits>
 
-#include "coder_cuda.h"
+#include "cuda/coder_cuda.h"
 
 #define __global__
 #define __device__

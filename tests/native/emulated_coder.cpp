@@ -1,5 +1,5 @@
 // The batch coder for CUDA devices, for the emulation.
-#include "../../csrc/coder_cuda.cu"
+#include "../../csrc/cuda/coder_cuda.cu"
 
 namespace percov2 {
 

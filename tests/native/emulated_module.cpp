@@ -1,7 +1,7 @@
 // A Python module with the CUDA part of percov2._native, whose kernels run in the emulation and
 // whose tensors lie on the CPU.
-#include "bindings.h"
 #include "cuda_emulation.h"
+#include "python/bindings.h"
 
 PYBIND11_MODULE(emulated_cuda, module) {
   percov2::bind_cuda(module);

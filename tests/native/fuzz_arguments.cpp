@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "coder.h"
+#include "coder/coder.h"
 #include "fuzz.h"
 #include "plain_coder.h"
 #include "random_logits.h"

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "fuzz.h"
-#include "isa.h"
+#include "support/isa.h"
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #include <sanitizer/common_interface_defs.h>

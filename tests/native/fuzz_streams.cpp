@@ -7,12 +7,12 @@
 #include <utility>
 #include <vector>
 
-#include "coder.h"
+#include "coder/coder.h"
 #include "fuzz.h"
-#include "isa.h"
 #include "plain_coder.h"
 #include "random_logits.h"
 #include "streams.h"
+#include "support/isa.h"
 
 namespace percov2_test {
 namespace {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "fuzz.h"
-#include "isa.h"
 #include "random_model.h"
+#include "support/isa.h"
 
 namespace percov2_test {
 namespace {

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "coder.h"
+#include "coder/coder.h"
 
 namespace plain {
 

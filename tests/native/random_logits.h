@@ -7,7 +7,7 @@
 #include <limits>
 #include <vector>
 
-#include "intervals.h"
+#include "coder/intervals.h"
 #include "plain_coder.h"
 #include "random_input.h"
 

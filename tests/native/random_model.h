@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "random_input.h"
-#include "transformer.h"
+#include "transformer/transformer.h"
 
 namespace percov2_test {
 

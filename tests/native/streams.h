@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "coder.h"
+#include "coder/coder.h"
 #include "random_input.h"
 
 namespace percov2_test {

@@ -17,7 +17,7 @@ from tools import compiled_kernels
 from tools.compiled_kernels import kernel_name, module_usages
 
 ROOT = Path(__file__).resolve().parents[2]
-UNIT = ROOT / "csrc" / "coder_cuda.cu"
+UNIT = ROOT / "csrc" / "cuda" / "coder_cuda.cu"
 ARCHITECTURES = (80, 90, 100)
 KERNELS = {"encode_kernel", "pack_kernel", "decode_kernel<true>", "decode_kernel<false>"}
 
@@ -59,7 +59,8 @@ def compiled(unit: Path, architectures: tuple[int, ...], folder: Path, *options:
     if shutil.which("nvcc") is None:
         pytest.skip("needs nvcc")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
-    command = ["nvcc", "-std=c++17", "-O3", "--resource-usage", *options, *targets]
+    command = ["nvcc", "-std=c++17", "-O3", "-I", str(ROOT / "csrc"), "--resource-usage", *options]
+    command += targets
     done = subprocess.run(
         [*command, "-c", str(unit), "-o", str(folder / "unit.o")],
         capture_output=True,
@@ -131,7 +132,7 @@ def test_usage_is_read_from_the_report() -> None:
 
 PROJECT = """cmake_minimum_required(VERSION 3.20)
 project(probe LANGUAGES CXX)
-include({root}/csrc/cuda.cmake)
+include({root}/csrc/cuda/cuda.cmake)
 percov2_add_cuda(kernels "${{MODE}}")
 if(TARGET kernels)
   message(STATUS "kernels: yes")
@@ -144,7 +145,7 @@ endif()
 def configured(
     tmp_path: Path, mode: str, with_nvcc: bool, version: str = "0.1.0"
 ) -> subprocess.CompletedProcess[str]:
-    """CMake's answer in a project with nothing but csrc/cuda.cmake."""
+    """CMake's answer in a project with nothing but csrc/cuda/cuda.cmake."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")}
     if not with_nvcc:
         folders = environment["PATH"].split(os.pathsep)

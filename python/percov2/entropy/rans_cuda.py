@@ -28,7 +28,7 @@ _FAULTS = {
     6: "its state is not below 2^31",
     7: "its position is not in the stream",
 }
-"""csrc/coder_cuda.h, CudaStatus: what a kernel finds wrong with a stream."""
+"""csrc/cuda/coder_cuda.h, CudaStatus: what a kernel finds wrong with a stream."""
 
 
 def queue(device: torch.device) -> int:

@@ -1,0 +1,86 @@
+// The batch API of the coder: many independent streams, flat arrays in, flat arrays out.
+// Nothing here knows Python; every argument that could lead out of bounds is checked and answered
+// with std::invalid_argument (ValueError on the Python side).
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "coder/byte_stack.h"
+#include "coder/intervals.h"
+#include "coder/rans.h"
+
+namespace percov2 {
+
+// Throws std::invalid_argument unless prob_bits and all intervals are valid.
+void check_intervals(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
+                     int prob_bits);
+// Throws std::invalid_argument unless prob_bits is valid and the rows first .. last - 1 of cdf
+// [rows, codebook + 1] increase strictly from 0 to 2^prob_bits.
+void check_tables(const std::int32_t* cdf, std::int64_t first, std::int64_t last,
+                  std::int64_t codebook, int prob_bits);
+
+// A batch of rANS stacks. What is pushed last is decoded first.
+class BatchEncoder {
+ public:
+  explicit BatchEncoder(std::vector<std::uint32_t> checks);
+  // Goes on with streams that were finished elsewhere: stream b is bytes[offsets[b] .. offsets[b +
+  // 1]) and has quiet[b] symbols before its output. Throws for streams that no encoder writes.
+  BatchEncoder(const std::uint8_t* bytes, std::int64_t size,
+               const std::vector<std::int64_t>& offsets, std::vector<std::int64_t> quiet);
+
+  std::int64_t size() const { return static_cast<std::int64_t>(states_.size()); }
+  // Pushes counts[b] symbols on stream b, the last one first. Either all are pushed or none.
+  void push(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
+            const std::int64_t* counts, int prob_bits, int threads);
+  // Number of symbols that a decoder meets with no byte left and a state below L.
+  const std::vector<std::int64_t>& symbols_before_output() const { return quiet_; }
+  // Where each stream begins if the stacks become streams now, and where the last one ends.
+  std::vector<std::int64_t> offsets() const;
+  // Writes the streams one after another: offsets().back() bytes. Does not change the stacks.
+  void finish(std::uint8_t* buffer) const;
+
+ private:
+  std::vector<std::uint32_t> states_;
+  std::vector<ByteStack> emitted_;
+  std::vector<std::int64_t> quiet_;
+};
+
+// A batch of streams read forward, symbol by symbol.
+class BatchDecoder {
+ public:
+  // offsets: size() + 1 numbers, not decreasing, inside the buffer. Unless resumed, reading begins
+  // at the start of every stream; else states and positions tell each stream's state and next byte.
+  BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::int64_t> offsets, bool resumed,
+               std::vector<std::uint32_t> states, const std::vector<std::int64_t>& positions);
+
+  std::int64_t size() const { return static_cast<std::int64_t>(states_.size()); }
+  // logits [rows, count, codebook] -> symbols [rows, count]; row r belongs to stream streams[r].
+  // Nothing is decoded if it throws.
+  void decode_logits(const Logits& logits, const std::int64_t* streams, std::int64_t rows,
+                     std::int64_t count, int prob_bits, int threads, std::int32_t* symbols);
+  // cdf [rows, count, codebook + 1] -> symbols [rows, count].
+  void decode_cdf(const std::int32_t* cdf, const std::int64_t* streams, std::int64_t rows,
+                  std::int64_t count, std::int64_t codebook, int prob_bits, int threads,
+                  std::int32_t* symbols);
+
+  const std::vector<std::uint32_t>& states() const { return states_; }
+  std::vector<std::int64_t> positions() const;
+  bool exhausted(std::int64_t stream) const;
+  bool finished(std::int64_t stream, std::uint32_t check) const;
+
+ private:
+  void check_streams(const std::int64_t* streams, std::int64_t rows) const;
+  template <class Decode>
+  void undo_if_it_throws(Decode&& decode);
+  void step(std::int64_t stream, std::uint32_t start, std::uint32_t freq, int prob_bits);
+
+  std::vector<std::uint8_t> buffer_;
+  std::vector<std::int64_t> offsets_;
+  std::vector<std::uint32_t> states_;
+  std::vector<std::int64_t> next_;  // absolute position of the next byte
+  std::vector<bool>
+      canonical_;  // false: the stream starts with a zero byte, which no encoder writes
+};
+
+}  // namespace percov2

@@ -1,0 +1,89 @@
+// Kernels of the quantizer: int16 logits to sums of weights, and the search among them.
+//
+// The interval of a known symbol takes one pass over the row and no table. For the search, a row is
+// cut into blocks of 256 logits and a block into 16 groups of 16: one pass gives all weights and
+// the sums of groups and blocks, and the symbol at a point is found without a division and with a
+// look at one group. All numbers are exact integers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "coder/weight_table.h"
+
+namespace percov2 {
+
+constexpr std::int64_t kRowGroup = 16;
+constexpr std::int64_t kRowBlock = 256;
+constexpr std::int64_t kMaxBlocks = 8192 / kRowBlock;
+
+// Where a symbol lies in its row.
+struct Share {
+  std::uint64_t prefix;  // sum of the weights before it
+  std::uint64_t total;   // of all weights
+  std::uint32_t weight;  // its own
+};
+
+// Where a symbol lies in its block.
+struct Place {
+  std::int32_t index;
+  std::uint32_t prefix;  // sum of the weights before it in the block, < 2^30
+  std::uint32_t weight;
+};
+
+struct IntervalKernels {
+  // Largest of count >= 1 logits.
+  std::int32_t (*row_max)(const std::int16_t* logits, std::int64_t count);
+  // The share of one of count <= 8192 logits, none of which exceeds `top`.
+  Share (*share)(const std::int16_t* logits, std::int64_t count, std::int32_t top,
+                 std::int32_t symbol);
+  // All weights, and 0 up to a whole number of blocks; sums of every 16 weights; sums of every
+  // block: weights[256 * blocks], groups[16 * blocks], blocks[ceil(count / 256)].
+  void (*weigh)(const std::int16_t* logits, std::int64_t count, std::int32_t top,
+                std::uint32_t* weights, std::uint32_t* groups, std::uint32_t* blocks);
+  // With p_i = sum of the first i weights of a block, i < count <= 256: the last i for which
+  // p_i * spread + i * total < bound. The caller knows that i = 0 meets it; spread < 2^20,
+  // total < 2^35, bound < 2^56.
+  Place (*search)(const std::uint32_t* weights, const std::uint32_t* groups, std::int64_t count,
+                  std::uint64_t spread, std::uint64_t total, std::uint64_t bound);
+  // Natural-log logits to base-2 logits in 1/256 of an octave below the largest: float32
+  // rint((x - max) * (256 / ln 2)), at least -32768. False if one is NaN or none is finite or one
+  // is +inf; -inf is allowed. Writes count int16 numbers, the largest of which is 0.
+  bool (*round_logits)(const float* logits, std::int64_t count, std::int16_t* out);
+};
+
+extern const IntervalKernels kScalarIntervals;
+extern const IntervalKernels kAvx2Intervals;
+extern const IntervalKernels kAvx512Intervals;
+extern const IntervalKernels kNeonIntervals;
+
+// 256 / ln 2 in float32.
+constexpr float kStepsPerNat = 369.329925537109375f;
+
+// Weight of a logit `difference` (0 .. 65535) below the largest. Entries are below 2^22, so a shift
+// by 22 or more gives 0; 31 keeps the shift defined.
+static inline std::uint32_t logit_weight(std::int32_t difference) {
+  const std::int32_t octaves = difference >> 8;
+  return kWeightTable[difference & 255] >> (octaves < 31 ? octaves : 31);
+}
+
+// `search` for units without a better one.
+static inline Place plain_search(const std::uint32_t* weights, const std::uint32_t* groups,
+                                 std::int64_t count, std::uint64_t spread, std::uint64_t total,
+                                 std::uint64_t bound) {
+  std::uint32_t prefix = 0;
+  std::int64_t index = 0;
+  for (; index + kRowGroup < count; index += kRowGroup) {
+    const std::uint32_t next = prefix + groups[index / kRowGroup];
+    if (next * spread + static_cast<std::uint64_t>(index + kRowGroup) * total >= bound) break;
+    prefix = next;
+  }
+  for (; index + 1 < count; ++index) {
+    const std::uint32_t next = prefix + weights[index];
+    if (next * spread + static_cast<std::uint64_t>(index + 1) * total >= bound) break;
+    prefix = next;
+  }
+  return {static_cast<std::int32_t>(index), prefix, weights[index]};
+}
+
+}  // namespace percov2
