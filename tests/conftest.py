@@ -74,7 +74,7 @@ def file(picture: Path, codec: Codec, tmp_path: Path) -> Path:
 
 @pytest.fixture(params=["emulation", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the kernels of percov2.entropy.rans_cuda run: emulated on the CPU, and on a card."""
+    """Where the kernels of ``rans_cuda`` run: emulated on the CPU, and on a card."""
     import torch
 
     if request.param == "cuda":

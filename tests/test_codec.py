@@ -21,7 +21,7 @@ from percov2 import BitstreamError, Codec
 from percov2.container import bitstream
 from percov2.container.tokens_file import OpenFile, pack, unpack
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, order, stages
-from percov2.entropy.stage_pass import one_pass_logits
+from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
 
 
@@ -218,9 +218,9 @@ def test_tokens_reach_the_picture(codec: Codec) -> None:
 def certain_model(size: int = 256) -> IntTransformer:
     """An entropy model that is as sure as it can be of token 0, everywhere."""
     model = IntTransformer.random(TransformerConfig(size, 8, 1, 8, 1, 8), seed=0)
-    tensors = {name: tensor.clone() for name, tensor in model.tensors.items()}
-    tensors["head.weight"].zero_()
-    tensors["head.bias"].fill_(-(2**22))
+    tensors = {name: tensor.copy() for name, tensor in model.tensors.items()}
+    tensors["head.weight"].fill(0)
+    tensors["head.bias"].fill(-(2**22))
     tensors["head.bias"][0] = 2**22
     return IntTransformer(model.config, tensors)
 

@@ -10,10 +10,11 @@ import torch
 
 from percov2.container import tokens_file
 from percov2.container.bitstream import Header
-from percov2.entropy import cdf, schedule, token_coder
-from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy import schedule, token_coder
+from percov2.entropy.torch import cdf
+from percov2.entropy.torch.token_coder import TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
+from tools.executors import random_on
 from tools.pretended_device import DEVICE, PretendedDevice
 
 UPLOADS = 5  # tokens, coding order (model and coder), plan of the contents, plan of the queries
@@ -31,7 +32,7 @@ def build(place: torch.device | str, layers: int = 2) -> TokenCoder:
     config = TransformerConfig(
         codebook_size=40, dim=16, heads=2, head_dim=8, layers=layers, hidden=24
     )
-    return TokenCoder(IntTransformer.random(config, 3, place, "torch"))
+    return TokenCoder(random_on("torch", config, 3, place))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +97,7 @@ def test_wrong_tokens_are_refused_after_the_copy(device, coder, wrong, placed):
 
 
 def test_plans_too_large_to_keep_are_not_uploaded_either(device, coder, monkeypatch):
-    monkeypatch.setattr("percov2.entropy.entries.KEPT_PAIRS", 0)
+    monkeypatch.setattr("percov2.entropy.torch.blocks.KEPT_PAIRS", 0)
     tokens = tokens_of(1, 9, 9)
     coder.intervals(tokens, "checkerboard")
     assert_no_waste(device, tokens)

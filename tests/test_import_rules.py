@@ -15,17 +15,22 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "percov2"
 KERNELS = ROOT / "triton_kernels"
 
+ENTROPY = """cdf int_transformer ranges rans sampling schedule staging streams tensor_file token_coder
+transformer_config uniform visibility"""
+CORE = " ".join(f"entropy.{name}" for name in ENTROPY.split())
+"""The entropy engine without torch."""
 # Folder or module -> (first-party prefixes, third-party packages at module level, the same inside
 # functions). The longest matching prefix counts; the standard library is always allowed.
 RULES: dict[str, tuple[str, str, str]] = {
     "percov2": ("", "", ""),
     "percov2._native": ("", "numpy", ""),
     "percov2.triton_kernels": ("triton_kernels", "torch triton", ""),
-    "percov2.entropy": ("entropy", "numpy torch safetensors", ""),
-    "percov2.entropy.rans": ("entropy _native", "numpy torch", ""),
-    "percov2.entropy.schedule": ("", "numpy torch", ""),
+    "percov2.entropy": (CORE, "numpy", ""),
+    "percov2.entropy.rans": ("_native", "numpy", ""),
+    "percov2.entropy.schedule": ("", "numpy", ""),
+    "percov2.entropy.torch": ("entropy", "numpy torch", ""),
     "percov2.batching": ("", "", ""),
-    "percov2.container": ("container entropy batching", "numpy torch", "transformers"),
+    "percov2.container": (f"container batching {CORE}", "numpy", "transformers"),
     "percov2.container.bitstream": ("", "", ""),
     "percov2.models": (
         "models",
@@ -64,7 +69,8 @@ pipeline tokenizing"""
 LAZY: dict[str, str] = {
     "percov2.bench": "triton_kernels",
     "percov2.cli": "@codec bench evaluation training",
-    "percov2.entropy": "triton_kernels",
+    "percov2.entropy": "entropy.torch",
+    "percov2.entropy.torch": "triton_kernels",
     "percov2.models": "triton_kernels",
 }
 
@@ -188,9 +194,12 @@ def test_module_follows_the_table(path: Path) -> None:
         ("percov2.models.tiny.flow", "from ...container.bitstream import Header"),
         ("percov2.models.tiny.flow", "import transformers"),
         ("percov2.entropy.cdf", "import diffusers"),
+        ("percov2.entropy.cdf", "import torch"),
+        ("percov2.entropy.cdf", "from percov2.entropy.torch import cdf"),
+        ("percov2.container.captions", "import torch"),
         ("percov2.entropy.cdf", "def f():\n    from percov2 import models"),
         ("percov2.entropy.cdf", "from percov2 import _native"),
-        ("percov2.entropy.cdf", "from percov2.triton_kernels import nearest_codes"),
+        ("percov2.entropy.torch.cdf", "from percov2.triton_kernels import nearest_codes"),
         ("percov2.entropy.schedule", "from percov2.entropy import cdf"),
         ("percov2.codec", "from percov2 import training"),
         ("percov2.cli.main", "import torch"),
@@ -208,7 +217,7 @@ def test_the_test_notices(module: str, text: str) -> None:
 
 def test_allowed_forms_pass() -> None:
     allowed = "def f():\n    from percov2.triton_kernels import nearest_codes\n"
-    assert violations("percov2.entropy.cdf", False, allowed) == []
+    assert violations("percov2.entropy.torch.cdf", False, allowed) == []
     hints = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers\n"
     assert violations("percov2.entropy.cdf", False, hints) == []
     assert violations("percov2.entropy.token_coder", False, "from .rans import RansEncoder") == []
@@ -244,9 +253,18 @@ def test_no_module_is_a_drawer_for_everything() -> None:
         ("import percov2.container.bitstream", ["numpy", "torch", "PIL", "percov2._native"]),
         ("import percov2.cli.main", ["torch", "diffusers", "transformers", "percov2._native"]),
         ("import percov2.triton_kernels", ["torch", "triton"]),
+        ("import percov2.container.tokens_file", ["torch", "PIL"]),
         (
             "import percov2.entropy as e; [getattr(e, n) for n in e.__all__]",
-            ["diffusers", "transformers", "triton", "PIL", "percov2.models", "percov2.codec"],
+            [
+                "torch",
+                "diffusers",
+                "transformers",
+                "triton",
+                "PIL",
+                "percov2.models",
+                "percov2.codec",
+            ],
         ),
     ],
 )

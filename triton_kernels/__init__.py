@@ -125,7 +125,7 @@ def attention(
     first_keys[i] : first_keys[i + 1]], whose length is a multiple of GROUP. A place is row * 2^16 +
     column, both below 2^14; of start entry j it is (2^15 - 1) * 2^16 + j, with key_stage 0. Keys
     that a reader must not see may be listed, keys that it sees must be. biases int16 [H, 964],
-    shifts int8 [H], gain_bits 0 .. 5, weights int8 [128] (percov2.entropy.intmath.WEIGHT_TABLE).
+    shifts int8 [H], gain_bits 0 .. 5, weights int8 [128] (percov2.entropy.ranges.WEIGHT_TABLE).
     Returns int8 [B, E, H * D]; undefined for readers in no block. Indices are not checked: the host
     would wait for them. Raises RuntimeError if triton is not installed and ValueError for wrong
     shapes, dtypes or devices.

@@ -24,9 +24,8 @@ from percov2.container.caption_model import CaptionModel
 from percov2.container.captions import decode_caption, encode_caption
 from percov2.container.model_id import check_model, model_id
 from percov2.container.tokens_file import OpenFile, Tokens
-from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import SCHEDULES, stage_count
-from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.token_coder import TokenCoder, open_coder
 from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig, Rate
@@ -118,14 +117,15 @@ class Codec:
 
     def _load_entropy(self, rate: str) -> TokenCoder:
         folder = self.model.folder / rate / "entropy"
-        transformer = IntTransformer.load(folder, self.model.device)
+        coder = open_coder(folder, str(self.model.device))
+        size = coder.model.config.codebook_size
         expected = self.config.rate(rate).codebook_size
-        if transformer.config.codebook_size != expected:
+        if size != expected:
             raise ValueError(
-                f"{folder} codes {transformer.config.codebook_size} different tokens, but rate "
-                f"{rate} has a codebook of {expected}"
+                f"{folder} codes {size} different tokens, but rate {rate} has a codebook of "
+                f"{expected}"
             )
-        return TokenCoder(transformer)
+        return coder
 
     # Compressing ---------------------------------------------------------------------------------
 

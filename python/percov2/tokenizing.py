@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from percov2.batching import by_group
 from percov2.container.tokens_file import Tokens
+from percov2.entropy.rans import as_array
 from percov2.entropy.token_coder import TokenCoder
 from percov2.images import pad
 from percov2.models.backbone import Backbone
@@ -80,7 +81,7 @@ def token_maps(
             return list(quantizer.nearest(directions).cpu().numpy())
         tokens, similarities = quantizer.candidates(directions, _CANDIDATES)
         allowed = similarities >= similarities[..., :1] - choice.slack
-        return list(choice.coder.choose(tokens, allowed, choice.schedule).numpy())
+        return list(as_array(choice.coder.choose(tokens, allowed, choice.schedule)))
 
     shapes = [array.shape for array in padded]
     sizes = [height * width // rate.token_side**2 for height, width, _ in shapes]

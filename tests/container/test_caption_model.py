@@ -24,7 +24,7 @@ from percov2.container.caption_model import (
 )
 from percov2.container.captions import encode_caption
 from percov2.entropy import IntTransformer, order, stages
-from percov2.entropy.stage_pass import one_pass_logits
+from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
 
 LEARNED = [b" a", b" red", b" door", b" do", b"ors", b" \xc3\xa9", b"re"]

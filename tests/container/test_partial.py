@@ -28,6 +28,7 @@ from percov2.container.tokens_file import (
 from percov2.entropy import IntTransformer, TokenCoder, stages
 from percov2.entropy.schedule import SCHEDULES, stage_count
 from percov2.entropy.transformer_config import TransformerConfig
+from tools.executors import coder_of, model_on
 
 SIDE = 16
 Read = Callable[..., tuple[np.ndarray, int]]
@@ -124,7 +125,7 @@ def test_batches_threads_and_executors_draw_the_same(coder: TokenCoder) -> None:
     alone = [unpack(coder, opened([file]))[0] for file in files]
     alone_cut = [unpack_cut(coder, opened([file]))[0] for file in cut]
     before = torch.get_num_threads()
-    others = [coder, TokenCoder(IntTransformer(CONFIG, coder.model.tensors, executor="torch"))]
+    others = [coder, coder_of(model_on("torch", CONFIG, coder.model.tensors))]
     try:
         for other in others:
             for threads in (1, 2):
@@ -142,9 +143,10 @@ def test_batches_threads_and_executors_draw_the_same(coder: TokenCoder) -> None:
 @pytest.mark.parametrize("name", ["qlds12", "raster"])
 def test_a_limit_is_used_up(coder: TokenCoder, name: str) -> None:
     """Where a stage costs next to nothing, sizes do not always grow with stages."""
-    tensors = {key: tensor.clone() for key, tensor in coder.model.tensors.items()}
-    tensors["head.weight"].zero_()
-    tensors["head.bias"].zero_()[0] = 2**20
+    tensors = {key: tensor.copy() for key, tensor in coder.model.tensors.items()}
+    tensors["head.weight"].fill(0)
+    tensors["head.bias"].fill(0)
+    tensors["head.bias"][0] = 2**20
     sure_of_0 = TokenCoder(IntTransformer(CONFIG, tensors))
     for seed in range(4):
         rare = np.random.default_rng(seed).random((6, 6)) < 0.1

@@ -176,7 +176,7 @@ def test_a_target_costs_one_pass_of_the_entropy_model(
     image = noise(160, 96)
     (whole,) = codec.compress([image], rate="r031", schedule="raster")
     passes = []
-    executor = type(codec._entropy("r031").model.executor)
+    executor = type(codec._entropy("r031").model)
     encode = executor.encode
 
     def counted(self: object, *arguments: object) -> object:

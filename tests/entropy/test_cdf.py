@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from oracles import independent_model as reference
 from percov2 import _native
-from percov2.entropy import cdf, rans
+from percov2.entropy import rans
+from percov2.entropy.cdf import WEIGHT_TABLE, check_precision, default_prob_bits
+from percov2.entropy.torch import cdf
 
 
 def logits_of(seed: int, rows: int, size: int, spread: int) -> np.ndarray:
@@ -22,13 +24,13 @@ def logits_of(seed: int, rows: int, size: int, spread: int) -> np.ndarray:
 
 
 def test_weight_table_is_frozen_and_exact() -> None:
-    for k, weight in enumerate(cdf.WEIGHT_TABLE):
+    for k, weight in enumerate(WEIGHT_TABLE):
         # r - 1/2 <= 2^(22 - k/256) < r + 1/2, but for entry 0, which is one less.
         r, power = weight + (k == 0), 1 << (256 * 23 - k)
         assert (2 * r - 1) ** 256 <= power < (2 * r + 1) ** 256
-    assert tuple(reference.TABLE) == cdf.WEIGHT_TABLE
-    assert tuple(_native.weight_table().tolist()) == cdf.WEIGHT_TABLE
-    data = b"".join(value.to_bytes(4, "little") for value in cdf.WEIGHT_TABLE)
+    assert tuple(reference.TABLE) == WEIGHT_TABLE
+    assert tuple(_native.weight_table().tolist()) == WEIGHT_TABLE
+    data = b"".join(value.to_bytes(4, "little") for value in WEIGHT_TABLE)
     assert hashlib.sha256(data).hexdigest() == (
         "842254e4aa51538597240e50d980baac6a2a37314017416d578d8bf8351bc7e4"
     )
@@ -46,7 +48,7 @@ def test_weights_at_the_extremes() -> None:
 @pytest.mark.parametrize("size", [2, 3, 64, 255, 256, 257, 1023, 1024, 1025, 2048, 8192])
 @pytest.mark.parametrize("spread", [0, 300, 20000])
 def test_all_forms_agree(size: int, spread: int) -> None:
-    prob_bits = cdf.default_prob_bits(size)
+    prob_bits = default_prob_bits(size)
     rows = 2 if size > 1024 else 6
     logits = logits_of(size + spread, rows, size, spread)
     logits[0] = -32768
@@ -103,7 +105,7 @@ def test_cost_of_integers_is_small() -> None:
         shifted = real - real.max(-1, keepdims=True)
         probability = np.exp(shifted)
         probability /= probability.sum(-1, keepdims=True)
-        prob_bits = cdf.default_prob_bits(size)
+        prob_bits = default_prob_bits(size)
         freqs = np.diff(rans.cdf(logits, prob_bits), axis=-1)
         ideal = -(probability * np.log2(probability)).sum(-1).mean()
         coded = -(probability * np.log2(freqs / 2.0**prob_bits)).sum(-1).mean()
@@ -132,15 +134,15 @@ def test_shapes_and_threads() -> None:
 
 @pytest.mark.parametrize(("size", "bits"), [(2, 16), (256, 16), (257, 18), (1024, 18), (1025, 20)])
 def test_default_prob_bits(size: int, bits: int) -> None:
-    assert cdf.default_prob_bits(size) == bits
+    assert default_prob_bits(size) == bits
 
 
 @pytest.mark.parametrize("size", [1, 0, -3, 8193])
 def test_impossible_codebooks_are_refused(size: int) -> None:
     with pytest.raises(ValueError, match=str(size)):
-        cdf.default_prob_bits(size)
+        default_prob_bits(size)
     with pytest.raises(ValueError, match="codebook"):
-        cdf.check_precision(size, 16)
+        check_precision(size, 16)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from percov2.entropy import cdf, rans, rans_cuda, token_coder
-from percov2.entropy.coder_proof import prove_coder
-from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy import rans
+from percov2.entropy.torch import cdf, rans_cuda, token_coder
+from percov2.entropy.torch.coder_proof import prove_coder
+from percov2.entropy.torch.token_coder import TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
 
 prove = prove_coder.__wrapped__

@@ -10,20 +10,21 @@ import torch
 from torch.nn import functional
 
 from oracles import independent_model
-from percov2.entropy.direct import (
+from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.schedule import stages
+from percov2.entropy.torch.direct import (
     UNKNOWN,
     DirectBatch,
     direct_logits,
     int_direct_logits,
     masked_plan,
 )
-from percov2.entropy.export import export
-from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.quantization import LOGIT_SCALE
-from percov2.entropy.schedule import stages
-from percov2.entropy.transformer import Crop, TokenTransformer, TransformerConfig, crop_batch
+from percov2.entropy.torch.export import export
+from percov2.entropy.torch.quantization import LOGIT_SCALE
+from percov2.entropy.torch.transformer import Crop, TokenTransformer, TransformerConfig, crop_batch
 from percov2.evaluation.study.coders import DirectCoder, token_map
 from percov2.training.study.direct_stage import masked_examples
+from tools.executors import load_on, model_on, same
 
 FROZEN = Path(__file__).parents[1] / "data" / "entropy_v1"
 SIZES = TransformerConfig(codebook_size=16, dim=32, heads=2, head_dim=16, layers=2, hidden=64)
@@ -31,7 +32,7 @@ SIZES = TransformerConfig(codebook_size=16, dim=32, heads=2, head_dim=16, layers
 
 @pytest.fixture(scope="module")
 def model() -> IntTransformer:
-    return IntTransformer.load(FROZEN, executor="torch")
+    return load_on("torch", FROZEN)
 
 
 def grid(height: int, width: int) -> np.ndarray:
@@ -109,10 +110,10 @@ def test_examples_are_masked_crops() -> None:
     shares = []
     for _ in range(100):
         example = masked_examples(random, batch)
-        assert torch.equal(example.targets, batch.tokens.flatten(1))
+        assert same(example.targets, batch.tokens.flatten(1))
         unknown = example.batch.payload == UNKNOWN
-        assert torch.equal(example.weights > 0, unknown)
-        assert torch.equal(example.batch.payload[~unknown], example.targets[~unknown])
+        assert same(example.weights > 0, unknown)
+        assert same(example.batch.payload[~unknown], example.targets[~unknown])
         # Every crop counts as much as every other.
         assert torch.allclose(example.weights.sum(1), torch.full((4,), 0.25))
         assert all(len(row[row > 0].unique()) == 1 for row in example.weights)
@@ -122,8 +123,8 @@ def test_examples_are_masked_crops() -> None:
     for name, axis in (("rows", 0), ("columns", 1)):
         placed = getattr(example.batch, name).view(4, 5, 6)
         expected = getattr(batch, name)
-        assert torch.equal(placed.select(2 - axis, 0), expected)
-        assert torch.equal(placed.select(2 - axis, 3), expected)
+        assert same(placed.select(2 - axis, 0), expected)
+        assert same(placed.select(2 - axis, 3), expected)
 
 
 def test_integer_form_equals_the_rounded_form() -> None:
@@ -151,7 +152,7 @@ def test_integer_form_equals_the_rounded_form() -> None:
         losses.append(float(loss))
     assert np.mean(losses[-5:]) < 0.8 * losses[0]
     model.observing = False
-    integer = IntTransformer(SIZES, export(model).tensors, executor="torch")
+    integer = model_on("torch", SIZES, export(model).tensors)
     batch = example.batch
     one = DirectBatch(
         batch.entries,

@@ -12,23 +12,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles import independent_model
-from percov2.entropy import cpu_executor, int_transformer, rans, schedule
-from percov2.entropy.entries import (
-    content_entries,
-    join,
-    plan_blocks,
-    query_entries,
-    start_entries,
-    visible,
-)
+from percov2.entropy import int_transformer, rans, schedule
 from percov2.entropy.int_transformer import (
     IntTransformer,
     check_tensors,
     random_tensors,
     tensor_layout,
 )
-from percov2.entropy.stage_pass import StagedDecoder, one_pass_logits
+from percov2.entropy.rans import as_array
+from percov2.entropy.staging import StagedDecoder, one_pass_logits
+from percov2.entropy.torch.blocks import plan_blocks
 from percov2.entropy.transformer_config import TransformerConfig
+from percov2.entropy.visibility import (
+    content_entries,
+    join,
+    query_entries,
+    start_entries,
+    visible,
+)
+from tools.executors import model_on, random_on, same
 
 ON_THE_CPU = ("cpu", "torch")
 SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=2, hidden=40)
@@ -36,27 +38,26 @@ SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=
 
 @pytest.fixture(scope="module", params=ON_THE_CPU)
 def model(request: pytest.FixtureRequest) -> IntTransformer:
-    return IntTransformer.random(SMALL, seed=3, executor=request.param)
+    return random_on(request.param, SMALL, 3)
 
 
-def random_tokens(batch: int, height: int, width: int, size: int = 16) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(height * 1000 + width)
-    shape = (batch, height, width)
-    return torch.randint(0, size, shape, generator=generator).to(torch.int32)
+def random_tokens(batch: int, height: int, width: int, size: int = 16) -> np.ndarray:
+    generator = np.random.default_rng(height * 1000 + width)
+    return generator.integers(0, size, (batch, height, width), dtype=np.int32)
 
 
-def staged_logits(model: IntTransformer, tokens: torch.Tensor, stages: np.ndarray) -> torch.Tensor:
+def staged_logits(model: IntTransformer, tokens: np.ndarray, stages: np.ndarray) -> np.ndarray:
     decoder = StagedDecoder(model, stages, len(tokens))
-    ordered = tokens.flatten(1)[:, torch.from_numpy(schedule.order(stages))]
-    parts: list[torch.Tensor] = []
+    ordered = tokens.reshape(len(tokens), -1)[:, schedule.order(stages)]
+    parts: list[np.ndarray] = []
     known = 0
     while decoder.remaining:
-        parts.append(decoder.logits())
+        parts.append(as_array(decoder.logits()))
         count = parts[-1].shape[1]
         decoder.accept(ordered[:, known : known + count])
         known += count
-    assert torch.equal(decoder.tokens(), tokens)
-    return torch.cat(parts, 1)
+    assert same(decoder.tokens(), tokens)
+    return np.concatenate(parts, 1)
 
 
 def plain_logits(folder: Path, tokens: np.ndarray, stages: np.ndarray) -> list[list[int]]:
@@ -78,10 +79,10 @@ def test_logits_equal_the_oracle(model, height, width, name, tmp_path):
     tokens = random_tokens(1, height, width)
     stages = schedule.stages(name, height, width)
     model.save(tmp_path)
-    expected = np.array(plain_logits(tmp_path, tokens[0].numpy(), stages))
+    expected = np.array(plain_logits(tmp_path, tokens[0], stages))
     logits = one_pass_logits(model, tokens, stages)
-    assert logits.dtype == torch.int16
-    assert np.array_equal(logits[0].numpy(), expected)
+    assert as_array(logits).dtype == np.int16
+    assert np.array_equal(as_array(logits)[0], expected)
     assert expected.std() > 100  # the random model is no constant
 
 
@@ -92,7 +93,7 @@ def test_staged_logits_equal_one_pass(model, name, height, width):
         height, width = 2, 40
     tokens = random_tokens(2, height, width)
     stages = schedule.stages(name, height, width)
-    assert torch.equal(staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages))
+    assert same(staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages))
 
 
 def test_staged_logits_equal_one_pass_at_768x512():
@@ -102,9 +103,7 @@ def test_staged_logits_equal_one_pass_at_768x512():
     tokens = random_tokens(1, 32, 48, 64)
     for name in ("qlds12", "checkerboard"):
         stages = schedule.stages(name, 32, 48)
-        assert torch.equal(
-            staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages)
-        )
+        assert same(staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages))
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 8), (2, 32), (2, 40), (1, 64)])
@@ -113,17 +112,17 @@ def test_executors_agree(heads, head_dim):
         codebook_size=50, dim=40, heads=heads, head_dim=head_dim, layers=2, hidden=72
     )
     tensors = random_tensors(config, head_dim)
-    tensors["layers.0.attention.shift"].fill_(5)  # scores at the ends of their range
-    tensors["layers.1.attention.gain_bits"].fill_(5)
+    tensors["layers.0.attention.shift"].fill(5)  # scores at the ends of their range
+    tensors["layers.1.attention.gain_bits"].fill(5)
     tokens = random_tokens(2, 37, 52, 50)
     for name in ("qlds5", "var"):
         stages = schedule.stages(name, 37, 52)
         logits = [
-            one_pass_logits(IntTransformer(config, tensors, executor=executor), tokens, stages)
+            one_pass_logits(model_on(executor, config, tensors), tokens, stages)
             for executor in ON_THE_CPU
         ]
-        assert torch.equal(*logits)
-        assert len(logits[0].unique()) > 1000
+        assert same(*logits)
+        assert len(np.unique(logits[0])) > 1000
 
 
 @pytest.mark.parametrize("width", [112, 113, 128, 129, 250])
@@ -131,16 +130,15 @@ def test_executors_agree_on_wide_grids(width):
     """From 128 columns on, compiled passes keep keys in rows that are no power of two apart."""
     tokens = random_tokens(2, 9, width)
     stages = schedule.stages("qlds5", 9, width)
-    compiled, oracle = (IntTransformer.random(SMALL, 3, executor=name) for name in ON_THE_CPU)
+    compiled, oracle = (random_on(name, SMALL, 3) for name in ON_THE_CPU)
     expected = one_pass_logits(oracle, tokens, stages)
-    assert torch.equal(one_pass_logits(compiled, tokens, stages), expected)
-    assert torch.equal(staged_logits(compiled, tokens, stages), expected)
+    assert same(one_pass_logits(compiled, tokens, stages), expected)
+    assert same(staged_logits(compiled, tokens, stages), expected)
 
 
 def test_compiled_passes_refuse_wrong_arrays():
     tensors = random_tensors(SMALL, 1)
-    executor = cpu_executor.Executor(SMALL, tensors, torch.device("cpu"))
-    native = executor._native
+    native = IntTransformer(SMALL, tensors)._program
     stages = np.array([[1, 2, 2]], dtype=np.int32)
     tokens = np.zeros((2, 1, 3), dtype=np.int32)
     assert native.encode(stages, tokens, 1).shape == (2, 3, 24)
@@ -175,27 +173,33 @@ def test_compiled_passes_refuse_wrong_arrays():
     assert native.encode(stages, tokens, 2**31 - 1).shape == (2, 3, 24)
     with pytest.raises(IndexError, match="every stage is decoded"):
         staged.residual(1)
-    with pytest.raises(ValueError, match="cannot run on meta"):
-        cpu_executor.Executor(SMALL, tensors, torch.device("meta"))
     del tensors["layers.0.gelu"]
     with pytest.raises(ValueError, match=r"has no layers\.0\.gelu"):
-        cpu_executor.Executor(SMALL, tensors, torch.device("cpu"))
+        int_transformer._compiled(SMALL, tensors)
 
 
 def test_a_wrong_executor_is_refused():
     with pytest.raises(ValueError, match="executor is 'gpu'"):
-        IntTransformer.random(SMALL, seed=3, executor="gpu")
+        random_on("gpu", SMALL, 3)
 
 
-def test_an_executor_that_disagrees_is_refused(monkeypatch):
-    exact = cpu_executor.Executor.logits
-    monkeypatch.setattr(cpu_executor.Executor, "logits", lambda self, r: exact(self, r) + 1)
-    int_transformer._executor.cache_clear()
+def test_a_compiled_program_that_computes_otherwise_is_refused(monkeypatch):
+    class Wrong:
+        def __init__(self, *arguments: object) -> None:
+            self._program = native(*arguments)
+            self.encode = self._program.encode
+
+        def logits(self, residual: np.ndarray, threads: int) -> np.ndarray:
+            return self._program.logits(residual, threads) + 1
+
+    native = rans.IntegerTransformer
+    monkeypatch.setattr(rans, "IntegerTransformer", Wrong)
+    int_transformer.prove_compiled.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match="'cpu' does not compute"):
-            IntTransformer.random(SMALL, seed=3, executor="cpu")
+        with pytest.raises(RuntimeError, match="computes other integers"):
+            IntTransformer.random(SMALL, seed=3)
     finally:
-        int_transformer._executor.cache_clear()
+        int_transformer.prove_compiled.cache_clear()
 
 
 def test_batch_and_threads_do_not_matter(model):
@@ -205,10 +209,10 @@ def test_batch_and_threads_do_not_matter(model):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 - min(threads, 2))
-        alone = torch.cat([one_pass_logits(model, tokens[i : i + 1], stages) for i in range(5)])
+        alone = [as_array(one_pass_logits(model, tokens[i : i + 1], stages)) for i in range(5)]
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(together, alone)
+    assert same(together, np.concatenate(alone))
 
 
 @settings(max_examples=25, deadline=None)
@@ -223,15 +227,15 @@ def test_later_tokens_never_move_earlier_logits(model, data):
     stages = stages.reshape(height, width)
     tokens = random_tokens(1, height, width)
     stage = data.draw(st.integers(1, count))
-    changed = tokens.clone()
-    later = torch.from_numpy(stages >= stage)
+    changed = tokens.copy()
+    later = stages >= stage
     changed[0][later] = (changed[0][later] + 1 + seed % 15) % 16
-    before = one_pass_logits(model, tokens, stages)
-    after = one_pass_logits(model, changed, stages)
+    before = as_array(one_pass_logits(model, tokens, stages))
+    after = as_array(one_pass_logits(model, changed, stages))
     safe = int((stages <= stage).sum())
-    assert torch.equal(before[:, :safe], after[:, :safe])
+    assert same(before[:, :safe], after[:, :safe])
     if height * width > 1 and count > stage:
-        assert not torch.equal(before[:, safe:], after[:, safe:])  # and earlier ones do matter
+        assert not same(before[:, safe:], after[:, safe:])  # and earlier ones do matter
 
 
 @settings(max_examples=50, deadline=None)
@@ -277,9 +281,9 @@ def test_save_load_and_fingerprint(model, tmp_path: Path):
     loaded = IntTransformer.load(tmp_path / "entropy")
     assert loaded.config == model.config
     assert loaded.fingerprint() == model.fingerprint()
-    assert all(torch.equal(loaded.tensors[name], model.tensors[name]) for name in model.tensors)
+    assert all(same(loaded.tensors[name], model.tensors[name]) for name in model.tensors)
     tensors = dict(model.tensors)
-    tensors["head.bias"] = tensors["head.bias"].clone()
+    tensors["head.bias"] = tensors["head.bias"].copy()
     tensors["head.bias"][3] += 1
     assert IntTransformer(SMALL, tensors).fingerprint() != model.fingerprint()
 
@@ -300,10 +304,10 @@ def test_save_load_and_fingerprint(model, tmp_path: Path):
     ],
 )
 def test_tensors_outside_the_ranges_are_refused(model, name, value):
-    tensors = {key: tensor.clone() for key, tensor in model.tensors.items()}
+    tensors = {key: tensor.copy() for key, tensor in model.tensors.items()}
     if name == "head.bias":
         tensors["head.weight"][0] = 127
-    tensors[name].view(-1)[0] = value
+    tensors[name].reshape(-1)[0] = value
     with pytest.raises(ValueError, match=name.removesuffix(".bias").replace(".", r"\.")):
         check_tensors(SMALL, tensors)
 
@@ -315,7 +319,7 @@ def test_missing_and_misshapen_tensors_are_refused(model):
         with pytest.raises(ValueError, match="missing or unknown"):
             IntTransformer(SMALL, tensors)
     with pytest.raises(ValueError, match=r"head\.bias"):
-        IntTransformer(SMALL, {**model.tensors, "head.bias": torch.zeros(3, dtype=torch.int32)})
+        IntTransformer(SMALL, {**model.tensors, "head.bias": np.zeros(3, np.int32)})
 
 
 def test_broken_files_are_refused(model, tmp_path: Path):
@@ -340,27 +344,28 @@ def test_broken_files_are_refused(model, tmp_path: Path):
 def test_wrong_tokens_and_stages_are_refused(model):
     stages = schedule.stages("qlds5", 2, 3)
     with pytest.raises(ValueError, match="codebook has 16"):
-        one_pass_logits(model, torch.full((1, 2, 3), 16), stages)
+        one_pass_logits(model, np.full((1, 2, 3), 16), stages)
     with pytest.raises(ValueError, match="shape"):
-        one_pass_logits(model, torch.zeros(1, 3, 2, dtype=torch.int32), stages)
+        one_pass_logits(model, np.zeros((1, 3, 2), np.int32), stages)
     with pytest.raises(ValueError, match="stages must be"):
-        one_pass_logits(model, torch.zeros(1, 1, 2, dtype=torch.int32), np.array([[1, 3]]))
+        one_pass_logits(model, np.zeros((1, 1, 2), np.int32), np.array([[1, 3]]))
     decoder = StagedDecoder(model, stages, 1)
     with pytest.raises(ValueError, match="next stage needs"):
-        decoder.accept(torch.zeros(1, 5, dtype=torch.int32))
+        decoder.accept(np.zeros((1, 5), np.int32))
 
 
-def test_reduced_precision_is_refused(model):
+def test_torch_with_reduced_precision_is_refused():
+    model = random_on("torch", SMALL, 3)
     stages = schedule.stages("qlds5", 2, 3)
-    tokens = torch.zeros(1, 2, 3, dtype=torch.int32)
+    tokens = np.zeros((1, 2, 3), np.int32)
     expected = one_pass_logits(model, tokens, stages)
     torch.set_float32_matmul_precision("medium")
     try:
         with pytest.raises(RuntimeError, match="highest"):
             one_pass_logits(model, tokens, stages)
         with pytest.raises(RuntimeError, match="highest"):
-            IntTransformer(SMALL, model.tensors)
+            model_on("torch", SMALL, model.tensors)
     finally:
         torch.set_float32_matmul_precision("highest")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(one_pass_logits(model, tokens, stages), expected)
+        assert same(one_pass_logits(model, tokens, stages), expected)

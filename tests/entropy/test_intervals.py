@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from percov2.entropy import cdf, rans
+from percov2.entropy import rans
+from percov2.entropy.cdf import default_prob_bits
+from percov2.entropy.torch import cdf
 
 SIZES = (2, 3, 15, 16, 17, 33, 63, 64, 65, 129, 255, 256, 257, 300, 777, 1024, 4097, 8192)
 
@@ -44,7 +46,7 @@ def awkward_rows(size: int, seed: int) -> np.ndarray:
 
 def precisions(size: int) -> list[int]:
     least = max(8, (2 * size - 1).bit_length())
-    return sorted({least, cdf.default_prob_bits(size), 20})
+    return sorted({least, default_prob_bits(size), 20})
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -86,7 +88,7 @@ def test_float_logits_are_rounded_alike(
     rounded = cdf.round_logits(logits)
     assert rounded.dtype == torch.int16
     assert rounded.amax(1).eq(0).all()
-    prob_bits = cdf.default_prob_bits(size)
+    prob_bits = default_prob_bits(size)
     symbols = torch.randint(0, size, (24,), generator=generator).to(torch.int32)
     wanted = cdf.intervals(rounded, symbols, prob_bits)
     starts, freqs = rans.intervals(logits, symbols, prob_bits)

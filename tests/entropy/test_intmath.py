@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles import independent_model as reference
-from percov2.entropy import intmath
+from percov2.entropy import ranges
+from percov2.entropy.torch import intmath
 
-LIMIT = intmath.RESIDUAL_LIMIT
+LIMIT = ranges.RESIDUAL_LIMIT
 
 
 def int8_list(count: int) -> st.SearchStrategy[list[int]]:
@@ -122,11 +123,11 @@ def test_lookup():
 
 
 def test_weight_table():
-    assert len(intmath.WEIGHT_TABLE) == 128
+    assert len(ranges.WEIGHT_TABLE) == 128
     expected = [reference.softmax_weight(d) for d in range(140)]
-    assert list(intmath.WEIGHT_TABLE) + [0] * 12 == expected
+    assert list(ranges.WEIGHT_TABLE) + [0] * 12 == expected
     page = (Path(__file__).parents[2] / "docs" / "entropy-model.md").read_text(encoding="utf-8")
-    assert [int(n) for n in page.split("```")[1].split()] == list(intmath.WEIGHT_TABLE)
+    assert [int(n) for n in page.split("```")[1].split()] == list(ranges.WEIGHT_TABLE)
     # How far 126.61 * 2^(-d/16) stays from a half: what rounding a float exp2 relies on.
     margins = [abs(126.61 * 2 ** (-d / 16) % 1 - 0.5) for d in range(300)]
     assert min(margins) > 0.005
@@ -138,7 +139,7 @@ def test_softmax_weights(scores, shift, data):
     part = st.integers(0, 2**shift - 1)
     parts = data.draw(st.lists(part, min_size=len(scores), max_size=len(scores)))
     exact = [s + p / 2**shift for s, p in zip(scores, parts, strict=True)]
-    hidden = [s + intmath.HIDDEN_SCORE for s in exact]
+    hidden = [s + ranges.HIDDEN_SCORE for s in exact]
     result = intmath.softmax_weights_(torch.tensor([exact + hidden], dtype=torch.float32))[0]
     expected = [reference.softmax_weight(max(scores) - s) for s in scores]
     assert result.tolist() == expected + [0] * len(scores)
@@ -204,7 +205,7 @@ def test_reduced_precision_by_the_newer_settings_is_refused(backend):
     """In a process of its own: torch does not forget that these were used."""
     script = f"""
 import torch
-from percov2.entropy import intmath
+from percov2.entropy.torch import intmath
 {backend}.fp32_precision = "tf32"
 try:
     intmath.require_exact_float32()

@@ -1,4 +1,4 @@
-"""percov2.entropy.rans_cuda against percov2.entropy.rans.
+"""percov2.entropy.torch.rans_cuda against percov2.entropy.rans.
 
 Every test runs twice: with kernels emulated on the CPU, from tests/native, and on a card.
 """
@@ -13,7 +13,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from percov2.entropy import rans, rans_cuda
+from percov2.entropy import rans
+from percov2.entropy.torch import rans_cuda
 from tools.emulated_cuda import module, use
 
 

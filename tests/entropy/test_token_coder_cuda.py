@@ -14,13 +14,17 @@ import torch
 from percov2.container import bitstream, tokens_file
 from percov2.container.bitstream import BitstreamError, Header
 from percov2.container.tokens_file import OpenFile, Tokens
-from percov2.entropy import cdf, rans, rans_cuda, schedule, token_coder
-from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy import rans, schedule
+from percov2.entropy import token_coder as compiled
+from percov2.entropy.int_transformer import IntTransformer as CompiledTransformer
 from percov2.entropy.rans import RansDecoder
-from percov2.entropy.token_coder import TokenCoder, default_coder
+from percov2.entropy.torch import cdf, rans_cuda, token_coder
+from percov2.entropy.torch.int_transformer import IntTransformer
+from percov2.entropy.torch.token_coder import TokenCoder, default_coder
 from percov2.entropy.transformer_config import TransformerConfig
 from test_codec import certain_model
 from tools import emulated_cuda
+from tools.executors import same
 from tools.pretended_device import DEVICE, Held, PretendedDevice
 
 FROZEN = Path(__file__).parents[1] / "data" / "entropy_v1"
@@ -29,13 +33,13 @@ FROZEN = Path(__file__).parents[1] / "data" / "entropy_v1"
 @pytest.fixture
 def coder(device: torch.device) -> TokenCoder:
     """A coder on ``device``: on a card as it comes, else with the emulated kernels."""
-    model = IntTransformer.load(FROZEN, device)
+    model = IntTransformer.load(FROZEN, device=device)
     return TokenCoder(model, None if device.type == "cuda" else "cuda")
 
 
 @pytest.fixture(scope="module")
-def cpu_coder() -> TokenCoder:
-    return TokenCoder(IntTransformer.load(FROZEN))
+def cpu_coder() -> compiled.TokenCoder:
+    return compiled.TokenCoder(CompiledTransformer.load(FROZEN))
 
 
 def maps() -> list[Tokens]:
@@ -82,7 +86,9 @@ def test_plain_maps_are_written_again_without_the_dense_promise(coder):
     grids = [np.zeros((60, 60), np.int32), np.full((60, 60), 255, np.int32)]
     files = tokens_file.pack(sure, headers(grids, "qlds12"), grids)
     assert [bitstream.read(file).header.dense for file in files] == [False, True]
-    assert files == tokens_file.pack(TokenCoder(certain_model()), headers(grids, "qlds12"), grids)
+    assert files == tokens_file.pack(
+        compiled.TokenCoder(certain_model()), headers(grids, "qlds12"), grids
+    )
     decoded = tokens_file.unpack(sure, opened(files, grids))
     assert all(np.array_equal(a, b) for a, b in zip(decoded, grids, strict=True))
 
@@ -158,7 +164,7 @@ def test_the_host_waits_once_for_the_bytes(request, monkeypatch, cpu_coder):
     tokens = torch.from_numpy(np.random.default_rng(2).integers(0, 16, (6, 9, 12), np.int32))
     expected = cpu_coder.encoder(tokens, "qlds12", range(6)).finish()
     with PretendedDevice() as device:
-        coder = TokenCoder(IntTransformer.load(FROZEN, DEVICE, "torch"), "cuda")
+        coder = TokenCoder(IntTransformer.load(FROZEN, device=DEVICE, executor="torch"), "cuda")
         cdf.weights(torch.zeros(1, 2, dtype=torch.int16).to(DEVICE))  # its table is uploaded once
         device.forget()
         one_pass = token_coder.one_pass_residual
@@ -182,7 +188,7 @@ def test_the_host_waits_once_for_the_bytes(request, monkeypatch, cpu_coder):
         decoded = coder.decode(decoder, "qlds12", 9, 12)
         assert device.waits == []
         assert device.downloads == [(6, 9, 12)]
-        assert torch.equal(decoded, tokens)
+        assert same(decoded, tokens)
         assert decoder.finished(range(6)).all()
         assert len(device.downloads) == 2
 
@@ -210,12 +216,12 @@ def test_the_choice_of_a_coder_is_visible(monkeypatch):
 
 def test_an_unknown_coder_is_refused(cpu_coder):
     with pytest.raises(ValueError, match="'gpu'; it must be one of"):
-        TokenCoder(cpu_coder.model, "gpu")
+        TokenCoder(IntTransformer.load(FROZEN), "gpu")
 
 
 def test_a_coder_of_the_cpu_reads_with_the_cpu(cpu_coder):
     assert isinstance(cpu_coder.decoder(b"\x07", np.array([0, 1])), RansDecoder)
-    assert cpu_coder.tokens_at_once == token_coder._TOKENS_AT_ONCE["cpu"]
+    assert cpu_coder.tokens_at_once == compiled._TOKENS_AT_ONCE
 
 
 def test_batches_on_a_card_shrink_as_models_grow():

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import percov2
-from percov2.entropy import intmath, rans, schedule
+from percov2.entropy import ranges, rans, schedule
 from percov2.entropy.int_transformer import IntTransformer, random_tensors
-from percov2.entropy.stage_pass import StagedDecoder, one_pass_logits
+from percov2.entropy.staging import StagedDecoder, one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
+from tools.executors import load_on, model_on, random_on, same
 
 TINY = Path(percov2.__file__).parent / "pretrained" / "tiny" / "r031" / "entropy"
 SIZES = {
@@ -46,34 +47,34 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def tokens_of(batch: int, height: int, width: int, size: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(batch * 100 + height * 10 + width)
-    return torch.randint(0, size, (batch, height, width), generator=generator).to(torch.int32)
+def tokens_of(batch: int, height: int, width: int, size: int) -> np.ndarray:
+    generator = np.random.default_rng(batch * 100 + height * 10 + width)
+    return generator.integers(0, size, (batch, height, width), dtype=np.int32)
 
 
-def staged_logits(model: IntTransformer, tokens: torch.Tensor, stages: np.ndarray) -> torch.Tensor:
+def staged_logits(model: IntTransformer, tokens: np.ndarray, stages: np.ndarray) -> np.ndarray:
     decoder = StagedDecoder(model, stages, len(tokens))
-    ordered = tokens.flatten(1)[:, torch.from_numpy(schedule.order(stages))]
-    parts: list[torch.Tensor] = []
+    ordered = tokens.reshape(len(tokens), -1)[:, schedule.order(stages)]
+    parts: list[np.ndarray] = []
     known = 0
     while decoder.remaining:
         parts.append(decoder.logits())
         decoder.accept(ordered[:, known : known + parts[-1].shape[1]])
         known += parts[-1].shape[1]
-    return torch.cat(parts, 1)
+    return np.concatenate(parts, 1)
 
 
 def assert_equal_to_torch(
-    config: TransformerConfig, tensors: dict[str, torch.Tensor], grids: list[tuple[int, int, int]]
+    config: TransformerConfig, tensors: dict[str, np.ndarray], grids: list[tuple[int, int, int]]
 ) -> None:
-    compiled = IntTransformer(config, tensors, executor="cpu")
-    oracle = IntTransformer(config, tensors, executor="torch")
+    compiled = model_on("cpu", config, tensors)
+    oracle = model_on("torch", config, tensors)
     for batch, height, width in grids:
         tokens = tokens_of(batch, height, width, config.codebook_size)
         stages = schedule.stages("qlds5", height, width)
         expected = one_pass_logits(oracle, tokens, stages)
-        assert torch.equal(one_pass_logits(compiled, tokens, stages), expected)
-        assert torch.equal(staged_logits(compiled, tokens, stages), expected)
+        assert same(one_pass_logits(compiled, tokens, stages), expected)
+        assert same(staged_logits(compiled, tokens, stages), expected)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -88,26 +89,25 @@ def test_random_models_equal_torch(instruction_set, name):
 def test_extreme_weights_equal_torch(instruction_set, head_dim, sign):
     config = TransformerConfig(24, 48, 2, head_dim, 2, 1040)
     tensors = random_tensors(config, head_dim)
-    generator = torch.Generator().manual_seed(head_dim)
+    generator = np.random.default_rng(head_dim)
     for name, tensor in sorted(tensors.items(), reverse=True):  # weights before biases
         kind = name.rpartition(".")[2]
         if kind == "weight":  # rows of one sign, so that the largest sums come up
-            rows = torch.randint(0, 2, (len(tensor), 1), generator=generator) * 254 - 127
-            tensor.copy_(rows.to(torch.int8).expand_as(tensor))
+            tensor[:] = generator.integers(0, 2, (len(tensor), 1)) * 254 - 127
             if ".up." in name or ".kv." in name:
                 tensor[::2, ::3] *= -1
         elif kind == "bias" and "attention.bias" not in name:
-            reach = 127 * tensors[name.replace("bias", "weight")].abs().to(torch.int32).sum(1)
-            tensor.copy_(sign * (intmath.ACC_LIMIT - 1 - reach))
+            weight = tensors[name.replace("bias", "weight")].astype(np.int32)
+            tensor[:] = sign * (ranges.ACC_LIMIT - 1 - 127 * np.abs(weight).sum(1))
         elif kind == "gain":
-            tensor.copy_(torch.where(tensor > 600, 2047, -2047 * sign))
+            tensor[:] = np.where(tensor > 600, 2047, -2047 * sign)
         elif kind == "multiplier":
-            tensor.fill_(127)
+            tensor.fill(127)
     tensors["layers.0.attention.bias"][:] = 2047 * sign
     tensors["layers.1.attention.bias"][:, ::2] = -2047
-    tensors["layers.0.attention.shift"].fill_(5)
-    tensors["layers.0.attention.gain_bits"].fill_(5)
-    tensors["layers.1.attention.gain_bits"].fill_(0)
+    tensors["layers.0.attention.shift"].fill(5)
+    tensors["layers.0.attention.gain_bits"].fill(5)
+    tensors["layers.1.attention.gain_bits"].fill(0)
     for size in ("row", "column", "query", "token", "start"):
         tensors[f"embedding.{size}"][..., ::3] = -(2**15)
         tensors[f"embedding.{size}"][..., 1::3] = 2**15 - 1
@@ -117,12 +117,12 @@ def test_extreme_weights_equal_torch(instruction_set, head_dim, sign):
 @pytest.mark.parametrize("name", ["checkerboard", "qlds12", "var", "raster"])
 def test_one_pass_equals_stages(instruction_set, name):
     config = SIZES["ragged"]
-    model = IntTransformer.random(config, 5, executor="cpu")
+    model = random_on("cpu", config, 5)
     tokens = tokens_of(3, 6, 35, 40)
     stages = schedule.stages(name, 6, 35)
     logits = one_pass_logits(model, tokens, stages)
-    assert torch.equal(staged_logits(model, tokens, stages), logits)
-    assert len(logits.unique()) > 1000
+    assert same(staged_logits(model, tokens, stages), logits)
+    assert len(np.unique(logits)) > 1000
 
 
 def test_batches_and_threads_do_not_matter(instruction_set, threads):
@@ -135,8 +135,8 @@ def test_batches_and_threads_do_not_matter(instruction_set, threads):
     expected = one_pass_logits(model, tokens, stages)
     torch.set_num_threads(threads)
     for batch in (1, 2, 7, 64):
-        assert torch.equal(one_pass_logits(model, tokens[:batch], stages), expected[:batch])
-        assert torch.equal(staged_logits(model, tokens[:batch], stages), expected[:batch])
+        assert same(one_pass_logits(model, tokens[:batch], stages), expected[:batch])
+        assert same(staged_logits(model, tokens[:batch], stages), expected[:batch])
 
 
 def test_instruction_sets_agree_on_the_tiny_model():
@@ -150,13 +150,13 @@ def test_instruction_sets_agree_on_the_tiny_model():
             results.append(one_pass_logits(model, tokens, stages))
     finally:
         rans.use_instruction_set(before)
-    oracle = one_pass_logits(IntTransformer.load(TINY, executor="torch"), tokens, stages)
-    assert all(torch.equal(result, oracle) for result in results)
+    oracle = one_pass_logits(load_on("torch", TINY), tokens, stages)
+    assert all(same(result, oracle) for result in results)
 
 
 def test_weights_equal_the_table(instruction_set):
     weights = rans.attention_weights(np.arange(2**16 + 5, dtype=np.int32))
-    assert weights[:128].tolist() == list(intmath.WEIGHT_TABLE)
+    assert weights[:128].tolist() == list(ranges.WEIGHT_TABLE)
     assert not weights[128:].any()
     assert rans.attention_weights(np.array([2**31 - 1, 0], dtype=np.int32)).tolist() == [0, 127]
 
@@ -188,7 +188,7 @@ assert status == 0 and right()
 
 
 def test_calls_from_several_threads_at_once():
-    model = IntTransformer.random(SIZES["ragged"], 5, executor="cpu")
+    model = random_on("cpu", SIZES["ragged"], 5)
     stages = schedule.stages("qlds5", 5, 6)
     grids = [tokens_of(3 + i, 5, 6, 40) for i in range(6)]
     expected = [one_pass_logits(model, tokens, stages) for tokens in grids]
@@ -198,6 +198,6 @@ def test_calls_from_several_threads_at_once():
         with ThreadPoolExecutor(4) as pool:
             for _ in range(5):
                 results = pool.map(lambda tokens: one_pass_logits(model, tokens, stages), grids)
-                assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+                assert all(same(a, b) for a, b in zip(results, expected, strict=True))
     finally:
         torch.set_num_threads(before)

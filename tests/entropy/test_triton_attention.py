@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from percov2 import triton_kernels
-from percov2.entropy import entries, schedule
-from percov2.entropy.reader_plan import plan_readers
+from percov2.entropy import schedule, visibility
+from percov2.entropy.torch.reader_plan import plan_readers
 from tools.compiled_kernels import (
     CAPABILITIES,
     attention_source,
@@ -41,10 +41,10 @@ def test_every_reader_has_a_block_with_all_that_it_sees() -> None:
         stages = schedule.stages(name, *shape)
         coding = schedule.order(stages)
         stage = stages.reshape(-1)[coding]
-        keys = entries.join(
-            entries.start_entries(), entries.content_entries(stage, coding, shape[1])
+        keys = visibility.join(
+            visibility.start_entries(), visibility.content_entries(stage, coding, shape[1])
         )
-        for reader in (keys, entries.query_entries(stage, coding, shape[1])):
+        for reader in (keys, visibility.query_entries(stage, coding, shape[1])):
             places, readers, first, listed = (
                 part.numpy() for part in plan_readers(reader, keys, torch.device("cpu"), 32, 64)
             )
@@ -53,11 +53,11 @@ def test_every_reader_has_a_block_with_all_that_it_sees() -> None:
             assert np.array_equal(places[0] // 2**16 == reader.row, at)
             assert np.array_equal((places[0] % 2**16)[at], reader.column[at])
             assert sorted(readers[readers >= 0]) == list(range(len(reader)))
-            seen = entries.visible(reader, keys)
+            seen = visibility.visible(reader, keys)
             for i, block in enumerate(readers):
                 mine, place, stage = listed[:, first[i] : first[i + 1]]
                 assert len(mine) % 64 == 0
-                real = stage < entries.NEVER
+                real = stage < visibility.NEVER
                 mine = mine[real]
                 assert len(set(mine)) == len(mine)
                 assert np.array_equal(stage[real], keys.key_stage[mine])
@@ -89,8 +89,10 @@ def test_wrong_arguments_are_refused(change: dict, message: str) -> None:
     stages = schedule.stages("raster", 2, 3)
     coding = schedule.order(stages)
     stage = stages.reshape(-1)[coding]
-    keys = entries.join(entries.start_entries(), entries.content_entries(stage[:5], coding[:5], 3))
-    queries = entries.query_entries(stage, coding, 3)
+    keys = visibility.join(
+        visibility.start_entries(), visibility.content_entries(stage[:5], coding[:5], 3)
+    )
+    queries = visibility.query_entries(stage, coding, 3)
     plan = plan_readers(queries, keys, torch.device("cpu"), *triton_kernels.attention_blocks())
     if "plan" in change:  # one of its tensors loses its last element
         wrong = [part[..., :-1] if i == change["plan"] else part for i, part in enumerate(plan)]

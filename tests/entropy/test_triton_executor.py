@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from percov2.entropy import int_transformer
-from percov2.entropy.entries import content_entries, join, start_entries
-from percov2.entropy.int_transformer import IntTransformer, default_executor
+from percov2.entropy.int_transformer import IntTransformer, random_tensors, trial
+from percov2.entropy.torch import int_transformer
+from percov2.entropy.torch.int_transformer import default_executor
 from percov2.entropy.transformer_config import TransformerConfig
+from percov2.entropy.visibility import content_entries, join, start_entries
 from tools.compiled_kernels import compare_on, needs_triton
+from tools.executors import model_on, random_on
 
 SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=1, hidden=40)
 CUDA = torch.device("cuda", 0)
@@ -34,12 +36,12 @@ def test_encoding_takes_three_launches_and_one_copy_after_the_transformer() -> N
 @needs_triton
 def test_a_cpu_without_interpreter_is_refused() -> None:
     with pytest.raises(ValueError, match="TRITON_INTERPRET"):
-        IntTransformer.random(SMALL, 1, executor="triton")
+        random_on("triton", SMALL, 1)
 
 
 @needs_triton
 def test_each_stream_keeps_its_own_plans_up_to_a_limit(monkeypatch) -> None:
-    from percov2.entropy import rans_cuda, triton_executor
+    from percov2.entropy.torch import rans_cuda, triton_executor
 
     executor = triton_executor.Executor.__new__(triton_executor.Executor)
     executor.device, executor._blocks = torch.device("cpu"), (32, 32)
@@ -73,15 +75,15 @@ def test_each_stream_keeps_its_own_plans_up_to_a_limit(monkeypatch) -> None:
 def test_a_card_is_tried_with_tiles_of_both_sizes() -> None:
     from percov2.triton_kernels.int_linear import block_sizes
 
-    tokens, stages = int_transformer._trial(CUDA)
+    tokens, stages = trial(11)
     assert tokens.max() < 40
     contents = len(tokens) * (3 + int((stages < stages.max()).sum()))
-    assert block_sizes(tokens.numel(), 48) != block_sizes(contents, 48)
+    assert block_sizes(tokens.size, 48) != block_sizes(contents, 48)
 
 
 def test_the_executor_has_a_name() -> None:
     assert IntTransformer.random(SMALL, 1).executor_name == "cpu"
-    assert IntTransformer.random(SMALL, 1, executor="torch").executor_name == "torch"
+    assert random_on("torch", SMALL, 1).executor_name == "torch"
 
 
 @pytest.mark.parametrize(
@@ -119,14 +121,15 @@ def test_a_model_stays_on_the_card_that_was_current(monkeypatch) -> None:
 
 
 def test_a_model_does_not_care_for_the_default_device() -> None:
-    tensors = int_transformer.random_tensors(SMALL, 1)
+    tensors = random_tensors(SMALL, 1)
     with torch.device("meta"):
-        model = IntTransformer(SMALL, tensors, executor="torch")
-    assert model.tensors["head.bias"].device.type == "cpu"
+        model = model_on("torch", SMALL, tensors)
+        logits = model.logits(torch.zeros(1, 1, 24, dtype=torch.int32, device="cpu"))
+    assert logits.device.type == "cpu"
 
 
 def test_elsewhere_the_choice_is_quiet() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert default_executor(torch.device("cpu")) == "cpu"
+        assert default_executor(torch.device("cpu")) == "torch"
         assert default_executor(torch.device("meta")) == "torch"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from percov2 import triton_kernels
-from percov2.entropy import cdf
+from percov2.entropy.cdf import WEIGHT_TABLE
 from tools.compiled_kernels import (
     CAPABILITIES,
     compare_on,
@@ -15,7 +15,7 @@ from tools.compiled_kernels import (
     symbol_intervals_source,
 )
 
-TABLE = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32)
+TABLE = torch.tensor(WEIGHT_TABLE, dtype=torch.int32)
 
 
 @needs_triton

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from percov2.entropy import entries, intmath, schedule
-from percov2.entropy.reader_plan import plan_readers
+from percov2.entropy import ranges, schedule, visibility
+from percov2.entropy.torch.reader_plan import plan_readers
 from percov2.triton_kernels import attention, attention_blocks, stage_attention
 
 DEVICE = torch.device(sys.argv[1])
-WEIGHTS = torch.tensor(intmath.WEIGHT_TABLE, dtype=torch.int8)
+WEIGHTS = torch.tensor(ranges.WEIGHT_TABLE, dtype=torch.int8)
 
 
 def plain_attention(
@@ -27,7 +27,7 @@ def plain_attention(
     gain_bits: int,
 ) -> torch.Tensor:
     """One image and all heads, in int64: q [E, H, D], k and v [K, H, D], index [E, K]."""
-    hidden = (index == entries.HIDDEN_INDEX)[None]
+    hidden = (index == visibility.HIDDEN_INDEX)[None]
     product = torch.einsum("ehd,khd->hek", q.long(), k.long())
     shift = shifts.long()[:, None, None]
     bias = torch.nn.functional.pad(biases.long(), (0, 1))[:, index]
@@ -42,8 +42,8 @@ def plain_attention(
 
 
 def compare(
-    reader: entries.Entries,
-    key: entries.Entries,
+    reader: visibility.Entries,
+    key: visibility.Entries,
     heads: int,
     head_dim: int,
     batch: int,
@@ -69,7 +69,7 @@ def compare(
     placed = [x.to(DEVICE) for x in (q, both, biases, shifts, WEIGHTS)]
     sides = placed[1].split(inner, 2)
     result = attention(placed[0], *sides, plan, *placed[2:4], gain_bits, placed[4]).cpu()
-    index = torch.from_numpy(entries.relative_index(reader, key).astype(np.int64))
+    index = torch.from_numpy(visibility.relative_index(reader, key).astype(np.int64))
     parts = (heads, head_dim)
     for b in range(batch):
         expected = plain_attention(
@@ -84,15 +84,17 @@ def compare(
         assert torch.equal(result[b].unflatten(1, parts), expected)
 
 
-def grid_entries(name: str, height: int, width: int) -> tuple[entries.Entries, entries.Entries]:
+def grid_entries(
+    name: str, height: int, width: int
+) -> tuple[visibility.Entries, visibility.Entries]:
     """Keys (start entries and all contents but the last stage's) and queries of one grid."""
     stages = schedule.stages(name, height, width)
     coding = schedule.order(stages)
     stage = stages.reshape(-1)[coding]
     known = int(np.searchsorted(stage, stage[-1]))
-    contents = entries.content_entries(stage[:known], coding[:known], width)
-    keys = entries.join(entries.start_entries(), contents)
-    return keys, entries.query_entries(stage, coding, width)
+    contents = visibility.content_entries(stage[:known], coding[:known], width)
+    keys = visibility.join(visibility.start_entries(), contents)
+    return keys, visibility.query_entries(stage, coding, width)
 
 
 @settings(max_examples=18, deadline=None, derandomize=True, database=None)

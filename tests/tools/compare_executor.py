@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from percov2.entropy import cdf, rans, schedule
-from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.stage_pass import StagedDecoder, one_pass_logits
-from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy import rans, schedule
+from percov2.entropy.staging import StagedDecoder, one_pass_logits
+from percov2.entropy.torch import cdf
+from percov2.entropy.torch.int_transformer import IntTransformer
+from percov2.entropy.torch.token_coder import TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
+from tools.executors import random_on, same
 
 DEVICE = torch.device(sys.argv[1])
 
@@ -27,28 +29,28 @@ def staged_logits(model: IntTransformer, tokens: torch.Tensor, stages: np.ndarra
         count = parts[-1].shape[1]
         decoder.accept(ordered[:, known : known + count])
         known += count
-    assert torch.equal(decoder.tokens().cpu(), tokens)
+    assert same(decoder.tokens().cpu(), tokens)
     return torch.cat(parts, 1)
 
 
 def compare(config: TransformerConfig, name: str, shape: tuple[int, int, int]) -> None:
     tokens = torch.randint(0, config.codebook_size, shape).to(torch.int32)
     stages = schedule.stages(name, *shape[1:])
-    oracle = IntTransformer.random(config, 3, executor="torch")
-    model = IntTransformer.random(config, 3, DEVICE, executor="triton")
+    oracle = random_on("torch", config, 3)
+    model = random_on("triton", config, 3, DEVICE)
     assert model.executor_name == "triton"
     expected = one_pass_logits(oracle, tokens, stages)
     assert expected.float().std() > 100
     for _ in range(2):  # the second time with kept plans
         logits = one_pass_logits(model, tokens, stages).cpu()
         assert logits.dtype == torch.int16
-        assert torch.equal(logits, expected)
-    assert torch.equal(staged_logits(model, tokens, stages), expected)
+        assert same(logits, expected)
+    assert same(staged_logits(model, tokens, stages), expected)
 
 
 def kernel_codes_tokens(config: TransformerConfig) -> None:
     """cdf's functions as they are on a GPU: the same intervals, and wrong tokens are marked."""
-    model = IntTransformer.random(config, 5, executor="torch")
+    model = random_on("torch", config, 5)
     tokens = torch.randint(0, config.codebook_size, (2, 3, 4)).to(torch.int32)
     expected = TokenCoder(model).intervals(tokens, "qlds5")
     stages = schedule.stages("qlds5", 3, 4)
@@ -72,7 +74,7 @@ def kernel_codes_tokens(config: TransformerConfig) -> None:
 def coder_round_trip(config: TransformerConfig, shape: tuple[int, int, int]) -> None:
     """The default executor: intervals equal to the CPU's, payloads that decode, wrong tokens."""
     tokens = torch.randint(0, config.codebook_size, shape).to(torch.int32)
-    model = IntTransformer.random(config, 7, DEVICE)
+    model = IntTransformer.random(config, 7, device=DEVICE)
     assert (model.executor_name == "triton") == cdf.fused(DEVICE) == (DEVICE.type == "cuda")
     coder, oracle = TokenCoder(model), TokenCoder(IntTransformer.random(config, 7))
     starts, freqs = coder.intervals(tokens, "qlds12")
@@ -82,7 +84,7 @@ def coder_round_trip(config: TransformerConfig, shape: tuple[int, int, int]) -> 
     count = [starts.shape[1]] * len(tokens)
     encoder.push(starts.ravel(), freqs.ravel(), count, coder.prob_bits)
     decoder = rans.RansDecoder(*encoder.finish())
-    assert torch.equal(coder.decode(decoder, "qlds12", *shape[1:]), tokens)
+    assert same(coder.decode(decoder, "qlds12", *shape[1:]), tokens)
     wrong = tokens.to(DEVICE)
     wrong[0, 0, 0] = config.codebook_size
     with pytest.raises(ValueError, match=f"codebook has {config.codebook_size}"):

@@ -11,12 +11,13 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from percov2.entropy import cdf
+from percov2.entropy.cdf import WEIGHT_TABLE
+from percov2.entropy.torch import cdf
 from percov2.triton_kernels import symbol_intervals
 from percov2.triton_kernels.intervals import corrected_quotient, quotient
 
 DEVICE = torch.device(sys.argv[1])
-TABLE = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32).to(DEVICE)
+TABLE = torch.tensor(WEIGHT_TABLE, dtype=torch.int32).to(DEVICE)
 
 
 def drawn_logits(kind: str, rows: int, size: int, generator: torch.Generator) -> torch.Tensor:

@@ -14,11 +14,12 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from percov2.entropy import cdf, rans, rans_cuda
-from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.token_coder import _LOGITS_AT_ONCE_FUSED, TokenCoder
+from percov2.entropy import rans
+from percov2.entropy.torch import cdf, rans_cuda
+from percov2.entropy.torch.token_coder import _LOGITS_AT_ONCE_FUSED, TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.triton_kernels import intervals
+from tools.executors import random_on
 
 DEVICE = torch.device(sys.argv[1])
 
@@ -55,7 +56,7 @@ def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
 
 def encode(config: TransformerConfig, wasteful: bool = False) -> list[str]:
     """The work between the last logits and the bytes on the host."""
-    model = IntTransformer.random(config, 9, DEVICE, executor="triton")
+    model = random_on("triton", config, 9, DEVICE)
     logits_of = model.logits
     quantize = cdf.marked_intervals
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from percov2 import triton_kernels
-from percov2.entropy import intmath
+from percov2.entropy import ranges
+from percov2.entropy.torch import intmath
 from percov2.triton_kernels.int_layernorm import (
     corrected_root,
     integer_root,
@@ -54,7 +55,7 @@ def integers(low: int, high: int, shape: tuple[int, ...], rng: torch.Generator) 
 )
 def norms(rows: int, dim: int, kind: str, seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
-    limit = intmath.RESIDUAL_LIMIT
+    limit = ranges.RESIDUAL_LIMIT
     residual = {
         "wide": lambda: integers(-limit, limit, (rows, dim), rng),
         "narrow": lambda: torch.randint(-3, 4, (rows, dim), generator=rng),
@@ -62,7 +63,7 @@ def norms(rows: int, dim: int, kind: str, seed: int) -> None:
         "one": lambda: (torch.arange(rows * dim).view(rows, dim) % dim == seed % dim) * limit,
         "halves": lambda: torch.randint(0, 2, (rows, dim), generator=rng) * 2 * limit - limit,
     }[kind]()
-    gain = integers(-intmath.MAX_GAIN, intmath.MAX_GAIN, (dim,), rng)
+    gain = integers(-ranges.MAX_GAIN, ranges.MAX_GAIN, (dim,), rng)
     residual, gain = residual.to(torch.int32), gain.to(torch.int16)
     result = layer_norm(residual, gain)
     assert result.dtype == torch.int8
@@ -125,7 +126,7 @@ def guesses_do_not_matter() -> None:
 def random_map(outputs: int, terms: int, rng: torch.Generator) -> tuple[torch.Tensor, ...]:
     """Weights, biases, multipliers and shifts inside their ranges, up to the ends."""
     weight = integers(-127, 127, (outputs, terms), rng).to(torch.int8)
-    room = intmath.ACC_LIMIT - 1 - 127 * weight.to(torch.int64).abs().sum(1)
+    room = ranges.ACC_LIMIT - 1 - 127 * weight.to(torch.int64).abs().sum(1)
     bias = torch.where(torch.rand(outputs, generator=rng) < 0.5, room, -room).to(torch.int32)
     bias[::2] //= 1000
     multiplier = integers(1, 127, (outputs,), rng).to(torch.int8)
@@ -151,8 +152,8 @@ def compare_map(rows: int, outputs: int, terms: int, end: str, seed: int) -> Non
     x[0] = weight[0].sign() * 127  # the largest sum
     acc = intmath.linear(x.float(), weight.float(), bias.float())
     low, high = {
-        "int16": (intmath.LOGIT_MIN, intmath.LOGIT_MAX),
-        "residual": (-intmath.RESIDUAL_LIMIT, intmath.RESIDUAL_LIMIT),
+        "int16": (ranges.LOGIT_MIN, ranges.LOGIT_MAX),
+        "residual": (-ranges.RESIDUAL_LIMIT, ranges.RESIDUAL_LIMIT),
     }.get(end, (-127, 127))
     expected = intmath.requantize(acc, multiplier.int(), shift.int(), low, high)
     if end == "table":
@@ -160,7 +161,7 @@ def compare_map(rows: int, outputs: int, terms: int, end: str, seed: int) -> Non
         result = linear(x, weight, bias, multiplier, shift, table=table)
         expected = table[(expected + 128).long()]
     elif end == "residual":
-        limit = intmath.RESIDUAL_LIMIT
+        limit = ranges.RESIDUAL_LIMIT
         residual = integers(-limit, limit, (rows, outputs), rng).to(torch.int32)
         before = residual.clone()
         result = linear(x, weight, bias, multiplier, shift, residual=residual)

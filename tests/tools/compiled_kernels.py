@@ -34,8 +34,9 @@ def compare_on(device: str, script: str) -> None:
     On "cpu" with interpreted kernels (triton must learn that before it is imported), or on a card.
     """
     result = subprocess.run(
-        [sys.executable, str(Path(__file__).parent / script), device],
+        [sys.executable, "-m", f"tools.{Path(script).stem}", device],
         env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
         check=False,

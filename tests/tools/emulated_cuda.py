@@ -11,7 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from percov2.entropy import rans, rans_cuda
+from percov2.entropy import rans
+from percov2.entropy.torch import rans_cuda
 from tools.native_programs import build, tools
 
 CALLS = ("cuda_built", "cuda_devices", "cuda_encode_sizes", "cuda_encode", "cuda_decode")
@@ -39,7 +40,7 @@ def module(request: pytest.FixtureRequest, name: str) -> ModuleType:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, kernels: ModuleType) -> None:
-    """Make percov2.entropy.rans_cuda run the kernels of a module, on CPU tensors."""
+    """Make percov2.entropy.torch.rans_cuda run the kernels of a module, on CPU tensors."""
     for name in CALLS:
         monkeypatch.setattr(rans, name, getattr(kernels, name))
     monkeypatch.setattr(rans_cuda, "DEVICE_TYPE", "cpu")

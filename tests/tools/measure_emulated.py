@@ -23,7 +23,8 @@ from percov2.bench import gpu, gpu_device
 from percov2.bench.gpu_jobs import Size
 from percov2.bench.report import page
 from percov2.bench.timing import Effort
-from percov2.entropy import cdf, rans, rans_cuda, token_coder
+from percov2.entropy import rans, token_coder
+from percov2.entropy.torch import cdf, rans_cuda
 from percov2.entropy.transformer_config import TransformerConfig
 
 path, *changed = sys.argv[1:]

@@ -15,9 +15,9 @@ from accelerate.state import AcceleratorState
 
 from oracles import independent_model
 from percov2.codec import Codec
-from percov2.entropy.direct import UNKNOWN, int_direct_logits
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.scales import scale_plan, scale_shapes
+from percov2.entropy.torch.direct import UNKNOWN, int_direct_logits
+from percov2.entropy.torch.scales import scale_plan, scale_shapes
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.evaluation.study.coders import DirectCoder, TokenMap
 from percov2.evaluation.study.schedules import STUDY_SCHEDULES
@@ -35,6 +35,7 @@ from percov2.training.study.multiscale import (
     same_tokens,
 )
 from tools.command_line import failure, run
+from tools.executors import random_on, same
 from tools.photo_store import store_photos
 
 SIZE = 16
@@ -52,7 +53,7 @@ def _own_accelerator() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model() -> IntTransformer:
     sizes = TransformerConfig(5 * SIZE, dim=16, heads=2, head_dim=8, layers=2, hidden=32)
-    return IntTransformer.random(sizes, 1, executor="torch")
+    return random_on("torch", sizes, 1)
 
 
 def random_tokens(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -204,7 +205,7 @@ def test_codebooks_are_fitted_once(tmp_path: Path) -> None:
     path = tmp_path / "run" / "codebooks.npy"
     first = ScaleQuantizer.stored(path, photos, SIZE)
     trained_on = [g for g, held in zip(photos.directions, photos.held_out, strict=True) if not held]
-    assert torch.equal(first.codebooks, ScaleQuantizer.fit(trained_on, SIZE).codebooks)
+    assert same(first.codebooks, ScaleQuantizer.fit(trained_on, SIZE).codebooks)
     np.save(path, np.zeros((4, SIZE, 3), np.float32))
     assert not ScaleQuantizer.stored(path, photos, SIZE).codebooks.any()
 
@@ -231,8 +232,8 @@ def test_draws_are_whole_maps_of_one_shape() -> None:
             assert any(np.array_equal(row, known) for known in maps.maps[shape])
             assert np.array_equal(payload, plan.payload(row))
         assert float(weights.sum()) == pytest.approx(1)
-        assert torch.equal(batch.rows[0], torch.from_numpy(16 * plan.entries.row // shape[0]))
-        assert torch.equal(batch.columns[0], torch.from_numpy(16 * plan.entries.column // 5))
+        assert same(batch.rows[0], torch.from_numpy(16 * plan.entries.row // shape[0]))
+        assert same(batch.columns[0], torch.from_numpy(16 * plan.entries.column // 5))
     assert len(shapes) == 2
 
 

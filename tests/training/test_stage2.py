@@ -13,23 +13,23 @@ from accelerate.state import AcceleratorState
 from torch.nn import functional
 
 from percov2.entropy import schedule
-from percov2.entropy.export import export
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.quantization import (
+from percov2.entropy.staging import one_pass_logits
+from percov2.entropy.torch.export import export
+from percov2.entropy.torch.quantization import (
     LOGIT_SCALE,
     multiplier_and_shift,
     round_to_int8,
     score_scales,
 )
-from percov2.entropy.stage_pass import one_pass_logits
-from percov2.entropy.transformer import (
+from percov2.entropy.torch.transformer import (
     Crop,
     TokenBatch,
     TokenTransformer,
     TransformerConfig,
     crop_batch,
 )
-from percov2.entropy.window_attention import window_attention
+from percov2.entropy.torch.window_attention import window_attention
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.stage2 import (
     EntropyConfig,
@@ -38,6 +38,7 @@ from percov2.training.stage2 import (
     random_stages,
     train_entropy,
 )
+from tools.executors import same
 
 SIZES = {"dim": 32, "heads": 2, "head_dim": 16, "layers": 2, "hidden": 64}
 CONFIG = EntropyConfig(model=SIZES, shapes=((8, 8), (6, 10)), tokens_per_step=512)
@@ -217,8 +218,8 @@ def test_float_logits_do_not_see_later_tokens():
     with torch.no_grad():
         a = model(crop_batch([Crop(grid, stages)], 9, 11)).view(9, 11, -1)
         b = model(crop_batch([Crop(changed, stages)], 9, 11)).view(9, 11, -1)
-    assert torch.equal(a[stages <= 4], b[stages <= 4])
-    assert not torch.equal(a[stages > 4], b[stages > 4])
+    assert same(a[stages <= 4], b[stages <= 4])
+    assert not same(a[stages > 4], b[stages > 4])
 
 
 def test_random_stages_are_orders():
@@ -271,7 +272,7 @@ def test_a_run_resumes_exactly_and_exports(token_file: Path, tmp_path: Path):
     load_averaged(tmp_path / "cut", cut)
     load_averaged(tmp_path / "whole", whole)
     states = zip(cut.state_dict().values(), whole.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in states)
+    assert all(same(a, b) for a, b in states)
 
     model = IntTransformer.load(tmp_path / "whole" / "entropy")
     assert result is not None

@@ -13,9 +13,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from percov2.entropy.direct import masked_plan
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.torch.direct import masked_plan
 from percov2.evaluation.study.coders import DirectCoder, token_map
 from percov2.evaluation.study.comparison import measure
 from percov2.evaluation.study.schedules import STUDY_SCHEDULES
@@ -31,6 +31,7 @@ from percov2.training.study import runs
 from percov2.training.study.direct_stage import masked_model
 from percov2.training.study.runs import OneOrder, SharedRun, fine_tuned, shared_run
 from tools.command_line import failure, run
+from tools.executors import same
 
 SIZES = {"dim": 16, "heads": 2, "head_dim": 8, "layers": 2, "hidden": 32}
 CONFIG = EntropyConfig(model=SIZES, shapes=((5, 6), (4, 4)), tokens_per_step=256)
@@ -94,7 +95,7 @@ def test_fine_tuning_starts_from_the_shared_weights(
     still = fine_tuned(shared, token_file, ORDER, 2, tmp_path)
     before = IntTransformer.load(shared.folder / "entropy")
     for name in ("embedding.token", "embedding.query", "embedding.start"):
-        assert torch.equal(still.tensors[name], before.tensors[name])
+        assert same(still.tensors[name], before.tensors[name])
 
 
 def test_fine_tuning_saves_bits_and_is_done_once(

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from percov2.bench import cases
 from percov2.bench.cases import Case, Shape, integer_logits, make_case
 from percov2.bench.timing import Effort, measure
-from percov2.entropy import cdf, rans
+from percov2.entropy import rans
+from percov2.entropy.torch import cdf
 
 NAME = "percov2"
 INTERVALS = "intervals / CDF rows"
@@ -67,7 +68,7 @@ def _checked_intervals(case: Case, logits: Any) -> Intervals:
     symbols = torch.from_numpy(case.symbols.reshape(-1)[:rows])
     for mine, oracle in zip(found, cdf.intervals(sample, symbols, case.prob_bits), strict=True):
         equal = np.array_equal(mine.reshape(-1)[:rows], oracle.numpy())
-        require(equal, "intervals differ from those of percov2.entropy.cdf")
+        require(equal, "intervals differ from those of percov2.entropy.torch.cdf")
     return found
 
 

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from percov2.bench import coders, fresh, model
@@ -182,7 +183,7 @@ def _model_steps(plan: Plan, coder: TokenCoder) -> Iterator[Step]:
     tokens = model.draw_tokens(coder, max(plan.batch, *plan.batches), plan.grid)
     main, default = tokens[: plan.batch], plan.schedules[0]
 
-    def both(what: str, grids: torch.Tensor, schedule: str, threads: int = 1) -> Step:
+    def both(what: str, grids: NDArray[np.int32], schedule: str, threads: int = 1) -> Step:
         work = partial(model.encode_and_decode, coder, grids, schedule, threads, plan.effort)
         return f"entropy model, {what}", work
 

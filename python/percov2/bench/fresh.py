@@ -83,6 +83,7 @@ def _cold(folder: Path) -> dict[str, float]:
 
 
 def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float | None]:
+    import numpy as np
     import torch
 
     from percov2.bench import model
@@ -98,7 +99,7 @@ def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float 
     before = _megabytes("VmRSS")
     CLEAR.write_text("5", encoding="ascii")  # resets the peak
     if what == "encode":
-        model.encode(coder, tokens.expand(images, -1, -1), SCHEDULE, 1)
+        model.encode(coder, np.repeat(tokens, images, 0), SCHEDULE, 1)
     else:
         model.decode(coder, model.random_streams(images, side), SCHEDULE, side, 1)
     peak = _megabytes("VmHWM")

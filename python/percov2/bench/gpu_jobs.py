@@ -19,9 +19,12 @@ from torch import Tensor
 from percov2.bench import coders
 from percov2.bench.cases import Shape, integer_logits, make_case
 from percov2.bench.model import AttentionCase, pass_entries
-from percov2.entropy import cdf, intmath, rans, rans_cuda
+from percov2.entropy import ranges, rans
+from percov2.entropy.cdf import WEIGHT_TABLE
 from percov2.entropy.int_transformer import random_tensors
-from percov2.entropy.reader_plan import plan_readers
+from percov2.entropy.torch import cdf, intmath, rans_cuda
+from percov2.entropy.torch.int_transformer import to_tensors
+from percov2.entropy.torch.reader_plan import plan_readers
 from percov2.entropy.transformer_config import TransformerConfig
 
 SCHEDULE = "qlds12"
@@ -97,7 +100,7 @@ def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
     intervals = engine_intervals()
     arrays = (integers, case.symbols, *intervals, case.checks.astype(np.int32))
     logits, chosen, start, freq, checks = (torch.from_numpy(a).to(place) for a in arrays)
-    table = torch.tensor(cdf.WEIGHT_TABLE, dtype=torch.int32).to(place)
+    table = torch.tensor(WEIGHT_TABLE, dtype=torch.int32).to(place)
     yield Job(
         "symbol_intervals",
         name,
@@ -189,7 +192,7 @@ def layer_jobs(place: torch.device, size: Size) -> Iterator[Job]:
     case = AttentionCase(config, SCHEDULE, size.side, size.images)
     _, readers, keys = pass_entries(case.stages)
     plan = plan_readers(readers, keys, place, *attention_blocks())
-    weights = torch.tensor(intmath.WEIGHT_TABLE, dtype=torch.int8)
+    weights = torch.tensor(ranges.WEIGHT_TABLE, dtype=torch.int8)
     made = (torch.from_numpy(case.q), torch.from_numpy(case.kv), case.bias, case.shift, weights)
     q, both, bias, shift, table = (t.to(place) for t in made)
     k, v = both[..., :inner], both[..., inner:]
@@ -230,7 +233,7 @@ def linear_job(
     from percov2.triton_kernels import linear
 
     prefix = name if name == "head" else f"layers.0.{name}"
-    tensors, (low, high, moved) = random_tensors(size.config, 0), _ENDS[end]
+    tensors, (low, high, moved) = to_tensors(random_tensors(size.config, 0)), _ENDS[end]
     kinds = ("weight", "bias", "multiplier", "shift")
     parameters = [tensors[f"{prefix}.{kind}"] for kind in kinds]
     weight, bias, multiplier, shift = parameters

@@ -18,11 +18,13 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 
 from percov2.bench.coders import require
 from percov2.bench.timing import Effort, Timing, measure
-from percov2.entropy import entries, intmath, rans, schedule
-from percov2.entropy.entries import START_ENTRIES, Entries
+from percov2.entropy import ranges, rans, schedule, visibility
 from percov2.entropy.int_transformer import random_tensors
 from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.torch import intmath
+from percov2.entropy.torch.int_transformer import to_tensors
 from percov2.entropy.transformer_config import TransformerConfig
+from percov2.entropy.visibility import START_ENTRIES, Entries
 
 FLOAT_CHUNKS = (8, 64)
 """Torch takes so many images at a time; the faster choice counts."""
@@ -48,36 +50,39 @@ def random_streams(images: int, side: int) -> Streams:
     return buffer, np.arange(images + 1, dtype=np.int64) * size
 
 
-def draw_tokens(coder: TokenCoder, images: int, side: int) -> Tensor:
+def draw_tokens(coder: TokenCoder, images: int, side: int) -> NDArray[np.int32]:
     """Draw tokens from the model: int32 [images, side, side]."""
     return decode(coder, random_streams(images, side), "qlds8", side, 1)
 
 
-def encode(coder: TokenCoder, tokens: Tensor, name: str, threads: int) -> Streams:
+def encode(coder: TokenCoder, tokens: NDArray[np.int32], name: str, threads: int) -> Streams:
     """Encode tokens by one pass; every check is 0."""
     checks = np.zeros(len(tokens), dtype=np.uint16)
     return coder.encoder(tokens, name, checks, threads).finish()
 
 
-def decode(coder: TokenCoder, streams: Streams, name: str, side: int, threads: int) -> Tensor:
+def decode(coder: TokenCoder, streams: Streams, name: str, side: int, threads: int) -> Any:
     """Decode streams stage by stage."""
     return coder.decode(coder.decoder(*streams), name, side, side, threads=threads)
 
 
-def _record(what: str, name: str, tokens: Tensor, threads: int, timing: Timing) -> Record:
+def _record(
+    what: str, name: str, tokens: NDArray[np.int32], threads: int, timing: Timing
+) -> Record:
     images, side = tokens.shape[:2]
     case = {"schedule": name, "grid": side, "images": images, "threads": threads}
     return {"section": "model", "what": what, **case, **timing.per_image(images)}
 
 
 def encode_and_decode(
-    coder: TokenCoder, tokens: Tensor, name: str, threads: int, effort: Effort
+    coder: TokenCoder, tokens: NDArray[np.int32], name: str, threads: int, effort: Effort
 ) -> list[Record]:
     """Measure both ways for tokens int32 [B, side, side] under one schedule."""
     case = (name, tokens.shape[1], threads)
     with torch_threads(threads):
         streams = encode(coder, tokens, name, threads)
-        require(torch.equal(decode(coder, streams, *case), tokens), f"{name} decodes other tokens")
+        same = np.array_equal(decode(coder, streams, *case), tokens)
+        require(same, f"{name} decodes other tokens")
         works: dict[str, Callable[[], object]] = {
             "encode": lambda: encode(coder, tokens, name, threads),
             "decode": lambda: decode(coder, streams, *case),
@@ -98,9 +103,9 @@ def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries,
     coding = schedule.order(stages)
     stage, width = stages.reshape(-1)[coding], stages.shape[1]
     known = int(np.searchsorted(stage, stage[-1]))
-    contents = entries.content_entries(stage[:known], coding[:known], width)
-    keys = entries.join(entries.start_entries(), contents)
-    return coding, entries.join(keys, entries.query_entries(stage, coding, width)), keys
+    contents = visibility.content_entries(stage[:known], coding[:known], width)
+    keys = visibility.join(visibility.start_entries(), contents)
+    return coding, visibility.join(keys, visibility.query_entries(stage, coding, width)), keys
 
 
 class FloatLayer(nn.Module):
@@ -141,7 +146,7 @@ class FloatTransformer(nn.Module):
         super().__init__()
         coding, readers, keys = pass_entries(stages)
         self.keys, dim = len(keys), config.dim
-        self.mask = torch.from_numpy(entries.visible(readers, keys))
+        self.mask = torch.from_numpy(visibility.visible(readers, keys))
         self.coding = torch.from_numpy(coding)
         self.token = nn.Embedding(config.codebook_size, dim)
         self.query, self.start, self.place = (
@@ -173,10 +178,10 @@ def _fastest(images: int, work: Callable[[list[slice]], object], effort: Effort)
     return min(timings, key=lambda timing: timing.median_s)
 
 
-def float_pass(coder: TokenCoder, tokens: Tensor, name: str, effort: Effort) -> Record:
+def float_pass(coder: TokenCoder, tokens: NDArray[np.int32], name: str, effort: Effort) -> Record:
     """Measure the float transformer's pass from tokens to logits, on one thread."""
     model = FloatTransformer(coder.model.config, schedule.stages(name, *tokens.shape[1:]))
-    wide = tokens.to(torch.int64)
+    wide = torch.from_numpy(tokens).to(torch.int64)
     with torch_threads(1), torch.inference_mode():
         timing = _fastest(len(wide), lambda parts: [model(wide[part]) for part in parts], effort)
     return _record("float32 torch", name, tokens, 1, timing)
@@ -194,11 +199,11 @@ class AttentionCase:
         self.heads, inner = config.heads, config.inner
         self.stages = np.ascontiguousarray(schedule.stages(name, side, side))
         _, readers, keys = pass_entries(self.stages)
-        self.index = torch.from_numpy(entries.relative_index(readers, keys).astype(np.int64))
+        self.index = torch.from_numpy(visibility.relative_index(readers, keys).astype(np.int64))
         rng = np.random.default_rng(0)
         sizes = (images, len(readers), inner), (images, len(keys), 2 * inner)
         self.q, self.kv = (rng.integers(-127, 128, size, dtype=np.int8) for size in sizes)
-        tensors = random_tensors(config, 0)
+        tensors = to_tensors(random_tensors(config, 0))
         self.bias, self.shift, gain = (
             tensors[f"layers.0.attention.{name}"] for name in ("bias", "shift", "gain_bits")
         )
@@ -219,7 +224,7 @@ class AttentionCase:
     def oracle(self, image: int) -> NDArray[np.int8]:
         """Return what the kernel must give for one image, by torch: int8 [E, inner]."""
         q, k, v = (part[0] for part in self.split(slice(image, image + 1)))
-        bias = pad(self.bias.to(torch.float32), (0, 1), value=float(intmath.HIDDEN_SCORE))
+        bias = pad(self.bias.to(torch.float32), (0, 1), value=float(ranges.HIDDEN_SCORE))
         scale = torch.exp2(-self.shift.to(torch.float32))[:, None, None]
         scores = torch.floor(q @ k.transpose(1, 2) * scale + 0.5) + bias[:, self.index]
         weights = intmath.softmax_weights_(scores)
@@ -236,7 +241,7 @@ def attention(
         equal = np.array_equal(case.compiled()[-1], case.oracle(images - 1))
         require(equal, "the attention kernel does not compute what torch computes")
         q, k, v = case.split(slice(images))
-        mask = case.index != entries.HIDDEN_INDEX
+        mask = case.index != visibility.HIDDEN_INDEX
 
         def by_torch(parts: list[slice]) -> None:
             for part in parts:

@@ -349,19 +349,17 @@ def _entropy_methods(
     maps: list[TokenMap],
 ) -> Iterator[Method]:
     """What ``eval entropy`` compares, each trained when its turn comes."""
-    from percov2.entropy.int_transformer import IntTransformer
-    from percov2.entropy.token_coder import TokenCoder
+    from percov2.entropy.token_coder import open_coder
     from percov2.evaluation.study.coders import OrderCoder
     from percov2.evaluation.study.comparison import order_methods
     from percov2.training.study import methods
     from percov2.training.study.runs import shared_run
 
-    shared = IntTransformer.load(model.folder / rate / "entropy", arguments.device)
+    coder = open_coder(model.folder / rate / "entropy", arguments.device)
     runs = arguments.out / "runs"
     run = None
     if arguments.entropy_run is not None:
-        run = shared_run(arguments.entropy_run, shared.fingerprint())
-    coder = TokenCoder(shared)
+        run = shared_run(arguments.entropy_run, coder.model.fingerprint())
     yield from order_methods("shared", lambda _, order: OrderCoder(coder, order), maps, draw=True)
     if run is None:
         return

@@ -16,14 +16,13 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from percov2.container.bitstream import BitstreamError
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import RansDecoder
 from percov2.entropy.schedule import stages
-from percov2.entropy.stage_pass import StagedDecoder
+from percov2.entropy.staging import StagedDecoder
 from percov2.entropy.token_coder import TokenCoder
 
 MAX_PIECES = 64
@@ -136,7 +135,7 @@ class CaptionModel:
                 f"the caption model codes {transformer.config.codebook_size} pieces, but its "
                 f"alphabet has {len(alphabet)}"
             )
-        self.alphabet, self._coder = alphabet, TokenCoder(transformer, "cpu")
+        self.alphabet, self._coder = alphabet, TokenCoder(transformer)
         # A caption's cost is asked for before its intervals, and those for every file of it.
         self._coded = lru_cache(_REMEMBERED)(self._code)
 
@@ -191,7 +190,7 @@ class CaptionModel:
     def _intervals(self, pieces: Sequence[int]) -> NDArray[np.int32]:
         row = np.full((1, MAX_PIECES), END, dtype=np.int32)
         row[0, : len(pieces)] = pieces
-        starts, freqs = self._coder.intervals(torch.from_numpy(row)[None], "raster")
+        starts, freqs = self._coder.intervals(row[None], "raster")
         return np.stack([starts[0], freqs[0]], axis=1)[: len(pieces) + 1]
 
     def _cost(self, intervals: NDArray[np.int32]) -> float:
@@ -216,14 +215,14 @@ class CaptionModel:
         pieces = np.full((count, MAX_PIECES), END, dtype=np.int32)
         open_, whole = np.arange(count, dtype=np.int64), np.ones(count, dtype=bool)
         for column in range(MAX_PIECES):
-            logits = staged.logits()[torch.from_numpy(open_)]
+            logits = staged.logits()[open_]
             whole[open_] &= ~decoder.exhausted[open_]
             found = decoder.decode_logits(logits, self.prob_bits, open_)[:, 0]
             pieces[open_, column] = found
             open_ = open_[found != END]
             if not len(open_):
                 break
-            staged.accept(torch.from_numpy(pieces[:, column : column + 1].copy()))
+            staged.accept(pieces[:, column : column + 1])
         return [
             self._read_one(row, i in open_, (state, position, intact))
             for i, (row, state, position, intact) in enumerate(

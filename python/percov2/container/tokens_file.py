@@ -11,15 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from percov2.batching import by_group
 from percov2.container import bitstream
 from percov2.container.bitstream import BitstreamError, Header, ParsedFile
 from percov2.container.caption_model import CaptionModel
-from percov2.entropy.rans import RansDecoder, RansEncoder
-from percov2.entropy.rans_cuda import CudaRansDecoder
+from percov2.entropy.rans import RansEncoder, as_array, default_threads
 from percov2.entropy.schedule import SCHEDULES, stage_count, stages
 from percov2.entropy.token_coder import CodedGrids, TokenCoder
 
@@ -142,8 +140,8 @@ def _by_form(
     refuse_parts(headers, [grid.shape for grid in tokens])
 
     def work(group: list[tuple[Header, Tokens]]) -> list[Result]:
-        grids = torch.from_numpy(np.stack([grid for _, grid in group]))
-        coded = coder.code(grids, SCHEDULES[group[0][0].schedule], threads())
+        grids = np.stack([grid for _, grid in group])
+        coded = coder.code(grids, SCHEDULES[group[0][0].schedule], default_threads())
         return finish(
             [EncodedPicture(h, grid, coded, i, captions) for i, (h, grid) in enumerate(group)]
         )
@@ -317,11 +315,6 @@ def _sent_places(header: Header, grid: tuple[int, ...]) -> NDArray[np.bool_]:
     return stages(SCHEDULES[header.schedule], grid[0], grid[1]) <= header.stages_sent
 
 
-def threads() -> int:
-    """Threads of the coder: as many as torch has."""
-    return torch.get_num_threads()
-
-
 def check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> int:
     """The check of a file with these tokens, of which it may hold a part."""
     model = b""
@@ -344,7 +337,7 @@ def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
     headers = [picture.header for picture in pictures]
     checks = [check_of(picture.header, picture.tokens, captions) for picture in pictures]
     rows = [picture._row for picture in pictures]
-    encoder = coded.encoder(checks, threads(), headers[0].stages_sent, rows)
+    encoder = coded.encoder(checks, default_threads(), headers[0].stages_sent, rows)
     tails = encoder.symbols_before_output.tolist()
     if captions is not None:
         texts = [_coded_caption(header, captions) for header in headers]
@@ -373,7 +366,7 @@ def _push(encoder: RansEncoder, symbols: Sequence[NDArray[np.int32]], prob_bits:
     """Push (start, freq) int32 [n, 2] of every stream."""
     joined = np.concatenate(symbols)
     counts = np.array([len(one) for one in symbols], dtype=np.int64)
-    encoder.push(joined[:, 0], joined[:, 1], counts, prob_bits, threads())
+    encoder.push(joined[:, 0], joined[:, 1], counts, prob_bits, default_threads())
 
 
 def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -547,7 +540,7 @@ def _by_file_form(
     return by_group(files, keys, sizes, work, coder.tokens_at_once)
 
 
-def _decoder(coder: TokenCoder, files: Sequence[OpenFile]) -> RansDecoder | CudaRansDecoder:
+def _decoder(coder: TokenCoder, files: Sequence[OpenFile]) -> Any:
     """A decoder of the tokens of files, behind their headers."""
     return coder.decoder(
         b"".join(file.data for file in files),
@@ -581,11 +574,11 @@ def _unpack_equal(
         SCHEDULES[header.schedule],
         *files[0].grid,
         on_stage=hold_to_promise,
-        threads=threads(),
+        threads=default_threads(),
         sent=header.stages_sent,
         seed=header.seed,
     )
-    tokens: list[Any] = list(grids.numpy())
+    tokens: list[Any] = list(as_array(grids))
     checks = [check_of(f.parsed.header, g, captions) for f, g in zip(files, tokens, strict=True)]
     for i, valid in enumerate(decoder.finished(checks)):
         if not valid and not trusting:
@@ -602,11 +595,11 @@ def _unpack_equal_cut(coder: TokenCoder, files: Sequence[OpenFile]) -> list[tupl
         decoder,
         SCHEDULES[header.schedule],
         *files[0].grid,
-        threads=threads(),
+        threads=default_threads(),
         sent=header.stages_sent,
         seed=header.seed,
     )
     for file, ended in zip(files, decoder.exhausted, strict=True):
         if not ended:
             raise file.fault("the file is damaged, not cut: bytes are left after its last token")
-    return list(zip(grids.numpy(), taken.tolist(), strict=True))
+    return list(zip(as_array(grids), taken.tolist(), strict=True))

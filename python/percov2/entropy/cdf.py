@@ -1,19 +1,17 @@
-"""Integer logits to integer intervals: the torch form, on any device.
+"""Integer logits to integer intervals: what the format says of both.
 
 With d = max(logits) - logit in 1/256 of an octave, the weight of a symbol is
 ``w = table[d & 255] >> (d >> 8)`` (22 bits; 0 from 22 octaves on). With prefix sums P, total S,
 M = 2^prob_bits and V symbols, ``start_i = floor(P_i * (M - V) / S) + i``: strictly increasing from
 0 to M, so every symbol has at least one slot and a single interval needs no table. All numbers are
-integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55. The compiled form is percov2.entropy.rans;
-on CUDA devices ``intervals`` is one Triton kernel where triton is installed.
+integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55. ``percov2.entropy.rans`` has the compiled form,
+``percov2.entropy.torch.cdf`` the form on any device.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from functools import cache
-
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 MIN_PROB_BITS = 8
 MAX_PROB_BITS = 20
@@ -54,9 +52,6 @@ WEIGHT_TABLE: tuple[int, ...] = (
 # fmt: on
 
 
-_STEPS_PER_NAT = 369.329925537109375  # 256 / ln 2 in float32
-
-
 def default_prob_bits(codebook_size: int) -> int:
     """Precision used for a codebook: 16 bits up to 256 entries, 18 up to 1024, 20 above.
 
@@ -85,133 +80,24 @@ def check_precision(codebook_size: int, prob_bits: int) -> None:
         )
 
 
-@cache
-def _weight_table(device: torch.device) -> torch.Tensor:
-    """WEIGHT_TABLE as int64 [256]; uploaded once, because an upload may wait for the device."""
-    with torch.inference_mode(False):  # usable in every later context
-        return torch.tensor(WEIGHT_TABLE, dtype=torch.int64).to(device)
+_WEIGHTS = np.array(WEIGHT_TABLE, dtype=np.int64)
 
 
-@cache
-def _kernel_table(device: torch.device) -> torch.Tensor:
-    """WEIGHT_TABLE as the kernel reads it: int32 [256]."""
-    with torch.inference_mode(False):
-        return torch.tensor(WEIGHT_TABLE, dtype=torch.int32).to(device)
+def weights(logits: NDArray[np.int16], sharpness: int = 256) -> NDArray[np.int64]:
+    """Return weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
 
+    What logits lie below the largest is multiplied by sharpness / 256 >= 0 and rounded down.
 
-def round_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Natural-log logits as base-2 logits in 1/256 of an octave below the row's largest.
-
-    float32 or bfloat16 [..., V] -> int16 [..., V]: in float32, ``rint((x - max) * (256 / ln 2))``,
-    ties to even, not below -32768. Three operations that IEEE 754 defines to the bit, so equal
-    floats give equal integers on every machine. -inf is allowed. Raises ValueError for another
-    dtype, an empty last axis, and rows with NaN, +inf or nothing finite.
+    Raises:
+        ValueError: another dtype or an empty last axis.
     """
-    if logits.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"logits have dtype {logits.dtype}; they must be float32 or bfloat16")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; the last axis is the codebook")
-    wide = logits.to(torch.float32)
-    top = wide.amax(dim=-1, keepdim=True)
-    if not torch.isfinite(top).all():  # amax hands NaN on
-        raise ValueError("a row of the logits holds NaN or +inf, or nothing finite")
-    steps = torch.round((wide - top) * _STEPS_PER_NAT)
-    return steps.clamp(min=-32768).to(torch.int16)
-
-
-def weights(logits: torch.Tensor, sharpness: int = 256) -> torch.Tensor:
-    """Weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
-
-    What logits lie below the largest is multiplied by sharpness / 256 >= 0 and rounded down. Raises
-    ValueError for another dtype or an empty last axis.
-    """
-    if logits.dtype != torch.int16:
-        raise ValueError(f"logits have dtype {logits.dtype}; they must be torch.int16")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; the last axis is the codebook")
-    wide = logits.to(torch.int64)
-    difference = wide.amax(dim=-1, keepdim=True) - wide
+    if logits.dtype != np.int16:
+        raise ValueError(f"logits have dtype {logits.dtype}; they must be int16")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits have shape {logits.shape}; the last axis is the codebook")
+    wide = logits.astype(np.int64)
+    difference = wide.max(axis=-1, keepdims=True) - wide
     if sharpness != 256:
         difference = difference * sharpness >> 8
-    table = _weight_table(logits.device)
-    # A shift by 22 or more gives 0; the clamp keeps every shift below 63.
-    return table[difference & 255] >> (difference >> 8).clamp(max=31)
-
-
-def cdf(logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
-    """Interval bounds: int16 logits [..., V] -> int32 [..., V + 1], from 0 to 2^prob_bits.
-
-    Raises ValueError for a wrong dtype, codebook size or precision.
-
-    >>> cdf(torch.tensor([0, -256, -512], dtype=torch.int16), prob_bits=8)  # 4 : 2 : 1
-    tensor([  0, 145, 218, 256], dtype=torch.int32)
-    """
-    symbol_weights = weights(logits)
-    size = logits.shape[-1]
-    check_precision(size, prob_bits)
-    prefix = torch.nn.functional.pad(symbol_weights.cumsum(dim=-1), (1, 0))
-    index = torch.arange(size + 1, device=logits.device)
-    spread = (1 << prob_bits) - size
-    # No operand is negative, so floor division means the same everywhere.
-    return ((prefix * spread) // prefix[..., -1:] + index).to(torch.int32)
-
-
-def fused(device: torch.device) -> bool:
-    """Whether ``intervals`` is one Triton kernel there: on CUDA devices, if triton is installed.
-
-    Elsewhere it is a dozen torch operators with the same results.
-    """
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-def intervals(
-    logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Intervals of chosen symbols: logits int16 [..., V], symbols int32 [...] in 0 .. V - 1.
-
-    Returns starts and freqs, int32 [...]; freq >= 1 and start + freq <= 2^prob_bits. A symbol
-    outside the codebook is an error of torch's gather on the CPU and undefined on a GPU, where a
-    check would have to wait for the device. Raises ValueError for wrong shapes or dtypes.
-    """
-    _check_symbols(logits, symbols)
-    if fused(logits.device):
-        starts, freqs = _fused_intervals(logits, symbols, prob_bits)
-        return starts, freqs
-    bounds = cdf(logits, prob_bits)
-    index = symbols.to(torch.int64).unsqueeze(-1)
-    starts = bounds.gather(-1, index).squeeze(-1)
-    return starts, bounds.gather(-1, index + 1).squeeze(-1) - starts
-
-
-def marked_intervals(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> torch.Tensor:
-    """``intervals`` that say which symbols lie outside the codebook: their freq is 0.
-
-    Returns int32 [2, ...], starts and freqs. Never waits for a device: who copies the freqs to the
-    host finds out there. Arguments and errors as for ``intervals``.
-    """
-    _check_symbols(logits, symbols)
-    if fused(logits.device):
-        return _fused_intervals(logits, symbols, prob_bits)
-    known = symbols.clamp(0, logits.shape[-1] - 1)
-    starts, freqs = intervals(logits, known, prob_bits)
-    return torch.stack([starts, freqs * (known == symbols)])
-
-
-def _check_symbols(logits: torch.Tensor, symbols: torch.Tensor) -> None:
-    if symbols.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"symbols have dtype {symbols.dtype}; they must be torch.int32")
-    if symbols.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"symbols have shape {tuple(symbols.shape)} for logits of {tuple(logits.shape)}; "
-            "there must be one symbol for each row of logits"
-        )
-
-
-def _fused_intervals(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> torch.Tensor:
-    from percov2.triton_kernels import symbol_intervals
-
-    if logits.dtype != torch.int16:
-        raise ValueError(f"logits have dtype {logits.dtype}; they must be torch.int16")
-    check_precision(logits.shape[-1] if logits.dim() else 0, prob_bits)
-    known = symbols.clamp(-1, MAX_CODEBOOK) if symbols.dtype == torch.int64 else symbols
-    return symbol_intervals(logits, known.to(torch.int32), prob_bits, _kernel_table(logits.device))
+    # A shift by 22 or more gives 0; the limit keeps every shift below 63.
+    return _WEIGHTS[difference & 255] >> np.minimum(difference >> 8, 31)

@@ -1,77 +1,72 @@
-"""The integer token transformer: parameters, their ranges, files and payloads.
+"""The integer token transformer: parameters, their ranges, files, and its compiled passes.
 
-docs/entropy-model.md defines the program; percov2.entropy.transformer holds the float form that is
-trained and exported to this one. torch_executor (the oracle, any device), cpu_executor (C++) and
-triton_executor (GPUs) run it; stage_pass offers their passes (one for encoding, one per stage for
-decoding).
+docs/entropy-model.md defines the program. ``percov2.entropy.torch`` holds the float form that is
+trained and exported to this one, and executors for other devices.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import hashlib
 import json
-import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from percov2.entropy import intmath, tensor_file
-from percov2.entropy.entries import (
+from percov2.entropy import ranges, rans, sampling, tensor_file
+from percov2.entropy.transformer_config import TransformerConfig
+from percov2.entropy.visibility import (
     HIDDEN_INDEX,
     SIXTEENTHS,
     SIZE_CLASSES,
     START_ENTRIES,
 )
-from percov2.entropy.transformer_config import TransformerConfig
 
-EXECUTORS = ("cpu", "torch", "triton")
+_INT8, _INT16, _INT32 = np.dtype(np.int8), np.dtype(np.int16), np.dtype(np.int32)
 
 
-def _linear_shapes(name: str, outputs: int, terms: int) -> dict[str, tuple[torch.dtype, tuple]]:
+def _linear_shapes(name: str, outputs: int, terms: int) -> dict[str, tuple[np.dtype, tuple]]:
     return {
-        f"{name}.weight": (torch.int8, (outputs, terms)),
-        f"{name}.bias": (torch.int32, (outputs,)),
-        f"{name}.multiplier": (torch.int8, (outputs,)),
-        f"{name}.shift": (torch.int8, (outputs,)),
+        f"{name}.weight": (_INT8, (outputs, terms)),
+        f"{name}.bias": (_INT32, (outputs,)),
+        f"{name}.multiplier": (_INT8, (outputs,)),
+        f"{name}.shift": (_INT8, (outputs,)),
     }
 
 
-def tensor_layout(config: TransformerConfig) -> dict[str, tuple[torch.dtype, tuple]]:
+def tensor_layout(config: TransformerConfig) -> dict[str, tuple[np.dtype, tuple]]:
     """Name -> (dtype, shape) of every tensor of the integer program."""
     dim = config.dim
-    layout: dict[str, tuple[torch.dtype, tuple]] = {
-        "embedding.token": (torch.int16, (config.codebook_size, dim)),
-        "embedding.query": (torch.int16, (dim,)),
-        "embedding.row": (torch.int16, (SIXTEENTHS, dim)),
-        "embedding.column": (torch.int16, (SIXTEENTHS, dim)),
-        "embedding.start": (torch.int16, (START_ENTRIES, dim)),
-        "embedding.height": (torch.int16, (SIZE_CLASSES, dim)),
-        "embedding.width": (torch.int16, (SIZE_CLASSES, dim)),
-        "head_norm.gain": (torch.int16, (dim,)),
+    layout: dict[str, tuple[np.dtype, tuple]] = {
+        "embedding.token": (_INT16, (config.codebook_size, dim)),
+        "embedding.query": (_INT16, (dim,)),
+        "embedding.row": (_INT16, (SIXTEENTHS, dim)),
+        "embedding.column": (_INT16, (SIXTEENTHS, dim)),
+        "embedding.start": (_INT16, (START_ENTRIES, dim)),
+        "embedding.height": (_INT16, (SIZE_CLASSES, dim)),
+        "embedding.width": (_INT16, (SIZE_CLASSES, dim)),
+        "head_norm.gain": (_INT16, (dim,)),
         **_linear_shapes("head", config.codebook_size, dim),
     }
     for i in range(config.layers):
         prefix = f"layers.{i}"
-        layout[f"{prefix}.attention_norm.gain"] = (torch.int16, (dim,))
+        layout[f"{prefix}.attention_norm.gain"] = (_INT16, (dim,))
         layout |= _linear_shapes(f"{prefix}.q", config.inner, dim)
         layout |= _linear_shapes(f"{prefix}.kv", 2 * config.inner, dim)
-        layout[f"{prefix}.attention.bias"] = (torch.int16, (config.heads, HIDDEN_INDEX))
-        layout[f"{prefix}.attention.shift"] = (torch.int8, (config.heads,))
-        layout[f"{prefix}.attention.gain_bits"] = (torch.int8, (1,))
+        layout[f"{prefix}.attention.bias"] = (_INT16, (config.heads, HIDDEN_INDEX))
+        layout[f"{prefix}.attention.shift"] = (_INT8, (config.heads,))
+        layout[f"{prefix}.attention.gain_bits"] = (_INT8, (1,))
         layout |= _linear_shapes(f"{prefix}.out", dim, config.inner)
-        layout[f"{prefix}.mlp_norm.gain"] = (torch.int16, (dim,))
+        layout[f"{prefix}.mlp_norm.gain"] = (_INT16, (dim,))
         layout |= _linear_shapes(f"{prefix}.up", config.hidden, dim)
-        layout[f"{prefix}.gelu"] = (torch.int8, (256,))
+        layout[f"{prefix}.gelu"] = (_INT8, (256,))
         layout |= _linear_shapes(f"{prefix}.down", dim, config.hidden)
     return layout
 
 
-def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
+def _check_range(name: str, tensor: NDArray[Any], low: int, high: int) -> None:
     least, most = int(tensor.min()), int(tensor.max())
     if least < low or most > high:
         raise ValueError(
@@ -79,18 +74,18 @@ def _check_range(name: str, tensor: Tensor, low: int, high: int) -> None:
         )
 
 
-def check_tensors(config: TransformerConfig, tensors: dict[str, Tensor]) -> None:
+def check_tensors(config: TransformerConfig, tensors: dict[str, NDArray[Any]]) -> None:
     """Raise ValueError unless the tensors are those of ``config`` and keep every sum in range."""
     layout = tensor_layout(config)
     if tensors.keys() != layout.keys():
         odd = sorted(tensors.keys() ^ layout.keys())
         raise ValueError(f"missing or unknown tensors in the entropy model: {', '.join(odd[:5])}")
     limits = {
-        "weight": (-intmath.INT8_LIMIT, intmath.INT8_LIMIT),
-        "multiplier": (1, intmath.MAX_MULTIPLIER),
-        "gain": (-intmath.MAX_GAIN, intmath.MAX_GAIN),
-        "gain_bits": (0, intmath.MAX_GAIN_BITS),
-        "gelu": (-intmath.INT8_LIMIT, intmath.INT8_LIMIT),
+        "weight": (-ranges.INT8_LIMIT, ranges.INT8_LIMIT),
+        "multiplier": (1, ranges.MAX_MULTIPLIER),
+        "gain": (-ranges.MAX_GAIN, ranges.MAX_GAIN),
+        "gain_bits": (0, ranges.MAX_GAIN_BITS),
+        "gelu": (-ranges.INT8_LIMIT, ranges.INT8_LIMIT),
     }
     for name, (dtype, shape) in layout.items():
         tensor = tensors[name]
@@ -102,140 +97,79 @@ def check_tensors(config: TransformerConfig, tensors: dict[str, Tensor]) -> None
         if kind in limits:
             _check_range(name, tensor, *limits[kind])
         elif name.endswith("attention.shift"):
-            _check_range(name, tensor, intmath.SCORE_SHIFT_MIN, intmath.SCORE_SHIFT_MAX)
+            _check_range(name, tensor, ranges.SCORE_SHIFT_MIN, ranges.SCORE_SHIFT_MAX)
         elif kind == "shift":
-            _check_range(name, tensor, 1, intmath.MAX_SHIFT)
+            _check_range(name, tensor, 1, ranges.MAX_SHIFT)
         elif name.endswith("attention.bias"):
-            _check_range(name, tensor, -intmath.MAX_SCORE_BIAS, intmath.MAX_SCORE_BIAS)
+            _check_range(name, tensor, -ranges.MAX_SCORE_BIAS, ranges.MAX_SCORE_BIAS)
         elif kind == "bias":
-            weight = tensors[name.removesuffix("bias") + "weight"].to(torch.int64)
-            reach = weight.abs().sum(1) * intmath.INT8_LIMIT + tensor.to(torch.int64).abs()
-            _check_range(f"the largest sum of {name[:-5]}", reach, 0, intmath.ACC_LIMIT - 1)
+            weight = tensors[name.removesuffix("bias") + "weight"].astype(np.int64)
+            reach = np.abs(weight).sum(1) * ranges.INT8_LIMIT + np.abs(tensor.astype(np.int64))
+            _check_range(f"the largest sum of {name[:-5]}", reach, 0, ranges.ACC_LIMIT - 1)
 
 
-_TRITON_CAPABILITY = (8, 0)
-"""The oldest cards for which the kernels are compiled in tests."""
+_TRIAL_CONFIG = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
+_TRIAL_LOGITS = "1cd29e267127fb21bc7c8ca31c341208c44f94f57b279724f9f441f7c718a81d"
+"""SHA-256 of the logits of the trial, int16 little-endian, as ``percov2.entropy.torch`` gives."""
 
 
-def default_executor(device: torch.device) -> str:
-    """What runs a model on ``device`` unless its user says otherwise.
-
-    "cpu" on the CPU; on CUDA devices "triton" if triton is installed and the card is one of compute
-    capability 8.0 or later, else "torch", with a warning that says why; "torch" elsewhere.
-    """
-    if device.type == "cpu":
-        return "cpu"
-    if device.type != "cuda":
-        return "torch"
-    if importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed (pip install 'percov2[gpu]')"
-    elif torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
-        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    else:
-        return "triton"
-    warnings.warn(
-        f"the entropy model runs on {device} in torch, slower than in Triton kernels: {reason}; "
-        "executor='torch' silences this",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return "torch"
-
-
-def _trial(device: torch.device) -> tuple[Tensor, np.ndarray]:
-    """Tokens int64 [B, 5, 20] below 40 and stages for which an executor is proven on ``device``.
-
-    On a GPU the kernels take larger tiles from 1024 rows on: there the queries fill these, and the
-    contents do not.
-    """
+def trial(images: int = 1) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return tokens [images, 5, 20] below 40 and stages [5, 20] that prove an executor."""
     stages = np.arange(100, dtype=np.int32).reshape(5, 20) * 7 % 5 + 1
-    images = np.arange(11 if device.type == "cuda" else 1)[:, None, None]
-    return torch.from_numpy((stages * 31 + images) % 40).to(torch.int64), stages
+    return (stages * 31 + np.arange(images, dtype=np.int32)[:, None, None]) % 40, stages
 
 
 @cache
-def _executor(name: str, device: torch.device) -> Any:
-    """The module of an executor, proven to agree with torch on this machine.
-
-    The compiled executor and the kernels of ``device`` compute a random layer, which torch computes
-    on the CPU. Raises RuntimeError if they disagree.
-    """
-    module = importlib.import_module(f"percov2.entropy.{name}_executor")
-    oracle = importlib.import_module("percov2.entropy.torch_executor")
-    if module is not oracle:
-        config = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
-        tensors = random_tensors(config, 0)
-        tokens, stages = _trial(device)
-        results = []
-        for executor, place in ((module, device), (oracle, torch.device("cpu"))):
-            placed = {name: tensor.to(place) for name, tensor in tensors.items()}
-            model = executor.Executor(config, placed, place)
-            results.append(model.logits(model.encode(tokens.to(place), stages)).cpu())
-        if not torch.equal(*results):
-            raise RuntimeError(
-                f"the executor {name!r} does not compute what torch computes on this machine: "
-                "the entropy model would give other tokens; use executor='torch'"
-            )
-    return module
+def prove_compiled(instruction_set: str) -> None:
+    """Raise RuntimeError unless the compiled program gives the known logits of a trial."""
+    tokens, stages = trial()
+    program = _compiled(_TRIAL_CONFIG, random_tensors(_TRIAL_CONFIG, 0))
+    logits = program.logits(program.encode(stages, tokens, 1), 1)
+    if hashlib.sha256(logits.astype("<i2").tobytes()).hexdigest() != _TRIAL_LOGITS:
+        raise RuntimeError(
+            f"the compiled entropy model ({instruction_set}) computes other integers on this "
+            "machine than the format says: it would give other tokens; use the executor 'torch'"
+        )
 
 
-def _numbered(device: torch.device) -> torch.device:
-    """The device with its number: "cuda" is another card after set_device or in another thread."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+def _compiled(
+    config: TransformerConfig, tensors: dict[str, NDArray[Any]]
+) -> rans.IntegerTransformer:
+    sizes = (config.dim, config.heads, config.head_dim, config.layers, config.hidden)
+    return rans.IntegerTransformer(tensors, config.codebook_size, *sizes)
 
 
 class IntTransformer:
-    """An integer token transformer, ready to run on one device.
+    """An integer token transformer that the compiled program runs on the CPU.
 
     Args:
         config: its sizes.
-        tensors: what ``tensor_layout(config)`` lists.
-        device: where it runs.
-        executor: what runs it, "torch" (any device), "cpu" (C++) or "triton" (CUDA devices); by
-            default what ``default_executor`` says. ``executor_name`` tells which it became.
+        tensors: what ``tensor_layout(config)`` lists, as arrays or tensors.
 
     Raises:
-        ValueError: tensors that do not fit the config or the ranges of the program, or an executor
-            that does not fit the device.
-        RuntimeError: the device or the executor does not compute exactly, or triton is missing for
-            the executor "triton".
+        ValueError: tensors that do not fit the config or the ranges of the program.
+        RuntimeError: this machine does not compute exactly.
 
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
     >>> model = IntTransformer.random(config, seed=1)
-    >>> model.logits(torch.zeros(1, 4, 8, dtype=torch.int32)).shape
-    torch.Size([1, 4, 16])
+    >>> model.logits(np.zeros((1, 4, 8), np.int32)).shape
+    (1, 4, 16)
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        tensors: dict[str, Tensor],
-        device: torch.device | str = "cpu",
-        executor: str | None = None,
-    ) -> None:
-        check_tensors(config, tensors)
-        self.config = config
-        self.device = _numbered(torch.device(device))
-        if executor is not None and executor not in EXECUTORS:
-            raise ValueError(f"executor is {executor!r}; it must be one of {EXECUTORS}")
-        self.executor_name = executor or default_executor(self.device)
-        self.tensors = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()
-        }
-        with torch.device("cpu"):  # whatever the default device of tensors is
-            intmath.self_test(self.device)
-            placed = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
-            module = _executor(self.executor_name, self.device)
-            self.executor = module.Executor(config, placed, self.device)
+    executor_name = "cpu"
 
-    def to(self, device: torch.device | str) -> IntTransformer:
-        """The same model on another device."""
-        return IntTransformer(self.config, self.tensors, device)
+    def __init__(self, config: TransformerConfig, tensors: dict[str, Any]) -> None:
+        self.config = config
+        self.tensors = {name: rans.as_array(tensor) for name, tensor in tensors.items()}
+        check_tensors(config, self.tensors)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        prove_compiled(rans.instruction_set())
+        self._program = _compiled(self.config, self.tensors)
 
     def fingerprint(self) -> bytes:
-        """SHA-256 over the canonical bytes of config and tensors (``tensor_file.fingerprint``)."""
+        """Return SHA-256 over the canonical bytes of config and tensors."""
         return tensor_file.fingerprint(self.config.to_dict(), self.tensors)
 
     def save(self, folder: Path | str) -> None:
@@ -247,13 +181,17 @@ class IntTransformer:
         tensor_file.write_tensors(folder / "model.safetensors", self.tensors)
 
     @classmethod
-    def load(
-        cls, folder: Path | str, device: torch.device | str = "cpu", executor: str | None = None
-    ) -> IntTransformer:
+    def load(cls, folder: Path | str, **options: Any) -> Self:
         """Read what ``save`` wrote.
 
-        Raises OSError for missing files, ValueError for files that are not an entropy model of
-        this version, RuntimeError if the device does not compute exactly.
+        Args:
+            folder: of the model.
+            options: further arguments of the class.
+
+        Raises:
+            OSError: missing files.
+            ValueError: files that are not an entropy model of this version.
+            RuntimeError: the machine does not compute exactly.
         """
         folder = Path(folder)
         try:
@@ -263,28 +201,63 @@ class IntTransformer:
         if not isinstance(content, dict):
             raise ValueError(f"{folder / 'config.json'} must hold a JSON object")
         config = TransformerConfig.from_dict(content)
-        tensors = tensor_file.read_tensors(folder / "model.safetensors")
-        return cls(config, tensors, device, executor)
-
-    def logits(self, residual: Tensor) -> Tensor:
-        """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
-        return self.executor.logits(residual)
+        return cls(config, tensor_file.read_tensors(folder / "model.safetensors"), **options)
 
     @classmethod
-    def random(
-        cls,
-        config: TransformerConfig,
-        seed: int,
-        device: torch.device | str = "cpu",
-        executor: str | None = None,
-    ) -> IntTransformer:
-        """A model of seeded random integers whose activations fill their ranges: for tests."""
-        return cls(config, random_tensors(config, seed), device, executor)
+    def random(cls, config: TransformerConfig, seed: int, **options: Any) -> Self:
+        """Return a model of seeded random integers whose activations fill their ranges."""
+        return cls(config, random_tensors(config, seed), **options)
+
+    # Passes --------------------------------------------------------------------------------------
+
+    def encode(self, tokens: Any, stages: NDArray[np.int32]) -> Any:
+        """Return the residual of all queries in coding order, int32 [B, h * w, dim].
+
+        ``tokens`` are integers [B, h, w] as of ``place``, ``stages`` int32 [h, w];
+        ``percov2.entropy.staging`` checks both.
+        """
+        return self._program.encode(np.ascontiguousarray(stages), tokens, rans.default_threads())
+
+    def staged(self, stages: NDArray[np.int32], batch: int) -> Any:
+        """Return the passes of decoding ``batch`` grids, stage after stage."""
+        return _Staged(rans.StagedPass(self._program, np.ascontiguousarray(stages), batch))
+
+    def logits(self, residual: Any) -> Any:
+        """Return base-2 logits int16 [B, n, V] of a residual int32 [B, n, dim]."""
+        return self._program.logits(np.ascontiguousarray(residual), rans.default_threads())
+
+    def place(self, tokens: Any) -> Any:
+        """Return tokens where the passes take them: int32, contiguous.
+
+        Raises:
+            ValueError: tokens outside the codebook, or no integers.
+        """
+        array = rans.as_array(tokens)
+        if array.dtype not in (np.int32, np.int64):
+            raise ValueError(f"tokens have dtype {array.dtype}; they must be int32")
+        size = self.config.codebook_size
+        if array.size and not 0 <= int(array.min()) <= int(array.max()) < size:
+            raise ValueError(
+                f"tokens range from {array.min()} to {array.max()}; the codebook has {size} entries"
+            )
+        return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def random_tensors(config: TransformerConfig, seed: int) -> dict[str, Tensor]:
-    """Seeded random integers for ``tensor_layout(config)``."""
-    generator = torch.Generator().manual_seed(seed)
+class _Staged:
+    """Passes of decoding: ``residual`` of the next stage, ``accept`` its tokens, and so on."""
+
+    def __init__(self, native: rans.StagedPass) -> None:
+        self._native = native
+        self.accept = native.accept
+        self.tokens = native.tokens
+
+    def residual(self) -> NDArray[np.int32]:
+        """Return the residual of the next stage's queries: int32 [B, n, dim]."""
+        return self._native.residual(rans.default_threads())
+
+
+def random_tensors(config: TransformerConfig, seed: int) -> dict[str, NDArray[Any]]:
+    """Return seeded random integers for ``tensor_layout(config)``, the same on every machine."""
     # Activations of size ~60 and weights of ~73 make sums of ~60 * 73 * sqrt(K), to be scaled.
     shifts = {"q": 13, "kv": 13, "up": 13, "out": 8, "down": 8, "head": 11, "attention": 10}
     ranges = {
@@ -295,8 +268,8 @@ def random_tensors(config: TransformerConfig, seed: int) -> dict[str, Tensor]:
         "gelu": (-127, 127),
         "multiplier": (64, 127),
     }
-    tensors: dict[str, Tensor] = {}
-    for name, (dtype, shape) in sorted(tensor_layout(config).items()):
+    tensors: dict[str, NDArray[Any]] = {}
+    for i, (name, (dtype, shape)) in enumerate(sorted(tensor_layout(config).items())):
         part, _, kind = name.rpartition(".")
         owner = part.rpartition(".")[2]
         if kind == "shift":
@@ -305,6 +278,8 @@ def random_tensors(config: TransformerConfig, seed: int) -> dict[str, Tensor]:
             low, high = (-100, 40) if owner == "attention" else (-9000, 9000)
         else:
             low, high = ranges["embedding" if owner == "embedding" else kind]
-        drawn = torch.randint(low, high + 1, shape, generator=generator)
-        tensors[name] = drawn.to(dtype)
+        count = int(np.prod(shape))
+        words = sampling.philox(seed << 16 | i, np.arange(-(-count // 4))).ravel()[:count]
+        drawn = low + (words % (high + 1 - low)).astype(np.int64)
+        tensors[name] = drawn.astype(dtype).reshape(shape)
     return tensors

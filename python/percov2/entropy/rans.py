@@ -8,12 +8,16 @@ byte. This is the only module that imports the compiled code.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import torch
 
 try:
     from percov2 import _native
@@ -28,7 +32,7 @@ attention_weights = _native.attention_weights
 stage_attention = _native.stage_attention
 IntegerTransformer = _native.IntegerTransformer
 StagedPass = _native.StagedPass
-# For percov2.entropy.rans_cuda.
+# For percov2.entropy.torch.rans_cuda.
 cuda_built = _native.cuda_built
 cuda_devices = _native.cuda_devices
 cuda_encode_sizes = _native.cuda_encode_sizes
@@ -57,6 +61,19 @@ def use_instruction_set(name: str) -> None:
     _native.use_instruction_set(name)
 
 
+def default_threads() -> int:
+    """Return the threads that passes of the entropy model use.
+
+    As many as torch has where it is loaded; else OMP_NUM_THREADS, or the cores of this process.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_num_threads"):
+        return int(torch.get_num_threads())
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, int(asked) if asked.isdigit() else cores or 1)
+
+
 def cuda_state() -> str:
     """For reports: "not built", "built, no device", or "built" with the names of the devices."""
     if not cuda_built():
@@ -67,19 +84,32 @@ def cuda_state() -> str:
         return f"built, {error}"
 
 
-Logits = NDArray[np.int16] | NDArray[np.float32] | torch.Tensor
+Logits: TypeAlias = "NDArray[np.int16] | NDArray[np.float32] | torch.Tensor"
 """int16 base-2 logits in 1/256 of an octave, or natural-log float32 or bfloat16 logits.
 
 The latter are rounded by ``percov2.entropy.cdf.round_logits``. Floats must be the same bits on both
 sides of a stream; float models rarely give them twice. Those of percov2 give int16.
 """
 
-ArrayLike = NDArray[Any] | torch.Tensor | Sequence[int]
+ArrayLike: TypeAlias = "NDArray[Any] | torch.Tensor | Sequence[int]"
 
 
-def _integers(values: ArrayLike, dtype: Any, name: str) -> NDArray[Any]:
+def is_tensor(value: Any) -> bool:
+    """Return whether a value is a torch tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def as_array(value: Any) -> NDArray[Any]:
+    """Return an array or a tensor on any device as a contiguous array."""
+    if is_tensor(value):
+        value = value.detach().cpu().numpy()
+    return np.ascontiguousarray(value)
+
+
+def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
     """Integers as a contiguous array of ``dtype``; ValueError if one does not fit."""
-    if isinstance(values, torch.Tensor):
+    if is_tensor(values):
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
     if array.dtype == dtype:
@@ -95,9 +125,9 @@ def _integers(values: ArrayLike, dtype: Any, name: str) -> NDArray[Any]:
     return np.ascontiguousarray(array.astype(dtype))
 
 
-def _borrowed(values: NDArray[Any] | torch.Tensor, name: str) -> NDArray[Any] | torch.Tensor:
+def _borrowed(values: Any, name: str) -> Any:
     """A contiguous and aligned array on the CPU; copied only if it is not one yet."""
-    if isinstance(values, torch.Tensor):
+    if is_tensor(values):
         tensor = values.detach().cpu().contiguous()
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
     if not isinstance(values, np.ndarray):
@@ -110,7 +140,7 @@ def _compact(array: NDArray[Any]) -> NDArray[Any]:
     return np.require(array, requirements=("C", "A", "E"))
 
 
-def borrowed_logits(values: Logits) -> tuple[NDArray[Any] | torch.Tensor, str]:
+def borrowed_logits(values: Logits) -> tuple[Any, str]:
     """Contiguous logits on the CPU and the name of their dtype."""
     rows = _borrowed(values, "logits")
     if len(rows.shape) == 0:

@@ -9,7 +9,6 @@ on the place alone: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as 
 from __future__ import annotations
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from percov2.entropy import cdf
@@ -24,8 +23,9 @@ _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
 _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
-_FLOOR_BITS = 10
-_AT_ONCE = 2**22
+FLOOR_BITS = 10
+"""Weights below the largest, shifted by so many bits, are never drawn."""
+AT_ONCE = 2**22
 """Logits that are drawn from together: each takes 40 bytes meanwhile."""
 
 
@@ -58,54 +58,57 @@ def philox(key: int, counter: NDArray[np.int64]) -> NDArray[np.uint32]:
     return np.stack([a, b, c, d], axis=-1).astype(np.uint32)
 
 
-def _scaled(words: NDArray[np.uint32], total: torch.Tensor) -> torch.Tensor:
-    """⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: int64 [B, n] like total < 2^35."""
-    placed = torch.from_numpy(words[:, :2].astype(np.int64)).to(total.device)
-    high, low = placed[:, 0], placed[:, 1]
+def _scaled(words: NDArray[np.uint32], total: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return ⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: [B, n] like total < 2^35."""
+    high, low = words[:, 0].astype(np.int64), words[:, 1].astype(np.int64)
     # In pieces of 16 bits of the total no product reaches 2^52, so signed arithmetic is enough.
     upper, lower = total >> 16, total & 0xFFFF
     carry = low * upper + (low * lower >> 16) >> 16
     return high * upper + (high * lower + carry >> 16) >> 16
 
 
-def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Tensor:
-    """Tokens drawn from logits, sharpened by ``SHARPNESS``; unlikely ones are never drawn.
+def check_draw(shape: tuple[int, ...], places: NDArray[np.int64], seed: int) -> None:
+    """Raise ValueError unless logits of a shape can be drawn from at places with a seed."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ValueError(f"the seed of a draw must be 0 to {MAX_SEED}, not {seed}")
+    if len(shape) != 3 or places.shape != shape[1:2]:
+        raise ValueError(
+            f"logits have shape {shape} for {places.shape} places; they must be [B, n, V] for [n]"
+        )
+
+
+def draw(logits: NDArray[np.int16], places: NDArray[np.int64], seed: int) -> NDArray[np.int32]:
+    """Draw tokens from logits sharpened by ``SHARPNESS``; unlikely ones are never drawn.
 
     Args:
-        logits: int16 [B, n, V], to base 2 with 8 fractional bits, on any device.
+        logits: int16 [B, n, V], to base 2 with 8 fractional bits.
         places: int64 [n], raster indices of the n positions: every grid of a batch draws by the
             same numbers.
         seed: 0 to ``MAX_SEED``.
 
     Returns:
-        int32 [B, n] in 0 .. V - 1, on the logits' device.
+        int32 [B, n] in 0 .. V - 1.
 
     Raises:
         ValueError: a seed, shape or dtype out of range.
 
-    >>> draw(torch.zeros(1, 4, 8, dtype=torch.int16), np.arange(4), seed=0)
-    tensor([[3, 7, 0, 6]], dtype=torch.int32)
+    >>> draw(np.zeros((1, 4, 8), np.int16), np.arange(4), seed=0)
+    array([[3, 7, 0, 6]], dtype=int32)
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"the seed of a draw must be 0 to {MAX_SEED}, not {seed}")
-    if logits.ndim != 3 or places.shape != logits.shape[1:2]:
-        raise ValueError(
-            f"logits have shape {tuple(logits.shape)} for {places.shape} places; they must be "
-            "[B, n, V] for [n]"
-        )
-    step = max(1, _AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))
+    check_draw(logits.shape, places, seed)
+    step = max(1, AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))
     words = philox(seed, places)
-    tokens = torch.empty(logits.shape[:2], dtype=torch.int32, device=logits.device)
+    tokens = np.empty(logits.shape[:2], dtype=np.int32)
     for begin in range(0, len(places), step):
         part = slice(begin, begin + step)
         tokens[:, part] = _drawn(logits[:, part], words[part])
     return tokens
 
 
-def _drawn(logits: torch.Tensor, words: NDArray[np.uint32]) -> torch.Tensor:
-    """Tokens int32 [B, n] by the random words [n, 4] of their places."""
+def _drawn(logits: NDArray[np.int16], words: NDArray[np.uint32]) -> NDArray[np.int32]:
+    """Return tokens [B, n] by the random words [n, 4] of their places."""
     weights = cdf.weights(logits, SHARPNESS)
-    weights[weights < weights.amax(2, keepdim=True) >> _FLOOR_BITS] = 0
+    weights[weights < weights.max(2, keepdims=True) >> FLOOR_BITS] = 0
     prefix = weights.cumsum(2)
     target = _scaled(words, prefix[..., -1])
-    return torch.searchsorted(prefix, target[..., None], right=True)[..., 0].to(torch.int32)
+    return (prefix <= target[..., None]).sum(2, dtype=np.int32)

@@ -24,12 +24,11 @@ from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from percov2.entropy import rans
 from percov2.entropy.cdf import default_prob_bits
-from percov2.entropy.rans import ArrayLike, Logits, RansDecoder, RansEncoder
+from percov2.entropy.rans import ArrayLike, Logits, RansDecoder, RansEncoder, as_array
 
 CHECK_START = 0xFFFF
 """The check of no symbols; those that follow enter a CRC-16 (CCITT) as little-endian int32."""
@@ -72,9 +71,7 @@ class SymbolEncoder:
         Raises ValueError for wrong shapes, dtypes, symbols or precision, and then nothing was
         appended.
         """
-        if isinstance(symbols, torch.Tensor):
-            symbols = symbols.detach().cpu().numpy()
-        chosen = np.asarray(symbols)
+        chosen = as_array(symbols)
         if chosen.ndim != 2 or len(chosen) != self._batch:
             raise ValueError(
                 f"symbols have shape {chosen.shape}; they must be [{self._batch}, n], "

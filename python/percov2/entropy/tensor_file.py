@@ -1,6 +1,6 @@
 """Read and write safetensors files of integer tensors, and fingerprint them.
 
-The entropy engine depends on numpy and torch only, and the format is small: an 8-byte
+The entropy engine depends on numpy only, and the format is small: an 8-byte
 little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
 little-endian bytes (https://github.com/huggingface/safetensors, "Format"). Only the integer types
 of the entropy model are accepted, and every size is checked before anything is allocated.
@@ -15,26 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 MAX_HEADER_BYTES = 1 << 20
 
-_TYPES: dict[str, tuple[torch.dtype, str]] = {
-    "I8": (torch.int8, "<i1"),
-    "I16": (torch.int16, "<i2"),
-    "I32": (torch.int32, "<i4"),
-}
-_NAMES = {dtype: name for name, (dtype, _) in _TYPES.items()}
+_TYPES = {"I8": "<i1", "I16": "<i2", "I32": "<i4"}
+_NAMES = {np.dtype(code).newbyteorder("="): name for name, code in _TYPES.items()}
 
 
-def little_endian_bytes(tensor: Tensor) -> bytes:
-    """The elements of an integer tensor in C order, little-endian."""
-    array = tensor.detach().cpu().contiguous().numpy()
-    return array.astype(_TYPES[_NAMES[tensor.dtype]][1], copy=False).tobytes()
+def little_endian_bytes(tensor: NDArray[Any]) -> bytes:
+    """Return the elements of an integer tensor in C order, little-endian."""
+    return tensor.astype(_TYPES[_NAMES[tensor.dtype]], copy=False).tobytes()
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
     """Write int8, int16 and int32 tensors as a safetensors file, names sorted.
 
     Raises ValueError for another dtype.
@@ -59,7 +53,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(chunks))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """Read a safetensors file of integer tensors.
 
     Raises ValueError, naming the file, for anything that is not such a file.
@@ -76,18 +70,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a safetensors file of integers: {error}") from error
 
 
-def _tensor(data: bytes, entry: dict[str, Any]) -> Tensor:
-    dtype, code = _TYPES[entry["dtype"]]
+def _tensor(data: bytes, entry: dict[str, Any]) -> NDArray[Any]:
+    code = _TYPES[entry["dtype"]]
     shape = [int(side) for side in entry["shape"]]
     begin, end = (int(offset) for offset in entry["data_offsets"])
     size = math.prod(shape) * np.dtype(code).itemsize
     if min(shape, default=1) < 0 or not 0 <= begin <= end <= len(data) or end - begin != size:
         raise ValueError(f"shape {shape} does not fit the bytes {begin} to {end}")
     array = np.frombuffer(data[begin:end], dtype=code).reshape(shape)
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="))).to(dtype)
+    return array.astype(array.dtype.newbyteorder("="))
 
 
-def fingerprint(config: dict[str, Any], tensors: dict[str, Tensor]) -> bytes:
+def fingerprint(config: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> bytes:
     """SHA-256 over canonical bytes: the same for equal integers on every machine.
 
     The bytes are: the config as JSON (sorted keys, no spaces, ASCII) and a newline; then, per

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from percov2.entropy.intmath import MAX_DIM, MAX_TERMS
+from percov2.entropy.ranges import MAX_DIM, MAX_TERMS
 
 MIN_CODEBOOK, MAX_CODEBOOK = 2, 8192
 MAX_HEAD_DIM = 64

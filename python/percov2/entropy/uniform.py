@@ -6,7 +6,7 @@ compared with (the paper's "uniform coding"). Its integers are an ordinary integ
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 
 from percov2.entropy.int_transformer import IntTransformer, tensor_layout
 from percov2.entropy.transformer_config import TransformerConfig
@@ -21,15 +21,15 @@ def uniform_model(codebook_size: int) -> IntTransformer:
     Raises:
         ValueError: unless 2 <= codebook_size <= 8192.
 
-    >>> uniform_model(256).logits(torch.zeros(1, 1, 1, dtype=torch.int32)).unique()
-    tensor([0], dtype=torch.int16)
+    >>> np.unique(uniform_model(256).logits(np.zeros((1, 1, 1), np.int32)))
+    array([0], dtype=int16)
     """
     config = TransformerConfig(codebook_size, dim=1, heads=1, head_dim=1, layers=1, hidden=1)
     least = {"multiplier": 1, "shift": 5}  # the least that the ranges of every place allow
     return IntTransformer(
         config,
         {
-            name: torch.full(shape, least.get(name.rpartition(".")[2], 0), dtype=dtype)
+            name: np.full(shape, least.get(name.rpartition(".")[2], 0), dtype=dtype)
             for name, (dtype, shape) in tensor_layout(config).items()
         },
     )

@@ -22,16 +22,16 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from percov2.container.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
-from percov2.entropy.entries import size_class
-from percov2.entropy.export import export
 from percov2.entropy.schedule import stages
-from percov2.entropy.transformer import (
+from percov2.entropy.torch.export import export
+from percov2.entropy.torch.transformer import (
     Crop,
     TokenBatch,
     TokenTransformer,
     TransformerConfig,
     crop_batch,
 )
+from percov2.entropy.visibility import size_class
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.stage import Place
 from percov2.training.stage2 import RoundedStage

@@ -21,19 +21,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from percov2.entropy.entries import size_class
-from percov2.entropy.export import export
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.quantization import ActivationRange
 from percov2.entropy.schedule import DEFAULT_SCHEDULE, SCHEDULES, stages
 from percov2.entropy.token_coder import TokenCoder
-from percov2.entropy.transformer import (
+from percov2.entropy.torch.export import export
+from percov2.entropy.torch.quantization import ActivationRange
+from percov2.entropy.torch.transformer import (
     Crop,
     TokenBatch,
     TokenTransformer,
     TransformerConfig,
     crop_batch,
 )
+from percov2.entropy.visibility import size_class
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.stage import Place, TrainingStage
 
@@ -289,7 +289,7 @@ def integer_bits(coder: TokenCoder, maps: list[NDArray[np.int32]], schedule: str
     """Bits per token that the coder will spend on whole maps, from the coded intervals."""
     bits = tokens = 0.0
     for grid in maps:
-        _, freqs = coder.intervals(torch.from_numpy(grid)[None], schedule)
+        _, freqs = coder.intervals(grid[None], schedule)
         bits += float((coder.prob_bits - np.log2(freqs)).sum())
         tokens += grid.size
     return bits / tokens

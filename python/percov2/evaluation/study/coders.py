@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from percov2.entropy import cdf, rans
-from percov2.entropy.direct import UNKNOWN, DirectPlan, int_direct_logits
-from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy import rans
+from percov2.entropy.cdf import default_prob_bits
 from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.torch.direct import UNKNOWN, DirectPlan, int_direct_logits
+from percov2.entropy.torch.int_transformer import IntTransformer
 from percov2.entropy.uniform import uniform_model
 from percov2.evaluation.study.schedules import Order, one_stage
 
@@ -84,14 +85,14 @@ class OrderCoder:
         """See :meth:`StudyCoder.decode`."""
         decoder = self._coder.decoder(payload, np.array([0, len(payload)]))
         grids = self._coder.decode(decoder, self._order(*shape), *shape)
-        tokens = grids.numpy().reshape(-1)
+        tokens = rans.as_array(grids).reshape(-1)
         if not decoder.finished([token_check(tokens)]).all():
             raise ValueError(f"the check of a payload of {len(payload)} bytes does not hold")
         return tokens
 
 
-def _grids(tokens: TokenMap) -> torch.Tensor:
-    return torch.from_numpy(tokens.tokens).view(1, *tokens.shape)
+def _grids(tokens: TokenMap) -> NDArray[np.int32]:
+    return tokens.tokens.reshape(1, *tokens.shape)
 
 
 def uniform_coder(codebook_size: int) -> OrderCoder:
@@ -115,7 +116,7 @@ class DirectCoder:
         codebook_size: int,
     ) -> None:
         self._model, self._plan, self._size = model, plan, codebook_size
-        self._prob_bits = cdf.default_prob_bits(codebook_size)
+        self._prob_bits = default_prob_bits(codebook_size)
 
     def _stage(
         self, plan: DirectPlan, tokens: NDArray[np.int32], shape: tuple[int, int], stage: int

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from percov2.entropy.direct import UNKNOWN, DirectBatch, direct_logits, masked_plan
-from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.transformer import TokenBatch, TokenTransformer, TransformerConfig
+from percov2.entropy.torch.direct import UNKNOWN, DirectBatch, direct_logits, masked_plan
+from percov2.entropy.torch.int_transformer import IntTransformer
+from percov2.entropy.torch.transformer import TokenBatch, TokenTransformer, TransformerConfig
 from percov2.training.stage2 import EntropyConfig, RoundedStage, TokenMaps
 from percov2.training.study.runs import SharedRun, digest, finished
 
@@ -113,4 +113,4 @@ def masked_model(shared: SharedRun, data: Path, out: Path) -> IntTransformer:
     stage = DirectStage(config, maps.counts(), draw)
     facts = {"data": digest([*maps.maps, *maps.held_out])}
     model = finished(stage, maps.size_classes(), shared.loop, out, facts)
-    return IntTransformer(model.config, model.tensors, executor="torch")
+    return IntTransformer(model.config, model.tensors)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from percov2.entropy.direct import masked_plan
-from percov2.entropy.scales import scale_plan, scale_shapes
 from percov2.entropy.token_coder import TokenCoder
+from percov2.entropy.torch.direct import masked_plan
+from percov2.entropy.torch.scales import scale_plan, scale_shapes
 from percov2.evaluation.study.coders import DirectCoder, OrderCoder, TokenMap
 from percov2.evaluation.study.comparison import Method, order_methods
 from percov2.evaluation.study.schedules import Order

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from percov2.entropy.direct import DirectBatch
-from percov2.entropy.entries import sixteenth, size_class
-from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.scales import scale_plan, scale_shapes
+from percov2.entropy.torch.direct import DirectBatch
+from percov2.entropy.torch.int_transformer import IntTransformer
+from percov2.entropy.torch.scales import scale_plan, scale_shapes
+from percov2.entropy.visibility import sixteenth, size_class
 from percov2.models.backbone import Backbone
 from percov2.training.data import PhotoCrops, is_held_out
 from percov2.training.stage2 import evenly_spread
@@ -235,7 +235,7 @@ def multiscale_model(shared: SharedRun, maps: ScaleMaps, out: Path) -> IntTransf
     stage = DirectStage(shared.config, maps.counts(), lambda draw: maps.draw(draw, per_step))
     facts = {"data": digest([*maps.maps.values(), *(tokens for _, tokens in maps.held_out)])}
     model = finished(stage, maps.size_classes(), shared.loop, out, facts)
-    return IntTransformer(model.config, model.tensors, executor="torch")
+    return IntTransformer(model.config, model.tensors)
 
 
 def same_tokens(

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from percov2.entropy import intmath
+from percov2.entropy import ranges
 
 RESIDUAL_SCALE = 2.0**-12
 """Unit of the integer residual stream and of the embeddings."""
-LOGIT_SCALE = math.log(2.0) / intmath.LOGIT_STEPS
+LOGIT_SCALE = math.log(2.0) / ranges.LOGIT_STEPS
 """Unit of the integer logits, in nats."""
-SCORE_SCALE = math.log(2.0) / intmath.SCORE_STEPS
+SCORE_SCALE = math.log(2.0) / ranges.SCORE_STEPS
 """Unit of the integer attention scores, in nats."""
 _MOMENTUM = 0.9
 _FLOOR = 1e-6
@@ -48,7 +48,7 @@ class ActivationRange(nn.Module):
     @property
     def scale(self) -> Tensor:
         """float32 [channels]: value of one integer step."""
-        return self.amax.clamp(min=_FLOOR) / intmath.INT8_LIMIT
+        return self.amax.clamp(min=_FLOOR) / ranges.INT8_LIMIT
 
 
 class _RoundToInt8(torch.autograd.Function):
@@ -56,14 +56,14 @@ class _RoundToInt8(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        limit = intmath.INT8_LIMIT
+        limit = ranges.INT8_LIMIT
         ctx.save_for_backward(x, scale)
         return (x / scale).round_().clamp_(-limit, limit).mul_(scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         x, scale = ctx.saved_tensors
-        return grads[0] * (x.abs() <= scale * intmath.INT8_LIMIT), None
+        return grads[0] * (x.abs() <= scale * ranges.INT8_LIMIT), None
 
 
 def round_to_int8(x: Tensor, scale: Tensor) -> Tensor:
@@ -79,13 +79,13 @@ def multiplier_and_shift(ratio: Tensor) -> tuple[Tensor, Tensor]:
 
     1 <= multiplier <= 127 and 1 <= shift <= 24. Raises ValueError for a ratio above 127 / 2.
     """
-    if float(ratio.max()) > intmath.MAX_MULTIPLIER / 2:
+    if float(ratio.max()) > ranges.MAX_MULTIPLIER / 2:
         raise ValueError(
             f"an output of a layer grows by {float(ratio.max()):.1f} units per step, more than "
             "63.5; its weights are too large for the integer residual stream"
         )
-    shift = torch.floor(torch.log2(intmath.MAX_MULTIPLIER / ratio)).clamp(1, intmath.MAX_SHIFT)
-    multiplier = torch.ceil(ratio * torch.exp2(shift)).clamp(1, intmath.MAX_MULTIPLIER)
+    shift = torch.floor(torch.log2(ranges.MAX_MULTIPLIER / ratio)).clamp(1, ranges.MAX_SHIFT)
+    multiplier = torch.ceil(ratio * torch.exp2(shift)).clamp(1, ranges.MAX_MULTIPLIER)
     return multiplier.to(torch.int32), shift.to(torch.int32)
 
 
@@ -102,14 +102,12 @@ class QuantizedLinear(nn.Linear):
         weight = self.weight.to(torch.float64)
         outputs = out_scale.to(torch.float64).expand(len(weight))
         largest = weight.abs().amax(1).clamp(min=_FLOOR * _FLOOR)
-        multiplier, shift = multiplier_and_shift(
-            largest * in_scale / (intmath.INT8_LIMIT * outputs)
-        )
+        multiplier, shift = multiplier_and_shift(largest * in_scale / (ranges.INT8_LIMIT * outputs))
         weight_scale = multiplier * torch.exp2(-shift.to(torch.float64)) * outputs / in_scale
-        limit = intmath.INT8_LIMIT
+        limit = ranges.INT8_LIMIT
         rounded = torch.round(weight / weight_scale[:, None]).clamp_(-limit, limit)
         # Beyond this the sum could leave 24 bits; outputs saturate far below it.
-        room = intmath.ACC_LIMIT - 1 - limit * rounded.abs().sum(1)
+        room = ranges.ACC_LIMIT - 1 - limit * rounded.abs().sum(1)
         bias = torch.round(self.bias.to(torch.float64) / (weight_scale * in_scale))
         return {
             "weight": rounded.to(torch.int8),
@@ -137,8 +135,8 @@ class QuantizedLinear(nn.Linear):
 
 def integer_gain(gain: Tensor, out_scale: float) -> Tensor:
     """LayerNorm gain float [d] for an output of steps ``out_scale`` -> int16 [d]."""
-    steps = torch.round(gain.detach().to(torch.float64) * (intmath.GAIN_STEPS / out_scale))
-    return steps.clamp(-intmath.MAX_GAIN, intmath.MAX_GAIN).to(torch.int16)
+    steps = torch.round(gain.detach().to(torch.float64) * (ranges.GAIN_STEPS / out_scale))
+    return steps.clamp(-ranges.MAX_GAIN, ranges.MAX_GAIN).to(torch.int16)
 
 
 def score_scales(q_amax: Tensor, k_amax: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,12 +145,12 @@ def score_scales(q_amax: Tensor, k_amax: Tensor, head_dim: int) -> tuple[Tensor,
     q_amax, k_amax: float [heads]. Returns scales float32 [heads] twice and the shift int32 [heads]:
     q_scale * k_scale / sqrt(head_dim) = SCORE_SCALE * 2^-shift.
     """
-    limit = intmath.INT8_LIMIT
+    limit = ranges.INT8_LIMIT
     q = q_amax.to(torch.float64).clamp(min=_FLOOR) / limit
     k = k_amax.to(torch.float64).clamp(min=_FLOOR) / limit
     ratio = q * k / (math.sqrt(head_dim) * SCORE_SCALE)
     shift = torch.floor(-torch.log2(ratio))
-    shift = shift.clamp(intmath.SCORE_SHIFT_MIN, intmath.SCORE_SHIFT_MAX)
+    shift = shift.clamp(ranges.SCORE_SHIFT_MIN, ranges.SCORE_SHIFT_MAX)
     # Both scales give way alike, by at most 2^(1/2) while the shift is inside its range.
     growth = torch.sqrt(torch.exp2(-shift) / ratio)
     return (q * growth).float(), (k * growth).float(), shift.to(torch.int32)
@@ -162,4 +160,4 @@ def mean_gain_bits(value_amax: float, mean_amax: float) -> int:
     """How many bits a weighted mean of values may be scaled up before it leaves int8: 0 ... 5."""
     if mean_amax <= 0 or value_amax <= mean_amax:
         return 0
-    return min(int(math.log2(value_amax / mean_amax)), intmath.MAX_GAIN_BITS)
+    return min(int(math.log2(value_amax / mean_amax)), ranges.MAX_GAIN_BITS)

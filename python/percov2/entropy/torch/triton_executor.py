@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from percov2.entropy import rans_cuda, torch_executor
-from percov2.entropy.entries import Entries
-from percov2.entropy.reader_plan import plan_readers
+from percov2.entropy.torch import executor, rans_cuda
+from percov2.entropy.torch.reader_plan import plan_readers
+from percov2.entropy.torch.triton_layers import Head, Layer, Plan
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.entropy.triton_layers import Head, Layer, Plan
+from percov2.entropy.visibility import Entries
 
 _KEPT_PLANS = 64
 _KEPT_KEYS = 2**22
 """Plans are kept up to so many listed keys (50 MB) in all: images often have the same size."""
 
 
-class Executor(torch_executor.Executor):
-    """See ``torch_executor.Executor``.
+class Executor(executor.Executor):
+    """See ``executor.Executor``.
 
     Raises RuntimeError if triton is not installed and ValueError if its kernels do not run on the
     device (the CPU runs them with TRITON_INTERPRET=1 only).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from percov2.entropy import intmath
+from percov2.entropy import ranges
 from percov2.entropy.transformer_config import TransformerConfig
 
 Plan = tuple[Tensor, ...]
@@ -44,7 +44,7 @@ class Layer:
         self._bias = tensors[f"{prefix}.attention.bias"].contiguous()
         self._shift = tensors[f"{prefix}.attention.shift"]
         self._gain_bits = int(tensors[f"{prefix}.attention.gain_bits"])
-        table = torch.tensor(intmath.WEIGHT_TABLE, dtype=torch.int8)
+        table = torch.tensor(ranges.WEIGHT_TABLE, dtype=torch.int8)
         self._weights = table.to(self._shift.device)
         self._q, self._kv, self._out, self._up, self._down = (
             _Linear(tensors, f"{prefix}.{name}") for name in ("q", "kv", "out", "up", "down")

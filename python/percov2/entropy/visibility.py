@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 NEVER = 2**31 - 1
@@ -35,13 +34,7 @@ START_INDEX = WINDOW * WINDOW
 HIDDEN_INDEX = START_INDEX + START_ENTRIES
 """Relative index of a key that must not be seen."""
 
-BLOCK_PAIRS = 2**17
-"""A block holds at most about this many (query, key) pairs: scores of 4 heads fill 2 MB."""
-KEPT_PAIRS = 2**24
-"""Plans up to this many pairs keep their relative indices; larger ones compute them per layer."""
 _TILE = 16
-
-Places = TypeVar("Places", NDArray[np.int64], torch.Tensor)
 
 
 @dataclass(frozen=True)
@@ -104,41 +97,16 @@ def relative_index(reader: Entries, key: Entries) -> NDArray[np.int16]:
     START_INDEX + i for start key i, HIDDEN_INDEX for a key that the reader must not see. Start
     keys come first in ``key``, in their order.
     """
-    readers = _columns(reader.row, reader.column, reader.reads)
-    keys = _columns(key.row, key.column, key.key_stage)
-    return _relative_index(readers, keys, int(np.count_nonzero(key.key_stage == 0))).numpy()
-
-
-def _columns(*columns: NDArray[np.int32]) -> torch.Tensor:
-    """Columns of entries, one below the other: int32 [len(columns), E]."""
-    return torch.from_numpy(np.stack(columns))
-
-
-def _relative_index(reader: torch.Tensor, key: torch.Tensor, starts: int) -> torch.Tensor:
-    """``relative_index`` of int32 [3, nq] (row, column, reads) and [3, nk] (..., key_stage)."""
-    place, other = reader[:2].to(torch.int16)[:, :, None], key[:2].to(torch.int16)[:, None]
-    dy, dx = (other - place).unbind(0)
-    seen = (dy.abs() <= RADIUS).logical_and_(dx.abs() <= RADIUS)
-    seen.logical_and_(key[2] <= reader[2, :, None])
-    index = dy.add_(RADIUS).mul_(WINDOW).add_(dx.add_(RADIUS))
-    index.masked_fill_(seen.logical_not_(), HIDDEN_INDEX)
-    index[:, :starts] = torch.arange(
-        START_INDEX, START_INDEX + starts, dtype=torch.int16, device=index.device
+    dy, dx = (
+        other[None].astype(np.int32) - own[:, None]
+        for own, other in ((reader.row, key.row), (reader.column, key.column))
     )
+    seen = (np.abs(dy) <= RADIUS) & (np.abs(dx) <= RADIUS)
+    seen &= key.key_stage[None] <= reader.reads[:, None]
+    index = np.where(seen, (dy + RADIUS) * WINDOW + dx + RADIUS, HIDDEN_INDEX).astype(np.int16)
+    starts = int(np.count_nonzero(key.key_stage == 0))
+    index[:, :starts] = np.arange(START_INDEX, START_INDEX + starts)
     return index
-
-
-@dataclass(frozen=True)
-class Block:
-    """Queries that are computed together and the keys that any of them may see.
-
-    readers: int64 [nq], indices of reading entries; keys: int64 [nk], indices of keys, start keys
-    first; relative(): int64 [nq * nk], indices into the table of relative positions.
-    """
-
-    readers: torch.Tensor
-    keys: torch.Tensor
-    relative: Callable[[], torch.Tensor]
 
 
 Part = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -181,61 +149,7 @@ def split_readers(
     return parts
 
 
-def plan_blocks(
-    reader: Entries, key: Entries, device: torch.device | str = "cpu", pairs: int = BLOCK_PAIRS
-) -> list[Block]:
-    """Split readers into blocks that leave out most keys which nobody in the block may see.
-
-    Neighbours share a window, so readers are split by place first (``split_readers``). ``key`` has
-    its start entries first. The split changes speed only.
-    """
-    parts = split_readers(reader, key, lambda many, keys: many * keys <= pairs)
-    return _blocks(reader, key, parts, torch.device(device))
-
-
-def _blocks(
-    reader: Entries,
-    key: Entries,
-    parts: list[Part],
-    device: torch.device,
-) -> list[Block]:
-    """Blocks of (readers, keys), placed on a device by a single upload, however many they are."""
-    columns = [reader.row, reader.column, reader.reads, key.row, key.column, key.key_stage]
-    arrays: list[NDArray[Any]] = [*columns, *(array for part in parts for array in part)]
-    joined = np.concatenate([array.astype(np.int32, copy=False) for array in arrays])
-    placed = torch.from_numpy(joined).to(device, non_blocking=True)
-    sizes = [len(array) for array in arrays]
-    head, tail = placed.split([sum(sizes[:6]), sum(sizes[6:])])
-    readers, keys = (side.view(3, -1) for side in head.split([3 * len(reader), 3 * len(key)]))
-    starts = int(np.count_nonzero(key.key_stage == 0))
-    indices = tail.to(torch.int64).split(sizes[6:])
-    keep = sum(len(r) * len(k) for r, k in parts) <= KEPT_PAIRS
-    return [
-        _block(readers, keys, starts, mine, theirs, keep)
-        for mine, theirs in zip(indices[::2], indices[1::2], strict=True)
-    ]
-
-
-def _block(
-    reader: torch.Tensor,
-    key: torch.Tensor,
-    starts: int,
-    readers: torch.Tensor,
-    keys: torch.Tensor,
-    keep: bool,
-) -> Block:
-    mine, theirs = reader.index_select(1, readers), key.index_select(1, keys)
-
-    def relative() -> torch.Tensor:
-        return _relative_index(mine, theirs, starts).flatten()
-
-    if keep:
-        kept = relative()
-        return Block(readers, keys, lambda: kept.to(torch.int64))
-    return Block(readers, keys, lambda: relative().to(torch.int64))
-
-
-def sixteenth(position: Places, length: int) -> Places:
+def sixteenth(position: Any, length: int) -> Any:
     """Which sixteenth of a side of ``length`` tokens each position 0 .. length - 1 lies in.
 
     An int64 array or a tensor on any device; the result is of the same kind and shape.

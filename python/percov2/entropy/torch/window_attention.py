@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from percov2.entropy import intmath
+from percov2.entropy import ranges
+from percov2.entropy.torch import intmath
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor, rounded: bool) -> Tensor:
@@ -50,7 +51,7 @@ class _WindowAttention(torch.autograd.Function):
             scores.sub_((grad[b] * out[b]).sum(-1, keepdim=True)).mul_(weights)
             if ctx.rounded:
                 # Rounded scores count sixteenths of an octave, not nats.
-                scores.mul_(math.log(2.0) / intmath.SCORE_STEPS)
+                scores.mul_(math.log(2.0) / ranges.SCORE_STEPS)
             grad_bias.add_(scores)
             torch.bmm(scores, k[b], out=grad_q[b])
             torch.bmm(scores.transpose(1, 2), q[b], out=grad_k[b])

@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from percov2.entropy.direct import DirectPlan
-from percov2.entropy.entries import Entries
+from percov2.entropy.torch.direct import DirectPlan
+from percov2.entropy.visibility import Entries
 
 
 def scale_shapes(height: int, width: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from percov2.entropy.entries import NEVER, Entries, split_readers
+from percov2.entropy.visibility import NEVER, Entries, split_readers
 
 _TILE = 8
 """Readers are split by place down to squares of this side: their windows then overlap by 2/3."""

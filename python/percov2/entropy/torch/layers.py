@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from percov2.entropy import intmath
-from percov2.entropy.entries import Block
+from percov2.entropy import ranges
+from percov2.entropy.torch import intmath
+from percov2.entropy.torch.blocks import Block
 from percov2.entropy.transformer_config import TransformerConfig
 
 _ROWS_AT_ONCE = 1024
@@ -37,14 +38,14 @@ class Layer:
 
     def __init__(self, config: TransformerConfig, tensors: dict[str, Tensor], index: int) -> None:
         prefix = f"layers.{index}"
-        small, large = intmath.INT8_LIMIT, intmath.RESIDUAL_LIMIT
+        small, large = ranges.INT8_LIMIT, ranges.RESIDUAL_LIMIT
         self._heads, self._head_dim = config.heads, config.head_dim
         self._attention_gain = tensors[f"{prefix}.attention_norm.gain"].to(torch.int32)
         self._q = _Linear(tensors, f"{prefix}.q", -small, small)
         self._kv = _Linear(tensors, f"{prefix}.kv", -small, small)
         # Score = floor(q.k * 2^-shift + 1/2) + bias; the half is added here once and for all.
         bias = tensors[f"{prefix}.attention.bias"].to(torch.float32) + 0.5
-        hidden = bias.new_full((config.heads, 1), float(intmath.HIDDEN_SCORE))
+        hidden = bias.new_full((config.heads, 1), float(ranges.HIDDEN_SCORE))
         self._bias = torch.cat([bias, hidden], 1)
         shift = tensors[f"{prefix}.attention.shift"].to(torch.float32)
         self._score_scale = torch.exp2(-shift)[:, None, None]
@@ -111,7 +112,7 @@ class Head:
 
     def __init__(self, config: TransformerConfig, tensors: dict[str, Tensor]) -> None:
         self._gain = tensors["head_norm.gain"].to(torch.int32)
-        self._linear = _Linear(tensors, "head", intmath.LOGIT_MIN, intmath.LOGIT_MAX)
+        self._linear = _Linear(tensors, "head", ranges.LOGIT_MIN, ranges.LOGIT_MAX)
         self._size = config.codebook_size
 
     def logits(self, residual: Tensor) -> Tensor:

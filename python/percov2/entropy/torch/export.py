@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from percov2.entropy import intmath
+from percov2.entropy import ranges
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.quantization import (
+from percov2.entropy.torch.quantization import (
     LOGIT_SCALE,
     RESIDUAL_SCALE,
     SCORE_SCALE,
     QuantizedLinear,
 )
-from percov2.entropy.transformer import TokenTransformer, TransformerLayer
+from percov2.entropy.torch.transformer import TokenTransformer, TransformerLayer
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def _linear(
 
 def _layer(layer: TransformerLayer) -> dict[str, Tensor]:
     q_scale, _, shift = layer.score_scales()
-    limit = intmath.MAX_SCORE_BIAS
+    limit = ranges.MAX_SCORE_BIAS
     bias = torch.round(layer.bias / SCORE_SCALE).clamp(-limit, limit)
     residual = torch.tensor([RESIDUAL_SCALE])
     norm, mlp_norm = layer.attention_norm, layer.mlp_norm
@@ -68,4 +68,4 @@ def _gelu_table(in_scale: float, out_scale: float) -> Tensor:
     """int8 [256]: the rounded GELU of (index - 128) * in_scale."""
     x = (torch.arange(256, dtype=torch.float64) - 128) * in_scale
     y = torch.round(torch.nn.functional.gelu(x) / out_scale)
-    return y.clamp(-intmath.INT8_LIMIT, intmath.INT8_LIMIT).to(torch.int8)
+    return y.clamp(-ranges.INT8_LIMIT, ranges.INT8_LIMIT).to(torch.int8)

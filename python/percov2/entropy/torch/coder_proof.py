@@ -11,7 +11,9 @@ from functools import cache
 import numpy as np
 import torch
 
-from percov2.entropy import cdf, rans, rans_cuda
+from percov2.entropy import rans
+from percov2.entropy.cdf import default_prob_bits
+from percov2.entropy.torch import cdf, rans_cuda
 
 _STREAMS, _SYMBOLS = 5, 70
 
@@ -24,7 +26,7 @@ def prove_coder(device: torch.device, codebook_size: int, kernels: bool) -> None
     ``rans_cuda``. Waits for the device. Raises RuntimeError if anything differs.
     """
     rng = np.random.default_rng(codebook_size)
-    prob_bits = cdf.default_prob_bits(codebook_size)
+    prob_bits = default_prob_bits(codebook_size)
     # From all equal to further apart than weights reach.
     scale = rng.integers(0, 17, (_STREAMS, _SYMBOLS, 1), dtype=np.int32)
     wide = rng.integers(-(2**15), 2**15, (_STREAMS, _SYMBOLS, codebook_size), dtype=np.int32)

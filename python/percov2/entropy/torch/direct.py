@@ -21,8 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from percov2.entropy import intmath
-from percov2.entropy.entries import (
+from percov2.entropy import ranges
+from percov2.entropy.torch import intmath
+from percov2.entropy.torch.int_transformer import IntTransformer
+from percov2.entropy.torch.transformer import TokenTransformer
+from percov2.entropy.visibility import (
     HIDDEN_INDEX,
     START_ENTRIES,
     Entries,
@@ -31,9 +34,6 @@ from percov2.entropy.entries import (
     relative_index,
     start_entries,
 )
-from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.torch_executor import Executor
-from percov2.entropy.transformer import TokenTransformer
 
 UNKNOWN = -1
 """Payload of an entry that knows no token."""
@@ -113,7 +113,7 @@ def _geometry(entries: Entries) -> tuple[Tensor, Tensor]:
     every = join(start_entries(), entries)
     index = torch.from_numpy(relative_index(every, every).astype(np.int64))
     hidden = index == HIDDEN_INDEX
-    mask = hidden.to(torch.float32).mul_(intmath.HIDDEN_SCORE)
+    mask = hidden.to(torch.float32).mul_(ranges.HIDDEN_SCORE)
     return index.masked_fill(hidden, 0), mask
 
 
@@ -132,9 +132,9 @@ def int_direct_logits(
         ValueError: a model that another executor runs.
         RuntimeError: torch is set to reduced precision.
     """
-    executor = model.executor
-    if type(executor) is not Executor:
+    if model.executor_name != "torch":
         raise ValueError(f"executor {model.executor_name!r} runs the model; it must be 'torch'")
+    executor = model.executor
     raster = entries.row.astype(np.int64) * shape[1] + entries.column
     place = executor.place_payload(*shape, torch.from_numpy(raster).to(model.device))
     tokens = torch.from_numpy(payload).to(model.device)

@@ -1,7 +1,7 @@
 """The token transformer in float32: what is trained, optionally rounded like the integer form.
 
 One pass holds the contents and the queries of all stages, exactly as
-percov2.entropy.stage_pass does with integers. ``TokenTransformer.quantized`` switches on rounding
+percov2.entropy.staging does with integers. ``TokenTransformer.quantized`` switches on rounding
 of weights, activations, attention weights and gains with straight-through gradients; ``observing``
 lets the static scales follow the activations. ``export`` turns the result into integers.
 """
@@ -19,8 +19,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from percov2.entropy import intmath
-from percov2.entropy.entries import (
+from percov2.entropy import ranges
+from percov2.entropy.torch.quantization import (
+    LOGIT_SCALE,
+    RESIDUAL_SCALE,
+    SCORE_SCALE,
+    ActivationRange,
+    QuantizedLinear,
+    integer_gain,
+    mean_gain_bits,
+    round_to_int8,
+    score_scales,
+)
+from percov2.entropy.torch.window_attention import window_attention
+from percov2.entropy.transformer_config import TransformerConfig
+from percov2.entropy.visibility import (
     HIDDEN_INDEX,
     NEVER,
     RADIUS,
@@ -37,19 +50,6 @@ from percov2.entropy.entries import (
     size_class,
     start_entries,
 )
-from percov2.entropy.quantization import (
-    LOGIT_SCALE,
-    RESIDUAL_SCALE,
-    SCORE_SCALE,
-    ActivationRange,
-    QuantizedLinear,
-    integer_gain,
-    mean_gain_bits,
-    round_to_int8,
-    score_scales,
-)
-from percov2.entropy.transformer_config import TransformerConfig
-from percov2.entropy.window_attention import window_attention
 
 __all__ = ["Crop", "TokenBatch", "TokenTransformer", "TransformerConfig", "crop_batch"]
 
@@ -126,7 +126,7 @@ class _Norm(nn.Module):
     def forward(self, x: Tensor, quantized: bool, observing: bool) -> Tensor:
         gain: Tensor = self.gain
         if quantized:
-            steps = self.integer_gain().to(gain.dtype) * (self.scale / intmath.GAIN_STEPS)
+            steps = self.integer_gain().to(gain.dtype) * (self.scale / ranges.GAIN_STEPS)
             gain = gain + (steps - gain).detach()
         y = functional.layer_norm(x, x.shape[-1:], gain, eps=1e-6)
         if observing:
@@ -219,7 +219,7 @@ class TransformerLayer(nn.Module):
             q = self._split(
                 round_to_int8(self.q.rounded(y, self.attention_norm.scale, scale), scale)
             )
-            limit = intmath.MAX_SCORE_BIAS
+            limit = ranges.MAX_SCORE_BIAS
             steps = (bias / SCORE_SCALE).round().clamp(-limit, limit)
             bias = bias / SCORE_SCALE + (steps - bias / SCORE_SCALE).detach()
         else:
@@ -356,7 +356,7 @@ class TokenTransformer(nn.Module):
 def _mask(reads: Tensor, key_stage: Tensor, outside: Tensor) -> Tensor:
     """What readers [B, E] must not see of keys [B, K]: HIDDEN_SCORE or 0, float32 [B, E, K]."""
     hidden = (key_stage[:, None] > reads[:, :, None]) | outside
-    return hidden.to(torch.float32).mul_(intmath.HIDDEN_SCORE)
+    return hidden.to(torch.float32).mul_(ranges.HIDDEN_SCORE)
 
 
 @lru_cache(maxsize=32)

@@ -14,20 +14,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from percov2.entropy.entries import (
+from percov2.entropy.schedule import order
+from percov2.entropy.torch.blocks import plan_blocks
+from percov2.entropy.torch.layers import Head, Layer
+from percov2.entropy.transformer_config import TransformerConfig
+from percov2.entropy.visibility import (
     START_ENTRIES,
     Entries,
     content_entries,
     join,
-    plan_blocks,
     query_entries,
     sixteenth,
     size_class,
     start_entries,
 )
-from percov2.entropy.schedule import order
-from percov2.entropy.torch_layers import Head, Layer
-from percov2.entropy.transformer_config import TransformerConfig
 
 
 class Executor:

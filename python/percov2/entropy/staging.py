@@ -1,0 +1,128 @@
+"""Passes of the integer transformer over the entries of token grids.
+
+Encoding is one pass with the contents and queries of all stages, decoding one pass per stage. Both
+give the same integers (docs/entropy-model.md); what computes them is the model's executor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from percov2.entropy.int_transformer import IntTransformer
+
+MAX_SIDE = 16384
+"""Longest side of a token grid (relative positions are kept as int16)."""
+
+
+def _check_stages(stages: NDArray[np.int32]) -> NDArray[np.int32]:
+    """The stage map as int32 [h, w]; ValueError for anything but stages 1 .. S without gaps."""
+    stages = np.asarray(stages)
+    if stages.ndim != 2 or stages.size == 0 or max(stages.shape) > MAX_SIDE:
+        raise ValueError(
+            f"a stage map must be [height, width] with sides 1 .. {MAX_SIDE}, got {stages.shape}"
+        )
+    low, high = int(stages.min()), int(stages.max())
+    if low < 1 or high > stages.size or not (np.bincount(stages.reshape(-1))[1:] > 0).all():
+        raise ValueError(f"stages must be 1 .. S, each with a position; they are {low} .. {high}")
+    return stages.astype(np.int32, copy=False)
+
+
+def one_pass_residual(model: IntTransformer, tokens: Any, stages: NDArray[np.int32]) -> Any:
+    """Return the residual of all queries after the last layer, in coding order.
+
+    ``model.logits`` turns any part of it into logits.
+
+    Args:
+        model: runs the pass; arrays or tensors are of its kind.
+        tokens: int32 [B, h, w]. A GPU clamps them to the codebook, because comparing them would
+            wait for it.
+        stages: int32 [h, w] with values 1 .. S.
+
+    Returns:
+        int32 [B, h * w, dim].
+
+    Raises:
+        ValueError: wrong tokens or stages.
+        RuntimeError: torch runs the pass and is set to reduced precision.
+    """
+    stages = _check_stages(stages)
+    height, width = stages.shape
+    if len(tokens.shape) != 3 or tuple(tokens.shape[1:]) != stages.shape:
+        raise ValueError(
+            f"tokens have shape {tuple(tokens.shape)}; they must be [B, {height}, {width}]"
+        )
+    return model.encode(model.place(tokens), stages)
+
+
+def one_pass_logits(model: IntTransformer, tokens: Any, stages: NDArray[np.int32]) -> Any:
+    """Return logits of every token given all earlier stages: int16 [B, h * w, V].
+
+    In coding order. Arguments and errors as for ``one_pass_residual``.
+    """
+    return model.logits(one_pass_residual(model, tokens, stages))
+
+
+class StagedDecoder:
+    """Logits stage by stage, while the tokens are still being decoded.
+
+    While ``remaining``: ``logits()`` of the next stage, then ``accept`` its tokens.
+
+    Args:
+        model: runs the passes; arrays or tensors are of its kind.
+        stages: int32 [h, w], values 1 .. S.
+        batch: number of grids decoded together, >= 1.
+
+    Raises:
+        ValueError: wrong stages or batch.
+    """
+
+    def __init__(self, model: IntTransformer, stages: NDArray[np.int32], batch: int) -> None:
+        stages = _check_stages(stages)
+        if batch < 1:
+            raise ValueError(f"batch is {batch}; it must be at least 1")
+        self._model, self._batch = model, batch
+        # Positions of the first g stages, g = 0 .. S, and how many stages are known.
+        self._ends = np.bincount(stages.reshape(-1)).cumsum()
+        self._known = 0
+        self._staged = model.staged(stages, batch)
+
+    @property
+    def remaining(self) -> int:
+        """Tokens per grid that are not decoded yet."""
+        return int(self._ends[-1] - self._ends[self._known])
+
+    def logits(self) -> Any:
+        """Return logits of the next stage: int16 [B, n, V], its positions in raster order.
+
+        Raises:
+            RuntimeError: no stage remains, or torch is set to reduced precision.
+        """
+        return self._model.logits(self.residual())
+
+    def residual(self) -> Any:
+        """Return the residual of the next stage's queries, int32 [B, n, dim], for ``logits``."""
+        if not self.remaining:
+            raise RuntimeError("every stage is decoded; no logits remain")
+        return self._staged.residual()
+
+    def accept(self, tokens: Any) -> None:
+        """Take the tokens of the stage whose logits were computed last: int32 [B, n].
+
+        Raises:
+            ValueError: a wrong shape, dtype or token; a GPU clamps tokens instead.
+        """
+        count = int(self._ends[self._known + 1] - self._ends[self._known]) if self.remaining else 0
+        if count == 0 or tuple(tokens.shape) != (self._batch, count):
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; "
+                f"the next stage needs [{self._batch}, {count}]"
+            )
+        self._staged.accept(self._model.place(tokens))
+        self._known += 1
+
+    def tokens(self) -> Any:
+        """Return the tokens decoded so far (0 elsewhere): int32 [B, h, w]."""
+        return self._staged.tokens()

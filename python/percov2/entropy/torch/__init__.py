@@ -1,0 +1,1 @@
+"""The entropy engine in torch: training, other executors, GPUs."""

@@ -1,0 +1,176 @@
+"""The integer transformer on any device that torch has.
+
+``executor`` (torch) is the oracle of every other form of the program; ``triton_executor`` runs it
+in Triton kernels on GPUs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from percov2.entropy import int_transformer
+from percov2.entropy.int_transformer import random_tensors, trial
+from percov2.entropy.torch import intmath
+from percov2.entropy.transformer_config import TransformerConfig
+
+EXECUTORS = {"torch": "executor", "triton": "triton_executor"}
+_TRITON_CAPABILITY = (8, 0)
+"""The oldest cards for which the kernels are compiled in tests."""
+
+
+def default_executor(device: torch.device) -> str:
+    """Return the executor of a model on ``device`` unless its user names one.
+
+    On CUDA devices "triton" if triton is installed and the card is one of compute capability 8.0 or
+    later, else "torch", with a warning that says why; "torch" elsewhere.
+    """
+    if device.type != "cuda":
+        return "torch"
+    if importlib.util.find_spec("triton") is None:
+        reason = "triton is not installed (pip install 'percov2[gpu]')"
+    elif torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
+        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    else:
+        return "triton"
+    warnings.warn(
+        f"the entropy model runs on {device} in torch, slower than in Triton kernels: {reason}; "
+        "executor='torch' silences this",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "torch"
+
+
+def to_tensors(
+    arrays: dict[str, NDArray[Any]], device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """Return arrays as tensors on a device; they share no memory."""
+    return {name: torch.from_numpy(array.copy()).to(device) for name, array in arrays.items()}
+
+
+@cache
+def _executor(name: str, device: torch.device) -> Any:
+    """Return the module of an executor, proven to agree with torch on this machine.
+
+    The kernels of ``device`` compute a random layer, which torch computes on the CPU. Raises
+    RuntimeError if they disagree.
+    """
+    module = importlib.import_module(f"percov2.entropy.torch.{EXECUTORS[name]}")
+    oracle = importlib.import_module("percov2.entropy.torch.executor")
+    if module is not oracle:
+        config = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
+        tensors = random_tensors(config, 0)
+        # On a GPU the kernels take larger tiles from 1024 rows on: there the queries fill these,
+        # and the contents do not.
+        tokens, stages = trial(11 if device.type == "cuda" else 1)
+        results = []
+        for executor, place in ((module, device), (oracle, torch.device("cpu"))):
+            placed = to_tensors(tensors, place)
+            model = executor.Executor(config, placed, place)
+            grids = torch.from_numpy(tokens).to(place, torch.int64)
+            results.append(model.logits(model.encode(grids, stages)).cpu())
+        if not torch.equal(*results):
+            raise RuntimeError(
+                f"the executor {name!r} does not compute what torch computes on this machine: "
+                "the entropy model would give other tokens; use executor='torch'"
+            )
+    return module
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Return the device with its number: "cuda" may be another card in another thread."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+class IntTransformer(int_transformer.IntTransformer):
+    """An integer token transformer on one device; residuals, logits and tokens are tensors.
+
+    Args:
+        config: its sizes.
+        tensors: what ``tensor_layout(config)`` lists, as arrays or tensors.
+        device: where it runs.
+        executor: "torch" (any device) or "triton" (CUDA devices); by default what
+            ``default_executor`` says. ``executor_name`` tells which it became.
+
+    Raises:
+        ValueError: tensors that do not fit the config or the ranges of the program, or an executor
+            that does not fit the device.
+        RuntimeError: the device or the executor does not compute exactly, or triton is missing for
+            the executor "triton".
+
+    >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
+    >>> model = IntTransformer.random(config, seed=1)
+    >>> model.logits(torch.zeros(1, 4, 8, dtype=torch.int32)).shape
+    torch.Size([1, 4, 16])
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        tensors: dict[str, Any],
+        device: torch.device | str = "cpu",
+        executor: str | None = None,
+    ) -> None:
+        self.device = _numbered(torch.device(device))
+        if executor is not None and executor not in EXECUTORS:
+            raise ValueError(f"executor is {executor!r}; it must be one of {tuple(EXECUTORS)}")
+        self.executor_name = executor or default_executor(self.device)
+        super().__init__(config, tensors)
+
+    def _prepare(self) -> None:
+        with torch.device("cpu"):  # whatever the default device of tensors is
+            intmath.self_test(self.device)
+            placed = to_tensors(self.tensors, self.device)
+            module = _executor(self.executor_name, self.device)
+            self.executor = module.Executor(self.config, placed, self.device)
+
+    def encode(self, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
+        """See the base class."""
+        with intmath.exact_float32(self.device):
+            return self.executor.encode(tokens, stages)
+
+    def staged(self, stages: NDArray[np.int32], batch: int) -> Any:
+        """See the base class."""
+        return _Staged(self.executor.staged(stages, batch), self.device)
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """See the base class."""
+        with intmath.exact_float32(self.device):
+            return self.executor.logits(residual)
+
+    def place(self, tokens: Any) -> Tensor:
+        """Return tokens in the codebook, int64 on the device, without waiting for it.
+
+        Tokens on the CPU are checked; on another device, whose values its host can tell only after
+        waiting, they are clamped.
+        """
+        if not isinstance(tokens, Tensor) or tokens.device.type == "cpu":
+            placed = torch.from_numpy(super().place(tokens))
+            return placed.to(self.device, torch.int64, non_blocking=True)
+        if tokens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"tokens have dtype {tokens.dtype}; they must be int32")
+        return tokens.to(self.device, torch.int64).clamp(0, self.config.codebook_size - 1)
+
+
+class _Staged:
+    """The passes of an executor, exact."""
+
+    def __init__(self, staged: Any, device: torch.device) -> None:
+        self._staged, self._device = staged, device
+        self.accept = staged.accept
+        self.tokens = staged.tokens
+
+    def residual(self) -> Tensor:
+        with intmath.exact_float32(self._device):
+            return self._staged.residual()

@@ -1,0 +1,47 @@
+"""Draws on any device: see ``percov2.entropy.sampling``."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.entropy.sampling import AT_ONCE, FLOOR_BITS, SHARPNESS, check_draw, philox
+from percov2.entropy.torch import cdf
+
+
+def _scaled(words: NDArray[np.uint32], total: torch.Tensor) -> torch.Tensor:
+    """⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: int64 [B, n] like total < 2^35."""
+    placed = torch.from_numpy(words[:, :2].astype(np.int64)).to(total.device)
+    high, low = placed[:, 0], placed[:, 1]
+    # In pieces of 16 bits of the total no product reaches 2^52, so signed arithmetic is enough.
+    upper, lower = total >> 16, total & 0xFFFF
+    carry = low * upper + (low * lower >> 16) >> 16
+    return high * upper + (high * lower + carry >> 16) >> 16
+
+
+def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Tensor:
+    """Draw tokens int32 [B, n] on the logits' device.
+
+    Arguments and errors as for ``percov2.entropy.sampling.draw``; logits are a tensor.
+
+    >>> draw(torch.zeros(1, 4, 8, dtype=torch.int16), np.arange(4), seed=0)
+    tensor([[3, 7, 0, 6]], dtype=torch.int32)
+    """
+    check_draw(tuple(logits.shape), places, seed)
+    step = max(1, AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))
+    words = philox(seed, places)
+    tokens = torch.empty(logits.shape[:2], dtype=torch.int32, device=logits.device)
+    for begin in range(0, len(places), step):
+        part = slice(begin, begin + step)
+        tokens[:, part] = _drawn(logits[:, part], words[part])
+    return tokens
+
+
+def _drawn(logits: torch.Tensor, words: NDArray[np.uint32]) -> torch.Tensor:
+    """Tokens int32 [B, n] by the random words [n, 4] of their places."""
+    weights = cdf.weights(logits, SHARPNESS)
+    weights[weights < weights.amax(2, keepdim=True) >> FLOOR_BITS] = 0
+    prefix = weights.cumsum(2)
+    target = _scaled(words, prefix[..., -1])
+    return torch.searchsorted(prefix, target[..., None], right=True)[..., 0].to(torch.int32)

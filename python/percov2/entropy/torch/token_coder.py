@@ -1,0 +1,228 @@
+"""The coder of tokens whose model runs on a device of torch."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from percov2.entropy import rans, schedule, token_coder
+from percov2.entropy.staging import StagedDecoder, one_pass_residual
+from percov2.entropy.token_coder import refuse_outsiders
+from percov2.entropy.torch import cdf, rans_cuda, sampling
+from percov2.entropy.torch.coder_proof import prove_coder
+from percov2.entropy.torch.int_transformer import IntTransformer
+
+_LOGITS_AT_ONCE_FUSED = 2**28
+"""Logits made at a time where one kernel codes them: 512 MiB, 256 images of 1024 tokens."""
+_TOKENS_AT_ONCE = 2**18
+_BYTES_AT_ONCE = 2**32
+"""What a batch may need on a CUDA device besides its logits."""
+
+CODERS = ("cpu", "cuda")
+
+
+def default_coder(device: torch.device) -> str:
+    """What codes the tokens of a model on ``device`` unless its user says otherwise.
+
+    "cuda" on CUDA devices, or "cpu" with a warning that says why it cannot be; "cpu" elsewhere.
+    Both write the same bytes.
+    """
+    if device.type != "cuda":
+        return "cpu"
+    if not rans.cuda_built():
+        reason = "percov2 was built without CUDA, and docs/gpu.md says how to build with it"
+    elif not rans.cuda_devices():
+        reason = "the CUDA runtime in percov2 is newer than the driver of this machine"
+    elif torch.cuda.get_device_capability(device) < rans_cuda.CAPABILITY:
+        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    else:
+        return "cuda"
+    warnings.warn(
+        f"tokens are made on {device} and coded on the CPU: {reason}; coder='cpu' silences this",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return "cpu"
+
+
+class CodedGrids(token_coder.CodedGrids):
+    """Grids of one size after the one pass, their intervals on a CUDA device."""
+
+    _coder: TokenCoder
+
+    def __init__(
+        self,
+        coder: TokenCoder,
+        stages: NDArray[np.int32],
+        starts: torch.Tensor,
+        freqs: torch.Tensor,
+        symbols: torch.Tensor,
+    ) -> None:
+        super().__init__(coder, stages, starts, freqs)
+        self._symbols = symbols
+
+    def _pushed(self, starts: Any, freqs: Any, checks: Any, threads: int) -> rans.RansEncoder:
+        states = self._coder.placed_checks(checks)
+        bits = self._coder.prob_bits
+        streams = rans_cuda.encode(starts.contiguous(), freqs.contiguous(), states, bits)
+        try:
+            return rans.RansEncoder.resumed(*streams.to_host())
+        except ValueError:
+            refuse_outsiders(self._symbols, self._coder.model.config.codebook_size)
+            raise
+
+
+class TokenCoder(token_coder.TokenCoder):
+    """Codes token grids with an integer transformer on a device; tokens come out as tensors.
+
+    Decoded grids lie on the CPU. On a GPU the host waits once per encoding: for intervals or for
+    bytes.
+
+    Args:
+        model: the integer transformer; its device decides where the passes run.
+        coder: "cpu" or "cuda", where the streams are written and read; by default what
+            ``default_coder`` says. ``coder_name`` tells which it became.
+
+    Raises:
+        ValueError: an unknown coder.
+        RuntimeError: coding on the model's device gives other results than on the CPU.
+    """
+
+    model: IntTransformer
+
+    def __init__(self, model: IntTransformer, coder: str | None = None) -> None:
+        if coder is not None and coder not in CODERS:
+            raise ValueError(f"coder is {coder!r}; it must be one of {CODERS}")
+        super().__init__(model)
+        self.coder_name = coder or default_coder(model.device)
+        if model.device.type == "cuda":
+            prove_coder(model.device, model.config.codebook_size, self.coder_name == "cuda")
+
+    @property
+    def tokens_at_once(self) -> int:
+        """See the base class."""
+        if self.model.device.type != "cuda":
+            return super().tokens_at_once
+        config = self.model.config
+        # Residuals of four bytes, hidden activations, and the cache of staged decoding.
+        bytes_per_token = 16 * config.dim + config.hidden + 2 * config.layers * config.inner
+        return min(_TOKENS_AT_ONCE, _BYTES_AT_ONCE // bytes_per_token)
+
+    def encoder(
+        self,
+        tokens: Any,
+        scheduled: schedule.Schedule,
+        checks: rans.ArrayLike,
+        threads: int = 1,
+        sent: int = 0,
+    ) -> rans.RansEncoder:
+        """See the base class."""
+        if self.coder_name == "cuda":
+            # Before the pass: CUDA may finish a stream before it takes pageable memory.
+            checks = self.placed_checks(checks)
+        return super().encoder(tokens, scheduled, checks, threads, sent)
+
+    def placed_checks(self, checks: Any) -> torch.Tensor:
+        """Return checks as int32 [B] on the model's device, where they may lie already."""
+        if not isinstance(checks, torch.Tensor):
+            checks = torch.from_numpy(np.array(checks, dtype=np.int32))
+        return checks.to(self.model.device, non_blocking=True)
+
+    def code(
+        self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1
+    ) -> token_coder.CodedGrids:
+        """See the base class."""
+        if self.coder_name == "cpu":
+            return super().code(tokens, scheduled, threads)
+        stages = schedule.stage_map(scheduled, *tokens.shape[1:])
+        residual, symbols = self._passed(tokens, scheduled)
+        starts, freqs = self._intervals_on_device(residual, symbols)
+        return CodedGrids(self, stages, starts, freqs, symbols)
+
+    def intervals(
+        self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """See the base class."""
+        if self.model.device.type == "cpu":
+            return super().intervals(tokens, scheduled, threads)
+        residual, symbols = self._passed(tokens, scheduled)
+        starts, freqs = self._intervals_on_device(residual, symbols).cpu().numpy()
+        if not freqs.all():
+            refuse_outsiders(symbols, self.model.config.codebook_size)
+        return starts, freqs
+
+    def _passed(
+        self, tokens: Any, scheduled: schedule.Schedule
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(tokens, torch.Tensor):
+            tokens = torch.from_numpy(np.array(tokens))
+        stages = schedule.stage_map(scheduled, *tokens.shape[1:])
+        tokens = tokens.to(self.model.device, non_blocking=self.model.device.type != "cpu")
+        # Before the pass: CUDA may finish a stream before it takes pageable memory.
+        coding = torch.from_numpy(schedule.order(stages)).to(tokens.device, non_blocking=True)
+        residual = one_pass_residual(self.model, tokens, stages)
+        return residual, tokens.flatten(1)[:, coding].to(torch.int32)
+
+    def _intervals_on_device(self, residual: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
+        """Return starts and freqs, int32 [2, B, N], for which nothing waits.
+
+        So symbols outside the codebook are not refused here: their freq is 0.
+        """
+        parts = [
+            cdf.marked_intervals(logits, symbols[:, part], self.prob_bits)
+            for part, logits in self._logits(residual)
+        ]
+        return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
+
+    def _logits_at_once(self) -> int:
+        fused = cdf.fused(self.model.device)
+        return _LOGITS_AT_ONCE_FUSED if fused else super()._logits_at_once()
+
+    def decoder(
+        self,
+        buffer: bytes | NDArray[np.uint8],
+        offsets: NDArray[np.int64],
+        states: NDArray[np.uint32] | None = None,
+        positions: NDArray[np.int64] | None = None,
+    ) -> Any:
+        """See the base class."""
+        if self.coder_name == "cpu":
+            return super().decoder(buffer, offsets, states, positions)
+        return rans_cuda.CudaRansDecoder(
+            torch.from_numpy(np.frombuffer(buffer, dtype=np.uint8).copy()),
+            torch.from_numpy(np.asarray(offsets, dtype=np.int64)),
+            self.model.device,
+            None if states is None else torch.from_numpy(states.astype(np.int32)),
+            None if positions is None else torch.from_numpy(np.asarray(positions, dtype=np.int64)),
+        )
+
+    def _grids(self, staged: StagedDecoder) -> torch.Tensor:
+        return staged.tokens().cpu()
+
+    def _read(self, decoder: Any, residual: torch.Tensor, threads: int) -> torch.Tensor:
+        if isinstance(decoder, rans.RansDecoder):
+            parts = [
+                torch.from_numpy(decoder.decode_logits(part, self.prob_bits, threads=threads))
+                for _, part in self._logits(residual)
+            ]
+        else:
+            parts = [
+                decoder.decode_logits(part, self.prob_bits) for _, part in self._logits(residual)
+            ]
+        return torch.cat(parts, 1)
+
+    def _draw(self, logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Tensor:
+        return sampling.draw(logits, places, seed)
+
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts, 1)
+
+    def _either(
+        self, rows: NDArray[np.bool_], tokens: torch.Tensor, others: torch.Tensor
+    ) -> torch.Tensor:
+        choice = torch.from_numpy(rows)[:, None].to(tokens.device)
+        return torch.where(choice, tokens, others.to(tokens.device))
