@@ -35,7 +35,7 @@ from percov2.training.study.multiscale import (
     same_tokens,
 )
 from tools.command_line import failure, run
-from tools.executors import random_on, same
+from tools.executors import random_on
 from tools.photo_store import store_photos
 
 SIZE = 16
@@ -205,7 +205,7 @@ def test_codebooks_are_fitted_once(tmp_path: Path) -> None:
     path = tmp_path / "run" / "codebooks.npy"
     first = ScaleQuantizer.stored(path, photos, SIZE)
     trained_on = [g for g, held in zip(photos.directions, photos.held_out, strict=True) if not held]
-    assert same(first.codebooks, ScaleQuantizer.fit(trained_on, SIZE).codebooks)
+    assert torch.equal(first.codebooks, ScaleQuantizer.fit(trained_on, SIZE).codebooks)
     np.save(path, np.zeros((4, SIZE, 3), np.float32))
     assert not ScaleQuantizer.stored(path, photos, SIZE).codebooks.any()
 
@@ -232,8 +232,8 @@ def test_draws_are_whole_maps_of_one_shape() -> None:
             assert any(np.array_equal(row, known) for known in maps.maps[shape])
             assert np.array_equal(payload, plan.payload(row))
         assert float(weights.sum()) == pytest.approx(1)
-        assert same(batch.rows[0], torch.from_numpy(16 * plan.entries.row // shape[0]))
-        assert same(batch.columns[0], torch.from_numpy(16 * plan.entries.column // 5))
+        assert torch.equal(batch.rows[0], torch.from_numpy(16 * plan.entries.row // shape[0]))
+        assert torch.equal(batch.columns[0], torch.from_numpy(16 * plan.entries.column // 5))
     assert len(shapes) == 2
 
 

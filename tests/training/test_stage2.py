@@ -157,7 +157,7 @@ def test_integer_form_equals_the_rounded_form():
     integer = export(model)
     stages = batch.stages[0].numpy()
     order = torch.from_numpy(schedule.order(stages))
-    logits = one_pass_logits(integer, batch.tokens, stages).float()
+    logits = torch.from_numpy(one_pass_logits(integer, batch.tokens, stages)).float()
     tokens = batch.tokens.flatten(1)[:, order]
     coded = bits(logits * LOGIT_SCALE, tokens)
     with torch.no_grad():
