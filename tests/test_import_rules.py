@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "python" / "percov2"
 KERNELS = ROOT / "triton_kernels"
 
-ENTROPY = """cdf int_transformer ranges rans sampling schedule staging streams tensor_file token_coder
-transformer_config uniform visibility"""
+ENTROPY = """cdf int_transformer ranges rans sampling schedule staging streams tensor_file
+token_coder transformer_config uniform visibility"""
 CORE = " ".join(f"entropy.{name}" for name in ENTROPY.split())
 """The entropy engine without torch."""
 # Folder or module -> (first-party prefixes, third-party packages at module level, the same inside
