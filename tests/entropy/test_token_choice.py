@@ -17,13 +17,14 @@ from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.token_coder import TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
-from tools.executors import same
+from tools.executors import coder_of, model_on, same
 
 CODES = 16
 MODEL = IntTransformer.random(
     TransformerConfig(CODES, dim=16, heads=1, head_dim=16, layers=1, hidden=16), seed=3
 )
 CODER = TokenCoder(MODEL)
+PLACED = coder_of(model_on("torch", MODEL.config, MODEL.tensors))
 
 
 def plain_choice(candidates: Tensor, allowed: Tensor, name: str) -> NDArray[np.int32]:
@@ -69,6 +70,7 @@ def test_choice_is_that_of_a_plain_walk(seed, batch, height, width, count, name)
     chosen = CODER.choose(candidates, allowed, name)
     assert chosen.dtype == np.int32
     assert np.array_equal(chosen, plain_choice(candidates, allowed, name))
+    assert same(PLACED.choose(candidates, allowed, name), chosen)
 
 
 def test_with_one_allowed_candidate_nothing_changes() -> None:

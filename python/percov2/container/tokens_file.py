@@ -1,7 +1,8 @@
-"""Token maps -> ``.pcv2`` files: header, caption and tokens on one rANS stream, with a check.
+"""Token maps and ``.pcv2`` files: header, caption and tokens on one rANS stream, with a check.
 
 Given tokens, the bytes are the same alone, in a batch, on any device and with any thread count.
-``percov2.container.unpacking`` reads them.
+Reading trusts nothing: every fault is a BitstreamError that says what is wrong. The entropy model
+draws the tokens that a file does not hold.
 """
 
 from __future__ import annotations

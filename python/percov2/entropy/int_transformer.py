@@ -108,7 +108,8 @@ def check_tensors(config: TransformerConfig, tensors: dict[str, NDArray[Any]]) -
             _check_range(f"the largest sum of {name[:-5]}", reach, 0, ranges.ACC_LIMIT - 1)
 
 
-_TRIAL_CONFIG = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
+TRIAL = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
+"""Sizes of the model that proves an executor, with the random tensors of seed 0."""
 _TRIAL_LOGITS = "1cd29e267127fb21bc7c8ca31c341208c44f94f57b279724f9f441f7c718a81d"
 """SHA-256 of the logits of the trial, int16 little-endian, as ``percov2.entropy.torch`` gives."""
 
@@ -123,7 +124,7 @@ def trial(images: int = 1) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
 def prove_compiled(instruction_set: str) -> None:
     """Raise RuntimeError unless the compiled program gives the known logits of a trial."""
     tokens, stages = trial()
-    program = _compiled(_TRIAL_CONFIG, random_tensors(_TRIAL_CONFIG, 0))
+    program = _compiled(TRIAL, random_tensors(TRIAL, 0))
     logits = program.logits(program.encode(stages, tokens, 1), 1)
     if hashlib.sha256(logits.astype("<i2").tobytes()).hexdigest() != _TRIAL_LOGITS:
         raise RuntimeError(

@@ -27,7 +27,7 @@ except ImportError as error:  # pragma: no cover - only in a tree that was never
         "pip, or build it in place as CONTRIBUTING.md says"
     ) from error
 
-# For percov2.entropy.cpu_executor, benchmark and tests; one module imports the compiled code.
+# For percov2.entropy.int_transformer, benchmark and tests; one module imports the compiled code.
 attention_weights = _native.attention_weights
 stage_attention = _native.stage_attention
 IntegerTransformer = _native.IntegerTransformer

@@ -333,20 +333,23 @@ class TokenCoder:
         stages = schedule.stages(name, *options.shape[1:3])
         flat = options.reshape(len(options), stages.size, options.shape[3]).astype(np.int64)
         may = open_.reshape(flat.shape)
-        rank = np.arange(flat.shape[2])
         staged = StagedDecoder(self.model, stages, len(flat))
         for stage in range(1, int(stages.max()) + 1):
             here = np.flatnonzero(stages == stage)
             parts = []
             for part, logits in self._logits(staged.residual()):
-                mine, free = flat[:, here[part]], may[:, here[part]]
-                # Distinct scores: argmax promises nothing about ties.
-                scores = np.take_along_axis(as_array(logits).astype(np.int64), mine, 2)
-                scores = np.where(free, scores * len(rank) - rank, np.iinfo(np.int64).min)
-                best = scores.argmax(2)[..., None]
-                parts.append(np.take_along_axis(mine, best, 2)[..., 0])
-            staged.accept(np.concatenate(parts, axis=1).astype(np.int32))
+                places = here[part]
+                parts.append(self._likeliest(logits, flat[:, places], may[:, places]))
+            staged.accept(self._joined(parts))
         return self._grids(staged)
+
+    def _likeliest(self, logits: Any, options: NDArray[np.int64], may: NDArray[np.bool_]) -> Any:
+        """Return the likeliest allowed option of every place: [B, n, K] -> int32 [B, n]."""
+        # Distinct scores: argmax promises nothing about ties.
+        rank = np.arange(options.shape[2])
+        scores = np.take_along_axis(logits.astype(np.int64), options, 2) * len(rank) - rank
+        best = np.where(may, scores, np.iinfo(np.int64).min).argmax(2)[..., None]
+        return np.take_along_axis(options, best, 2)[..., 0].astype(np.int32)
 
 
 def refuse_outsiders(symbols: Any, codebook_size: int) -> None:

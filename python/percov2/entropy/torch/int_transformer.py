@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from percov2.entropy import int_transformer
-from percov2.entropy.int_transformer import random_tensors, trial
+from percov2.entropy.int_transformer import TRIAL, random_tensors, trial
 from percov2.entropy.torch import intmath
 from percov2.entropy.transformer_config import TransformerConfig
 
@@ -67,15 +67,14 @@ def _executor(name: str, device: torch.device) -> Any:
     module = importlib.import_module(f"percov2.entropy.torch.{EXECUTORS[name]}")
     oracle = importlib.import_module("percov2.entropy.torch.executor")
     if module is not oracle:
-        config = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
-        tensors = random_tensors(config, 0)
+        tensors = random_tensors(TRIAL, 0)
         # On a GPU the kernels take larger tiles from 1024 rows on: there the queries fill these,
         # and the contents do not.
         tokens, stages = trial(11 if device.type == "cuda" else 1)
         results = []
         for executor, place in ((module, device), (oracle, torch.device("cpu"))):
             placed = to_tensors(tensors, place)
-            model = executor.Executor(config, placed, place)
+            model = executor.Executor(TRIAL, placed, place)
             grids = torch.from_numpy(tokens).to(place, torch.int64)
             results.append(model.logits(model.encode(grids, stages)).cpu())
         if not torch.equal(*results):

@@ -226,3 +226,16 @@ class TokenCoder(token_coder.TokenCoder):
     ) -> torch.Tensor:
         choice = torch.from_numpy(rows)[:, None].to(tokens.device)
         return torch.where(choice, tokens, others.to(tokens.device))
+
+    def _likeliest(
+        self, logits: torch.Tensor, options: NDArray[np.int64], may: NDArray[np.bool_]
+    ) -> torch.Tensor:
+        mine, free = (
+            torch.from_numpy(part).to(logits.device, non_blocking=True) for part in (options, may)
+        )
+        # Distinct scores: argmax promises nothing about ties.
+        rank = torch.arange(options.shape[2], device=logits.device)
+        scores = logits.gather(2, mine).to(torch.int64) * len(rank) - rank
+        scores = torch.where(free, scores, torch.iinfo(torch.int64).min)
+        best = scores.argmax(2, keepdim=True)
+        return mine.gather(2, best)[..., 0].to(torch.int32)
