@@ -81,6 +81,15 @@ def test_the_largest_codebook_needs_every_bit_of_the_product() -> None:
     assert max(drawn) > 2**12  # the whole codebook is in reach
 
 
+def test_a_target_on_a_bound_belongs_to_the_symbol_above() -> None:
+    logits = np.zeros((1, 1, 2), np.int16)
+    half = np.array([[1 << 31, 0, 0, 0]], np.uint32)  # half of the total: the first symbol's bound
+    below = np.array([[(1 << 31) - 1, (1 << 32) - 1, 0, 0]], np.uint32)
+    for words, token in ((half, 1), (below, 0)):
+        assert sampling._drawn(logits, words).tolist() == [[token]]
+        assert on_device._drawn(torch.from_numpy(logits), words).tolist() == [[token]]
+
+
 def test_draws_follow_the_sharpened_distribution() -> None:
     count = 40_000
     logits = np.tile(np.array([0, -256, -512, -4000], np.int16), (1, count, 1))

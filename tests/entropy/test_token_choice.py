@@ -17,6 +17,7 @@ from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.token_coder import TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
+from percov2.entropy.uniform import uniform_model
 from tools.executors import coder_of, model_on, same
 
 CODES = 16
@@ -71,6 +72,15 @@ def test_choice_is_that_of_a_plain_walk(seed, batch, height, width, count, name)
     assert chosen.dtype == np.int32
     assert np.array_equal(chosen, plain_choice(candidates, allowed, name))
     assert same(PLACED.choose(candidates, allowed, name), chosen)
+
+
+def test_the_first_allowed_of_equally_likely_candidates_is_chosen() -> None:
+    model = uniform_model(CODES)
+    candidates = np.tile(np.array([5, 9, 2, 7], np.int32), (1, 2, 3, 1))
+    allowed = np.ones(candidates.shape, bool)
+    for executor in ("cpu", "torch"):
+        coder = coder_of(model_on(executor, model.config, model.tensors))
+        assert same(coder.choose(candidates, allowed, "qlds12"), candidates[..., 0].copy())
 
 
 def test_with_one_allowed_candidate_nothing_changes() -> None:
