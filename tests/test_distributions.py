@@ -1,6 +1,6 @@
 """What a built wheel and a built sdist hold: the source tree, the compiled module, nothing else.
 
-``PERCOV2_DIST`` names the folder with what was built (see docs/packaging.md); without it these
+``PERCOV2_DIST`` names the folder with what was built (see docs/how-to/release.md); without it these
 tests skip. ``FAIL_WITHOUT_DIST=1`` makes failures of the skips, for .ci/run.
 """
 

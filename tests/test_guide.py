@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules(percov2.entropy.__path__))
 
 
-@pytest.mark.parametrize("page", ["docs/entropy-library.md", "README.md"])
+@pytest.mark.parametrize("page", ["docs/how-to/entropy-library.md", "README.md"])
 def test_the_blocks_of_a_page_run_in_order(page: str) -> None:
     """Those of the README that are about the library; the others need a photograph."""
     text = (ROOT / page).read_text(encoding="utf-8")

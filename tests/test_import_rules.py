@@ -1,4 +1,4 @@
-"""The import table of docs/architecture.md, read from the syntax tree of every file."""
+"""The import table of docs/explanation/architecture.md, read from the syntax tree of every file."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def test_model_id_file_names_every_rate(codec: Codec) -> None:
 
 def test_the_caption_model_is_the_documented_one() -> None:
     folder = FOLDER.parent / "captions"
-    document = Path(__file__).parents[1] / "docs" / "bitstream.md"
+    document = Path(__file__).parents[1] / "docs" / "reference" / "bitstream.md"
     fingerprint = CaptionModel.load(folder).fingerprint().hex()
     assert f"`{fingerprint}`" in document.read_text(encoding="utf-8")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_500_000

@@ -81,7 +81,7 @@ def linear(
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """An integer linear map and what follows it, as docs/entropy-model.md defines them.
+    """An integer linear map and what follows it, as docs/reference/entropy-model.md defines them.
 
     x int8 [..., K] in +-127, K <= 1040; weight int8 [n, K]; bias int32 [n]; multiplier int8 [n] in
     1 .. 127; shift int8 [n] in 1 .. 24; for every output 127 sum |weight| + |bias| < 2^24 (not
@@ -96,7 +96,7 @@ def linear(
 
 
 def layer_norm(residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """The integer LayerNorm of docs/entropy-model.md.
+    """The integer LayerNorm of docs/reference/entropy-model.md.
 
     residual int32 [..., d] in +-2^20, d <= 1024; gain int16 [d] in +-2047. Returns int8 [..., d] in
     +-127. Raises RuntimeError if triton is not installed and ValueError for wrong shapes, dtypes or
@@ -116,7 +116,7 @@ def attention(
     gain_bits: int,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The integer attention of docs/entropy-model.md, heads side by side.
+    """The integer attention of docs/reference/entropy-model.md, heads side by side.
 
     queries int8 [B, E, H * D], keys and values int8 [B, at least K, H * D] in +-127, D <= 64; the
     first three keys are the start entries. plan, all int32: reader_places [2, E] (place, reads),

@@ -1,4 +1,4 @@
-"""The integer LayerNorm of docs/entropy-model.md: residual int32 -> int8, one pass over a row.
+"""The integer LayerNorm of docs/reference/entropy-model.md: int32 residual -> int8 in one pass.
 
 Everything is an integer. GPUs divide and take roots of floats with errors that differ from card to
 card, so floats only guess: each guess is then compared with its exact integer remainder. The

@@ -1,4 +1,4 @@
-"""Windowed, stage-masked integer attention (docs/entropy-model.md, §3).
+"""Windowed, stage-masked integer attention (docs/reference/entropy-model.md, §3).
 
 A program computes one head of BLOCK readers of one image. A plan lists, for each such block of
 readers, the keys that any of them may see, in groups of GROUP; what a reader may really see is

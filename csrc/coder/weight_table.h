@@ -1,5 +1,6 @@
 // The frozen weight table: round(2^(22 - k/256)) for k = 0 .. 255, and 2^22 - 1 for k = 0 so that
-// 1024 weights sum to less than 2^32. Part of the format: docs/bitstream.md names its SHA-256.
+// 1024 weights sum to less than 2^32. Part of the format: docs/reference/bitstream.md names its
+// SHA-256.
 #pragma once
 
 #include <cstdint>

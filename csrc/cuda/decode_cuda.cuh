@@ -1,4 +1,5 @@
-// The kernel of the batched decoder: from logits to symbols. docs/gpu-kernels.md derives its form.
+// The kernel of the batched decoder: from logits to symbols. docs/explanation/gpu-kernels.md
+// derives its form.
 //
 // A warp decodes one stream. A row of logits is cut into blocks of 256, eight logits for each lane,
 // as on the CPU: one pass finds the largest logit, a second one the sums of the blocks' weights; by

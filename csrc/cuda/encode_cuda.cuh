@@ -1,4 +1,4 @@
-// Kernels of the batched encoder. docs/gpu-kernels.md derives their form.
+// Kernels of the batched encoder. docs/explanation/gpu-kernels.md derives their form.
 //
 // A warp encodes one stream, 32 symbols at a time: each lane loads, checks and divides for one
 // symbol; then all lanes walk the same chain of states, symbol after symbol, and each keeps the

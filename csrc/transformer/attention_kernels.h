@@ -2,8 +2,8 @@
 //
 // The keys of an image lie on its grid, so that a reader finds the keys of its 31 x 31 window and
 // their biases side by side and needs no list of them. Cells without a visible key are computed and
-// masked; groups of four rows without any are skipped. docs/entropy-model.md, section 3, says what
-// is computed; every sum is exact in int32, so the order of summation is free.
+// masked; groups of four rows without any are skipped. docs/reference/entropy-model.md, section 3,
+// says what is computed; every sum is exact in int32, so the order of summation is free.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,8 @@
 // Kernels of quantized linear maps, one table per instruction set.
 //
 // acc = bias + sum of weight * x, exact in int32 in any order, then
-// clamp((acc * multiplier + half) >> shift, low, high): docs/entropy-model.md, section 3. The three
-// kernels differ in the limits and in where the result goes.
+// clamp((acc * multiplier + half) >> shift, low, high): docs/reference/entropy-model.md, section 3.
+// The three kernels differ in the limits and in where the result goes.
 #pragma once
 
 #include <cstdint>

@@ -8,9 +8,9 @@ namespace percov2 {
 constexpr std::int64_t kRowLanes = 16;  // residuals and gains are padded to multiples of this
 
 struct NormKernels {
-  // Integer LayerNorm (docs/entropy-model.md, section 3) of `rows` rows of a residual in +-2^20,
-  // `stride` apart. dim <= 1024; rows and gain (integers in -2047 .. 2047) hold zeros from dim up
-  // to the next multiple of 16, and so does out, int8 in -127 .. 127, `out_stride` apart.
+  // Integer LayerNorm (docs/reference/entropy-model.md, section 3) of `rows` rows of a residual in
+  // +-2^20, `stride` apart. dim <= 1024; rows and gain (integers in -2047 .. 2047) hold zeros from
+  // dim up to the next multiple of 16, and so does out, int8 in -127 .. 127, `out_stride` apart.
   void (*layer_norm)(const std::int32_t* residual, std::int64_t stride, std::int64_t rows,
                      std::int64_t dim, const double* gain, std::int8_t* out,
                      std::int64_t out_stride);

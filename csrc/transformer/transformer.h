@@ -1,4 +1,5 @@
-// The integer token transformer on the CPU: docs/entropy-model.md, as passes over token grids.
+// The integer token transformer on the CPU: docs/reference/entropy-model.md, as passes over token
+// grids.
 //
 // One pass for all stages (encoding) or one for each (decoding) runs every layer over some images
 // at a time, so that what is between two operations stays in cache and memory does not grow with

@@ -22,8 +22,8 @@ def encode_bounded(
 ) -> list[bytes]:
     """Encode pictures at the first rate, or at a later one where that is the only way.
 
-    A picture of so many tokens that a reader accepts no part of them (docs/bitstream.md, section 7)
-    takes the first rate of which it has a file that is short enough.
+    A picture of so many tokens that a reader accepts no part of them (docs/reference/bitstream.md,
+    section 7) takes the first rate of which it has a file that is short enough.
 
     Args:
         encode: makes files of a rate and the numbers of some pictures; raises ``TooFewBytes``.

@@ -126,7 +126,9 @@ def test_weight_table():
     assert len(ranges.WEIGHT_TABLE) == 128
     expected = [reference.softmax_weight(d) for d in range(140)]
     assert list(ranges.WEIGHT_TABLE) + [0] * 12 == expected
-    page = (Path(__file__).parents[2] / "docs" / "entropy-model.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "entropy-model.md").read_text(
+        encoding="utf-8"
+    )
     assert [int(n) for n in page.split("```")[1].split()] == list(ranges.WEIGHT_TABLE)
     # How far 126.61 * 2^(-d/16) stays from a half: what rounding a float exp2 relies on.
     margins = [abs(126.61 * 2 ** (-d / 16) % 1 - 0.5) for d in range(300)]

@@ -150,7 +150,9 @@ def test_golden(name: str) -> None:
 
 
 def test_document_holds_the_golden_hashes() -> None:
-    document = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[2] / "docs" / "reference" / "schedules.md").read_text(
+        encoding="utf-8"
+    )
     for index, name in enumerate(SCHEDULES):
         assert f"| `{name}` | `{GOLDEN[name]}` |" in document
         assert re.search(rf"^\| {index}( \(default\))? \| `{name}` \|", document, re.MULTILINE)

@@ -53,5 +53,5 @@ def test_hyper_encoders_are_as_large_as_the_original() -> None:
 
 
 def test_the_documented_tables_are_the_commands() -> None:
-    page = Path(__file__).parents[2] / "docs" / "sd3.md"
+    page = Path(__file__).parents[2] / "docs" / "reference" / "sd3.md"
     assert memory.tables() in page.read_text(encoding="utf-8")

@@ -1,5 +1,5 @@
-// Intervals, search and rANS as docs/bitstream.md and docs/entropy-model.md state them: one number
-// at a time, sharing nothing with csrc but the table of weights.
+// Intervals, search and rANS as docs/reference/bitstream.md and docs/reference/entropy-model.md
+// state them: one number at a time, sharing nothing with csrc but the table of weights.
 #pragma once
 
 #include <algorithm>

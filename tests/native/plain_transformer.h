@@ -1,5 +1,5 @@
-// The integer transformer as docs/entropy-model.md states it: 64-bit integers, one number at a
-// time, sharing nothing with csrc.
+// The integer transformer as docs/reference/entropy-model.md states it: 64-bit integers, one number
+// at a time, sharing nothing with csrc.
 #pragma once
 
 #include <algorithm>

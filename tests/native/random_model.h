@@ -1,4 +1,4 @@
-// Random models of the integer transformer inside the ranges of docs/entropy-model.md,
+// Random models of the integer transformer inside the ranges of docs/reference/entropy-model.md,
 // which every loaded model has passed, up to their ends.
 #pragma once
 

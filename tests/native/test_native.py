@@ -1,6 +1,6 @@
 """Proofs of the compiled core without Python: programs of tests/native, built and run here.
 
-docs/testing.md says what each of them proves and how to run them longer.
+docs/explanation/testing.md says what each of them proves and how to run them longer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The coder of docs/bitstream.md, §3, both ways, in Python integers.
+"""The coder of docs/reference/bitstream.md, §3, both ways, in Python integers.
 
 See ``independent_decoder``, which it serves.
 """

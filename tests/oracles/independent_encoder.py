@@ -1,4 +1,4 @@
-"""Whole files from a header and the intervals of its symbols: what docs/bitstream.md says, slowly.
+"""Whole files from a header and the intervals of its symbols: docs/reference/bitstream.md, slowly.
 
 The tables are those of ``independent_decoder``; nothing is shared with the package.
 """

@@ -1,7 +1,8 @@
 """PerCo (SD v2.1)'s hyper-encoder and quantizer, from the published layer list, on plain tensors.
 
-Written from the facts in docs/perco-import.md under the published state-dict names, with functions
-instead of modules, and independent of percov2. The oracle of tests/models/test_perco_weights.py.
+Written from the facts in docs/reference/perco.md under the published state-dict names, with
+functions instead of modules, and independent of percov2. The oracle of
+tests/models/test_perco_weights.py.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from percov2.entropy.transformer_config import TransformerConfig
 
 SCHEMA = 1
 MEASUREMENT, MISSING = "measurement", "missing"
-NO_DEVICE = "torch finds no CUDA device: docs/gpu.md says what is needed and how to measure"
+NO_DEVICE = "torch finds no CUDA device: docs/how-to/gpu.md says what is needed and how to measure"
 NO_TRITON = "triton is not installed: pip install 'percov2[gpu]'"
 NO_CUDA = (
     "percov2's compiled module was built without CUDA: build it where nvcc is installed, with "

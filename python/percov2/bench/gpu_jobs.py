@@ -1,6 +1,7 @@
 """The GPU kernels one by one: what runs, what must come out, and how many bytes must move.
 
-A job holds its tensors; making it places them. docs/gpu-kernels.md says what the kernels do.
+A job holds its tensors; making it places them. docs/explanation/gpu-kernels.md says what the
+kernels do.
 """
 
 from __future__ import annotations

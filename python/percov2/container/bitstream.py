@@ -1,8 +1,8 @@
 """The ``.pcv2`` file: plain prefix, entropy-coded header and caption, hand-over to the tokens.
 
-docs/bitstream.md is the normative description. This module needs the standard library only, so
-that a file can be inspected without torch or the compiled coder. It never codes tokens: the
-writer pushes them first onto a rANS stack and then the intervals of ``header_intervals``; the
+docs/reference/bitstream.md is the normative description. This module needs the standard library
+only, so that a file can be inspected without torch or the compiled coder. It never codes tokens:
+the writer pushes them first onto a rANS stack and then the intervals of ``header_intervals``; the
 reader decodes header and caption in plain Python and returns the coder state for the rest.
 """
 
@@ -70,7 +70,7 @@ class Header:
 
     Attributes:
         model_id: 0..65535, id of the rate's tokens: first 16 bits of a SHA-256 over token side,
-            codebook and entropy model (docs/bitstream.md, section 1).
+            codebook and entropy model (docs/reference/bitstream.md, section 1).
         height: image rows in pixels, 1..65536.
         width: image columns in pixels, 1..65536.
         rate: index of the rate in the model's list, 0..15.
@@ -236,7 +236,7 @@ def header_intervals(header: Header) -> list[tuple[int, int]]:
 
 
 class _Decoder:
-    """The rANS decoder of docs/bitstream.md, section 3, with an account of the bits spent."""
+    """The rANS decoder of docs/reference/bitstream.md, section 3, counting the bits spent."""
 
     def __init__(self, data: bytes, position: int) -> None:
         self.data = data
@@ -370,7 +370,7 @@ def _read_prefix(data: bytes) -> None:
 def _read_caption(decoder: _Decoder) -> bytes:
     length = decoder.number(_CAPTION_EXPONENT)
     # A byte costs 8 bits, and the state holds fewer than 31 + 4 bits beyond the bytes left; the
-    # rule that the last byte is not zero makes this exact (docs/bitstream.md, section 5).
+    # rule that the last byte is not zero makes this exact (docs/reference/bitstream.md, section 5).
     room = len(decoder.data) - decoder.position + 4
     if length > room:
         raise BitstreamError(

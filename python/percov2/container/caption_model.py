@@ -2,8 +2,8 @@
 
 A text is split into pieces (words, parts of words, single bytes), so that any UTF-8 text has a
 form. The pieces are the tokens of a grid of one row in raster order: a piece is coded given the
-pieces before it, by the same integer program as image tokens (docs/entropy-model.md), into the same
-rANS stream. docs/bitstream.md, section 5, says how.
+pieces before it, by the same integer program as image tokens (docs/reference/entropy-model.md),
+into the same rANS stream. docs/reference/bitstream.md, section 5, says how.
 """
 
 from __future__ import annotations

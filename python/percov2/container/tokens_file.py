@@ -256,7 +256,7 @@ def is_dense(file: bytes, tokens: int, tail: int) -> bool:
 
 def too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
     """Whether a file without the dense promise may not have this schedule, by index, and grid."""
-    # The other schedules have a few dozen stages at most (docs/schedules.md).
+    # The other schedules have a few dozen stages at most (docs/reference/schedules.md).
     raster = SCHEDULES[schedule] == "raster"
     return raster and grid[0] * grid[1] > bitstream.MAX_SPARSE_STAGES
 

@@ -1,7 +1,7 @@
 """The integer token transformer: parameters, their ranges, files, and its compiled passes.
 
-docs/entropy-model.md defines the program. ``percov2.entropy.torch`` holds the float form that is
-trained and exported to this one, and executors for other devices.
+docs/reference/entropy-model.md defines the program. ``percov2.entropy.torch`` holds the float form
+that is trained and exported to this one, and executors for other devices.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ranges and tables of the integer program (docs/entropy-model.md); part of the format."""
+"""Ranges and tables of the integer program (docs/reference/entropy-model.md): the format."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 The paper's hybrid mode (arXiv 2503.09368, section 3.3): the first stages are in the file, the
 decoder draws the others. Everything is an integer. A place's random number depends on the seed and
 on the place alone: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-2011) is a function of a key and a counter. docs/entropy-model.md, section 6, is normative.
+2011) is a function of a key and a counter. docs/reference/entropy-model.md, section 6, is
+normative.
 """
 
 from __future__ import annotations

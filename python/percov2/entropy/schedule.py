@@ -1,9 +1,9 @@
 """Entropy schedules: which stage codes which token position.
 
 A schedule splits the ``height * width`` token positions of an image into stages 1..S; stage s is
-coded given all earlier stages. Schedules are part of the file format: docs/schedules.md is the
-normative definition, every number here is an integer, and golden hashes in the tests freeze the
-result for all machines.
+coded given all earlier stages. Schedules are part of the file format: docs/reference/schedules.md
+is the normative definition, every number here is an integer, and golden hashes in the tests freeze
+the result for all machines.
 
 Sources: checkerboard, quincunx, QLDS (quantized low-discrepancy sequence: the R2 sequence of
 M. Roberts with power-law group sizes) and implicit hierarchical VAR are the schedules compared in
@@ -178,7 +178,8 @@ def nested_grids(height: int, width: int, sides: Iterable[int]) -> np.ndarray:
 def qlds(height: int, width: int, stage_count: int, power: Fraction = _QLDS_POWER) -> np.ndarray:
     """Return the stages, int32 [height, width], of the R2 walk in groups by a power law.
 
-    Group i of S = ``stage_count`` (>= 1) ends at round(N * (i / S)^power); see docs/schedules.md.
+    Group i of S = ``stage_count`` (>= 1) ends at round(N * (i / S)^power); see
+    docs/reference/schedules.md.
     """
     positions = height * width
     walk = _qlds_walk(height, width)

@@ -1,7 +1,8 @@
 """Passes of the integer transformer over the entries of token grids.
 
 Encoding is one pass with the contents and queries of all stages, decoding one pass per stage. Both
-give the same integers (docs/entropy-model.md); what computes them is the model's executor.
+give the same integers (docs/reference/entropy-model.md); what computes them is the model's
+executor.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class TokenCoder:
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens of a batch that keeps the device busy and fits its memory (docs/gpu.md)."""
+        """Tokens of a batch that keeps the device busy and fits its memory (docs/how-to/gpu.md)."""
         return _TOKENS_AT_ONCE
 
     # Encoding ------------------------------------------------------------------------------------

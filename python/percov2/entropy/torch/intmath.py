@@ -2,7 +2,7 @@
 
 Every function states the range of its inputs and outputs; inside these ranges the result is one
 integer, whatever the device, the number of threads, the batch or the order of summation.
-docs/entropy-model.md is the normative text.
+docs/reference/entropy-model.md is the normative text.
 
 Integers that enter a matrix product travel in float32 tensors: a float32 product of integer
 matrices is exact while every partial sum stays below 2^24, which ``K * 127**2 < 2**24`` guarantees

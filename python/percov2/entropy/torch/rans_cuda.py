@@ -2,8 +2,8 @@
 
 Everything stays on the device, on torch's current stream, and nothing waits for it, except where
 it is said: ``EncodedStreams.to_host`` copies once, ``finished`` and ``exhausted`` wait for a few
-bytes. docs/gpu.md describes the kernels. In a build without CUDA every call raises RuntimeError
-and says how to get one.
+bytes. docs/how-to/gpu.md describes the kernels. In a build without CUDA every call raises
+RuntimeError and says how to get one.
 """
 
 from __future__ import annotations

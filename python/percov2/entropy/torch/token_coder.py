@@ -34,7 +34,7 @@ def default_coder(device: torch.device) -> str:
     if device.type != "cuda":
         return "cpu"
     if not rans.cuda_built():
-        reason = "percov2 was built without CUDA, and docs/gpu.md says how to build with it"
+        reason = "percov2 was built without CUDA, and docs/how-to/gpu.md says how to build with it"
     elif not rans.cuda_devices():
         reason = "the CUDA runtime in percov2 is newer than the driver of this machine"
     elif torch.cuda.get_device_capability(device) < rans_cuda.CAPABILITY:

@@ -3,7 +3,7 @@
 Stable Diffusion's U-Net reads z_hat beside the noisy latents and the caption through the CLIP text
 encoder; it predicts the velocity, and DDIM samples. Autoencoder, text encoder, tokenizer and
 scheduler come from the base model, one U-Net per rate from the folder. Compressing never loads
-U-Net or text encoder, decompressing never the hyper-encoder. docs/perco-import.md has the facts.
+U-Net or text encoder, decompressing never the hyper-encoder. docs/reference/perco.md has the facts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The tensors of PerCo (SD v2.1)'s published checkpoints, under our names and shapes.
 
-The names are facts about the published files; docs/perco-import.md says where each is from.
+The names are facts about the published files; docs/reference/perco.md says where each is from.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class SD3Model(TokenMaker):
     Our trained parts run in float32, those of the base model in the dtype of the options.
 
     Args:
-        folder: see docs/sd3.md for its layout.
+        folder: see docs/reference/sd3.md for its layout.
         device: torch device.
         options: see there; defaults if None.
         base: the base model's networks; those that the folder names if None.

@@ -1,7 +1,7 @@
 """Parameters and memory of the backbone "sd3" at full size, from networks without memory.
 
-``python -m percov2.models.sd3.memory`` prints the tables of docs/sd3.md. The networks are built on
-torch's meta device from the base models' published configurations; nothing is downloaded.
+``python -m percov2.models.sd3.memory`` prints the tables of docs/reference/sd3.md. The networks are
+built on torch's meta device from the base models' published configurations; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def rate_parameters() -> dict[str, tuple[int, int]]:
 
 
 def tables() -> str:
-    """The tables of docs/sd3.md, in Markdown."""
+    """The tables of docs/reference/sd3.md, in Markdown."""
     lines = []
     for base in TRANSFORMERS:
         plain = parameters(transformer(base))
