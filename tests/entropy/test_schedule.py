@@ -156,4 +156,4 @@ def test_document_holds_the_golden_hashes() -> None:
     for index, name in enumerate(SCHEDULES):
         assert f"| `{name}` | `{GOLDEN[name]}` |" in document
         assert re.search(rf"^\| {index}( \(default\))? \| `{name}` \|", document, re.MULTILINE)
-        assert f"(images/schedule_{name}.png)" in document
+        assert f"(../images/schedule_{name}.png)" in document
