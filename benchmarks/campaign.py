@@ -68,7 +68,7 @@ def check(log: dict[str, Any], seconds: float) -> None:
     if seconds <= 0:
         return
     started = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", str(ROOT / "tests")]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "cuda", str(ROOT / "tests")]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=seconds, env=_paths(), cwd=ROOT

@@ -12,6 +12,10 @@ from PIL import Image
 
 from tools.photo_store import store_photos
 
+# Each of pytest's workers has one core. Threads that wait for each other would double the time.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 if TYPE_CHECKING:
     import torch
 

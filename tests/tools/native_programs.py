@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -25,12 +26,14 @@ def build(request: pytest.FixtureRequest, folder: str, target: str, *options: st
     """The program ``target``, built in a folder that later runs of pytest find again."""
     where = request.config.cache.mkdir(folder)
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    for command in (
-        ["cmake", "-S", str(NATIVE), "-B", str(where), *generator, *options],
-        ["cmake", "--build", str(where), "--target", target, "--parallel", "2"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    with (where / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # pytest's workers share the folder
+        for command in (
+            ["cmake", "-S", str(NATIVE), "-B", str(where), *generator, *options],
+            ["cmake", "--build", str(where), "--target", target, "--parallel", "2"],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return where / target
 
 
