@@ -214,6 +214,6 @@ def test_the_command_measures_held_out_maps(
             expected = integer_bits(shared, held_out, row["name"])
             assert row["bits_per_token"] == pytest.approx(expected)
     assert (out / "schedule_raster.png").is_file()
-    assert "codebook of 64, but rate coarse one of 300" in failure(
+    assert "codebook of 64 entries, but rate coarse has 300" in failure(
         capsys, *command, "--rate", "coarse"
     )

@@ -199,9 +199,9 @@ def test_the_command_trains_what_it_compares(
     monkeypatch.setattr("percov2.evaluation.study.comparison.STUDY_SCHEDULES", few)
     command = ("eval", "entropy", "--data", token_file, "--model", model_folder, "--rate", "fine")
     command += ("--out", tmp_path / "out", "--finetune", 3)
-    assert "training needs the --entropy-run" in failure(capsys, *command)
+    assert "training needs --entropy-run" in failure(capsys, *command)
     command += ("--entropy-run", shared.folder)
-    assert "no such baselines: ['mim']" in failure(capsys, *command, "--baselines", "masked,mim")
+    assert "unknown baselines ['mim']" in failure(capsys, *command, "--baselines", "masked,mim")
     assert run(*command, "--baselines", "masked") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     rows = [(row["name"], row["weights"]) for row in report["methods"]]
