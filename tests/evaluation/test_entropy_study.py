@@ -135,7 +135,7 @@ def test_measuring_sums_up_and_notices_a_wrong_decoder(coder: TokenCoder) -> Non
         def decode(self, payload: bytes, shape: tuple[int, int]) -> np.ndarray:
             return (super().decode(payload, shape) + 1) % 16
 
-    with pytest.raises(RuntimeError, match="not decoded as it was"):
+    with pytest.raises(RuntimeError, match="decoded wrongly"):
         measure(Liar(coder, STUDY_SCHEDULES["var"].stages), maps, "liar", progress=False)
     with pytest.raises(ValueError, match="no token maps"):
         measure(study, [], "none", progress=False)
