@@ -322,4 +322,4 @@ def test_the_command_compares_explicit_var(
     shutil.rmtree(out)
     AcceleratorState._reset_state(True)
     assert run(*command, "--photos", cache) == 2
-    assert "other photos than those of the token maps" in capsys.readouterr().err
+    assert "other photos than the token maps" in capsys.readouterr().err

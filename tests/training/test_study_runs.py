@@ -75,7 +75,7 @@ def test_a_shared_run_is_known_by_what_it_made(shared: SharedRun, tmp_path: Path
         EntropyConfig(model=SIZES, shapes=[[5, 6], [4, 4]], tokens_per_step=256),  # type: ignore[arg-type]
         LOOP,
     )
-    with pytest.raises(ValueError, match="not 00000000: give the run that made"):
+    with pytest.raises(ValueError, match="not 00000000: give the run of the rate"):
         shared_run(shared.folder, bytes(32))
     with pytest.raises(ValueError, match=r"no report\.json; finish"):
         shared_run(tmp_path, bytes(32))
