@@ -136,7 +136,7 @@ def test_held_out_photos_are_never_drawn(tmp_path: Path) -> None:
 def test_data_refusals(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="percov2 train data"):
         PhotoCrops(tmp_path)
-    with pytest.raises(ValueError, match="part must be one of .* not 'test'"):
+    with pytest.raises(ValueError, match=r"part must be one of .* not 'test'"):
         PhotoCrops(cache, "test")
     with pytest.raises(ValueError, match="no held out photos"):
         PhotoCrops(cache, "held out")
