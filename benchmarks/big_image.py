@@ -1,10 +1,10 @@
-"""A big picture: python benchmarks/big_image.py PICTURE [--side 2048] [--steps N] [--quick]
+"""Measure a large picture: python benchmarks/big_image.py PICTURE [--side N] [--steps N] [--quick]
 
-Cuts or enlarges the picture to a square, compresses and restores it, and prints JSON: bytes,
-seconds to decode with loaded networks, peak memory of the process, and how visible the borders of
-sampling windows are: the mean absolute difference of neighbouring pixels across borders, divided by
-that elsewhere (1: not visible), the same for the original, and their quotient. Fails where the
-restored picture has another size.
+Crops or enlarges the picture to a square, compresses and restores it, and prints JSON: bytes,
+seconds to decode with loaded networks, peak memory of the process, and the visibility of the
+borders of sampling windows. The latter is the mean absolute difference of neighbouring pixels
+across borders, divided by that elsewhere (1 is invisible), for the restored picture, the original,
+and as their quotient. Fails if the restored picture has another size.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from percov2.models.tiny.flow import window_starts
 
 
 def border_places(side: int, window: int, overlap: int) -> NDArray[np.int64]:
-    """First pixels after the borders of all windows along one side of a picture."""
+    """Return the first pixels after the borders of all windows along one side of a picture."""
     starts = window_starts(side // LATENT_SIDE, window, window - overlap)
     edges = {LATENT_SIDE * place for start in starts for place in (start, start + window)}
     return np.array(sorted(edge for edge in edges if 0 < edge < side))
 
 
 def border_ratio(picture: NDArray[np.uint8], places: NDArray[np.int64]) -> float:
-    """Differences across columns and rows at ``places``, relative to all others."""
+    """Return the differences across columns and rows at ``places``, relative to all others."""
     across, elsewhere = [], []
     for pixels in (picture.astype(np.float64), picture.swapaxes(0, 1).astype(np.float64)):
         steps = np.abs(np.diff(pixels, axis=1)).mean((0, 2))
@@ -46,14 +46,14 @@ def border_ratio(picture: NDArray[np.uint8], places: NDArray[np.int64]) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("picture", type=Path)
-    parser.add_argument("--side", type=int, default=2048)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--rate")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="write the restored picture")
-    parser.add_argument("--quick", action="store_true", help="512 pixels a side")
+    parser.add_argument("picture", type=Path, help="image file")
+    parser.add_argument("--side", type=int, default=2048, help="side in pixels (default: 2048)")
+    parser.add_argument("--steps", type=int, help="flow evaluations (default: the rate's)")
+    parser.add_argument("--rate", help="rate of the model (default: the model's)")
+    parser.add_argument("--model", default="tiny", help="model name or folder (default: tiny)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--out", type=Path, help="file to write the restored picture to")
+    parser.add_argument("--quick", action="store_true", help="use a side of 512 pixels")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     side = 512 if arguments.quick else arguments.side

@@ -1,12 +1,11 @@
-"""Train the embedded model on a GPU that is lent for a fixed time: python benchmarks/campaign.py
+"""Train the embedded model on a GPU for a fixed time: python benchmarks/campaign.py
 
-`run` leaves nothing to decide while the clock runs: it builds the compiled module, runs the tests
-marked cuda for a while, decodes the photos, trains from the newest weights until the time is over,
-and writes what `join` needs in a few files of at most 16 MB:
+`run` builds the compiled module, runs the tests marked cuda, decodes the photos, trains from the
+given weights until the time is over, and writes its results for `join` in files of at most 16 MB:
 
     python benchmarks/campaign.py run --shards SHARDS --start RUN --out OUT --minutes 9
 
-`join` makes a run folder of them, which `percov2 train export` and `--start-from` take:
+`join` makes a run folder from them, for `percov2 train export` and `--start-from`:
 
     python benchmarks/campaign.py join OUT --start RUN --run JOINED
 
@@ -35,7 +34,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "python/percov2/training/configs/tiny.toml"
 PIECE = 15_000_000
-"""Bytes of tensors in a file."""
+"""Largest number of tensor bytes in a file."""
 
 
 def build(log: dict[str, Any]) -> None:
@@ -64,7 +63,7 @@ def _paths() -> dict[str, str]:
 
 
 def check(log: dict[str, Any], seconds: float) -> None:
-    """Run the tests marked cuda until the time is over; their last lines go into the log."""
+    """Run the tests marked cuda until the time is over, and log their last lines."""
     if seconds <= 0:
         return
     started = time.monotonic()
@@ -81,7 +80,7 @@ def check(log: dict[str, Any], seconds: float) -> None:
 
 
 def decode(log: dict[str, Any], shards: Path, cache: Path) -> None:
-    """Decode every shard in a thread of its own into one cache."""
+    """Decode the shards in parallel threads into one cache."""
     from percov2.training.data import decode_shards, join_caches
 
     started = time.monotonic()
@@ -95,7 +94,7 @@ def decode(log: dict[str, Any], shards: Path, cache: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Build, check, decode and train; every part's seconds are in OUT/campaign.json."""
+    """Build, check, decode and train; write the seconds of each part to OUT/campaign.json."""
     began = time.monotonic()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +130,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def pack(checkpoint: Path, start: Path, stage: torch.nn.Module, out: Path) -> None:
-    """Write what training has changed as float16, in files of about ``PIECE`` bytes at most."""
+    """Write the changed weights as float16, in files of about ``PIECE`` bytes at most."""
     from percov2.training import warm_start
 
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
@@ -156,13 +155,13 @@ def pack(checkpoint: Path, start: Path, stage: torch.nn.Module, out: Path) -> No
 
 
 def join(arguments: argparse.Namespace) -> None:
-    """Make a run folder of the pieces and of the weights that training started from."""
+    """Make a run folder from the pieces and the starting weights."""
     from percov2.training import warm_start
 
     ema, side, _ = warm_start.stored_state(arguments.start)
     pieces = sorted(arguments.out.glob("weights-*.safetensors"))
     if not pieces:
-        raise SystemExit(f"{arguments.out} holds no weights-*.safetensors; give the out of `run`")
+        raise SystemExit(f"{arguments.out} holds no weights-*.safetensors; give the --out of `run`")
     found = {name: value for piece in pieces for name, value in load_file(piece).items()}
     step = int(found.pop("step"))
     for name, value in found.items():
@@ -186,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     def command(name: str, work: Callable[[argparse.Namespace], None], help_: str) -> Any:
         one = commands.add_parser(name, help=help_, description=help_)
         one.set_defaults(command=work)
-        start = "run or model folder that training starts from"
+        start = "folder of the starting weights: a run or a model"
         one.add_argument("--start", type=Path, required=True, help=start)
         return one
 
@@ -194,17 +193,22 @@ def main(argv: list[str] | None = None) -> None:
     one.add_argument("--shards", type=Path, required=True, help="folder of .tar shards")
     one.add_argument("--out", type=Path, required=True, help="folder of the files to keep")
     one.add_argument(
-        "--work", type=Path, default=Path("runs/campaign"), help="folder of all other files"
+        "--work",
+        type=Path,
+        default=Path("runs/campaign"),
+        help="folder of all other files (default: runs/campaign)",
     )
-    one.add_argument("--minutes", type=float, required=True, help="minutes for everything")
+    one.add_argument("--minutes", type=float, required=True, help="total time in minutes")
     one.add_argument(
-        "--reserve", type=float, default=0.5, help="minutes of them for writing (default: 0.5)"
+        "--reserve", type=float, default=0.5, help="part for writing, in minutes (default: 0.5)"
     )
     one.add_argument("--tests", type=float, default=60, help="seconds for tests (default: 60)")
-    one.add_argument("--config", type=Path, default=CONFIG, help="default: tiny.toml")
-    one.add_argument("--recipe", default="painting,gpu", help="default: painting,gpu")
-    one = command("join", join, "make a run folder of what `run` wrote")
-    one.add_argument("out", type=Path, help="out of `run`")
+    help_ = "configuration file (default: tiny.toml)"
+    one.add_argument("--config", type=Path, default=CONFIG, help=help_)
+    help_ = "recipes of the configuration (default: painting,gpu)"
+    one.add_argument("--recipe", default="painting,gpu", help=help_)
+    one = command("join", join, "make a run folder from the files of `run`")
+    one.add_argument("out", type=Path, help="--out of `run`")
     one.add_argument("--run", type=Path, required=True, help="run folder to write")
     arguments = parser.parse_args(argv)
     arguments.command(arguments)

@@ -1,11 +1,11 @@
-"""What held-out captions cost: the caption model, deflate, raw bytes and a word trigram.
+"""Measure the cost of held-out captions: caption model, deflate, raw bytes and a word trigram.
 
 python benchmarks/captions.py --texts LINES.txt SHARD.tar … [--model FOLDER] [--quick]
 
 Every twentieth line, by a hash of its text, is held out of training and measured here. Each caption
-is really coded and read back before it counts. The trigram is the usual yardstick: words in lower
-case, interpolated (Witten and Bell 1991), unknown words spelt in letters of a fixed model; it is
-counted in its ideal bits, which no file would reach.
+is coded and read back. The trigram is an interpolated model of lower-case words (Witten and Bell
+1991) that spells unknown words with fixed probabilities of letters. Its cost is in ideal bits, a
+bound that files do not reach.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Trigram:
         return (seen[word] + kinds * below) / (total + kinds)
 
     def bits(self, line: str) -> float:
-        """Ideal bits of a caption in lower case, words apart by one space."""
+        """Return the ideal bits of a caption in lower case, with single spaces."""
         words = line.lower().split()
         bits = -sum(math.log2(self._probability(*step)) for step in self._steps(words))
         total = self.letters.total() + 256
@@ -68,7 +68,10 @@ class Trigram:
 
 
 def coded_bytes(model: CaptionModel, lines: Sequence[str]) -> list[float]:
-    """Bytes of captions on a rANS stream of their own, without its start state, read back."""
+    """Return the bytes of captions, each coded and read back on its own rANS stream.
+
+    The start state of the stream does not count.
+    """
     sizes = []
     for line in lines:
         intervals = model.intervals(line)
@@ -85,17 +88,19 @@ def coded_bytes(model: CaptionModel, lines: Sequence[str]) -> list[float]:
             state, position = state << 8 | data[position], position + 1
         (read,) = model.read([(data, state, position)])
         if read.text != line.encode():
-            raise AssertionError(f"{line!r} came back as {read.text!r}")
+            raise AssertionError(f"{line!r} was decoded as {read.text!r}")
         sizes.append(len(data) - 2.0)
     return sizes
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", type=Path, nargs="+", required=True)
-    parser.add_argument("--model", type=Path, default=CAPTIONS, help="folder of the caption model")
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--quick", action="store_true", help="50 captions per file")
+    help_ = ".txt files with a caption per line, or shards with such members"
+    parser.add_argument("--texts", type=Path, nargs="+", required=True, help=help_)
+    help_ = "folder of the caption model (default: the embedded one)"
+    parser.add_argument("--model", type=Path, default=CAPTIONS, help=help_)
+    parser.add_argument("--out", type=Path, help="JSON file to write the figures to")
+    parser.add_argument("--quick", action="store_true", help="measure 50 captions per file")
     arguments = parser.parse_args()
     model = CaptionModel.load(arguments.model)
     files = {text.name: read_lines([text]) for text in arguments.texts}

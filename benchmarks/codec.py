@@ -1,8 +1,8 @@
-"""Times of the codec in process: python benchmarks/codec.py [--quick] [--steps N] [PICTURE ...]
+"""Time the codec in process: python benchmarks/codec.py [--quick] [--steps N] [PICTURE ...]
 
-Checks that the tokens come back, then prints JSON: seconds to encode and to decode one picture with
-loaded networks (median of the repetitions), the parts of each, and the peak memory of the process.
-Without pictures a synthetic one of 768x512 is used.
+Checks the decoded tokens, then prints JSON: median seconds to encode and to decode one picture with
+loaded networks, the parts of each, and the peak memory of the process. The default is a synthetic
+picture of 768×512 pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from percov2.images import read_image
 
 
 def synthetic(width: int, height: int) -> Image.Image:
-    """Smooth colours with noise: as many different tokens as a photograph has."""
+    """Return smooth colours with noise, which have as many different tokens as a photo."""
     y, x = np.mgrid[:height, :width]
     waves = [128 + 60 * np.sin(x / (31 + 7 * c)) + 60 * np.cos(y / (23 + 5 * c)) for c in range(3)]
     noisy = np.stack(waves, -1) + np.random.default_rng(0).normal(0, 12, (height, width, 3))
@@ -33,7 +33,7 @@ def synthetic(width: int, height: int) -> Image.Image:
 
 
 def median_seconds(work: Callable[[], object], repetitions: int) -> float:
-    """Median of the wall times of some calls."""
+    """Return the median wall time of several calls."""
     times = []
     for _ in range(repetitions):
         started = time.perf_counter()
@@ -45,12 +45,12 @@ def median_seconds(work: Callable[[], object], repetitions: int) -> float:
 def measure(
     codec: Codec, image: Image.Image, steps: int | None, repetitions: int
 ) -> dict[str, Any]:
-    """Times of one picture, after one call of everything that loads the networks."""
+    """Return the times of one picture, after a first call that loads the networks."""
     (file,) = codec.compress([image])
     tokens = codec.encode_tokens([image])
     decoded = codec.decode([file])
     if not np.array_equal(decoded[0].tokens, tokens[0]):
-        raise SystemExit(f"{image.width}x{image.height}: the file gives other tokens")
+        raise SystemExit(f"{image.width}x{image.height}: the file decodes to other tokens")
     codec.paint(decoded, steps=steps)
     size = [(image.height, image.width)]
     return {
@@ -68,11 +68,11 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pictures", nargs="*", type=Path)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--steps", type=int, help="flow evaluations; default: the model's")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one repetition of a small picture")
+    parser.add_argument("pictures", nargs="*", type=Path, help="image files")
+    parser.add_argument("--model", default="tiny", help="model name or folder (default: tiny)")
+    parser.add_argument("--steps", type=int, help="flow evaluations (default: the model's)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="measure a small picture once")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     codec = Codec.from_pretrained(arguments.model)

@@ -1,8 +1,8 @@
-"""Times constriction, torchac and CompressAI; runs under the interpreter of their environment.
+"""Time constriction, torchac and CompressAI with the interpreter of their environment.
 
 ``python peer_coders.py FOLDER``: percov2.bench.peers writes the task there and reads the answer.
-benchmarks/peers.sh links this file into that environment, which has no percov2; the task names the
-file of percov2.bench.timing, which takes the times. Every peer must return the symbols before.
+benchmarks/peers.sh links this file into that environment, which has no percov2. The task names the
+file of percov2.bench.timing. Every peer must return the right symbols before it is timed.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from torch.nn.functional import pad
 
 SHARED_TABLES = 64
 COMPRESSAI_LOGITS = 2**20
-"""CompressAI takes a Python list per symbol; it gets the first images with so many logits."""
+"""Largest number of logits for CompressAI, which takes a Python list per symbol."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One coder.
+    """Functions of one coder.
 
     Attributes:
-        prepare: logits, symbols of an image -> values, symbols, ..., before the clock starts.
-        encode: tables, symbols, ... -> stream; decode: tables, stream, ... -> symbols.
-        tables: values -> tables, while the clock runs.
+        prepare: maps logits and symbols of an image to values, symbols, ...; not timed.
+        encode: maps tables, symbols, ... to a stream.
+        decode: maps tables, a stream, ... to symbols.
+        tables: maps values to tables; timed.
     """
 
     section: str
@@ -48,23 +49,23 @@ class Peer:
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """float32 [n, V] -> float32 [n, V]."""
+    """Return the softmax of float32 [n, V]."""
     return torch.softmax(torch.from_numpy(logits), -1).numpy()
 
 
 def bounds(logits: torch.Tensor) -> torch.Tensor:
-    """float32 [n, V] -> interval bounds 0 ... 1, float32 [n, V + 1]."""
+    """Return the interval bounds in 0 ... 1, float32 [n, V + 1], of logits float32 [n, V]."""
     return pad(torch.softmax(logits, -1).cumsum(-1).clamp_(max=1.0), (1, 0))
 
 
 def steps(rows: torch.Tensor) -> torch.Tensor:
-    """Bounds of 0 ... 1 as integers of 16 bits, as torchac's encode_float_cdf makes them."""
+    """Convert bounds in 0 ... 1 to 16-bit integers, as torchac's encode_float_cdf does."""
     size = rows.shape[-1] - 1
     return (rows * (2**16 - size)).round().to(torch.int32) + torch.arange(size + 1)
 
 
 def constriction_peers() -> list[Peer]:
-    """Range and ANS coder, each from logits and from probabilities."""
+    """Return the range and the ANS coder, each from logits and from probabilities."""
     import constriction
 
     family = constriction.stream.model.Categorical(perfect=False)
@@ -98,7 +99,7 @@ def constriction_peers() -> list[Peer]:
 
 
 def torchac_peers() -> list[Peer]:
-    """torchac from logits, and from the int16 CDF rows that it makes of them."""
+    """Return torchac from logits, and from its int16 CDF rows."""
     import torchac
 
     def tensors(logits: np.ndarray, symbols: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,7 +118,7 @@ def torchac_peers() -> list[Peer]:
 
 
 def compressai_extension(name: str) -> Any:
-    """A compiled module of CompressAI without its package, whose import needs much more."""
+    """Load a compiled module of CompressAI without its package, which imports much more."""
     find = importlib.machinery.PathFinder.find_spec
     package = find("compressai")
     found = package and find(name, package.submodule_search_locations)
@@ -129,12 +130,12 @@ def compressai_extension(name: str) -> Any:
 
 
 def compressai_peers() -> list[Peer]:
-    """CompressAI from logits with a table per symbol, and one stream for all with few tables."""
+    """Return CompressAI from logits with a table per symbol, and one stream with shared tables."""
     ans = compressai_extension("ans")
 
     def tables(logits: np.ndarray) -> list[list[int]]:
-        # CompressAI's pmf_to_quantized_cdf takes quadratic time. The last entry is always the
-        # escape to symbols beyond the table; it gets one slot.
+        # CompressAI's pmf_to_quantized_cdf takes quadratic time. The last entry, with one slot, is
+        # always the escape to symbols outside the table.
         rows = pad(bounds(torch.from_numpy(logits)), (0, 1))
         rows[:, -1] = 1.0
         return steps(rows).tolist()
@@ -172,15 +173,19 @@ def compressai_peers() -> list[Peer]:
 def measure(
     peer: Peer, logits: np.ndarray, symbols: np.ndarray, timed: Callable[..., Any] | None
 ) -> dict[str, Any]:
-    """The record of one peer; RuntimeError if it does not return the symbols.
+    """Return the record of one peer.
 
-    timed: takes a call's times (percov2.bench.timing.Timing); without it the record has none.
+    Args:
+        timed: measures a call (percov2.bench.timing.Timing); None for a record without times.
+
+    Raises:
+        RuntimeError: the peer does not return the symbols.
     """
     if peer.coder.startswith("CompressAI"):
         if peer.section == "logits":
             count = max(1, COMPRESSAI_LOGITS // logits[0].size)
             logits, symbols = logits[:count], symbols[:count]
-        else:  # each call turns the tables from lists into vectors: one call is its best
+        else:  # a call converts the tables from lists to vectors, so one call is fastest
             logits, symbols = logits.reshape(1, -1, logits.shape[2]), symbols.reshape(1, -1)
     inputs = [peer.prepare(*image) for image in zip(logits, symbols, strict=True)]
 
@@ -208,7 +213,7 @@ def measure(
 
 
 def main(folder: Path) -> None:
-    """Do the task of a folder; without logits only the versions are asked for."""
+    """Do the task of a folder; without logits, return only the versions."""
     task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
     timing, timed = runpy.run_path(task["timing"]), None
     if task["effort"] is not None:

@@ -1,10 +1,9 @@
-"""Do batch size and thread count change anything? python benchmarks/portability.py FOLDER [--quick]
+"""Compare batch sizes and thread counts: python benchmarks/portability.py FOLDER [--quick]
 
-Encodes the pictures of a folder alone and together, with one thread and with two, and prints as
-JSON how many tokens and files differ, what the coder costs above the ideal, and whether every file
-decodes to its tokens under every schedule but raster. Everything but the float networks must be
-equal; their
-tokens are expected to be.
+Encodes the pictures of a folder alone and together, with one and with two threads, under every
+schedule except raster. Prints as JSON the numbers of tokens and files that differ, the bytes above
+the ideal, and the number of files that decode wrongly. The files of equal tokens must be equal. The
+tokens come from float networks, so they are only expected to be equal.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from percov2.images import read_image
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--quick", action="store_true", help="the first two pictures only")
+    parser.add_argument("folder", type=Path, help="folder of pictures")
+    parser.add_argument("--model", default="tiny", help="model name or folder (default: tiny)")
+    parser.add_argument("--quick", action="store_true", help="use only the first two pictures")
     arguments = parser.parse_args()
     paths = pictures_in(arguments.folder)[: 2 if arguments.quick else None]
     images = [read_image(path) for path in paths]
@@ -53,7 +52,7 @@ def main() -> None:
     changed_files = changed_decodings = 0
     for schedule in SCHEDULES:
         if schedule == "raster":
-            continue  # thousands of passes; the tests cover it
+            continue  # it takes thousands of passes, and the tests cover it
         torch.set_num_threads(2)
         together = codec.pack(reference, sizes, schedule=schedule)
         torch.set_num_threads(1)

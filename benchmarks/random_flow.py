@@ -1,8 +1,7 @@
-"""Is the flow transformer on the path? python benchmarks/random_flow.py FOLDER [--quick]
+"""Test the effect of the flow transformer: python benchmarks/random_flow.py FOLDER [--quick]
 
-Restores the pictures of a folder twice, with the model's flow weights and with random ones, and
-prints the mean LPIPS (alex) of both as JSON. A codec whose decoder alone made the picture would
-hardly change.
+Restores the pictures of a folder with the model's flow weights and with random ones, and prints the
+mean LPIPS (alex) of both as JSON. Equal values would mean that the flow has no effect.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from percov2.images import read_image, to_rgb
 
 
 def mean_lpips(codec: Codec, pictures: list[Path]) -> float:
-    """Mean LPIPS (alex) of the pictures after a round trip at the default setting."""
+    """Return the mean LPIPS (alex) of the pictures after a round trip with default options."""
     values = []
     for path in pictures:
         image = read_image(path)
@@ -36,7 +35,7 @@ def mean_lpips(codec: Codec, pictures: list[Path]) -> float:
 
 
 def randomise_flow(codec: Codec) -> None:
-    """Replace the flow transformer's weights by a fresh initialisation of the same config."""
+    """Replace the flow transformer's weights by a new random initialisation."""
     torch.manual_seed(0)
     fresh: Any = SD3Transformer2DModel.from_config(codec.model.flow.config)
     codec.model.flow.load_state_dict(fresh.state_dict())
@@ -44,9 +43,9 @@ def randomise_flow(codec: Codec) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--quick", action="store_true", help="the first picture only")
+    parser.add_argument("folder", type=Path, help="folder of pictures")
+    parser.add_argument("--model", default="tiny", help="model name or folder (default: tiny)")
+    parser.add_argument("--quick", action="store_true", help="use only the first picture")
     arguments = parser.parse_args()
     pictures = pictures_in(arguments.folder)[: 1 if arguments.quick else None]
     codec = Codec.from_pretrained(arguments.model)

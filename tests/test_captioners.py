@@ -193,8 +193,8 @@ def test_captioners_have_names(tmp_path: Path) -> None:
     for wrong, message in (
         ({"name": "gpt"}, "unknown captioner"),
         ({"name": "text"}, "needs a caption"),
-        ({"name": "blip2", "text": "a"}, "takes no caption of yours"),
-        ({"name": "none", "text": "a"}, "takes no caption of yours"),
+        ({"name": "blip2", "text": "a"}, "does not take a caption"),
+        ({"name": "none", "text": "a"}, "does not take a caption"),
         ({"name": "none", "location": "a/b"}, "has no network"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -216,7 +216,9 @@ def test_the_command_line_captions(
     with Image.open(picture) as image:
         expected = Blip2Captioner(str(blip2))([image])
     assert [json.loads(capsys.readouterr().out)["caption"]] == expected
-    assert "takes no caption" in failure(capsys, *command, "--captioner=blip2", "--caption=a")
+    assert "does not take a caption" in failure(
+        capsys, *command, "--captioner=blip2", "--caption=a"
+    )
     broken = tmp_path / "broken"
     shutil.copytree(blip2, broken)
     (broken / "config.json").write_text("{")

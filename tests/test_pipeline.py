@@ -120,7 +120,7 @@ def test_unfit_folders_are_refused(sd3_folder: Path, random_model: Path, tmp_pat
     shutil.copytree(sd3_folder.parent, tmp_path / "copy")
     model = tmp_path / "copy" / "model"
     shutil.copytree(model / "flow", model / "r0938" / "flow")
-    with pytest.raises(ValueError, match="have flows of their own"):
+    with pytest.raises(ValueError, match="have their own flows"):
         PerCoV2Pipeline.from_percov2(model)
 
 

@@ -1,7 +1,6 @@
-"""Captioners that look at the picture: BLIP-2 and Molmo2, loaded once when first used.
+"""Captioners that look at the picture, as in the paper (arXiv 2503.09368, §4): BLIP-2 and Molmo2.
 
-The paper's captions come from these networks (arXiv 2503.09368, §4); they run where pictures are
-compressed, never where they are restored.
+The networks load at the first call. Only compression runs them.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from percov2.container.captions import CAPTIONERS, Captioner, NoCaptioner, TextC
 from percov2.images import to_rgb
 
 MAX_TOKENS = 32
-"""Length of a caption in the captioner's own tokens, as in the paper."""
+"""Largest length of a caption in the captioner's own tokens, as in the paper."""
 
 
 class Blip2Captioner:
-    """Captions by BLIP-2 (arXiv 2301.12597), greedily.
+    """Captioner that decodes BLIP-2 (arXiv 2301.12597) greedily.
 
     Args:
         location: hub id or folder of a ``Blip2ForConditionalGeneration`` with its processor.
         device: torch device; weights are float32 on the CPU and bfloat16 elsewhere.
-        batch: pictures described at once (bounds memory).
+        batch: number of pictures per network call (bounds memory).
     """
 
     default_location = "Salesforce/blip2-opt-2.7b-coco"
@@ -45,7 +44,7 @@ class Blip2Captioner:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """One caption of at most 32 tokens per image; ValueError if loading fails."""
+        """Return a caption of at most 32 tokens per image; raise ValueError if loading fails."""
         processor, model = self._networks
         captions = []
         for group in _groups(images, self.batch):
@@ -61,13 +60,13 @@ class Blip2Captioner:
 
 
 class Molmo2Captioner:
-    """Captions by Molmo2, greedily, in answer to a question.
+    """Captioner that decodes Molmo2's answer to a question greedily.
 
     Args:
         location: hub id or folder of a ``Molmo2ForConditionalGeneration`` with its processor.
         device: torch device; weights are float32 on the CPU and bfloat16 elsewhere.
-        batch: pictures described at once (bounds memory).
-        question: what the network is asked about each picture.
+        batch: number of pictures per network call (bounds memory).
+        question: question about each picture.
     """
 
     default_location = "allenai/Molmo2-8B"
@@ -91,7 +90,7 @@ class Molmo2Captioner:
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """One caption of at most 32 tokens per image; ValueError if loading fails."""
+        """Return a caption of at most 32 tokens per image; raise ValueError if loading fails."""
         processor, model = self._networks
         captions = []
         for group in _groups(images, self.batch):
@@ -118,12 +117,12 @@ class Molmo2Captioner:
 def open_captioner(
     name: str, text: str = "", location: str | None = None, device: str = "cpu"
 ) -> Captioner:
-    """A captioner by name; networks load when it is first called.
+    """Return a captioner by name; its network loads at the first call.
 
     Args:
-        name: "none", "text" (the given one), "blip2" or "molmo2".
-        text: for "text" alone.
-        location: hub id or folder of the network, for "blip2" and "molmo2" alone; their usual
+        name: "none", "text" (returns the given text), "blip2" or "molmo2".
+        text: caption, only for "text".
+        location: hub id or folder of the network, only for "blip2" and "molmo2"; the published
             weights if None.
         device: torch device of the network.
 
@@ -136,7 +135,7 @@ def open_captioner(
         raise ValueError(
             "captioner 'text' needs a caption"
             if name == "text"
-            else f"captioner {name!r} takes no caption of yours: leave out {text!r}"
+            else f"captioner {name!r} does not take a caption: leave out {text!r}"
         )
     if name in ("none", "text"):
         if location is not None:
@@ -147,7 +146,7 @@ def open_captioner(
 
 
 def tidy(caption: str) -> str:
-    """A generated text on one line, without control characters and doubled spaces."""
+    """Return a text on one line, without control characters and repeated spaces."""
     printable = "".join(c if c.isprintable() else " " for c in caption)
     return " ".join(printable.split())
 
@@ -163,11 +162,11 @@ def _load(
 ) -> tuple[Any, Any]:
     location = captioner.location
     try:
-        # Said, because with neither yes nor no the library asks the user.
+        # Without trust_remote_code, the library asks the user.
         prepare = processor.from_pretrained(location, trust_remote_code=False)
         network = model.from_pretrained(location, dtype=captioner.dtype, use_safetensors=True)
         return prepare, network.to(captioner.device).eval()
     except MemoryError:
         raise
-    except Exception as error:  # the library raises whatever it stumbles over
+    except Exception as error:  # the library raises exceptions of many types
         raise ValueError(f"cannot load the captioner {location}: {error}") from error

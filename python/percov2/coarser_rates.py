@@ -1,4 +1,4 @@
-"""Files of bounded length, at a coarser rate where a reader would refuse a part of the stages."""
+"""Files of bounded length, at a coarser rate where a reader accepts only complete files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from percov2.models.config import Rate
 
 
 class CoarserRateWarning(UserWarning):
-    """A file has a coarser rate than the one that was asked for."""
+    """Warning that a file has a coarser rate than the requested one."""
 
 
 def encode_bounded(
@@ -20,19 +20,20 @@ def encode_bounded(
     rates: Sequence[Rate],
     schedule: int,
 ) -> list[bytes]:
-    """Encode pictures at the first rate, or at a later one where that is the only way.
+    """Encode pictures at the first rate, or at a coarser one if only that is short enough.
 
-    A picture of so many tokens that a reader accepts no part of them (docs/reference/bitstream.md,
-    section 7) takes the first rate of which it has a file that is short enough.
+    Readers accept only complete files of very large pictures (docs/reference/bitstream.md, section 7). Such a
+    picture takes the first rate with a complete file that is short enough.
 
     Args:
-        encode: makes files of a rate and the numbers of some pictures; raises ``TooFewBytes``.
+        encode: returns the files of the pictures with the given indices at a rate, or raises
+            ``TooFewBytes``.
         sizes: (height, width) of every picture in pixels.
-        rates: the wanted one, then coarser ones.
-        schedule: its index.
+        rates: the requested rate, then coarser ones.
+        schedule: index of the entropy schedule.
 
     Raises:
-        TooFewBytes: a picture that has no such file.
+        TooFewBytes: no rate has a file that is short enough.
 
     Warns:
         CoarserRateWarning: a picture has another rate than the first.

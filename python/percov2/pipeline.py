@@ -1,8 +1,8 @@
 """The codec as a diffusers pipeline: ``from_pretrained``, ``compress``, ``decompress``.
 
-A saved pipeline is Stable Diffusion 3's folder layout, its transformer widened and trained, with
-one more component ``percov2``: a percov2 model folder whose base is the pipeline around it. So the
-same folder or hub repository also serves ``Codec.from_pretrained("sd3:PATH")``.
+A saved pipeline has the folder layout of Stable Diffusion 3, with a widened, trained transformer.
+Its extra component ``percov2`` is a percov2 model folder whose base is the surrounding pipeline.
+So ``Codec.from_pretrained("sd3:PATH")`` opens the same folder or hub repository.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from percov2.models.sd3.text import TextNetworks
 from percov2.options import EncodeOptions
 
 
-# Of the kinds of component that diffusers saves and loads, a scheduler is the one without weights
-# in memory: these parts stay in their folder until they are used.
+# Among the component kinds of diffusers, only a scheduler has no weights in memory. These parts
+# stay in their folder until they are used.
 class TrainedParts(SchedulerMixin):
-    """Hyper-encoders, quantizers and entropy models of all rates: a folder, copied when saved.
+    """Folder with the hyper-encoders, quantizers and entropy models of all rates.
 
     Args:
-        folder: of a percov2 model with backbone "sd3".
+        folder: percov2 model folder with backbone "sd3".
 
     Raises:
         ValueError: another backbone, or no model folder.
@@ -53,11 +53,11 @@ class TrainedParts(SchedulerMixin):
 
     @classmethod
     def from_pretrained(cls, path: Path | str, **_: Any) -> TrainedParts:
-        """The parts in a folder that ``save_pretrained`` wrote; other options do not matter."""
+        """Open a folder written by ``save_pretrained``; other options are ignored."""
         return cls(path)
 
     def save_pretrained(self, save_directory: Path | str, **_: Any) -> None:
-        """Copy the parts of all rates into a component's folder of a pipeline."""
+        """Copy the parts of all rates into the component folder of a pipeline."""
         target = Path(save_directory)
         dataclasses.replace(self.codec_config, base="..").save(target)
         for rate in self.codec_config.rates:
@@ -67,7 +67,7 @@ class TrainedParts(SchedulerMixin):
 
 
 class _PipelineBase:
-    """The base model's networks as a pipeline holds them (an ``SD3Base``)."""
+    """The base model's networks in a pipeline (an ``SD3Base``)."""
 
     def __init__(self, pipeline: PerCoV2Pipeline, place: Placement) -> None:
         self.pipeline, self.place = pipeline, place
@@ -90,13 +90,13 @@ class _PipelineBase:
 
 
 class PerCoV2Pipeline(DiffusionPipeline):
-    """PerCoV2 on Stable Diffusion 3, usable without the command line.
+    """PerCoV2 on Stable Diffusion 3.
 
     Args:
         vae, transformer, scheduler, text_encoder…, tokenizer…: as in diffusers'
             ``StableDiffusion3Pipeline``; the transformer is widened for z_hat. The third text
             encoder and its tokenizer may be None.
-        percov2: our trained parts.
+        percov2: trained parts of percov2.
 
     >>> pipe = PerCoV2Pipeline.from_pretrained("owner/name")     # doctest: +SKIP
     >>> data = pipe.compress(image, prompt="a red door")         # doctest: +SKIP
@@ -136,10 +136,10 @@ class PerCoV2Pipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> PerCoV2Pipeline:
-        """A saved pipeline, as diffusers loads it, but from safetensors files only.
+        """Load a saved pipeline as diffusers does, but only from safetensors files.
 
         Raises:
-            ValueError, OSError: as diffusers does.
+            ValueError, OSError: as in diffusers.
         """
         return super().from_pretrained(path, **{"use_safetensors": True, **options})
 
@@ -147,16 +147,16 @@ class PerCoV2Pipeline(DiffusionPipeline):
     def from_percov2(
         cls, name_or_path: str | Path, dtype: str | None = None, t5: bool = True
     ) -> PerCoV2Pipeline:
-        """A pipeline with the networks of a percov2 folder and its base model, on the CPU.
+        """Return a CPU pipeline with the networks of a percov2 folder and its base model.
 
         Args:
             name_or_path: "sd3:PATH" or a folder, as for ``Codec.from_pretrained``.
             dtype: "fp32", "bf16" or "fp16"; "fp32" if None.
-            t5: with SD3's third text encoder.
+            t5: load SD3's third text encoder.
 
         Raises:
-            ValueError: no such model, another backbone, or rates with unlike flows: a pipeline has
-                one transformer.
+            ValueError: no such model, another backbone, or several rates with their own flows,
+                since a pipeline has one transformer.
         """
         model = open_backbone(name_or_path, "cpu", BackboneOptions(dtype=dtype, t5=t5))
         if not isinstance(model, SD3Model):
@@ -167,8 +167,8 @@ class PerCoV2Pipeline(DiffusionPipeline):
         own = [rate for rate in rates if (model.folder / rate / "flow").is_dir()]
         if own and len(rates) > 1:
             raise ValueError(
-                f"{model.folder}: the rates {own} have flows of their own, but a pipeline has one "
-                "transformer; give each its own folder with one rate"
+                f"{model.folder}: the rates {own} have their own flows, but a pipeline has one "
+                "transformer; make one folder per rate"
             )
         text = model.base.text_networks()
         return cls(
@@ -186,7 +186,7 @@ class PerCoV2Pipeline(DiffusionPipeline):
 
     @property
     def codec(self) -> Codec:
-        """The codec with this pipeline's networks, where they are now."""
+        """The codec with this pipeline's networks, on their current device."""
         place = Placement(str(self._execution_device), self.transformer.dtype, False)
         if self._codec is None or self._codec[0] != place:
             base = _PipelineBase(self, place)
@@ -205,11 +205,11 @@ class PerCoV2Pipeline(DiffusionPipeline):
 
         Args:
             image: one picture or several, of any sizes.
-            prompt: caption, for all pictures or one each; "" for none.
+            prompt: one caption for all pictures, or one per picture; "" for none.
             rate, schedule: names; the model's defaults if None.
 
         Raises:
-            ValueError: as ``Codec.compress``.
+            ValueError: as in ``Codec.compress``.
         """
         options = EncodeOptions(rate=rate, schedule=schedule)
         if isinstance(image, Image.Image) and isinstance(prompt, str):
@@ -222,7 +222,7 @@ class PerCoV2Pipeline(DiffusionPipeline):
         return files
 
     def decompress(self, file: bytes | Sequence[bytes], **options: Any) -> Any:
-        """The picture of a file, or a list of pictures for several; options as for a call."""
+        """Return the picture of a file, or a list for several; takes the options of a call."""
         images = self(file, return_dict=False, **options)[0]
         return images[0] if isinstance(file, bytes) else images
 
@@ -240,11 +240,11 @@ class PerCoV2Pipeline(DiffusionPipeline):
         Args:
             file: one file or several.
             num_inference_steps, guidance_scale: the model's defaults if None.
-            seed: of the starting noise.
-            return_dict: a tuple instead if False.
+            seed: seed of the starting noise.
+            return_dict: return an ``ImagePipelineOutput``; a tuple if False.
 
         Raises:
-            BitstreamError: a file is not valid.
+            BitstreamError: a file is invalid.
             ValueError: an option is out of range.
         """
         files = [file] if isinstance(file, bytes) else list(file)

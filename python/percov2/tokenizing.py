@@ -1,4 +1,4 @@
-"""Pictures to token maps: the first half of compressing."""
+"""Pictures to token maps: the first half of compression."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from percov2.models.config import Rate
 from percov2.models.token_maker import Search
 
 _CANDIDATES = 16
-"""Nearest codes that a place may choose from."""
+"""Number of nearest codes that a position may choose from."""
 
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """Which of nearly equally near codes a place takes: the likeliest.
+    """Choice of the likeliest among the 16 nearest codes of a position.
 
     Attributes:
-        coder: of the entropy model that will code the tokens.
-        schedule: of the file.
-        slack: how much less similar (cosine) than the nearest code a chosen one may be; it is one
-            of the 16 nearest.
+        coder: coder of the tokens.
+        schedule: entropy schedule of the file.
+        slack: largest loss of cosine similarity relative to the nearest code.
     """
 
     coder: TokenCoder
@@ -40,11 +39,11 @@ class TokenChoice:
 
 @dataclass(frozen=True)
 class CaptionedSearch:
-    """A search for better directions than the hyper-encoder's.
+    """Search for better directions than the hyper-encoder's.
 
     Attributes:
-        run: see there.
-        captions: one per picture, "" for none; the decoder will see them.
+        run: the search, for one picture at a time.
+        captions: captions that the decoder will see, one per picture; "" for none.
     """
 
     run: Search
@@ -58,10 +57,10 @@ def token_maps(
     choice: TokenChoice | None = None,
     search: CaptionedSearch | None = None,
 ) -> list[Tokens]:
-    """Tokens int32 [h, w] of pictures uint8 [H, W, 3], padded to whole tokens.
+    """Return the tokens, int32 [h, w], of pictures uint8 [H, W, 3], padded to whole tokens.
 
-    Without a choice every place takes the code that is nearest to the direction that the
-    hyper-encoder, or a search, wants there.
+    Without a choice, each position takes the code nearest to the direction of the hyper-encoder or
+    the search.
     """
     padded = [pad(array, rate.token_side) for array in arrays]
     indices = range(len(arrays))

@@ -384,4 +384,4 @@ def test_unknown_sections_are_refused(value: str, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as stop:
         main(["bench", "entropy", "--only", value])
     assert stop.value.code == 2
-    assert "must be some of coder,logits,overhead,model,attention,cold" in capsys.readouterr().err
+    assert "must be from coder,logits,overhead,model,attention,cold" in capsys.readouterr().err

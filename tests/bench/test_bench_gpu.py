@@ -162,7 +162,7 @@ def test_what_a_card_runs_runs_here(request: pytest.FixtureRequest) -> None:
     assert encoded["kernels"] == norms + maps + attended + 3
     assert [line["value"] for line in report["summary"][1:]] == [3, 1]
     assert report["summary"][0]["value"] == pytest.approx((2 * 16 + 12) / (2 * 16 + 6))
-    for title in ("Measured, after", "Whole coding, random weights", "GB/s by its data sheet"):
+    for title in ("Measured, after", "Whole coding, random weights", "GB/s, from its data sheet"):
         assert title in answer["text"]
     assert "| `decode_kernel<true>` " in answer["text"]
 
@@ -171,8 +171,8 @@ def test_what_a_card_runs_runs_here(request: pytest.FixtureRequest) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("intervals", "symbol_intervals (V = 16) does not return what the CPU returns"),
-        ("tokens", "other tokens than on the CPU"),
+        ("intervals", "symbol_intervals (V = 16): the results of the GPU and the CPU differ"),
+        ("tokens", "the tokens differ from those of the CPU"),
     ],
 )
 def test_a_mismatch_ends_the_benchmark(

@@ -52,7 +52,7 @@ def test_a_part_of_the_stages_goes_through_every_command(
     assert run("info", out) == 0
     assert "qlds5, stages sent: 3, draw seed 9" in capsys.readouterr().out
     assert run("decompress", out, restored, *model) == 0
-    said = f"{restored}: 70x50, tokens of 3 of 5 stages, the others drawn\n"
+    said = f"{restored}: 70x50, 3 of 5 stages from the file, the others drawn\n"
     assert capsys.readouterr().out == said
     with Image.open(restored) as found:
         np.testing.assert_array_equal(
@@ -70,7 +70,7 @@ def test_a_part_of_the_stages_goes_through_every_command(
     assert run("decompress", out, restored, *model, "--allow-truncated") == 0
     (cut,) = codec.decode([whole[:-3]], allow_truncated=True)
     assert 0 < cut.stages < 5
-    said = f"{restored}: 70x50, tokens of {cut.stages} of 5 stages, the others drawn\n"
+    said = f"{restored}: 70x50, {cut.stages} of 5 stages from the file, the others drawn\n"
     assert capsys.readouterr().out == said
 
 
@@ -139,7 +139,10 @@ def test_info_reads_a_modelled_caption_when_it_verifies(
     record = json.loads(capsys.readouterr().out)
     assert (record["caption_codec"], record["caption"]) == ("model", None)
     assert run("info", path) == 0
-    assert "by the caption model, among the tokens; --verify reads it" in capsys.readouterr().out
+    assert (
+        "coded by the caption model, among the tokens; --verify decodes it"
+        in capsys.readouterr().out
+    )
     assert run("info", path, "--verify", "--json", *common) == 0
     verified = json.loads(capsys.readouterr().out)
     assert verified["caption"] == text

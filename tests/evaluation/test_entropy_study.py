@@ -135,7 +135,7 @@ def test_measuring_sums_up_and_notices_a_wrong_decoder(coder: TokenCoder) -> Non
         def decode(self, payload: bytes, shape: tuple[int, int]) -> np.ndarray:
             return (super().decode(payload, shape) + 1) % 16
 
-    with pytest.raises(RuntimeError, match="not decoded as it was"):
+    with pytest.raises(RuntimeError, match="decoded wrongly"):
         measure(Liar(coder, STUDY_SCHEDULES["var"].stages), maps, "liar", progress=False)
     with pytest.raises(ValueError, match="no token maps"):
         measure(study, [], "none", progress=False)
@@ -214,6 +214,6 @@ def test_the_command_measures_held_out_maps(
             expected = integer_bits(shared, held_out, row["name"])
             assert row["bits_per_token"] == pytest.approx(expected)
     assert (out / "schedule_raster.png").is_file()
-    assert "codebook of 64, but rate coarse one of 300" in failure(
+    assert "codebook of 64 entries, but rate coarse has 300" in failure(
         capsys, *command, "--rate", "coarse"
     )

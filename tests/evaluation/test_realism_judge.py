@@ -405,7 +405,7 @@ def test_distances_are_measured_on_some_crops(
     some = judged(codec, photos, tmp_path / "some", Crops(32, 16, distances=2))
     assert fast == [2] * 9  # three photos, three networks
     assert some["crops"] == 13 and some["crops_with_distances"] == 6
-    assert "LPIPS and DISTS are of 6 of 13 crops" in (tmp_path / "some" / "realism.md").read_text()
+    assert "LPIPS and DISTS cover 6 of 13 crops" in (tmp_path / "some" / "realism.md").read_text()
     for name in ("psnr", "frechet", "kernel"):
         assert some["measures"][name] == whole["measures"][name]
     assert some["measures"]["dists"]["value"] != whole["measures"]["dists"]["value"]

@@ -61,7 +61,7 @@ def test_captions_that_cannot_serve_are_refused_before_training(tmp_path: Path) 
         [line for line in LINES if not is_held_out(line)],
         [line for line in LINES if is_held_out(line)],
     ):
-        with pytest.raises(ValueError, match="both these and some to train on are needed"):
+        with pytest.raises(ValueError, match="both held-out and other captions are needed"):
             CaptionLines(lines, alphabet)
 
 

@@ -301,7 +301,7 @@ def test_the_command_compares_explicit_var(
     command = ("eval", "entropy", "--data", tmp_path / "maps.npz", "--model", folder)
     command += ("--rate", "fine", "--out", out, "--entropy-run", tmp_path / "shared")
     command += ("--baselines", "multiscale")
-    assert "multiscale needs the --photos" in failure(capsys, *command)
+    assert "multiscale needs --photos" in failure(capsys, *command)
     assert run(*command, "--photos", cache) == 0
     report = json.loads((out / "report.json").read_text())
     row = report["methods"][-1]
@@ -322,4 +322,4 @@ def test_the_command_compares_explicit_var(
     shutil.rmtree(out)
     AcceleratorState._reset_state(True)
     assert run(*command, "--photos", cache) == 2
-    assert "other photos than those of the token maps" in capsys.readouterr().err
+    assert "other photos than the token maps" in capsys.readouterr().err

@@ -89,8 +89,8 @@ def test_missing_files(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cfg_ss": 48}, "48x48 tokens of 256; can be imported: sides (64, 32, 16, 8)"),
-        ({"cfg_cs": 8196}, "32x32 tokens of 8196; can be imported"),
+        ({"cfg_ss": 48}, "48x48 tokens from 256 codes; sides must be in (64, 32, 16, 8)"),
+        ({"cfg_cs": 8196}, "32x32 tokens from 8196 codes"),
         ({"N": None}, "no whole number for N; only the hyper-encoder of"),
         ({"M": "320"}, "no whole number for M"),
         ({"N": 10}, "body.0.weight has shape (8, 4, 1, 1) instead of (10, 4, 1, 1)"),
@@ -112,12 +112,12 @@ def test_configs_that_are_no_json(published: Path, capsys: pytest.CaptureFixture
     path.write_text("{")
     assert f"{path} is not JSON" in refused(published, capsys)
     path.write_text("[]")
-    assert f"{path} holds no JSON object" in refused(published, capsys)
+    assert f"{path} is not a JSON object" in refused(published, capsys)
 
 
 def test_tensors_that_do_not_fit(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change_tensors(published / "unet", conv_out__bias=None)
-    assert "unet: the tensors, under their names here, do not fit" in refused(published, capsys)
+    assert "unet: the renamed tensors do not fit" in refused(published, capsys)
     change_tensors(published / "unet", conv_out__bias=torch.zeros(5))
     assert "conv_out.bias has shape (5,) instead of (4,)" in refused(published, capsys)
     change_tensors(published / "unet", conv_out__bias=torch.zeros(4), more=torch.zeros(1))
@@ -166,7 +166,7 @@ def test_pickles_give_tensors_and_nothing_else(
     assert "is damaged or holds more than tensors" in refused(published, capsys)
     assert not witness.exists()
     torch.save([1], pickle)
-    assert "is no state dict of tensors" in refused(published, capsys)
+    assert "is not a state dict of tensors" in refused(published, capsys)
 
 
 def test_rates_are_named_and_ordered_by_their_bits(tmp_path: Path) -> None:
@@ -186,9 +186,7 @@ def test_two_checkpoints_of_a_rate(tmp_path: Path, capsys: pytest.CaptureFixture
     folder = tmp_path / "twice"
     for name in ("a", "b"):
         random_perco.save_checkpoint(folder / name, 32)
-    assert "are both of rate r0313; import them into folders of their own" in refused(
-        folder, capsys
-    )
+    assert "both have rate r0313; import them into separate folders" in refused(folder, capsys)
 
 
 def test_a_named_base_model_is_not_copied(tmp_path: Path) -> None:
@@ -208,7 +206,7 @@ def test_hub_ids_are_kept_and_misspelt_folders_refused(
     assert ModelConfig.load(out).base == "some/model"
     shutil.rmtree(out)
     for name in ("absent", "./absent/folder", "a/b/c", "../model"):
-        assert "no such folder, and no hub id" in refused(published, capsys, "--base", name)
+        assert "neither a folder nor a hub id" in refused(published, capsys, "--base", name)
     shutil.rmtree(published / "tokenizer")
     assert "lacks tokenizer" in refused(published, capsys, "--base", published)
 

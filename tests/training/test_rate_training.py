@@ -119,7 +119,7 @@ def test_rates_that_do_not_fit_are_refused(photo_cache: Path, tmp_path: Path) ->
             RateConfig(**{name: wrong})
     for sides, coarse, least in (((46, 64), 0.0, 47), ((78,), 0.25, 79)):
         plan = CropPlan(sides, (1,) * len(sides))
-        with pytest.raises(ValueError, match=f"make them {least} a side"):
+        with pytest.raises(ValueError, match=f"at least {least} pixels"):
             RateConfig(crops=plan, coarse=coarse)
     one = {**small, "crops": CropPlan((64,), (1,))}
     unequal = {str(c): RateConfig(**one, quantizer={"output_channels": c}) for c in (4, 8)}
@@ -209,7 +209,7 @@ def test_sources_change_how_often_photos_are_drawn(photo_cache: Path, tmp_path: 
     assert all(tuple(p) in known for p in images.permute(0, 2, 3, 1).reshape(-1, 3).tolist())
     assert data._factors.all()  # the original is as it was
     for wrong in ({"nothing": 1.0}, {first: -1.0}):
-        with pytest.raises(ValueError, match="beginnings of photos' keys"):
+        with pytest.raises(ValueError, match="prefixes of photos' keys"):
             data.weighing(wrong)
     with pytest.raises(ValueError, match="no photo"):
         data.weighing({photo.key: 0.0 for photo in data.photos})

@@ -75,7 +75,7 @@ def test_a_shared_run_is_known_by_what_it_made(shared: SharedRun, tmp_path: Path
         EntropyConfig(model=SIZES, shapes=[[5, 6], [4, 4]], tokens_per_step=256),  # type: ignore[arg-type]
         LOOP,
     )
-    with pytest.raises(ValueError, match="not 00000000: give the run that made"):
+    with pytest.raises(ValueError, match="not 00000000: give the run of the rate"):
         shared_run(shared.folder, bytes(32))
     with pytest.raises(ValueError, match=r"no report\.json; finish"):
         shared_run(tmp_path, bytes(32))
@@ -199,9 +199,9 @@ def test_the_command_trains_what_it_compares(
     monkeypatch.setattr("percov2.evaluation.study.comparison.STUDY_SCHEDULES", few)
     command = ("eval", "entropy", "--data", token_file, "--model", model_folder, "--rate", "fine")
     command += ("--out", tmp_path / "out", "--finetune", 3)
-    assert "training needs the --entropy-run" in failure(capsys, *command)
+    assert "training needs --entropy-run" in failure(capsys, *command)
     command += ("--entropy-run", shared.folder)
-    assert "no such baselines: ['mim']" in failure(capsys, *command, "--baselines", "masked,mim")
+    assert "unknown baselines ['mim']" in failure(capsys, *command, "--baselines", "masked,mim")
     assert run(*command, "--baselines", "masked") == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     rows = [(row["name"], row["weights"]) for row in report["methods"]]

@@ -37,7 +37,7 @@ def test_warm_start_loads_what_it_says(old_names: bool, photo_cache: Path, tmp_p
     assert any(not torch.equal(fresh[k], v) for k, v in known.items())
     assert origins["r031"] == "from r031"
     for name in ("r010", "r002"):
-        assert origins[name].startswith("from r031, but new: ")
+        assert origins[name].startswith("from r031, except for new ")
         new = origins[name].split("new: ")[1].split(", ")
         assert set(new) == {"quantizer.codebook", "quantizer.usage"}
         kept = {
@@ -157,7 +157,7 @@ def test_a_smaller_decoder_learns_from_the_one_before(photo_cache: Path, tmp_pat
         run_codec(config, photo_cache, tmp_path / "run", start_from=tmp_path / "first")
     stage, _ = codec_stage(config, data)
     origins = start_from(stage, tmp_path / "model")
-    assert origins["decoder"].startswith("what fits, but new: ")
+    assert origins["decoder"].startswith("from the run, except for ")
     teacher = CodecModel(tmp_path / "model").autoencoder
     kept = [f"decoder.{i}" for i in (0, 1, 2)]  # the first layer and two blocks at 1/8
     state = stage.autoencoder.state_dict()

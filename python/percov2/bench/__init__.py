@@ -1,4 +1,4 @@
-"""Measurements of the entropy engine, beside its peers and on GPUs: ``percov2 bench``.
+"""``percov2 bench``: measurements of the entropy engine, its peers and the GPU kernels.
 
-docs/reference/benchmarks.md and docs/how-to/gpu.md say what each figure means and how it is taken.
+docs/reference/benchmarks.md and docs/how-to/gpu.md explain the figures.
 """

@@ -1,7 +1,7 @@
-"""Synthetic data: logits, symbols drawn from their softmax, and their least cost.
+"""Synthetic data: logits, symbols drawn from their softmax, and their ideal cost.
 
-Logits are independent normal numbers with a standard deviation of ``SPREAD`` nats, so that 256
-symbols cost about 5.4 bits each, which is what tokens of a trained model cost.
+Logits are independent normal numbers with a standard deviation of ``SPREAD`` nats. With a codebook
+of 256, a symbol then costs about 5.4 bits, like a token of a trained model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from percov2.entropy.cdf import default_prob_bits
 
 SPREAD = 1.9
 UNITS_PER_NAT = np.float32(256 / np.log(2.0))
-"""Integer logits count 1/256 of an octave."""
+"""Integer logits are base-2 logarithms in units of 1/256."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of a case: codebook entries V, tokens per image, images (one stream each)."""
+    """Codebook entries V, tokens per image and number of images, each with its own stream."""
 
     codebook: int
     tokens: int
@@ -31,7 +31,7 @@ class Shape:
 
     @property
     def symbols(self) -> int:
-        """Symbols of all images."""
+        """Number of symbols in all images."""
         return self.tokens * self.images
 
 
@@ -46,12 +46,12 @@ class Case:
 
     @property
     def prob_bits(self) -> int:
-        """The precision that percov2 uses for this codebook."""
+        """Precision that percov2 uses for this codebook."""
         return default_prob_bits(self.shape.codebook)
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Symbols of each stream: int64 [B]."""
+        """Number of symbols in each stream, int64 [B]."""
         return np.full(self.shape.images, self.shape.tokens, dtype=np.int64)
 
     def first(self, images: int) -> Case:
@@ -76,7 +76,7 @@ def make_case(shape: Shape, seed: int = 0) -> Case:
 
 
 def integer_logits(logits: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Turn logits in nats into base-2 logits with 8 fractional bits, each row's largest at 0."""
+    """Convert logits from nats to base 2 with 8 fractional bits, with each row's maximum at 0."""
     integers = np.empty(logits.shape, dtype=np.int16)
     for image, result in zip(logits, integers, strict=True):
         difference = image - image.max(-1, keepdims=True)
@@ -85,7 +85,7 @@ def integer_logits(logits: NDArray[np.float32]) -> NDArray[np.int16]:
 
 
 def ideal_bytes(logits: NDArray[np.float32], symbols: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Return the least cost of each image's symbols by the softmax of logits in nats: [B]."""
+    """Return the ideal cost in bytes of each image's symbols under the softmax of logits: [B]."""
     costs = np.empty(len(logits))
     for i, (image, chosen) in enumerate(zip(logits, symbols, strict=True)):
         exact = image.astype(np.float64)
@@ -96,5 +96,5 @@ def ideal_bytes(logits: NDArray[np.float32], symbols: NDArray[np.int32]) -> NDAr
 
 
 def interval_bytes(freqs: NDArray[np.int32], prob_bits: int) -> NDArray[np.float64]:
-    """Return the least cost of intervals with the given widths, int32 [B, n]: [B]."""
+    """Return the ideal cost in bytes of each image's intervals, of widths int32 [B, n]: [B]."""
     return (prob_bits - np.log2(freqs)).sum(1) / 8

@@ -1,4 +1,4 @@
-"""percov2's coder on synthetic cases: checked, then timed or weighed."""
+"""Checks, times and sizes of percov2's coder on synthetic cases."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ NAME = "percov2"
 INTERVALS = "intervals / CDF rows"
 LOGITS = ("float32 logits", "bfloat16 logits", "int16 logits")
 GIVEN = {INTERVALS: "coder", **dict.fromkeys(LOGITS, "logits")}
-"""What the coder is given -> the section of the report."""
+"""Section of the report for each kind of input."""
 CHECK_BYTES = 2
-"""The 16-bit check that every stream of percov2 holds."""
+"""Size of the check in every stream of percov2."""
 LOGITS_AT_ONCE = 2**26
-"""Images of more logits are made and coded in parts."""
+"""Largest number of logits in one case; larger cases are made in parts."""
 _ORACLE_LOGITS = 2**20
-"""So many logits of a case are also given to the oracle in torch."""
+"""Number of logits of a case that are compared with the torch oracle."""
 Record = dict[str, Any]
 Intervals = tuple[NDArray[np.int32], NDArray[np.int32]]
 Streams = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class Mismatch(RuntimeError):
-    """A coder gave other symbols or intervals than it must; nothing is timed then."""
+    """Error of a coder that returns wrong symbols or intervals."""
 
 
 def require(holds: bool | np.bool_, what: str) -> None:
     """Raise Mismatch unless ``holds``."""
     if not holds:
-        raise Mismatch(f"{what}; the figures would mean nothing")
+        raise Mismatch(f"{what}; the measurement stops here")
 
 
 def push(case: Case, intervals: Intervals, prob_bits: int, threads: int = 1) -> rans.RansEncoder:
-    """Return an encoder that holds a case, from intervals int32 [B, n]."""
+    """Return an encoder that holds the intervals, int32 [B, n], of a case."""
     encoder = rans.RansEncoder(case.checks)
     starts, freqs = intervals
     encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits, threads)
@@ -51,7 +51,7 @@ def push(case: Case, intervals: Intervals, prob_bits: int, threads: int = 1) -> 
 
 
 def encode(case: Case, logits: Any, prob_bits: int) -> Streams:
-    """Return the streams of a case from logits [B, n, V]: buffer and offsets."""
+    """Encode a case with logits [B, n, V]; return buffer and offsets."""
     return push(case, rans.intervals(logits, case.symbols, prob_bits), prob_bits).finish()
 
 
@@ -61,7 +61,7 @@ def _check_decoded(case: Case, decoder: rans.RansDecoder, symbols: NDArray[np.in
 
 
 def _checked_intervals(case: Case, logits: Any) -> Intervals:
-    """Return the intervals of a case, some of which were compared with the oracle's."""
+    """Return the intervals of a case after comparing a sample with the oracle's."""
     found = rans.intervals(logits, case.symbols, case.prob_bits)
     size, rows = case.shape.codebook, max(1, _ORACLE_LOGITS // case.shape.codebook)
     sample = torch.from_numpy(integer_logits(case.logits.reshape(1, -1, size)[:, :rows])[0])
@@ -73,10 +73,10 @@ def _checked_intervals(case: Case, logits: Any) -> Intervals:
 
 
 def timed(case: Case, given: str, effort: Effort) -> Record:
-    """Measure ``INTERVALS`` -> bytes -> symbols, or other of ``GIVEN`` -> bytes and back.
+    """Measure encoding to bytes and decoding to symbols, for one kind of input from ``GIVEN``.
 
-    Rounding to bfloat16 is the maker's choice, so it changes what is ideal; rounding to int16 is
-    percov2's, so it does not.
+    The ideal cost follows from bfloat16 logits, but not from int16 logits: the caller chooses
+    bfloat16, while percov2 itself rounds to int16.
     """
     bits, symbols = case.prob_bits, case.shape.symbols
     logits: Any = case.logits if given == "float32 logits" else integer_logits(case.logits)
@@ -112,10 +112,10 @@ def timed(case: Case, given: str, effort: Effort) -> Record:
 
 
 def short_streams(shape: Shape) -> Record:
-    """Return the mean bytes per image above the ideal, with percov2's own precision.
+    """Return the mean bytes per image above the ideal, without the check.
 
-    ``above_ideal`` counts from the float softmax of the logits, ``above_intervals`` from the
-    coded intervals; both are beyond the check.
+    The ideal of ``above_ideal`` is the float softmax of the logits. The ideal of
+    ``above_intervals`` is the width of the coded intervals.
     """
     lengths, ideals, intervals = [], [], []
     for case in parts_of(shape):
@@ -141,7 +141,7 @@ def parts_of(shape: Shape) -> Iterator[Case]:
 
 
 def peer_streams(case: Case, coder: str, lengths: list[int]) -> Record:
-    """Return the same of another coder, from its bytes of each image, or of the first ones."""
+    """Return the bytes above the ideal of another coder from its bytes of the first images."""
     part = case.first(len(lengths))
     ideal = cases.ideal_bytes(part.logits, part.symbols)
     return _overhead(part.shape, coder, 0, np.asarray(lengths), ideal)
@@ -151,7 +151,7 @@ def _overhead(
     shape: Shape, coder: str, check: int, lengths: NDArray[Any], ideal: NDArray[np.float64]
 ) -> Record:
     above = lengths - ideal - check
-    # The standard error of the mean; a single value tells nothing about others.
+    # The standard error of the mean is undefined for a single value.
     error = float(above.std(ddof=1) / np.sqrt(len(above))) if len(above) > 1 else None
     return {"section": "overhead", "coder": coder, **asdict(shape)} | {
         "ideal_bytes_per_image": float(ideal.mean()),
@@ -163,13 +163,13 @@ def _overhead(
 
 
 def long_stream(shape: Shape, parts: int, prob_bits: int) -> Record:
-    """Code ``parts`` cases of one image as one stream: percent above the ideal.
+    """Code ``parts`` one-image cases as one stream; return its bytes above the ideal in percent.
 
-    The parts are made again for decoding, so that their logits need not fit in memory.
+    Decoding makes the parts again, so that only one part needs to fit in memory.
     """
     check, ideal, by_intervals = [0xBEEF], 0.0, 0.0
     encoder = rans.RansEncoder(check)
-    for part in reversed(range(parts)):  # what is pushed last is decoded first
+    for part in reversed(range(parts)):  # decoding starts with the part pushed last
         case = make_case(replace(shape, images=1), seed=part)
         starts, freqs = rans.intervals(integer_logits(case.logits), case.symbols, prob_bits)
         encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits)

@@ -1,4 +1,4 @@
-"""``percov2 bench entropy``: takes the figures of a plan, one step after the other."""
+"""``percov2 bench entropy``: runs the measurements of a plan."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ Names = tuple[str, ...]
 
 
 class Plan(NamedTuple):
-    """What one run measures; shapes are codebook, tokens, images."""
+    """Measurements of one run; shapes are codebook, tokens, images."""
 
-    effort: Effort = Effort(0.5, 5, 200)  # how long each call is repeated
-    rounds: int = 3  # how often percov2 and its peers take turns
-    # Shapes on which the coders, also the peers', are timed.
+    effort: Effort = Effort(0.5, 5, 200)
+    rounds: int = 3  # turns of percov2 and its peers
+    # Shapes for timing percov2 and its peers.
     compared: Shapes = ((64, 1024, 64), (256, 1024, 64), (1024, 1024, 64), (8192, 1024, 8))
-    # Further shapes, for percov2 alone: other lengths and numbers of images.
+    # Further shapes for timing percov2 alone.
     scaling: Shapes = (
         *((256, 64, 64), (256, 256, 64), (256, 4096, 64)),
         *((256, 1024, 1), (256, 1024, 8), (256, 1024, 256)),
     )
-    # Shapes whose streams' bytes are counted.
+    # Shapes for counting bytes.
     short: Shapes = ((64, 64, 512), (256, 256, 256), (1024, 1024, 64), (8192, 1024, 64))
-    # (codebook, prob_bits) of long streams of ``long_symbols`` symbols.
+    # (codebook, prob_bits) of long streams with ``long_symbols`` symbols.
     long: tuple[tuple[int, int], ...] = ((256, 16), (256, 20), (1024, 18), (1024, 20))
     long_symbols: int = 2**20
     schedules: Names = ("qlds12", "quincunx", "checkerboard", "var", "qlds8", "qlds5")
-    grid: int = 16  # side of the images, in tokens
-    batch: int = 64  # how many images
-    batches: tuple[int, ...] = (1, 8, 64, 256)  # numbers of images whose cost each is compared
-    memory: tuple[int, ...] = (1, 64, 256)  # numbers of images whose peak memory is taken
+    grid: int = 16  # side of an image in tokens
+    batch: int = 64  # number of images
+    batches: tuple[int, ...] = (1, 8, 64, 256)  # numbers of images for the cost per image
+    memory: tuple[int, ...] = (1, 64, 256)  # numbers of images for the peak memory
     large_grid: int = 32  # side of one large image, decoded with ``schedules[0]``; 0 for none
     raster_grid: int = 16  # side of one image decoded token by token; 0 for none
 
@@ -75,13 +75,13 @@ QUICK_PLAN = Plan(
 
 
 def run(plan: Plan, sections: Names, model_folder: Path, peers: Peers | None = None) -> Record:
-    """Measure and return the report, as it is written to JSON.
+    """Measure and return the report as JSON values.
 
-    Raises ValueError for a model that cannot be loaded, RuntimeError for a peer that fails and
-    for a coder that returns other symbols than it got.
+    Raises:
+        ValueError: the model cannot be loaded.
+        RuntimeError: a peer fails, or a coder returns wrong symbols.
     """
-    # Everything but the lines that say otherwise runs on one thread.
-    with model.torch_threads(1):
+    with model.torch_threads(1):  # the default of every step
         report: Record = {
             "schema": SCHEMA,
             "environment": environment(),
@@ -93,7 +93,7 @@ def run(plan: Plan, sections: Names, model_folder: Path, peers: Peers | None = N
 
 
 def take(steps: list[Step]) -> list[Record]:
-    """Return the records of all steps, with a bar that says which one runs."""
+    """Run all steps with a progress bar, and return their records."""
     records = []
     for name, work in (bar := tqdm(steps, unit="step", leave=False)):
         bar.set_description(name)
@@ -133,9 +133,9 @@ def _steps(plan: Plan, sections: Names, folder: Path, peers: Peers | None) -> It
 
 
 def _coders(plan: Plan, shape: Shape, sections: Names, peers: Peers | None) -> list[Record]:
-    """Return records of all coders on a shape, in rounds when they are to be compared.
+    """Return the records of all coders on a shape.
 
-    A shared machine is faster at one time and slower at another: taking turns lets both have both.
+    The coders take turns, because the speed of a shared machine changes over time.
     """
     case = make_case(shape)
 
@@ -151,9 +151,10 @@ def _coders(plan: Plan, shape: Shape, sections: Names, peers: Peers | None) -> l
 
 
 def middle(rounds: Iterable[list[Record]]) -> list[Record]:
-    """Return one round out of several of the same records, with each timing of middle median.
+    """Merge rounds of the same records; each timing is the one with the median of the medians.
 
-    Raises ValueError if the rounds do not hold the same records.
+    Raises:
+        ValueError: the rounds do not hold the same records.
     """
     merged = []
     for same in zip(*rounds, strict=True):

@@ -1,7 +1,7 @@
-"""Figures that only a fresh process shows: the first call with its imports, and the peak of memory.
+"""Measurements in a fresh process: the first call with its imports, and the peak memory.
 
 ``python -m percov2.bench.fresh cold FOLDER`` and ``... encode|decode FOLDER IMAGES SIDE`` print one
-JSON object; ``cold`` and ``memory`` here start them. FOLDER holds an integer entropy model.
+JSON object. ``cold`` and ``memory`` start them. FOLDER holds an integer entropy model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCHEDULE = "qlds12"
 
 
 def _start(*arguments: object) -> dict[str, Any]:
-    """Return the JSON object that a fresh process of this module prints, and its wall time."""
+    """Return the JSON object printed by a fresh process of this module, with its wall time."""
     command = [sys.executable, "-m", __name__, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
@@ -34,18 +34,18 @@ def _start(*arguments: object) -> dict[str, Any]:
 
 
 def cold(folder: Path) -> dict[str, Any]:
-    """Measure a first use in a new process, step by step: see ``_cold``."""
+    """Measure the steps of a first use in a new process."""
     return {"section": "cold", **_start("cold", folder)}
 
 
 def memory(what: str, folder: Path, images: int, side: int) -> dict[str, Any]:
-    """Measure the peak memory of "encode" or "decode" of a batch: see ``_memory``."""
+    """Measure the peak memory of a new process that runs "encode" or "decode" on a batch."""
     sizes = {"images": images, "grid": side}
     return {"section": "memory", "what": what, **sizes, **_start(what, folder, images, side)}
 
 
 def _cold(folder: Path) -> dict[str, float]:
-    # Nothing but the standard library is imported yet.
+    # So far, only the standard library is imported.
     marks: dict[str, float] = {}
 
     @contextmanager
@@ -91,7 +91,7 @@ def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float 
 
     torch.set_num_threads(1)
     coder = TokenCoder(IntTransformer.load(folder))
-    # What is made once and kept is made before the peak is reset.
+    # The first call allocates what later calls reuse, so it runs before the peak is reset.
     tokens = model.draw_tokens(coder, 1, side)
     model.encode(coder, tokens, SCHEDULE, 1)
     if not STATUS.exists():
@@ -107,7 +107,7 @@ def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float 
 
 
 def _megabytes(name: str) -> float:
-    """Return a line of the process's status on Linux."""
+    """Return a size from the process's status on Linux."""
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 

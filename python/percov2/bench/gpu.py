@@ -1,7 +1,6 @@
-"""``percov2 bench gpu``: compares the GPU engine with the CPU's on a card, and then times it.
+"""``percov2 bench gpu``: compares the GPU engine with the CPU engine, and then times it.
 
-Every record says its ``kind``: "measurement", or "missing" (what this machine lacks to be measured,
-and how to get it).
+The ``kind`` of a record is "measurement" or "missing". The latter names what this machine lacks.
 """
 
 from __future__ import annotations
@@ -35,27 +34,25 @@ from percov2.entropy.transformer_config import TransformerConfig
 
 SCHEMA = 1
 MEASUREMENT, MISSING = "measurement", "missing"
-NO_DEVICE = "torch finds no CUDA device: docs/how-to/gpu.md says what is needed and how to measure"
+NO_DEVICE = "torch finds no CUDA device: see docs/how-to/gpu.md for the requirements"
 NO_TRITON = "triton is not installed: pip install 'percov2[gpu]'"
 NO_CUDA = (
     "percov2's compiled module was built without CUDA: build it where nvcc is installed, with "
     "pip install --no-binary percov2 -C cmake.define.PERCOV2_CUDA=ON percov2"
 )
 BYTES_TO_FLOOR, MOST_LAUNCHES, COPIES_TO_HOST = 1.1, 3, 1
-"""What a summary holds the engine against."""
+"""Goals of the summary."""
 Record = dict[str, Any]
-
 
 SIZES = tuple(Size(256, 32, TransformerConfig(codebook_size=size)) for size in (256, 1024))
 
 
 class Plan(NamedTuple):
-    """What one run measures."""
+    """Measurements of one run."""
 
-    # Of the coder's kernels and of whole encoding; the first also of the model's layers.
-    sizes: tuple[Size, ...]
-    effort: Effort  # how long each call is repeated on a card
-    cpu_effort: Effort  # and on the CPU beside it
+    sizes: tuple[Size, ...]  # the model's layers are measured at the first size only
+    effort: Effort  # on the GPU
+    cpu_effort: Effort
 
 
 FULL_PLAN = Plan(SIZES, Effort(1.0, 20, 1000), Effort(1.0, 3, 20))
@@ -68,10 +65,12 @@ def find() -> Gpu | None:
 
 
 def run(plan: Plan, gpu: Gpu | None = None) -> Record:
-    """Measure on ``gpu`` and return the report, as it is written to JSON.
+    """Measure on ``gpu`` and return the report as JSON values.
 
-    The CPU engine takes as many threads as torch. Raises Mismatch (a RuntimeError) if the device
-    returns anything but what the CPU returns.
+    The CPU engine uses as many threads as torch.
+
+    Raises:
+        Mismatch: the results of the GPU and the CPU differ.
     """
     triton, cuda = importlib.util.find_spec("triton") is not None, rans.cuda_built()
     found = {NO_DEVICE: gpu is not None, NO_TRITON: triton, NO_CUDA: cuda}
@@ -98,7 +97,7 @@ def run(plan: Plan, gpu: Gpu | None = None) -> Record:
 
 @dataclass(frozen=True)
 class Bench:
-    """What all measurements of a run share; ``threads``: of the CPU engine."""
+    """State shared by all measurements of a run; ``threads`` are those of the CPU engine."""
 
     gpu: Gpu
     plan: Plan
@@ -106,7 +105,7 @@ class Bench:
     bandwidth: Record
 
     def steps(self) -> Iterator[Step]:
-        """Yield what is measured, one after the other; jobs are made when they are due."""
+        """Yield the steps of a run; each makes its jobs only when it runs."""
 
         def step(name: str, size: Size, make: Callable[..., Iterable[Job]], *more: int) -> Step:
             jobs = partial(make, self.gpu.place, size, *more)
@@ -123,13 +122,13 @@ class Bench:
             yield f"whole, V = {size.config.codebook_size}", partial(self.paths, size)
 
     def measured(self, size: Size, job: Job) -> Record:
-        """Return a job's record. Raises Mismatch unless the device returns what the CPU returns."""
+        """Return a job's record; raise Mismatch if the results of the GPU and the CPU differ."""
         gpu, plan = self.gpu, self.plan
         if job.before is not None:
             job.before()
         found, expected = job.result(job.work()), job.reference()
         equal = len(found) == len(expected) and all(map(np.array_equal, found, expected))
-        require(equal, f"{job.kernel} ({job.case}) does not return what the CPU returns")
+        require(equal, f"{job.kernel} ({job.case}): the results of the GPU and the CPU differ")
         timing = gpu.time(job.work, plan.effort, job.before)
         speed = job.bytes / timing.median_s
         unfused = gpu.time(job.unfused, plan.effort) if job.unfused else None
@@ -148,10 +147,12 @@ class Bench:
         }
 
     def paths(self, size: Size) -> list[Record]:
-        """Measure whole coding with the model on the device and either coder, and on the CPU.
+        """Measure whole encoding and decoding on the CPU, and with each coder on the GPU.
 
-        The weights are random, which changes no time; the tokens are drawn from the model. Raises
-        Mismatch unless bytes and tokens are those of the CPU engine.
+        Random weights do not change the times. The tokens are drawn from the model.
+
+        Raises:
+            Mismatch: bytes or tokens differ from those of the CPU engine.
         """
         tensors, threads = random_tensors(size.config, 0), self.threads
         plain = TokenCoder(IntTransformer(size.config, tensors))
@@ -177,11 +178,11 @@ class Bench:
             }
             for who, ways in works.items():
                 same = all(map(np.array_equal, ways["encode"](), streams))
-                require(same, f"{who}: other bytes than on the CPU")
+                require(same, f"{who}: the bytes differ from those of the CPU")
                 same = np.array_equal(as_array(ways["decode"]()), tokens)
-                require(same, f"{who}: other tokens than on the CPU")
+                require(same, f"{who}: the tokens differ from those of the CPU")
             for who, what in itertools.product(works, ("encode", "decode")):
-                # Every work ends with a copy to the host, for which the host waits.
+                # Each call ends with a copy to the host, so that wall time includes the kernels.
                 work, here = works[who][what], coders[who] is plain
                 wall = measure(work, self.plan.cpu_effort if here else self.plan.effort)
                 record = {**shared, "what": what, "who": who, "coder": coders[who].coder_name}
@@ -192,10 +193,10 @@ class Bench:
 
 
 def summarize(records: list[Record]) -> Iterator[Record]:
-    """Yield the lines about bytes of the intervals, launches and copies of whole encoding."""
+    """Yield the lines on bytes moved for intervals, and on launches and copies for encoding."""
     for r in records:
         if r.get("kernel") == "symbol_intervals":
-            # At least V logits, symbol, start and freq of 2 bytes each.
+            # A symbol moves at least V logits, symbol, start and freq, of 2 bytes each.
             least = r["symbols"] * (2 * r["codebook"] + 6)
             name = f"logits to intervals, V={r['codebook']}: bytes moved / fewest possible"
             yield line(name, r["bytes"] / least, BYTES_TO_FLOOR)

@@ -1,7 +1,6 @@
-"""A card as the benchmark sees it: where tensors go, a clock, what it was asked to do.
+"""The GPU of the benchmark: its device, its clock and its trace of launches.
 
-Tests replace the first methods of ``Gpu``, so that kernels are interpreted and emulated on the CPU;
-everything else of the benchmark is the same there.
+Tests replace the first methods of ``Gpu`` to run interpreted and emulated kernels on the CPU.
 """
 
 from __future__ import annotations
@@ -14,21 +13,21 @@ import torch
 from percov2.bench.timing import Effort, Timing, repeat
 
 WARM_UP = 3
-"""Calls that do not count: they compile, allocate, and raise the clock."""
+"""Number of untimed calls that compile, allocate and raise the clock."""
 _COPIED = 2**28
-"""Bytes of the copy by which bandwidth is measured."""
+"""Size in bytes of the copy that measures bandwidth."""
 _DATA_SHEETS = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}
-"""Name -> bytes per second of the memory."""
+"""Memory bandwidth in bytes per second, by name."""
 
 
 class Gpu:
-    """The current CUDA device. Times are those of its stream, by events."""
+    """The current CUDA device, timed by events of its stream."""
 
     def __init__(self) -> None:
         self.place = self.find()
         self.properties = self.ask()
-        # Overwriting more than the cache holds leaves nothing there that a kernel could find, and
-        # takes long enough for the host to queue the next call meanwhile.
+        # Writing more than the cache holds makes the cache cold for the next kernel. It also takes
+        # long enough for the host to queue the next call.
         size = 8 * getattr(self.properties, "L2_cache_size", 2**26)
         self._flood = torch.empty(size, dtype=torch.uint8, device=self.place)
 
@@ -45,14 +44,14 @@ class Gpu:
         return event
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Return the time between two points that the device has passed."""
+        """Return the seconds between two points of the stream."""
         return float(begin.elapsed_time(end)) / 1e3
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.place)
 
     def trace(self, work: Callable[[], object]) -> list[str]:
-        """Return a call's kernels and copies in order, as torch's profiler saw them."""
+        """Return the names of a call's kernels and copies in order, from torch's profiler."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 
@@ -67,10 +66,10 @@ class Gpu:
     def time(
         self, work: Callable[[], object], effort: Effort, before: Callable[[], object] | None = None
     ) -> Timing:
-        """Return seconds of the device per call, with cold caches.
+        """Return the device seconds per call, with cold caches.
 
-        ``before`` is queued ahead of every call and not timed. The host is ahead of the device: it
-        waits after every ``effort.least`` calls only, so its own time is hidden by the flood.
+        ``before`` runs ahead of every call and is not timed. The host waits only after every
+        ``effort.least`` calls, so that the cache writes hide its own time.
         """
 
         def once() -> tuple[Any, Any]:
@@ -92,11 +91,11 @@ class Gpu:
         return repeat(several, effort)
 
     def bandwidth(self, effort: Effort) -> dict[str, Any]:
-        """Measure a copy within the device, and say which peak shares are taken of.
+        """Measure a copy within the device, and choose the peak bandwidth.
 
-        Bytes per second of what is read and written. The peak is that of the memory's clock (kHz,
-        two transfers a cycle) and bus (bits) where torch tells them, else the data sheet's, else
-        that copy.
+        The unit is bytes read and written per second. The peak follows from the memory's clock
+        (kHz, two transfers per cycle) and bus width (bits) if torch reports them, else from the
+        data sheet, else from the copy.
         """
         source = torch.zeros(min(_COPIED, self._flood.numel()), dtype=torch.uint8).to(self.place)
         goal = torch.empty_like(source)
@@ -114,11 +113,12 @@ class Gpu:
 
 
 def launches(names: Sequence[str]) -> dict[str, Any]:
-    """Count what a trace holds.
+    """Count the kernels and copies of a trace.
 
-    Returns "kernels" (how many ran; memory that is set or copied within the device counts as one),
-    "after_transformer" (names of those after the last linear map, if there is one), "to_host" and
-    "to_device" (copies).
+    Returns:
+        "kernels": their number, with memory sets and copies within the device;
+        "after_transformer": the names of those after the last linear map, if there is one;
+        "to_host" and "to_device": the numbers of copies.
     """
     kernels = [n for n in names if not n.startswith(("Memcpy DtoH", "Memcpy HtoD"))]
     maps = [i for i, name in enumerate(kernels) if "int_linear_kernel" in name]

@@ -1,7 +1,6 @@
-"""The GPU kernels one by one: what runs, what must come out, and how many bytes must move.
+"""Jobs that measure single GPU kernels: work, expected result and bytes moved.
 
-A job holds its tensors; making it places them. docs/explanation/gpu-kernels.md says what the
-kernels do.
+Making a job places its tensors. docs/explanation/gpu-kernels.md describes the kernels.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ SCHEDULE = "qlds12"
 LATENT = 32
 """Length of the quantizer's vectors (percov2.models.quantizer)."""
 _LOGITS_AT_ONCE, _ROWS_AT_ONCE = 2**26, 2**14
-"""Torch's operators make several wide tensors of so many numbers or rows."""
+"""Limits per call of torch's operators, which make several wide tensors of this size."""
 Arrays = Sequence[NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Size:
-    """``images`` of ``side`` x ``side`` tokens, and a model for a codebook."""
+    """``images`` images of ``side`` × ``side`` tokens, and the configuration of their model."""
 
     images: int
     side: int
@@ -46,12 +45,12 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Tokens of an image."""
+        """Number of tokens in an image."""
         return self.side**2
 
     @property
     def symbols(self) -> int:
-        """Tokens of all images."""
+        """Number of tokens in all images."""
         return self.images * self.tokens
 
 
@@ -62,16 +61,17 @@ def host(*tensors: Tensor) -> Arrays:
 
 @dataclass(frozen=True)
 class Job:
-    """Work of a device, and the same by others.
+    """Work for the GPU, with its reference.
 
     Attributes:
-        kernel, case: what runs, at which sizes.
-        bytes: that must cross the memory's bus: every operand once, every result once.
-        work: queues the kernels and waits for nothing.
-        reference: computes the result on the CPU; result: brings that of ``work`` to the host.
-        engine: whether ``reference`` is percov2's CPU engine, worth timing beside the device.
-        before: puts back what ``work`` changes.
-        unfused: the same on the device in torch's operators.
+        kernel, case: name of the kernel and its sizes.
+        bytes: bytes that must cross the memory bus, with every operand and result once.
+        work: queues the kernels without waiting.
+        reference: computes the result on the CPU.
+        result: copies the result of ``work`` to the host.
+        engine: time ``reference`` too, because it is percov2's CPU engine.
+        before: restores the inputs that ``work`` changes.
+        unfused: the same computation on the GPU with torch's operators.
     """
 
     kernel: str
@@ -86,13 +86,13 @@ class Job:
 
 
 def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
-    """Yield intervals, streams and symbols; the CPU engine takes ``threads``."""
+    """Yield jobs for intervals, encoding and decoding; the CPU engine uses ``threads``."""
     from percov2.triton_kernels import symbol_intervals
 
     codebook, symbols = size.config.codebook_size, size.symbols
     case = make_case(Shape(codebook, size.tokens, size.images))
     bits, name, integers = case.prob_bits, f"V = {codebook}", integer_logits(case.logits)
-    # Where every symbol costs log2(V) bits, the most that a good model needs.
+    # An upper bound for a good model: every symbol costs log2(V) bits.
     stream_bytes = symbols * math.log2(codebook) / 8
 
     def engine_intervals() -> coders.Intervals:
@@ -136,7 +136,7 @@ def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
         decoded = plain.decode_logits(integers, bits, threads=threads)
         return decoded, plain.states.astype(np.int32), plain.positions
 
-    # Rows that begin off their grid take the other kernel.
+    # Unaligned rows use the other kernel.
     moved = torch.empty(logits.numel() + 1, dtype=torch.int16, device=place)
     unaligned = moved[1:].view(logits.shape).copy_(logits)
     for whole, rows in (("true", logits), ("false", unaligned)):
@@ -153,9 +153,9 @@ def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
 
 
 def unfused_intervals(logits: Tensor, symbols: Tensor, prob_bits: int) -> list[Tensor]:
-    """Do what percov2.entropy.cdf does where nothing is fused: whole tables, of which two are read.
+    """Compute intervals without fusion: make whole tables and read two entries of each.
 
-    logits int16 [B, n, V], symbols int32 [B, n]; a few images at a time. Returns [b, n, 2] each.
+    Takes logits int16 [B, n, V] and symbols int32 [B, n]. Returns [b, n, 2] for b images at a time.
     """
     step = max(1, _LOGITS_AT_ONCE // max(1, logits[0].numel()))
     parts = []
@@ -167,7 +167,7 @@ def unfused_intervals(logits: Tensor, symbols: Tensor, prob_bits: int) -> list[T
 
 
 def layer_jobs(place: torch.device, size: Size) -> Iterator[Job]:
-    """Yield what a layer and the head launch: maps for queries, attention for all entries."""
+    """Yield jobs for the kernels of a layer and the head: maps on queries, full attention."""
     from percov2.triton_kernels import attention, attention_blocks, layer_norm
 
     config, dim, inner = size.config, size.config.dim, size.config.inner
@@ -213,7 +213,7 @@ def _integers(limit: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _in_parts(function: Callable[..., Tensor], *rows: Tensor) -> Arrays:
-    """Apply a function to some rows at a time."""
+    """Apply a function to ``_ROWS_AT_ONCE`` rows at a time."""
     parts = zip(*(tensor.split(_ROWS_AT_ONCE) for tensor in rows), strict=True)
     return host(torch.cat([function(*part) for part in parts]))
 
@@ -224,13 +224,13 @@ _ENDS = {
     "int16": (-(2**15), 2**15 - 1, 2),
     "residual": (-(2**20), 2**20, 8),
 }
-"""What may follow a linear map: its limits, and bytes per output (a residual is also read)."""
+"""Limits and bytes per output of each end of a linear map; a residual is read and written."""
 
 
 def linear_job(
     place: torch.device, size: Size, name: str, terms: int, outputs: int, end: str
 ) -> Job:
-    """Make one of the model's maps, with random weights as ``random_tensors`` draws them."""
+    """Return the job of one linear map of the model, with weights from ``random_tensors``."""
     from percov2.triton_kernels import linear
 
     prefix = name if name == "head" else f"layers.0.{name}"
@@ -265,7 +265,7 @@ def linear_job(
 
 
 def nearest_jobs(place: torch.device, size: Size) -> Iterator[Job]:
-    """Yield the quantizer's search; similarities of small integers are exact, and often equal."""
+    """Yield the quantizer's search. Similarities of small integers are exact and often tie."""
     from percov2.triton_kernels import nearest_codes
 
     codes = size.config.codebook_size

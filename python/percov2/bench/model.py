@@ -1,6 +1,6 @@
-"""The entropy model: one-pass encoding, staged decoding, one layer's attention, each beside torch.
+"""Measurements of the entropy model beside torch: encoding, decoding and one layer's attention.
 
-Tokens are drawn from the model itself, by decoding random bytes.
+Tokens are drawn from the model by decoding random bytes.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import START_ENTRIES, Entries
 
 FLOAT_CHUNKS = (8, 64)
-"""Torch takes so many images at a time; the faster choice counts."""
+"""Numbers of images per torch call; the faster one counts."""
 Streams = tuple[Any, Any]
 Record = dict[str, Any]
 
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Torch, and with it the integer layers, on a number of threads."""
+    """Set the number of threads of torch and the integer layers for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -44,7 +44,7 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def random_streams(images: int, side: int) -> Streams:
-    """Return random bytes, as many as ``images`` grids could need: they decode to likely tokens."""
+    """Return enough random bytes for ``images`` grids; they decode to likely tokens."""
     size = 3 * side * side  # prob_bits is at most 20
     buffer = np.random.default_rng([images, side]).integers(0, 256, images * size, dtype=np.uint8)
     return buffer, np.arange(images + 1, dtype=np.int64) * size
@@ -56,7 +56,7 @@ def draw_tokens(coder: TokenCoder, images: int, side: int) -> NDArray[np.int32]:
 
 
 def encode(coder: TokenCoder, tokens: NDArray[np.int32], name: str, threads: int) -> Streams:
-    """Encode tokens by one pass; every check is 0."""
+    """Encode tokens in one pass, with all checks 0."""
     checks = np.zeros(len(tokens), dtype=np.uint16)
     return coder.encoder(tokens, name, checks, threads).finish()
 
@@ -77,12 +77,12 @@ def _record(
 def encode_and_decode(
     coder: TokenCoder, tokens: NDArray[np.int32], name: str, threads: int, effort: Effort
 ) -> list[Record]:
-    """Measure both ways for tokens int32 [B, side, side] under one schedule."""
+    """Measure encoding and decoding of tokens int32 [B, side, side] under one schedule."""
     case = (name, tokens.shape[1], threads)
     with torch_threads(threads):
         streams = encode(coder, tokens, name, threads)
         same = np.array_equal(decode(coder, streams, *case), tokens)
-        require(same, f"{name} decodes other tokens")
+        require(same, f"{name} decoded other tokens")
         works: dict[str, Callable[[], object]] = {
             "encode": lambda: encode(coder, tokens, name, threads),
             "decode": lambda: decode(coder, streams, *case),
@@ -95,10 +95,10 @@ def encode_and_decode(
 
 
 def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries, Entries]:
-    """Return the coding order of the pass that encodes a grid, its readers and its keys.
+    """Return the coding order, the readers and the keys of the pass that encodes a grid.
 
-    The keys are start entries and contents, but for the last stage's, which nobody reads; the
-    readers are the keys and then the queries of all tokens.
+    The keys are the start entries and the contents of all stages except the last, which is never
+    read. The readers are the keys, then the queries of all tokens.
     """
     coding = schedule.order(stages)
     stage, width = stages.reshape(-1)[coding], stages.shape[1]
@@ -109,7 +109,7 @@ def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries,
 
 
 class FloatLayer(nn.Module):
-    """Attention to contents, then feed-forward, each added to the residual."""
+    """Attention to contents and a feed-forward network, each added to the residual."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -122,9 +122,9 @@ class FloatLayer(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
 
     def forward(self, x: Tensor, keys: int, first_reader: int, mask: Tensor) -> Tensor:
-        """x [B, E, dim], the first ``keys`` of which are contents -> rows from ``first_reader``.
+        """Return rows from ``first_reader`` of x [B, E, dim], whose first ``keys`` are contents.
 
-        mask bool [E - first_reader, keys]: what is seen.
+        mask, bool [E - first_reader, keys], marks the visible keys.
         """
         y, x = self.norm(x), x[:, first_reader:]
         parts = (self.q(y[:, first_reader:]), *self.kv(y[:, :keys]).chunk(2, -1))
@@ -135,11 +135,10 @@ class FloatLayer(nn.Module):
 
 
 class FloatTransformer(nn.Module):
-    """The entropy model's float32 counterpart in eager torch, as one would write it.
+    """Float32 counterpart of the entropy model in eager torch, with random weights.
 
-    The same entries, widths and mask as the integer model, for grids of ``stages`` (int32 [h, w],
-    values 1 .. S). It has random weights and, unlike the integer model, no relative positions,
-    which would cost it more.
+    It has the same entries, widths and mask for grids of ``stages`` (int32 [h, w], values 1 .. S).
+    It lacks relative positions, which would make it slower.
     """
 
     def __init__(self, config: TransformerConfig, stages: NDArray[np.int32]) -> None:
@@ -156,7 +155,7 @@ class FloatTransformer(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, config.codebook_size))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [B, h, w] -> logits float32 [B, h * w, V] in coding order."""
+        """Return logits float32 [B, h * w, V] in coding order for tokens int64 [B, h, w]."""
         known = self.keys - START_ENTRIES
         contents = self.token(tokens.flatten(1)[:, self.coding[:known]]) + self.place[:known]
         start, queries = (
@@ -164,13 +163,13 @@ class FloatTransformer(nn.Module):
         )
         x = torch.cat([start, contents, queries], 1)
         for layer in self.layers:
-            first = self.keys if layer is self.layers[-1] else 0  # only queries are needed after it
+            first = self.keys if layer is self.layers[-1] else 0  # the head reads only queries
             x = layer(x, self.keys, first, self.mask[first:])
         return self.head(x)
 
 
 def _fastest(images: int, work: Callable[[list[slice]], object], effort: Effort) -> Timing:
-    """Time torch on parts of a batch, with each of ``FLOAT_CHUNKS``; the fastest counts."""
+    """Return the fastest time of torch over the chunk sizes ``FLOAT_CHUNKS``."""
     timings = []
     for chunk in sorted({min(chunk, images) for chunk in FLOAT_CHUNKS}):
         parts = [slice(begin, begin + chunk) for begin in range(0, images, chunk)]
@@ -191,8 +190,9 @@ class AttentionCase:
     """Random activations for all entries of one pass.
 
     Attributes:
-        q: int8 [B, E, inner]; kv: int8 [B, K, 2 * inner], keys first.
-        index: int64 [E, K], which relative position each pair has.
+        q: int8 [B, E, inner].
+        kv: int8 [B, K, 2 * inner], keys first.
+        index: int64 [E, K], the relative position of each pair.
     """
 
     def __init__(self, config: TransformerConfig, name: str, side: int, images: int) -> None:
@@ -222,7 +222,7 @@ class AttentionCase:
         return [x.unflatten(2, (self.heads, -1)).transpose(1, 2).contiguous() for x in wide]
 
     def oracle(self, image: int) -> NDArray[np.int8]:
-        """Return what the kernel must give for one image, by torch: int8 [E, inner]."""
+        """Return the expected result for one image, computed by torch: int8 [E, inner]."""
         q, k, v = (part[0] for part in self.split(slice(image, image + 1)))
         bias = pad(self.bias.to(torch.float32), (0, 1), value=float(ranges.HIDDEN_SCORE))
         scale = torch.exp2(-self.shift.to(torch.float32))[:, None, None]
@@ -239,7 +239,7 @@ def attention(
     case = AttentionCase(config, name, side, images)
     with torch_threads(1), torch.inference_mode():
         equal = np.array_equal(case.compiled()[-1], case.oracle(images - 1))
-        require(equal, "the attention kernel does not compute what torch computes")
+        require(equal, "the attention kernel and torch compute different results")
         q, k, v = case.split(slice(images))
         mask = case.index != visibility.HIDDEN_INDEX
 

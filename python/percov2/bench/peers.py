@@ -1,4 +1,4 @@
-"""Runs the peers' coders in their own environment, on the data that percov2's coder got."""
+"""Runs the peers' coders in their own environment, on the same data as percov2's coder."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ _TIMING = Path(__file__).with_name("timing.py")
 
 
 class Peers:
-    """The interpreter that has constriction, torchac and CompressAI.
+    """Environment with constriction, torchac and CompressAI.
 
-    python: its path, as ``benchmarks/peers.sh`` makes it. Raises ValueError if there is none.
+    Args:
+        python: path of its interpreter, made by ``benchmarks/peers.sh``.
+
+    Raises:
+        ValueError: there is no such file.
     """
 
     def __init__(self, python: Path) -> None:
         if not python.is_file():
             raise ValueError(f"no peers at {python}; make them with: bash benchmarks/peers.sh")
-        # Not resolved: an interpreter finds its environment by the path it was called by.
+        # Links stay, because an interpreter finds its environment by its own path.
         self.python = python.absolute()
 
     def _environment(self) -> dict[str, str]:
@@ -36,7 +40,7 @@ class Peers:
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         return kept | {
             "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, for torchac
-            "CXX": str(folder / "optimizing-c++"),  # or torchac compiles without optimisation
+            "CXX": str(folder / "optimizing-c++"),  # torchac would compile without optimisation
             "TORCH_EXTENSIONS_DIR": str(folder.parent / "torch_extensions"),
             "OMP_NUM_THREADS": "1",
             "MKL_NUM_THREADS": "1",
@@ -62,15 +66,17 @@ class Peers:
         raise RuntimeError(f"the peers at {self.python} failed: {lines[-1]}; {again}")
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of the peers. Raises RuntimeError if they cannot be imported."""
+        """Return the versions of the peers; raise RuntimeError if an import fails."""
         return self._ask(None, (), None)["versions"]
 
     def measure(self, case: Case, sections: tuple[str, ...], effort: Effort | None) -> list[Record]:
-        """Return records of all peers on a case; without ``effort`` only what they write, no times.
+        """Return the records of all peers on a case, without times if ``effort`` is None.
 
-        A record is that of coders.py, but for ``stream_bytes``, a list with the bytes of each
-        image, in place of their sum and the ideal. Raises RuntimeError if a peer fails or does not
-        return the symbols.
+        A record is like those of coders.py, except that ``stream_bytes`` lists the bytes of each
+        image and replaces ``bytes`` and ``ideal_bytes``.
+
+        Raises:
+            RuntimeError: a peer fails or decodes wrong symbols.
         """
         limits = None if effort is None else asdict(effort)
         return self._ask(case, sections, limits)["records"]

@@ -1,4 +1,4 @@
-"""A report as pictures: throughput, bytes above the ideal, cost per image."""
+"""Plots of a report: throughput, bytes above the ideal, cost per image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Record = dict[str, Any]
 
 
 def require_matplotlib() -> None:
-    """Raise ValueError if there is no matplotlib."""
+    """Raise ValueError if matplotlib is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -19,9 +19,11 @@ def require_matplotlib() -> None:
 
 
 def write_plots(report: Record, folder: Path) -> list[Path]:
-    """Write PNGs of whatever the report holds into ``folder`` and return their paths.
+    """Write the plots of a report as PNG files into ``folder``; return their paths.
 
-    Raises ValueError without matplotlib, OSError where a file cannot be written.
+    Raises:
+        ValueError: matplotlib is missing.
+        OSError: a file cannot be written.
     """
     require_matplotlib()
     import matplotlib.pyplot as plt
@@ -51,7 +53,7 @@ def _figure(panels: int = 1) -> tuple[Any, Any]:
 
 
 def _throughput(records: list[Record]) -> Iterator[Any]:
-    """Draw bars per coder, from logits: a panel per codebook, the shape that was compared first."""
+    """Draw a panel per codebook with bars per coder, for the first shape of each codebook."""
     panels: dict[int, dict[tuple[str, str], Record]] = {}
     for r in records:
         panels.setdefault(r["codebook"], {}).setdefault((r["coder"], r["given"]), r)
@@ -72,7 +74,7 @@ def _throughput(records: list[Record]) -> Iterator[Any]:
 
 
 def _overhead(records: list[Record]) -> Iterator[Any]:
-    """Draw bars per coder: bytes per image above the ideal, a group per shape."""
+    """Draw bytes per image above the ideal: a group of bars per shape, a bar per coder."""
     values: dict[str, dict[str, float]] = {}
     for r in records:
         shape = f"V = {r['codebook']}, {r['tokens']} tokens"
@@ -92,7 +94,7 @@ def _overhead(records: list[Record]) -> Iterator[Any]:
 
 
 def _cost(records: list[Record]) -> Iterator[Any]:
-    """Draw milliseconds per image over the number of images, one thread."""
+    """Draw milliseconds per image over the number of images, on one thread."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for r in records:
         if r["threads"] == 1:

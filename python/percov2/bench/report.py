@@ -1,7 +1,4 @@
-"""A report as tables, and where its figures come from.
-
-Tables are Markdown with aligned columns: the same text serves a terminal and a page.
-"""
+"""Markdown tables of a report, aligned for the terminal, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ Record = dict[str, Any]
 
 
 def environment() -> Record:
-    """Return versions and machine as JSON values; ``load`` is the mean of the last minute."""
+    """Return versions and machine as JSON values; ``load`` is the mean over the last minute."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "percov2": __version__,
@@ -42,7 +39,7 @@ def environment() -> Record:
 
 
 def processor() -> str:
-    """Return the processor's name, as Linux gives it; elsewhere what Python knows."""
+    """Return the processor's name from Linux, or from Python on other systems."""
     source = Path("/proc/cpuinfo")
     lines = source.read_text(encoding="utf-8").splitlines() if source.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -50,7 +47,7 @@ def processor() -> str:
 
 
 def _rate(*ways: str) -> Callable[[Record], float | None]:
-    """Return a function of a record: million symbols per second of the first way that it has."""
+    """Return a getter of the throughput, in Msym/s, of the first of ``ways`` in a record."""
 
     def found(record: Record) -> float | None:
         timing = next(record[way] for way in ways if way in record)
@@ -98,18 +95,13 @@ TABLES = {
         "what | case | coder = who | Msym/s | ms | kernels | copies to the host | from the host",
     ),
 }
-"""Section -> title and columns ("header", or "header = key"), in the order of a page."""
+"""Title and columns ("header" or "header = key") of each section, in page order."""
 VALUES: dict[str, Callable[[Record], Any]] = {
     "goal": lambda r: f"{'>=' if r['at_least'] else '<='} {number(r['goal'])}",
     "met": lambda r: "yes" if r["met"] else "no",
     "images x tokens": lambda r: f"{r['images']} x {r['tokens']}",
     "encode": _rate("encode"),
     "decode": _rate("decode"),
-    "intervals to bytes": _rate("push"),
-    "by CDF rows": _rate("decode_cdf"),
-    "int16 logits to bytes": _rate("encode"),
-    "by int16 logits": _rate("decode"),
-    "above intervals, %": lambda r: 100 * (r["bytes"] / r["interval_bytes"] - 1),
     "above, %": lambda r: 100 * r["above_ideal"] / r["ideal_bytes_per_image"],
     "tokens": lambda r: f"{r['grid']}x{r['grid']}",
     "entries x keys": lambda r: f"{r['entries']} x {r['keys']}",
@@ -125,19 +117,19 @@ VALUES: dict[str, Callable[[Record], Any]] = {
     "copies to the host": lambda r: r["launches"] and r["launches"]["to_host"],
     "from the host": lambda r: r["launches"] and r["launches"]["to_device"],
 }
-"""What a record says in a column that names no key of it."""
+"""Value of a record in a column without a key."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A title, the names of the columns and the values: text, or numbers."""
+    """Table of texts and numbers with a title."""
 
     title: str
     header: list[str]
     rows: list[list[Any]]
 
     def markdown(self) -> str:
-        """Return its lines with aligned columns: text to the left, numbers to the right."""
+        """Return aligned Markdown, with text to the left and numbers to the right."""
         columns = []
         for name, *values in zip(self.header, *self.rows, strict=True):
             cells = [number(value) for value in values]
@@ -150,7 +142,7 @@ class Table:
 
 
 def number(value: str | float | None) -> str:
-    """Write three significant digits without an exponent, integers whole, a dash for None."""
+    """Format three significant digits without an exponent, a whole integer, or a dash for None."""
     if value is None or isinstance(value, str | int):
         return "-" if value is None else str(value)
     size = abs(value)
@@ -161,7 +153,7 @@ def number(value: str | float | None) -> str:
 
 
 def tables(report: Record) -> list[Table]:
-    """Return the tables of a report, empty ones left out."""
+    """Return the tables of a report that have rows."""
     by_section: dict[str, list[Record]] = {"summary": report["summary"]}
     for record in report["records"]:
         by_section.setdefault(record["section"], []).extend(_rows(record))
@@ -180,7 +172,7 @@ def tables(report: Record) -> list[Table]:
 
 
 def _rows(record: Record) -> list[Record]:
-    """Return what tables show of a record: itself, its steps, or nothing of what is missing."""
+    """Return the table rows of a record."""
     if record["section"] == "cold":
         steps = {k.removesuffix("_s"): v for k, v in record.items() if k != "section"}
         return [{"step": name.replace("_", " "), "s": seconds} for name, seconds in steps.items()]
@@ -188,7 +180,7 @@ def _rows(record: Record) -> list[Record]:
 
 
 def page(report: Record) -> str:
-    """Return the tables of a report below paragraphs about where its figures come from."""
+    """Return a description of the machine, followed by the tables of a report."""
     where, others = report["environment"], dict(report.get("peers") or {})
     if "triton" in where:  # on a GPU
         others = {"triton": where["triton"], "CUDA kernels": where["cuda_kernels"]}
@@ -202,8 +194,8 @@ def page(report: Record) -> str:
         if record["section"] == "bandwidth":
             peak, copy = (number(record[k] / 1e9) for k in ("peak_bytes_per_s", "copy_bytes_per_s"))
             parts.append(
-                f"{record['card']}: {peak} GB/s by {record['peak_from']}, of which shares are "
-                f"taken; a copy within the device has {copy} GB/s."
+                f"{record['card']}: peak {peak} GB/s, from {record['peak_from']}; a copy within "
+                f"the device reaches {copy} GB/s."
             )
         elif record.get("kind") == "missing":
             parts.append(f"Not measured: {record['why']}.")

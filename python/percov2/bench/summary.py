@@ -1,4 +1,4 @@
-"""The few ratios that a report is read for, each with the goal it is held against."""
+"""Summary of a report: its main ratios and their goals."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 Record = dict[str, Any]
 
-# What both coders start from, as percov2's and constriction's records call it; codebook -> how many
-# times faster percov2 shall be (encode, decode).
+# Input of both coders, as named in the records of percov2 and of constriction; then, per codebook,
+# the goals for the speed of percov2 relative to constriction (encode, decode).
 FASTER = {
     "float32 logits": ("float32 logits", "logits", {256: (5.0, 4.0), 1024: (6.0, 5.0)}),
     "best prepared input": ("int16 logits", "probabilities", {256: (4.0, 3.5), 1024: (5.0, 4.0)}),
@@ -23,13 +23,13 @@ FLAT = 1.1
 
 
 def line(name: str, value: float, goal: float, at_least: bool = False) -> Record:
-    """Return a line of a summary; ``at_least`` says which side of the goal is good."""
+    """Return a line of a summary; the goal is a minimum if ``at_least``, else a maximum."""
     met = value >= goal if at_least else value <= goal
     return {"name": name, "value": value, "goal": goal, "at_least": at_least, "met": met}
 
 
 def summarize(records: list[Record]) -> list[Record]:
-    """Return the lines about all that was measured."""
+    """Return all lines for the given records."""
     return [*_against_constriction(records), *_coder(records), *_model(records)]
 
 
@@ -83,7 +83,7 @@ def _model(records: list[Record]) -> Iterator[Record]:
             yield line(f"staged decoding, {size}: time / one pass", seconds / encode, goal)
         if threads == 2 and single:
             yield line(f"{what}, {size}: 2 threads x 1", single / seconds, TWO_THREADS, True)
-    # The cost per image of the largest batch, in terms of that of the first one from 8 on.
+    # The cost per image of the largest batch relative to the smallest batch of at least 8.
     for what in ("encode", "decode"):
         costs: dict[tuple[str, int], dict[int, float]] = {}
         for r in _picked(found, what=what, threads=1):

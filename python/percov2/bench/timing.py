@@ -1,4 +1,7 @@
-"""Wall times of repeated calls. The peers' interpreter also runs this file: imports stay few."""
+"""Wall times of repeated calls.
+
+The peers' interpreter also runs this file, so it imports only the standard library.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Effort:
-    """How long a call is repeated: for ``seconds``, ``least`` to ``most`` times."""
+    """Repetition of a call: for ``seconds``, but ``least`` to ``most`` times."""
 
     seconds: float
     least: int
@@ -28,16 +31,16 @@ class Timing:
     runs: int
 
     def rate(self, symbols: int) -> dict[str, Any]:
-        """Return the timing and its median throughput: million symbols per second."""
+        """Return the timing with its median throughput in million symbols per second."""
         return {**asdict(self), "msym_per_s": symbols / self.median_s / 1e6}
 
     def per_image(self, images: int) -> dict[str, Any]:
-        """Return the timing and the median milliseconds per image."""
+        """Return the timing with the median milliseconds per image."""
         return {**asdict(self), "ms_per_image": self.median_s / images * 1e3}
 
 
 def repeat(take: Callable[[], list[float]], effort: Effort) -> Timing:
-    """Take times, some at once, until they suffice."""
+    """Collect times, one or several per call of ``take``, for the given effort."""
     times: list[float] = []
     while len(times) < effort.least or (len(times) < effort.most and sum(times) < effort.seconds):
         times += take()
@@ -45,7 +48,7 @@ def repeat(take: Callable[[], list[float]], effort: Effort) -> Timing:
 
 
 def measure(work: Callable[[], object], effort: Effort) -> Timing:
-    """Time ``work`` after one call that does not count, without the garbage collector."""
+    """Time ``work`` after one untimed call, without the garbage collector."""
 
     def once() -> list[float]:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""``percov2 bench``: its options, and what becomes of a report."""
+"""``percov2 bench``: its options, and the output of its reports."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from percov2.cli.faults import about
+from percov2.cli.options import add_command
 
 SECTIONS = ("coder", "logits", "overhead", "model", "attention", "cold")
 PEERS = Path(".peers/bin/python")
@@ -15,41 +16,38 @@ ENTROPY_MODEL = Path(__file__).parent.parent / "pretrained" / "tiny" / "r031" / 
 
 
 def add_parser(commands: Any) -> None:
-    """Add ``bench`` to the commands of the command line."""
+    """Add ``bench`` to the commands."""
     benches = commands.add_parser("bench", help="Measure the parts of percov2.")
-    added = benches.add_subparsers(dest="bench", required=True, metavar="WHAT")
-    what = "Measure the entropy engine, also beside other coders."
-    quick = "few and small cases, seconds only"
-    parser = _add_bench(added, "entropy", bench_entropy, what, quick)
-    help_ = f"some of {','.join(SECTIONS)}"
+    added = benches.add_subparsers(dest="bench", required=True, metavar="BENCHMARK")
+    help_ = "Measure the entropy engine, alone or beside other coders."
+    parser = add_command(added, "entropy", bench_entropy, help_)
+    _add_outputs(parser, "run few and small cases, for a few seconds")
+    help_ = f"run these sections (default: {','.join(SECTIONS)})"
     parser.add_argument("--only", type=_sections, default=SECTIONS, metavar="SECTIONS", help=help_)
-    help_ = f"also time the coders that benchmarks/peers.sh installs ({PEERS})"
+    help_ = f"also time the coders that benchmarks/peers.sh installs (PYTHON: {PEERS})"
     parser.add_argument("--peers", type=Path, nargs="?", const=PEERS, metavar="PYTHON", help=help_)
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="write PNGs (needs matplotlib)")
-    help_ = "folder of an integer entropy model (default: that of tiny, r031)"
+    help_ = "write plots as PNG files into DIR (needs matplotlib)"
+    parser.add_argument("--plots", type=Path, metavar="DIR", help=help_)
+    help_ = "folder of an integer entropy model (default: rate r031 of tiny)"
     parser.add_argument(
         "--entropy-model", type=Path, default=ENTROPY_MODEL, metavar="DIR", help=help_
     )
-    help_ = "scalar, avx2, ... (default: the best one)"
+    help_ = "instruction set, such as scalar or avx2 (default: the fastest available)"
     parser.add_argument("--instruction-set", metavar="NAME", help=help_)
-    what = "Compare the GPU kernels with the CPU engine on a card, and measure them."
-    _add_bench(added, "gpu", bench_gpu, what, "short measurements")
+    help_ = "Measure the GPU kernels and compare their results with the CPU engine."
+    _add_outputs(add_command(added, "gpu", bench_gpu, help_), "measure for a shorter time")
 
 
-def _add_bench(added: Any, name: str, run: Any, what: str, quick: str) -> argparse.ArgumentParser:
-    """Add a benchmark with the options that all have."""
-    parser = added.add_parser(name, help=what, description=what)
-    parser.set_defaults(run=run)
+def _add_outputs(parser: argparse.ArgumentParser, quick: str) -> None:
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables")
-    return parser
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
 
 
 def _sections(text: str) -> tuple[str, ...]:
     names = tuple(name for name in text.split(",") if name)
     if not names or not set(names) <= set(SECTIONS):
-        raise argparse.ArgumentTypeError(f"must be some of {','.join(SECTIONS)}, not {text}")
+        raise argparse.ArgumentTypeError(f"must be from {','.join(SECTIONS)}, not {text}")
     return names
 
 
@@ -85,7 +83,7 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
 
 
 def _write(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
-    """Write what --json and --markdown ask for, and print the tables."""
+    """Print the tables, and write the files of --json and --markdown."""
     from percov2.bench.report import page
 
     tables = page(report)
@@ -98,7 +96,7 @@ def _write(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
 
 
 def _check_outputs(arguments: argparse.Namespace) -> None:
-    """Raise ValueError for a file that could not be written after minutes of measuring."""
+    """Raise ValueError, before minutes of measuring, for a file that cannot be written."""
     for path in (arguments.json, arguments.markdown):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ValueError(f"cannot write {path}: it is a folder, or its folder does not exist")

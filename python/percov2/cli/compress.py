@@ -8,25 +8,23 @@ from typing import Any
 
 from percov2.cli.faults import about
 from percov2.cli.models import add_captioner, add_model, chosen_captioner, open_codec
-from percov2.cli.options import add_options, options_of
+from percov2.cli.options import add_command, add_options, options_of
 from percov2.container import bitstream
 from percov2.options import EncodeOptions
 
 
 def add_parser(commands: Any) -> None:
     """Add ``compress`` to the commands."""
-    help_ = "Compress a picture into a .pcv2 file."
-    added = commands.add_parser("compress", help=help_, description=help_)
-    added.set_defaults(run=compress)
-    added.add_argument("input", type=Path, metavar="IN")
-    added.add_argument("output", type=Path, metavar="OUT.pcv2")
+    added = add_command(commands, "compress", compress, "Compress a picture into a .pcv2 file.")
+    added.add_argument("input", type=Path, metavar="IN", help="image file to compress")
+    added.add_argument("output", type=Path, metavar="OUT.pcv2", help="file to write")
     add_model(added)
     add_options(added, EncodeOptions)
     add_captioner(added)
 
 
 def compress(arguments: argparse.Namespace) -> None:
-    """``percov2 compress``."""
+    """Run ``percov2 compress``."""
     from percov2.images import check_outputs, read_image, write_bytes
 
     with about("compress"):

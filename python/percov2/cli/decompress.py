@@ -9,24 +9,22 @@ from typing import Any
 from percov2.cli.faults import about
 from percov2.cli.info import read_file
 from percov2.cli.models import add_model, open_codec
-from percov2.cli.options import add_options, options_of
+from percov2.cli.options import add_command, add_options, options_of
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
 
 
 def add_parser(commands: Any) -> None:
     """Add ``decompress`` to the commands."""
-    help_ = "Restore the picture of a .pcv2 file."
-    added = commands.add_parser("decompress", help=help_, description=help_)
-    added.set_defaults(run=decompress)
-    added.add_argument("input", type=Path, metavar="IN.pcv2")
-    added.add_argument("output", type=Path, metavar="OUT.png")
+    added = add_command(commands, "decompress", decompress, "Restore the picture of a .pcv2 file.")
+    added.add_argument("input", type=Path, metavar="IN.pcv2", help="file to restore")
+    added.add_argument("output", type=Path, metavar="OUT.png", help="image file to write")
     add_model(added)
     add_options(added, DecodeOptions)
 
 
 def decompress(arguments: argparse.Namespace) -> None:
-    """``percov2 decompress``."""
+    """Run ``percov2 decompress``."""
     from percov2.images import check_outputs, picture_format, write_image
 
     with about("decompress"):
@@ -36,7 +34,7 @@ def decompress(arguments: argparse.Namespace) -> None:
     options = options_of(DecodeOptions, arguments)
     with about(arguments.input):
         data = read_file(arguments.input)
-        bitstream.read(data, options.max_pixels)  # a wrong file is known before torch is loaded
+        bitstream.read(data, options.max_pixels)  # refuses a wrong file before torch is loaded
     codec = open_codec(arguments)
     with about(arguments.input):
         decoded = codec.decode([data], options)
@@ -46,5 +44,5 @@ def decompress(arguments: argparse.Namespace) -> None:
     drawn = ""
     total = decoded[0].stage_count
     if decoded[0].stages < total:
-        drawn = f", tokens of {decoded[0].stages} of {total} stages, the others drawn"
+        drawn = f", {decoded[0].stages} of {total} stages from the file, the others drawn"
     print(f"{arguments.output}: {image.width}x{image.height}{drawn}")

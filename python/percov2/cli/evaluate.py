@@ -1,4 +1,4 @@
-"""The command line's evaluations: ``percov2 eval kodak|stages|modes|captions|realism|entropy``."""
+"""``percov2 eval kodak|stages|modes|captions|realism|entropy``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import about
 from percov2.cli.models import add_captioner, add_model, chosen_captioner, open_codec
-from percov2.cli.options import add_options, number, options_of
+from percov2.cli.options import add_command, add_options, number, options_of
 from percov2.options import DecodeOptions, EncodeOptions
 
 if TYPE_CHECKING:
@@ -23,65 +23,81 @@ if TYPE_CHECKING:
     from percov2.models.backbone import Backbone
 
 
-_BYTES = ("target_bytes", "stages", "draw_seed", "slack", "effort", "max_pixels")
-"""Options that ``eval stages`` decides on."""
+_SWEPT = ("target_bytes", "stages", "draw_seed", "slack", "effort", "max_pixels")
+"""Encode options that ``eval stages`` does not take."""
+_PHOTOS = "folder made by `percov2 train data`"
+_RATE = "rate of the model, e.g. r031 (default: the model's)"
 
 
 def add_parser(commands: Any) -> None:
     """Add ``eval`` to the commands."""
     parser = commands.add_parser("eval", help="Evaluate a model.", description="Evaluate a model.")
-    added = parser.add_subparsers(dest="benchmark", required=True, metavar="WHAT")
+    added = parser.add_subparsers(dest="benchmark", required=True, metavar="EVALUATION")
 
     def command(name: str, run: Any, help_: str) -> argparse.ArgumentParser:
-        one: argparse.ArgumentParser = added.add_parser(name, help=help_, description=help_)
-        one.set_defaults(run=run)
+        one = add_command(added, name, run, help_)
         add_model(one)
-        one.add_argument("--out", type=Path, required=True, metavar="DIR")
+        one.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
         return one
 
-    one = command("kodak", evaluate_kodak, "Write a report over the pictures of a folder.")
-    one.add_argument("folder", type=Path, metavar="DIR")
+    one = command("kodak", evaluate_kodak, "Measure the pictures of a folder and write a report.")
+    one.add_argument("folder", type=Path, metavar="DIR", help="folder of pictures")
     one.add_argument(
-        "--baselines", default="", help="jpeg,webp,avif,jpeg2000,vvc: compare at equal bytes"
+        "--baselines",
+        default="",
+        help="codecs to compare at equal bytes, from jpeg,webp,avif,jpeg2000,vvc (default: none)",
     )
     add_options(one, EncodeOptions, "max_pixels")
     add_captioner(one)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
-    one = command("stages", evaluate_stages, "Pictures and bytes over the number of stages sent.")
-    one.add_argument("folder", type=Path, metavar="DIR")
-    add_options(one, EncodeOptions, *_BYTES)
+    one = command("stages", evaluate_stages, "Measure quality and bytes per number of stages sent.")
+    one.add_argument("folder", type=Path, metavar="DIR", help="folder of pictures")
+    add_options(one, EncodeOptions, *_SWEPT)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
-        one.add_argument("photos", type=Path, help="out of `percov2 train data`")
-        one.add_argument("--rate", help="rate of the model, e.g. r031")
-        for name, default, most in (("crops", count, 10**6), ("side", side, 4096)):
-            one.add_argument(
-                f"--{name}", type=number(int, 2, most), default=default, help=f"default: {default}"
-            )
+        one.add_argument("photos", type=Path, help=_PHOTOS)
+        one.add_argument("--rate", help=_RATE)
+        for name, default, most, help_ in (
+            ("crops", count, 10**6, "number of crops"),
+            ("side", side, 4096, "side of a crop in pixels"),
+        ):
+            help_ += f" (default: {default})"
+            one.add_argument(f"--{name}", type=number(int, 2, most), default=default, help=help_)
 
-    one = command("modes", evaluate_modes, "Distortion and realism over dial, steps and guidance.")
+    help_ = "Measure distortion and realism per setting of the dial, steps and guidance."
+    one = command("modes", evaluate_modes, help_)
     crops(one, 2000, 128)
-    one.add_argument("--steps", default="1,2,4,8,20", help="default: 1,2,4,8,20")
-    one.add_argument("--guidance", default="1,2", help="default: 1,2")
+    one.add_argument(
+        "--steps", default="1,2,4,8,20", help="numbers of flow evaluations (default: 1,2,4,8,20)"
+    )
+    one.add_argument("--guidance", default="1,2", help="weights of the caption (default: 1,2)")
     one.add_argument("--realism", help="settings of the dial, e.g. 0,0.5,1 (default: the rate's)")
-    one = command("captions", evaluate_captions, "Right captions against other photos' captions.")
+
+    help_ = "Compare the right captions with captions of other photos."
+    one = command("captions", evaluate_captions, help_)
     crops(one, 500, 192)
-    one.add_argument("--steps", type=number(int, 1, 1000), help="flow evaluations")
-    one.add_argument("--guidance", type=number(float, 0, 100), help="weight of the caption")
+    one.add_argument(
+        "--steps", type=number(int, 1, 1000), help="flow evaluations (default: the rate's)"
+    )
+    one.add_argument(
+        "--guidance",
+        type=number(float, 0, 100),
+        help="weight of the caption (default: the model's)",
+    )
     one.add_argument(
         "--pictures",
         type=number(int, 0, 100),
         default=8,
-        help="crops whose restored pictures are shown (default: 8)",
+        help="number of crops to show restored (default: 8)",
     )
 
-    one = command("realism", evaluate_realism, "Quality and realism on held-out photos' crops.")
-    one.add_argument("photos", type=Path, help="folder made by `percov2 train data`")
+    one = command("realism", evaluate_realism, "Measure quality and realism on held-out crops.")
+    one.add_argument("photos", type=Path, help=_PHOTOS)
     for name, default, help_ in (
         ("side", 256, "side of a crop in pixels (default: 256)"),
-        ("stride", 128, "pixels from crop to crop, at most the side (default: 128)"),
+        ("stride", 128, "distance between crops in pixels, at most the side (default: 128)"),
     ):
         one.add_argument(f"--{name}", type=number(int, 1, 4096), default=default, help=help_)
     one.add_argument(
@@ -91,55 +107,55 @@ def add_parser(commands: Any) -> None:
         help="measure LPIPS and DISTS on N crops per photo (default: all)",
     )
     one.add_argument(
-        "--limit", type=number(int, 2, 10**6), metavar="N", help="take N photos (default: all)"
+        "--limit", type=number(int, 2, 10**6), metavar="N", help="use N photos (default: all)"
     )
     one.add_argument(
         "--cache",
         type=Path,
         metavar="DIR",
-        help="folder of the originals' features, which runs may share (default: in --out)",
+        help="folder of the originals' features; runs may share it (default: in --out)",
     )
     one.add_argument(
         "--against",
         type=Path,
         metavar="DIR",
-        help="compare with a finished run over the same crops: its --out",
+        help="compare with a finished run on the same crops; DIR is its --out (default: none)",
     )
     add_options(one, EncodeOptions, "max_pixels")
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
-    one = command("entropy", evaluate_entropy, "Entropy schedules compared on held-out tokens.")
+    one = command("entropy", evaluate_entropy, "Compare entropy schedules on held-out tokens.")
     one.add_argument(
-        "--data", type=Path, required=True, help="token maps: out of `percov2 train tokens`"
+        "--data", type=Path, required=True, help="token maps made by `percov2 train tokens`"
     )
-    one.add_argument("--rate", help="rate of the model, e.g. r031: the rate of the token maps")
+    one.add_argument("--rate", help="rate of the token maps, e.g. r031 (default: the model's)")
     one.add_argument(
         "--entropy-run",
         type=Path,
-        help="out of `percov2 train entropy` that made the model's weights, for training",
+        help="folder of the `percov2 train entropy` that trained the model; training needs it",
     )
     one.add_argument(
         "--finetune",
         type=number(int, 0, 10**6),
         default=0,
         metavar="STEPS",
-        help="train on for each schedule alone, measure again (needs --entropy-run; default: 0)",
+        help="fine-tune for each schedule and measure again (needs --entropy-run; default: 0)",
     )
     one.add_argument(
         "--baselines",
         default="",
-        help="masked,multiscale: train the paper's re-reading masked model and explicit VAR, as "
-        "long as the shared weights, and measure them (need --entropy-run)",
+        help="baselines to train as long as the shared weights, from masked (the paper's masked "
+        "model) and multiscale (explicit VAR); needs --entropy-run (default: none)",
     )
     one.add_argument(
-        "--photos", type=Path, help="out of `percov2 train data` that the maps are of: multiscale"
+        "--photos", type=Path, help=f"{_PHOTOS}, source of the token maps; multiscale needs it"
     )
 
 
 def _held_out(
     arguments: argparse.Namespace, captioned: bool
 ) -> tuple[NDArray[np.uint8], list[str]]:
-    """Crops of held-out photos, always the same ones: uint8 [N, S, S, 3] and their captions."""
+    """Return fixed crops of held-out photos, uint8 [N, S, S, 3], and their captions."""
     import numpy as np
 
     from percov2.training.data import PhotoCrops
@@ -156,11 +172,11 @@ def _numbers(text: str, kind: type) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{text!r} is no list of numbers like 1,2,4") from error
+        raise ValueError(f"{text!r} is not a list of numbers like 1,2,4") from error
 
 
 def evaluate_stages(arguments: argparse.Namespace) -> None:
-    """``percov2 eval stages``."""
+    """Run ``percov2 eval stages``."""
     codec = open_codec(arguments)
     with about("eval stages"):
         from percov2.evaluation.hybrid import plot_stages, stages_sent
@@ -181,7 +197,7 @@ def evaluate_stages(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_modes(arguments: argparse.Namespace) -> None:
-    """``percov2 eval modes``."""
+    """Run ``percov2 eval modes``."""
     with about("eval modes"):
         steps, guidances = _numbers(arguments.steps, int), _numbers(arguments.guidance, float)
         realisms = _numbers(arguments.realism, float) if arguments.realism else [None]
@@ -204,7 +220,7 @@ def evaluate_modes(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_captions(arguments: argparse.Namespace) -> None:
-    """``percov2 eval captions``."""
+    """Run ``percov2 eval captions``."""
     with about("eval captions"):
         crops, captions = _held_out(arguments, captioned=True)
     codec = open_codec(arguments)
@@ -238,7 +254,7 @@ def evaluate_captions(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_realism(arguments: argparse.Namespace) -> None:
-    """``percov2 eval realism``."""
+    """Run ``percov2 eval realism``."""
     name = "eval realism"
     with about(name):
         from percov2.evaluation.judge import Crops, judge_realism
@@ -261,7 +277,7 @@ def evaluate_realism(arguments: argparse.Namespace) -> None:
 
 
 def chosen_setting(arguments: argparse.Namespace) -> Setting:
-    """The setting of a command line with encoding, sampling and, maybe, captioner options."""
+    """Return the setting of a command line; captioner flags are optional."""
     from percov2.container.captions import NoCaptioner
     from percov2.evaluation.setting import Setting
 
@@ -273,7 +289,7 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
 
 
 def evaluate_kodak(arguments: argparse.Namespace) -> None:
-    """``percov2 eval kodak``."""
+    """Run ``percov2 eval kodak``."""
     from percov2.evaluation import report
 
     baselines = [name for name in arguments.baselines.split(",") if name]
@@ -290,7 +306,7 @@ def evaluate_kodak(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_entropy(arguments: argparse.Namespace) -> None:
-    """``percov2 eval entropy``."""
+    """Run ``percov2 eval entropy``."""
     name = "eval entropy"
     with about(name):
         from percov2.evaluation.study.coders import token_map
@@ -300,19 +316,19 @@ def evaluate_entropy(arguments: argparse.Namespace) -> None:
         baselines = [part for part in arguments.baselines.split(",") if part]
         unknown = sorted(set(baselines) - {"masked", "multiscale"})
         if unknown:
-            raise ValueError(f"no such baselines: {unknown}; there are masked and multiscale")
+            raise ValueError(f"unknown baselines {unknown}; choose from masked and multiscale")
         if (arguments.finetune or baselines) and arguments.entropy_run is None:
-            raise ValueError("training needs the --entropy-run that made the model's weights")
+            raise ValueError("training needs --entropy-run, the run that trained the model")
         if "multiscale" in baselines and arguments.photos is None:
-            raise ValueError("multiscale needs the --photos that the token maps are of")
+            raise ValueError("multiscale needs --photos, the photos of the token maps")
         data = TokenMaps(arguments.data)
     codec = open_codec(arguments)
     with about(name):
         rate = codec.config.rate(arguments.rate or codec.config.default_rate)
         if data.codebook_size != rate.codebook_size:
             raise ValueError(
-                f"{arguments.data} has tokens of a codebook of {data.codebook_size}, but rate "
-                f"{rate.name} one of {rate.codebook_size}: choose the --rate of the tokens"
+                f"{arguments.data} has a codebook of {data.codebook_size} entries, but rate "
+                f"{rate.name} has {rate.codebook_size}; choose the --rate of the token maps"
             )
         facts = {
             "rate": rate.name,
@@ -327,7 +343,7 @@ def evaluate_entropy(arguments: argparse.Namespace) -> None:
 
 
 def _entropy_command(arguments: argparse.Namespace, rate: str) -> str:
-    """The command of a report: names of files and folders, not where they lie."""
+    """Return the command for a report, with the names of files but not their folders."""
     words = ["percov2 eval entropy --model", Path(arguments.model).name, "--rate", rate]
     words += ["--data", arguments.data.name, "--out", arguments.out.name]
     if arguments.entropy_run is not None:
@@ -348,7 +364,7 @@ def _entropy_methods(
     rate: str,
     maps: list[TokenMap],
 ) -> Iterator[Method]:
-    """What ``eval entropy`` compares, each trained when its turn comes."""
+    """Yield the compared methods; each is trained only when it is its turn."""
     from percov2.entropy.token_coder import open_coder
     from percov2.evaluation.study.coders import OrderCoder
     from percov2.evaluation.study.comparison import order_methods

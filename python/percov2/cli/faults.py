@@ -1,4 +1,4 @@
-"""Expected errors of the command line: one line on stderr and an exit status, no traceback."""
+"""Expected errors of the command line: one line on stderr and an exit status."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import TextIO
 
 
 class Fault(Exception):
-    """An expected error: one line that names a file and what is wrong with it."""
+    """An expected error, with a message of one line that names the file and the problem."""
 
 
 @contextmanager
 def about(name: object) -> Iterator[None]:
-    """Turn ValueError, OSError and RuntimeError (torch's kind of fault) into a Fault.
+    """Turn ValueError, OSError and RuntimeError (raised by torch) into a Fault.
 
-    Its line begins with ``name``, and with the file of an OSError where that is another one.
+    The message starts with ``name``. The file of an OSError follows if it is another one.
     """
     try:
         yield
@@ -37,18 +37,14 @@ _FLAGS = re.compile(r"\b(max_pixels|target_bytes|draw_seed|allow_truncated)\b")
 
 
 def in_flags(text: str) -> str:
-    """Return a message of the library with options named as on the command line."""
+    """Return a message of the library with its options written as flags."""
     return _FLAGS.sub(lambda found: "--" + found.group().replace("_", "-"), text)
 
 
 def report_faults(work: Callable[[], None]) -> int:
-    """Do the work of a command line.
-
-    Returns:
-        The exit status: 0, 2 for an expected error, 130 for Ctrl-C.
-    """
+    """Run a command and return its exit status: 0, 2 for an expected error, 130 for Ctrl-C."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A caption or file name that the terminal's encoding lacks is no reason to fail.
+        # The terminal's encoding may lack characters of a caption or file name.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
@@ -64,26 +60,26 @@ def report_faults(work: Callable[[], None]) -> int:
         return _complain("not enough memory", 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
-    except OSError as error:  # files are named by about(); what remains is a full or closed stdout
+    except OSError as error:  # about() handles files, so stdout is full or closed
         _drop_stdout()
         return _complain(f"standard output: {error.strerror or error}", 2)
     return 0
 
 
 def _complain(text: str, status: int) -> int:
-    with contextlib.suppress(OSError):  # nobody listens
+    with contextlib.suppress(OSError):  # stderr is closed
         print(f"percov2: {text}", file=sys.stderr)
     return status
 
 
 def _drop_stdout() -> None:
-    """Send the rest of stdout nowhere, or Python would complain about it once more on exit."""
+    """Discard the rest of stdout, so that Python does not report the error again on exit."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_own_warnings() -> None:
-    """Print percov2's warnings as one line each; others as Python does."""
+    """Print each warning of percov2 on one line."""
     default = warnings.showwarning
 
     def show(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import about
 from percov2.cli.models import add_model, open_codec
-from percov2.cli.options import add_options
+from percov2.cli.options import add_command, add_options
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
 
@@ -18,26 +18,24 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parent.parent / "pretrained"
 MAX_FILE_BYTES = 1 << 26
-"""No image within the largest pixel limit needs a longer ``.pcv2`` file."""
-_PAINTING = ("realism", "steps", "guidance", "seed")
-"""Options that ``info`` has no use for."""
+"""Upper bound on the length of a ``.pcv2`` file within the largest pixel limit."""
+_UNUSED = ("realism", "steps", "guidance", "seed", "allow_truncated")
 
 
 def add_parser(commands: Any) -> None:
     """Add ``info`` to the commands."""
-    help_ = "Say what a .pcv2 file holds."
-    added = commands.add_parser("info", help=help_, description=help_)
-    added.set_defaults(run=info)
-    added.add_argument("input", type=Path, metavar="FILE")
+    added = add_command(commands, "info", info, "Describe a .pcv2 file.")
+    added.add_argument("input", type=Path, metavar="FILE", help="file to describe")
     added.add_argument("--json", action="store_true", help="print one JSON object")
     added.add_argument(
         "--verify", action="store_true", help="decode the tokens and print their SHA-256"
     )
     add_model(added)
-    add_options(added, DecodeOptions, *_PAINTING, "allow_truncated")
+    add_options(added, DecodeOptions, *_UNUSED)
 
 
 def read_file(path: Path) -> bytes:
+    """Return the bytes of a file; raise ValueError if it is too long for a ``.pcv2`` file."""
     with open(path, "rb") as stream:
         data = stream.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
@@ -46,7 +44,7 @@ def read_file(path: Path) -> bytes:
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """``percov2 info``."""
+    """Run ``percov2 info``."""
     with about(arguments.input):
         data = read_file(arguments.input)
         parsed = bitstream.read(data, arguments.max_pixels)
@@ -67,13 +65,13 @@ def info(arguments: argparse.Namespace) -> None:
 
 
 def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
-    """What a file says about itself, without decoding its tokens."""
+    """Return the facts of a file that need no decoding of its tokens."""
     from percov2.container.captions import CAPTION_CODECS, decode_caption
     from percov2.entropy.schedule import SCHEDULES
 
     header = parsed.header
     model, rate = _embedded_model(header.model_id)
-    unread = header.caption_codec == bitstream.CAPTION_MODEL  # this takes the model: --verify
+    unread = header.caption_codec == bitstream.CAPTION_MODEL  # needs the model: --verify
     return {
         "file": str(path),
         "width": header.width,
@@ -93,22 +91,22 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
 
 
 def _parts(data: bytes, bits: dict[str, float]) -> dict[str, float]:
-    """The bytes of a file by what they hold; a caption that was not read counts as tokens."""
+    """Return the bytes of each part of a file; an unread caption counts as tokens."""
     parts = {name: value / 8 for name, value in bits.items()}
     return {
         "total": len(data),
         "header": parts["header"],
         "caption": parts["caption"],
-        # A damaged file may be shorter than its own header costs; --verify refuses it.
+        # A damaged file may be shorter than its header claims; --verify refuses it.
         "tokens": max(0.0, len(data) - sum(parts.values())),
         "check": parts["check"],
     }
 
 
 def _embedded_model(model_id: int) -> tuple[str | None, str | None]:
-    """Names of embedded model and rate whose ``model_id`` file says so; else (None, None).
+    """Return the names of the embedded model and rate with this id, or (None, None).
 
-    Such a file has a line per rate: its id in hexadecimal, a space, its name.
+    Each line of a ``model_id`` file holds the hexadecimal id of a rate, a space and its name.
     """
     for path in sorted(EMBEDDED.glob("*/model_id")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -121,13 +119,13 @@ def _embedded_model(model_id: int) -> tuple[str | None, str | None]:
 
 def _quoted(record: dict[str, Any]) -> str:
     if record["caption"] is None:
-        return "by the caption model, among the tokens; --verify reads it"
+        return "coded by the caption model, among the tokens; --verify decodes it"
     return f"{record['caption']!r} ({record['caption_codec']})" if record["caption"] else "none"
 
 
 def _print_info(record: dict[str, Any]) -> None:
     parts = record["bytes"]
-    model = record["model"] or "not an embedded one"
+    model = record["model"] or "not an embedded model"
     lines = {
         "image": f"{record['width']}x{record['height']}",
         "model": f"{record['model_id']} ({model})",

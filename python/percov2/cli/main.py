@@ -1,7 +1,6 @@
-"""The command line: ``percov2 COMMAND``, each command a module of this package.
+"""``percov2 COMMAND``: each command is a module of this package.
 
-Nothing heavy is imported before a command needs it: ``info`` answers without torch. What can be
-known to be wrong without a model is said before one is loaded.
+A command imports torch and loads a model only after all checks that need neither.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit status (0, 2 for an expected error, 130 for Ctrl-C)."""
+    """Run a command line and return its exit status: 0, 2 for an expected error, 130 for Ctrl-C."""
 
     def work() -> None:
         arguments = build_parser().parse_args(argv)
@@ -42,10 +41,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; each sets ``run``, a function of the arguments."""
+    """Return the parser of all commands, which set ``run`` to a function of the arguments."""
     parser = _Parser(prog="percov2", description="Photographs in a few hundred bytes.")
     parser.add_argument(
-        "-V", "--version", action=VersionAction, nargs=0, help="say what is installed"
+        "-V", "--version", action=VersionAction, nargs=0, help="print the version and exit"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:

@@ -1,4 +1,4 @@
-"""The command line's choice of models and captioners."""
+"""Flags that choose a model and a captioner."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ if TYPE_CHECKING:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add ``--model``, ``--device`` and the options of big backbones."""
+    """Add ``--model``, ``--device`` and the flags of large backbones."""
     parser.add_argument(
         "--model",
         default="tiny",
         help="embedded model, model folder, sd3:FOLDER or perco:FOLDER (default: tiny)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    group = parser.add_argument_group("options of big models (sd3, perco)")
+    group = parser.add_argument_group("options of large models (sd3, perco)")
     group.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], help="default: fp32 on cpu, bf16 on cuda"
+        "--dtype",
+        choices=["fp32", "bf16", "fp16"],
+        help="number format of the networks (default: fp32 on cpu, bf16 on cuda)",
     )
     group.add_argument(
-        "--offload", action="store_true", help="move each network to the device while it runs"
+        "--offload", action="store_true", help="keep each network on the device only while it runs"
     )
     group.add_argument(
-        "--vae-tiling", action="store_true", help="bound the autoencoder's memory by tiles"
+        "--vae-tiling", action="store_true", help="run the autoencoder in tiles to save memory"
     )
     group.add_argument(
         "--compile", action="store_true", help="compile the flow network (slow first picture)"
     )
     group.add_argument(
-        "--no-t5", dest="t5", action="store_false", help="sd3 without its largest text encoder"
+        "--no-t5", dest="t5", action="store_false", help="run sd3 without its largest text encoder"
     )
 
 
 def open_codec(arguments: argparse.Namespace) -> Codec:
-    """The codec of the chosen model, with the entropy models of all its rates."""
+    """Return the codec of the chosen model, with the entropy models of all rates loaded."""
     from percov2.codec import Codec
     from percov2.models.backbone import BackboneOptions
 
@@ -60,19 +62,23 @@ def open_codec(arguments: argparse.Namespace) -> Codec:
 
 def add_captioner(parser: argparse.ArgumentParser) -> None:
     """Add ``--caption``, ``--captioner`` and ``--captioner-model``."""
-    parser.add_argument("--caption", default="", help="text that guides the decoder; costs bytes")
+    parser.add_argument(
+        "--caption", default="", help="text that guides the decoder, stored in the file"
+    )
     parser.add_argument(
         "--captioner",
         choices=CAPTIONERS,
-        help="who writes the caption (default: text with --caption, else none)",
+        help="source of the caption (default: text with --caption, else none)",
     )
     parser.add_argument(
-        "--captioner-model", metavar="MODEL", help="hub id or folder of another BLIP-2 or Molmo2"
+        "--captioner-model",
+        metavar="MODEL",
+        help="hub id or folder of the captioner's weights (default: the published ones)",
     )
 
 
 def chosen_captioner(arguments: argparse.Namespace) -> Captioner:
-    """The captioner of the command line, on ``--device``; its network loads when it is called."""
+    """Return the chosen captioner on ``--device``; its network loads at the first call."""
     from percov2.captioners import open_captioner
 
     name = arguments.captioner or ("text" if arguments.caption else "none")

@@ -1,4 +1,4 @@
-"""Flags made from the options of the library, and parsers of numbers."""
+"""Parsers of the commands, flags made from the library's options, and parsers of numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from typing import Any
 from percov2.options import DecodeOptions, EncodeOptions, Options
 
 
+def add_command(commands: Any, name: str, run: Any, help_: str) -> argparse.ArgumentParser:
+    """Add a command that calls ``run`` with its arguments."""
+    added: argparse.ArgumentParser = commands.add_parser(name, help=help_, description=help_)
+    added.set_defaults(run=run)
+    return added
+
+
 def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    """Return a parser of one number from ``low`` to ``high``."""
+    """Return a parser of one number from ``low`` to ``high``, both included."""
 
     def parse(text: str) -> float:
         try:
@@ -30,7 +37,7 @@ def add_options(
     kind: type[EncodeOptions] | type[DecodeOptions],
     *left_out: str,
 ) -> None:
-    """Add a flag for every field of options but those left out."""
+    """Add a flag for every field of the options, except for those left out."""
     shown = [one for one in dataclasses.fields(kind) if one.name not in left_out]
     either: Any = parser
     if any(one.name == "stages" for one in shown):
@@ -47,10 +54,10 @@ def add_options(
 
 
 def options_of(kind: type[Options], arguments: argparse.Namespace) -> Options:
-    """Return the options that a command line gives; fields without a flag have their default.
+    """Return the options of a command line; a field without a flag has its default.
 
     Raises:
-        OptionError: values that do not fit together.
+        OptionError: values do not fit together.
     """
     names = [one.name for one in dataclasses.fields(kind) if hasattr(arguments, one.name)]
     return kind(**{name: getattr(arguments, name) for name in names})

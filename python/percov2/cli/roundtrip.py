@@ -11,17 +11,15 @@ from typing import Any
 from percov2.cli.evaluate import chosen_setting
 from percov2.cli.faults import about
 from percov2.cli.models import add_captioner, add_model, open_codec
-from percov2.cli.options import add_options
+from percov2.cli.options import add_command, add_options
 from percov2.options import DecodeOptions, EncodeOptions
 
 
 def add_parser(commands: Any) -> None:
     """Add ``roundtrip`` to the commands."""
-    help_ = "Compress, restore and measure pictures."
-    added = commands.add_parser("roundtrip", help=help_, description=help_)
-    added.set_defaults(run=roundtrip)
-    added.add_argument("inputs", type=Path, nargs="+", metavar="IN")
-    added.add_argument("--out", type=Path, required=True, metavar="DIR")
+    added = add_command(commands, "roundtrip", roundtrip, "Compress, restore and measure pictures.")
+    added.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="image files")
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
     added.add_argument("--json", action="store_true", help="print a JSON list of records")
     add_model(added)
     add_options(added, EncodeOptions, "max_pixels")
@@ -30,7 +28,7 @@ def add_parser(commands: Any) -> None:
 
 
 def roundtrip(arguments: argparse.Namespace) -> None:
-    """``percov2 roundtrip``."""
+    """Run ``percov2 roundtrip``."""
     from percov2.evaluation import report
 
     with about(arguments.out):

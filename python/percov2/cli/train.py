@@ -1,4 +1,4 @@
-"""``percov2 train PHASE``: the phases, their options and their help."""
+"""``percov2 train PHASE``: the phases and their options."""
 
 from __future__ import annotations
 
@@ -8,61 +8,74 @@ from pathlib import Path
 from typing import Any
 
 from percov2.cli.faults import about
+from percov2.cli.options import add_command
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "config": {"type": Path, "required": True, "help": "TOML file with a section per phase"},
     "recipe": {
         "metavar": "NAME[,NAME]",
-        "help": "settings of [codec.recipes.NAME] (or [sd3.recipes.NAME]) replace those of [codec]",
+        "help": "replace settings of [codec] by those of [codec.recipes.NAME] (sd3: [sd3])",
     },
     "data": {"type": Path, "required": True, "help": "photos, shards or token maps"},
-    "out": {"type": Path, "required": True, "help": "what the phase writes"},
-    "minutes": {"type": float, "help": "stop after this time; the same command goes on"},
-    "autoencoder_run": {"type": Path, "help": "start from this out of `train autoencoder`"},
+    "out": {"type": Path, "required": True, "help": "file or folder to write"},
+    "minutes": {
+        "type": float,
+        "help": "stop after this time in minutes; the same command resumes (default: no limit)",
+    },
+    "autoencoder_run": {
+        "type": Path,
+        "help": "folder made by `train autoencoder`, for the first weights",
+    },
     "start_from": {
         "type": Path,
-        "help": "start from the averaged weights of this out of `train codec`, or from this model "
-        "folder, instead; rates that it does not have start from its first",
+        "help": "folder made by `train codec` (its averaged weights), or model folder, for the "
+        "first weights instead; a rate that it lacks starts from its first rate",
     },
-    "codec_run": {"type": Path, "required": True, "help": "out of `train codec` (or sd3)"},
+    "codec_run": {
+        "type": Path,
+        "required": True,
+        "help": "folder made by `train codec` or `train sd3`",
+    },
     "texts": {
         "type": Path,
         "nargs": "+",
         "required": True,
-        "help": ".txt files with a caption a line, or shards with such members",
+        "help": ".txt files with a caption per line, or shards with such members",
     },
     "model": {"type": Path, "required": True, "help": "model folder"},
     "rate": {
-        "help": "rate of the model (default: its default), or of the configuration (default: none, "
-        "the common settings)"
+        "help": "rate of the model (default: its default), or of the configuration (default: its "
+        "common settings)"
     },
     "views": {
         "type": int,
         "default": 1,
-        "help": "maps per photo: mirrored and shifted ones after the first (default: 1)",
+        "help": "maps per photo; the second and later ones are mirrored and shifted (default: 1)",
     },
     "precision": {
         "choices": ["no", "bf16"],
         "default": "no",
-        "help": "bf16 halves the time; a few tokens near a tie may differ from the codec's",
+        "help": "mixed precision; bf16 halves the time, but a few tokens near a tie may differ "
+        "from the codec's (default: no)",
     },
-    "pictures": {"type": Path, "help": "folder of validation pictures, restored at checkpoints"},
+    "pictures": {"type": Path, "help": "folder of validation pictures to restore at checkpoints"},
     "longest": {
         "type": int,
         "default": 768,
-        "help": "scale photos down to this shorter side (default: 768)",
+        "help": "largest shorter side of a photo in pixels; larger ones are scaled down "
+        "(default: 768)",
     },
     "entropy": {
         "nargs": "+",
         "metavar": "RATE=FOLDER",
-        "help": "folders `entropy` in the outs of `train entropy`; FOLDER alone: the first rate",
+        "help": "`entropy` folders made by `train entropy`; FOLDER alone is for the first rate",
     },
 }
 PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("Decode photo shards into a memory-mapped cache.", ("data", "out")),
     "autoencoder": ("Train the autoencoder.", ("config", "data", "out", "minutes")),
     "codec": (
-        "Train hyper-encoders, quantizers, flow and decoder together.",
+        "Train the hyper-encoders, quantizers, flow and decoder together.",
         ("config", "recipe", "data", "autoencoder_run", "start_from", "out", "minutes"),
     ),
     "tokens": (
@@ -78,15 +91,15 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("config", "texts", "out", "minutes"),
     ),
     "sd3": (
-        "Stage 1 on Stable Diffusion 3; may be run by accelerate launch.",
+        "Train stage 1 on Stable Diffusion 3; accelerate launch may run this.",
         ("config", "recipe", "data", "out", "pictures", "minutes"),
     ),
     "sd3-export": (
-        "Add the rate of a stage-1 run on Stable Diffusion 3 to a model folder.",
+        "Add the rate trained by `train sd3` to a model folder.",
         ("config", "recipe", "codec_run", "out", "entropy"),
     ),
     "shard-tokens": (
-        "Make token maps of shards, for `train entropy`; may be run by accelerate launch.",
+        "Make the token maps of shards for `train entropy`; accelerate launch may run this.",
         ("model", "data", "out", "rate", "longest"),
     ),
     "export": (
@@ -94,7 +107,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("config", "recipe", "data", "codec_run", "out", "entropy"),
     ),
 }
-"""Phase -> its help and its options."""
+"""Help text and options of each phase."""
 _ON_SD3 = ("sd3", "sd3-export", "shard-tokens")
 
 
@@ -103,14 +116,13 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("train", help="Train a model, phase by phase.")
     added = parser.add_subparsers(dest="phase", required=True, metavar="PHASE")
     for phase, (text, options) in PHASES.items():
-        one = added.add_parser(phase, help=text, description=text)
-        one.set_defaults(run=train)
+        one = add_command(added, phase, train, text)
         for option in options:
             one.add_argument("--" + option.replace("_", "-"), **OPTIONS[option])
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """``percov2 train PHASE``."""
+    """Run ``percov2 train PHASE``."""
     from percov2.training import loop
 
     _, options = PHASES[arguments.phase]
@@ -122,6 +134,6 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def home(phase: str) -> tuple[str, str]:
-    """Return module and name of the function that runs a phase."""
+    """Return the module and the name of the function that runs a phase."""
     package = "percov2.training.sd3" if phase in _ON_SD3 else "percov2.training"
     return f"{package}.commands", f"run_{phase.replace('-', '_')}"

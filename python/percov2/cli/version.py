@@ -1,4 +1,4 @@
-"""``percov2 --version``: which percov2 is installed, and what its compiled module can use."""
+"""``percov2 --version``: the installed version, its compiled kernels and its CUDA state."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NoReturn
 
 
 class VersionAction(argparse.Action):
-    """Prints it and exits; only then is the compiled module loaded."""
+    """Flag that prints the version and exits. Only its use loads the compiled module."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from percov2 import __version__

@@ -1,7 +1,7 @@
-"""Classical codecs at a given number of bytes: Pillow's, and VVC.
+"""Classical codecs at a given number of bytes: Pillow's codecs and VVC.
 
-At ultra-low rates they do best on a smaller picture that is enlarged again, so every scale of
-``SCALES`` is tried, at the best quality that fits.
+At ultra-low rates, the best result often comes from coding a smaller picture and enlarging it. So
+every scale of ``SCALES`` is tried, at the highest quality that fits.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, meas
 
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 LEVELS = 100
-"""Qualities run from 0 to this."""
+"""Highest quality; the lowest is 0."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """A picture after a codec.
+    """Picture restored by a classical codec.
 
     Attributes:
-        restored: at the original's size.
-        size: bytes of the file.
-        scale: sides of the coded picture relative to the original.
+        restored: picture at the original's size.
+        size: length of the file in bytes.
+        scale: side of the coded picture relative to the original.
         level: quality, 0..LEVELS.
     """
 
@@ -57,7 +57,7 @@ def _avif(image: Image.Image, level: int) -> bytes:
 
 
 def _jpeg2000(image: Image.Image, level: int) -> bytes:
-    # From 1/4000 to 1/10 of the raw size, geometrically.
+    # Geometric steps from 1/4000 to 1/10 of the raw size.
     ratio = 4000 ** (1 - level / LEVELS) * 10 ** (level / LEVELS)
     return _save(
         image,
@@ -75,12 +75,12 @@ def _opened(data: bytes, size: tuple[int, int]) -> Image.Image:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A codec.
+    """Functions of a classical codec.
 
     Attributes:
-        encode: picture (RGB) and quality 0 .. LEVELS -> file.
-        decode: file and (width, height) -> picture.
-        available: whether it works on this machine.
+        encode: takes a picture (RGB) and a quality 0..LEVELS; returns the file.
+        decode: takes a file and (width, height); returns the picture.
+        available: returns True if the codec works on this machine.
     """
 
     encode: Callable[[Image.Image, int], bytes]
@@ -102,10 +102,12 @@ BASELINES: dict[str, Baseline] = {
 
 
 def attempts_within(name: str, image: Image.Image, size: int) -> list[Attempt]:
-    """What a codec makes of ``image`` (RGB) in at most ``size`` bytes: one picture per scale.
+    """Code ``image`` (RGB) in at most ``size`` bytes; return one picture per scale that fits.
 
-    Empty where no scale and quality fits, or the codec is not available. Raises ValueError for a
-    name that ``BASELINES`` does not have.
+    Returns an empty list if nothing fits or the codec is not available.
+
+    Raises:
+        ValueError: the name is not in ``BASELINES``.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; choose from {', '.join(BASELINES)}")
@@ -118,10 +120,9 @@ def attempts_within(name: str, image: Image.Image, size: int) -> list[Attempt]:
 def best_of(
     original: Original, attempts: list[Attempt], names: Sequence[str] = METRICS
 ) -> dict[str, tuple[float, Attempt]]:
-    """The strongest attempt by each metric that has a value: name -> (value, attempt).
+    """Return, for each metric with a value, the best value and the first attempt that has it.
 
-    So a codec may use another scale for each metric, which flatters it: no file has all the values.
-    Of equals the first counts.
+    The scale may differ between metrics. This favours the codec, as no single file has all values.
     """
     best: dict[str, tuple[float, Attempt]] = {}
     for attempt in attempts:
@@ -136,7 +137,7 @@ def best_of(
 
 
 def _at_scale(baseline: Baseline, image: Image.Image, size: int, scale: float) -> Attempt | None:
-    """The best quality that fits at one scale, by bisection."""
+    """Find the highest quality that fits at one scale, by bisection."""
     sides = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     small = image if scale == 1 else image.resize(sides, Image.Resampling.LANCZOS)
     fitting: tuple[int, bytes] | None = None

@@ -1,4 +1,4 @@
-"""Whether captions help: the right one against another photo's, on the same crops and noise."""
+"""Effect of captions: the right caption against another photo's, on the same crops and noise."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ _RESAMPLES = 10_000
 
 
 def paired_interval(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
-    """Mean of paired differences and its 95 % bootstrap interval: (mean, low, high).
+    """Return the mean of paired differences and its 95 % interval: (mean, low, high).
 
-    The percentile interval of 10,000 resamples. Raises ValueError for fewer than two numbers.
+    The interval holds the percentiles of 10,000 bootstrap resamples.
 
-    >>> mean, low, high = paired_interval(np.full(9, 0.5))
-    >>> mean, low, high
+    Raises:
+        ValueError: fewer than two numbers.
+
+    >>> paired_interval(np.full(9, 0.5))
     (0.5, 0.5, 0.5)
     """
     if differences.ndim != 1 or len(differences) < 2:
         raise ValueError(f"differences have shape {differences.shape}; give two or more numbers")
     random = np.random.default_rng(seed)
     picks = random.integers(0, len(differences), (_RESAMPLES, len(differences)))
-    resampled = differences[picks].mean(1)
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    low, high = np.percentile(differences[picks].mean(1), [2.5, 97.5])
     return float(differences.mean()), float(low), float(high)
 
 
 def other_captions(captions: Sequence[str]) -> list[str]:
-    """For each crop the caption of the crop half the list away: right words, wrong picture."""
+    """Return, for each crop, the caption of the crop half the list away."""
     half = len(captions) // 2
     return [*captions[half:], *captions[:half]]
 
@@ -57,27 +58,27 @@ def caption_effect(
     guidance: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Flow loss and LPIPS-VGG with right captions and with those of other crops.
+    """Measure flow loss and LPIPS-VGG with right captions and with those of other crops.
 
-    The others are ``other_captions``, so crops of one photo must not be N // 2 apart. The flow loss
-    is the mean square error of the estimated clean latents, averaged over ``TIMES``. All noise is
-    the same for both captions.
+    The flow loss is the mean square error of the estimated clean latents, averaged over ``TIMES``.
+    Both captions use the same noise. Other captions come from ``other_captions``, so crops of one
+    photo must not be N // 2 apart.
 
     Args:
-        crops: uint8 [N, S, S, 3], S a multiple of the rate's token side; held-out photos.
-        captions: one per crop, none empty.
+        crops: crops of held-out photos, uint8 [N, S, S, 3]; S is a multiple of the token side.
+        captions: one non-empty caption per crop.
 
     Returns:
-        rate, crops, and for flow_loss and lpips_vgg: right, shuffled (means) and gain, the mean of
-        shuffled - right with its 95 % interval [low, high].
+        rate, crops, and, for flow_loss and lpips_vgg: the means "right" and "shuffled", and the
+        mean "gain" of shuffled - right with its 95 % "interval" [low, high].
 
     Raises:
-        ValueError: crops or captions that do not fit, or a model of another backbone than "tiny".
-        MetricWeightsMissing: LPIPS's weights are not installed.
+        ValueError: crops or captions do not fit, or the backbone is not "tiny".
+        MetricWeightsMissing: the weights of LPIPS are not installed.
     """
     model = codec.model
     if not isinstance(model, CodecModel):
-        raise ValueError(f"{codec.config.name} has no latents of its own to compare; use tiny")
+        raise ValueError(f"{codec.config.name} is not a tiny model; only tiny has a flow loss here")
     if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
         raise ValueError(
             f"{len(captions)} captions for crops {crops.dtype} {crops.shape}; give uint8 "
@@ -130,10 +131,10 @@ def caption_pictures(
     steps: int | None = None,
     guidance: float | None = None,
 ) -> list[list[Cell]]:
-    """Rows for a page: each crop, and what its tokens become with three captions (Fig. 9).
+    """Return a row per crop: the crop, and its pictures restored with three captions (Fig. 9).
 
-    The captions are none, its own, and one of ``others``. Arguments as for ``caption_effect``; one
-    crop is enough.
+    The captions are none, the crop's own and one of ``others``. See ``caption_effect`` for the
+    arguments; one crop is enough.
     """
     model = codec.model
     evaluations = codec.config.default_steps(rate) if steps is None else steps
@@ -154,7 +155,7 @@ def caption_pictures(
 def _flow_loss(
     model: CodecModel, photos: Tensor, tokens: Tensor, rate: str, captions: Sequence[str]
 ) -> Tensor:
-    """Error of the estimated clean latents, [B], averaged over TIMES, with noise of seed 0."""
+    """Return the error of the estimated clean latents, [B], averaged over TIMES."""
     latents = model.autoencoder.encode(
         photos.to(model.device).contiguous(memory_format=torch.channels_last)
     ).float()

@@ -1,4 +1,4 @@
-"""Pages of labelled pictures: what figures do not say."""
+"""Pages of labelled pictures."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from PIL import Image, ImageDraw, ImageFont
 from percov2.images import write_image
 
 Cell = tuple[str, Image.Image]
-"""A label and its picture."""
+"""Label and picture."""
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 _GAP = 6
 _TEXT = 14
 """Height of labels in pixels."""
 _MOST = 65_000
-"""Longest side of a page: JPEG ends at 65,500."""
+"""Longest side of a page in pixels; JPEG allows 65,500."""
 
 
 def page(rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """Rows of pictures, each under its label, on white.
+    """Return a white page with rows of pictures under their labels.
 
     Args:
-        rows: at least one, of one cell at least; pictures of a row may differ in size.
+        rows: at least one row of at least one cell; pictures of a row may differ in size.
 
     Raises:
-        ValueError: no row, a row without cells, or a page of a side over 65,000 pixels.
+        ValueError: no row, a row without cells, or a side of the page over 65,000 pixels.
     """
     if not rows or not all(rows):
-        raise ValueError("a page needs a row, and every row a picture")
+        raise ValueError("a page needs at least one row, and every row needs a picture")
     font = ImageFont.load_default(_TEXT)
     labels = [[_lines(label, font, picture.width) for label, picture in row] for row in rows]
     strips = [(_TEXT + 2) * max(map(len, row)) + 2 * _GAP for row in labels]
@@ -53,18 +53,18 @@ def page(rows: Sequence[Sequence[Cell]]) -> Image.Image:
 
 
 def write_page(rows: Sequence[Sequence[Cell]], path: Path) -> None:
-    """Write a page; the ending of ``path`` names the format. Errors as for ``page``."""
+    """Write a page in the format of the ending of ``path``; raise the errors of ``page``."""
     write_image(page(rows), path)
 
 
 def half_size(picture: Image.Image) -> Image.Image:
-    """A picture with half the pixels a side."""
+    """Return a picture at half its sides."""
     size = (max(1, picture.width // 2), max(1, picture.height // 2))
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _lines(label: str, font: _Font, width: int) -> list[str]:
-    """The label in lines that fit into ``width``; a word that does not is cut."""
+    """Split a label into lines that fit into ``width``; cut words that are longer."""
     lines = [""]
     for word in label.split():
         while font.getlength(word) > width and len(word) > 1:

@@ -1,4 +1,4 @@
-"""What the stages of a file are worth (PerCoV2, Fig. 3): bytes and pictures over stages sent."""
+"""Bytes and quality over the number of stages sent (PerCoV2, Fig. 3)."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ _SHOWN = 6
 def stages_sent(
     codec: Codec, paths: Sequence[Path], out: Path, setting: Setting, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Compress pictures with 1, 2, … of their stages; the decoder draws the others.
+    """Measure pictures with 1, 2, … of their stages in the file; the decoder draws the others.
 
-    An interrupted run goes on where it was: what out/stages.json holds is kept.
+    An interrupted run resumes, because the records in out/stages.json are kept.
 
     Args:
-        paths: pictures, as many stages for each as for the one with fewest.
-        out: folder for stages.json (what is measured, and the records) and NAME_stages.jpg, one
-            picture's restored forms side by side.
-        setting: its ``stages`` and ``target_bytes`` do not matter.
+        paths: pictures; the one with the fewest stages limits the number of stages.
+        out: folder for stages.json and NAME_stages.jpg, which shows the first picture restored.
+        setting: setting whose ``stages`` and ``target_bytes`` are ignored.
 
     Returns:
-        Per number of stages: stages, of (how many there are), bytes, psnr and lpips_alex (means).
+        A record per number of stages: stages, of (the largest number), and the means of bytes, psnr
+        and lpips_alex.
 
     Raises:
-        ValueError: no pictures, a metric whose weights are not installed, or figures of another
-            model, setting or other pictures in ``out``.
+        ValueError: no pictures, weights of a metric are not installed, or ``out`` holds records of
+            another model, setting or set of pictures.
     """
     if not paths:
         raise ValueError("no pictures to measure")
@@ -54,15 +54,16 @@ def stages_sent(
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["of"] != of:
-            raise ValueError(f"{path} is of {kept['of']}, not of {of}; choose another folder")
+            raise ValueError(f"{path} holds {kept['of']}, not {of}; choose another folder")
         records = kept["records"]
     total = min(_stage_count(codec, p, whole) for p in paths)
     shown: list[Image.Image] = []
     for k in range(1, total + 1):
         if any(record["stages"] == k for record in records):
             continue
+        held = replace(whole, encode=replace(encode, stages=k))
         trips = [
-            round_trip(codec, p, _held(whole, k), STAGE_METRICS)
+            round_trip(codec, p, held, STAGE_METRICS)
             for p in tqdm(paths, desc=f"{k} of {total} stages", disable=not progress)
         ]
         notes = sorted({note for trip in trips for note in trip.notes})
@@ -89,11 +90,6 @@ def stages_sent(
     return records
 
 
-def _held(setting: Setting, stages: int) -> Setting:
-    """Return a setting whose files hold so many stages."""
-    return replace(setting, encode=replace(setting.encode, stages=stages))
-
-
 def _stage_count(codec: Codec, path: Path, setting: Setting) -> int:
     rate = codec.config.rate(setting.rate(codec))
     picture = read_image(path)
@@ -102,7 +98,7 @@ def _stage_count(codec: Codec, path: Path, setting: Setting) -> int:
 
 
 def _page(pictures: Sequence[Image.Image], columns: int = 3, gap: int = 8) -> Image.Image:
-    """Pictures of one size, row by row, at half size."""
+    """Return a page with pictures of one size, row by row, at half size."""
     width, height = pictures[0].width // 2, pictures[0].height // 2
     rows = -(-len(pictures) // columns)
     page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
@@ -113,7 +109,7 @@ def _page(pictures: Sequence[Image.Image], columns: int = 3, gap: int = 8) -> Im
 
 
 def plot_stages(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """A PNG: PSNR and LPIPS over bytes, each point with its number of stages."""
+    """Plot PSNR and LPIPS over bytes as PNG; each point shows its number of stages."""
     import matplotlib as mpl
 
     mpl.use("Agg")

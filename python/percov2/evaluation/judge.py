@@ -1,11 +1,11 @@
-"""How good, and how real, a codec's pictures of held-out photos are, with intervals.
+"""Quality and realism of a codec's pictures of held-out photos, with intervals.
 
-Photos are compressed and restored whole, one at a time. Then both forms are cut into the same
-crops, which are measured. Every photo's measures are stored as soon as they are known, so that an
-interrupted run goes on where it was.
+Photos are compressed and restored whole, one at a time. The original and the restored photo are
+then cut into the same crops and compared. The measures of each photo are stored at once, so an
+interrupted run resumes.
 
-The judge of realism is EfficientNet-Lite0 (``percov2.evaluation.realism``). It is never part of a
-loss, so that no model can learn to please it.
+The judge of realism is EfficientNet-Lite0 (``percov2.evaluation.realism``). No loss uses it, so no
+model can overfit to it.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ if TYPE_CHECKING:
 
 _ON_ALL_CROPS = ("psnr", "ms_ssim")
 _BATCH = 8
-"""Crops whose features are computed at once."""
+"""Number of crops per call of the judge."""
 
 
 @dataclass(frozen=True)
 class Crops:
-    """The choice of photos and of their crops.
+    """Choice of photos and of their crops.
 
     Attributes:
-        side: of a crop in pixels; photos with a shorter side are left out.
-        stride: of the grid of crops in pixels, at most ``side``. Its last row and column are moved
-            back to end with the photo, so that crops cover it.
-        distances: crops per photo on which LPIPS and DISTS are measured; None for all. They are the
-            first by the SHA-256 of the photo's key and the crop's number.
-        limit: so many photos only, the first by the SHA-256 of their keys; None for all.
+        side: side of a crop in pixels; photos with a shorter side are left out.
+        stride: distance between crops in pixels, at most ``side``. The last row and column end with
+            the photo, so that crops cover it.
+        distances: number of crops per photo for LPIPS and DISTS; None for all. The first ones by
+            the SHA-256 of the photo's key and the crop's number are chosen.
+        limit: number of photos, the first ones by the SHA-256 of their keys; None for all.
 
     Raises:
-        ValueError: for a number out of range.
+        ValueError: a number is out of range.
     """
 
     side: int = 256
@@ -79,7 +79,7 @@ class Crops:
             raise ValueError(f"limit must be at least 2 photos, not {self.limit}")
 
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
-        """Return top and left of a photo's crops, row by row."""
+        """Return the (top, left) corners of a photo's crops, row by row."""
         rows, columns = self._starts(height), self._starts(width)
         return [(top, left) for top in rows for left in columns]
 
@@ -94,26 +94,27 @@ class Crops:
         return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
 
     def with_distances(self, key: str, count: int) -> list[int]:
-        """Return which of a photo's crops have LPIPS and DISTS, ascending."""
+        """Return the numbers, ascending, of a photo's crops for LPIPS and DISTS."""
         order = sorted(range(count), key=lambda i: _shuffled(f"{key}:{i}"))
         return sorted(order[: self.distances])
 
     def photos(self, photos: PhotoCrops) -> list[Photo]:
         """Return the photos that are large enough, in the order of ``limit``.
 
-        Raises ValueError if there are fewer than two.
+        Raises:
+            ValueError: fewer than two photos are large enough.
         """
         large = [p for p in photos.photos if min(p.height, p.width) >= self.side]
         if len(large) < 2:
             raise ValueError(
                 f"{len(large)} of {len(photos.photos)} photos have both sides of {self.side} "
-                "pixels or more; at least two are needed: choose a smaller side"
+                "pixels or more, but two are needed; choose a smaller side"
             )
         return sorted(large, key=lambda p: _shuffled(p.key))
 
 
 def _shuffled(name: str) -> bytes:
-    """Return where a name comes in an order that is fixed, and as good as random."""
+    """Return the sort key of a name for a fixed pseudo-random order."""
     return hashlib.sha256(name.encode()).digest()
 
 
@@ -134,20 +135,19 @@ def judge_realism(
 
     Args:
         photos: held-out photos.
-        out: folder of the results, made if missing. It holds one run: what is measured already is
-            kept, and another setting, model or set of photos is refused. ``limit`` may change.
-        setting: how pictures are compressed and restored; the model's defaults if None.
-        crops: which crops are measured; all defaults if None.
-        cache: folder of the originals' features, which several runs may share; OUT/originals if
-            None.
-        against: ``out`` of a finished run over the same crops, to be compared in pairs.
-        features: the judge, uint8 [B, 3, H, W] -> [B, D]; EfficientNet-Lite0 by default.
+        out: folder of the results of one run, made if missing. Measures that it holds are kept.
+            Only ``limit`` may change between calls, not the setting, model or photos.
+        setting: options of compression and restoration; the model's defaults if None.
+        crops: choice of crops; the defaults if None.
+        cache: folder of the originals' features, which runs may share; OUT/originals if None.
+        against: ``out`` of a finished run on the same crops, for a paired comparison.
+        features: judge that maps uint8 [B, 3, H, W] to [B, D]; EfficientNet-Lite0 if None.
 
     Returns:
-        What realism.json holds.
+        The contents of realism.json.
 
     Raises:
-        ValueError: too few photos, ``out`` of another run, or ``against`` that does not fit.
+        ValueError: too few photos, ``out`` holds another run, or ``against`` does not fit.
         MetricWeightsMissing: the judge's weights are not installed.
     """
     setting, crops = setting or Setting(), crops or Crops()
@@ -212,7 +212,7 @@ def _measured(
     pixels: NDArray[np.uint8],
     cut: NDArray[np.uint8],
 ) -> dict[str, Any]:
-    """Compress and restore one photo, and measure its crops: what is stored of it."""
+    """Compress and restore one photo, and return the arrays to store."""
     file = compress(codec, Image.fromarray(pixels), setting)
     restored = crops.cut(np.asarray(restore(codec, file, setting)))
     device = codec.model.device
@@ -234,14 +234,14 @@ def _measured(
 
 
 def _seen(judge: nn.Module, crops: NDArray[np.uint8], device: str) -> NDArray[np.float32]:
-    """Return the judge's features, float32 [N, D], of uint8 [N, S, S, 3]."""
+    """Return the judge's features, float32 [N, D], of crops uint8 [N, S, S, 3]."""
     images = torch.from_numpy(crops).permute(0, 3, 1, 2)
     with torch.inference_mode():
         parts = [judge(part.to(device)).float().cpu() for part in images.split(_BATCH)]
     return torch.cat(parts).numpy()
 
 
-# What a run is, and where its results lie ---------------------------------------------------------
+# Identity and files of a run ----------------------------------------------------------------------
 
 _PHOTOS = "photos"
 _SETTINGS = "settings.json"
@@ -251,9 +251,9 @@ _CROPS = ("side", "stride")
 def _facts(
     codec: Codec, setting: Setting, crops: Crops, judge: nn.Module, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return all that the measures of a photo depend on, as JSON holds it.
+    """Return everything that determines a photo's measures, as JSON values.
 
-    Captioners are told apart by their class alone.
+    A captioner is identified only by its class.
     """
     described_setting = described(codec, setting)
     return {
@@ -280,9 +280,9 @@ def _version(package: str) -> str | None:
 
 
 def _weights(codec: Codec, rate: str) -> str:
-    """Return a digest of the configs and weights in a model folder, of one rate.
+    """Return a digest of the configurations and weights of one rate in a model folder.
 
-    Base models of big backbones lie elsewhere and are not part of it.
+    It does not cover the base models of large backbones, which lie outside the folder.
     """
     folder = codec.model.folder
     others = {one.name for one in codec.config.rates} - {rate}
@@ -295,7 +295,7 @@ def _weights(codec: Codec, rate: str) -> str:
 
 
 def _photo_name(photo: Photo, pixels: NDArray[np.uint8]) -> str:
-    """Return a digest of a photo's key, size and pixels, under which its results are stored."""
+    """Return a digest of a photo's key, size and pixels, the file name of its results."""
     size = f"{photo.height}x{photo.width}"
     return _digest(photo.key.encode(), size.encode(), pixels.tobytes())
 
@@ -310,7 +310,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _claim(out: Path, facts: dict[str, Any]) -> None:
-    """Make a folder the results of a run. ValueError if it holds those of another one."""
+    """Reserve a folder for a run; raise ValueError if it holds another one."""
     path = out / _SETTINGS
     if path.is_file():
         _compare(f"{out} holds another run", json.loads(path.read_text("utf-8")), facts, facts)
@@ -322,9 +322,10 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
 def _finished(
     folder: Path, facts: dict[str, Any], names: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return realism.json of a finished run and what is stored of its photos.
+    """Return realism.json and the stored photos of a finished run.
 
-    Raises ValueError if it is not finished, or its crops are not those of ``facts``.
+    Raises:
+        ValueError: the run is not finished, or its crops are not those of ``facts``.
     """
     path = folder / "realism.json"
     if not path.is_file():

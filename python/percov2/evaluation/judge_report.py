@@ -1,4 +1,4 @@
-"""Measures of judged runs: estimates with intervals, paired differences, and their table."""
+"""Estimates with intervals, paired differences and the report of judged runs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class JudgedCrops:
-    """What a run measured.
+    """Measures of a run.
 
     Attributes:
-        file_bytes: of every photo, [P].
-        pixels: of every photo, [P].
-        values: of every crop, [N] by the name of a metric; nan where there is none.
-        features: of every restored crop, [N, D].
+        file_bytes: length of each photo's file, [P].
+        pixels: number of pixels of each photo, [P].
+        values: values of each crop, [N], by the name of the metric; nan if not measured.
+        features: features of each restored crop, [N, D].
     """
 
     file_bytes: NDArray[np.int64]
@@ -44,7 +44,7 @@ class JudgedCrops:
 
     @classmethod
     def of_photos(cls, photos: Sequence[Mapping[str, NDArray[Any]]]) -> JudgedCrops:
-        """Join what is stored of every photo."""
+        """Join the stored arrays of all photos."""
         return cls(
             np.array([int(photo["file_bytes"]) for photo in photos]),
             np.array([int(photo["pixels"]) for photo in photos]),
@@ -54,14 +54,14 @@ class JudgedCrops:
 
     @property
     def bpp(self) -> NDArray[np.float64]:
-        """Bits per pixel of every photo's whole file, [P]."""
+        """Bits per pixel of each photo's whole file, [P]."""
         return 8 * self.file_bytes / self.pixels
 
 
 def estimates(
     run: JudgedCrops, originals: Features, bootstrap: PhotoBootstrap
 ) -> dict[str, Estimate | None]:
-    """Return every measure of a run: bpp over photos, the others over crops."""
+    """Return all measures of a run: the mean of bpp over photos, the others over crops."""
     return {
         "bpp": bootstrap.photo_mean(run.bpp),
         **{name: bootstrap.mean(run.values[name]) for name in METRICS},
@@ -77,9 +77,9 @@ def differences(
     other: Mapping[str, Estimate | None],
     bootstrap: PhotoBootstrap,
 ) -> dict[str, Estimate | None]:
-    """Return run less rival by measure, over the same crops and resamples.
+    """Return ``run`` minus ``rival`` by measure, over the same crops and resamples.
 
-    Means are over crops that have a value in both runs.
+    Means cover the crops with a value in both runs.
     """
     found: dict[str, Estimate | None] = {"bpp": bootstrap.photo_mean(run.bpp - rival.bpp)}
     for name in METRICS:
@@ -92,7 +92,7 @@ def differences(
 
 
 def as_json(found: Mapping[str, Estimate | None]) -> dict[str, Any]:
-    """Return value, interval and bias by measure; None where there is none."""
+    """Return value, interval and bias by measure, or None for a missing one."""
     return {
         name: one
         and {"value": one.value, "interval": list(one.interval), "bootstrap_bias": one.bias}
@@ -101,7 +101,7 @@ def as_json(found: Mapping[str, Estimate | None]) -> dict[str, Any]:
 
 
 def page(result: Mapping[str, Any]) -> str:
-    """Return realism.md: a table of the run and, where there is one, of the run it is against."""
+    """Return realism.md: a table of the run and of the run compared with, if there is one."""
     rows = [_row(result, result["measures"])]
     if result["against"]:
         rows.append(_row(result["against"], result["against"]["measures"]))
@@ -142,11 +142,11 @@ def _notes(result: Mapping[str, Any]) -> str:
     limit = "" if result["limit"] is None else f" (limit {result['limit']})"
     lines = [
         f"{result['photos']} of {result['photos_large_enough']} photos{limit}, crops of "
-        f"{result['side']}×{result['side']} every {result['stride']} pixels. LPIPS and DISTS are "
-        f"of {result['crops_with_distances']} of {result['crops']} crops, the rest of all.",
-        "Means are over crops, bpp is over photos. In brackets: 95 % bootstrap intervals over "
-        "photos.",
-        f"Fréchet and kernel distances are of features of {result['judge']}, and compare with no "
+        f"{result['side']}×{result['side']} every {result['stride']} pixels. LPIPS and DISTS "
+        f"cover {result['crops_with_distances']} of {result['crops']} crops, the others all.",
+        "bpp is a mean over photos, the others are means over crops. Brackets hold 95 % bootstrap "
+        "intervals over photos.",
+        f"Fréchet and kernel distances use features of {result['judge']}. Do not compare them with "
         "FID or KID.",
         f"percov2 {result['percov2']}, torch {result['torch']}, torchmetrics "
         f"{result['torchmetrics']}, {result['device']}, {result['threads']} threads.",

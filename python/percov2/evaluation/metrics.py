@@ -1,8 +1,7 @@
-"""Measures of how well a restored picture matches its original.
+"""Distances between a restored picture and its original.
 
-PSNR needs nothing; MS-SSIM needs torchmetrics (extra ``eval``); LPIPS and DISTS need weights that
-are installed separately (``perceptual.INSTALL_HINT``). What cannot be measured is None, with a note
-that says why.
+MS-SSIM needs torchmetrics (extra ``eval``). LPIPS and DISTS need weights that are installed
+separately (``perceptual.INSTALL_HINT``). A missing value is None, and a note gives the reason.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ METRICS: tuple[str, ...] = ("psnr", "ms_ssim", "lpips_alex", "lpips_vgg", "dists
 HIGHER_IS_BETTER = frozenset({"psnr", "ms_ssim"})
 
 MIN_MS_SSIM_SIDE = 176
-"""Five scales, the last one 1/16, with an 11-pixel window."""
+"""MS-SSIM has an 11-pixel window at five scales, down to 1/16."""
 MIN_NETWORK_SIDE = 32
 """The networks halve a picture five times."""
 
@@ -33,7 +32,7 @@ Pixels = NDArray[np.uint8]
 
 
 class Original:
-    """A picture that several others are measured against: each network looks at it once.
+    """Original of several restored pictures; each network sees it only once.
 
     Args:
         pixels: uint8 [H, W, 3], sRGB.
@@ -44,14 +43,14 @@ class Original:
         self._features: dict[str, list[Tensor]] = {}
 
     def features(self, name: str) -> list[Tensor]:
-        """What the network of a measure makes of it; held as long as this object."""
+        """Return the picture's features in the network of a measure."""
         if name not in self._features:
             self._features[name] = _features(name, self.pixels)
         return self._features[name]
 
 
 class NotMeasured(Exception):
-    """A measure has no value for this picture or on this machine; the message says why."""
+    """Error that gives the reason why a measure has no value for this picture or machine."""
 
 
 def measure(
@@ -61,14 +60,14 @@ def measure(
 
     Args:
         original: uint8 [H, W, 3], sRGB, or an ``Original`` of it.
-        restored: the same shape.
-        names: which of ``METRICS``.
+        restored: picture of the same shape.
+        names: selection of ``METRICS``.
 
     Returns:
-        Name -> value, None where there is none, and one note for each None.
+        Values by name, with None for a missing one, and one note for each None.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown name.
+        ValueError: shapes or dtypes do not fit, or a name is unknown.
     """
     known = original if isinstance(original, Original) else Original(original)
     for pixels in (known.pixels, restored):
@@ -99,15 +98,15 @@ def measure_batch(
 
     Args:
         originals: uint8 [N, H, W, 3], sRGB.
-        restored: the same shape.
-        names: a selection of ``METRICS``.
+        restored: pictures of the same shape.
+        names: selection of ``METRICS``.
         device: torch device of the networks.
 
     Returns:
-        Name -> float64 [N], nan where ``measure`` gives None, and the reasons for such values.
+        Values float64 [N] by name, with nan for missing ones, and the reasons for these.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown name.
+        ValueError: shapes or dtypes do not fit, or a name is unknown.
     """
     if originals.ndim != 4 or originals.shape != restored.shape:
         raise ValueError(f"pictures of {restored.shape} cannot match those of {originals.shape}")
@@ -129,14 +128,14 @@ def measure_batch(
 
 
 _BATCH = 4
-"""Pictures that a network sees at once. More gain nothing on a CPU and take memory."""
+"""Number of pictures per network call. Larger batches take memory and are no faster on a CPU."""
 
 
 @torch.inference_mode()
 def _distances(
     name: str, originals: Pixels, restored: Pixels, device: str | torch.device
 ) -> NDArray[np.float64]:
-    """LPIPS or DISTS of uint8 [N, H, W, 3] each. Raises NotMeasured."""
+    """Return LPIPS or DISTS, [N], of pictures uint8 [N, H, W, 3], or raise NotMeasured."""
     network = _network(name, str(device))
     if len(originals):
         _require_side(originals[0], MIN_NETWORK_SIDE)
@@ -148,15 +147,15 @@ def _distances(
 
 
 def psnr(original: Pixels, restored: Pixels) -> float:
-    """Peak signal-to-noise ratio in dB over all samples, peak 255. NotMeasured for equal ones."""
+    """Return the peak signal-to-noise ratio in dB; raise NotMeasured for equal pictures."""
     error = np.square(original.astype(np.float64) - restored.astype(np.float64)).mean()
     if error == 0:
-        raise NotMeasured("the pictures are equal, PSNR is infinite")
+        raise NotMeasured("the pictures are equal, so PSNR is infinite")
     return 10 * math.log10(255**2 / error)
 
 
 def ms_ssim(original: Pixels, restored: Pixels) -> float:
-    """Multi-scale structural similarity in 0..1 (Wang et al. 2003), mean over R, G, B."""
+    """Return the multi-scale structural similarity, 0..1 (Wang et al. 2003), mean over R, G, B."""
     _require_side(original, MIN_MS_SSIM_SIDE)
     try:
         from torchmetrics.functional.image import (
@@ -164,12 +163,16 @@ def ms_ssim(original: Pixels, restored: Pixels) -> float:
         )
     except ImportError:
         raise NotMeasured(f"torchmetrics is missing; {EVAL_HINT}") from None
-    value = compute(_tensor(restored), _tensor(original), data_range=1.0)
-    return float(value)
+    # float [1, 3, H, W] in [0, 1]
+    one, other = (
+        torch.from_numpy(np.array(x)).permute(2, 0, 1)[None].float() / 255
+        for x in (restored, original)
+    )
+    return float(compute(one, other, data_range=1.0))
 
 
 def _distance(name: str, original: Original, restored: Pixels) -> float:
-    """LPIPS 0.1 (Zhang et al. 2018) or DISTS (Ding et al. 2020): 0 for equal pictures."""
+    """Return LPIPS 0.1 (Zhang et al. 2018) or DISTS (Ding et al. 2020): 0 for equal pictures."""
     _require_side(original.pixels, MIN_NETWORK_SIDE)
     with torch.inference_mode():
         return float(_network(name).distance(_features(name, restored), original.features(name)))
@@ -183,19 +186,14 @@ _MEASURES: dict[str, Callable[[Original, Pixels], float]] = {
 }
 
 
-def _tensor(pixels: Pixels) -> Tensor:
-    """uint8 [H, W, 3] -> float [1, 3, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)[None].float() / 255
-
-
 def _require_side(pixels: Pixels, least: int) -> None:
     height, width = pixels.shape[:2]
     if min(height, width) < least:
-        raise NotMeasured(f"it needs sides of {least} pixels, the picture is {width}x{height}")
+        raise NotMeasured(f"it needs sides of {least} pixels, but the picture is {width}x{height}")
 
 
 def _seen(name: str, pixels: Pixels) -> Tensor:
-    """What a network takes of uint8 [B, H, W, 3]: float [B, 3, H, W] in channels-last order."""
+    """Return a network's input float [B, 3, H, W], channels last, from uint8 [B, H, W, 3]."""
     levels = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
     return levels if name == "dists" else levels * 2 - 1
 

@@ -1,4 +1,4 @@
-"""Operating modes (PerCoV2, Fig. 1): distortion and realism over dial, flow steps and guidance."""
+"""Distortion and realism over dial, flow steps and guidance (operating modes; PerCoV2, Fig. 1)."""
 
 from __future__ import annotations
 
@@ -36,24 +36,24 @@ def operating_modes(
     features: torch.nn.Module | None = None,
     progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Restore crops in every mode and measure them; an interrupted run goes on where it was.
+    """Restore crops in every mode and measure them.
 
-    Batch i starts from the noise of seed i. Modes that out/modes.json holds already are kept, so
-    give every question (model, crops, rate) a folder of its own.
+    An interrupted run resumes: modes in out/modes.json are kept. So each combination of model,
+    crops and rate needs its own folder. Batch i starts from the noise of seed i.
 
     Args:
-        crops: uint8 [N, S, S, 3], S a multiple of the rate's token side; held-out photos.
-        realisms: settings of the dial; None for the rate's default.
+        crops: crops of held-out photos, uint8 [N, S, S, 3]; S is a multiple of the token side.
         captions: one per crop, "" for none.
         out: folder for modes.json, made if missing.
-        features: of the Fréchet distance; EfficientNet-Lite0's by default.
+        realisms: settings of the dial; None for the rate's default.
+        features: network of the Fréchet distance; EfficientNet-Lite0 if None.
 
     Returns:
-        Per mode: realism, steps, guidance, crops, psnr and lpips_alex (means), frechet, seconds per
-        crop.
+        A record per mode: realism, steps, guidance, crops, the means of psnr and lpips_alex,
+        frechet, and seconds per crop.
 
     Raises:
-        ValueError: crops, captions, steps, guidance or realism that do not fit.
+        ValueError: crops, captions, steps, guidance or realism do not fit.
         MetricWeightsMissing: a network's weights are not installed.
     """
     if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
@@ -90,7 +90,7 @@ def operating_modes(
                 tokens[i], name, captions[part], count, guidance, i, asked
             )
             spent += time.perf_counter() - before
-            restored = _levels(pixels)
+            restored = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
             distance.add(photos[part], real=True)
             distance.add(restored, real=False)
             values += _measured(crops[part], restored)
@@ -113,10 +113,6 @@ def operating_modes(
     return records
 
 
-def _levels(pixels: Tensor) -> Tensor:
-    return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-
-
 def _measured(crops: NDArray[np.uint8], restored: Tensor) -> list[list[float]]:
     rows = []
     for crop, picture in zip(crops, restored.permute(0, 2, 3, 1).numpy(), strict=True):
@@ -128,9 +124,9 @@ def _measured(crops: NDArray[np.uint8], restored: Tensor) -> list[list[float]]:
 
 
 def plot_modes(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a PNG: PSNR and LPIPS against the Fréchet distance.
+    """Plot PSNR and LPIPS over the Fréchet distance as PNG.
 
-    A line joins the settings of the dial; where there is only one, the numbers of steps.
+    A line joins the settings of the dial, or the numbers of steps if there is only one setting.
     """
     import matplotlib as mpl
 

@@ -1,6 +1,6 @@
-"""Bootstrap intervals of measures over crops, where photos are drawn and not crops.
+"""Bootstrap intervals of measures over crops, with resamples of photos.
 
-Crops of one photo resemble each other, so an interval over crops would be too short.
+Crops of one photo resemble each other, so resamples of crops would give too short intervals.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measure and its values in resamples.
+    """Measure with its values in resamples.
 
     Attributes:
-        value: of all photos once; nan where there is none.
-        resampled: one value per resample.
+        value: value over all photos; nan if there is none.
+        resampled: value of each resample.
     """
 
     value: float
@@ -30,28 +30,28 @@ class Estimate:
 
     @property
     def bias(self) -> float:
-        """How much higher resamples are on average. A Fréchet distance grows with copies."""
+        """Mean of the resamples minus the value. A Fréchet distance grows with copies."""
         return float(np.nanmean(self.resampled)) - self.value
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval: the percentiles of the resamples less their bias."""
+        """95 % interval: percentiles of the resamples minus their bias."""
         low, high = np.nanpercentile(self.resampled, [2.5, 97.5]) - self.bias
         return float(low), float(high)
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """Return the paired difference of estimates over the same photos and resamples."""
+        """Return the paired difference of two estimates over the same photos and resamples."""
         return Estimate(self.value - other.value, self.resampled - other.resampled)
 
 
 class PhotoBootstrap:
-    """Resamples of photos, the same for every measure.
+    """Resamples of photos, shared by all measures.
 
     Args:
         photo: number of each crop's photo, [N], ascending from 0 without gaps.
-        resamples: how many.
-        frechet_resamples: how many of them a Fréchet distance takes, from the first on.
-        seed: of the draws.
+        resamples: number of resamples.
+        frechet_resamples: number of resamples, the first ones, for a Fréchet distance.
+        seed: seed of the draws.
 
     Raises:
         ValueError: fewer than two photos.
@@ -73,23 +73,23 @@ class PhotoBootstrap:
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
-        """How often each resample holds each photo, [resamples, photos]."""
+        """Number of times that each resample holds each photo, [resamples, photos]."""
         random = np.random.default_rng(self._seed)
         picks = random.integers(0, self._photos, self._shape)
         return np.stack([np.bincount(row, minlength=self._photos) for row in picks])
 
     def mean(self, values: Values) -> Estimate | None:
-        """Return the mean over crops, [N], without those that are nan; None if all are."""
+        """Return the mean over crops, [N], that are not nan; None if all are nan."""
         known = ~np.isnan(values)
         if not known.any():
             return None
         sums = np.bincount(self._photo, np.where(known, values, 0), self._photos)
         sizes = np.bincount(self._photo, known, self._photos)
-        with np.errstate(invalid="ignore"):  # nan where a resample holds no known value
+        with np.errstate(invalid="ignore"):  # nan for a resample without known values
             return Estimate(sums.sum() / sizes.sum(), self.counts @ sums / (self.counts @ sizes))
 
     def photo_mean(self, values: Values) -> Estimate:
-        """Return the mean over photos of one value each, [photos]."""
+        """Return the mean over photos, [photos]."""
         return Estimate(float(values.mean()), self.counts @ values / self._photos)
 
     def frechet(self, originals: Features, restored: Features) -> Estimate:
@@ -101,6 +101,6 @@ class PhotoBootstrap:
         return Estimate(frechet_distance(originals, restored), np.array(resampled))
 
     def kernel(self, originals: Features, restored: Features) -> Estimate:
-        """Return the kernel distance (see ``KernelSums``) of the crops, [N, D] each."""
+        """Return the kernel distance (``KernelSums``) of features of the crops, [N, D] each."""
         sums = KernelSums(originals, restored, self._photo)
         return Estimate(sums.distance(), np.array([sums.distance(c) for c in self.counts]))

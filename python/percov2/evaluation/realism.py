@@ -1,10 +1,8 @@
 """Distances between a set of restored pictures and a set of photos, in features of a network.
 
-FID and KID proper need Inception weights, which only a download gives. The same distances between
-features of EfficientNet-Lite0 (ImageNet) have names of their own here, and their values compare
-with no FID or KID. Code and weights come from two packages of the extra ``eval``.
-
-EfficientNet-Lite0 is a judge: it is never part of a loss, and no model is trained against it.
+FID and KID use an Inception network, whose weights must be downloaded. Here, the same distances use
+features of EfficientNet-Lite0 (ImageNet) from two packages of the extra ``eval``. So their values
+cannot be compared with FID or KID. No loss uses EfficientNet-Lite0.
 """
 
 from __future__ import annotations
@@ -24,20 +22,20 @@ from percov2.models.perceptual import MetricWeightsMissing
 
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _SIDE = 224
-"""The network's picture side; pictures are resized to it."""
+"""Side of the network's input; pictures are resized to it."""
 
 Features = NDArray[np.float64]
 """Features of pictures, [N, D]."""
 
 
 class LiteFeatures(nn.Module):
-    """uint8 [B, 3, H, W] -> float32 [B, 320]: the last block's channels, averaged over places.
+    """Features of EfficientNet-Lite0: the last block's 320 channels, averaged over positions.
 
-    320 channels, not the 1,280 of the layer after: a covariance of a few thousand pictures has full
-    rank then.
+    The next layer has 1,280 channels, too many for a covariance of full rank from a few thousand
+    pictures.
 
     Raises:
-        MetricWeightsMissing: when one of the two packages is not installed.
+        MetricWeightsMissing: one of the two packages is not installed.
     """
 
     title = "EfficientNet-Lite0"
@@ -56,7 +54,7 @@ class LiteFeatures(nn.Module):
         self.network = network.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
+        """Return features float32 [B, 320] of pictures uint8 [B, 3, H, W]."""
         x = F.interpolate(images.float(), (_SIDE, _SIDE), mode="bilinear", antialias=True)
         x = (x - 127.0) / 128.0
         x = self.network._swish(self.network._bn0(self.network._conv_stem(x)))
@@ -67,7 +65,7 @@ class LiteFeatures(nn.Module):
 
 @lru_cache(maxsize=1)
 def lite_features() -> LiteFeatures:
-    """Return the network, loaded once. Raises MetricWeightsMissing."""
+    """Return the network, loaded once, or raise MetricWeightsMissing."""
     return LiteFeatures()
 
 
@@ -76,17 +74,17 @@ def frechet_distance(
 ) -> float:
     """Return the Fréchet distance between two sets (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
-    It is |m - m'|² + tr(C + C' - 2 (C C')^½) of the means m and the covariances C, whose sums are
-    divided by one less than the number of pictures. All of it is float64. The trace of the root is
-    the sum of the singular values of C^½ C'^½, with symmetric roots by eigendecomposition.
+    It is |m - m'|² + tr(C + C' - 2 (C C')^½) with the means m and the unbiased covariances C, in
+    float64. The trace of the root is the sum of the singular values of C^½ C'^½, with symmetric
+    roots by eigendecomposition.
 
     Args:
         photos: [N, D].
         restored: [M, D].
-        weights: how often each picture counts, [N] for both sets (M = N); once if None.
+        weights: number of times that each picture counts, [N] for both sets (M = N); 1 if None.
 
     Raises:
-        ValueError: fewer than two pictures on a side, or features that do not fit.
+        ValueError: a set has fewer than two pictures, or the features do not fit.
     """
     if photos.ndim != 2 or restored.ndim != 2 or photos.shape[1] != restored.shape[1]:
         raise ValueError(f"features {photos.shape} and {restored.shape} do not fit each other")
@@ -99,12 +97,12 @@ def frechet_distance(
 def _gaussian(
     features: Features, weights: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Return mean [D], symmetric root of the covariance [D, D] and its trace."""
+    """Return the mean [D], and the symmetric root [D, D] and the trace of the covariance."""
     x = features.astype(np.float64)
     counts = np.ones(len(x)) if weights is None else weights.astype(np.float64)
     total = counts.sum()
     if total < 2:
-        raise ValueError(f"a Fréchet distance needs more pictures than {total:g} on a side")
+        raise ValueError(f"a Fréchet distance needs more pictures per set than {total:g}")
     mean = counts @ x / total
     x = x - mean
     covariance = (x * counts[:, None]).T @ x / (total - 1)
@@ -114,22 +112,21 @@ def _gaussian(
 
 
 class KernelSums:
-    """What the kernel distance between photos and restored pictures needs, summed by photo.
+    """Kernel sums, by photo, for the kernel distance between photos and restored pictures.
 
-    The kernel is KID's (Bińkowski et al. 2018, arXiv 1801.01401): k(x, y) = (x·y / D + 1)³ of
+    The kernel is KID's (Bińkowski et al. 2018, arXiv 1801.01401): k(x, y) = (x·y / D + 1)³ for
     features of D numbers. The distance is the unbiased estimate of the squared maximum mean
     discrepancy::
 
         mean k(x, x') + mean k(y, y') - 2 mean k(x, y)
 
-    over originals x and restored pictures y. Each of the three means takes all pairs of crops of
-    different photos, and none of one photo. Crops of one photo, and a crop and its restored form,
-    are not independent, so they would bias the means. Nothing is scaled. The estimate is 0 for
-    equal sets, and may be negative for sets that differ little.
+    over originals x and restored pictures y. Each mean covers all pairs of crops from different
+    photos. Crops of one photo are not independent and would bias the means. The estimate is 0 for
+    equal sets, and may be negative for similar sets.
 
     Args:
         originals: [N, D].
-        restored: [N, D], of the same crops.
+        restored: [N, D], for the same crops.
         photo: number of each crop's photo, [N], ascending from 0 without gaps.
 
     Raises:
@@ -152,9 +149,9 @@ class KernelSums:
             np.fill_diagonal(table, 0)
 
     def distance(self, counts: NDArray[np.int64] | None = None) -> float:
-        """Return the kernel distance where photo p counts ``counts[p]`` times (once if None).
+        """Return the kernel distance if photo p counts ``counts[p]`` times (1 if None).
 
-        Copies of a photo are one photo: they make no pairs with each other. nan if one is left.
+        Copies of a photo make no pairs with each other. A single photo gives nan.
         """
         c = np.ones(len(self._sums)) if counts is None else counts.astype(np.float64)
         pairs = c @ self._pairs @ c
@@ -167,10 +164,10 @@ def _kernel(a: Features, b: Features) -> NDArray[np.float64]:
 
 
 class FrechetDistance:
-    """Fréchet distance between photos and restored pictures that come in batches.
+    """Fréchet distance between photos and restored pictures given in batches.
 
     Args:
-        features: maps uint8 [B, 3, H, W] to [B, D]; ``lite_features()`` by default.
+        features: maps uint8 [B, 3, H, W] to [B, D]; ``lite_features()`` if None.
 
     >>> import torch
     >>> class Means(torch.nn.Module):
@@ -189,12 +186,12 @@ class FrechetDistance:
         self._found: dict[bool, list[Features]] = {True: [], False: []}
 
     def add(self, images: Tensor, real: bool) -> None:
-        """Take uint8 [B, 3, H, W] as photos (``real``) or as restored pictures."""
+        """Add pictures uint8 [B, 3, H, W] to the photos (``real``) or the restored pictures."""
         with torch.inference_mode():
             self._found[real].append(self._network(images).double().cpu().numpy())
 
     def value(self) -> float:
-        """Return the distance; ValueError with fewer than two pictures on a side."""
+        """Return the distance; raise ValueError if a set has fewer than two pictures."""
         photos, restored = (
             np.concatenate([np.empty((0, found[0].shape[1] if found else 0)), *found])
             for found in (self._found[True], self._found[False])

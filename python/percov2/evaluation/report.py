@@ -1,4 +1,4 @@
-"""Round trips over pictures: files, pictures side by side, measures, and a report of them."""
+"""Round trips of pictures, and reports with measures and side-by-side pictures."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class RoundTrip:
     """One picture, compressed and restored.
 
     Attributes:
-        original: sRGB, as the codec saw it.
-        measured: the same for further measurements.
-        restored: the same size.
-        file: the compressed form.
+        original: sRGB picture given to the codec.
+        measured: the original, for further measurements.
+        restored: restored picture of the same size.
+        file: compressed file.
         record: image, bytes, bpp, the measures, encode_s and decode_s (seconds).
-        notes: why measures are missing.
+        notes: reasons for missing measures.
     """
 
     original: Image.Image
@@ -50,7 +50,7 @@ class RoundTrip:
 
 
 def warm_up(codec: Codec, setting: Setting) -> None:
-    """Load every network of a setting, so that times are those of the work alone."""
+    """Load every network of a setting, so that times do not include loading."""
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
     whole = EncodeOptions(rate=setting.encode.rate, schedule=setting.encode.schedule)
     file = compress(codec, grey, replace(setting, encode=whole))
@@ -60,10 +60,11 @@ def warm_up(codec: Codec, setting: Setting) -> None:
 def round_trip(
     codec: Codec, path: Path, setting: Setting, metrics: Sequence[str] = ROUNDTRIP_METRICS
 ) -> RoundTrip:
-    """Compress and restore one picture file.
+    """Compress and restore one picture file; warnings of ``to_rgb`` name its path.
 
-    Warns with the path before the text where ``to_rgb`` warns. Raises ValueError for a file that is
-    no picture, OSError for one that cannot be read.
+    Raises:
+        ValueError: the file is not a picture.
+        OSError: the file cannot be read.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -90,7 +91,7 @@ def round_trip(
 
 
 def side_by_side(pictures: Iterable[Image.Image], gap: int = 8) -> Image.Image:
-    """Pictures of equal height in a row, on white."""
+    """Return pictures in a row on white."""
     row = list(pictures)
     width = sum(picture.width for picture in row) + gap * (len(row) - 1)
     page = Image.new("RGB", (width, max(picture.height for picture in row)), "white")
@@ -114,27 +115,28 @@ def write_round_trip(trip: RoundTrip, folder: Path, stem: str) -> None:
 
 
 def plan_outputs(paths: Sequence[Path], out: Path, reports: Sequence[str] = ()) -> list[str]:
-    """The pictures' names without folder and ending, under which ``out`` may take their results.
+    """Return the pictures' names without folder and ending, for their results in ``out``.
 
     Args:
+        paths: picture files.
         out: an existing folder.
-        reports: names of further files that are written there.
+        reports: names of further files to write there.
 
     Raises:
-        ValueError: two pictures would share a name, or a result would overwrite a picture or
-            another result.
+        ValueError: two pictures share a name, or a result would overwrite a picture or another
+            result.
     """
     stems = [path.stem for path in paths]
     for path, stem in zip(paths, stems, strict=True):
         if stems.count(stem) > 1:
-            raise ValueError(f"{path}: another picture is called {stem!r} too; rename one of them")
+            raise ValueError(f"{path}: another picture is named {stem!r} too; rename one of them")
     names = [*reports, *(stem + ending for stem in stems for ending in _PER_PICTURE)]
     check_outputs([out / name for name in names], paths)
     return stems
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The picture files of a folder by name; ValueError if there is none."""
+    """Return the picture files of a folder by name; raise ValueError if there is none."""
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_ENDINGS)
     if not found:
         raise ValueError(f"no picture in {folder}; the endings are {', '.join(PICTURE_ENDINGS)}")
@@ -144,10 +146,10 @@ def pictures_in(folder: Path) -> list[Path]:
 def plan_evaluation(
     folder: Path, out: Path, baselines: Sequence[str] = ()
 ) -> tuple[list[Path], list[str]]:
-    """The pictures of a folder and their names in ``out``, which is made where it is missing.
+    """Return the pictures of a folder and their names in ``out``; make ``out`` if missing.
 
     Raises:
-        ValueError: no picture, an unknown baseline, or results that would overwrite something.
+        ValueError: no picture, an unknown baseline, or a result would overwrite a file.
         OSError: a folder cannot be read or made.
     """
     unknown = sorted(set(baselines) - set(BASELINES))
@@ -166,24 +168,23 @@ def evaluate(
     baselines: Sequence[str] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Round trips of all pictures of a folder, written to ``out`` as a report.
+    """Compress, restore and measure all pictures of a folder, and write a report to ``out``.
 
-    Writes report.json, report.md and, per picture, STEM.pcv2, STEM.png, STEM_compare.png
-    (original | restored | baselines), and with baselines gallery.jpg: all pictures at half size,
+    The files are report.json, report.md and, per picture, STEM.pcv2, STEM.png and STEM_compare.png
+    (original | restored | baselines). With baselines, gallery.jpg shows all pictures at half size:
     original | restored | the baseline that is best by LPIPS-VGG.
 
     Args:
-        baselines: names from ``baselines.BASELINES``, each given as many bytes as percov2 used;
-            each value is that of the scale that is best by its metric, bytes are the largest
-            file's, and the picture shown is the best by LPIPS-VGG, or by PSNR where that cannot be
-            measured.
+        baselines: names from ``baselines.BASELINES``, each given as many bytes as percov2 used.
+            Each metric takes the scale that is best by it, and the bytes of the largest file. The
+            picture shown is the best by LPIPS-VGG, or by PSNR if that is missing.
 
     Returns:
-        What report.json holds: setting, images, means, baselines (with wins: on how many pictures
-        percov2 is better by each metric), notes.
+        The contents of report.json: setting, images, means, notes and baselines. The "wins" of a
+        baseline count the pictures on which percov2 is better, by metric.
 
     Raises:
-        ValueError: as for ``plan_evaluation``, or a picture that cannot be read, by name.
+        ValueError: as in ``plan_evaluation``, or a picture cannot be decoded.
         OSError: a file cannot be read or written.
     """
     paths, stems = plan_evaluation(folder, out, baselines)
@@ -237,7 +238,7 @@ def evaluate(
 
 
 def _gallery_row(stem: str, trip: RoundTrip, shown: dict[str, tuple[float, Attempt]]) -> list[Cell]:
-    """Original, restored, and the rival with the lowest value (codec -> value, attempt)."""
+    """Return the original, the restored picture and the rival with the lowest value."""
     name = min(shown, key=lambda codec: shown[codec][0])
     rival = shown[name][1]
     return [
@@ -248,7 +249,7 @@ def _gallery_row(stem: str, trip: RoundTrip, shown: dict[str, tuple[float, Attem
 
 
 def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Mean of every numeric column; None where a value is missing."""
+    """Return the mean of every numeric column, or None if a value is missing."""
     columns = [key for key in (records[0] if records else {}) if key != "image"]
     result: dict[str, float | None] = {}
     for key in columns:
@@ -260,9 +261,9 @@ def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 def wins(
     records: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]
 ) -> dict[str, int | None]:
-    """On how many pictures records are better than the rivals' of the same name, by metric.
+    """Count, by metric, the pictures on which a record is better than its rival.
 
-    A picture of which the rival has no file counts. None where a value is missing.
+    A picture without a rival counts. The count is None if a value is missing.
     """
     others = {rival["image"]: rival for rival in rivals}
     result: dict[str, int | None] = {}
@@ -290,7 +291,7 @@ _FORMATS = {
 
 
 def table(rows: Sequence[dict[str, Any]], first: str) -> str:
-    """Records as a Markdown table; missing values are dashes."""
+    """Return records as a Markdown table, with dashes for missing values."""
     columns = [key for key in _FORMATS if any(key in row for row in rows)]
     lines = ["| " + " | ".join([first, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
@@ -300,7 +301,7 @@ def table(rows: Sequence[dict[str, Any]], first: str) -> str:
 
 
 def sentence(record: dict[str, Any]) -> str:
-    """A record of a round trip in one line."""
+    """Return the record of a round trip as one line."""
 
     def shown(name: str, form: str) -> str:
         return "–" if record[name] is None else form.format(record[name])
@@ -314,7 +315,7 @@ def sentence(record: dict[str, Any]) -> str:
 
 
 def _wins_table(report: dict[str, Any]) -> str:
-    """On how many pictures percov2 is better, by codec and metric."""
+    """Return a table of wins by codec and metric."""
     lines = ["| percov2 is better than | " + " | ".join(METRICS) + " |", "|---" * 6 + "|"]
     for name, entry in report["baselines"].items():
         cells = ["–" if entry["wins"][m] is None else str(entry["wins"][m]) for m in METRICS]
@@ -329,7 +330,7 @@ def _held(report: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
-    """The report as a page with tables and pictures."""
+    """Return the report as a page with tables and pictures."""
     images = [*report["images"], {"image": "**mean**", **report["mean"]}]
     parts = [
         f"# {report['model']} {report['rate']}, {len(stems)} pictures",
@@ -349,7 +350,7 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
         parts += [
             "## At the same number of bytes",
             table([{"image": f"percov2 {report['rate']}", **own}, *rivals], "codec"),
-            "Of a classical codec each value is that of the scale that is best by this metric.",
+            "For a classical codec, each metric takes the scale that is best by it.",
             _wins_table(report),
         ]
     if report["notes"]:
@@ -357,8 +358,6 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
     order = " | ".join(["original", "percov2", *report["baselines"]])
     parts += ["## Pictures", order]
     if rivals:
-        parts.append(
-            "[All at half size](gallery.jpg), beside the classical codec that is best there."
-        )
+        parts.append("[All at half size](gallery.jpg), beside the best classical codec.")
     parts += [f"### {stem}\n\n![{stem}]({stem}_compare.png)" for stem in stems]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""How an evaluation compresses and restores pictures, and how a report says so."""
+"""Settings of an evaluation and their description in a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from percov2.options import DecodeOptions, EncodeOptions
 
 @dataclass(frozen=True)
 class Setting:
-    """How pictures are captioned, compressed and restored."""
+    """Options and captioner of an evaluation."""
 
     encode: EncodeOptions = field(default_factory=EncodeOptions)
     decode: DecodeOptions = field(default_factory=DecodeOptions)
@@ -26,18 +26,18 @@ class Setting:
 
 
 def compress(codec: Codec, picture: Image.Image, setting: Setting) -> bytes:
-    """Compress a picture, mode RGB, into a file. Errors as for ``Codec.compress``."""
+    """Compress a picture, mode RGB; raise the errors of ``Codec.compress``."""
     (caption,) = setting.captioner([picture])
     return codec.compress(picture, setting.encode, caption=caption)
 
 
 def restore(codec: Codec, file: bytes, setting: Setting) -> Image.Image:
-    """Restore a file's picture. Errors as for ``Codec.decompress``."""
+    """Restore a file's picture; raise the errors of ``Codec.decompress``."""
     return codec.decompress(file, setting.decode)
 
 
 def described(codec: Codec, setting: Setting) -> dict[str, Any]:
-    """Return model and setting of a report, defaults filled in, as JSON holds them."""
+    """Return model and setting, with defaults filled in, as JSON values."""
     config, encode, decode = codec.config, setting.encode, setting.decode
     rate = setting.rate(codec)
     return {

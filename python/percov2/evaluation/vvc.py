@@ -1,4 +1,4 @@
-"""VVC (H.266) stills: libvvenc and ffmpeg's decoder, from the package imageio-ffmpeg."""
+"""VVC (H.266) stills by libvvenc and ffmpeg's decoder, from the package imageio-ffmpeg."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 _GRAIN, _LEAST_SIDE = 8, 32
-"""Sides are padded to multiples of 8, and to 32; the decoder is told the true size."""
+"""Sides are padded to multiples of 8 and to at least 32; the decoder gets the true size."""
 _WORST_QP, _BEST_QP = 63, 16
 """libvvenc's buffer is too small for noise at lower QPs."""
 
 
 def available() -> bool:
-    """Whether imageio-ffmpeg is installed and its ffmpeg writes and reads VVC."""
+    """Return True if imageio-ffmpeg is installed with an ffmpeg that supports VVC."""
     return importlib.util.find_spec("imageio_ffmpeg") is not None and "libvvenc" in _codecs()
 
 
@@ -41,9 +41,12 @@ def _padded(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def encode(image: Image.Image, level: int) -> bytes:
-    """A picture (RGB) as a raw VVC stream, preset medium, 4:2:0 with 10 bits.
+    """Encode a picture (RGB) as a raw VVC stream, preset medium, 4:2:0 with 10 bits.
 
-    ``level`` 0 .. 100 is the quality: QP 63 .. 16. Raises RuntimeError where ffmpeg fails.
+    The quality ``level``, 0..100, maps to QP 63..16.
+
+    Raises:
+        RuntimeError: ffmpeg fails.
     """
     width, height = _padded(image.size)
     pixels = np.asarray(image)
@@ -56,7 +59,7 @@ def encode(image: Image.Image, level: int) -> bytes:
 
 
 def decode(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """The picture of a stream that ``encode`` made of one of ``size`` (width, height)."""
+    """Decode a stream made by ``encode`` from a picture of ``size`` (width, height)."""
     width, height = _padded(size)
     target = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     raw = _run(["-f", "vvc", "-i", "-", "-frames:v", "1", *target], data)

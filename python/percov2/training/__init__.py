@@ -1,1 +1,1 @@
-"""Training commands of the package: data, losses, stage 1 (codec) and stage 2 (entropy model)."""
+"""Training: data, losses, stage 1 (codec) and stage 2 (entropy model)."""

@@ -1,9 +1,8 @@
 """Discriminators that train beside the decoder, with hinge losses.
 
-One judges pixels through a network of its own. The other judges responses of frozen networks
-through small heads: features that somebody else learnt make a discriminator useful after a few
-hundred steps (Projected GANs, Sauer et al. 2021, arXiv 2111.01007). Spectral normalisation (Miyato
-et al. 2018, arXiv 1802.05957) keeps both stable.
+One judges pixels. The other judges the responses of frozen networks with small heads; pretrained
+features make it useful after a few hundred steps (Projected GANs, Sauer et al. 2021, arXiv
+2111.01007). Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957) keeps both stable.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from percov2.training.stage import Place
 
 @dataclass(frozen=True)
 class AdversaryConfig:
-    """Settings of the discriminators; ``losses.LossTerms`` says how much they are felt.
+    """Settings of the discriminators; their weights are in ``losses.LossTerms``.
 
     Attributes:
-        learning_rate: AdamW's, constant.
-        pixel_widths: channels at 1/2, 1/4 and 1/8 resolution of the discriminator of pixels.
+        learning_rate: constant learning rate of AdamW.
+        pixel_widths: channels of the pixel discriminator at 1/2, 1/4 and 1/8 resolution.
         feature_width: channels of the heads on features.
 
     Raises:
-        ValueError: settings out of range.
+        ValueError: a setting is out of range.
     """
 
     learning_rate: float = 2e-4
@@ -47,7 +46,10 @@ def _layer(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Module:
 
 
 class PixelDiscriminator(nn.Module):
-    """One score per patch of about 60×60 pixels; 0.98 GMAC per 256×256 picture at (48, 96, 192)."""
+    """Discriminator with one score per patch of about 60×60 pixels.
+
+    It takes 0.98 GMAC per 256×256 picture at widths (48, 96, 192).
+    """
 
     def __init__(self, widths: tuple[int, int, int]) -> None:
         super().__init__()
@@ -65,15 +67,15 @@ class PixelDiscriminator(nn.Module):
         )
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Return scores, one map float [B, 1, H/8, W/8]; high means real."""
+        """Return one map of scores, float [B, 1, H/8, W/8]; high means real."""
         return [self.body(views[0])]
 
 
 class FeatureDiscriminator(nn.Module):
-    """Scores at every place of frozen networks' responses.
+    """Discriminator with a score at every position of frozen networks' responses.
 
     Args:
-        channels: of each list entry of responses.
+        channels: number of channels of each list entry of responses.
         width: channels of the heads.
     """
 
@@ -92,12 +94,12 @@ class FeatureDiscriminator(nn.Module):
         )
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Return scores, one map float [B, 1, h, w] per list entry; high means real."""
+        """Return a map of scores, float [B, 1, h, w], per list entry; high means real."""
         return [head(view) for head, view in zip(self.heads, views, strict=True)]
 
 
 class _FixedForce(torch.autograd.Function):
-    """Identity whose gradient is rescaled to a given root mean square, sample by sample."""
+    """Identity that rescales the gradient of each sample to a given root mean square."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, force: Tensor) -> Tensor:
@@ -113,28 +115,28 @@ class _FixedForce(torch.autograd.Function):
 
 
 def with_force(images: Tensor, weight: Tensor, realism: Tensor) -> Tensor:
-    """Return pictures through which a loss is felt with a fixed force.
+    """Return pictures that pass a loss's gradient on with a fixed size.
 
-    However sure of itself a discriminator is, the root mean square of its gradient is ``weight``
-    times that of L1, so that it can neither fade nor take over; a sample feels β times as much.
+    The root mean square of the gradient becomes ``weight`` times that of L1, and β times that for a
+    sample. So a discriminator can neither fade nor dominate.
 
     Args:
         images: float [B, 3, H, W] with gradients.
-        weight: scalar, on their device where recorded steps shall follow it.
+        weight: scalar; on the device of the pictures, recorded steps follow its changes.
         realism: β of every sample, float [B].
     """
     return _FixedForce.apply(images, weight * realism / images.numel())
 
 
 class Adversary:
-    """A discriminator, its optimiser and the batch that it will learn from.
+    """Discriminator with its optimiser and its next training batch.
 
-    No module on purpose: its weights belong neither to the averaged weights nor to an export, and
-    a run may get one after it has started.
+    It is not a module, because its weights are neither averaged nor exported, and a run may add one
+    later.
 
     Args:
         network: maps a list of views to a list of score maps.
-        learning_rate: AdamW's.
+        learning_rate: learning rate of AdamW.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float) -> None:
@@ -143,7 +145,7 @@ class Adversary:
         self._batch: tuple[list[Tensor], list[Tensor], Tensor, bool] | None = None
 
     def start_run(self, place: Place) -> None:
-        """Move to where a run takes place, before anything is learnt or restored."""
+        """Move to the device of a run; call this before learning or restoring."""
         self.network.to(place.device)
         if place.recorded:
             make_recordable(self.optimizer, place.device)
@@ -154,7 +156,7 @@ class Adversary:
         Args:
             fakes: views of the pictures, with gradients.
             reals: the same views of the photos.
-            realism: β of every sample, float [B]: how much its picture counts in `learn`.
+            realism: β of every sample, float [B], the weight of its picture in `learn`.
         """
         self.network.eval().requires_grad_(False)
         autocast = torch.is_autocast_enabled(fakes[0].device.type)
@@ -163,7 +165,7 @@ class Adversary:
         return torch.stack(scores).mean(0)
 
     def learn(self) -> Tensor | None:
-        """Take one step of the discriminator on the last batch; return its loss, None without."""
+        """Take one step on the last batch and return the loss, or None without a batch."""
         if self._batch is None:
             return None
         reals, fakes, realism, autocast = self._batch
@@ -187,14 +189,14 @@ class Adversary:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return weights and optimiser, for a checkpoint."""
+        """Return the state of weights and optimiser."""
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; the learning rate stays the configured one.
+        """Restore a state; keep the configured learning rate.
 
         Raises:
-            ValueError: a discriminator of other widths.
+            ValueError: the state is of a discriminator with other widths.
         """
         try:
             self.network.load_state_dict(state["network"])

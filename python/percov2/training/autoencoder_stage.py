@@ -1,4 +1,4 @@
-"""Stage 1, first phase: the autoencoder."""
+"""Autoencoder phase of stage 1."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from percov2.training.stage import Place, TrainingStage
 
 
 def save_rows(path: Path, rows: list[Tensor]) -> None:
-    """Write rows of images [B, 3, H, W] in [-1, 1] below each other as one PNG."""
+    """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG."""
     strips = [torch.cat(list(r), 2) for r in rows]
     grid = torch.cat(strips, 1).clamp(-1, 1).add(1).mul(127.5).round().byte()
     Image.fromarray(grid.permute(1, 2, 0).contiguous().cpu().numpy()).save(path)
@@ -34,7 +34,7 @@ class AutoencoderConfig:
 
 
 class AutoencoderStage(TrainingStage):
-    """Phase A: images -> latents -> images, latents held near unit variance."""
+    """Phase A: an autoencoder whose latents stay near unit variance."""
 
     def __init__(self, config: AutoencoderConfig, data: PhotoCrops) -> None:
         super().__init__()
@@ -45,19 +45,16 @@ class AutoencoderStage(TrainingStage):
         self._step = 0
 
     def start_run(self, place: Place) -> None:
-        """See :meth:`TrainingStage.start_run`."""
         self.data = self.data.on(place.device)
 
     def stored_keys(self) -> set[str]:
-        """See :meth:`TrainingStage.stored_keys`: everything but the losses' networks."""
+        """Return all keys except those of the losses' networks."""
         return {key for key in self.state_dict() if not key.startswith("perceptual.")}
 
     def start_step(self, step: int, total: int) -> None:
-        """See :meth:`TrainingStage.start_step`."""
         self._step = step
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.forward`."""
         images, _ = self.config.crops.draw(self.data, generator)
         latents = self.autoencoder.encode(images).float()
         noisy = latents + self.config.latent_noise * torch.randn_like(latents)
@@ -80,7 +77,7 @@ class AutoencoderStage(TrainingStage):
         return loss + 0.02 * spread, {**figures, "power": power.mean().detach()}
 
     def draw_samples(self, folder: Path, step: int) -> None:
-        """Fixed crops above their reconstructions."""
+        """Write samples.png: fixed crops above their reconstructions."""
         images, _ = self.data.batch(np.random.default_rng(123), 6, self.config.crops.sides[0])
         rebuilt = self.autoencoder.decode(self.autoencoder.encode(images))
         save_rows(folder / "samples.png", [images, rebuilt])

@@ -1,4 +1,4 @@
-"""Exponential moving averages of what a stage trains: the weights that are exported."""
+"""Exponential moving averages of the trained weights, for the export."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class AveragedWeights:
-    """Moving averages of trained parameters, and copies of buffers; nothing else changes.
+    """Moving averages of trained parameters, and copies of buffers.
 
     Args:
-        module: on its device; the averages lie beside it.
-        decay: of the averages, lower during the first steps.
-        keys: names of ``module.state_dict()`` to hold.
+        module: module on the device of the averages.
+        decay: decay of the averages, which is lower during the first steps.
+        keys: keys of ``module.state_dict()`` to keep.
     """
 
     def __init__(self, module: nn.Module, decay: float, keys: set[str]) -> None:
@@ -32,10 +32,10 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Follow the weights after step ``step``, counted from 0."""
+        """Update the averages after step ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
         values = self._values(module)
-        # All at once: on a GPU a call per tensor takes longer than the arithmetic.
+        # On a GPU, a call per tensor would take longer than the arithmetic.
         if self._averaged:
             get_ema_multi_avg_fn(decay)(
                 [self.state[k] for k in self._averaged], [values[k] for k in self._averaged], None
@@ -45,13 +45,13 @@ class AveragedWeights:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over stored averages, on the device where they already are."""
+        """Load stored averages without a change of device."""
         for key, value in self.state.items():
             value.copy_(state[key])
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
-        """Let ``module`` hold the averages for a while."""
+        """Put the averages into ``module`` temporarily."""
         live = {k: v.clone() for k, v in self._values(module).items()}
         module.load_state_dict(self.state, strict=False)
         try:

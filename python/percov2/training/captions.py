@@ -1,7 +1,7 @@
-"""The caption model: an alphabet of pieces and a transformer on captions, for the package.
+"""Training of the caption model: an alphabet of pieces, and a transformer on captions.
 
-Captions are grids of one row whose every place is a stage (``container.caption_model``). Lines are
-held out by a hash of their text, so that a line is on the same side in every run and file.
+A caption is a grid of one row with one piece per stage (``container.caption_model``). A hash of the
+text decides whether a line is held out, so that all runs and files agree.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from percov2.training.stage2 import RoundedStage
 
 _HELD_OUT_EVERY = 20
 _WIDTH_STEP = 4
-"""Captions whose lengths round up to the same multiple share batches."""
+"""Captions share a batch if their lengths round up to the same multiple of this."""
 WORDS = range(8, 15)
-"""Lengths of the captions that the report is about, in words."""
+"""Lengths in words of the captions in the report."""
 _SPACE = "\u2581"
-"""What stands for a space while pieces are learnt."""
+"""Stand-in for a space during the learning of pieces."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class CaptionsConfig:
 
     Attributes:
         model: sizes of the transformer (``TransformerConfig`` without codebook_size).
-        pieces: learned ones; the end and the single bytes come on top.
-        captions_per_step: in a batch, of all processes together.
-        round_from: share of the steps after which rounding is on.
-        observe_until: share of the steps after which the scales stay as they are.
+        pieces: number of learned pieces, without the end and the single bytes.
+        captions_per_step: captions in a batch, over all processes.
+        round_from: share of the steps before rounding starts.
+        observe_until: share of the steps before the scales are fixed.
     """
 
     model: dict
@@ -65,16 +65,16 @@ class CaptionsConfig:
 
 
 def is_held_out(line: str) -> bool:
-    """Whether a caption is kept from training: every 20th, by a hash of its words."""
+    """Return True for one caption in 20, chosen by a hash of its words and never trained on."""
     digest = hashlib.sha256(" ".join(line.lower().split()).encode("utf-8")).digest()
     return int.from_bytes(digest[:4], "big") % _HELD_OUT_EVERY == 0
 
 
 def read_lines(sources: Sequence[Path]) -> list[str]:
-    """Captions of files: ``.txt`` with one a line, or WebDataset ``.tar`` with such members.
+    """Return the captions of ``.txt`` files (one per line) or ``.tar`` shards with such members.
 
     Raises:
-        ValueError: no captions, or one that no file can hold.
+        ValueError: no captions, or a caption that no file can hold.
     """
     from percov2.container.captions import encode_caption
 
@@ -102,7 +102,7 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
 
 
 def learn_pieces(lines: Sequence[str], count: int) -> list[bytes]:
-    """The pieces of an alphabet, by byte-pair merges of words with the space before them."""
+    """Learn an alphabet's pieces by byte-pair merges within words, with the space before them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -123,17 +123,17 @@ def learn_pieces(lines: Sequence[str], count: int) -> list[bytes]:
 
 
 class CaptionLines:
-    """Captions as pieces, ready to be drawn.
+    """Captions split into pieces.
 
     Args:
         lines: all captions.
-        alphabet: what splits them.
+        alphabet: alphabet that splits them.
 
     Attributes:
-        held_out: pieces of the captions kept from training.
+        held_out: pieces of the held-out captions.
 
     Raises:
-        ValueError: none of either kind.
+        ValueError: no caption to train on, or none held out.
     """
 
     def __init__(self, lines: Sequence[str], alphabet: Alphabet) -> None:
@@ -151,8 +151,8 @@ class CaptionLines:
                 self._by_width.setdefault(width, []).append(pieces)
         if not self._by_width or not self.held_out:
             raise ValueError(
-                f"of {len(lines)} captions {len(self.held_out)} are held out by their hash; both "
-                "these and some to train on are needed: give more"
+                f"of {len(lines)} captions, {len(self.held_out)} are held out by their hash; both "
+                "held-out and other captions are needed: give more captions"
             )
         self._widths = sorted(self._by_width)
         sizes = np.array([len(self._by_width[w]) for w in self._widths], dtype=np.float64)
@@ -160,21 +160,21 @@ class CaptionLines:
         self.stages = stages("raster", 1, MAX_PIECES)
 
     def counts(self) -> NDArray[np.int64]:
-        """How often each piece occurs in the training captions: int64 [pieces]."""
+        """Return the number of times that each piece occurs in training: int64 [pieces]."""
         every = [piece for group in self._by_width.values() for line in group for piece in line]
         return np.bincount(every, minlength=len(self.alphabet))
 
     def draw(
         self, generator: np.random.Generator, count: int, process: int = 0, processes: int = 1
     ) -> TokenBatch:
-        """A process's part of ``count`` captions of about the same length."""
+        """Draw ``count`` captions of about the same length; return this process's part."""
         width = self._widths[int(generator.choice(len(self._widths), p=self._shares))]
         group = self._by_width[width]
         picks = generator.integers(len(group), size=count + -count % processes)
         return self.batch([group[pick] for pick in picks[process::processes]], width)
 
     def batch(self, lines: Sequence[list[int]], width: int) -> TokenBatch:
-        """Captions as a batch of the first ``width`` places of their grids."""
+        """Return captions as a batch of the first ``width`` positions of their grids."""
         crops = []
         for line in lines:
             row = np.full((1, MAX_PIECES), END, dtype=np.int32)
@@ -184,7 +184,7 @@ class CaptionLines:
 
 
 class CaptionStage(RoundedStage):
-    """Captions -> bits per piece of the transformer."""
+    """Training of the transformer on bits per piece of captions."""
 
     def __init__(self, config: CaptionsConfig, data: CaptionLines) -> None:
         super().__init__()
@@ -194,7 +194,6 @@ class CaptionStage(RoundedStage):
         self.transformer.set_frequencies(torch.from_numpy(data.counts()))
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.forward`."""
         place = self.place
         batch = self.data.draw(
             generator, self.config.captions_per_step, place.process, place.processes
@@ -204,11 +203,9 @@ class CaptionStage(RoundedStage):
         return loss, {"bits_per_piece": loss.detach()}
 
     def _bits(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Bits of the pieces of a batch, ends included, and how many these are."""
+        """Return the bits and the number of a batch's pieces, including the ends."""
         batch = batch.to(self.place.device)
-        device = self.place.device.type
-        allowed = torch.is_autocast_enabled(device) and not self.transformer.quantized
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=allowed):
+        with self.precision():
             logits = self.transformer(batch)
         pieces = batch.tokens.flatten(1)
         ended = (pieces == END).cumsum(1)
@@ -218,7 +215,7 @@ class CaptionStage(RoundedStage):
 
     @torch.no_grad()
     def held_out_bits(self) -> float:
-        """Bits per held-out caption, in the form that is being trained."""
+        """Return the bits per held-out caption in the current form, float or rounded."""
         transformer = self.transformer
         observing, transformer.observing = transformer.observing, False
         lines = sorted(self.data.held_out, key=len)
@@ -236,9 +233,9 @@ class CaptionStage(RoundedStage):
 
 
 def measure(model: CaptionModel, lines: Sequence[str]) -> dict[str, Any]:
-    """What held-out captions of 8 to 14 words cost, exact text, in bytes on average.
+    """Return the mean cost in bytes of held-out captions of 8 to 14 words.
 
-    Those of too many pieces for the model are left out.
+    Captions with too many pieces for the model are left out.
     """
     from percov2.container.captions import encode_caption
 
@@ -268,16 +265,15 @@ def train_captions(
 
     Args:
         texts: files of captions (``read_lines``).
-        out: folder for pieces.json, checkpoint.pt, log.csv, held_out.csv, and at the end captions/
-            and report.json.
-        minutes: stop after this time; the same call goes on where it stopped.
+        out: folder for pieces.json, checkpoint.pt, log.csv, held_out.csv, and finally captions/ and
+            report.json.
+        minutes: stop after this time; the same call resumes.
 
     Returns:
-        The report, or None if the run has not reached its last step (or in another process than
-        the first).
+        The report, or None if steps remain or this is not the first process.
 
     Raises:
-        ValueError: captions or settings that do not fit.
+        ValueError: captions or settings do not fit.
     """
     torch.manual_seed(loop.seed)
     lines = read_lines(texts)

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: weights, averages, optimiser, and what every process would draw next."""
+"""Checkpoints of a run: weights, averages, optimiser and the random state of every process."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from torch import Tensor, nn
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Store a checkpoint; an interrupted call leaves the one before."""
+    """Store a checkpoint atomically."""
     part = path.with_suffix(".part")
     torch.save(state, part)
     os.replace(part, path)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A stored checkpoint, on the CPU."""
+    """Load a checkpoint to the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def kept(module: nn.Module, keys: set[str]) -> dict[str, Tensor]:
-    """The part of a module's state that a checkpoint holds."""
+    """Return the entries of a module's state for a checkpoint."""
     return {k: v for k, v in module.state_dict().items() if k in keys}
 
 
 def restore(module: nn.Module, state: dict[str, Tensor], keys: set[str], path: Path) -> None:
-    """Put ``state`` into ``module``.
+    """Load ``state`` into ``module``.
 
     Raises:
-        ValueError: when it is not just what ``keys`` names, or of other shapes.
+        ValueError: the names are not ``keys``, or shapes differ.
     """
     if set(state) != keys:
         odd = sorted(set(state) ^ keys)
-        raise ValueError(f"{path} is of a run with other networks: {odd[:3]} ({len(odd)} differ)")
+        raise ValueError(f"{path} holds other networks: {odd[:3]} ({len(odd)} names differ)")
     try:
         module.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -44,7 +44,7 @@ def restore(module: nn.Module, state: dict[str, Tensor], keys: set[str], path: P
 
 
 def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:
-    """What every process will draw next, in the order of the processes (collective)."""
+    """Return the random state of every process, in their order (collective)."""
     from accelerate.utils import gather_object
 
     own: dict[str, Any] = {
@@ -59,20 +59,20 @@ def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:
 def restore_draws(
     state: dict[str, Any], generator: np.random.Generator, process: int, processes: int, path: Path
 ) -> None:
-    """Set a process's random generators to those of a checkpoint.
+    """Restore the random state of a process from a checkpoint.
 
     Raises:
-        ValueError: when the run was made by another number of processes.
+        ValueError: the run had another number of processes.
     """
-    # The first process's come by themselves: all that the checkpoints of older versions hold.
+    # Older checkpoints hold only the first process's state, so it is stored apart.
     draws = [state, *state.get("other_processes", [])]
     if len(draws) != processes:
         raise ValueError(
-            f"{path} is of a run by {len(draws)} processes, which draw {len(draws)} sequences of "
-            f"batches; go on with as many, not {processes}"
+            f"{path} is from a run with {len(draws)} processes, each with its own batches; resume "
+            f"it with {len(draws)} processes, not {processes}"
         )
     generator.bit_generator.state = draws[process]["generator"]
     torch.set_rng_state(draws[process]["torch_rng"])
-    # A run may go on where there is no GPU, or on one after it began without.
+    # A run may resume on a machine with or without a GPU.
     if torch.cuda.is_available() and "cuda_rng" in draws[process]:
         torch.cuda.set_rng_state(draws[process]["cuda_rng"])

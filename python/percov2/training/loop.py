@@ -1,7 +1,6 @@
-"""The training loop that every stage shares: optimiser, EMA, exact resume, log, progress bar.
+"""The training loop of all stages: optimiser, averaged weights, exact resume, log, progress bar.
 
-A stage is a :class:`stage.TrainingStage`: a module whose ``forward(generator)`` draws its own batch
-and returns a loss and figures to log. Accelerate carries precision, devices and processes.
+A stage is a :class:`stage.TrainingStage`. Accelerate handles precision, devices and processes.
 """
 
 from __future__ import annotations
@@ -34,26 +33,26 @@ class LoopConfig:
     """Settings of a run.
 
     Attributes:
-        steps: length of the learning-rate schedule; training ends there.
-        minutes: length of the schedule in minutes, if that comes first: for a machine that is lent.
-        learning_rate: peak, after a linear warm-up.
+        steps: length of the run and its learning-rate schedule.
+        minutes: length in minutes, if that comes first.
+        learning_rate: peak learning rate, after a linear warm-up.
         warmup: warm-up steps.
-        schedule: after the warm-up "cosine" falls to 2 % of the peak, "constant" stays.
-        weight_decay: AdamW's, on weights of two or more dimensions.
+        schedule: "cosine" falls to 2 % of the peak after the warm-up, "constant" stays.
+        weight_decay: AdamW's decay of weights with two or more dimensions.
         beta2: AdamW's decay of squared gradients.
-        clip: gradient norm limit.
-        ema: decay of the averaged weights that are exported.
-        seed: seeds initialisation, batches and noise.
+        clip: limit of the gradient norm.
+        ema: decay of the averaged weights.
+        seed: seed of initialisation, batches and noise.
         precision: "no" or "bf16" (autocast).
-        accumulate: forward passes whose gradients make one step.
+        accumulate: forward passes per step.
         checkpoint_seconds: time between checkpoints.
         log_every: steps between CSV lines.
-        record: on a GPU, repeat recorded steps (``recording``), which is faster where steps are of
-            many small kernels. For stages that are ``recordable``, in one process.
+        record: repeat recorded steps on a GPU (``recording``), which is faster for steps of many
+            small kernels. It needs a ``recordable`` stage and a single process.
 
     Raises:
-        ValueError: for another schedule or precision, accumulate or log_every < 1, or to record
-            more than one pass per step.
+        ValueError: an unknown schedule or precision, accumulate or log_every < 1, or ``record``
+            with more than one pass per step.
     """
 
     steps: int
@@ -75,7 +74,7 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, not {self.schedule!r}")
-        # fp16 would need a loss scale, which is no part of a checkpoint.
+        # fp16 would need a loss scale, which checkpoints do not hold.
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, not {self.precision!r}")
         if not self.minutes > 0:
@@ -88,7 +87,7 @@ class LoopConfig:
 
 
 def _mean(values: list[float]) -> float:
-    """Mean of the values that are not NaN; NaN if there is none."""
+    """Return the mean of the values that are not NaN, or NaN if there are none."""
     known = [value for value in values if not math.isnan(value)]
     return sum(known) / len(known) if known else math.nan
 
@@ -113,22 +112,22 @@ def _optimizer(stage: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
 
 
 def _check_recordable(stage: TrainingStage, on_cpu: bool, processes: int) -> None:
-    """Raise ValueError where ``record`` is not possible."""
+    """Raise ValueError if steps cannot be recorded."""
     if not stage.recordable:
         raise ValueError(
             f"steps of this {type(stage).__name__} cannot be recorded; set record to false"
         )
     if processes > 1:
-        raise ValueError(f"record = true is for one process, not {processes}")
+        raise ValueError(f"record = true needs a single process, not {processes}")
     if on_cpu:
-        raise ValueError("record = true needs a CUDA device; set it to false to train without one")
+        raise ValueError("record = true needs a CUDA device; set record to false")
 
 
 def load_averaged(out: Path, stage: TrainingStage) -> int:
-    """Load a run's averaged weights into ``stage``; returns the step they belong to.
+    """Load a run's averaged weights into ``stage``; return their step.
 
     Raises:
-        ValueError: when the folder holds no checkpoint, or one of other networks.
+        ValueError: the folder holds no checkpoint, or one of other networks.
     """
     path = out / "checkpoint.pt"
     if not path.is_file():
@@ -139,7 +138,7 @@ def load_averaged(out: Path, stage: TrainingStage) -> int:
 
 
 class _Run:
-    """The state of a run in this process: all that a checkpoint holds."""
+    """State of a run in this process."""
 
     def __init__(self, stage: TrainingStage, config: LoopConfig, out: Path) -> None:
         from accelerate import Accelerator
@@ -148,7 +147,7 @@ class _Run:
         self.accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
         if self.accelerator.distributed_type.endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
             kind = self.accelerator.distributed_type.value
-            raise ValueError(f"every process holds the whole model here; launch without {kind}")
+            raise ValueError(f"{kind} is not supported; every process holds the whole model")
         self.stage, self.config, self.out = stage, config, out
         self.path = out / "checkpoint.pt"
         self.main = self.accelerator.is_main_process
@@ -195,7 +194,7 @@ class _Run:
 
     @property
     def minutes(self) -> float:
-        """Minutes that the run has been training, by the clock of the first process."""
+        """Minutes of training so far, including earlier calls."""
         return self.earlier + (time.monotonic() - self.started) / 60
 
     def save(self) -> None:
@@ -226,7 +225,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def do_step(self) -> dict[str, Tensor]:
-        """One optimiser step; returns the figures of its last forward pass."""
+        """Do an optimiser step; return the figures of its last forward pass."""
         self.stage.start_step(self.step, self.config.steps)
         set_learning_rate(self.optimizer, _learning_rate(self.config, self.step, self.minutes))
         if self.recorded is None:
@@ -239,9 +238,9 @@ class _Run:
         return figures
 
     def _whole_step(self, draw: Draw) -> Figures:
-        """A step that may be recorded; its loss is among the figures."""
+        """Do a step that may be recorded; return its figures and loss."""
         allowed = self.config.precision == "bf16"
-        # A cache of casts would outlive the recording.
+        # Without the cache of casts, which would outlive the recording.
         with torch.autocast("cuda", torch.bfloat16, enabled=allowed, cache_enabled=False):
             loss, figures = self.stage.compute(draw)
         self.optimizer.zero_grad(set_to_none=True)
@@ -257,11 +256,11 @@ class _Run:
         if losses and not torch.isfinite(torch.stack(losses)).all():
             raise FloatingPointError(
                 f"a loss was not finite in the {len(losses)} steps before {self.step}; lower the "
-                "rate"
+                "learning rate"
             )
 
     def _step_by_passes(self) -> Figures:
-        """A step of one or more passes, without averaging; the figures of the last one."""
+        """Do a step of one or more passes, without averaging; return the last figures."""
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(self.config.accumulate):
             last = part == self.config.accumulate - 1
@@ -270,7 +269,7 @@ class _Run:
                     loss, figures = self.model(self.generator)
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
-                        f"loss is {loss.item()} at step {self.step}; lower the rate"
+                        f"loss is {loss.item()} at step {self.step}; lower the learning rate"
                     )
                 self.accelerator.backward(loss / self.config.accumulate)
         self.accelerator.clip_grad_norm_(self.stage.parameters(), self.config.clip)
@@ -279,7 +278,7 @@ class _Run:
         return figures
 
     def agreed(self, *wishes: bool) -> list[bool]:
-        """Which of the wishes at least one process has (collective)."""
+        """Return, for each wish, True if at least one process has it (collective)."""
         if self.accelerator.num_processes == 1:
             return list(wishes)
         counts = self.accelerator.reduce(
@@ -288,7 +287,7 @@ class _Run:
         return [count > 0 for count in counts.tolist()]
 
     def means(self, recent: dict[str, list[Tensor]]) -> dict[str, float]:
-        """Means of the figures over steps and processes (collective)."""
+        """Return the means of the figures over steps and processes (collective)."""
         self.check()
         own = {key: _mean([float(v) for v in values]) for key, values in recent.items()}
         rows = torch.tensor([list(own.values())], device=self.accelerator.device)
@@ -306,25 +305,24 @@ def train(
 ) -> int:
     """Train ``stage`` until ``config.steps``, resuming from ``out/checkpoint.pt``.
 
-    On a CPU exactly; a GPU draws the same, but its sums are not the same twice. Ctrl-C or SIGTERM
-    ends the call after the current step, with a checkpoint.
+    A resumed run is exact on a CPU. On a GPU, batches and noise are the same, but sums may differ.
+    Ctrl-C or SIGTERM ends the call after the current step, with a checkpoint.
 
     Args:
-        stage: networks are trained in place.
-        config: settings; must be those of the interrupted run when resuming.
+        stage: stage to train in place; it holds the averaged weights at the end.
+        config: settings, the same for all calls of a run.
         out: folder for checkpoint.pt, log.csv and sample pictures.
-        stop_after_steps: end this call after so many steps (the schedule is unchanged).
-        stop_after_minutes: end this call after so much time.
+        stop_after_steps: steps of this call; the schedule does not change.
+        stop_after_minutes: minutes of this call.
 
     Returns:
-        The number of steps done in total. At the end the stage holds the averaged weights.
+        The total number of steps done.
 
     Raises:
-        FloatingPointError: when the loss is not finite.
-        ValueError: when ``out`` holds a run of other networks, or one that this number of
-            processes cannot go on with.
+        FloatingPointError: the loss is not finite.
+        ValueError: ``out`` holds a run of other networks, or of another number of processes.
     """
-    # Nothing can be recorded on the default stream.
+    # The default stream does not allow recording.
     recording = config.record and torch.cuda.is_available()
     with torch.cuda.stream(torch.cuda.Stream()) if recording else nullcontext():
         step = _train(stage, config, out, stop_after_steps, stop_after_minutes)
@@ -340,7 +338,7 @@ def _train(
     stop_after_steps: int | None,
     stop_after_minutes: float | None,
 ) -> int:
-    """``train`` on the current stream."""
+    """Train on the current stream."""
     out.mkdir(parents=True, exist_ok=True)
     run = _Run(stage, config, out)
     started = saved = time.monotonic()
@@ -360,7 +358,7 @@ def _train(
     with StopSignals() as signals, open(out / "log.csv", "a", newline="") as log:
         writer = csv.writer(log)
         while run.step < last:
-            # Read only when a line is written: reading waits for the device.
+            # Values are read only for a log line, because reading waits for the device.
             for key, value in run.do_step().items():
                 recent.setdefault(key, []).append(value)
             bar.update()
@@ -391,10 +389,10 @@ def _train(
 
 
 def leave_processes() -> None:
-    """Leave the group of processes that shared the runs, if there is one (collective).
+    """Leave the group of processes, if there is one (collective).
 
-    To be called after the last run: a process that exits as a member may abort in the threads it
-    talks to the others by. Not after an error, when the others would be waited for in vain.
+    Call this after the last run, because the communication threads of a member may abort at exit.
+    Do not call it after an error, because it waits for all processes.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -1,6 +1,6 @@
-"""Low-rank updates of frozen linear maps (LoRA, arXiv 2106.09685), while they are trained.
+"""Training of low-rank updates of frozen linear maps (LoRA, arXiv 2106.09685).
 
-A trained update is stored and added to the base model's weights by ``percov2.models.sd3.flow``.
+``percov2.models.sd3.flow`` stores a trained update and adds it to the base model's weights.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ DOWN, UP = "lora_down", "lora_up"
 
 
 class LowRankLinear(nn.Module):
-    """base(x) + scale · up(down(x)); ``up`` starts at zero, so at first it equals the base.
+    """Linear map base(x) + scale · up(down(x)); ``up`` starts at zero.
 
     Args:
-        base: frozen here.
-        rank: of the update.
+        base: linear map, which gets frozen.
+        rank: rank of the update.
         scale: alpha / rank.
     """
 
@@ -37,13 +37,13 @@ class LowRankLinear(nn.Module):
 
 
 def add_low_rank(model: nn.Module, layers: tuple[str, ...], rank: int, alpha: float) -> list[str]:
-    """Give linear maps low-rank updates in place; returns their names.
+    """Add low-rank updates to linear maps in place; return the names of these maps.
 
     Args:
-        layers: last parts of their names, e.g. ("to_q", "to_out.0").
+        layers: last parts of the names, e.g. ("to_q", "to_out.0").
 
     Raises:
-        ValueError: rank < 1, or no layer of such a name.
+        ValueError: rank < 1, or no linear map has such a name.
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, not {rank}")
@@ -53,7 +53,7 @@ def add_low_rank(model: nn.Module, layers: tuple[str, ...], rank: int, alpha: fl
         if isinstance(module, nn.Linear) and name.endswith(tuple("." + layer for layer in layers))
     ]
     if not names:
-        raise ValueError(f"no linear map is called {' or '.join(layers)}")
+        raise ValueError(f"no linear map is named {' or '.join(layers)}")
     for name in names:
         parent, _, own = name.rpartition(".")
         base = model.get_submodule(name)
@@ -63,7 +63,7 @@ def add_low_rank(model: nn.Module, layers: tuple[str, ...], rank: int, alpha: fl
 
 
 def low_rank_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The trained tensors, named ``<linear>.lora_down`` and ``<linear>.lora_up``."""
+    """Return the trained tensors, named ``<linear>.lora_down`` and ``<linear>.lora_up``."""
     return {
         f"{name}.{part}": getattr(module, part).detach()
         for name, module in model.named_modules()

@@ -1,12 +1,12 @@
-"""Losses of the joint phase: what they weigh, what they see, and how realism shifts them.
+"""Losses of the joint phase: their weights, their views of a picture, and the effect of realism.
 
-A sample of realism β costs
+The loss of a sample with realism β is
 
     L1 + (1 − β)·mse·MSE + β·(alex·LPIPS(AlexNet) + vgg·LPIPS(VGG16) + adversaries),
 
-so that one model learns the whole range from a faithful picture to a realistic one, as in
-Multi-Realism Image Compression (Agustsson et al. 2023, arXiv 2212.13824) and CRDR (Iwai et al.
-2024, arXiv 2306.01150).
+so that one model learns the whole range from faithful to realistic pictures, as in Multi-Realism
+Image Compression (Agustsson et al. 2023, arXiv 2212.13824) and CRDR (Iwai et al. 2024, arXiv
+2306.01150).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from torch import Tensor, nn
 from percov2.models.perceptual import LPIPS
 
 _STRIDE = 16
-"""Of the last slices of AlexNet and VGG16."""
+"""Stride of the last slices of AlexNet and VGG16 in pixels."""
 _LEAST_SIDE = 32
 
 
 @dataclass(frozen=True)
 class Term:
-    """The weight of a loss over the steps of a run.
+    """Weight of a loss over the steps of a run.
 
     Attributes:
-        weight: at last.
-        from_step: step before which it is 0.
-        warmup: steps over which it rises linearly, counted from ``from_step``.
+        weight: final weight.
+        from_step: first step with a weight above 0.
+        warmup: number of steps of a linear rise after ``from_step``.
 
     Raises:
-        ValueError: a value below 0.
+        ValueError: a value is below 0.
     """
 
     weight: float = 0.0
@@ -54,15 +54,15 @@ class Term:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Weights of the losses at one rate, beside 1 for L1.
+    """Weights of the losses at one rate, relative to L1.
 
     Attributes:
-        mse: of the mean squared error, at realism 0.
-        alex: of LPIPS (AlexNet).
-        vgg: of LPIPS (VGG16).
-        pixels: force of the discriminator of pixels: the root mean square of its gradient at the
-            picture, as a multiple of that of L1.
-        features: of the hinge loss of the discriminator of features.
+        mse: weight of the mean squared error at realism 0.
+        alex: weight of LPIPS (AlexNet).
+        vgg: weight of LPIPS (VGG16).
+        pixels: root mean square of the pixel discriminator's gradient at the picture, relative to
+            that of L1.
+        features: weight of the feature discriminator's hinge loss.
     """
 
     mse: Term = field(default_factory=Term)
@@ -72,7 +72,7 @@ class LossTerms:
     features: Term = field(default_factory=Term)
 
     def at(self, step: int) -> dict[str, float]:
-        """Return the weights that are not 0 at a step, by name."""
+        """Return the nonzero weights at a step, by name."""
         weights = {term.name: getattr(self, term.name).at(step) for term in fields(self)}
         return {name: weight for name, weight in weights.items() if weight}
 
@@ -82,32 +82,32 @@ class LossTerms:
 
 
 def _cut(images: Tensor, corner: Tensor, height: int, width: int) -> Tensor:
-    """Return the part of images [B, 3, H, W] of this size, from row and column ``corner`` on."""
-    # Not by slices: a recorded step that is repeated must find its new corner on the device.
+    """Return the part of images [B, 3, H, W] of this size at row and column ``corner``."""
+    # Slices would not follow a new corner when a recorded step is repeated.
     rows = corner[0] + torch.arange(height, device=corner.device)
     columns = corner[1] + torch.arange(width, device=corner.device)
     return images.index_select(-2, rows).index_select(-1, columns)
 
 
 def least_side(coarse: bool) -> int:
-    """Return the pixels a side below which AlexNet may see nothing, of halved pictures if so."""
+    """Return the smallest side in pixels for AlexNet, on halved pictures if ``coarse``."""
     return _LEAST_SIDE * (2 if coarse else 1) + _STRIDE - 1
 
 
 @dataclass(frozen=True)
 class View:
-    """What the perceptual networks see of a batch.
+    """Parts of a batch's pictures that the perceptual networks see.
 
-    AlexNet's slices look at every 4th, 8th and 16th pixel, the decoder paints blocks of 4×4 and the
-    flow such of 16×16. At a fixed place both learn patterns of these periods that please one
-    network alone. So pictures are cut at a place that is drawn for every batch.
+    The strides of AlexNet's slices are 4, 8 and 16 pixels, like the blocks of decoder (4×4) and
+    flow (16×16). At a fixed alignment, both would learn patterns that fit one network only. So
+    every batch draws the position of its view.
 
     Attributes:
-        shift: row and column int64 [2], 0 to 15, of the first pixel that AlexNet sees; None for
-            whole pictures.
-        window: row and column int64 [2] of the first pixel of the window that VGG16 sees.
+        shift: row and column, int64 [2], 0 to 15, of AlexNet's first pixel; None for whole
+            pictures.
+        window: row and column, int64 [2], of the first pixel of VGG16's window.
         window_side: side of that window in pixels.
-        coarse: whether AlexNet sees means of 2×2 pixels.
+        coarse: True if AlexNet sees means of 2×2 pixels.
     """
 
     shift: Tensor | None
@@ -117,7 +117,7 @@ class View:
 
 
 def _drawn(share: float) -> bool:
-    """Return whether a call belongs to a share of all; draw nothing where the share is 0 or 1."""
+    """Return True for a random share of calls; draw nothing if the share is 0 or 1."""
     return share >= 1 or (share > 0 and float(torch.rand(())) < share)
 
 
@@ -125,13 +125,13 @@ def draw_view(side: int, aligned: float, coarse: float, window_side: int) -> Vie
     """Draw the view of a batch of crops.
 
     Args:
-        side: of the crops, in pixels.
+        side: side of the crops in pixels.
         aligned: share of the calls in which AlexNet sees whole pictures.
-        coarse: share of the calls in which it sees means of 2×2 pixels.
-        window_side: most pixels a side that VGG16, the costliest network by far, sees.
+        coarse: share of the calls in which AlexNet sees means of 2×2 pixels.
+        window_side: largest side in pixels for VGG16, the most expensive network.
     """
     shift = None if _drawn(aligned) else torch.randint(_STRIDE, (2,))
-    # Whole pictures, too, are cut, so that VGG16 meets every phase of its strides.
+    # Leaves room to move the window, so that VGG16 sees every phase of its strides.
     window_side = min(window_side, side - _STRIDE + 1)
     window = torch.randint(side - window_side + 1, (2,))
     return View(shift, window, window_side, _drawn(coarse))
@@ -139,12 +139,12 @@ def draw_view(side: int, aligned: float, coarse: float, window_side: int) -> Vie
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a batch's losses are made of.
+    """Differences between a batch of pictures and its photos.
 
     Attributes:
-        l1, mse, alex, vgg: one value per sample, float [B]; None for what has no weight.
-        found, wanted: responses of frozen networks to the pictures and to the photos, where the
-            discriminator of features needs them.
+        l1, mse, alex, vgg: a value per sample, float [B]; None for a term without weight.
+        found, wanted: responses of frozen networks to the pictures and to the photos, for the
+            feature discriminator.
     """
 
     l1: Tensor
@@ -156,21 +156,21 @@ class Comparison:
 
 
 FEATURES = (("alex", 2), ("vgg", 1), ("vgg", 2), ("vgg", 3))
-"""Network and slice, from 0, of the responses that the discriminator of features judges: AlexNet at
-1/16, VGG16 at 1/2, 1/4 and 1/8 of the resolution."""
+"""Network and slice, from 0, of the feature discriminator's inputs: AlexNet at 1/16, VGG16 at 1/2,
+1/4 and 1/8 of the resolution."""
 FEATURE_CHANNELS = (384, 128, 256, 512)
 
 
 class PerceptualNetworks(nn.Module):
-    """The frozen networks of the losses, each run once per batch and picture.
+    """Frozen networks of the losses, each run once per batch.
 
-    EfficientNet-Lite0 is the judge of realism and never among them, nor is DISTS.
+    EfficientNet-Lite0 and DISTS are never among them, because they judge the results.
 
     Args:
-        names: which of "alex" and "vgg".
+        names: selection of "alex" and "vgg".
 
     Raises:
-        MetricWeightsMissing: when their weights are not installed.
+        MetricWeightsMissing: the weights are not installed.
     """
 
     def __init__(self, names: set[str]) -> None:
@@ -186,17 +186,17 @@ class PerceptualNetworks(nn.Module):
         """Compare pictures with photos, float [B, 3, H, W] in [-1, 1].
 
         Args:
-            active: names of the terms that have a weight (``LossTerms.at``).
+            active: names of the terms with a weight (``LossTerms.at``).
 
         Raises:
-            ValueError: pictures of less than 47 pixels a side (79 where the view is coarse), of
-                which AlexNet sees nothing.
+            ValueError: a side of the pictures is below AlexNet's minimum, 47 pixels, or 79 for a
+                coarse view.
         """
         least = least_side(view.coarse)
         if min(images.shape[-2:]) < least:
             raise ValueError(
-                f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; make "
-                f"them {least} pixels a side or more"
+                f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; sides "
+                f"must be at least {least} pixels"
             )
         error = images.float() - references
         distances: dict[str, Tensor] = {}
@@ -226,7 +226,7 @@ class PerceptualNetworks(nn.Module):
 
 
 def _seen(network: str, images: Tensor, view: View) -> Tensor:
-    """Return what a network sees of images."""
+    """Return a network's view of images."""
     if network == "vgg":
         return _cut(images, view.window, view.window_side, view.window_side)
     if view.shift is not None:
@@ -242,11 +242,10 @@ def weighted(
 
     Args:
         realism: β of every sample, float [B] in [0, 1].
-        weights: of the terms, scalars.
+        weights: weights of the terms, scalars.
 
     Returns:
-        The loss, and l1, lpips (AlexNet) and vgg: means over the batch, NaN for what was not
-        measured.
+        The loss, and the means of l1, lpips (AlexNet) and vgg over the batch; NaN if not measured.
     """
     loss = comparison.l1.mean()
     if "mse" in weights:

@@ -1,4 +1,4 @@
-"""Rate points in training: each has its own tokens; autoencoder, flow and text are shared."""
+"""Rates in training: each has its own tokens, while autoencoder, flow and text are shared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from percov2.training.data import CropPlan
 from percov2.training.losses import LossTerms, least_side
 
 _PATCH_PIXELS = 2 * PatchAutoencoder.stride
-"""Side of the flow's patches of two latents: training pads no crop."""
+"""Side in pixels of the flow's patches; training does not pad crops."""
 
 
 @dataclass(frozen=True)
@@ -24,22 +24,20 @@ class RateConfig:
     """Settings of one rate.
 
     Attributes:
-        share: of the training steps; shares need not sum to 1.
-        crops: sides must be multiples of the token side.
-        codebook_decay: of the codebook's moving averages; nearer to 1 where a step has few tokens
-            per code. 1 keeps the codebook, and so the model id of files, while the hyper-encoder
-            learns.
-        frozen_tokens: hyper-encoder and codebook stay as they are, so that files and entropy models
-            keep their meaning while flow and decoder improve.
+        share: share of the training steps; shares need not sum to 1.
+        crops: crops, with sides that are multiples of the token side.
+        codebook_decay: decay of the codebook's moving averages, nearer to 1 for few tokens per code
+            and step. With 1, the hyper-encoder learns, but codebook and model id stay.
+        frozen_tokens: freeze hyper-encoder and codebook, so that files and entropy models stay
+            valid while flow and decoder improve.
         losses: weights of the losses.
-        aligned: share of the batches whose LPIPS (AlexNet) is taken at the tokens' own phase
+        aligned: share of the batches in which LPIPS (AlexNet) is aligned with the tokens
             (``losses.View``).
-        coarse: share of the batches whose LPIPS (AlexNet) is that of pictures of half the size.
-        steps, realism, decoder_noise: with which pictures of this rate are painted by default;
-            None for the model's.
+        coarse: share of the batches in which LPIPS (AlexNet) sees pictures of half the size.
+        steps, realism, decoder_noise: defaults of decoding at this rate; None for the model's.
 
     Raises:
-        ValueError: ``aligned`` or ``coarse`` outside 0 to 1, or crops that LPIPS cannot see.
+        ValueError: ``aligned`` or ``coarse`` is outside 0 to 1, or crops are too small for LPIPS.
     """
 
     hyper_encoder: dict = field(default_factory=dict)
@@ -62,13 +60,13 @@ class RateConfig:
         least = least_side(self.coarse > 0)
         if min(self.crops.sides) < least:
             raise ValueError(
-                f"crops of {min(self.crops.sides)} pixels are too small for LPIPS; make them "
-                f"{least} a side or more"
+                f"crops of {min(self.crops.sides)} pixels are too small for LPIPS; sides must be "
+                f"at least {least} pixels"
             )
 
 
 def perplexity(usage: Tensor) -> Tensor:
-    """exp of the entropy of code counts [V]: V if all codes are equally frequent."""
+    """Return exp of the entropy of code counts [V], which is V for equal counts."""
     share = usage / usage.sum().clamp_min(1e-9)
     return (-(share * share.clamp_min(1e-9).log()).sum()).exp()
 
@@ -77,11 +75,11 @@ class RateNetworks(nn.Module):
     """Hyper-encoder and quantizer of one rate.
 
     Args:
-        config: its settings. With frozen tokens only the projection of codes to z_hat learns, of
-            all weights, and files do not depend on it.
+        config: settings of the rate. With frozen tokens, only the projection of codes to z_hat
+            learns; files do not depend on it.
 
     Raises:
-        ValueError: when a crop side is no multiple of the token side, or of the flow's patches.
+        ValueError: a crop side is not a multiple of the token side and of the flow's patches.
     """
 
     def __init__(self, config: RateConfig) -> None:
@@ -94,8 +92,8 @@ class RateNetworks(nn.Module):
         odd = [side for side in config.crops.sides if side % unit]
         if odd:
             raise ValueError(
-                f"crop sides {odd} are no multiples of {unit} pixels, the larger of the token side "
-                "of this rate and the side of the flow's patches"
+                f"crop sides {odd} are not multiples of {unit} pixels, the larger of this rate's "
+                "token side and the side of the flow's patches"
             )
         self._last: Quantized | None = None
         if config.frozen_tokens:
@@ -108,15 +106,15 @@ class RateNetworks(nn.Module):
         return PatchAutoencoder.stride * int(self.hyper_encoder.config["stride"])
 
     def point(self, name: str) -> Rate:
-        """The rate as a model folder describes it."""
+        """Return the rate for the configuration of a model folder."""
         size = int(self.quantizer.config["codebook_size"])
         own = self.config
         return Rate(name, self.token_side, size, own.steps, own.realism, own.decoder_noise)
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Quantize latents [B, 16, h, w], differentiably; remembered for `move_codebook`.
+        """Quantize latents [B, 16, h, w] differentiably; keep the result for `move_codebook`.
 
-        With frozen tokens both losses are 0, and nothing is remembered.
+        With frozen tokens, both losses are 0 and nothing is kept.
         """
         if self.config.frozen_tokens:
             with torch.no_grad():
@@ -130,26 +128,23 @@ class RateNetworks(nn.Module):
         return quantized
 
     def move_codebook(self) -> None:
-        """Move the codes toward the last step's hyper-latents, once."""
+        """Move the codes towards the last step's hyper-latents, once."""
         if self._last is not None and self.config.codebook_decay < 1:
             directions, tokens = self._last.directions, self._last.tokens
             self.quantizer.update_codebook(directions, tokens, decay=self.config.codebook_decay)
             self._last = None
 
     def codes_in_use(self) -> Tensor:
-        """Perplexity of the recent code usage."""
+        """Return the perplexity of the recent code usage."""
         return perplexity(self.quantizer.usage)
 
 
 def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
-    """Networks of every rate, in the order of the rates in a model folder.
-
-    Args:
-        configs: settings per rate.
+    """Return the networks of every rate, in the order of the rates in a model folder.
 
     Raises:
         ValueError: no rate, a share that is not positive, crops that do not fit the tokens, or
-            quantizers whose z_hat differ in channels (the flow has one input for all).
+            z_hat of different numbers of channels, since the rates share the flow.
     """
     if not configs:
         raise ValueError("give at least one rate, e.g. a table [codec.rates.r031]")
@@ -164,7 +159,7 @@ def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
 
 
 def draw_rate(configs: dict[str, RateConfig], generator: np.random.Generator) -> str:
-    """The rate of a step; draws nothing if there is only one."""
+    """Draw the rate of a step; draw nothing if there is only one."""
     names = list(configs)
     if len(names) == 1:
         return names[0]

@@ -1,10 +1,10 @@
-"""Training steps as CUDA graphs: what a step launches is recorded once and then repeated.
+"""Training steps as CUDA graphs: a step is recorded once and then repeated.
 
-A step of the joint phase launches some thousands of small kernels; a GPU is done with most of them
-before the next is launched. A recorded step is one launch, and few others for its inputs.
+A step of the joint phase launches thousands of small kernels, most of which end before the next
+launch. A recorded step is one launch, plus a few for its inputs.
 
-The first steps of every kind run as usual, so that optimisers have their moments and libraries
-their workspaces. Then one is recorded, and from there on only its inputs change.
+The first steps of every kind run as usual, so that optimisers make their moments and libraries
+their workspaces.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from percov2.training.stage import Draw
 
 Figures = dict[str, Tensor]
 Recorder = Callable[[Callable[[], Figures]], tuple[Figures, Callable[[], None]]]
-"""Records work without doing it; returns where its results will lie, and what does it."""
+"""Function that records work without running it; it returns the results' tensors and the replay."""
 
 _AS_USUAL = 2
-"""Steps of each kind before one is recorded."""
+"""Number of steps of each kind before the recorded one."""
 
 
 class CudaRecorder:
-    """A :data:`Recorder` on the current CUDA stream, which must not be the default one."""
+    """:data:`Recorder` on the current CUDA stream, which must not be the default one."""
 
     def __init__(self) -> None:
-        # One pool for all graphs. What a step leaves in it (its figures, gradients) another one
-        # may overwrite, so figures are cloned at once, and nobody reads gradients between steps.
+        # All graphs share one pool. A step may overwrite the figures and gradients of another, so
+        # figures are cloned at once, and gradients are not read between steps.
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, work: Callable[[], Figures]) -> tuple[Figures, Callable[[], None]]:
@@ -44,10 +44,7 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """A step that can be repeated: its inputs, what does it, its figures in their order.
-
-    Figures that are None among the constants are the values, one after the other.
-    """
+    """Recorded step; figures that are None in ``constants`` are in ``values``, in order."""
 
     inputs: dict[str, Tensor]
     repeat: Callable[[], None]
@@ -56,11 +53,11 @@ class _Recorded:
 
 
 class RecordedSteps:
-    """Does steps, most of them by repeating a recorded one.
+    """Runner of steps that repeats recorded ones.
 
     Args:
-        step: does a whole step: forward, backward, optimiser. Returns scalar figures, on the device
-            of the draw's tensors unless they never change.
+        step: does a whole step: forward, backward, optimiser. It returns scalar figures, on the
+            device of the draw's tensors unless they are constant.
         recorder: records on the device.
     """
 
@@ -70,7 +67,7 @@ class RecordedSteps:
         self._recorded: dict[Hashable, _Recorded] = {}
 
     def __call__(self, draw: Draw) -> Figures:
-        """Do a step; returns its figures."""
+        """Do a step and return its figures."""
         shapes = tuple((name, tuple(value.shape)) for name, value in draw.tensors.items())
         kind = draw.kind, shapes
         if kind not in self._recorded:

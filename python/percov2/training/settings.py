@@ -1,4 +1,4 @@
-"""Configuration files to dataclasses, and the ids of a model folder's rates."""
+"""Configuration files as dataclasses, and the ids of a model folder's rates."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Config = TypeVar("Config")
 
 
 def read_section(path: Path, section: str) -> dict[str, Any]:
-    """One phase's table of a TOML configuration file.
+    """Return a phase's table of a TOML configuration file.
 
     Raises:
-        ValueError: when the file has no such table.
+        ValueError: the file has no such table.
     """
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     if section not in tables:
@@ -27,16 +27,16 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
 def read_recipe(
     path: Path, section: str, chosen: str | None, table: str = "recipes"
 ) -> dict[str, Any]:
-    """Return a phase's table with the chosen recipes merged over it, one after the other.
+    """Return a phase's table with the chosen recipes merged over it, in order.
 
-    Recipe ``NAME`` is the table ``[SECTION.recipes.NAME]``: it holds what differs from the section.
+    Recipe ``NAME`` is the table ``[SECTION.recipes.NAME]``, which holds differences to the section.
 
     Args:
         chosen: names, joined by commas; None for the section alone.
         table: name of the table of recipes.
 
     Raises:
-        ValueError: when the file has no such section or recipe.
+        ValueError: the file has no such section or recipe.
     """
     values = read_section(path, section)
     recipes = values.pop(table, {})
@@ -49,7 +49,7 @@ def read_recipe(
 
 
 def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """A table with the settings of another one before its own, table by table."""
+    """Merge ``own`` over ``values``, table by table."""
     merged = {**values, **own}
     for key in values.keys() & own.keys():
         if isinstance(values[key], dict) and isinstance(own[key], dict):
@@ -58,11 +58,10 @@ def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
-    """A config dataclass from a TOML table.
+    """Return a configuration dataclass for a TOML table.
 
     Raises:
-        ValueError: for a key that the dataclass does not have, one that it needs, or a value of
-            another kind.
+        ValueError: an unknown key, a missing key, or a value of the wrong type.
     """
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - names)
@@ -70,14 +69,14 @@ def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
         raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
     try:
         return kind(**values)
-    except TypeError as error:  # a missing setting, or a text where a number must be
+    except TypeError as error:  # a missing setting, or a text instead of a number
         raise ValueError(f"{error}; the settings are {sorted(names)}") from error
 
 
 def write_model_ids(folder: Path) -> None:
-    """Write ``model_id``: what `percov2 info` names model and rate by, without loading them.
+    """Write ``model_id``, from which `percov2 info` names model and rate without loading them.
 
-    Rates without an entropy model have none.
+    Rates without an entropy model have no id.
     """
     codec = Codec.from_pretrained(folder)
     names = [rate.name for rate in codec.config.rates]

@@ -1,12 +1,11 @@
-"""Crops straight from WebDataset shards: shared by processes, resumable to the sample, no cache.
+"""Crops from WebDataset shards, without a cache: shared by processes and resumable.
 
-Every place in a batch has a stream of its own, which walks through its shards in an order of its
-own, and through each shard in a random order of its samples, for ever. So what a batch holds
-depends on the seed and on what was drawn before, and not on how many processes share it; and where
-a stream is are three numbers.
+Every position in a batch has its own stream, which visits its shards, and the samples of each
+shard, in random order for ever. So a batch depends on the seed and on earlier draws, but not on the
+number of processes. Three numbers store the position of a stream.
 
-Shards are plain ``.tar`` files with ``<key>.webp|jpg|jpeg|png`` and, optionally, ``<key>.txt``
-(one caption a line), read by seeking: they must be files, not pipes.
+Shards are plain ``.tar`` files with ``<key>.webp|jpg|jpeg|png`` and, optionally, ``<key>.txt`` (a
+caption per line). They are read by seeking, so they cannot be pipes.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")
 
 @dataclass(frozen=True)
 class Member:
-    """One sample of a shard: byte ranges (offset, length) of its photo and its captions."""
+    """Sample of a shard: byte ranges (offset, length) of its photo and its captions."""
 
     key: str
     photo: tuple[int, int]
@@ -42,10 +41,10 @@ class Member:
 
 @lru_cache(maxsize=256)
 def shard_members(shard: Path) -> tuple[Member, ...]:
-    """The samples of a shard, in its order.
+    """Return the samples of a shard in their order.
 
     Raises:
-        ValueError: when it is no tar file or holds no photo.
+        ValueError: the file is not a tar file, or holds no photo.
     """
     photos: dict[str, tuple[int, int]] = {}
     captions: dict[str, tuple[int, int]] = {}
@@ -61,14 +60,14 @@ def shard_members(shard: Path) -> tuple[Member, ...]:
                 elif member.isfile() and ending == "txt":
                     captions[key] = place
     except tarfile.TarError as error:
-        raise ValueError(f"{shard} is no uncompressed tar file: {error}") from error
+        raise ValueError(f"{shard} is not an uncompressed tar file: {error}") from error
     if not photos:
         raise ValueError(f"{shard.name} holds no photo ({', '.join(PHOTO_ENDINGS)})")
     return tuple(Member(key, place, captions.get(key)) for key, place in photos.items())
 
 
 def read_member(shard: Path, member: Member) -> tuple[Image.Image, tuple[str, ...]]:
-    """A sample's photo (lazily decoded) and its captions."""
+    """Return a sample's photo, not decoded yet, and its captions."""
     with open(shard, "rb") as file:
         file.seek(member.photo[0])
         photo = Image.open(io.BytesIO(file.read(member.photo[1])))
@@ -81,10 +80,10 @@ def read_member(shard: Path, member: Member) -> tuple[Image.Image, tuple[str, ..
 
 
 def shard_photos(shard: Path, side: int, longest: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Keys and pixels of all photos of a shard, uint8 [H, W, 3], H and W multiples of ``side``.
+    """Yield keys and pixels of a shard's photos, uint8 [H, W, 3], H and W multiples of ``side``.
 
-    Photos with a shorter side above ``longest`` are scaled down to it, those below ``side`` left
-    out.
+    A photo whose shorter side is above ``longest`` is scaled down to it. One whose shorter side is
+    below ``side`` is left out.
     """
     for member in shard_members(shard):
         photo, _ = read_member(shard, member)
@@ -102,8 +101,8 @@ class Sample:
 
     Attributes:
         pixels: uint8 [S, S, 3].
-        caption: one of the photo's, "" if it has none.
-        randomness: for whatever else the sample needs; the same in every process layout.
+        caption: one of the photo's captions, "" if it has none.
+        randomness: generator for further draws, the same for any number of processes.
     """
 
     pixels: NDArray[np.uint8]
@@ -113,7 +112,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stream is: rounds over its shards done, shards of this round, samples of this one."""
+    """Position of a stream: rounds done, shards of this round, samples of this shard."""
 
     rounds: int = 0
     shards: int = 0
@@ -124,16 +123,16 @@ class ShardStreams:
     """Endless streams of square crops of photos that are not held out (``is_held_out``).
 
     Args:
-        shards: all of them, in a fixed order; stream i reads shards i, i + streams, … If there are
-            fewer shards than streams, streams share a shard and take every n-th sample of it.
-        streams: how many there are.
-        side: of the crops, in pixels. Photos with a shorter side are passed over.
-        longest: photos are scaled down so that their shorter side is drawn from side … longest;
-            nothing is scaled up.
-        seed: of all orders, crops and captions.
+        shards: all shards in a fixed order; stream i reads shards i, i + streams, … If there are
+            fewer shards than streams, streams share a shard and take every n-th sample.
+        streams: number of streams.
+        side: side of the crops in pixels; photos with a shorter side are skipped.
+        longest: largest shorter side of a scaled photo. The shorter side is drawn from side to
+            longest; photos are never scaled up.
+        seed: seed of all orders, crops and captions.
 
     Raises:
-        ValueError: when there is no shard, or longest < side.
+        ValueError: there is no shard, or longest < side.
     """
 
     def __init__(
@@ -142,17 +141,17 @@ class ShardStreams:
         if not shards:
             raise ValueError("no .tar shards; give a folder that holds WebDataset shards")
         if longest < side:
-            raise ValueError(f"shorter sides reach from {side} to {longest}; the latter is smaller")
+            raise ValueError(f"longest must be at least the crops' side of {side}, not {longest}")
         self.shards, self.streams, self.side, self.longest = shards, streams, side, longest
         self.seed = seed
 
     def next(self, stream: int, position: Position) -> tuple[Sample, Position]:
-        """A stream's first usable sample from a position on, and the position after it.
+        """Return a stream's first usable sample from a position on, and the next position.
 
-        Photos that are too small are passed over, and with a warning those that are damaged.
+        Photos that are too small are skipped; damaged ones also cause a warning.
 
         Raises:
-            ValueError: when a whole round over the stream's shards holds no usable photo.
+            ValueError: a whole round over the stream's shards holds no usable photo.
         """
         first_round = position.rounds
         while position.rounds <= first_round + 1:
@@ -173,9 +172,9 @@ class ShardStreams:
         )
 
     def _shard(self, stream: int, position: Position) -> tuple[Path, list[Member], bool]:
-        """A position's shard, the stream's training samples of it in order, whether more follow.
+        """Return a position's shard, the stream's samples of it, and True if more shards follow.
 
-        Streams that share a shard deal one order of its samples among them.
+        Streams that share a shard divide one order of its samples.
         """
         count = len(self.shards)
         if count < self.streams:
@@ -202,14 +201,14 @@ class ShardStreams:
             if min(photo.size) < self.side:
                 return None
             shorter = int(random.integers(self.side, min(self.longest, min(photo.size)) + 1))
-            # JPEG decodes to a half, a quarter or an eighth of its size several times faster.
+            # JPEG decodes several times faster to a half, a quarter or an eighth of its size.
             photo.draft("RGB", (shorter, shorter))
             picture = Image.fromarray(to_rgb(photo))
             scale = shorter / min(picture.size)
             width, height = (max(self.side, round(length * scale)) for length in picture.size)
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            warnings.warn(f"{shard.name}: passed over {member.key}: {error}", stacklevel=2)
+            warnings.warn(f"{shard.name}: skipped {member.key}: {error}", stacklevel=2)
             return None
         left = int(random.integers(width - self.side + 1))
         top = int(random.integers(height - self.side + 1))
@@ -221,15 +220,15 @@ class ShardStreams:
 
 
 class CropFeed:
-    """A process's places of the batches of a run, read ahead by threads.
+    """A process's part of the batches of a run, read ahead by threads.
 
     Args:
-        streams: one per place in a batch of all processes.
-        process, processes: this process's index, and how many share a batch.
-        parts: forward passes that a batch is divided into.
+        streams: one stream per position in a batch of all processes.
+        process, processes: index of this process, and number of processes.
+        parts: number of forward passes per batch.
 
     Raises:
-        ValueError: when the batch cannot be divided so.
+        ValueError: the batch cannot be divided evenly.
     """
 
     def __init__(
@@ -250,7 +249,7 @@ class CropFeed:
         self._ahead: list[Future[tuple[Sample, Position]]] = []
 
     def take(self) -> list[Sample]:
-        """This process's samples of the next forward pass, in the order of their places."""
+        """Return this process's samples of the next forward pass, in order."""
         found = [future.result() for future in self._ahead or self._begin()]
         places = self._parts[self._part]
         self._positions.update(zip(places, (after for _, after in found), strict=True))
@@ -265,19 +264,19 @@ class CropFeed:
         ]
 
     def positions(self) -> dict[int, list[int]]:
-        """Where this process's streams are between two steps, not counting what was read ahead."""
+        """Return the positions of this process's streams, without samples read ahead."""
         return {place: list(vars(at).values()) for place, at in self._positions.items()}
 
     def go_to(self, positions: dict[int, list[int]]) -> None:
-        """Go on from the positions of all streams.
+        """Continue from the positions of all streams.
 
         Raises:
-            ValueError: when they are of another number of streams.
+            ValueError: the number of streams differs.
         """
         if len(positions) != self.streams.streams:
             raise ValueError(
                 f"the run's batches had {len(positions)} samples, not {self.streams.streams}; "
-                "go on with the same batch"
+                "resume it with the same batch"
             )
         self._positions = {place: Position(*positions[place]) for place in self._positions}
         self._ahead = []

@@ -1,4 +1,4 @@
-"""What a stage of training is to the loop: where it runs, what it draws, what it computes."""
+"""Interface between the training loop and a stage."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands in a run.
+    """Facts of a process in a run.
 
     Attributes:
-        device: of the stage's weights in this process.
-        process: its index.
-        processes: how many there are.
+        device: device of the stage's weights in this process.
+        process: index of this process.
+        processes: number of processes.
         accumulate: forward passes per step.
-        seed: of the run.
-        recorded: whether steps are recorded (``recording.RecordedSteps``).
+        seed: seed of the run.
+        recorded: True if steps are recorded (``recording.RecordedSteps``).
     """
 
     device: torch.device
@@ -35,11 +35,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Draw:
-    """What a step is about.
+    """Input of a step.
 
     Attributes:
-        kind: whatever decides which operations it takes.
-        tensors: whatever they are applied to, on the device.
+        kind: everything that decides the operations of the step.
+        tensors: operands on the device.
     """
 
     kind: Hashable
@@ -47,53 +47,52 @@ class Draw:
 
 
 class TrainingStage(nn.Module):
-    """One stage of training: networks, data and losses.
+    """Base of a training stage: networks, data and losses.
 
     Attributes:
-        whole_batches: every process draws (or knows) the whole batch and takes its own part. Then
-            the number of processes changes nothing but rounding, also when a run goes on.
-            Otherwise each process draws batches of its own.
-        recordable: :meth:`compute` and :meth:`after_step` read nothing back from a GPU and keep
-            nothing but what lies at one place, so that they may be recorded.
+        whole_batches: True if every process draws the whole batch and takes its own part. Then the
+            number of processes affects only rounding, and may change when a run resumes.
+        recordable: True if :meth:`compute` and :meth:`after_step` may be recorded: they read
+            nothing back from a GPU, and the state that they keep has a fixed address.
     """
 
     whole_batches = False
     recordable = False
 
     def draw(self, generator: np.random.Generator) -> Draw:
-        """Draw a batch; with :meth:`compute` it is an alternative to defining ``forward``."""
+        """Draw a batch for :meth:`compute`. A stage may define ``forward`` instead."""
         raise TypeError(f"{type(self).__name__} must define draw or forward")
 
     def compute(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss and the figures of a batch, as ``forward`` returns them."""
+        """Return the loss and the figures of a batch."""
         raise TypeError(f"{type(self).__name__} must define compute or forward")
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw a batch and return the loss and figures to log.
 
-        Figures are scalars, the same names at every step; NaN where a step has none.
+        Figures are scalars with the same names at every step; a missing one is NaN.
         """
         return self.compute(self.draw(generator))
 
     def stored_keys(self) -> set[str]:
-        """Names of ``state_dict()`` that checkpoints hold (e.g. without frozen networks)."""
+        """Return the keys of ``state_dict()`` for checkpoints (e.g. without frozen networks)."""
         return set(self.state_dict())
 
     def start_run(self, place: Place) -> None:
-        """Called once the weights are on their device, before anything is restored."""
+        """Prepare a run, after the weights moved to their device and before a restore."""
 
     def start_step(self, step: int, total: int) -> None:
-        """Called before every step (e.g. to switch fake quantization on)."""
+        """Prepare a step (e.g. switch fake quantization on)."""
 
     def after_step(self) -> None:
-        """Called after every optimiser step (e.g. to move the codebook)."""
+        """Finish an optimiser step (e.g. move the codebook)."""
 
     def draw_samples(self, folder: Path, step: int) -> None:
-        """Called at every checkpoint, in evaluation mode with averaged weights."""
+        """Write samples at a checkpoint, in evaluation mode with averaged weights."""
 
     def side_state(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside the weights (e.g. a discriminator); collective."""
+        """Return further state for a checkpoint (e.g. of a discriminator); collective."""
         return {}
 
     def load_side_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`side_state` returned; {} from a run that had none."""
+        """Restore the result of :meth:`side_state`, or {} from a run without one."""

@@ -1,8 +1,8 @@
-"""Stage 1, joint phase: hyper-encoders, quantizers, flow transformer and decoder together.
+"""Joint phase of stage 1: hyper-encoders, quantizers, flow transformer and decoder.
 
-It follows PerCoV2 §3 (flow matching with z_hat beside the noisy latents) and adds
-what a small model needs: most samples start at t = 1 and are decoded, so that L1 and LPIPS reach
-the whole chain, the trainable decoder included.
+It follows PerCoV2 §3 (flow matching with z_hat beside the noisy latents). In addition, most samples
+start at t = 1 and are decoded. So L1 and LPIPS train the whole chain, including the decoder, which
+a small model needs.
 """
 
 from __future__ import annotations
@@ -48,17 +48,16 @@ class CodecConfig:
 
     Attributes:
         rates: settings per rate, in the order of the rates in a model folder.
-        one_step: share of samples at t = 1; the others draw t as SD3 does (logit-normal).
-        distil: weight of the mean absolute difference from what the decoder of the starting model
-            paints of the same latents. Above 0 only the decoder learns.
+        one_step: share of samples at t = 1; the others draw t as in SD3 (logit-normal).
+        distil: weight of the mean absolute difference to the pictures of the starting model's
+            decoder. Above 0, only the decoder learns.
         caption_dropout: share of captions replaced by "" (PerCo: 10 %).
-        decoder_noise: standard deviation of the noise on the latents that are decoded, at
-            realism 1; it is proportional to realism. A rate may have its own.
-        dial: settings of the realism dial; None for a model without one, which is trained at
-            realism 1.
-        realism_ends: shares of the samples at realism 0 and at realism 1; the others are drawn
-            uniformly between.
-        window: most pixels a side that VGG16 sees (``losses.draw_view``).
+        decoder_noise: standard deviation of the noise on decoded latents at realism 1; it is
+            proportional to realism. A rate may have its own.
+        dial: settings of the realism dial; None for a model without one, trained at realism 1.
+        realism_ends: shares of the samples at realism 0 and at realism 1; the others are uniform
+            between them.
+        window: largest side in pixels for VGG16 (``losses.draw_view``).
         adversary: settings of the discriminators.
     """
 
@@ -82,7 +81,7 @@ class CodecConfig:
         zero, one = self.realism_ends
         if not (zero >= 0 and one >= 0 and zero + one <= 1):
             raise ValueError(
-                f"realism_ends must be two shares of together at most 1: {self.realism_ends}"
+                f"realism_ends must be two shares with a sum of at most 1, not {self.realism_ends}"
             )
 
     def draw_realism(self, count: int) -> Tensor:
@@ -95,10 +94,7 @@ class CodecConfig:
 
 
 class CodecStage(TrainingStage):
-    """Phase B: tokens that the flow transformer and the decoder can use (encoder frozen).
-
-    Every step trains one rate, drawn by its share.
-    """
+    """Phase B: joint training with a frozen encoder; every step draws one rate by its share."""
 
     def __init__(
         self, config: CodecConfig, autoencoder: PatchAutoencoder, data: PhotoCrops
@@ -123,18 +119,17 @@ class CodecStage(TrainingStage):
         self.adversaries = _adversaries(config.adversary, terms)
         self._step = 0
         self.teacher: PatchAutoencoder | None = None
-        # Scalars at one place each, which recorded steps read and write.
+        # Scalars with fixed addresses for recorded steps.
         self._learnt = {name: torch.tensor(math.nan) for name in self.adversaries}
 
     def start_run(self, place: Place) -> None:
-        """See :meth:`TrainingStage.start_run`."""
         self.data = self.data.on(place.device)
         self._learnt = {name: value.to(place.device) for name, value in self._learnt.items()}
         for adversary in self.adversaries.values():
             adversary.start_run(place)
 
     def stored_keys(self) -> set[str]:
-        """See :meth:`TrainingStage.stored_keys`: everything but the losses' networks."""
+        """Return all keys except those of the losses' networks and the teacher."""
         left_out = ("perceptual.", "teacher.")
         return {key for key in self.state_dict() if not key.startswith(left_out)}
 
@@ -144,19 +139,15 @@ class CodecStage(TrainingStage):
         return networks
 
     def start_step(self, step: int, total: int) -> None:
-        """See :meth:`TrainingStage.start_step`."""
         self._step = step
 
     @property
     def recordable(self) -> bool:  # type: ignore[override]
-        """Where every rate has frozen tokens."""
+        """True if every rate has frozen tokens."""
         return all(rate.frozen_tokens for rate in self.config.rates.values())
 
     def draw(self, generator: np.random.Generator) -> Draw:
-        """Draw crops, words, times, realism and loss weights of a step, and what its losses see.
-
-        See :meth:`TrainingStage.draw`.
-        """
+        """Draw the crops, words, times, realism, loss weights and view of a step."""
         config = self.config
         name = draw_rate(config.rates, generator)
         rate = config.rates[name]
@@ -183,7 +174,6 @@ class CodecStage(TrainingStage):
         return Draw(kind, {**tensors, "images": images})
 
     def compute(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.compute`."""
         config = self.config
         assert isinstance(draw.kind, tuple)
         name, window_side, coarse, active = draw.kind
@@ -244,36 +234,35 @@ class CodecStage(TrainingStage):
         )
 
     def learn_from(self, teacher: PatchAutoencoder) -> None:
-        """Let the decoder alone learn what another one paints (``CodecConfig.distil``)."""
+        """Train only the decoder, to imitate another one (``CodecConfig.distil``)."""
         self.requires_grad_(False)
         self.autoencoder.decoder.requires_grad_(True)
         self.teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def _decoder_noise(self, rate: str) -> float:
-        """Return the decoder's noise at a rate."""
         own = self.config.rates[rate].decoder_noise
         return self.config.decoder_noise if own is None else own
 
     def _conditioning(self, text: tuple[Tensor, Tensor], realism: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the flow is told of captions and realism."""
+        """Return the flow's conditioning on captions and realism."""
         return text if self.dial is None else (text[0], text[1] + self.dial(realism))
 
     def _figures(
         self, rate: str, adversarial: dict[str, Tensor], figures: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return figures of a step under the names of its rate, NaN for the other rates'."""
+        """Return the figures of a step, named by rate, with NaN for other rates."""
         missing = torch.tensor(math.nan)
         named = {f"{key}_{name}": missing for name in self.rates for key in figures}
         named.update({f"{key}_{rate}": value for key, value in figures.items()})
         for name in self.adversaries:
             felt = adversarial.get(name)
             named[f"adversarial_{name}"] = missing if felt is None else felt.detach().mean()
-            # Discriminators learn after the step, so their losses are those of the step before.
+            # Discriminators learn after the step, so their losses are from the previous step.
             named[f"discriminator_{name}"] = self._learnt[name].clone()
         return named
 
     def after_step(self) -> None:
-        """Move the codebook of this step's rate, and let the discriminators learn."""
+        """Move the codebook of this step's rate, and train the discriminators."""
         for name in self.rates:
             self._rate(name).move_codebook()
         for name, adversary in self.adversaries.items():
@@ -284,17 +273,16 @@ class CodecStage(TrainingStage):
                 self._learnt[name].copy_(loss)
 
     def side_state(self) -> dict[str, Any]:
-        """See :meth:`TrainingStage.side_state`."""
         return {name: adversary.state_dict() for name, adversary in self.adversaries.items()}
 
     def load_side_state(self, state: dict[str, Any]) -> None:
-        """See :meth:`TrainingStage.load_side_state`; a discriminator may join a run late."""
+        """Restore the discriminators that the run has; others may join late."""
         for name, adversary in self.adversaries.items():
             if name in state:
                 adversary.load_state_dict(state[name])
 
     def reconstruct(self, images: Tensor, captions: list[str], rate: str) -> Tensor:
-        """Restore images [B, 3, H, W] in [-1, 1] in one step at realism 1 (training samples)."""
+        """Restore images [B, 3, H, W] in [-1, 1] in one step at realism 1."""
         networks = self._rate(rate)
         latents = self.autoencoder.encode(images).float()
         generator = torch.Generator().manual_seed(0)
@@ -311,8 +299,8 @@ class CodecStage(TrainingStage):
         return self.autoencoder.decode(clean + self._decoder_noise(rate) * grain)
 
     def draw_samples(self, folder: Path, step: int) -> None:
-        """Fixed crops above their one-step reconstructions, one row per rate."""
-        # The largest crop side that every rate's tokens divide.
+        """Write samples.png: fixed crops above their one-step reconstructions, a row per rate."""
+        # The side is a multiple of every rate's tokens.
         unit = max(self._rate(name).token_side for name in self.rates)
         side = max(max(rate.crops.sides) for rate in self.config.rates.values())
         images, captions = self.data.batch(np.random.default_rng(123), 6, side - side % unit)
@@ -321,7 +309,7 @@ class CodecStage(TrainingStage):
 
 
 def _adversaries(config: AdversaryConfig, terms: set[str]) -> dict[str, Adversary]:
-    """Return the discriminators that have a weight at some rate."""
+    """Return the discriminators with a weight at any rate."""
     made: dict[str, Adversary] = {}
     if "pixels" in terms:
         made["pixels"] = Adversary(PixelDiscriminator(config.pixel_widths), config.learning_rate)

@@ -1,9 +1,9 @@
 """Stage 2: the entropy model, on the frozen tokens of stage 1.
 
-Crops of token maps are coded under many orders (the format's schedules and random ones with random
-group sizes), so that one set of weights serves every schedule. The first part of a run is float;
-then weights and activations are rounded like the integer program, with straight-through
-gradients. At the end the integer form is exported and both are measured on held-out maps.
+Crops of token maps are coded in many orders, the format's schedules and random ones with random
+group sizes. So one set of weights serves every schedule. After a first part in float, weights and
+activations are rounded as in the integer program, with straight-through gradients. At the end, the
+integer form is exported, and both forms are measured on held-out maps.
 """
 
 from __future__ import annotations
@@ -47,13 +47,12 @@ class EntropyConfig:
 
     Attributes:
         model: sizes of the transformer (``TransformerConfig`` without codebook_size).
-        shapes: crop heights and widths, in tokens; one shape is drawn per step.
-        tokens_per_step: crops of the drawn shape fill about this many tokens, in all processes
-            together.
-        real_orders: share of crops under a schedule of the format; the others are random orders.
-        default_orders: share of those under the default schedule.
-        round_from: share of the steps after which rounding is on.
-        observe_until: share of the steps after which the scales stay as they are.
+        shapes: crop heights and widths in tokens; a step draws one shape.
+        tokens_per_step: approximate number of tokens in a batch, over all processes.
+        real_orders: share of crops with a schedule of the format; the others have random orders.
+        default_orders: share of the former with the default schedule.
+        round_from: share of the steps before rounding starts.
+        observe_until: share of the steps before the scales are fixed.
     """
 
     model: dict = field(default_factory=dict)
@@ -66,7 +65,7 @@ class EntropyConfig:
 
 
 def _read_maps(path: Path) -> tuple[int, list[tuple[NDArray[np.int32], bool]]]:
-    """Codebook size of one file, and its token maps, each with whether it is held out."""
+    """Return the codebook size of a file, and its token maps with their held-out flags."""
     with np.load(path, allow_pickle=False) as stored:
         for name in ("codebook_size", "held_out"):
             if name not in stored:
@@ -85,24 +84,24 @@ def _read_maps(path: Path) -> tuple[int, list[tuple[NDArray[np.int32], bool]]]:
 
 
 def evenly_spread(held_out: list[Any]) -> list[Any]:
-    """At most 48 of what is held out, in order: neighbours come from the same shard."""
+    """Return at most 48 held-out items, evenly spread, because neighbours share a shard."""
     return held_out[:: max(1, len(held_out) // _MAX_HELD_OUT)][:_MAX_HELD_OUT]
 
 
 class TokenMaps:
-    """Token maps of photos, as ``percov2 train tokens`` writes them.
+    """Token maps of photos, made by ``percov2 train tokens``.
 
     Args:
         path: ``.npz`` with ``tokens_<i>`` integers [h, w], ``held_out`` bool per map and
-            ``codebook_size``, or a folder of them.
+            ``codebook_size``, or a folder of such files.
 
     Attributes:
-        maps: of photos to train on.
-        held_out: of at most 48 of the others.
+        maps: maps to train on.
+        held_out: at most 48 of the held-out maps.
 
     Raises:
-        ValueError: no maps of one of the two kinds, tokens outside the codebook, or files of
-            several codebooks.
+        ValueError: no map to train on or none held out, tokens outside the codebook, or files with
+            different codebook sizes.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,17 +122,17 @@ class TokenMaps:
         self._stages: dict[tuple[str, int, int], NDArray[np.int32]] = {}
 
     def counts(self) -> NDArray[np.int64]:
-        """How often each token occurs in the training maps: int64 [V]."""
+        """Return the number of times that each token occurs in training: int64 [V]."""
         every = np.concatenate([tokens.reshape(-1) for tokens in self.maps])
         return np.bincount(every, minlength=self.codebook_size)
 
     def size_classes(self) -> tuple[set[int], set[int]]:
-        """Size classes of the heights and of the widths of the training maps."""
+        """Return the size classes of the training maps' heights and widths."""
         shapes = {tokens.shape for tokens in self.maps}
         return {size_class(h) for h, _ in shapes}, {size_class(w) for _, w in shapes}
 
     def stages(self, name: str, height: int, width: int) -> NDArray[np.int32]:
-        """``schedule.stages``, kept for all sizes of maps."""
+        """Return ``schedule.stages``, cached."""
         key = (name, height, width)
         if key not in self._stages:
             self._stages[key] = stages(*key)
@@ -147,9 +146,9 @@ class TokenMaps:
         process: int = 0,
         processes: int = 1,
     ) -> TokenBatch:
-        """A process's part of a batch of crops of ``shape``, cut down to what the maps have.
+        """Return this process's part of a batch of crops of ``shape``, or less for small maps.
 
-        Maps are drawn by area, so that every token is about as likely as any other.
+        Maps are drawn by area, so that all tokens are about equally likely.
         """
         height = min(shape[0], max(tokens.shape[0] for tokens in self.maps))
         fitting = [t for t in self.maps if t.shape[0] >= height]
@@ -170,7 +169,7 @@ class TokenMaps:
     def _order(
         self, generator: np.random.Generator, shape: tuple[int, ...], config: EntropyConfig
     ) -> NDArray[np.int32]:
-        """Stages of a whole map: one of the format's schedules, or a random order."""
+        """Draw the stages of a whole map: a schedule of the format, or a random order."""
         if generator.random() < config.real_orders:
             name = DEFAULT_SCHEDULE
             if generator.random() >= config.default_orders:
@@ -180,7 +179,7 @@ class TokenMaps:
 
 
 def random_stages(generator: np.random.Generator, height: int, width: int) -> NDArray[np.int32]:
-    """A random order in random groups that grow by a power law: int32 [height, width]."""
+    """Draw a random order, int32 [height, width], in groups that grow by a power law."""
     size = height * width
     groups = min(size, int(np.exp(generator.uniform(np.log(2), np.log(40)))))
     power = generator.uniform(0.8, 3.0)
@@ -192,11 +191,11 @@ def random_stages(generator: np.random.Generator, height: int, width: int) -> ND
 
 
 class RoundedStage(TrainingStage):
-    """A token transformer that is rounded in the later part of a run, in any number of processes.
+    """Base of stages with a token transformer that is rounded in the later part of a run.
 
     Attributes:
-        config: says from when on (``round_from``) and how long scales move (``observe_until``).
-        transformer: what is trained.
+        config: settings with ``round_from`` and ``observe_until``.
+        transformer: transformer to train.
     """
 
     whole_batches = True
@@ -208,24 +207,22 @@ class RoundedStage(TrainingStage):
         self.place = Place(torch.device("cpu"))
 
     def start_run(self, place: Place) -> None:
-        """See :meth:`TrainingStage.start_run`."""
         self.place = place
 
     def start_step(self, step: int, total: int) -> None:
-        """See :meth:`TrainingStage.start_step`."""
         self.transformer.quantized = step >= self.config.round_from * total
         observed = step < self.config.observe_until * total
         self.transformer.observing = observed and step % _OBSERVE_EVERY == 0
 
     def precision(self) -> torch.autocast:
-        """Where the transformer runs: bfloat16 if the run is and nothing is rounded."""
+        """Return the transformer's autocast: bfloat16 in a bf16 run while nothing is rounded."""
         device = self.place.device.type
-        # Rounding to 8 bits on top of bfloat16's 8 would train for another arithmetic.
+        # bfloat16 has 8 bits, so rounding to 8 bits on top would train for other arithmetic.
         allowed = torch.is_autocast_enabled(device) and not self.transformer.quantized
         return torch.autocast(device, dtype=torch.bfloat16, enabled=allowed)
 
     def after_step(self) -> None:
-        """Let activations' magnitudes be the largest that any process saw."""
+        """Set the activations' magnitudes to the largest over all processes."""
         if self.place.processes > 1 and self.transformer.observing:
             seen = [m.amax for m in self.modules() if isinstance(m, ActivationRange)]
             largest = torch.cat(seen)
@@ -235,7 +232,7 @@ class RoundedStage(TrainingStage):
 
 
 class EntropyStage(RoundedStage):
-    """Tokens -> bits per token of the transformer."""
+    """Training of the transformer on bits per token."""
 
     def __init__(self, config: EntropyConfig, data: TokenMaps) -> None:
         super().__init__()
@@ -245,7 +242,6 @@ class EntropyStage(RoundedStage):
         self.transformer.set_frequencies(torch.from_numpy(data.counts()))
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.forward`."""
         shape = self.config.shapes[int(generator.integers(len(self.config.shapes)))]
         place = self.place
         batch = self.data.draw(generator, shape, self.config, place.process, place.processes)
@@ -253,7 +249,7 @@ class EntropyStage(RoundedStage):
         return loss, {"bits": loss.detach()}
 
     def _bits(self, batch: TokenBatch) -> Tensor:
-        """Mean bits per token."""
+        """Return the mean bits per token."""
         batch = batch.to(self.place.device)
         with self.precision():
             logits = self.transformer(batch)
@@ -262,7 +258,7 @@ class EntropyStage(RoundedStage):
 
     @torch.no_grad()
     def held_out_bits(self, schedule: str, quantized: bool) -> float:
-        """Bits per token of whole held-out maps, in the float or the rounded form."""
+        """Return the bits per token of held-out maps, in the float or the rounded form."""
         transformer = self.transformer
         modes = transformer.quantized, transformer.observing
         transformer.quantized, transformer.observing = quantized, False
@@ -286,7 +282,7 @@ class EntropyStage(RoundedStage):
 
 
 def integer_bits(coder: TokenCoder, maps: list[NDArray[np.int32]], schedule: str) -> float:
-    """Bits per token that the coder will spend on whole maps, from the coded intervals."""
+    """Return the bits per token of whole maps from the coded intervals."""
     bits = tokens = 0.0
     for grid in maps:
         _, freqs = coder.intervals(grid[None], schedule)
@@ -296,7 +292,7 @@ def integer_bits(coder: TokenCoder, maps: list[NDArray[np.int32]], schedule: str
 
 
 def report(stage: EntropyStage, coder: TokenCoder, schedules: tuple[str, ...]) -> dict[str, Any]:
-    """Bits per token on the held-out maps: float form, rounded form and coded intervals."""
+    """Return the bits per token of held-out maps: float form, rounded form, coded intervals."""
     counts = stage.data.counts()
     share = counts[counts > 0] / counts.sum()
     result: dict[str, Any] = {
@@ -326,14 +322,13 @@ def trained_model(
 ) -> IntTransformer | None:
     """Train a stage to its last step, then export its averaged weights to ``out/entropy``.
 
-    The same call goes on where a run stopped.
+    The same call resumes an interrupted run.
 
     Args:
-        size_classes: of the heights and of the widths of the grids that are trained on.
+        size_classes: size classes of the heights and widths of the training grids.
 
     Returns:
-        The integer form, or None if the run has not reached its last step (or in another process
-        than the first).
+        The integer form, or None if steps remain or this is not the first process.
     """
     if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps or stage.place.process:
         return None
@@ -358,18 +353,17 @@ def train_entropy(
     """Train the entropy model on token maps, then export it to ``out/entropy``.
 
     Args:
-        data: ``.npz`` of token maps.
-        out: folder for checkpoint.pt, log.csv, held_out.csv, and at the end entropy/ (config.json
-            and model.safetensors) and report.json.
-        minutes: stop after this time; the same call goes on where it stopped.
-        schedules: what the report measures.
+        data: ``.npz`` of token maps, or a folder of such files.
+        out: folder for checkpoint.pt, log.csv, held_out.csv, and finally entropy/ (config.json and
+            model.safetensors) and report.json.
+        minutes: stop after this time; the same call resumes.
+        schedules: schedules in the report.
 
     Returns:
-        The report, or None if the run has not reached its last step (or in another process than
-        the first).
+        The report, or None if steps remain or this is not the first process.
 
     Raises:
-        ValueError: token maps or settings that do not fit.
+        ValueError: token maps or settings do not fit.
         FloatingPointError: the loss is not finite.
     """
     torch.manual_seed(loop.seed)

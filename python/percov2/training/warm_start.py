@@ -1,4 +1,4 @@
-"""Start the joint phase from another run of it or from a model folder, possibly of other rates."""
+"""First weights of the joint phase from another run or a model folder, possibly of other rates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _stored_rates(state: dict[str, Tensor], first: str) -> dict[str, dict[str, Tensor]]:
-    """Weights of every rate of a run. The oldest runs had one rate and no name for it."""
+    """Return the weights of every rate of a run; the oldest runs have one rate without a name."""
     if any(key.startswith("hyper_encoder.") for key in state):
         own = ("hyper_encoder.", "quantizer.")
         return {first: {k: v for k, v in state.items() if k.startswith(own)}}
@@ -32,11 +32,11 @@ def _stored_rates(state: dict[str, Tensor], first: str) -> dict[str, dict[str, T
 
 
 def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
-    """Copy what fits from another rate; names of the tensors that stay as initialised.
+    """Copy fitting tensors from another rate; return the names of those that keep their start.
 
-    A strided 5×5 convolution where the donor has a 1×1 one gets it averaged over 2×2 latents, so
-    the new rate starts as the donor on coarser latents. A 1×1 one gets the sum of a donor's 5×5
-    taps, so it starts as the donor where latents are constant. Codes come from the first batch.
+    A strided 5×5 convolution gets a donor's 1×1 convolution, averaged over 2×2 latents. So the new
+    rate starts as the donor on coarser latents. A 1×1 convolution gets the sum of a donor's 5×5
+    taps, which is equal on constant latents. Codes come from the first batch.
     """
     fresh = []
     for name, value in networks.state_dict().items():
@@ -48,7 +48,7 @@ def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
         elif old.shape[:2] != value.shape[:2]:
             fresh.append(name)
         elif (old.shape[2:], value.shape[2:]) == ((1, 1), (5, 5)):
-            # Padding 2, stride 2: taps 2 and 3 of output i lie on latents 2i and 2i + 1.
+            # With padding 2 and stride 2, taps 2 and 3 of output i are at latents 2i and 2i + 1.
             value.zero_()
             value[:, :, 2:4, 2:4] = old / 4
         elif (old.shape[2:], value.shape[2:]) == ((5, 5), (1, 1)):
@@ -59,9 +59,9 @@ def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
 
 
 def _places(state: dict[str, Tensor]) -> dict[tuple[int, int], str]:
-    """Prefixes of a decoder's layers, by how many plain layers come before and which block it is.
+    """Return the prefixes of a decoder's layers by (number of plain layers so far, block).
 
-    Plain layers are block 0 of their place.
+    A plain layer is block 0.
     """
     indices = sorted({int(k.split(".")[1]) for k in state if k.startswith("decoder.")})
     plain = block = 0
@@ -76,11 +76,10 @@ def _places(state: dict[str, Tensor]) -> dict[tuple[int, int], str]:
 
 
 def _fitted(fresh: dict[str, Tensor], stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
-    """Return an autoencoder's weights for a decoder of other depth or widths, and how many are new.
+    """Return weights for a decoder of another depth or width, and the number of new tensors.
 
-    Blocks are the identity until they are trained, so a decoder that only has more of them starts
-    as the stored one. One that is smaller or narrower keeps the layers that fit; the others start
-    at random and have to be trained (``CodecConfig.distil``).
+    New blocks start as the identity, so a deeper decoder starts as the stored one. A smaller or
+    narrower decoder keeps the layers that fit, and needs training (``CodecConfig.distil``).
     """
     fitted = {k: v for k, v in stored.items() if not k.startswith("decoder.")}
     old, new = _places(stored), 0
@@ -96,7 +95,7 @@ def _fitted(fresh: dict[str, Tensor], stored: dict[str, Tensor]) -> tuple[dict[s
 
 
 def _model_state(folder: Path) -> dict[str, Tensor]:
-    """The weights of a model folder under the names that a codec run gives them."""
+    """Return the weights of a model folder under their names in a codec run."""
     model = CodecModel(folder)
     parts: dict[str, torch.nn.Module] = {name: getattr(model, name) for name in _SHARED}
     if model.dial is not None:
@@ -108,7 +107,7 @@ def _model_state(folder: Path) -> dict[str, Tensor]:
 
 
 def stored_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
-    """Return weights and discriminators of a codec run or a model folder, and where they lie."""
+    """Return weights, discriminators and path of a codec run or a model folder."""
     path = run / "checkpoint.pt"
     if path.is_file():
         stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -123,27 +122,25 @@ def stored_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
 
 @torch.no_grad()
 def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
-    """Load the averaged weights of a codec run: shared networks, and every rate it has.
+    """Load the averaged weights of a codec run: shared networks, rates and discriminators.
 
-    Discriminators come along where both runs have them; their optimisers start anew.
-
-    Rates that the run does not have start from its first one. The decoder may have other blocks and
-    widths than the run's; more blocks start as the identity.
+    Optimisers of discriminators start fresh. A rate that the run lacks starts from its first rate.
+    The decoder may have other blocks and widths; further blocks start as the identity.
 
     Args:
-        stage: freshly initialised; changed in place.
-        run: folder of a run of ``percov2 train codec``, or a model folder.
+        stage: initialised stage, changed in place.
+        run: folder made by ``percov2 train codec``, or a model folder.
 
     Returns:
-        Per rate a phrase on where its weights come from, and one for a decoder that is partly new.
+        The origin of each rate's weights as a phrase, and of the decoder if it is partly new.
 
     Raises:
-        ValueError: neither of the two there, or networks of other sizes.
+        ValueError: the folder is neither of the two, or its networks have other sizes.
     """
     state, side, path = stored_state(run)
     stored = _stored_rates(state, next(iter(stage.rates)))
     if not stored:
-        raise ValueError(f"{path} is of another phase; give the folder of a codec run")
+        raise ValueError(f"{path} is from another phase; give the folder of a codec run")
     origins = {}
     try:
         for name in _SHARED:
@@ -151,10 +148,10 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
             if name == "autoencoder":
                 part, new = _fitted(module.state_dict(), part)
                 if new:
-                    origins["decoder"] = f"what fits, but new: {new} tensors"
+                    origins["decoder"] = f"from the run, except for {new} new tensors"
             module.load_state_dict(part)
         dial = _part(state, _DIAL)
-        # A model without a dial is one whose dial changes nothing.
+        # A new dial has no effect, so it fits a model without one.
         if stage.dial is not None and dial:
             stage.dial.load_state_dict(dial)
         for name, adversary in stage.adversaries.items():
@@ -168,7 +165,7 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
                 origins[name] = f"from {name}"
             else:
                 fresh = _inherit(networks, donor)
-                origins[name] = f"from {donor_name}, but new: {', '.join(fresh)}"
+                origins[name] = f"from {donor_name}, except for new {', '.join(fresh)}"
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the configuration: {error}") from error
     return origins

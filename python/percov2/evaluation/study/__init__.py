@@ -1,1 +1,1 @@
-"""Entropy schedules and coders compared on held-out tokens."""
+"""Comparison of entropy schedules and coders on held-out tokens."""

@@ -1,4 +1,4 @@
-"""Coders of the study of entropy schedules: the tokens of one photo <-> a payload."""
+"""Coders of the study: from the tokens of one photo to a payload and back."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from percov2.entropy.uniform import uniform_model
 from percov2.evaluation.study.schedules import Order, one_stage
 
 CHECK_BITS = 16
-"""Of every payload, as in a file."""
+"""Size of the check in every payload, as in a file."""
 
 
 class TokenMap(NamedTuple):
     """Tokens of one photo.
 
-    shape: rows and columns of its (finest) grid; tokens: int32 [n], row after row, where there are
-    several scales one after the other.
+    Attributes:
+        shape: rows and columns of its finest grid.
+        tokens: int32 [n], scale by scale, row by row.
     """
 
     shape: tuple[int, int]
@@ -34,55 +35,49 @@ class TokenMap(NamedTuple):
 
 
 def token_map(grid: NDArray[np.int32]) -> TokenMap:
-    """The map of a single grid int32 [h, w]."""
+    """Return the map of a single grid int32 [h, w]."""
     return TokenMap((grid.shape[0], grid.shape[1]), grid.reshape(-1))
 
 
 class StudyCoder(Protocol):
-    """Codes the tokens of a map in stages."""
+    """Coder of the tokens of a map in stages."""
 
     def stage_bits(self, tokens: TokenMap) -> list[NDArray[np.float64]]:
-        """Bits that each token's interval costs, one array per stage."""
+        """Return the cost in bits of each token's interval, one array per stage."""
         ...
 
     def encode(self, tokens: TokenMap) -> bytes:
-        """The payload: all tokens and the 16-bit check of ``token_check``."""
+        """Return the payload with all tokens and the check of ``token_check``."""
         ...
 
     def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
-        """The tokens of a payload, from it and the grid's shape alone.
-
-        Raises ValueError for a payload whose check does not hold.
-        """
+        """Return the tokens of a payload; raise ValueError if the check does not match."""
         ...
 
 
 def token_check(tokens: NDArray[np.int32]) -> int:
-    """CRC-16 of tokens int32 [n]: the first state of the stream that holds them."""
+    """Return the CRC-16 of tokens int32 [n], the first state of their stream."""
     return binascii.crc_hqx(tokens.astype("<i4").tobytes(), 0xFFFF)
 
 
 class OrderCoder:
-    """One grid, by an integer transformer in the stages of an order."""
+    """Coder of a single grid in the stages of an order, with an integer transformer."""
 
     def __init__(self, coder: TokenCoder, order: Order) -> None:
         self._coder, self._order = coder, order
 
     def stage_bits(self, tokens: TokenMap) -> list[NDArray[np.float64]]:
-        """See :meth:`StudyCoder.stage_bits`."""
         stages = self._order(*tokens.shape)
         _, freqs = self._coder.intervals(_grids(tokens), stages)
         ends = np.bincount(stages.reshape(-1))[1:].cumsum()
         return np.split(self._coder.prob_bits - np.log2(freqs[0]), ends[:-1])
 
     def encode(self, tokens: TokenMap) -> bytes:
-        """See :meth:`StudyCoder.encode`."""
         checks = [token_check(tokens.tokens)]
         encoder = self._coder.encoder(_grids(tokens), self._order(*tokens.shape), checks)
         return encoder.finish()[0].tobytes()
 
     def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
-        """See :meth:`StudyCoder.decode`."""
         decoder = self._coder.decoder(payload, np.array([0, len(payload)]))
         grids = self._coder.decode(decoder, self._order(*shape), *shape)
         tokens = rans.as_array(grids).reshape(-1)
@@ -96,17 +91,17 @@ def _grids(tokens: TokenMap) -> NDArray[np.int32]:
 
 
 def uniform_coder(codebook_size: int) -> OrderCoder:
-    """What everything is compared with: every token costs log2 V bits, in one stage."""
+    """Return the reference coder: every token costs log2 V bits, in one stage."""
     return OrderCoder(TokenCoder(uniform_model(codebook_size)), one_stage)
 
 
 class DirectCoder:
-    """Entries that are keys, readers and read out at once: one pass per stage, also to encode.
+    """Coder whose entries are keys, readers and outputs at once; a stage takes one pass.
 
     Args:
-        model: integers, run by the executor "torch".
-        plan: rows and columns of a grid -> how its tokens are coded.
-        codebook_size: of each codebook.
+        model: integer model, run by the executor "torch".
+        plan: maps rows and columns of a grid to the plan of its tokens.
+        codebook_size: size of each codebook.
     """
 
     def __init__(
@@ -121,7 +116,7 @@ class DirectCoder:
     def _stage(
         self, plan: DirectPlan, tokens: NDArray[np.int32], shape: tuple[int, int], stage: int
     ) -> tuple[NDArray[np.int64], torch.Tensor]:
-        """Indices of a stage's tokens, and their logits int16 [n, V] given those before it."""
+        """Return the indices of a stage's tokens, and their logits int16 [n, V]."""
         here = np.flatnonzero(plan.stage == stage)
         seen = np.flatnonzero(plan.entries.key_stage <= plan.entries.key_stage[here].max())
         payload = plan.payload(np.where(plan.stage < stage, tokens, UNKNOWN))
@@ -131,18 +126,16 @@ class DirectCoder:
         return here, logits[wanted, first : first + self._size].contiguous()
 
     def _intervals(self, tokens: TokenMap) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        """Starts and freqs of every stage, int32 [n]."""
+        """Yield starts and freqs of every stage, int32 [n]."""
         plan = self._plan(*tokens.shape)
         for stage in range(1, int(plan.stage.max()) + 1):
             here, logits = self._stage(plan, tokens.tokens, tokens.shape, stage)
             yield rans.intervals(logits.cpu(), tokens.tokens[here], self._prob_bits)
 
     def stage_bits(self, tokens: TokenMap) -> list[NDArray[np.float64]]:
-        """See :meth:`StudyCoder.stage_bits`."""
         return [self._prob_bits - np.log2(freqs) for _, freqs in self._intervals(tokens)]
 
     def encode(self, tokens: TokenMap) -> bytes:
-        """See :meth:`StudyCoder.encode`."""
         starts, freqs = zip(*self._intervals(tokens), strict=True)
         encoder = rans.RansEncoder([token_check(tokens.tokens)])
         counts = np.array([len(tokens.tokens)], dtype=np.int64)
@@ -150,7 +143,6 @@ class DirectCoder:
         return encoder.finish()[0].tobytes()
 
     def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
-        """See :meth:`StudyCoder.decode`."""
         plan = self._plan(*shape)
         decoder = rans.RansDecoder(payload, np.array([0, len(payload)]))
         tokens = np.full(len(plan.stage), UNKNOWN, dtype=np.int32)

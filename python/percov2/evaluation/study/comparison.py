@@ -1,4 +1,4 @@
-"""What orders and entropy models cost on token maps (PerCoV2, Table 1): really coded bytes."""
+"""Coded bytes of token maps by order and entropy model (PerCoV2, Table 1)."""
 
 from __future__ import annotations
 
@@ -23,22 +23,24 @@ from percov2.images import write_bytes
 def measure(
     coder: StudyCoder, maps: Sequence[TokenMap], label: str, progress: bool = True
 ) -> dict[str, Any]:
-    """Code maps one by one, decode them again, and compare.
+    """Encode maps one by one, decode them, and compare.
 
     Returns:
-        maps, tokens: how many; stages: mean and ``most_stages``, which are the passes of decoding;
-        bytes: mean of a payload with its check; ideal_bytes: mean of what the intervals and the
-        check say; bits_per_token: of the intervals; stage_bits and stage_tokens: bits per token and
-        number of tokens of each stage, over the maps that have it; encode_s and decode_s: mean
-        seconds of a map.
+        maps, tokens: their numbers.
+        stages, most_stages: mean and largest number of decoding passes.
+        bytes: mean length of a payload with its check.
+        ideal_bytes: mean cost of the intervals and the check.
+        bits_per_token: mean cost of an interval.
+        stage_bits, stage_tokens: bits per token and number of tokens of each stage.
+        encode_s, decode_s: mean seconds per map.
 
     Raises:
         ValueError: no maps.
-        RuntimeError: a map is not decoded as it was.
+        RuntimeError: a map is decoded wrongly.
     """
     if not maps:
         raise ValueError("no token maps to measure")
-    coder.decode(coder.encode(maps[0]), maps[0].shape)  # what is made once is not timed
+    coder.decode(coder.encode(maps[0]), maps[0].shape)  # excludes one-time work from the times
     sizes: list[int] = []
     bits: list[list[NDArray[np.float64]]] = []
     spent = np.zeros(2)
@@ -49,7 +51,7 @@ def measure(
         decoded = coder.decode(payload, tokens.shape)
         spent += encoded - begin, time.perf_counter() - encoded
         if not np.array_equal(decoded, tokens.tokens):
-            raise RuntimeError(f"{label}: a map of {tokens.shape} is not decoded as it was")
+            raise RuntimeError(f"{label}: a map of {tokens.shape} was decoded wrongly")
         sizes.append(len(payload))
         bits.append(coder.stage_bits(tokens))
     counts = [len(stages) for stages in bits]
@@ -73,11 +75,13 @@ def measure(
 
 
 class Method(NamedTuple):
-    """One row of the table: a coder, the maps that it codes, and what draws its stages.
+    """Row of the table: a coder and its maps.
 
-    name: of the method, also in file names; weights: what trained the coder; panels: shape of a
-    grid -> what ``study_page.draw_stages`` shows of each stage, None for no picture; note: Markdown
-    for the page, "" for none.
+    Attributes:
+        name: name of the method, also in file names.
+        weights: training of the coder.
+        panels: maps a grid's shape to the panels for ``page.draw_stages``; None for no picture.
+        note: Markdown for the page, "" for none.
     """
 
     name: str
@@ -95,7 +99,7 @@ def order_methods(
     maps: Sequence[TokenMap],
     draw: bool = False,
 ) -> Iterator[Method]:
-    """Every order of ``STUDY_SCHEDULES``; ``coder_of(name, order)`` when the order's turn comes."""
+    """Yield a method for every order of ``STUDY_SCHEDULES``, with ``coder_of(name, order)``."""
     for name, (title, order) in STUDY_SCHEDULES.items():
 
         def shown(height: int, width: int, order: Order = order) -> list[NDArray[np.int64]]:
@@ -111,20 +115,20 @@ def compare(
     out: Path,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure uniform coding and every method; the report grows as they are measured.
+    """Measure uniform coding and every method; rewrite the report after each.
 
     Args:
         maps: single grids, for uniform coding.
-        methods: their maps are of the same photos.
+        methods: methods with maps of the same photos.
         facts: rate, codebook_size, token_side (pixels) and command.
-        out: folder for report.json, report.md and schedule_NAME.png of the photo with most tokens.
+        out: folder for report.json, report.md and schedule_NAME.png of the largest map.
 
     Returns:
-        The report, as ``study_page.page`` takes it.
+        The report, for ``page.page``.
 
     Raises:
         ValueError: no maps.
-        RuntimeError: a map is not decoded as it was.
+        RuntimeError: a map is decoded wrongly.
     """
     out.mkdir(parents=True, exist_ok=True)
     report = {**facts, "threads": torch.get_num_threads(), "methods": [], "notes": []}
@@ -142,7 +146,7 @@ def compare(
 
 
 def _draw(method: Method, token_side: int, out: Path) -> str | None:
-    """The stages of the photo with most tokens; returns the picture's name, None for no picture."""
+    """Draw the stages of the largest map; return the picture's name, or None for no picture."""
     if method.panels is None:
         return None
     largest = max(method.maps, key=lambda tokens: len(tokens.tokens))

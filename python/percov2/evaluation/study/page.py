@@ -1,4 +1,4 @@
-"""The page and the pictures of the study of entropy schedules."""
+"""Page and pictures of the study of entropy schedules."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MOST_STAGES = 16
-"""More stages than these are not listed one by one."""
+"""Largest number of stages that the page lists one by one."""
 _PANELS = 12
 _COLUMNS = 6
 _COLOURS = ("#e4e4e4", "#7aa6c2", "#d1495b")
-"""Unknown, known before, and new in a stage."""
+"""Colours of tokens that are unknown, known before, and new in a stage."""
 
 
 def saved(record: dict[str, Any], uniform: dict[str, Any]) -> tuple[float, float]:
-    """Percent saved against uniform coding: of a map's bytes, and of its tokens' bits.
+    """Return the savings over uniform coding in percent: of a map's bytes, and of its bits.
 
-    Bits are compared per map, since a method may have other tokens than the single grid's.
+    Bits are compared per map, because a method may have more tokens than the single grid.
     """
     bits = [r["bits_per_token"] * r["tokens"] / r["maps"] for r in (record, uniform)]
     return 100 * (1 - record["bytes"] / uniform["bytes"]), 100 * (1 - bits[0] / bits[1])
 
 
 def page(report: dict[str, Any]) -> str:
-    """Markdown: one row per method, then bits per token of each stage, then the pictures.
+    """Return the Markdown page: a row per method, bits per token of each stage, and pictures.
 
-    report: rate, codebook_size, threads, command, notes (lines of Markdown), and ``methods``: per
-    row name, title, weights, picture (a file's name or None) and what ``entropy_study.measure``
-    returns, uniform coding first.
+    Args:
+        report: rate, codebook_size, threads, command, notes (lines of Markdown) and methods,
+            uniform coding first. A method has name, title, weights, picture (a file's name or
+            None) and the results of ``comparison.measure``.
     """
     rows = report["methods"]
     lines = [
@@ -39,9 +40,9 @@ def page(report: dict[str, Any]) -> str:
         "",
         f"{rows[0]['maps']} held-out token maps with {rows[0]['tokens']} tokens, codebook "
         f"{report['codebook_size']}. Every map was coded with rANS, decoded stage by stage and "
-        "compared. Bytes are a payload with its 16-bit check, without header and caption; "
-        "uniform coding is real coding, too. Stages are the passes of decoding: mean, and of the "
-        f"largest map. Seconds are per map, on {report['threads']} threads.",
+        "compared. Bytes count a payload with its 16-bit check, without header and caption. "
+        "Uniform coding is also measured by real coding. Stages are decoding passes: the mean, and "
+        f"those of the largest map. Seconds are per map, on {report['threads']} threads.",
         "",
         "```",
         report["command"],
@@ -61,7 +62,7 @@ def page(report: dict[str, Any]) -> str:
     for note in report["notes"]:
         lines += ["", note]
     lines += ["", "## Bits per token of each stage", ""]
-    lines += [f"Methods of more than {_MOST_STAGES} stages: see report.json.", ""]
+    lines += [f"For methods with more than {_MOST_STAGES} stages, see report.json.", ""]
     shown = [row for row in rows if row["most_stages"] <= _MOST_STAGES]
     most = max(row["most_stages"] for row in shown)
     lines.append(f"| method | weights | {' | '.join(map(str, range(1, most + 1)))} |")
@@ -72,8 +73,8 @@ def page(report: dict[str, Any]) -> str:
         lines.append(f"| {row['title']} | {row['weights']} | {' | '.join(cells)} |")
     lines += ["", "## Known tokens after each stage", ""]
     lines.append(
-        "Of the photo with most tokens: red is new, blue known before. The bpp so far are those of "
-        "the tokens' intervals, without header, caption and check."
+        "The photo with the most tokens: red tokens are new, blue ones known before. The bpp count "
+        "the intervals of all known tokens, without header, caption and check."
     )
     for row in rows:
         if row["picture"]:
@@ -88,13 +89,14 @@ def draw_stages(
     title: str,
     path: Path,
 ) -> None:
-    """A PNG like PerCoV2's Figs. 15-18: what is known of one photo after each stage.
+    """Draw the known tokens of one photo after each stage as PNG, like PerCoV2's Figs. 15-18.
 
     Args:
-        stages: of each stage what its panel shows, [h, w]: 0 unknown, 1 known before, 2 new.
-        bits: of the tokens of each stage; under a panel stands the sum so far as bpp.
-        pixels: of the photo.
-        path: at most 12 stages are drawn, the last among them.
+        stages: panel of each stage, [h, w]: 0 unknown, 1 known before, 2 new.
+        bits: bits of the tokens of each stage; a panel's label shows the sum so far as bpp.
+        pixels: number of pixels of the photo.
+        title: title of the figure.
+        path: file for at most 12 stages, including the last.
     """
     import matplotlib as mpl
 
@@ -126,7 +128,7 @@ def draw_stages(
 
 
 def panels(stage_map: NDArray[np.int32]) -> list[NDArray[np.int64]]:
-    """What ``draw_stages`` shows of a stage map int32 [h, w]."""
+    """Return the panels for ``draw_stages`` from a stage map int32 [h, w]."""
     return [
         (stage_map <= stage).astype(np.int64) + (stage_map == stage)
         for stage in range(1, int(stage_map.max()) + 1)

@@ -1,4 +1,4 @@
-"""The orders of one token grid that the study of schedules compares (PerCoV2, Table 1)."""
+"""Orders of a token grid for the study of schedules (PerCoV2, Table 1)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from numpy.typing import NDArray
 from percov2.entropy.schedule import nested_grids, qlds, stages
 
 Order = Callable[[int, int], NDArray[np.int32]]
-"""Rows and columns of a grid -> its stage map int32 [h, w], stages 1 .. S."""
+"""Function from rows and columns of a grid to its stage map int32 [h, w], stages 1..S."""
 
 
 class StudySchedule(NamedTuple):
-    """How a page calls an order, and its stages."""
+    """Title and stages of an order."""
 
     title: str
     stages: Order
 
 
 def _every_side(height: int, width: int) -> NDArray[np.int32]:
-    """Implicit VAR with sides 1, 2, 3, …: unlike those of 1, 2, 4, … its sub-grids do not nest."""
+    """Return implicit VAR with sides 1, 2, 3, …, whose sub-grids do not nest."""
     return nested_grids(height, width, range(1, max(height, width) + 1))
 
 
 def _flat_qlds(count: int) -> Order:
-    """QLDS in groups of equal size."""
+    """Return QLDS in groups of equal size."""
     return partial(qlds, stage_count=count, power=Fraction(1))
 
 
@@ -46,9 +46,9 @@ STUDY_SCHEDULES: dict[str, StudySchedule] = {
     "var_every_side": StudySchedule("implicit VAR, sides 1, 2, 3, …", _every_side),
     "raster": StudySchedule("raster", partial(stages, "raster")),
 }
-"""Name -> order. Those of the format have its names; the others are no part of it."""
+"""Orders by name; those of the format have its names."""
 
 
 def one_stage(height: int, width: int) -> NDArray[np.int32]:
-    """Every position in stage 1: the order of uniform coding."""
+    """Return a stage map with all positions in stage 1, for uniform coding."""
     return np.ones((height, width), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""What `percov2 train sd3 …` runs: configuration files to runs, and runs to model folders."""
+"""Functions of `percov2 train` for SD3: from configuration files to runs and model folders."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from percov2.training.settings import build_config, read_recipe, write_model_ids
 from percov2.training.shards import shard_photos
 
 _GUIDANCE = 3.0
-"""PerCo's; a reader of files may choose another."""
+"""Default guidance, as in PerCo."""
 
 
 def sd3_config(path: Path, recipe: str | None = None) -> tuple[SD3Config, LoopConfig]:
-    """Section [sd3] of a configuration file, with the recipes ``[sd3.recipes.NAME]`` over it.
+    """Return section [sd3] of a configuration file with recipes ``[sd3.recipes.NAME]`` over it.
 
     Args:
         recipe: names, joined by commas.
 
     Raises:
-        ValueError: no such recipe, no rate, or settings that do not exist or do not fit.
+        ValueError: no such recipe, no rate, or settings are unknown or do not fit.
     """
     values = read_recipe(path, "sd3", recipe)
     if "rate" not in values:
-        raise ValueError(f"[sd3] of {path.name} has no rate; choose a recipe that has one")
+        raise ValueError(f"[sd3] of {path.name} has no rate; choose a recipe with a rate")
     loop = build_config(LoopConfig, values.pop("loop", {}))
     values["rate"] = build_config(Rate, values["rate"])
     if "lora_layers" in values:
@@ -56,11 +56,11 @@ def run_sd3(
     minutes: float | None = None,
     recipe: str | None = None,
 ) -> None:
-    """`percov2 train sd3`: stage 1 on the shards of a folder.
+    """Run `percov2 train sd3`: stage 1 on the shards of a folder.
 
     Args:
         pictures: folder of validation pictures.
-        recipe: as for ``sd3_config``.
+        recipe: see ``sd3_config``.
     """
     settings, loop = sd3_config(config, recipe)
     shown = None if pictures is None else Pictures.load(pictures, settings.crop)
@@ -77,22 +77,22 @@ def run_sd3_export(
     entropy: list[str] | None = None,
     recipe: str | None = None,
 ) -> None:
-    """`percov2 train sd3-export`: averaged weights of a run -> a rate of a model folder.
+    """Run `percov2 train sd3-export`: add the averaged weights of a run to a model folder.
 
     Args:
-        out: a new folder, or one of the same base model, to which the rate is added.
+        out: new folder, or model folder with the same base model.
         entropy: folder of the rate's integer entropy model; uniform coding if None.
-        recipe: that of the run.
+        recipe: recipe of the run.
 
     Raises:
-        ValueError: no run, a folder of another base model, or a rate that differs from its own.
+        ValueError: no run, another base model, or another rate of the same name.
     """
     settings, loop = sd3_config(config, recipe)
     networks = SD3Networks(settings, loop.precision, Path())
     load_averaged(codec_run, SD3Stage(networks, [Path("none.tar")], loop.seed))
     model = _with_rate(out, settings, networks.open_base("cpu").location)
     home = out / settings.rate.name
-    # Of another kind of training; a whole transformer there would go before a delta.
+    # An older whole transformer would take precedence over a delta.
     shutil.rmtree(home / "flow", ignore_errors=True)
     if settings.trained == "full":
         networks.flow.half().save_pretrained(home / "flow")
@@ -112,7 +112,7 @@ def run_sd3_export(
 
 
 def _with_rate(out: Path, settings: SD3Config, location: str) -> ModelConfig:
-    """The folder's config with the rate, which goes last if it is new: never reorder."""
+    """Return the folder's configuration with the rate; a new one comes last, as order is fixed."""
     base = str(Path(location).resolve()) if Path(location).is_dir() else location
     window = settings.crop // LATENT_SIDE
     if not (out / "config.json").is_file():
@@ -130,7 +130,7 @@ def _with_rate(out: Path, settings: SD3Config, location: str) -> ModelConfig:
         )
     model = ModelConfig.load(out)
     if (model.backbone, model.base) != ("sd3", base):
-        raise ValueError(f"{out} is a model on {model.base or model.backbone}, not on {base}")
+        raise ValueError(f"{out} has the base {model.base or model.backbone}, not {base}")
     known = {rate.name: rate for rate in model.rates}
     if known.setdefault(settings.rate.name, settings.rate) != settings.rate:
         raise ValueError(f"{out} has another rate {settings.rate.name}: {known}")
@@ -140,15 +140,15 @@ def _with_rate(out: Path, settings: SD3Config, location: str) -> ModelConfig:
 def run_shard_tokens(
     model: str | Path, data: Path, out: Path, rate: str | None = None, longest: int = 768
 ) -> None:
-    """`percov2 train shard-tokens`: the token maps of all photos of shards, for `train entropy`.
+    """Run `percov2 train shard-tokens`: make the token maps of shards for `train entropy`.
 
-    Every shard becomes a file of its own, and processes take turns at the shards; files that exist
-    are left as they are, so an interrupted call goes on.
+    Every shard becomes one file, and processes share the shards. Existing files are kept, so an
+    interrupted call resumes.
 
     Args:
-        model: a model folder or name.
+        model: model folder or name.
         out: folder of ``<shard>.npz``.
-        longest: photos are scaled down to this shorter side.
+        longest: largest shorter side of a photo in pixels; larger photos are scaled down.
 
     Raises:
         ValueError: no shards, or an unknown model or rate.

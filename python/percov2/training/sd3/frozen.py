@@ -1,6 +1,7 @@
-"""The frozen networks around SD3 training: autoencoder, text encoders, LPIPS.
+"""Frozen networks for SD3 training: autoencoder, text encoders, LPIPS.
 
-They are no submodules of a stage: no checkpoint holds them and no process exchanges them.
+They are not submodules of a stage, so checkpoints do not hold them and processes do not exchange
+them.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from percov2.models.sd3.text import CaptionEmbedder
 
 
 class FrozenNetworks:
-    """Loaded when first needed, on the base's device.
+    """Frozen networks on the base's device, each loaded at its first use.
 
     Args:
-        base: the base model.
-        text_width: channels of the sequence that the flow is conditioned on.
-        checkpointing: compute the decoder's activations again in the backward pass.
+        base: base model.
+        text_width: channels of the text sequence for the flow.
+        checkpointing: recompute the decoder's activations in the backward pass.
     """
 
     def __init__(self, base: SD3Folder, text_width: int, checkpointing: bool) -> None:
@@ -45,21 +46,21 @@ class FrozenNetworks:
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Sequence [B, L, d] and pooled [B, p] embeddings of captions ("" = none)."""
+        """Return sequence [B, L, d] and pooled [B, p] embeddings of captions ("" for none)."""
         return self._captions(captions, self.text_width)
 
     @torch.no_grad()
     def latents(self, images: Tensor) -> Tensor:
-        """Latents float32 [B, 16, h, w] of images [B, 3, 8h, 8w] in [-1, 1]: posterior means."""
+        """Return the mean latents, float32 [B, 16, h, w], of images [B, 3, 8h, 8w] in [-1, 1]."""
         return encode_latents(self._autoencoder, images)
 
     def lpips(self, latents: Tensor, images: Tensor) -> Tensor:
-        """Mean LPIPS (AlexNet) of decoded latents against images, with gradients to the latents."""
+        """Return the mean LPIPS (AlexNet) between decoded latents and images, differentiably."""
         with torch.no_grad():
             target = self._lpips.features(images)
         decoded = decode_latents(self._autoencoder, latents)
         return self._lpips.distance(self._lpips.features(decoded), target).mean()
 
     def images(self, latents: Tensor) -> Tensor:
-        """Images float32 [B, 3, 8h, 8w], nominally in [-1, 1], of latents [B, 16, h, w]."""
+        """Decode latents [B, 16, h, w] to float32 [B, 3, 8h, 8w], nominally in [-1, 1]."""
         return decode_latents(self._autoencoder, latents)

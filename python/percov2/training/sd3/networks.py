@@ -1,4 +1,4 @@
-"""What training on Stable Diffusion 3 changes: hyper-encoder, quantizer and flow of one rate."""
+"""Trained networks on Stable Diffusion 3: hyper-encoder, quantizer and flow of one rate."""
 
 from __future__ import annotations
 
@@ -30,27 +30,27 @@ class SD3Config:
     Attributes:
         base: hub id or folder of the base model.
         rate: name, token_side in pixels, codebook_size.
-        trained: part of the transformer that learns: "full", "lora" (and the patch embedding), or
+        trained: trained part of the transformer: "full", "lora" (with the patch embedding), or
             "patch_embedding". Hyper-encoder and quantizer always learn.
-        lora_rank, lora_alpha: of the low-rank updates; their factor is alpha / rank.
-        lora_layers: last parts of the names of the linear maps that get one.
-        hyper_encoder: HyperEncoder's sizes; it has CompressAI's attention blocks.
-        quantizer: VectorQuantizer's arguments beside ``codebook_size``.
-        batch: samples per optimiser step, in all processes and forward passes together.
+        lora_rank, lora_alpha: rank and alpha of the low-rank updates, with factor alpha / rank.
+        lora_layers: last parts of the names of the updated linear maps.
+        hyper_encoder: sizes of the HyperEncoder, which has CompressAI's attention blocks.
+        quantizer: arguments of VectorQuantizer except ``codebook_size``.
+        batch: samples per optimiser step, over all processes and forward passes.
         crop: side of the square crops in pixels.
-        longest: photos are scaled down so that their shorter side is drawn from crop … longest.
+        longest: largest shorter side of a scaled photo, which is drawn from crop to longest.
         caption_dropout: share of captions replaced by "".
-        shift: SD3's timestep shift; larger puts more samples near t = 1.
-        lpips_weight: of LPIPS on the one-step estimate; 0 leaves autoencoder and LPIPS out.
-        vq_weight: of the commitment loss.
-        spread_weight: of the entropy of the soft code usage, which is raised. It is computed per
-            forward pass and process, so with it the number of processes matters.
-        codebook_decay: of the codebook's moving averages.
-        t5: condition on T5 too; without it its part of the sequence is zero.
-        gradient_checkpointing: compute activations again in the backward pass.
+        shift: SD3's timestep shift; a larger shift puts more samples near t = 1.
+        lpips_weight: weight of LPIPS on the one-step estimate; 0 skips autoencoder and LPIPS.
+        vq_weight: weight of the commitment loss.
+        spread_weight: weight of the entropy of the soft code usage, which training increases. It is
+            computed per forward pass and process, so the number of processes matters.
+        codebook_decay: decay of the codebook's moving averages.
+        t5: condition on T5 too; without it, its part of the sequence is zero.
+        gradient_checkpointing: recompute activations in the backward pass.
 
     Raises:
-        ValueError: for a setting outside its range.
+        ValueError: a setting is outside its range.
     """
 
     base: str
@@ -76,28 +76,28 @@ class SD3Config:
     def __post_init__(self) -> None:
         if self.trained not in MODES:
             raise ValueError(f"trained must be one of {MODES}, not {self.trained!r}")
-        self.rate.check()  # else a model folder would refuse it, after the training
+        self.rate.check()  # now, because the export after training would refuse it
         if self.crop % self.rate.token_side or self.crop % (2 * LATENT_SIDE):
             raise ValueError(
-                f"crop is {self.crop}; it must be a multiple of 16 and of the token side, "
-                f"{self.rate.token_side}"
+                f"crop must be a multiple of 16 and of the token side {self.rate.token_side}, not "
+                f"{self.crop}"
             )
         if not 0 <= self.caption_dropout <= 1:
-            raise ValueError(f"caption_dropout must lie in 0 … 1, not {self.caption_dropout}")
+            raise ValueError(f"caption_dropout must be 0 to 1, not {self.caption_dropout}")
         if self.batch < 1:
             raise ValueError(f"batch must be at least 1, not {self.batch}")
 
 
 class SD3Networks(nn.Module):
-    """What stage 1 trains: hyper-encoder, quantizer and widened transformer of one rate.
+    """Hyper-encoder, quantizer and widened transformer of one rate.
 
     Args:
-        config: see there.
+        config: settings.
         precision: "bf16" keeps frozen weights in bfloat16; trained ones are always float32.
-        folder: that a relative ``config.base`` is relative to.
+        folder: folder that a relative ``config.base`` starts from.
 
     Raises:
-        ValueError: when the base model cannot be loaded, or settings do not fit it.
+        ValueError: the base model cannot be loaded, or settings do not fit it.
     """
 
     def __init__(self, config: SD3Config, precision: str, folder: Path) -> None:
@@ -135,25 +135,25 @@ class SD3Networks(nn.Module):
             self.flow.enable_gradient_checkpointing()
 
     def open_base(self, device: str) -> SD3Folder:
-        """The base model's frozen networks on a device, in the dtype of frozen weights."""
+        """Return the base model's frozen networks on a device, in the dtype of frozen weights."""
         dtype = "bf16" if self.precision == "bf16" else "fp32"
         return SD3Folder(
             self.folder, self.config.base, device, BackboneOptions(dtype, t5=self.config.t5)
         )
 
     def stored_keys(self) -> set[str]:
-        """Names in ``state_dict()`` of what training changes."""
+        """Return the keys of ``state_dict()`` that training changes."""
         trained = {name for name, p in self.named_parameters() if p.requires_grad}
         return trained | {f"quantizer.{name}" for name, _ in self.quantizer.named_buffers()}
 
     def velocity(
         self, noisy: Tensor, z_hat: Tensor, t: Tensor, text: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """The flow's velocity float [B, 16, h, w].
+        """Return the flow's velocity, float [B, 16, h, w].
 
         Args:
             noisy: x_t = (1 − t) · x_0 + t · noise [B, 16, h, w].
-            z_hat: [B, C, h', w'], on the token grid.
+            z_hat: [B, C, h', w'] on the token grid.
             t: [B] in 0 … 1.
             text: sequence [B, L, d] and pooled [B, p] embeddings.
         """

@@ -1,4 +1,4 @@
-"""Validation of an SD3 run: pictures that it restores, and its flow loss on them.
+"""Validation of an SD3 run by restored pictures and their flow loss.
 
 The pictures must not be among the training photos.
 """
@@ -27,19 +27,19 @@ _TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class Pictures:
-    """Validation pictures: float [N, 3, S, S] in [-1, 1], and a caption for each ("" = none)."""
+    """Validation pictures, float [N, 3, S, S] in [-1, 1], and their captions ("" for none)."""
 
     images: Tensor
     captions: list[str]
 
     @classmethod
     def load(cls, folder: Path, side: int, count: int = 4) -> Pictures:
-        """The first pictures of a folder, scaled and cropped to a square.
+        """Load the first pictures of a folder, scaled and cropped to a square.
 
         ``<name>.txt`` beside a picture holds its caption.
 
         Raises:
-            ValueError: when the folder holds no picture.
+            ValueError: the folder holds no picture.
         """
         paths = sorted(p for p in folder.iterdir() if p.suffix[1:].lower() in PHOTO_ENDINGS)[:count]
         if not paths:
@@ -60,7 +60,7 @@ class Pictures:
     ) -> None:
         """Write ``samples/<step>.png`` and a line of ``validation.csv``.
 
-        Rows of the picture: originals, restored in one step, in 20 steps (captions, no guidance).
+        The rows of the picture are originals, one-step and 20-step results (without guidance).
         """
         device = frozen.device
         images = self.images.to(device)

@@ -1,11 +1,11 @@
-"""Stage 1 on Stable Diffusion 3.
+"""Stage 1 on Stable Diffusion 3, as in PerCoV2 (arXiv 2503.09368, §3).
 
-PerCoV2 (arXiv 2503.09368, §3): flow matching with z_hat beside the noisy latents, timesteps as SD3
-draws them (logit-normal, then shifted), captions dropped in a tenth of the samples, and above 0.05
-bpp LPIPS on the decoded one-step estimate.
+It is flow matching with z_hat beside the noisy latents. Timesteps are drawn as in SD3
+(logit-normal, then shifted), and a tenth of the captions is dropped. Above 0.05 bpp, LPIPS on the
+decoded one-step estimate is added.
 
-Whatever is random about a sample comes from the sample's own generator, so neither the number of
-processes nor that of forward passes per step changes what a step learns from.
+Every sample has its own random generator. So the content of a step does not depend on the number of
+processes and forward passes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _LATENT_CHANNELS = 16
 
 
 class SD3Stage(TrainingStage):
-    """Flow matching on crops of shards, with the codes moved after every step.
+    """Flow matching on crops of shards; the codes move after every step.
 
     Args:
-        networks: trained in place.
+        networks: networks to train in place.
         shards: ``.tar`` files of the training photos.
-        seed: of the run.
-        pictures: drawn at every checkpoint, if any.
+        seed: seed of the run.
+        pictures: validation pictures to restore at every checkpoint, if any.
     """
 
     whole_batches = True
@@ -60,11 +60,10 @@ class SD3Stage(TrainingStage):
         self.start_run(Place(torch.device("cpu")))
 
     def stored_keys(self) -> set[str]:
-        """See :meth:`TrainingStage.stored_keys`: what training changes."""
+        """Return the keys that training changes."""
         return {f"networks.{key}" for key in self.networks.stored_keys()}
 
     def start_run(self, place: Place) -> None:
-        """See :meth:`TrainingStage.start_run`."""
         self.place = place
         self.frozen = FrozenNetworks(
             self.networks.open_base(str(place.device)),
@@ -74,11 +73,10 @@ class SD3Stage(TrainingStage):
         self.feed = CropFeed(self.streams, place.process, place.processes, place.accumulate)
 
     def start_step(self, step: int, total: int) -> None:
-        """See :meth:`TrainingStage.start_step`."""
         self._step = step
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.forward`; the generator is not used."""
+        """Return loss and figures of the next samples of the shards; ignore the generator."""
         config, networks, device = self.config, self.networks, self.place.device
         samples = self.feed.take()
         pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
@@ -86,7 +84,7 @@ class SD3Stage(TrainingStage):
         drawn = [_draw(sample, config.caption_dropout, config.crop) for sample in samples]
         t = shifted(torch.tensor([d.time for d in drawn], device=device), config.shift)
         mix = t.view(-1, 1, 1, 1)
-        # Hyper-encoder and quantizer run as the codec runs them, so that tokens are its tokens.
+        # Hyper-encoder and quantizer run in float32 as in the codec, for the same tokens.
         with torch.autocast(device.type, enabled=False):
             latents = self.frozen.latents(images)
             quantized: Quantized = networks.quantizer(networks.hyper_encoder(latents))
@@ -111,9 +109,9 @@ class SD3Stage(TrainingStage):
         }
 
     def after_step(self) -> None:
-        """Move the codes toward the hyper-latents of the whole batch, alike in every process."""
+        """Move the codes towards the hyper-latents of the whole batch, equally in every process."""
         seen, self._seen = self._seen, []
-        # [forward passes · own places, tokens per image, ...]
+        # [forward passes · own positions, tokens per image, ...]
         directions = torch.cat([q.directions.view(*q.tokens.flatten(1).shape, -1) for q in seen])
         tokens = torch.cat([q.tokens.flatten(1) for q in seen])
         directions, tokens = self._all_places(directions), self._all_places(tokens)
@@ -125,7 +123,7 @@ class SD3Stage(TrainingStage):
             )
 
     def _all_places(self, own: Tensor) -> Tensor:
-        """All processes' rows in the order of their places in the batch (collective)."""
+        """Return all processes' rows in the order of the batch (collective)."""
         if self.place.processes == 1:
             return own
         from accelerate.utils import gather
@@ -134,7 +132,7 @@ class SD3Stage(TrainingStage):
         return rows.transpose(0, 1).flatten(0, 1)
 
     def side_state(self) -> dict[str, Any]:
-        """See :meth:`TrainingStage.side_state`: where the streams of all processes are."""
+        """Return the positions of the streams of all processes (collective)."""
         from accelerate.utils import gather_object
 
         merged: dict[int, list[int]] = {}
@@ -143,18 +141,17 @@ class SD3Stage(TrainingStage):
         return {"positions": merged}
 
     def load_side_state(self, state: dict[str, Any]) -> None:
-        """See :meth:`TrainingStage.load_side_state`."""
         self.feed.go_to(state["positions"])
 
     def draw_samples(self, folder: Path, step: int) -> None:
-        """Validation pictures and their flow loss, if there are pictures."""
+        """Restore the validation pictures, if any, and measure their flow loss."""
         if self.pictures is not None:
             self.pictures.restore(self.networks, self.frozen, folder, step)
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What chance decides about a sample: time before the shift, caption or "", noise."""
+    """Random draws of a sample: time before the shift, caption or "", noise."""
 
     time: float
     caption: str
@@ -171,5 +168,5 @@ def _draw(sample: Sample, caption_dropout: float, crop: int) -> _Drawn:
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """SD3's timestep shift (arXiv 2403.03206, §5.3.2): t in 0 … 1, moved toward 1 if shift > 1."""
+    """Apply SD3's timestep shift (arXiv 2403.03206, §5.3.2) to t in 0 … 1; 1 changes nothing."""
     return shift * t / (1 + (shift - 1) * t)

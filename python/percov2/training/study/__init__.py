@@ -1,1 +1,1 @@
-"""Training of the methods that the entropy study compares."""
+"""Training of the methods in the study of entropy schedules."""

@@ -1,4 +1,4 @@
-"""Training of transformers whose entries are read out themselves: the re-reading masked model."""
+"""Training of transformers whose entries are also their outputs: the re-reading masked model."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from percov2.training.study.runs import SharedRun, digest, finished
 
 
 class DirectExamples(NamedTuple):
-    """Entries, the tokens int64 [B, E] that they stand for, and what each adds to the loss.
+    """Batch of entries with targets and weights.
 
-    weights: float32 [B, E], 0 for what is known; they add up to 1.
+    Attributes:
+        targets: tokens of the entries, int64 [B, E].
+        weights: weights in the loss, float32 [B, E]; 0 for known tokens, with a sum of 1.
     """
 
     batch: DirectBatch
@@ -36,12 +38,12 @@ DrawExamples = Callable[[np.random.Generator], DirectExamples]
 
 
 class DirectStage(RoundedStage):
-    """Entries -> bits per token of the transformer.
+    """Training of the transformer on bits per token of entries.
 
     Args:
-        config: sizes of the transformer, and when it is rounded.
-        counts: int64 [V], how often each token occurs; V is the transformer's codebook.
-        draw: makes a batch.
+        config: sizes of the transformer, and times of its rounding.
+        counts: number of times that each token occurs, int64 [V]; V is the codebook size.
+        draw: draws a batch.
     """
 
     def __init__(
@@ -54,7 +56,6 @@ class DirectStage(RoundedStage):
         self.transformer.set_frequencies(torch.from_numpy(counts))
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TrainingStage.forward`."""
         batch, targets, weights = self.draw_examples(generator)
         with self.precision():
             logits = direct_logits(self.transformer, batch)
@@ -65,10 +66,10 @@ class DirectStage(RoundedStage):
 
 
 def masked_examples(generator: np.random.Generator, crops: TokenBatch) -> DirectExamples:
-    """Crops of which a random share is unknown, each share as likely as any other.
+    """Hide a uniformly random share of the tokens of each crop.
 
-    Then every share of known tokens is trained equally, and that is how the format's schedules
-    meet them: by a power law in the stage's number, sizes follow shares.
+    So training covers all shares of known tokens equally, as decoding by the format's schedules
+    does: their stages grow by a power law.
     """
     count, height, width = crops.tokens.shape
     size = height * width
@@ -88,22 +89,22 @@ def masked_examples(generator: np.random.Generator, crops: TokenBatch) -> Direct
 
 
 def masked_model(shared: SharedRun, data: Path, out: Path) -> IntTransformer:
-    """The paper's re-reading masked model, of the shared model's sizes, steps and settings.
+    """Train the paper's re-reading masked model with the shared model's sizes and settings.
 
     Args:
-        data: token maps, as for ``TokenMaps``.
-        out: folder for checkpoint.pt, log.csv and entropy/; a run in it goes on, or is taken if it
-            is finished.
+        data: token maps for ``TokenMaps``.
+        out: folder for checkpoint.pt, log.csv and entropy/; a run in it resumes, or is used if
+            finished.
 
     Returns:
-        Its integer form, run by the executor "torch".
+        The integer form, run by the executor "torch".
 
     Raises:
-        ValueError: token maps or a run in ``out`` that do not fit.
-        RuntimeError: it was interrupted.
+        ValueError: token maps or a run in ``out`` do not fit.
+        RuntimeError: training was interrupted.
     """
     maps = TokenMaps(data)
-    config = replace(shared.config, real_orders=1.0, default_orders=1.0)  # orders have no say
+    config = replace(shared.config, real_orders=1.0, default_orders=1.0)  # orders are not used
 
     def draw(generator: np.random.Generator) -> DirectExamples:
         shape = config.shapes[int(generator.integers(len(config.shapes)))]

@@ -1,4 +1,4 @@
-"""Rows of the study of entropy schedules that have to be trained before they are measured."""
+"""Methods of the study of entropy schedules that need training."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from percov2.training.study.multiscale import (
 from percov2.training.study.runs import SharedRun, fine_tuned
 
 _SAME_PHOTOS = 0.9
-"""Share of equal tokens from which photos are those of the maps: bfloat16 changes a few."""
+"""Smallest share of equal tokens for photos of the maps; bfloat16 changes a few tokens."""
 _SLOWER = (
-    "Re-reading and explicit VAR run in torch, one pass over all tokens so far known or asked for "
-    "per stage, to decode and to encode; the others run compiled, with one pass to encode and "
-    "cached keys and values to decode."
+    "Re-reading and explicit VAR run in torch. They encode and decode with one pass per stage over "
+    "all tokens known or coded so far. The others run compiled, encode with one pass, and decode "
+    "with cached keys and values."
 )
 
 
 def fine_tuned_methods(
     shared: SharedRun, data: Path, maps: Sequence[TokenMap], steps: int, out: Path
 ) -> Iterator[Method]:
-    """Every order with the shared weights trained on for it alone; runs in ``out``/ORDER."""
+    """Yield every order with shared weights fine-tuned for it; runs are in ``out``/ORDER."""
 
     def coder(name: str, order: Order) -> OrderCoder:
         return OrderCoder(TokenCoder(fine_tuned(shared, data, order, steps, out / name)), order)
 
     for method in order_methods("fine-tuned", coder, maps):
-        yield method._replace(note=f"Fine-tuned: {steps} more steps on the row's order alone.")
+        yield method._replace(note=f"Fine-tuned: {steps} more steps on the row's order only.")
 
 
 def masked_methods(
     shared: SharedRun, data: Path, maps: Sequence[TokenMap], out: Path
 ) -> Iterator[Method]:
-    """The paper's re-reading masked model in every order but the raster; its run in ``out``.
+    """Yield the paper's re-reading masked model in every order but raster; its run is in ``out``.
 
-    A raster would take a pass over all tokens for every token.
+    Raster would take a pass over all tokens for every token.
     """
     model = masked_model(shared, data, out)
 
@@ -73,13 +73,13 @@ def multiscale_methods(
     maps: Sequence[TokenMap],
     out: Path,
 ) -> Iterator[Method]:
-    """Explicit VAR: codebooks and tokens of all scales; its run and codebooks in ``out``.
+    """Yield explicit VAR with codebooks and tokens of all scales; run and codebooks are in ``out``.
 
     Args:
-        photos: out of ``percov2 train data``: those that ``maps`` are of.
+        photos: folder made by ``percov2 train data`` with the photos of ``maps``.
 
     Raises:
-        ValueError: other photos, or a rate of too many scales and codes for one transformer.
+        ValueError: other photos, or too many scales and codes for one transformer.
     """
     found = photo_directions(model, rate, photos)
     size = model.config.rate(rate).codebook_size
@@ -87,8 +87,8 @@ def multiscale_methods(
     equal = same_tokens(model, rate, found, grids)
     if equal < _SAME_PHOTOS:
         raise ValueError(
-            f"{photos} holds other photos than those of the token maps: {100 * equal:.1f} % of the "
-            "held-out tokens are equal"
+            f"{photos} holds other photos than the token maps: {100 * equal:.1f} % of the held-out "
+            "tokens are equal"
         )
     quantizer = ScaleQuantizer.stored(out / "codebooks.npy", found, size)
     scales = ScaleMaps(quantizer, found)
@@ -106,7 +106,7 @@ def multiscale_methods(
         coder,
         [TokenMap(shape, tokens) for shape, tokens in scales.held_out],
         panels,
-        f"Explicit VAR has other tokens: a codebook of {size} per scale, by k-means on what "
-        "coarser scales leave over. Mean cosine with the hyper-latents' directions: "
-        f"{several:.4f}; the single grid's: {single:.4f}. {_SLOWER}",
+        f"Explicit VAR has its own tokens: a codebook of {size} per scale, by k-means on the "
+        "residual of the coarser scales. Its mean cosine with the hyper-latents' directions is "
+        f"{several:.4f}, that of the single grid {single:.4f}. {_SLOWER}",
     )

@@ -1,8 +1,7 @@
 """Explicit hierarchical VAR on frozen hyper-latents: codebooks, tokens and training.
 
-The directions that a rate's quantizer replaces by one code each are described by a sum of codes
-instead, from coarse to fine: each scale's codebook is fitted by k-means on what the coarser scales
-leave over.
+A rate's quantizer replaces each direction by one code. Here a sum of codes, from coarse to fine,
+describes it. K-means fits each scale's codebook to the residual of the coarser scales.
 """
 
 from __future__ import annotations
@@ -30,22 +29,31 @@ from percov2.training.study.direct_stage import DirectExamples, DirectStage
 from percov2.training.study.runs import SharedRun, digest, finished
 
 _FIT_VECTORS = 200_000
-"""Codebooks are fitted on photos with about so many tokens; k-means sees half of these vectors."""
+"""Approximate number of tokens for fitting codebooks; k-means sees half of these vectors."""
 _ROUNDS = 25
 
 
 @dataclass(frozen=True)
 class PhotoDirections:
-    """Directions float32 [h, w, D] of photos, cut to whole tokens, and which are held out."""
+    """Directions float32 [h, w, D] of photos, cut to whole tokens, and their held-out flags."""
 
     directions: list[Tensor]
     held_out: list[bool]
 
+    def part(self, held_out: bool) -> list[Tensor]:
+        """Return the directions of the held-out photos, or of the others."""
+        pairs = zip(self.directions, self.held_out, strict=True)
+        return [grid for grid, held in pairs if held == held_out]
+
 
 def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections:
-    """What ``percov2 train tokens`` quantizes (its first views), before it is.
+    """Return the directions that ``percov2 train tokens`` quantizes, for its first views.
 
-    cache: out of ``percov2 train data``. Raises ValueError for an unknown rate or no photos.
+    Args:
+        cache: folder made by ``percov2 train data``.
+
+    Raises:
+        ValueError: an unknown rate, or no photos.
     """
     side = model.config.rate(rate).token_side
     photos = PhotoCrops(cache, "all")
@@ -60,9 +68,10 @@ def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections
 
 
 def k_means(vectors: Tensor, size: int, seed: int) -> Tensor:
-    """``size`` means of vectors float32 [n, D], n >= size: float32 [size, D].
+    """Return ``size`` means, float32 [size, D], of vectors float32 [n, D].
 
-    Raises ValueError for fewer vectors than means.
+    Raises:
+        ValueError: fewer vectors than means.
     """
     if len(vectors) < size:
         raise ValueError(f"{len(vectors)} vectors for {size} codes; give more photos")
@@ -80,45 +89,44 @@ def k_means(vectors: Tensor, size: int, seed: int) -> Tensor:
 
 
 def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
-    """Index int64 [n] of the code [V, D] with the least distance to each vector [n, D]."""
+    """Return the indices, int64 [n], of the codes [V, D] nearest to the vectors [n, D]."""
     half = codes.square().sum(1) / 2
     parts = [(part @ codes.T - half).argmax(1) for part in vectors.split(2**14)]
     return torch.cat(parts)
 
 
 def _shrunk(grid: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Means of the cells of [h, w, D]: [n, D] of a coarser grid, in raster order."""
+    """Return the cell means, [n, D] in raster order, of [h, w, D] on a coarser grid."""
     small = functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="area")
     return small[0].flatten(1).T
 
 
 def _grown(codes: Tensor, shape: tuple[int, int], whole: tuple[int, int]) -> Tensor:
-    """Codes [n, D] of a grid of ``shape``, interpolated to [h, w, D]."""
+    """Interpolate codes [n, D] of a grid of ``shape`` to [h, w, D]."""
     grid = codes.T.view(1, -1, *shape)
     return functional.interpolate(grid, whole, mode="bilinear")[0].permute(1, 2, 0)
 
 
 class ScaleQuantizer:
-    """Residual quantizer over scales: codebooks float32 [S, V, D], the coarsest first."""
+    """Residual quantizer over scales with codebooks float32 [S, V, D], coarsest first."""
 
     def __init__(self, codebooks: Tensor) -> None:
         self.codebooks = codebooks
 
     @classmethod
     def stored(cls, path: Path, photos: PhotoDirections, codebook_size: int) -> ScaleQuantizer:
-        """The codebooks in the .npy file ``path``; if it is missing, they are fitted first."""
+        """Load the codebooks in the .npy file ``path``; fit and save them first if missing."""
         if not path.is_file():
-            pairs = zip(photos.directions, photos.held_out, strict=True)
-            trained_on = [grid for grid, held in pairs if not held]
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, cls.fit(trained_on, codebook_size).codebooks.numpy())
+            np.save(path, cls.fit(photos.part(False), codebook_size).codebooks.numpy())
         return cls(torch.from_numpy(np.load(path, allow_pickle=False)))
 
     @classmethod
     def fit(cls, directions: list[Tensor], codebook_size: int, seed: int = 0) -> ScaleQuantizer:
-        """Codebooks for directions [h, w, D] of photos.
+        """Fit codebooks to directions [h, w, D] of photos.
 
-        Raises ValueError where a scale has fewer vectors than codes.
+        Raises:
+            ValueError: a scale has fewer vectors than codes.
         """
         order = np.random.default_rng(seed).permutation(len(directions))
         sizes = np.cumsum([directions[i].shape[0] * directions[i].shape[1] for i in order])
@@ -140,9 +148,10 @@ class ScaleQuantizer:
         return cls(torch.stack(books))
 
     def tokens(self, directions: Tensor) -> NDArray[np.int32]:
-        """Tokens int32 [E] of directions [h, w, D], as ``entropy.scales`` orders them.
+        """Return the tokens, int32 [E], of directions [h, w, D] in the order of ``scale_plan``.
 
-        Raises ValueError for a grid with more scales than there are codebooks.
+        Raises:
+            ValueError: the grid has more scales than there are codebooks.
         """
         height, width = directions.shape[:2]
         shapes = scale_shapes(height, width)
@@ -158,7 +167,7 @@ class ScaleQuantizer:
         return torch.cat(parts).numpy().astype(np.int32)
 
     def restored(self, tokens: NDArray[np.int32], shape: tuple[int, int]) -> Tensor:
-        """Unit vectors float32 [h, w, D] that tokens int32 [E] stand for."""
+        """Return the unit vectors, float32 [h, w, D], of tokens int32 [E]."""
         total = torch.zeros(*shape, self.codebooks.shape[2])
         begin = 0
         for small, book in zip(scale_shapes(*shape), self.codebooks, strict=False):
@@ -169,12 +178,13 @@ class ScaleQuantizer:
 
 
 class ScaleMaps:
-    """Tokens of all scales of photos: grids' shapes and tokens int32 [E].
+    """Tokens of all scales of photos.
 
     Attributes:
-        maps: of photos to train on, by the shape of their finest grid: int32 [n, E].
-        held_out: of at most 48 others: of the photos whose maps ``TokenMaps`` holds out.
-        codebook_size: of each scale; scales: the most that a photo has.
+        maps: tokens of training photos, int32 [n, E], by the shape of their finest grid.
+        held_out: shapes and tokens, int32 [E], of the held-out photos of ``TokenMaps``.
+        codebook_size: size of each scale's codebook.
+        scales: largest number of scales of a photo.
     """
 
     def __init__(self, quantizer: ScaleQuantizer, photos: PhotoDirections) -> None:
@@ -192,7 +202,7 @@ class ScaleMaps:
         self.maps = {shape: np.stack(tokens) for shape, tokens in by_shape.items()}
 
     def counts(self) -> NDArray[np.int64]:
-        """How often each token of each scale occurs in the training maps: int64 [S * V]."""
+        """Return the number of times that each token of each scale occurs: int64 [S * V]."""
         counts = np.zeros(self.scales * self.codebook_size, dtype=np.int64)
         for shape, tokens in self.maps.items():
             every = tokens + scale_plan(*shape, self.codebook_size).first
@@ -200,11 +210,11 @@ class ScaleMaps:
         return counts
 
     def size_classes(self) -> tuple[set[int], set[int]]:
-        """Size classes of the heights and of the widths of the training maps."""
+        """Return the size classes of the training maps' heights and widths."""
         return {size_class(h) for h, _ in self.maps}, {size_class(w) for _, w in self.maps}
 
     def draw(self, generator: np.random.Generator, tokens_per_step: int) -> DirectExamples:
-        """Whole maps of one shape, drawn so that every token is about as likely as any other."""
+        """Draw whole maps of one shape, with about equal chances for all tokens."""
         shapes = list(self.maps)
         sizes = np.array([self.maps[shape].size for shape in shapes], dtype=np.float64)
         shape = shapes[int(generator.choice(len(shapes), p=sizes / sizes.sum()))]
@@ -225,10 +235,10 @@ class ScaleMaps:
 
 
 def multiscale_model(shared: SharedRun, maps: ScaleMaps, out: Path) -> IntTransformer:
-    """The model of tokens of all scales, of the shared model's sizes, steps and settings.
+    """Train the model of tokens of all scales with the shared model's sizes and settings.
 
-    Its embedding and head have a codebook per scale; arguments, result and errors are otherwise
-    those of ``direct_stage.masked_model``.
+    Its embedding and head have a codebook per scale. See ``direct_stage.masked_model`` for other
+    arguments, result and errors.
     """
     per_step = shared.config.tokens_per_step
     torch.manual_seed(shared.loop.seed)
@@ -241,16 +251,15 @@ def multiscale_model(shared: SharedRun, maps: ScaleMaps, out: Path) -> IntTransf
 def same_tokens(
     model: Backbone, rate: str, photos: PhotoDirections, maps: Sequence[NDArray[np.int32]]
 ) -> float:
-    """Share of the tokens of ``maps`` that the held-out photos have, too; 0 for other shapes.
+    """Return the share of equal tokens in ``maps`` and the held-out photos; 0 for other shapes.
 
-    Less than 1 for maps that were made in bfloat16.
+    It is below 1 for maps made in bfloat16.
 
     Args:
-        maps: int32 [h, w], as ``TokenMaps.held_out``.
+        maps: ``TokenMaps.held_out``, int32 [h, w].
     """
     single = model.quantizer(rate)
-    pairs = zip(photos.directions, photos.held_out, strict=True)
-    held = evenly_spread([grid for grid, held in pairs if held])
+    held = evenly_spread(photos.part(True))
     found = [single.nearest(grid.to(model.device)).cpu().numpy() for grid in held]
     if [grid.shape for grid in found] != [tokens.shape for tokens in maps]:
         return 0.0
@@ -261,15 +270,14 @@ def same_tokens(
 def mean_cosines(
     model: Backbone, rate: str, quantizer: ScaleQuantizer, photos: PhotoDirections
 ) -> tuple[float, float]:
-    """Mean cosine between directions of held-out photos and what stands for them.
+    """Return the mean cosine between directions of held-out photos and their codes.
 
     Returns:
-        That of the rate's single grid of codes, and that of all scales.
+        The means for the rate's single grid of codes, and for the codes of all scales.
     """
     single = model.quantizer(rate)
     sums, count = torch.zeros(2), 0
-    pairs = zip(photos.directions, photos.held_out, strict=True)
-    for grid in evenly_spread([grid for grid, held in pairs if held]):
+    for grid in evenly_spread(photos.part(True)):
         codes = single.codebook[single.nearest(grid.to(model.device)).long()].float().cpu()
         shape = (grid.shape[0], grid.shape[1])
         restored = quantizer.restored(quantizer.tokens(grid), shape)

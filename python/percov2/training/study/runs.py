@@ -1,4 +1,4 @@
-"""Training runs of the study of entropy schedules, beside those of ``percov2 train entropy``."""
+"""Training runs of the study of entropy schedules."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from percov2.training.stage2 import (
 )
 
 _FINE_RATE = 0.25
-"""Peak learning rate of fine-tuning, as a share of the shared run's."""
+"""Peak learning rate of fine-tuning relative to the shared run's."""
 
 
 @dataclass(frozen=True)
 class SharedRun:
-    """A finished run of ``percov2 train entropy``, whose weights serve every schedule.
+    """Finished run of ``percov2 train entropy``, whose weights serve every schedule.
 
-    fingerprint: hexadecimal, of the model that it made.
+    Attributes:
+        fingerprint: hexadecimal fingerprint of its model.
     """
 
     folder: Path
@@ -42,13 +43,13 @@ class SharedRun:
 
 
 def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
-    """The run in ``folder``, an out of ``percov2 train entropy``.
+    """Return the run in a folder made by ``percov2 train entropy``.
 
     Args:
-        fingerprint: of the model that it must have made.
+        fingerprint: expected fingerprint of its model.
 
     Raises:
-        ValueError: it is not finished, of another version, or has made another model.
+        ValueError: the run is not finished, of another version, or has another model.
     """
     path = folder / "report.json"
     if not path.is_file():
@@ -57,7 +58,7 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
     if report["fingerprint"] != fingerprint.hex():
         raise ValueError(
             f"{folder} made the model {report['fingerprint'][:8]}, not {fingerprint.hex()[:8]}: "
-            "give the run that made the rate's entropy model"
+            "give the run of the rate's entropy model"
         )
     settings = report["settings"]
     loop = build_config(LoopConfig, settings.pop("loop"))
@@ -65,11 +66,11 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
 
 
 class OneOrder(TokenMaps):
-    """Token maps for which every schedule is the same order.
+    """Token maps with the same order for every schedule.
 
     Args:
         path: see :class:`TokenMaps`.
-        order: rows and columns -> stage map int32 [h, w].
+        order: maps rows and columns to a stage map int32 [h, w].
     """
 
     def __init__(self, path: Path, order: Callable[[int, int], NDArray[np.int32]]) -> None:
@@ -77,7 +78,7 @@ class OneOrder(TokenMaps):
         self._order_of = order
 
     def stages(self, name: str, height: int, width: int) -> NDArray[np.int32]:
-        """The order's stage map, whatever the name."""
+        """Return the order's stage map for any name."""
         key = ("", height, width)
         if key not in self._stages:
             self._stages[key] = self._order_of(height, width)
@@ -85,7 +86,7 @@ class OneOrder(TokenMaps):
 
 
 def digest(maps: Iterable[NDArray[np.int32]]) -> str:
-    """SHA-256 of token maps and their shapes, hexadecimal."""
+    """Return the hexadecimal SHA-256 of token maps and their shapes."""
     found = hashlib.sha256()
     for tokens in maps:
         found.update(repr(tokens.shape).encode() + np.ascontiguousarray(tokens).tobytes())
@@ -99,15 +100,15 @@ def finished(
     out: Path,
     facts: dict[str, str],
 ) -> IntTransformer:
-    """``trained_model`` of a run that goes to its end.
+    """Return ``trained_model`` of a finished run.
 
     Args:
-        facts: what else than the settings the run comes from: its data, the weights before it. They
-            lie in ``out``/run.json, so that no later run is taken for another one.
+        facts: identity of the run's data and first weights. ``out``/run.json stores them, so that a
+            different run in ``out`` is refused.
 
     Raises:
         ValueError: ``out`` holds a run of other data, weights or settings.
-        RuntimeError: it was interrupted; the same call goes on.
+        RuntimeError: training was interrupted; the same call resumes it.
     """
     described = {**facts, "config": asdict(stage.config), "loop": asdict(loop)}
     text = json.dumps(described, indent=2) + "\n"
@@ -117,7 +118,8 @@ def finished(
         write_bytes(path, text.encode())
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         raise ValueError(
-            f"{out} holds a run of other data, weights or settings; remove it or choose another out"
+            f"{out} holds a run of other data, weights or settings; remove it or choose another "
+            "folder"
         )
     model = trained_model(stage, size_classes, loop, out)
     if model is None:
@@ -132,18 +134,18 @@ def fine_tuned(
     steps: int,
     out: Path,
 ) -> IntTransformer:
-    """The shared weights, trained on for one order alone.
+    """Fine-tune the shared weights for one order.
 
     Args:
-        data: token maps, as for ``TokenMaps``.
-        order: rows and columns -> stage map int32 [h, w].
-        steps: of training, rounded from the first on; scales move in the first half.
+        data: token maps for ``TokenMaps``.
+        order: maps rows and columns to a stage map int32 [h, w].
+        steps: number of steps, all with rounding; scales move in the first half.
         out: folder for checkpoint.pt, log.csv, held_out.csv (bits per token) and entropy/; a run in
-            it goes on, or is taken if it is finished.
+            it resumes, or is used if finished.
 
     Raises:
-        ValueError: token maps or a run in ``out`` that do not fit.
-        RuntimeError: it was interrupted.
+        ValueError: token maps or a run in ``out`` do not fit.
+        RuntimeError: training was interrupted.
     """
     config = replace(
         shared.config, real_orders=1.0, default_orders=1.0, round_from=0.0, observe_until=0.5
