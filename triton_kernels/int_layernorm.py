@@ -1,8 +1,7 @@
 """The integer LayerNorm of docs/reference/entropy-model.md: int32 residual -> int8 in one pass.
 
-Everything is an integer. GPUs divide and take roots of floats with errors that differ from card to
-card, so floats only guess: each guess is then compared with its exact integer remainder. The
-bounds of the guesses' errors are stated where they are made.
+Results are integers. Float divisions and roots of GPUs have errors that differ between cards, so
+floats only give guesses, which exact integer remainders correct. Each guess states its error bound.
 """
 
 from __future__ import annotations
@@ -15,24 +14,23 @@ from percov2.triton_kernels.placement import padded, pieces, queue, require_runn
 
 MAX_DIM = 1024
 TILE = 2048
-"""Numbers of one program: 16 for each thread."""
+"""Numbers per program: 16 per thread."""
 
 
 @triton.jit
 def settled_root(value, root):
-    """floor(sqrt(value)) from a root that is off by at most one; int64, value below 2^50."""
+    """Return floor(sqrt(value)) from a root that is off by at most one; int64, value < 2^50."""
     root -= (root * root > value).to(tl.int64)
     return root + ((root + 1) * (root + 1) <= value).to(tl.int64)
 
 
 @triton.jit
 def corrected_root(value, guess):
-    """floor(sqrt(value)) of int64 values below 2^50, from an int64 guess less than 64 off.
+    """Return floor(sqrt(value)) of int64 values below 2^50, from an int64 guess less than 64 off.
 
-    A Newton step leaves the guess at most one below or above: it gives sqrt(value) + e^2 / (2 g)
-    for a guess g that is off by e, and e^2 / (2 g) < 1/2 for g >= 2^12. Below, guesses are less
-    than one off to begin with, and e^2 / (2 g) <= 1/2. The step's own division is wrong by less
-    than 2^-10: its quotient is below 64.
+    A Newton step gives sqrt(value) + e^2 / (2 g) for a guess g that is off by e. For g >= 2^12,
+    e^2 / (2 g) < 1/2. Smaller guesses are less than one off, so e^2 / (2 g) <= 1/2. The step's
+    quotient is below 64, so its division errs by less than 2^-10. The result is off by at most one.
     """
     safe = tl.maximum(guess, 1)
     step = (value - safe * safe).to(tl.float32) / (2 * safe).to(tl.float32)
@@ -41,22 +39,22 @@ def corrected_root(value, guess):
 
 @triton.jit
 def integer_root(value):
-    """floor(sqrt(value)) of int64 values in 0 .. 2^50.
+    """Return floor(sqrt(value)) of int64 values in 0 .. 2^50.
 
-    Rounding to float32 errs by 2^-25 of the root, the quickest square root of a GPU by 2^-22: less
-    than 16 in 2^25, and less than one half below 2^20.
+    Rounding to float32 errs by 2^-25 of the root, and the fastest square root of a GPU by 2^-22:
+    less than 16 for roots up to 2^25, and less than 1/2 below 2^20.
     """
     return corrected_root(value, tl.sqrt(value.to(tl.float32)).to(tl.int64))
 
 
 @triton.jit
 def rounded_quotient(product, root, guess):
-    """clamp(floor((product + floor(root / 2)) / root), -127, 127), all int32.
+    """Return clamp(floor((product + floor(root / 2)) / root), -127, 127), all int32.
 
-    |product| < 2^32 is given modulo 2^32. A quotient in -128 .. 128 is guessed in that range and
-    by at most one wrong; then its remainder lies in -root .. 2 root - 1, and as root < 2^26, it is
-    right modulo 2^32. Beyond, the guess is the nearer limit; the correction, by a meaningless
-    remainder, changes it by one at most, and the clamp hides that.
+    |product| < 2^32 is given modulo 2^32. The guess of a quotient in -128 .. 128 is off by at most
+    one. Its remainder lies in -root .. 2 root - 1, and root < 2^26, so it is exact modulo 2^32. For
+    other quotients the guess is the nearer limit. A meaningless remainder then changes it by at
+    most one, and the clamp hides that.
     """
     rest = product + (root >> 1) - guess * root
     quotient = guess - (rest < 0).to(tl.int32) + (rest >= root).to(tl.int32)
@@ -73,15 +71,15 @@ def int_layernorm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """residual int32 [rows, DIM] in +-2^20, gain int16 [DIM] -> int8 [rows, DIM] in +-127."""
+    """Map residual int32 [rows, DIM] in +-2^20, gain int16 [DIM] to int8 [rows, DIM] in +-127."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_DIM)
     inside = (row < rows)[:, None] & (column < DIM)[None, :]
     place = row[:, None] * DIM + column[None, :]
     value = tl.load(residual + place, mask=inside, other=0)
-    # The mean, shifted so that no negative number is divided: < 2^31 + 2^10, hence unsigned.
+    # The sum is shifted so that the division has no negative operand: < 2^31 + 2^10, so unsigned.
     shifted = (tl.sum(value, axis=1) + (DIM // 2)).to(tl.uint32) + (DIM << 20)
-    # Triton 3.1 divides unsigned numbers by unsigned ones only.
+    # Triton 3.1 requires an unsigned divisor for an unsigned number.
     mean = (shifted // tl.full([1], DIM, tl.uint32)).to(tl.int32) - (1 << 20)
     y = tl.where(inside, value - mean[:, None], 0)
     wide = y.to(tl.int64)
@@ -89,8 +87,8 @@ def int_layernorm_kernel(
     root = integer_root((energy << 8) // DIM).to(tl.int32) + 1
     factor = tl.load(gain + column, mask=column < DIM, other=0).to(tl.int32)
     product = y * factor[None, :]  # modulo 2^32
-    # Two exact floats, a product rounded by 2^-24 of it and an inverse by 2^-22: below 256 the
-    # guess errs by less than 2^-10.
+    # The floats are exact, the product errs by 2^-24 and the inverse by 2^-22, relatively. So
+    # guesses below 256 err by less than 2^-10.
     inverse = 1.0 / root.to(tl.float32)
     guess = y.to(tl.float32) * factor.to(tl.float32)[None, :] * inverse[:, None] + 0.5
     guess = tl.floor(tl.minimum(tl.maximum(guess, -128.0), 128.0)).to(tl.int32)
@@ -98,13 +96,13 @@ def int_layernorm_kernel(
 
 
 def block_sizes(dim: int) -> tuple[int, int]:
-    """Rows and padded columns of one program."""
+    """Return the rows and padded columns per program."""
     columns = max(padded(dim), 16)
     return TILE // columns, columns
 
 
 def launch(residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-    """Check the arguments and run the kernel; see percov2.triton_kernels.layer_norm."""
+    """Check the arguments of percov2.triton_kernels.layer_norm and run the kernel."""
     dim = residual.shape[-1] if residual.dim() else 0
     if residual.dtype != torch.int32 or not 1 <= dim <= MAX_DIM:
         raise ValueError(

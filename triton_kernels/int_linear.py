@@ -1,9 +1,8 @@
-"""A quantized linear map: int8 product, requantization and what follows it, in one kernel.
+"""A quantized linear map: int8 product, requantization and the next operation, in one kernel.
 
 acc = bias + sum weight * x (int8 tensor cores, exact in int32, |acc| < 2^24), then
-clamp((acc * multiplier + 2^(shift - 1)) >> shift), all int32 (docs/reference/entropy-model.md),
-then one of three ends: store it as int8 or int16, look it up in a table of 256 bytes, or add it to
-a residual.
+clamp((acc * multiplier + 2^(shift - 1)) >> shift), all int32 (docs/reference/entropy-model.md). The kernel
+stores the result as int8 or int16, looks it up in a table of 256 bytes, or adds it to a residual.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from percov2.triton_kernels.placement import padded, pieces, queue, require_runn
 MAX_TERMS = 1040
 RESIDUAL_LIMIT = 2**20
 STORE, TABLE, RESIDUAL = 0, 1, 2
-"""What happens to a requantized number."""
+"""Operations on a requantized number."""
 
 
 @triton.jit
@@ -38,10 +37,10 @@ def int_linear_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_TERMS: tl.constexpr,
 ):
-    """x int8 [rows, TERMS], weight int8 [outputs, TERMS], bias int32 [outputs], multiplier and
-    shift int8 [outputs] -> out [rows, outputs], clamped to -LIMIT .. LIMIT (int16: its range).
+    """Map x int8 [rows, TERMS] to out [rows, outputs] in -LIMIT .. LIMIT (int16: its range).
 
-    extra: int8 [256] for END 1, int32 [rows, outputs] for END 2.
+    weight: int8 [outputs, TERMS]; bias: int32 [outputs]; multiplier, shift: int8 [outputs]; extra:
+    int8 [256] for END 1, int32 [rows, outputs] for END 2.
     """
     blocks = tl.cdiv(outputs, BLOCK_OUTPUTS)
     # Neighbours share rows of x, the larger operand.
@@ -70,7 +69,7 @@ def int_linear_kernel(
     result = (acc * factor[None, :] + half[None, :]) >> bits[None, :]
     inside = there[:, None] & wanted[None, :]
     place = row[:, None] * outputs + output[None, :]
-    # An int16 range is not symmetric.
+    # The range of int16 is not symmetric.
     low = -LIMIT - 1 if LIMIT == 32767 else -LIMIT
     result = tl.minimum(tl.maximum(result, low), LIMIT)
     if END == 1:
@@ -82,7 +81,7 @@ def int_linear_kernel(
 
 
 def block_sizes(rows: int, terms: int) -> tuple[int, int, int, int]:
-    """Rows, outputs, terms and warps of one tile: small where few rows must fill a whole GPU."""
+    """Return rows, outputs, terms and warps of a tile; few rows need small tiles to fill a GPU."""
     block_terms = min(max(padded(terms), 32), 128)
     return (128, 64, block_terms, 8) if rows > 1024 else (32, 32, block_terms, 4)
 
@@ -122,7 +121,7 @@ def launch(
     residual: torch.Tensor | None,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """Check the arguments and run the kernel; see percov2.triton_kernels.linear."""
+    """Check the arguments of percov2.triton_kernels.linear and run the kernel."""
     _check(x, weight, bias, multiplier, shift)
     outputs, terms = weight.shape
     x, shape = x.contiguous(), (*x.shape[:-1], outputs)

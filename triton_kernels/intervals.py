@@ -1,9 +1,9 @@
-"""Logits to the coded interval of one symbol per row, fused: nothing else is written.
+"""Fused kernel from logits to the interval of one symbol per row.
 
 With d = max(logits) - logit, w = table[d & 255] >> (d >> 8) (0 from 22 octaves on), prefix sums P,
 total S and M = 2^prob_bits, the interval of symbol s in a codebook of V begins at
 floor(P_s (M - V) / S) + s and ends where the next one begins (percov2.entropy.cdf). A row is read
-once and stays in registers; of P only two values are needed, so the scan is one masked sum.
+once and stays in registers. Only two values of P are needed, so the scan is one masked sum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from percov2.triton_kernels.placement import padded, pieces, queue, require_runn
 
 MAX_CODEBOOK = 8192
 TILE = 4096
-"""Logits of one program: 32 for each thread."""
+"""Logits per program: 32 per thread."""
 
 INT16, BFLOAT16, FLOAT32 = 0, 1, 2
 _KINDS = {torch.int16: INT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
@@ -24,18 +24,18 @@ _KINDS = {torch.int16: INT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
 @triton.jit
 def corrected_quotient(numerator, divisor, estimate):
-    """floor(numerator / divisor) from an estimate that is off by at most one; all int64."""
+    """Return floor(numerator / divisor) from an estimate that is off by at most one; all int64."""
     rest = numerator - estimate * divisor
     return estimate - (rest < 0).to(tl.int64) + (rest >= divisor).to(tl.int64)
 
 
 @triton.jit
 def quotient(numerator, divisor):
-    """floor(numerator / divisor) of int64 numbers: 0 <= numerator < 2^55, 1 <= divisor < 2^35.
+    """Return floor(numerator / divisor) of int64 0 <= numerator < 2^55, 1 <= divisor < 2^35.
 
-    For quotients up to 2^20. Both roundings to float32 err by 2^-24 of the value and the quickest
-    division of a GPU by 2^-22 (two units in the last place), together less than 2^-21: the
-    estimate is off by less than 2^-1 before it is cut, so by at most one after.
+    Quotients are at most 2^20. Both roundings to float32 err by 2^-24 of the value and the fastest
+    division of a GPU by 2^-22 (two units in the last place), together by less than 2^-21. So the
+    estimate is off by less than 1/2 before it is truncated, and by at most one after.
     """
     estimate = (numerator.to(tl.float32) / divisor.to(tl.float32)).to(tl.int64)
     return corrected_quotient(numerator, divisor, estimate)
@@ -43,10 +43,10 @@ def quotient(numerator, divisor):
 
 @triton.jit
 def read_logits(pointers, mask, KIND: tl.constexpr):
-    """int16 logits as int32; others as float32, bfloat16 from its bits. The lowest where not mask.
+    """Load int16 logits as int32 and others as float32; the lowest value outside the mask.
 
-    Triton 3.6 fills pairs of 16 bits wrongly with a negative ``other``: every second one
-    becomes -1.
+    The mask is applied after loading: Triton 3.6 fills pairs of 16 bits wrongly with a negative
+    ``other``, and every second one becomes -1.
     """
     if KIND == 0:
         values = tl.where(mask, tl.load(pointers, mask=mask, other=0).to(tl.int32), -32768)
@@ -61,12 +61,12 @@ def read_logits(pointers, mask, KIND: tl.constexpr):
 
 @triton.jit
 def octave_steps(logits, top, KIND: tl.constexpr):
-    """How far logits lie below the largest of their row, in 1/256 of an octave: int32 >= 0."""
+    """Return the distance of logits to the largest of their row, in 1/256 of an octave: int32."""
     if KIND == 0:
         steps = top - logits
     else:
-        # To the nearest, ties to even: |scaled| <= 2^15, and adding 1.5 * 2^23 leaves no bits for
-        # a fraction. The clamp between keeps product and sum from being fused.
+        # This rounds to the nearest, ties to even: |scaled| <= 2^15, and adding 1.5 * 2^23 leaves
+        # no bits for a fraction. The clamp prevents a fused product and sum.
         scaled = tl.maximum((logits - top) * 369.329925537109375, -32768.0)
         steps = -((scaled + 12582912.0) - 12582912.0).to(tl.int32)
     return steps
@@ -74,7 +74,7 @@ def octave_steps(logits, top, KIND: tl.constexpr):
 
 @triton.jit
 def symbol_weights(table, steps, mask):
-    """22-bit weights, uint32; 0 where not mask."""
+    """Return 22-bit weights, uint32, 0 outside the mask."""
     known = tl.load(table + (steps & 255), mask=mask & (steps < 5632), other=0)
     return known.to(tl.uint32) >> ((steps >> 8) & 31).to(tl.uint32)
 
@@ -93,9 +93,9 @@ def intervals_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """logits [rows, SIZE], symbols int32 [rows], table int32 [256] -> starts, freqs int32 [rows].
+    """Map logits [rows, SIZE] and symbols int32 [rows] to starts and freqs int32 [rows].
 
-    spread = 2^prob_bits - SIZE.
+    table: int32 [256]; spread: 2^prob_bits - SIZE.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = row < rows
@@ -110,7 +110,7 @@ def intervals_kernel(
         strange = tl.sum((inside & (values != values)).to(tl.int32), axis=1)
         valid = valid & (strange == 0) & (tl.abs(top) < float("inf"))
         top = tl.where(valid, top, 0.0)
-        values = tl.where(valid[:, None], values, 0.0)  # NaN and inf have no int32
+        values = tl.where(valid[:, None], values, 0.0)  # NaN and inf do not convert to int32
         own = tl.where(valid, own, 0.0)
     weights = symbol_weights(table, octave_steps(values, top[:, None], KIND), inside)
     own_weight = symbol_weights(table, octave_steps(own, top, KIND), valid).to(tl.int64)
@@ -118,7 +118,7 @@ def intervals_kernel(
         weights = weights.to(tl.int64)
     total = tl.sum(weights, axis=1).to(tl.int64)
     below = tl.sum(tl.where(column[None, :] < symbol[:, None], weights, 0), axis=1).to(tl.int64)
-    total = tl.maximum(total, 1)  # rows that are not there
+    total = tl.maximum(total, 1)  # rows beyond the last have a total of 0
     start = quotient(below * spread, total)
     end = quotient((below + own_weight) * spread, total)
     freq = (end - start).to(tl.int32) + 1
@@ -127,7 +127,7 @@ def intervals_kernel(
 
 
 def block_sizes(size: int) -> tuple[int, int, int]:
-    """Rows and padded columns of one program, and its warps, for a codebook of ``size``."""
+    """Return the rows, padded columns and warps per program for a codebook of ``size``."""
     columns = max(padded(size), 16)
     return max(TILE // columns, 1), columns, 4 if columns <= TILE else 8
 
@@ -135,7 +135,7 @@ def block_sizes(size: int) -> tuple[int, int, int]:
 def launch(
     logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int, table: torch.Tensor
 ) -> torch.Tensor:
-    """Check the arguments and run the kernel; see percov2.triton_kernels.symbol_intervals."""
+    """Check the arguments of percov2.triton_kernels.symbol_intervals and run the kernel."""
     if logits.dtype not in _KINDS:
         raise ValueError(f"logits have dtype {logits.dtype}; they must be int16, bfloat16, float32")
     size = logits.shape[-1] if logits.dim() else 0

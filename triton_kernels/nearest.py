@@ -1,7 +1,7 @@
 """Nearest codebook vector by cosine similarity, one pass over the codebook per block of vectors.
 
-The [N, K] similarities are never written to memory: every program keeps the best value and index
-of its BLOCK_N vectors while it walks the codebook in tiles of BLOCK_K.
+Every program reads the codebook in tiles of BLOCK_K and keeps the best value and index of its
+BLOCK_N vectors. The [N, K] similarities are never written to memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from percov2.triton_kernels.placement import pieces, queue, require_runnable
 
-# Larger tiles exceed the registers of sm_80: ptxas reports a stack at 64 x 64.
+# Larger tiles exceed the registers of sm_80: 64 x 64 needs a stack.
 BLOCK_N = 32
 BLOCK_K = 32
 BLOCK_D = 32
@@ -29,8 +29,8 @@ def nearest_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):  # pointers and sizes carry no annotation: the compiler would read it as a value
-    """vectors [rows, dim], codebook [codes, dim], both float32 row-major -> int32 [rows]."""
+):  # Triton reads annotations of pointers and sizes as values, so there are none
+    """Map vectors [rows, dim] and codebook [codes, dim], float32 row-major, to int32 [rows]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
     axis = tl.arange(0, BLOCK_D)
@@ -51,13 +51,13 @@ def nearest_kernel(
                 mask=(code[None, :] < codes) & inside[:, None],
                 other=0.0,
             )
-            # "ieee": TF32 would exchange near neighbours, and tokens would differ from the CPU's.
+            # TF32 could swap near neighbours, and tokens would differ from the CPU's.
             similarity += tl.dot(left, right, input_precision="ieee")
         similarity = tl.where(code[None, :] < codes, similarity, float("-inf"))
         value, position = tl.max(
             similarity, axis=1, return_indices=True, return_indices_tie_break_left=True
         )
-        # Strictly greater: of equal similarities in two tiles the earlier index stays.
+        # Strictly greater, so that the earlier of two equal similarities wins.
         better = value > best_value
         best_index = tl.where(better, first + position, best_index)
         best_value = tl.where(better, value, best_value)
@@ -65,7 +65,7 @@ def nearest_kernel(
 
 
 def launch(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Check the arguments and run the kernel; see percov2.triton_kernels.nearest_codes."""
+    """Check the arguments of percov2.triton_kernels.nearest_codes and run the kernel."""
     for name, tensor in (("vectors", vectors), ("codebook", codebook)):
         if tensor.dim() != 2:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have two axes")

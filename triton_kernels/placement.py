@@ -1,4 +1,4 @@
-"""Where kernels run."""
+"""Checks of devices, sizes of grids, and launches of kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import triton
 
 
 def require_device(what: str, device: torch.device) -> None:
-    """Raise ValueError unless kernels run on the device: ``what`` would lie there.
+    """Raise ValueError unless kernels run on the device of ``what``.
 
-    A GPU, or the CPU if TRITON_INTERPRET=1 was set before triton was imported.
+    They run on GPUs, and on the CPU if TRITON_INTERPRET=1 was set before triton was imported.
     """
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError(
@@ -24,7 +24,7 @@ def require_device(what: str, device: torch.device) -> None:
 
 
 def require_runnable(**tensors: torch.Tensor) -> None:
-    """Raise ValueError unless all tensors lie on one device on which kernels run."""
+    """Raise ValueError unless all tensors are on one device that runs kernels."""
     first, *rest = tensors
     device = tensors[first].device
     for name in rest:
@@ -34,12 +34,12 @@ def require_runnable(**tensors: torch.Tensor) -> None:
 
 
 def pieces(length: int, size: int) -> int:
-    """How many pieces of a size cover a length. triton.cdiv costs the host several calls."""
+    """Return the number of pieces that cover a length; triton.cdiv is slower on the host."""
     return -(-length // size)
 
 
 def padded(length: int) -> int:
-    """The least power of two that is not below a length >= 1."""
+    """Return the least power of two >= length >= 1."""
     return 1 << (length - 1).bit_length()
 
 
@@ -48,8 +48,7 @@ def queue(
 ) -> None:
     """Queue a kernel on the device of its first argument, on torch's current stream there.
 
-    Triton itself takes the current device, wherever the tensors lie: with one model per card, the
-    other cards' pointers would reach a kernel that cannot use them.
+    Triton itself uses the current device, which cannot read the tensors of another card.
     """
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
         kernel[grid](first, *rest, **named)

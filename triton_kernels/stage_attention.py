@@ -1,10 +1,10 @@
 """Windowed, stage-masked integer attention (docs/reference/entropy-model.md, §3).
 
-A program computes one head of BLOCK readers of one image. A plan lists, for each such block of
-readers, the keys that any of them may see, in groups of GROUP; what a reader may really see is
-decided here, from stages and positions. Two passes over the keys: the largest score, then weights,
-their sum and the weighted values. Nothing is rescaled, so the order of the keys is of no
-consequence, and no float occurs.
+A program computes one head of BLOCK readers of one image. A plan lists for each block the keys that
+any of its readers may see, in groups of GROUP. The kernel decides from stages and positions what
+each reader sees. The first pass over the keys finds the largest score; the second one computes
+weights, their sum and the weighted values. There are no floats and no rescaling, so the order of
+the keys does not matter.
 
 Ranges: |q.k| <= 64 * 127^2 < 2^20; |score| < 2^16; sum of weights <= 964 * 127 < 2^17; weighted
 sums <= 127 times that, < 2^24; the numerator of the mean is in 0 .. 2^31.
@@ -23,11 +23,11 @@ TABLE_SIZE = 964
 """Biases of a head: 31 * 31 relative positions and the start entries."""
 MAX_HEAD_DIM = 64
 BLOCK = 32
-"""Readers of one program."""
+"""Readers per program."""
 GROUP = 32
-"""Keys at a time; the plan pads its lists to multiples of it."""
+"""Keys per step; the plan pads its lists to multiples of it."""
 IMAGES = 65535
-"""Images of one launch: what CUDA allows along the third axis of a grid."""
+"""Images per launch: CUDA's limit along the third axis of a grid."""
 
 
 @triton.jit
@@ -45,12 +45,11 @@ def masked_scores(
     BLOCK_DIM: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Scores int32 [BLOCK, GROUP] of the keys listed there, -2^30 where one must not be seen.
+    """Return scores int32 [BLOCK, GROUP] of the listed keys, -2^30 for hidden keys.
 
     corner: place of the reader minus (15, 15). Places are row * 2^16 + column, so one subtraction
-    gives both distances: if the lower is negative, it borrows from the upper, but is then at least
-    2^15 itself. Start entries (stage 0) have row 2^15 - 1, far from all others, and their number
-    as column.
+    gives both distances. A negative lower distance borrows from the upper one, and then is at least
+    2^15 itself. Start entries (stage 0) have the distant row 2^15 - 1 and their number as column.
     """
     at = tl.arange(0, GROUP)
     key, place, stage = (
@@ -100,7 +99,7 @@ def stage_attention_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """One block of readers, one head, one image: the three axes of the grid.
+    """Compute one block of readers, one head and one image: the three axes of the grid.
 
     queries int8 [B, reader_count, heads * HEAD_DIM], keys and values int8 [B, K, heads * HEAD_DIM]
     with given strides -> out int8, like queries but contiguous. reader_places int32 [2,
@@ -146,7 +145,7 @@ def stage_attention_kernel(
             HEAD_DIM, BLOCK_DIM, GROUP,
         )  # fmt: skip
         below = best[:, None] - score
-        # Hidden keys are at -2^30; a reader that is not there has nothing else.
+        # Hidden keys have the score -2^30; a padding reader has no others.
         weight = tl.load(weights + below, mask=(score > -(1 << 29)) & (below < 128), other=0)
         key = tl.load(listed_keys + first + tl.arange(0, GROUP))
         vectors = tl.load(

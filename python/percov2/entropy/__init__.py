@@ -1,6 +1,6 @@
-"""The entropy engine, usable without the rest: schedules, integer models, intervals and rANS.
+"""The entropy engine, usable on its own: schedules, integer models, intervals and rANS.
 
-Importing this package costs nothing; each name loads its module when first used.
+Importing this package is cheap: each name loads its module on first use.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Integer logits to integer intervals: what the format says of both.
+"""The format's rule from integer logits to integer intervals.
 
 With d = max(logits) - logit in 1/256 of an octave, the weight of a symbol is
 ``w = table[d & 255] >> (d >> 8)`` (22 bits; 0 from 22 octaves on). With prefix sums P, total S,
 M = 2^prob_bits and V symbols, ``start_i = floor(P_i * (M - V) / S) + i``: strictly increasing from
 0 to M, so every symbol has at least one slot and a single interval needs no table. All numbers are
-integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55. ``percov2.entropy.rans`` has the compiled form,
-``percov2.entropy.torch.cdf`` the form on any device.
+integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55. ``percov2.entropy.rans`` has the compiled form;
+``percov2.entropy.torch.cdf`` runs on any device.
 """
 
 from __future__ import annotations
@@ -13,8 +13,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_PROB_BITS = 8
-MAX_PROB_BITS = 20
+__all__ = [
+    "MAX_CODEBOOK",
+    "MIN_CODEBOOK",
+    "WEIGHT_TABLE",
+    "check_precision",
+    "default_prob_bits",
+    "weights",
+]
+
+
+_MIN_PROB_BITS = 8
+_MAX_PROB_BITS = 20
 MIN_CODEBOOK = 2
 MAX_CODEBOOK = 8192
 
@@ -53,7 +63,7 @@ WEIGHT_TABLE: tuple[int, ...] = (
 
 
 def default_prob_bits(codebook_size: int) -> int:
-    """Precision used for a codebook: 16 bits up to 256 entries, 18 up to 1024, 20 above.
+    """Return the precision for a codebook: 16 bits up to 256 entries, 18 up to 1024, 20 above.
 
     Raises ValueError unless 2 <= codebook_size <= 8192.
 
@@ -69,7 +79,7 @@ def default_prob_bits(codebook_size: int) -> int:
 
 def check_precision(codebook_size: int, prob_bits: int) -> None:
     """Raise ValueError unless 2 <= V <= 8192, 8 <= prob_bits <= 20 and 2^prob_bits >= 2 V."""
-    if not MIN_PROB_BITS <= prob_bits <= MAX_PROB_BITS:
+    if not _MIN_PROB_BITS <= prob_bits <= _MAX_PROB_BITS:
         raise ValueError(f"prob_bits is {prob_bits}; it must be 8 to 20")
     if not MIN_CODEBOOK <= codebook_size <= MAX_CODEBOOK:
         raise ValueError(f"the codebook has {codebook_size} entries; it must have 2 to 8192")
@@ -86,7 +96,7 @@ _WEIGHTS = np.array(WEIGHT_TABLE, dtype=np.int64)
 def weights(logits: NDArray[np.int16], sharpness: int = 256) -> NDArray[np.int64]:
     """Return weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
 
-    What logits lie below the largest is multiplied by sharpness / 256 >= 0 and rounded down.
+    Each logit's distance to the largest is multiplied by sharpness / 256 >= 0 and rounded down.
 
     Raises:
         ValueError: another dtype or an empty last axis.

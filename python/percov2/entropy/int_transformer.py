@@ -1,7 +1,7 @@
-"""The integer token transformer: parameters, their ranges, files, and its compiled passes.
+"""The integer token transformer: parameters, their ranges, files, and compiled passes.
 
-docs/reference/entropy-model.md defines the program. ``percov2.entropy.torch`` holds the float form
-that is trained and exported to this one, and executors for other devices.
+docs/reference/entropy-model.md defines the program. ``percov2.entropy.torch`` trains the float form, exports
+it to this one, and has executors for other devices.
 """
 
 from __future__ import annotations
@@ -24,6 +24,17 @@ from percov2.entropy.visibility import (
     START_ENTRIES,
 )
 
+__all__ = [
+    "TRIAL",
+    "IntTransformer",
+    "check_tensors",
+    "prove_compiled",
+    "random_tensors",
+    "tensor_layout",
+    "trial",
+]
+
+
 _INT8, _INT16, _INT32 = np.dtype(np.int8), np.dtype(np.int16), np.dtype(np.int32)
 
 
@@ -37,7 +48,7 @@ def _linear_shapes(name: str, outputs: int, terms: int) -> dict[str, tuple[np.dt
 
 
 def tensor_layout(config: TransformerConfig) -> dict[str, tuple[np.dtype, tuple]]:
-    """Name -> (dtype, shape) of every tensor of the integer program."""
+    """Return name -> (dtype, shape) of every tensor of the integer program."""
     dim = config.dim
     layout: dict[str, tuple[np.dtype, tuple]] = {
         "embedding.token": (_INT16, (config.codebook_size, dim)),
@@ -111,7 +122,7 @@ def check_tensors(config: TransformerConfig, tensors: dict[str, NDArray[Any]]) -
 TRIAL = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
 """Sizes of the model that proves an executor, with the random tensors of seed 0."""
 _TRIAL_LOGITS = "1cd29e267127fb21bc7c8ca31c341208c44f94f57b279724f9f441f7c718a81d"
-"""SHA-256 of the logits of the trial, int16 little-endian, as ``percov2.entropy.torch`` gives."""
+"""SHA-256 of the trial's logits, int16 little-endian, computed by ``percov2.entropy.torch``."""
 
 
 def trial(images: int = 1) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -145,7 +156,7 @@ class IntTransformer:
 
     Args:
         config: its sizes.
-        tensors: what ``tensor_layout(config)`` lists, as arrays or tensors.
+        tensors: arrays or tensors, as ``tensor_layout(config)`` lists them.
 
     Raises:
         ValueError: tensors that do not fit the config or the ranges of the program.
@@ -183,10 +194,10 @@ class IntTransformer:
 
     @classmethod
     def load(cls, folder: Path | str, **options: Any) -> Self:
-        """Read what ``save`` wrote.
+        """Read a folder written by ``save``.
 
         Args:
-            folder: of the model.
+            folder: the model's folder.
             options: further arguments of the class.
 
         Raises:
@@ -214,13 +225,13 @@ class IntTransformer:
     def encode(self, tokens: Any, stages: NDArray[np.int32]) -> Any:
         """Return the residual of all queries in coding order, int32 [B, h * w, dim].
 
-        ``tokens`` are integers [B, h, w] as of ``place``, ``stages`` int32 [h, w];
+        ``tokens`` [B, h, w] come from ``place``; ``stages`` is int32 [h, w].
         ``percov2.entropy.staging`` checks both.
         """
         return self._program.encode(np.ascontiguousarray(stages), tokens, rans.default_threads())
 
     def staged(self, stages: NDArray[np.int32], batch: int) -> Any:
-        """Return the passes of decoding ``batch`` grids, stage after stage."""
+        """Return the stage-by-stage passes that decode ``batch`` grids."""
         return _Staged(rans.StagedPass(self._program, np.ascontiguousarray(stages), batch))
 
     def logits(self, residual: Any) -> Any:
@@ -228,7 +239,7 @@ class IntTransformer:
         return self._program.logits(np.ascontiguousarray(residual), rans.default_threads())
 
     def place(self, tokens: Any) -> Any:
-        """Return tokens where the passes take them: int32, contiguous.
+        """Return tokens as the passes read them: int32, contiguous.
 
         Raises:
             ValueError: tokens outside the codebook, or no integers.
@@ -245,7 +256,7 @@ class IntTransformer:
 
 
 class _Staged:
-    """Passes of decoding: ``residual`` of the next stage, ``accept`` its tokens, and so on."""
+    """The passes of decoding: ``residual`` of the next stage, then ``accept`` its tokens."""
 
     def __init__(self, native: rans.StagedPass) -> None:
         self._native = native
@@ -259,7 +270,7 @@ class _Staged:
 
 def random_tensors(config: TransformerConfig, seed: int) -> dict[str, NDArray[Any]]:
     """Return seeded random integers for ``tensor_layout(config)``, the same on every machine."""
-    # Activations of size ~60 and weights of ~73 make sums of ~60 * 73 * sqrt(K), to be scaled.
+    # Activations of ~60 times weights of ~73 give sums of ~60 * 73 * sqrt(K), which shifts scale.
     shifts = {"q": 13, "kv": 13, "up": 13, "out": 8, "down": 8, "head": 11, "attention": 10}
     ranges = {
         "embedding": (-9000, 9000),

@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "ACC_LIMIT",
+    "GAIN_STEPS",
+    "HIDDEN_SCORE",
+    "INT8_LIMIT",
+    "LOGIT_MAX",
+    "LOGIT_MIN",
+    "LOGIT_STEPS",
+    "MAX_DIM",
+    "MAX_GAIN",
+    "MAX_GAIN_BITS",
+    "MAX_MULTIPLIER",
+    "MAX_SCORE_BIAS",
+    "MAX_SHIFT",
+    "MAX_TERMS",
+    "RESIDUAL_LIMIT",
+    "SCORE_SHIFT_MAX",
+    "SCORE_SHIFT_MIN",
+    "SCORE_STEPS",
+    "WEIGHT_AMPLITUDE",
+    "WEIGHT_TABLE",
+]
+
+
 INT8_LIMIT = 127
 """Activations and weights are in [-127, 127]; -128 is never used."""
 MAX_TERMS = 1040

@@ -1,9 +1,9 @@
 """Batches of rANS streams: arrays in, one buffer and its offsets out.
 
-Every stream is a stack (what is pushed last is decoded first) whose first state is a 16-bit check;
-after the last symbol a decoder must hold that check and no byte. States are below 2^31, the lower
-bound is 2^23, renormalisation is by bytes. Streams are independent, so ``threads`` never changes a
-byte. This is the only module that imports the compiled code.
+Every stream is a stack: the symbol pushed last is decoded first. Its first state is a 16-bit check;
+after the last symbol a decoder must hold that check and no byte. States are below 2^31, and bytes
+refill them below 2^23. Streams are independent, so ``threads`` never changes a byte. Only this
+module imports the compiled code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,32 @@ except ImportError as error:  # pragma: no cover - only in a tree that was never
         "pip, or build it in place as CONTRIBUTING.md says"
     ) from error
 
-# For percov2.entropy.int_transformer, benchmark and tests; one module imports the compiled code.
+__all__ = [
+    "ArrayLike",
+    "IntegerTransformer",
+    "Logits",
+    "RansDecoder",
+    "RansEncoder",
+    "StagedPass",
+    "as_array",
+    "attention_weights",
+    "cdf",
+    "cuda_built",
+    "cuda_decode",
+    "cuda_devices",
+    "cuda_encode",
+    "cuda_encode_sizes",
+    "cuda_state",
+    "default_threads",
+    "instruction_set",
+    "instruction_sets",
+    "intervals",
+    "stage_attention",
+    "use_instruction_set",
+]
+
+
+# For percov2.entropy.int_transformer, the benchmark and the tests.
 attention_weights = _native.attention_weights
 stage_attention = _native.stage_attention
 IntegerTransformer = _native.IntegerTransformer
@@ -41,7 +66,7 @@ cuda_decode = _native.cuda_decode
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """What the compiled kernels can use on this machine: "scalar" and "avx2", "avx512" or "neon".
+    """Return the kernels' instruction sets here: "scalar" and "avx2", "avx512" or "neon".
 
     All give the same integers.
     """
@@ -49,12 +74,12 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """The instruction set in use: the best available one unless another was chosen."""
+    """Return the instruction set in use; by default the best one available."""
     return _native.instruction_set()
 
 
 def use_instruction_set(name: str) -> None:
-    """Make all compiled kernels use one instruction set, to compare or to measure them.
+    """Make all compiled kernels use one instruction set, to compare or measure them.
 
     Raises ValueError for a name that ``instruction_sets`` does not list.
     """
@@ -62,9 +87,9 @@ def use_instruction_set(name: str) -> None:
 
 
 def default_threads() -> int:
-    """Return the threads that passes of the entropy model use.
+    """Return the number of threads for passes of the entropy model.
 
-    As many as torch has where it is loaded; else OMP_NUM_THREADS, or the cores of this process.
+    That is torch's number if torch is loaded, else OMP_NUM_THREADS or the cores of this process.
     """
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):
@@ -75,45 +100,45 @@ def default_threads() -> int:
 
 
 def cuda_state() -> str:
-    """For reports: "not built", "built, no device", or "built" with the names of the devices."""
+    """Return a text for reports: "not built", "built, no device", or "built" and the devices."""
     if not cuda_built():
         return "not built"
     try:
         return "built, " + (", ".join(cuda_devices()) or "no device")
-    except RuntimeError as error:  # a driver that does not answer must not end a report
+    except RuntimeError as error:  # a failing driver must not end a report
         return f"built, {error}"
 
 
 Logits: TypeAlias = "NDArray[np.int16] | NDArray[np.float32] | torch.Tensor"
 """int16 base-2 logits in 1/256 of an octave, or natural-log float32 or bfloat16 logits.
 
-The latter are rounded by ``percov2.entropy.cdf.round_logits``. Floats must be the same bits on both
-sides of a stream; float models rarely give them twice. Those of percov2 give int16.
+``percov2.entropy.torch.cdf.round_logits`` rounds floats. Both sides of a stream must see the same
+bits, which float models rarely give twice. The models of percov2 give int16.
 """
 
 ArrayLike: TypeAlias = "NDArray[Any] | torch.Tensor | Sequence[int]"
 
 
-def is_tensor(value: Any) -> bool:
+def _is_tensor(value: Any) -> bool:
     """Return whether a value is a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
 
 def as_array(value: Any) -> NDArray[Any]:
-    """Return an array or a tensor on any device as a contiguous array."""
-    if is_tensor(value):
+    """Return an array, or a tensor on any device, as a contiguous array."""
+    if _is_tensor(value):
         value = value.detach().cpu().numpy()
     return np.ascontiguousarray(value)
 
 
 def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
-    """Integers as a contiguous array of ``dtype``; ValueError if one does not fit."""
-    if is_tensor(values):
+    """Return integers as a contiguous array of ``dtype``; ValueError if one does not fit."""
+    if _is_tensor(values):
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
     if array.dtype == dtype:
-        return _compact(array)
+        return _aligned(array)
     if array.size and array.dtype.kind not in "iu":
         raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers")
     limits = np.iinfo(dtype)
@@ -126,22 +151,22 @@ def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
 
 
 def _borrowed(values: Any, name: str) -> Any:
-    """A contiguous and aligned array on the CPU; copied only if it is not one yet."""
-    if is_tensor(values):
+    """Return a contiguous and aligned array on the CPU, copied only where necessary."""
+    if _is_tensor(values):
         tensor = values.detach().cpu().contiguous()
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{name} is a {type(values).__name__}; give a numpy array or a tensor")
-    return _compact(values)
+    return _aligned(values)
 
 
-def _compact(array: NDArray[Any]) -> NDArray[Any]:
-    """C-contiguous and aligned (a file mapped from an odd byte on is not)."""
+def _aligned(array: NDArray[Any]) -> NDArray[Any]:
+    """Return the array C-contiguous and aligned; a file mapped from an odd offset is not."""
     return np.require(array, requirements=("C", "A", "E"))
 
 
-def borrowed_logits(values: Logits) -> tuple[Any, str]:
-    """Contiguous logits on the CPU and the name of their dtype."""
+def _borrowed_logits(values: Logits) -> tuple[Any, str]:
+    """Return contiguous logits on the CPU and the name of their dtype."""
     rows = _borrowed(values, "logits")
     if len(rows.shape) == 0:
         raise ValueError("logits have no axis; the last axis is the codebook")
@@ -154,13 +179,12 @@ def intervals(
     prob_bits: int,
     threads: int = 1,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Intervals of chosen symbols, equal to percov2.entropy.cdf.intervals.
+    """Return the intervals of symbols: logits [..., V], symbols int32 [...] -> starts, freqs [...].
 
-    logits [..., V], symbols int32 [...] in 0 .. V - 1 -> starts, freqs int32 [...].
-    Raises ValueError for wrong shapes, dtypes, symbols or precision, and for float logits with NaN,
-    +inf or nothing finite.
+    Symbols lie in 0 .. V - 1; starts and freqs are int32. Raises ValueError for wrong shapes,
+    dtypes, symbols or precision, and for float logits with NaN, +inf or nothing finite.
     """
-    rows, dtype = borrowed_logits(logits)
+    rows, dtype = _borrowed_logits(logits)
     chosen = _integers(symbols, np.int32, "symbols")
     if tuple(rows.shape[:-1]) != chosen.shape:
         raise ValueError(
@@ -173,21 +197,19 @@ def intervals(
 
 
 def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> NDArray[np.int32]:
-    """Interval bounds, equal to percov2.entropy.cdf.cdf: logits [..., V] -> int32 [..., V + 1].
+    """Return interval bounds: logits [..., V] -> int32 [..., V + 1].
 
     Raises ValueError for a wrong dtype, codebook size or precision, and for float logits with NaN,
     +inf or nothing finite.
     """
-    rows, dtype = borrowed_logits(logits)
+    rows, dtype = _borrowed_logits(logits)
     lead = tuple(rows.shape[:-1])
     flat = rows.reshape(int(np.prod(lead, dtype=np.int64)), rows.shape[-1])
     return _native.cdf(flat, dtype, prob_bits, threads).reshape(*lead, rows.shape[-1] + 1)
 
 
 class RansEncoder:
-    """B stacks that become B byte strings.
-
-    Threads that use one encoder, or one decoder, at the same time take turns.
+    """B stacks that become B byte strings; concurrent calls of several threads take turns.
 
     checks: uint16 [B], the initial state of each stream. Raises ValueError if one exceeds 65535.
 
@@ -203,7 +225,7 @@ class RansEncoder:
 
     @classmethod
     def resumed(cls, buffer: ArrayLike, offsets: ArrayLike, quiet: ArrayLike) -> RansEncoder:
-        """Stacks that go on where finished streams, from here or from a GPU, end.
+        """Return an encoder that continues finished streams, from this class or from a GPU.
 
         buffer: uint8 [n]; offsets: int64 [B + 1]; quiet: int64 [B], their symbols_before_output.
         Raises ValueError for streams that no encoder writes.
@@ -234,8 +256,8 @@ class RansEncoder:
         """Push counts[b] symbols on stream b, the last one first.
 
         starts, freqs: int32 flat [sum(counts)], stream after stream in decoding order, with
-        freq >= 1 and start + freq <= 2^prob_bits; counts: int64 [B]; prob_bits: 8 to 20, may
-        differ from call to call. Raises ValueError, and then nothing was pushed.
+        freq >= 1 and start + freq <= 2^prob_bits. counts: int64 [B]. prob_bits: 8 to 20, and may
+        change between calls. Pushes nothing if it raises ValueError.
         """
         self._native.push(
             _integers(starts, np.int32, "starts"),
@@ -247,27 +269,26 @@ class RansEncoder:
 
     @property
     def symbols_before_output(self) -> NDArray[np.int64]:
-        """int64 [B]: symbols pushed while the state stayed below 2^23 and no byte had left.
+        """Return the symbols pushed before the first byte left each stream, int64 [B].
 
-        These are the symbols that a decoder meets in an exhausted stream (all so far if the state
-        has never grown).
+        Their states are below 2^23: a decoder reads them from an exhausted stream.
         """
         return self._native.symbols_before_output()
 
     def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """The streams one after another, uint8 [sum of lengths], and offsets, int64 [B + 1].
+        """Return the streams one after another, uint8 [sum of lengths], and offsets, int64 [B + 1].
 
-        The stacks stay as they are: more may be pushed and finish called again.
+        The stacks do not change: push more and finish again.
         """
         return self._native.finish()
 
 
 class RansDecoder:
-    """Reads B streams forward.
+    """A reader of B streams.
 
-    buffer: bytes or uint8 [n]; offsets: int64 [B + 1], not decreasing, within the buffer;
-    states, positions: where to resume (uint32 [B] below 2^31 and int64 [B], the next byte counted
-    from the stream's beginning), both or neither. Raises ValueError for anything else.
+    buffer: bytes or uint8 [n]. offsets: int64 [B + 1], not decreasing, within the buffer. states
+    and positions resume streams; give both or neither: uint32 [B] below 2^31, and int64 [B], the
+    next byte counted from the stream's beginning. Raises ValueError for anything else.
 
     >>> decoder = RansDecoder(bytes.fromhex("0beec50f"), offsets=[0, 4])
     >>> decoder.decode_logits(np.zeros((1, 2, 64), np.int16), prob_bits=8)  # uniform: 4 slots each
@@ -310,10 +331,10 @@ class RansDecoder:
         """Decode n symbols per row: logits [B, n, V] -> int32 [B, n].
 
         streams: int64 [B], the stream of each row, no stream twice; all of them if None.
-        Reading past the end gives symbols, not an error: ask ``finished``. Raises ValueError for
-        wrong shapes, dtypes, streams, precision or float logits; nothing was decoded then.
+        Reading past the end returns symbols and no error; ``finished`` tells. Raises ValueError,
+        and decodes nothing, for wrong shapes, dtypes, streams, precision or float logits.
         """
-        rows, dtype = borrowed_logits(logits)
+        rows, dtype = _borrowed_logits(logits)
         return self._native.decode_logits(rows, dtype, self._streams(streams), prob_bits, threads)
 
     def decode_cdf(
@@ -325,7 +346,7 @@ class RansDecoder:
     ) -> NDArray[np.int32]:
         """Decode n symbols per row by tables: int32 [B, n, V + 1] -> int32 [B, n].
 
-        Every table must increase strictly from 0 to 2^prob_bits. The rest is as in decode_logits.
+        Every table must increase strictly from 0 to 2^prob_bits. See also ``decode_logits``.
         """
         return self._native.decode_cdf(
             _borrowed(cdf, "cdf"), self._streams(streams), prob_bits, threads
@@ -333,23 +354,23 @@ class RansDecoder:
 
     @property
     def states(self) -> NDArray[np.uint32]:
-        """uint32 [B]: the states, all due bytes shifted in."""
+        """Return the refilled states, uint32 [B]."""
         return self._native.states()
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """int64 [B]: the next byte of each stream, counted from its beginning."""
+        """Return the next byte of each stream, counted from its beginning, int64 [B]."""
         return self._native.positions()
 
     @property
     def exhausted(self) -> NDArray[np.bool_]:
-        """bool [B]: no byte is left and the state is below 2^23."""
+        """Return True where no byte is left and the state is below 2^23, bool [B]."""
         return self._native.exhausted()
 
     def finished(self, checks: ArrayLike) -> NDArray[np.bool_]:
-        """bool [B]: the state is the check (uint16 [B]) and no byte is left.
+        """Return True where the state equals the check (uint16 [B]) and no byte is left, bool [B].
 
-        A stream that was read from its beginning must not start with a zero byte either: an
-        encoder never writes one, and each file has one form only.
+        A stream read from its beginning must not start with a zero byte either: an encoder never
+        writes one, and each file has one form only.
         """
         return self._native.finished(_integers(checks, np.uint32, "checks"))

@@ -1,10 +1,9 @@
-"""Tokens that no file holds, drawn from the entropy model: the same on every machine.
+"""Draws of the tokens that a file does not hold, the same on every machine.
 
-The paper's hybrid mode (arXiv 2503.09368, section 3.3): the first stages are in the file, the
-decoder draws the others. Everything is an integer. A place's random number depends on the seed and
-on the place alone: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-2011) is a function of a key and a counter. docs/reference/entropy-model.md, section 6, is
-normative.
+In the paper's hybrid mode (arXiv 2503.09368, section 3.3) a file holds the first stages and the
+decoder draws the others. Everything is an integer. A place's random number depends only on the seed
+and the place: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)
+is a function of a key and a counter. docs/reference/entropy-model.md, section 6, is normative.
 """
 
 from __future__ import annotations
@@ -13,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from percov2.entropy import cdf
+
+__all__ = ["AT_ONCE", "FLOOR_BITS", "MAX_SEED", "SHARPNESS", "check_draw", "draw", "philox"]
+
 
 MAX_SEED = 2**16 - 1
 """Largest seed of a draw."""
@@ -25,13 +27,13 @@ _KEY_STEPS = 0x9E3779B9, 0xBB67AE85
 _MASK = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 FLOOR_BITS = 10
-"""Weights below the largest, shifted by so many bits, are never drawn."""
+"""Weights below the largest weight >> FLOOR_BITS are never drawn."""
 AT_ONCE = 2**22
-"""Logits that are drawn from together: each takes 40 bytes meanwhile."""
+"""Logits per draw: each takes 40 bytes of scratch memory."""
 
 
 def philox(key: int, counter: NDArray[np.int64]) -> NDArray[np.uint32]:
-    """Philox-4x32-10 of 64-bit counters: uint32 [n, 4].
+    """Return the Philox-4x32-10 words of 64-bit counters, uint32 [n, 4].
 
     Args:
         key: 0 to 2^64 - 1; its low half is the first key word.
@@ -62,14 +64,14 @@ def philox(key: int, counter: NDArray[np.int64]) -> NDArray[np.uint32]:
 def _scaled(words: NDArray[np.uint32], total: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return ⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: [B, n] like total < 2^35."""
     high, low = words[:, 0].astype(np.int64), words[:, 1].astype(np.int64)
-    # In pieces of 16 bits of the total no product reaches 2^52, so signed arithmetic is enough.
+    # 16-bit pieces of the total keep every product below 2^52, so signed arithmetic suffices.
     upper, lower = total >> 16, total & 0xFFFF
     carry = low * upper + (low * lower >> 16) >> 16
     return high * upper + (high * lower + carry >> 16) >> 16
 
 
 def check_draw(shape: tuple[int, ...], places: NDArray[np.int64], seed: int) -> None:
-    """Raise ValueError unless logits of a shape can be drawn from at places with a seed."""
+    """Raise ValueError unless the seed, the shape of logits and the places fit together."""
     if not 0 <= seed <= MAX_SEED:
         raise ValueError(f"the seed of a draw must be 0 to {MAX_SEED}, not {seed}")
     if len(shape) != 3 or places.shape != shape[1:2]:
@@ -83,8 +85,8 @@ def draw(logits: NDArray[np.int16], places: NDArray[np.int64], seed: int) -> NDA
 
     Args:
         logits: int16 [B, n, V], to base 2 with 8 fractional bits.
-        places: int64 [n], raster indices of the n positions: every grid of a batch draws by the
-            same numbers.
+        places: int64 [n], raster indices of the n positions; all grids of a batch share the random
+            numbers.
         seed: 0 to ``MAX_SEED``.
 
     Returns:
@@ -107,7 +109,7 @@ def draw(logits: NDArray[np.int16], places: NDArray[np.int64], seed: int) -> NDA
 
 
 def _drawn(logits: NDArray[np.int16], words: NDArray[np.uint32]) -> NDArray[np.int32]:
-    """Return tokens [B, n] by the random words [n, 4] of their places."""
+    """Return tokens [B, n] from the random words [n, 4] of their places."""
     weights = cdf.weights(logits, SHARPNESS)
     weights[weights < weights.max(2, keepdims=True) >> FLOOR_BITS] = 0
     prefix = weights.cumsum(2)

@@ -1,14 +1,13 @@
-"""Entropy schedules: which stage codes which token position.
+"""Entropy schedules: the stage of every token position.
 
 A schedule splits the ``height * width`` token positions of an image into stages 1..S; stage s is
-coded given all earlier stages. Schedules are part of the file format: docs/reference/schedules.md
-is the normative definition, every number here is an integer, and golden hashes in the tests freeze
-the result for all machines.
+coded given all earlier stages. Schedules are part of the file format. docs/reference/schedules.md is the
+normative definition, every number here is an integer, and golden hashes in the tests freeze the
+result for all machines.
 
-Sources: checkerboard, quincunx, QLDS (quantized low-discrepancy sequence: the R2 sequence of
-M. Roberts with power-law group sizes) and implicit hierarchical VAR are the schedules compared in
-PerCoV2 (arXiv 2503.09368, Table 1); what they do on grids that are not squares of a power of two
-is this package's choice.
+PerCoV2 (arXiv 2503.09368, Table 1) compares checkerboard, quincunx, QLDS and implicit hierarchical
+VAR. QLDS is a quantized low-discrepancy sequence: the R2 sequence of M. Roberts with power-law
+group sizes. Grids that are not squares of a power of two follow rules of this package.
 """
 
 from __future__ import annotations
@@ -18,6 +17,20 @@ from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
+
+__all__ = [
+    "DEFAULT_SCHEDULE",
+    "MAX_POSITIONS",
+    "SCHEDULES",
+    "Schedule",
+    "nested_grids",
+    "order",
+    "qlds",
+    "stage_count",
+    "stage_map",
+    "stages",
+]
+
 
 SCHEDULES: tuple[str, ...] = (
     "qlds12",
@@ -33,17 +46,16 @@ SCHEDULES: tuple[str, ...] = (
 DEFAULT_SCHEDULE = "qlds12"
 
 MAX_POSITIONS = 2**24
-"""Most token positions a grid may have (a 65,536 x 65,536 image at 16 pixels per token)."""
+"""Most token positions of a grid (a 65,536 x 65,536 image at 16 pixels per token)."""
 
-# The R2 sequence advances by 1/g and 1/g^2, g = 1.32471795724474602596 (the plastic number),
-# from 1/2. These are the same numbers as fractions of 2^32, so that 32-bit counters that wrap
-# around give every machine the same walk.
+# The R2 sequence starts at 1/2 and advances by 1/g and 1/g^2, g = 1.32471795724474602596 (the
+# plastic number). Wrapping 32-bit counters of fractions give every machine the same walk.
 _COUNTER_START = 2**31
 _ROW_STEP = 3242174889
 _COLUMN_STEP = 2447445414
 
-# The walk gives up after this many steps per position (plus a constant); positions that it has
-# not met by then follow in raster order. Grids of ordinary shape are covered long before.
+# The walk stops after this many steps per position (plus a constant). Positions not met by then
+# follow in raster order. Grids of ordinary shape are covered much earlier.
 _WALK_STEPS_PER_POSITION = 16
 _WALK_EXTRA_STEPS = 64
 
@@ -100,7 +112,7 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
 
 
 def stage_map(schedule: Schedule, height: int, width: int) -> np.ndarray:
-    """Return ``stages`` of a name, or the given stage map, which must have the grid's shape.
+    """Return the stage map of a name, or the given stage map.
 
     Raises ValueError as ``stages`` does, and for a stage map of another shape.
     """
@@ -112,7 +124,7 @@ def stage_map(schedule: Schedule, height: int, width: int) -> np.ndarray:
 
 
 def stage_count(name: str, height: int, width: int) -> int:
-    """How many stages a grid has; arguments and errors as for ``stages``."""
+    """Return the number of stages of a grid; arguments and errors as for ``stages``."""
     return int(stages(name, height, width).max())
 
 
@@ -132,23 +144,22 @@ def order(stage_map: np.ndarray) -> np.ndarray:
 
 
 def _dense(raw: np.ndarray) -> np.ndarray:
-    """Relabel stage numbers >= 0 so that they become 1..S without gaps, keeping their order."""
+    """Relabel stage numbers >= 0 as 1..S without gaps, in the same order."""
     used = np.bincount(raw.reshape(-1)) > 0
     labels = np.cumsum(used, dtype=np.int32)
     return labels[raw]
 
 
 def _checkerboard(height: int, width: int) -> np.ndarray:
-    """Stage 1: row + column even; stage 2: odd."""
     return 1 + (np.arange(height)[:, None] + np.arange(width)[None, :]) % 2
 
 
 def _quincunx(height: int, width: int) -> np.ndarray:
-    """Dyadic quincunx lattice, from the coarsest step (below the longer side) down to 1.
+    """Return the dyadic quincunx lattice, from the coarsest step (below the longer side) to 1.
 
-    With steps 2^k, ..., 2, 1: first the multiples of 2^k in both directions; then, for each
-    finer step t, the positions whose row and column are both odd multiples of t, and after them
-    the remaining multiples of t.
+    The steps are 2^k, ..., 2, 1. The multiples of 2^k in both directions come first. Each finer
+    step t adds two stages: positions whose row and column are both odd multiples of t, then the
+    remaining multiples of t.
     """
     coarsest = max((max(height, width) - 1).bit_length() - 1, 0)
     rows = np.arange(height)[:, None]
@@ -162,11 +173,11 @@ def _quincunx(height: int, width: int) -> np.ndarray:
 
 
 def nested_grids(height: int, width: int, sides: Iterable[int]) -> np.ndarray:
-    """Return the stages, int32 [height, width], of sub-grids that are revealed one by one.
+    """Return the stages, int32 [height, width], of sub-grids with growing sides.
 
     The sub-grid of side s holds the rows floor(i * height / s) and the columns floor(i * width / s)
-    for 0 <= i < s; a position belongs to the first one that holds it. The last side must be at
-    least ``max(height, width)``: only then every position belongs to one.
+    for 0 <= i < s. A position belongs to the first sub-grid that holds it. The last side must be at
+    least ``max(height, width)``, so that every position belongs to one.
     """
     raw = np.zeros((height, width), dtype=np.int64)
     for stage, side in reversed(list(enumerate(sides))):
@@ -178,8 +189,7 @@ def nested_grids(height: int, width: int, sides: Iterable[int]) -> np.ndarray:
 def qlds(height: int, width: int, stage_count: int, power: Fraction = _QLDS_POWER) -> np.ndarray:
     """Return the stages, int32 [height, width], of the R2 walk in groups by a power law.
 
-    Group i of S = ``stage_count`` (>= 1) ends at round(N * (i / S)^power); see
-    docs/reference/schedules.md.
+    Group i of S = ``stage_count`` (>= 1) ends at round(N * (i / S)^power).
     """
     positions = height * width
     walk = _qlds_walk(height, width)
@@ -228,8 +238,8 @@ def _power_law_ends(positions: int, stage_count: int, power: Fraction = _QLDS_PO
     """Return int64 [S]: cumulative stage sizes round(N * (i / S)^power), strictly increasing.
 
     With power = p/q the rounded value (halves up) is the largest k with
-    (2k - 1)^q * S^p <= 2^q * N^q * i^p: plain integers, no power function to trust. S is the
-    number of positions where there are fewer of them than stages.
+    (2k - 1)^q * S^p <= 2^q * N^q * i^p. Plain integers avoid floating-point powers. S is at most
+    the number of positions.
     """
     count = min(stage_count, positions)
     p, q = power.numerator, power.denominator

@@ -1,8 +1,7 @@
 """Passes of the integer transformer over the entries of token grids.
 
-Encoding is one pass with the contents and queries of all stages, decoding one pass per stage. Both
-give the same integers (docs/reference/entropy-model.md); what computes them is the model's
-executor.
+Encoding is one pass with the contents and queries of all stages; decoding is one pass per stage.
+Both give the same integers (docs/reference/entropy-model.md). The model's executor computes them.
 """
 
 from __future__ import annotations
@@ -14,16 +13,19 @@ from numpy.typing import NDArray
 
 from percov2.entropy.int_transformer import IntTransformer
 
-MAX_SIDE = 16384
+__all__ = ["StagedDecoder", "one_pass_logits", "one_pass_residual"]
+
+
+_MAX_SIDE = 16384
 """Longest side of a token grid (relative positions are kept as int16)."""
 
 
 def _check_stages(stages: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The stage map as int32 [h, w]; ValueError for anything but stages 1 .. S without gaps."""
+    """Return the stage map as int32 [h, w]; ValueError unless it holds 1 .. S without gaps."""
     stages = np.asarray(stages)
-    if stages.ndim != 2 or stages.size == 0 or max(stages.shape) > MAX_SIDE:
+    if stages.ndim != 2 or stages.size == 0 or max(stages.shape) > _MAX_SIDE:
         raise ValueError(
-            f"a stage map must be [height, width] with sides 1 .. {MAX_SIDE}, got {stages.shape}"
+            f"a stage map must be [height, width] with sides 1 .. {_MAX_SIDE}, got {stages.shape}"
         )
     low, high = int(stages.min()), int(stages.max())
     if low < 1 or high > stages.size or not (np.bincount(stages.reshape(-1))[1:] > 0).all():
@@ -38,8 +40,7 @@ def one_pass_residual(model: IntTransformer, tokens: Any, stages: NDArray[np.int
 
     Args:
         model: runs the pass; arrays or tensors are of its kind.
-        tokens: int32 [B, h, w]. A GPU clamps them to the codebook, because comparing them would
-            wait for it.
+        tokens: int32 [B, h, w]. A GPU clamps them to the codebook; checking them would wait.
         stages: int32 [h, w] with values 1 .. S.
 
     Returns:
@@ -47,7 +48,7 @@ def one_pass_residual(model: IntTransformer, tokens: Any, stages: NDArray[np.int
 
     Raises:
         ValueError: wrong tokens or stages.
-        RuntimeError: torch runs the pass and is set to reduced precision.
+        RuntimeError: torch runs the pass and allows reduced precision.
     """
     stages = _check_stages(stages)
     height, width = stages.shape
@@ -59,17 +60,17 @@ def one_pass_residual(model: IntTransformer, tokens: Any, stages: NDArray[np.int
 
 
 def one_pass_logits(model: IntTransformer, tokens: Any, stages: NDArray[np.int32]) -> Any:
-    """Return logits of every token given all earlier stages: int16 [B, h * w, V].
+    """Return logits of every token given all earlier stages: int16 [B, h * w, V], in coding order.
 
-    In coding order. Arguments and errors as for ``one_pass_residual``.
+    Arguments and errors as for ``one_pass_residual``.
     """
     return model.logits(one_pass_residual(model, tokens, stages))
 
 
 class StagedDecoder:
-    """Logits stage by stage, while the tokens are still being decoded.
+    """The stages of token grids during decoding.
 
-    While ``remaining``: ``logits()`` of the next stage, then ``accept`` its tokens.
+    While ``remaining`` is not 0, call ``logits()`` of the next stage, then ``accept`` its tokens.
 
     Args:
         model: runs the passes; arrays or tensors are of its kind.
@@ -92,14 +93,14 @@ class StagedDecoder:
 
     @property
     def remaining(self) -> int:
-        """Tokens per grid that are not decoded yet."""
+        """Return the number of tokens per grid that are not decoded yet."""
         return int(self._ends[-1] - self._ends[self._known])
 
     def logits(self) -> Any:
         """Return logits of the next stage: int16 [B, n, V], its positions in raster order.
 
         Raises:
-            RuntimeError: no stage remains, or torch is set to reduced precision.
+            RuntimeError: no stage remains, or torch allows reduced precision.
         """
         return self._model.logits(self.residual())
 
@@ -110,7 +111,7 @@ class StagedDecoder:
         return self._staged.residual()
 
     def accept(self, tokens: Any) -> None:
-        """Take the tokens of the stage whose logits were computed last: int32 [B, n].
+        """Take the tokens of the next stage: int32 [B, n].
 
         Raises:
             ValueError: a wrong shape, dtype or token; a GPU clamps tokens instead.

@@ -1,13 +1,11 @@
 """Byte strings from logits and back, for a model of your own: at once or step by step.
 
-B streams are coded side by side, symbol n of all of them given logits [B, n, V]; the logits may
-depend on all earlier symbols. Each stream carries a 16-bit check of its symbols and nothing else:
-neither its length nor its number of symbols, which the caller knows.
+B streams are coded side by side from logits [B, n, V], which may depend on all earlier symbols. A
+stream carries its symbols and a 16-bit check. The caller keeps its length and number of symbols.
 
-The decoder must be given *the same* logits: a float model that is run again, on another machine or
-with another batch, rarely returns the same bits, and one other bit may change all that follows. The
-check then refuses the stream. Integer logits of an exact model (``IntTransformer``, or a table)
-are the same everywhere.
+The decoder needs *the same* logits. A float model rarely returns the same bits on another machine
+or in another batch, and one changed bit may change all that follows. The check then refuses the
+stream. Integer logits of an exact model (``IntTransformer``, or a table) are the same everywhere.
 
 >>> import numpy as np
 >>> logits = np.array([[[0, 256, 512], [512, 256, 0]]], np.int16)  # the last is 4 times the first
@@ -30,21 +28,24 @@ from percov2.entropy import rans
 from percov2.entropy.cdf import default_prob_bits
 from percov2.entropy.rans import ArrayLike, Logits, RansDecoder, RansEncoder, as_array
 
-CHECK_START = 0xFFFF
-"""The check of no symbols; those that follow enter a CRC-16 (CCITT) as little-endian int32."""
+__all__ = ["SymbolDecoder", "SymbolEncoder", "decode", "encode"]
+
+
+_CHECK_START = 0xFFFF
+"""The check of an empty stream; symbols enter a CRC-16 (CCITT) as little-endian int32."""
 
 
 class SymbolEncoder:
-    """B streams that are made in the order in which they will be read.
+    """B streams whose symbols are put in reading order.
 
     Args:
         batch: B, the number of streams.
-        prob_bits: precision of the intervals, 8 to 20; by default what the number of symbols V
-            needs (``default_prob_bits``).
-        threads: threads to use; they never change a byte.
+        prob_bits: precision of the intervals, 8 to 20; by default ``default_prob_bits(V)`` for V
+            symbols.
+        threads: number of threads; it never changes a byte.
 
-    Raises ValueError for a batch below 1. Eight bytes per symbol are kept until ``finish``, because
-    the last symbol is coded first.
+    Raises ValueError for a batch below 1. The last symbol is coded first, so ``put`` keeps eight
+    bytes per symbol until ``finish``.
 
     >>> import numpy as np
     >>> encoder = SymbolEncoder(batch=2)
@@ -58,18 +59,17 @@ class SymbolEncoder:
         if batch < 1:
             raise ValueError(f"batch is {batch}; it must be at least 1")
         self._batch, self._prob_bits, self._threads = batch, prob_bits, threads
-        self._checks = [CHECK_START] * batch
+        self._checks = [_CHECK_START] * batch
         self._parts: list[tuple[int, NDArray[np.int32], NDArray[np.int32]]] = []
 
     def put(self, logits: Logits, symbols: ArrayLike) -> None:
         """Append n symbols to each stream.
 
         Args:
-            logits: [B, n, V], as ``rans.intervals`` takes them.
+            logits: [B, n, V], as for ``rans.intervals``.
             symbols: integers [B, n] in 0 .. V - 1.
 
-        Raises ValueError for wrong shapes, dtypes, symbols or precision, and then nothing was
-        appended.
+        Raises ValueError, and appends nothing, for wrong shapes, dtypes, symbols or precision.
         """
         chosen = as_array(symbols)
         if chosen.ndim != 2 or len(chosen) != self._batch:
@@ -83,13 +83,12 @@ class SymbolEncoder:
         self._checks = _extended(self._checks, chosen)
 
     def finish(self, checks: ArrayLike | None = None) -> list[bytes]:
-        """The streams so far, B byte strings.
+        """Return the streams so far, B byte strings; more symbols may follow.
 
         Args:
-            checks: uint16 [B] in place of the check of the symbols, for those who have something
-                else to protect as well.
+            checks: uint16 [B] in place of the symbols' checks, to protect other data as well.
 
-        Raises ValueError for wrong checks. More may be put and finished again.
+        Raises ValueError for wrong checks.
         """
         encoder = RansEncoder(_one_each(self._checks if checks is None else checks, self._batch))
         # The last symbol goes onto the stack first; a push takes symbols of one precision.
@@ -105,15 +104,14 @@ class SymbolEncoder:
 
 
 class SymbolDecoder:
-    """Reads B streams of a ``SymbolEncoder``, or of anything that writes such streams.
+    """A reader of B streams written by ``SymbolEncoder``.
 
     Args:
-        streams: one byte string each, at least one.
+        streams: at least one byte string.
         prob_bits, threads: as for ``SymbolEncoder``.
 
-    Raises ValueError if there is no stream. What ``get`` returns is not to be trusted before
-    ``finish``: from a damaged stream it reads symbols that were never written, in the codebook but
-    wrong, and does not notice.
+    Raises ValueError if there is no stream. Do not trust the symbols before ``finish``: ``get``
+    reads wrong symbols from a damaged stream without an error.
 
     >>> import numpy as np
     >>> logits = np.zeros((1, 2, 8), np.int16)
@@ -130,14 +128,14 @@ class SymbolDecoder:
             raise ValueError("give a list of at least one byte string, one for each stream")
         self._lengths = np.array([len(stream) for stream in streams], dtype=np.int64)
         self._prob_bits, self._threads = prob_bits, threads
-        self._checks = [CHECK_START] * len(streams)
+        self._checks = [_CHECK_START] * len(streams)
         self._decoder = RansDecoder(b"".join(streams), np.cumsum([0, *self._lengths]))
 
     def get(self, logits: Logits) -> NDArray[np.int32]:
-        """The next n symbols of each stream: logits [B, n, V] -> int32 [B, n].
+        """Return the next n symbols of each stream: logits [B, n, V] -> int32 [B, n].
 
-        The logits must be those that were put, bit for bit; how many are given at a time does not
-        matter. Raises ValueError for wrong shapes, dtypes or precision; nothing was read then.
+        The logits must equal those of ``put`` bit for bit; n may differ. Raises ValueError, and
+        reads nothing, for wrong shapes, dtypes or precision.
         """
         symbols = self._decoder.decode_logits(
             logits, _bits(self._prob_bits, logits), threads=self._threads
@@ -149,7 +147,7 @@ class SymbolDecoder:
         """Raise ValueError unless every stream has been read to its end and fits its check.
 
         Args:
-            checks: what the encoder's ``finish`` was given.
+            checks: as for the encoder's ``finish``.
         """
         expected = _one_each(self._checks if checks is None else checks, len(self._lengths))
         valid = self._decoder.finished(expected)
@@ -173,7 +171,7 @@ def encode(
     threads: int = 1,
     checks: ArrayLike | None = None,
 ) -> list[bytes]:
-    """Streams of symbols whose logits are all known: [B, N, V] and [B, N] -> B byte strings.
+    """Encode symbols whose logits are all known: [B, N, V] and [B, N] -> B byte strings.
 
     Arguments and errors as for ``SymbolEncoder``, its ``put`` and its ``finish``.
 
@@ -193,9 +191,9 @@ def decode(
     threads: int = 1,
     checks: ArrayLike | None = None,
 ) -> NDArray[np.int32]:
-    """What ``encode`` coded with these logits [B, N, V]: int32 [B, N].
+    """Decode the streams of ``encode`` with the same logits [B, N, V]: int32 [B, N].
 
-    Raises ValueError for damaged streams; the rest as for ``SymbolDecoder``.
+    Raises ValueError for damaged streams; arguments as for ``SymbolDecoder``.
 
     >>> import numpy as np
     >>> decode([bytes.fromhex("c60102030440")], np.zeros((1, 4, 256), np.int16))
@@ -208,7 +206,6 @@ def decode(
 
 
 def _bits(prob_bits: int | None, logits: Logits) -> int:
-    """The precision for these logits."""
     if prob_bits is not None:
         return prob_bits
     if len(logits.shape) != 3:
@@ -217,7 +214,7 @@ def _bits(prob_bits: int | None, logits: Logits) -> int:
 
 
 def _extended(checks: Sequence[int], symbols: NDArray[Any]) -> list[int]:
-    """Checks after symbols [B, n] more: CRC-16 (CCITT) over them as little-endian int32."""
+    """Return the checks extended by symbols [B, n]."""
     rows = symbols.astype("<i4")
     return [binascii.crc_hqx(row.tobytes(), c) for row, c in zip(rows, checks, strict=True)]
 

@@ -1,9 +1,9 @@
 """Read and write safetensors files of integer tensors, and fingerprint them.
 
-The entropy engine depends on numpy only, and the format is small: an 8-byte
-little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
-little-endian bytes (https://github.com/huggingface/safetensors, "Format"). Only the integer types
-of the entropy model are accepted, and every size is checked before anything is allocated.
+This module keeps the entropy engine dependent on numpy only. The format is an 8-byte little-endian
+header length, a JSON header {name: {dtype, shape, data_offsets}}, then the little-endian bytes
+(https://github.com/huggingface/safetensors, "Format"). Only the integer types of the entropy model
+are accepted, and every size is checked before anything is allocated.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_HEADER_BYTES = 1 << 20
+__all__ = ["fingerprint", "read_tensors", "write_tensors"]
+
+
+_MAX_HEADER_BYTES = 1 << 20
 
 _TYPES = {"I8": "<i1", "I16": "<i2", "I32": "<i4"}
 _NAMES = {np.dtype(code).newbyteorder("="): name for name, code in _TYPES.items()}
 
 
-def little_endian_bytes(tensor: NDArray[Any]) -> bytes:
+def _little_endian_bytes(tensor: NDArray[Any]) -> bytes:
     """Return the elements of an integer tensor in C order, little-endian."""
     return tensor.astype(_TYPES[_NAMES[tensor.dtype]], copy=False).tobytes()
 
@@ -40,7 +43,7 @@ def write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
         tensor = tensors[name]
         if tensor.dtype not in _NAMES:
             raise ValueError(f"tensor {name!r} has dtype {tensor.dtype}; only int8/16/32 are kept")
-        data = little_endian_bytes(tensor)
+        data = _little_endian_bytes(tensor)
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -60,7 +63,7 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+    if len(data) < 8 or length > min(_MAX_HEADER_BYTES, len(data) - 8):
         raise ValueError(f"{path} is not a safetensors file (header length {length})")
     try:
         header = json.loads(data[8 : 8 + length])
@@ -82,11 +85,11 @@ def _tensor(data: bytes, entry: dict[str, Any]) -> NDArray[Any]:
 
 
 def fingerprint(config: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> bytes:
-    """SHA-256 over canonical bytes: the same for equal integers on every machine.
+    """Return the SHA-256 of the canonical bytes of a config and its tensors.
 
-    The bytes are: the config as JSON (sorted keys, no spaces, ASCII) and a newline; then, per
-    tensor in the order of the names, ``name dtype d0,d1,...`` and a newline (dtype I8, I16 or I32),
-    and the elements in C order, little-endian.
+    The bytes begin with the config as JSON (sorted keys, no spaces, ASCII) and a newline. Each
+    tensor follows in the order of the names: ``name dtype d0,d1,...`` and a newline (dtype I8, I16
+    or I32), then the elements in C order, little-endian.
     """
     text = json.dumps(config, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     digest = hashlib.sha256(text.encode("ascii") + b"\n")
@@ -94,5 +97,5 @@ def fingerprint(config: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> byt
         tensor = tensors[name]
         shape = ",".join(str(side) for side in tensor.shape)
         digest.update(f"{name} {_NAMES[tensor.dtype]} {shape}\n".encode("ascii"))
-        digest.update(little_endian_bytes(tensor))
+        digest.update(_little_endian_bytes(tensor))
     return digest.digest()

@@ -1,7 +1,6 @@
-"""Tokens to intervals and back: schedule x integer model x quantizer x rANS.
+"""The coder of tokens: schedule, integer model, intervals and rANS.
 
-Intervals of all tokens come from one pass; decoding takes one pass per stage. The coder sees
-integers only, and the model never sees bytes.
+The intervals of all tokens come from one pass; decoding takes one pass per stage.
 """
 
 from __future__ import annotations
@@ -18,16 +17,16 @@ from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import as_array
 from percov2.entropy.staging import StagedDecoder, one_pass_residual
 
+__all__ = ["CodedGrids", "TokenCoder", "open_coder", "refuse_outsiders"]
+
+
 _LOGITS_AT_ONCE = 2**21
-"""Logits made at a time: they are coded while they are still in cache."""
+"""Logits per call of the model: they are coded while still in cache."""
 _TOKENS_AT_ONCE = 2**14
 
 
 class CodedGrids:
-    """Grids of one size after the one pass: the intervals of all their tokens.
-
-    Made by ``TokenCoder.code``.
-    """
+    """The intervals of all tokens of grids of one size, made by ``TokenCoder.code``."""
 
     def __init__(
         self, coder: TokenCoder, stages: NDArray[np.int32], starts: Any, freqs: Any
@@ -46,7 +45,7 @@ class CodedGrids:
         sent: int = 0,
         rows: Sequence[int] | None = None,
     ) -> rans.RansEncoder:
-        """Return streams of the grids ``rows`` (all if None); else as ``TokenCoder.encoder``."""
+        """Return streams of the grids ``rows`` (all if None); see ``TokenCoder.encoder``."""
         if not 0 <= sent <= self.stage_count:
             raise ValueError(
                 f"{sent} stages of a schedule that has {self.stage_count} on this grid"
@@ -59,7 +58,6 @@ class CodedGrids:
         )
 
     def _pushed(self, starts: Any, freqs: Any, checks: Any, threads: int) -> rans.RansEncoder:
-        """Return streams of intervals [B, n]."""
         encoder = rans.RansEncoder(checks)
         counts = np.full(len(starts), starts.shape[1], dtype=np.int64)
         encoder.push(starts.ravel(), freqs.ravel(), counts, self._coder.prob_bits, threads)
@@ -67,11 +65,11 @@ class CodedGrids:
 
 
 class TokenCoder:
-    """Codes token grids with one integer transformer on the CPU.
+    """A coder of token grids with one integer transformer on the CPU.
 
     Tokens go in as arrays or tensors and come out as arrays. ``scheduled`` is a schedule's name, or
-    a stage map int32 [h, w] for orders that no file knows. ``percov2.entropy.torch.token_coder``
-    has the coder of GPUs, ``open_coder`` opens either.
+    a stage map int32 [h, w] for orders that no file can name. ``percov2.entropy.torch.token_coder``
+    codes on GPUs; ``open_coder`` opens either.
 
     Args:
         model: the integer transformer.
@@ -97,7 +95,7 @@ class TokenCoder:
 
     @property
     def tokens_at_once(self) -> int:
-        """Tokens of a batch that keeps the device busy and fits its memory (docs/how-to/gpu.md)."""
+        """Return the batch size, in tokens, that fills the device and fits its memory."""
         return _TOKENS_AT_ONCE
 
     # Encoding ------------------------------------------------------------------------------------
@@ -110,24 +108,24 @@ class TokenCoder:
         threads: int = 1,
         sent: int = 0,
     ) -> rans.RansEncoder:
-        """Return streams that hold the tokens of each grid, ready for what precedes them in a file.
+        """Return streams of the tokens of each grid; the caller may push what precedes them.
 
         Args:
             tokens: int32 [B, h, w].
             scheduled: the order.
             checks: uint16 [B], the initial states.
-            threads: of the coder; they never change a byte.
-            sent: only the tokens of stages 1 .. sent, 0 for all.
+            threads: threads of the coder; they never change a byte.
+            sent: write only the tokens of stages 1 .. sent; 0 for all.
 
         Raises:
             ValueError: tokens outside the codebook, wrong checks, stages or a schedule that does
                 not fit.
-            RuntimeError: torch runs the pass and is set to reduced precision.
+            RuntimeError: torch runs the pass and allows reduced precision.
         """
         return self.code(tokens, scheduled, threads).encoder(checks, threads, sent)
 
     def code(self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1) -> CodedGrids:
-        """Run the one pass over grids, of which any stages can be written then.
+        """Run the pass over grids once, so that any number of stages can be written.
 
         Arguments and errors as for ``encoder``.
         """
@@ -138,9 +136,9 @@ class TokenCoder:
     def intervals(
         self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return intervals of every token, at ``prob_bits``: (starts, freqs), int32 [B, N].
+        """Return intervals of every token at ``prob_bits``: (starts, freqs), int32 [B, h * w].
 
-        N = h * w in coding order (``schedule.order``). Arguments and errors as for ``encoder``.
+        They are in coding order (``schedule.order``). Arguments and errors as for ``encoder``.
         """
         residual, symbols = self._passed(tokens, scheduled)
         starts = np.empty(symbols.shape, dtype=np.int32)
@@ -152,7 +150,7 @@ class TokenCoder:
         return starts, freqs
 
     def _passed(self, tokens: Any, scheduled: schedule.Schedule) -> tuple[Any, Any]:
-        """Return the residual of all tokens after the one pass, and the tokens, in coding order."""
+        """Return the residual of all tokens after the pass, and the tokens, in coding order."""
         tokens = as_array(tokens)
         stages = schedule.stage_map(scheduled, *tokens.shape[1:])
         residual = one_pass_residual(self.model, tokens, stages)
@@ -160,7 +158,7 @@ class TokenCoder:
         return residual, tokens.reshape(len(tokens), stages.size)[:, coding].astype(np.int32)
 
     def _logits(self, residual: Any) -> Iterator[tuple[slice, Any]]:
-        """Yield logits of a residual int32 [B, n, dim], some positions at a time."""
+        """Yield slices of positions and their logits from a residual int32 [B, n, dim]."""
         batch, count = residual.shape[:2]
         step = max(1, self._logits_at_once() // max(1, batch * self.model.config.codebook_size))
         for begin in range(0, count, step):
@@ -179,10 +177,7 @@ class TokenCoder:
         states: NDArray[np.uint32] | None = None,
         positions: NDArray[np.int64] | None = None,
     ) -> Any:
-        """Return what ``decode`` reads: streams as of ``RansEncoder.finish``, or resumed ones.
-
-        Arguments and errors as for ``rans.RansDecoder``.
-        """
+        """Return a decoder of streams for ``decode``; arguments as for ``rans.RansDecoder``."""
         return rans.RansDecoder(buffer, offsets, states, positions)
 
     def decode(
@@ -199,14 +194,14 @@ class TokenCoder:
         """Decode the tokens of all streams of ``decoder``: int32 [B, height, width].
 
         Args:
-            decoder: as of ``decoder``.
+            decoder: made by the method ``decoder``.
             scheduled: the order.
-            height, width: of the grids.
-            on_stage: called before each stage in the streams with the number of their tokens that
-                are still to come; what it raises ends the decoding.
-            threads: of the coder.
-            sent: tokens of stages above it, unless it is 0, are drawn from the model.
-            seed: of the draws (``sampling.draw``).
+            height, width: sides of the grids, in tokens.
+            on_stage: called before each stage of the streams with the number of their remaining
+                tokens; its exceptions end the decoding.
+            threads: threads of the coder.
+            sent: stages above it are drawn from the model; 0 draws none.
+            seed: seed of the draws (``sampling.draw``).
 
         Raises:
             ValueError: a schedule, stages or seed that do not fit, or a grid that is too large.
@@ -234,14 +229,13 @@ class TokenCoder:
         sent: int = 0,
         seed: int = 0,
     ) -> tuple[Any, NDArray[np.int64]]:
-        """Decode what the beginnings of streams still say, and draw the rest.
+        """Decode the intact stages of truncated streams, and draw the rest.
 
-        A symbol read with bytes left, or a state of at least 2^23, is that of the whole stream. A
-        stage is taken if that is true of all its symbols and of every stage before it. Arguments
-        and errors as for ``decode``.
+        A symbol is intact if bytes are left or the state is at least 2^23. A stage is taken if all
+        its symbols and all earlier stages are intact. Arguments and errors as for ``decode``.
 
         Returns:
-            Tokens int32 [B, height, width], and how many stages of each grid were taken, int64 [B].
+            Tokens int32 [B, height, width], and the number of stages taken per grid, int64 [B].
         """
         stages = schedule.stage_map(scheduled, height, width)
         last = self._sent(stages, sent)
@@ -265,7 +259,7 @@ class TokenCoder:
         return self._grids(staged), taken
 
     def _sent(self, stages: NDArray[np.int32], sent: int) -> int:
-        """Return the last stage that streams hold; ValueError for one that the schedule lacks."""
+        """Return the last stage in the streams; ValueError if the schedule lacks it."""
         count = int(stages.max())
         if not 0 <= sent <= count:
             raise ValueError(f"{sent} stages of a schedule that has {count} on this grid")
@@ -275,7 +269,7 @@ class TokenCoder:
         return staged.tokens()
 
     def _read(self, decoder: Any, residual: Any, threads: int) -> Any:
-        """Return the next tokens of every stream, from residuals int32 [B, n, dim]: [B, n]."""
+        """Decode the next tokens [B, n] of every stream, given residuals int32 [B, n, dim]."""
         return self._joined(
             [
                 decoder.decode_logits(logits, self.prob_bits, threads=threads)
@@ -284,7 +278,7 @@ class TokenCoder:
         )
 
     def _drawn(self, residual: Any, stages: NDArray[np.int32], stage: int, seed: int) -> Any:
-        """Return tokens of a stage that no stream holds: int32 [B, n]."""
+        """Draw the tokens of a stage: int32 [B, n]."""
         places = np.flatnonzero(stages == stage)
         return self._joined(
             [self._draw(logits, places[part], seed) for part, logits in self._logits(residual)]
@@ -294,11 +288,9 @@ class TokenCoder:
         return sampling.draw(logits, places, seed)
 
     def _joined(self, parts: list[Any]) -> Any:
-        """Return tokens [B, n] of parts, side by side."""
         return np.concatenate(parts, axis=1)
 
     def _either(self, rows: NDArray[np.bool_], tokens: Any, others: Any) -> Any:
-        """Return the tokens of some rows and the others of the rest."""
         return np.where(rows[:, None], tokens, others)
 
     # Choosing ------------------------------------------------------------------------------------
@@ -306,14 +298,14 @@ class TokenCoder:
     def choose(self, candidates: Any, allowed: Any, name: str) -> Any:
         """Return the likeliest allowed candidate at every place, given those of earlier stages.
 
-        An encoder may write any token; of several that serve it about as well the likeliest costs
-        fewest bits. Takes one pass per stage, as decoding does; the effect of a choice on later
-        stages is not considered.
+        Of several tokens that serve an encoder about equally well, the likeliest costs fewest bits.
+        Takes one pass per stage, as decoding does, and ignores the effect of a choice on later
+        stages.
 
         Args:
             candidates: tokens int32 [B, h, w, K], the preferred one first: it wins a tie.
-            allowed: bool, the same shape; the first of every place is.
-            name: of the schedule.
+            allowed: bool [B, h, w, K]; the first candidate of every place must be allowed.
+            name: name of the schedule.
 
         Returns:
             Tokens int32 [B, h, w].
@@ -345,7 +337,7 @@ class TokenCoder:
 
     def _likeliest(self, logits: Any, options: NDArray[np.int64], may: NDArray[np.bool_]) -> Any:
         """Return the likeliest allowed option of every place: [B, n, K] -> int32 [B, n]."""
-        # Distinct scores: argmax promises nothing about ties.
+        # Scores are distinct because argmax promises nothing about ties.
         rank = np.arange(options.shape[2])
         scores = np.take_along_axis(logits.astype(np.int64), options, 2) * len(rank) - rank
         best = np.where(may, scores, np.iinfo(np.int64).min).argmax(2)[..., None]
@@ -353,7 +345,7 @@ class TokenCoder:
 
 
 def refuse_outsiders(symbols: Any, codebook_size: int) -> None:
-    """Raise ValueError if a symbol lies outside the codebook. Waits for a device."""
+    """Raise ValueError if a symbol lies outside the codebook; waits for the symbols' device."""
     low, high = int(symbols.min()), int(symbols.max())
     if low < 0 or high >= codebook_size:
         raise ValueError(

@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from percov2.entropy.cdf import MAX_CODEBOOK, MIN_CODEBOOK
 from percov2.entropy.ranges import MAX_DIM, MAX_TERMS
 
-MIN_CODEBOOK, MAX_CODEBOOK = 2, 8192
-MAX_HEAD_DIM = 64
-MAX_HEADS = 64
-MAX_LAYERS = 64
+__all__ = ["TransformerConfig"]
 
-KIND = "percov2-token-transformer"
-VERSION = 1
-"""Version of the integer program; another program gets another number."""
+
+_MAX_HEAD_DIM = 64
+_MAX_HEADS = 64
+_MAX_LAYERS = 64
+
+_KIND = "percov2-token-transformer"
+_VERSION = 1
+"""Version of the integer program."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class TransformerConfig:
         limits = {
             "codebook_size": (MIN_CODEBOOK, MAX_CODEBOOK),
             "dim": (1, MAX_DIM),
-            "heads": (1, MAX_HEADS),
-            "head_dim": (1, MAX_HEAD_DIM),
-            "layers": (1, MAX_LAYERS),
+            "heads": (1, _MAX_HEADS),
+            "head_dim": (1, _MAX_HEAD_DIM),
+            "layers": (1, _MAX_LAYERS),
             "hidden": (1, MAX_TERMS),
         }
         for name, (low, high) in limits.items():
@@ -60,22 +63,22 @@ class TransformerConfig:
 
     @property
     def inner(self) -> int:
-        """Width of all heads together."""
+        """Return the width of all heads together."""
         return self.heads * self.head_dim
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json."""
-        return {"kind": KIND, "version": VERSION, **asdict(self)}
+        """Return the content of config.json."""
+        return {"kind": _KIND, "version": _VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TransformerConfig:
-        """Inverse of ``to_dict``. Raises ValueError for another kind, version or field."""
+        """Build a config from ``to_dict``; ValueError for another kind, version or field."""
         fields = dict(content)
         kind, version = fields.pop("kind", None), fields.pop("version", None)
-        if kind != KIND or version != VERSION:
+        if kind != _KIND or version != _VERSION:
             raise ValueError(
-                f"the entropy model is {kind!r} version {version!r}; this percov2 reads {KIND!r} "
-                f"version {VERSION}"
+                f"the entropy model is {kind!r} version {version!r}; this percov2 reads {_KIND!r} "
+                f"version {_VERSION}"
             )
         try:
             return cls(**fields)

@@ -1,7 +1,7 @@
-"""The uniform entropy model: every token costs log2 V bits, whatever came before.
+"""The uniform entropy model: every token costs log2 V bits.
 
-It stands in while no model is trained for a codebook, and is the bound that trained ones are
-compared with (the paper's "uniform coding"). Its integers are an ordinary integer program.
+It serves codebooks without a trained model, and is the bound that trained models are compared with
+(the paper's "uniform coding"). Its tensors are those of an ordinary integer program.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import numpy as np
 from percov2.entropy.int_transformer import IntTransformer, tensor_layout
 from percov2.entropy.transformer_config import TransformerConfig
 
+__all__ = ["uniform_model"]
+
 
 def uniform_model(codebook_size: int) -> IntTransformer:
-    """The smallest integer transformer, all of whose logits are equal.
+    """Return the smallest integer transformer whose logits are all equal.
 
-    For a power of two every interval has exactly 2^prob_bits / V slots; otherwise they differ by
+    If V is a power of two, every interval has 2^prob_bits / V slots; otherwise intervals differ by
     one slot.
 
     Raises:
@@ -25,7 +27,7 @@ def uniform_model(codebook_size: int) -> IntTransformer:
     array([0], dtype=int16)
     """
     config = TransformerConfig(codebook_size, dim=1, heads=1, head_dim=1, layers=1, hidden=1)
-    least = {"multiplier": 1, "shift": 5}  # the least that the ranges of every place allow
+    least = {"multiplier": 1, "shift": 5}  # the smallest values that every tensor's range allows
     return IntTransformer(
         config,
         {

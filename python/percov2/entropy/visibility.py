@@ -1,15 +1,15 @@
-"""Entries of the token transformer and the rule of what sees what.
+"""Entries of the token transformer and the visibility rule.
 
-An entry = (position, payload, key_stage, reads). Key j is visible to entry i iff
-``key_stage[j] <= reads[i]`` and j lies in the 31 x 31 window around i, or j is a start entry:
+An entry is (position, payload, key_stage, reads). Entry i sees key j if j is a start entry, or if
+``key_stage[j] <= reads[i]`` and j lies in the 31 x 31 window around i. Pairs (key_stage, reads):
 
-* start entries: (0, 0), three of them (constant, height class, width class), without a position,
-  so no softmax is empty;
-* the content of a token of stage g: (g, g);
-* the query for a position of stage g: (NEVER, g - 1), never a key.
+* start entries: (0, 0). The three of them (constant, height class, width class) have no position
+  and keep every softmax from being empty.
+* the content of a token of stage g: (g, g).
+* the query for a position of stage g: (NEVER, g - 1). It is never a key.
 
-So what a visible key knows (contents of stages <= its own key_stage) is always a part of what the
-reader may know. A schedule enters the model only through these numbers.
+A visible key knows contents of stages <= its own key_stage, so a reader learns nothing that it must
+not know. A schedule enters the model only through these numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,29 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+__all__ = [
+    "HIDDEN_INDEX",
+    "NEVER",
+    "RADIUS",
+    "SIXTEENTHS",
+    "SIZE_CLASSES",
+    "START_ENTRIES",
+    "START_INDEX",
+    "WINDOW",
+    "Entries",
+    "Part",
+    "content_entries",
+    "join",
+    "query_entries",
+    "relative_index",
+    "sixteenth",
+    "size_class",
+    "split_readers",
+    "start_entries",
+    "visible",
+]
+
 
 NEVER = 2**31 - 1
 """key_stage of a query."""
@@ -39,7 +62,7 @@ _TILE = 16
 
 @dataclass(frozen=True)
 class Entries:
-    """Where and when entries are: four int32 arrays [E]; start entries have position (-1, -1)."""
+    """Positions and stages of entries: int32 arrays [E]; start entries have position (-1, -1)."""
 
     row: NDArray[np.int32]
     column: NDArray[np.int32]
@@ -50,14 +73,14 @@ class Entries:
         return len(self.row)
 
     def take(self, index: NDArray[np.int64] | slice) -> Entries:
-        """The entries at ``index``, in its order."""
+        """Return the entries at ``index``."""
         return Entries(
             self.row[index], self.column[index], self.key_stage[index], self.reads[index]
         )
 
 
 def join(*parts: Entries) -> Entries:
-    """The entries of all parts, one part after the other."""
+    """Return the entries of all parts, one part after the other."""
     return Entries(
         np.concatenate([part.row for part in parts]),
         np.concatenate([part.column for part in parts]),
@@ -67,35 +90,35 @@ def join(*parts: Entries) -> Entries:
 
 
 def start_entries() -> Entries:
-    """The three start entries."""
+    """Return the three start entries."""
     nowhere = np.full(START_ENTRIES, -1, dtype=np.int32)
     zero = np.zeros(START_ENTRIES, dtype=np.int32)
     return Entries(nowhere, nowhere, zero, zero)
 
 
 def content_entries(stage: NDArray[np.int32], position: NDArray[np.int64], width: int) -> Entries:
-    """Contents at raster ``position`` [n] with stages [n] in a grid of ``width`` columns."""
+    """Return contents at raster ``position`` [n] with stages [n] in a grid of ``width`` columns."""
     row, column = np.divmod(position.astype(np.int32), np.int32(width))
     return Entries(row, column, stage, stage)
 
 
 def query_entries(stage: NDArray[np.int32], position: NDArray[np.int64], width: int) -> Entries:
-    """Queries for raster ``position`` [n] of stages [n] in a grid of ``width`` columns."""
+    """Return queries for raster ``position`` [n] of stages [n] in a grid of ``width`` columns."""
     row, column = np.divmod(position.astype(np.int32), np.int32(width))
     return Entries(row, column, np.full_like(stage, NEVER), stage - np.int32(1))
 
 
 def visible(reader: Entries, key: Entries) -> NDArray[np.bool_]:
-    """The rule: bool [len(reader), len(key)]."""
+    """Return which keys each reader sees: bool [len(reader), len(key)]."""
     return relative_index(reader, key) != HIDDEN_INDEX
 
 
 def relative_index(reader: Entries, key: Entries) -> NDArray[np.int16]:
-    """Index of each pair into the table of relative positions.
+    """Return the index of each pair into the table of relative positions.
 
     int16 [len(reader), len(key)]: (dy + 15) * 31 + dx + 15 with (dy, dx) = key - reader,
     START_INDEX + i for start key i, HIDDEN_INDEX for a key that the reader must not see. Start
-    keys come first in ``key``, in their order.
+    keys come first in ``key``.
     """
     dy, dx = (
         other[None].astype(np.int32) - own[:, None]
@@ -118,7 +141,7 @@ def split_readers(
 ) -> list[Part]:
     """Split readers until ``enough(number of readers, number of keys)`` or one reader is left.
 
-    By place first; inside a square of ``tile`` x ``tile``, by what they may read.
+    Splits by place down to squares of ``tile`` x ``tile``, then by ``reads``.
     """
     parts: list[Part] = []
     everyone = np.arange(len(reader), dtype=np.int64)
@@ -150,13 +173,13 @@ def split_readers(
 
 
 def sixteenth(position: Any, length: int) -> Any:
-    """Which sixteenth of a side of ``length`` tokens each position 0 .. length - 1 lies in.
+    """Return the sixteenth of a side of ``length`` tokens that holds each position.
 
-    An int64 array or a tensor on any device; the result is of the same kind and shape.
+    Positions 0 .. length - 1 are an int64 array or a tensor; the result has its kind and shape.
     """
     return position * SIXTEENTHS // length
 
 
 def size_class(length: int) -> int:
-    """Class of a side of ``length`` tokens: 0 for 1, then one per doubling, at most 16."""
+    """Return the class of a side of ``length`` tokens: 0 for 1, then one per doubling, up to 16."""
     return min((length - 1).bit_length(), SIZE_CLASSES - 1)

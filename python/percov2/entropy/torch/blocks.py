@@ -20,15 +20,18 @@ from percov2.entropy.visibility import (
     split_readers,
 )
 
-BLOCK_PAIRS = 2**17
-"""A block holds at most about this many (query, key) pairs: scores of 4 heads fill 2 MB."""
+__all__ = ["KEPT_PAIRS", "Block", "plan_blocks"]
+
+
+_BLOCK_PAIRS = 2**17
+"""Target of (query, key) pairs per block: scores of 4 heads fill 2 MB."""
 KEPT_PAIRS = 2**24
 """Plans up to this many pairs keep their relative indices; larger ones compute them per layer."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Queries that are computed together and the keys that any of them may see.
+    """A group of readers and the keys that any of them may see.
 
     readers: int64 [nq], indices of reading entries; keys: int64 [nk], indices of keys, start keys
     first; relative(): int64 [nq * nk], indices into the table of relative positions.
@@ -40,12 +43,11 @@ class Block:
 
 
 def plan_blocks(
-    reader: Entries, key: Entries, device: torch.device | str = "cpu", pairs: int = BLOCK_PAIRS
+    reader: Entries, key: Entries, device: torch.device | str = "cpu", pairs: int = _BLOCK_PAIRS
 ) -> list[Block]:
-    """Split readers into blocks that leave out most keys which nobody in the block may see.
+    """Split readers into blocks that omit most keys hidden from the whole block.
 
-    Neighbours share a window, so readers are split by place first (``split_readers``). ``key`` has
-    its start entries first. The split changes speed only.
+    ``key`` has its start entries first. The split changes speed only.
     """
     parts = split_readers(reader, key, lambda many, keys: many * keys <= pairs)
     return _blocks(reader, key, parts, torch.device(device))
@@ -57,7 +59,7 @@ def _blocks(
     parts: list[Part],
     device: torch.device,
 ) -> list[Block]:
-    """Blocks of (readers, keys), placed on a device by a single upload, however many they are."""
+    """Return blocks of (readers, keys), placed on a device by a single upload."""
     columns = [reader.row, reader.column, reader.reads, key.row, key.column, key.key_stage]
     arrays: list[NDArray[Any]] = [*columns, *(array for part in parts for array in part)]
     joined = np.concatenate([array.astype(np.int32, copy=False) for array in arrays])
@@ -94,7 +96,10 @@ def _block(
 
 
 def _relative_index(reader: torch.Tensor, key: torch.Tensor, starts: int) -> torch.Tensor:
-    """``relative_index`` of int32 [3, nq] (row, column, reads) and [3, nk] (..., key_stage)."""
+    """Return ``visibility.relative_index`` of int32 [3, nq] (row, column, reads) and [3, nk].
+
+    The last row of ``key`` is its key_stage.
+    """
     place, other = reader[:2].to(torch.int16)[:, :, None], key[:2].to(torch.int16)[:, None]
     dy, dx = (other - place).unbind(0)
     seen = (dy.abs() <= RADIUS).logical_and_(dx.abs() <= RADIUS)

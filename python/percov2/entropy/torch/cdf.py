@@ -12,30 +12,33 @@ import torch
 
 from percov2.entropy.cdf import MAX_CODEBOOK, WEIGHT_TABLE, check_precision
 
+__all__ = ["cdf", "fused", "intervals", "marked_intervals", "round_logits", "weights"]
+
+
 _STEPS_PER_NAT = 369.329925537109375  # 256 / ln 2 in float32
 
 
 @cache
 def _weight_table(device: torch.device) -> torch.Tensor:
-    """WEIGHT_TABLE as int64 [256]; uploaded once, because an upload may wait for the device."""
+    """Return WEIGHT_TABLE as int64 [256]; cached because an upload may wait for the device."""
     with torch.inference_mode(False):  # usable in every later context
         return torch.tensor(WEIGHT_TABLE, dtype=torch.int64).to(device)
 
 
 @cache
 def _kernel_table(device: torch.device) -> torch.Tensor:
-    """WEIGHT_TABLE as the kernel reads it: int32 [256]."""
+    """Return WEIGHT_TABLE as the kernel reads it: int32 [256]."""
     with torch.inference_mode(False):
         return torch.tensor(WEIGHT_TABLE, dtype=torch.int32).to(device)
 
 
 def round_logits(logits: torch.Tensor) -> torch.Tensor:
-    """Natural-log logits as base-2 logits in 1/256 of an octave below the row's largest.
+    """Return natural-log logits as base-2 logits in 1/256 of an octave below the row's largest.
 
     float32 or bfloat16 [..., V] -> int16 [..., V]: in float32, ``rint((x - max) * (256 / ln 2))``,
-    ties to even, not below -32768. Three operations that IEEE 754 defines to the bit, so equal
-    floats give equal integers on every machine. -inf is allowed. Raises ValueError for another
-    dtype, an empty last axis, and rows with NaN, +inf or nothing finite.
+    ties to even, not below -32768. IEEE 754 defines these operations to the bit, so equal floats
+    give equal integers on every machine. -inf is allowed. Raises ValueError for another dtype, an
+    empty last axis, and rows with NaN, +inf or nothing finite.
     """
     if logits.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"logits have dtype {logits.dtype}; they must be float32 or bfloat16")
@@ -43,17 +46,17 @@ def round_logits(logits: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"logits have shape {tuple(logits.shape)}; the last axis is the codebook")
     wide = logits.to(torch.float32)
     top = wide.amax(dim=-1, keepdim=True)
-    if not torch.isfinite(top).all():  # amax hands NaN on
+    if not torch.isfinite(top).all():  # amax returns NaN if there is one
         raise ValueError("a row of the logits holds NaN or +inf, or nothing finite")
     steps = torch.round((wide - top) * _STEPS_PER_NAT)
     return steps.clamp(min=-32768).to(torch.int16)
 
 
 def weights(logits: torch.Tensor, sharpness: int = 256) -> torch.Tensor:
-    """Weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
+    """Return weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
 
-    What logits lie below the largest is multiplied by sharpness / 256 >= 0 and rounded down. Raises
-    ValueError for another dtype or an empty last axis.
+    Each logit's distance to the largest is multiplied by sharpness / 256 >= 0 and rounded down.
+    Raises ValueError for another dtype or an empty last axis.
     """
     if logits.dtype != torch.int16:
         raise ValueError(f"logits have dtype {logits.dtype}; they must be torch.int16")
@@ -69,7 +72,7 @@ def weights(logits: torch.Tensor, sharpness: int = 256) -> torch.Tensor:
 
 
 def cdf(logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
-    """Interval bounds: int16 logits [..., V] -> int32 [..., V + 1], from 0 to 2^prob_bits.
+    """Return interval bounds: int16 logits [..., V] -> int32 [..., V + 1], from 0 to 2^prob_bits.
 
     Raises ValueError for a wrong dtype, codebook size or precision.
 
@@ -87,21 +90,18 @@ def cdf(logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
 
 
 def fused(device: torch.device) -> bool:
-    """Whether ``intervals`` is one Triton kernel there: on CUDA devices, if triton is installed.
-
-    Elsewhere it is a dozen torch operators with the same results.
-    """
+    """Return True if ``intervals`` is one Triton kernel: on CUDA devices, with triton installed."""
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def intervals(
     logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Intervals of chosen symbols: logits int16 [..., V], symbols int32 [...] in 0 .. V - 1.
+    """Return intervals of symbols: logits int16 [..., V], symbols int32 [...] in 0 .. V - 1.
 
     Returns starts and freqs, int32 [...]; freq >= 1 and start + freq <= 2^prob_bits. A symbol
-    outside the codebook is an error of torch's gather on the CPU and undefined on a GPU, where a
-    check would have to wait for the device. Raises ValueError for wrong shapes or dtypes.
+    outside the codebook is an error on the CPU and undefined on a GPU, because a check would wait
+    for the device. Raises ValueError for wrong shapes or dtypes.
     """
     _check_symbols(logits, symbols)
     if fused(logits.device):
@@ -114,10 +114,9 @@ def intervals(
 
 
 def marked_intervals(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> torch.Tensor:
-    """``intervals`` that say which symbols lie outside the codebook: their freq is 0.
+    """Return ``intervals`` as int32 [2, ...], with freq 0 for symbols outside the codebook.
 
-    Returns int32 [2, ...], starts and freqs. Never waits for a device: who copies the freqs to the
-    host finds out there. Arguments and errors as for ``intervals``.
+    Never waits for a device. Arguments and errors as for ``intervals``.
     """
     _check_symbols(logits, symbols)
     if fused(logits.device):

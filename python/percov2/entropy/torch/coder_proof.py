@@ -1,7 +1,7 @@
-"""A trial of coding on a device: its intervals, bytes and symbols must be those of the CPU.
+"""A trial of coding on a device: its intervals, bytes and symbols must equal those of the CPU.
 
-An encoder that is wrong notices nothing and writes what nobody can read. Emulations prove the
-kernels, but not what a compiler, a driver and a card make of them.
+A wrong encoder would silently write unreadable files. Emulations prove the kernels, but not the
+compiler, the driver and the card.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from percov2.entropy import rans
 from percov2.entropy.cdf import default_prob_bits
 from percov2.entropy.torch import cdf, rans_cuda
 
+__all__ = ["prove_coder"]
+
+
 _STREAMS, _SYMBOLS = 5, 70
 
 
@@ -22,12 +25,12 @@ _STREAMS, _SYMBOLS = 5, 70
 def prove_coder(device: torch.device, codebook_size: int, kernels: bool) -> None:
     """Code a few tokens on ``device``, once for each codebook size, and compare with the CPU.
 
-    Intervals, which a model there always makes there; with ``kernels``, also the streams of
-    ``rans_cuda``. Waits for the device. Raises RuntimeError if anything differs.
+    Compares intervals and, with ``kernels``, the streams of ``rans_cuda``. Waits for the device.
+    Raises RuntimeError if anything differs.
     """
     rng = np.random.default_rng(codebook_size)
     prob_bits = default_prob_bits(codebook_size)
-    # From all equal to further apart than weights reach.
+    # Rows range from equal logits to distances where weights are 0.
     scale = rng.integers(0, 17, (_STREAMS, _SYMBOLS, 1), dtype=np.int32)
     wide = rng.integers(-(2**15), 2**15, (_STREAMS, _SYMBOLS, codebook_size), dtype=np.int32)
     logits = torch.from_numpy((wide >> scale).astype(np.int16))
@@ -39,8 +42,8 @@ def prove_coder(device: torch.device, codebook_size: int, kernels: bool) -> None
     intervals = cdf.marked_intervals(there, symbols, prob_bits)
     if not np.array_equal(intervals.cpu().numpy(), np.stack([starts, freqs])):
         raise RuntimeError(
-            f"{device} does not make the intervals that the CPU makes of the same logits: files "
-            "written there could not be read; load the model on the CPU"
+            f"{device} computes other intervals than the CPU from the same logits: files written "
+            "there could not be read; load the model on the CPU"
         )
     if not kernels:
         return
@@ -63,6 +66,6 @@ def prove_coder(device: torch.device, codebook_size: int, kernels: bool) -> None
     right = right and np.array_equal(torch.cat(read, 1).numpy(), tokens)
     if not right or not decoder.finished(checks).all():
         raise RuntimeError(
-            f"the CUDA kernels do not write and read on {device} what the CPU does: files written "
+            f"the CUDA kernels on {device} write or read other streams than the CPU: files written "
             "there could not be read; use coder='cpu'"
         )

@@ -1,15 +1,16 @@
-"""Entries that are keys, readers and read out at once: the baselines' way to use the transformer.
+"""Baselines that use the transformer with one entry per token.
 
-The format's entries are contents, which are keys, and queries, which are read out (entries.py).
-Two methods that it is compared with have one entry per token instead:
+The format's entries are contents, which are keys, and queries, which give logits
+(``percov2.entropy.visibility``). In two baselines an entry is a key and gives logits:
 
 * the paper's re-reading masked model (PerCoV2, arXiv 2503.09368; MaskGIT): unknown tokens are
-  entries with a mask payload, all entries see each other, and every stage reads everything anew;
+  entries with a mask payload, all entries see each other, and every stage reads all entries again;
 * explicit hierarchical VAR (arXiv 2404.02905): an entry of scale g has (g, g) and its payload comes
   from the scales below g.
 
-Layers, embeddings and head are the transformer's, in the float, the rounded and the integer form,
-so a model is trained, exported and stored as every other; the mask is the embedding ``query``.
+Layers, embeddings and head are the transformer's, in the float, the rounded and the integer form.
+So these models are trained, exported and stored like all others. The mask is the embedding
+``query``.
 """
 
 from __future__ import annotations
@@ -35,21 +36,30 @@ from percov2.entropy.visibility import (
     start_entries,
 )
 
+__all__ = [
+    "UNKNOWN",
+    "DirectBatch",
+    "DirectPlan",
+    "direct_logits",
+    "int_direct_logits",
+    "masked_plan",
+]
+
+
 UNKNOWN = -1
-"""Payload of an entry that knows no token."""
+"""The payload of an entry without a known token."""
 
 
 @dataclass(frozen=True)
 class DirectPlan:
-    """How the tokens of a grid are coded, E in all, one entry each.
+    """The coding plan of the E tokens of a grid, one entry each.
 
     Attributes:
-        entries: [E], in the grid's coordinates, key_stage = reads >= 1: its block.
-        stage: int64 [E], 1 .. S: when the token is coded. The entries of stage s see those of
-            blocks up to the largest of stage s.
-        source: int64 [E]: the index of the token that is the entry's payload once it is known, -1
-            for none.
-        first: int64 [E]: where the token's codebook begins in the embedding and in the logits.
+        entries: [E], in the grid's coordinates; key_stage = reads >= 1 is the entry's block.
+        stage: int64 [E], 1 .. S, the token's coding stage. The entries of stage s see blocks up to
+            the largest of stage s.
+        source: int64 [E], index of the token that becomes the entry's payload, -1 for none.
+        first: int64 [E], start of the token's codebook in the embedding and in the logits.
     """
 
     entries: Entries
@@ -58,13 +68,13 @@ class DirectPlan:
     first: NDArray[np.int64]
 
     def payload(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Payloads [..., E] of tokens [..., E], each in its codebook, UNKNOWN where not known."""
+        """Return payloads [..., E] of tokens [..., E]: offset by ``first``, or UNKNOWN."""
         known = np.where(tokens == UNKNOWN, UNKNOWN, tokens + self.first)
         return np.where(self.source < 0, UNKNOWN, known[..., self.source]).astype(np.int64)
 
 
 def masked_plan(stage_map: NDArray[np.int32]) -> DirectPlan:
-    """The re-reading masked model on a grid in the stages of int32 [h, w]: one block."""
+    """Return the plan of the re-reading masked model with stages int32 [h, w], in one block."""
     size = stage_map.size
     raster = np.arange(size, dtype=np.int64)
     entries = content_entries(np.ones(size, np.int32), raster, stage_map.shape[1])
@@ -75,11 +85,10 @@ def masked_plan(stage_map: NDArray[np.int32]) -> DirectPlan:
 
 @dataclass(frozen=True)
 class DirectBatch:
-    """Equal entries of several grids (or crops), and what each of them knows.
+    """Equal entries of several grids (or crops), and their payloads.
 
-    entries: [E], as in :class:`DirectPlan`; payload int64 [B, E]: a token
-    or UNKNOWN; rows, columns int64 [B, E]: sixteenths of the whole grid; sizes int64 [B, 2]:
-    classes of the whole grid's sides.
+    entries: [E], as in :class:`DirectPlan`; payload int64 [B, E]: a token or UNKNOWN; rows, columns
+    int64 [B, E]: sixteenths of the whole grid; sizes int64 [B, 2]: classes of the grid's sides.
     """
 
     entries: Entries
@@ -90,7 +99,7 @@ class DirectBatch:
 
 
 def direct_logits(model: TokenTransformer, batch: DirectBatch) -> Tensor:
-    """Logits in nats of all entries, float32 [B, E, V], in the form that the model is in."""
+    """Return logits in nats of all entries, float32 [B, E, V], in the model's current form."""
     device = model.query.device
     table = model.embeddings()
     known = torch.cat([table["query"][None], table["token"]])[batch.payload.to(device) - UNKNOWN]
@@ -105,10 +114,10 @@ def direct_logits(model: TokenTransformer, batch: DirectBatch) -> Tensor:
 
 
 def _geometry(entries: Entries) -> tuple[Tensor, Tensor]:
-    """Who is where and sees whom, of K start entries and entries.
+    """Return relative positions and masks of K start entries and entries.
 
-    Relative positions int64 [K, K], 0 where there is none, and what must not be seen, HIDDEN_SCORE
-    or 0, float32 [K, K].
+    Positions are int64 [K, K], 0 for hidden pairs. Masks are float32 [K, K], HIDDEN_SCORE for
+    hidden pairs and 0 elsewhere.
     """
     every = join(start_entries(), entries)
     index = torch.from_numpy(relative_index(every, every).astype(np.int64))
@@ -120,17 +129,17 @@ def _geometry(entries: Entries) -> tuple[Tensor, Tensor]:
 def int_direct_logits(
     model: IntTransformer, entries: Entries, payload: NDArray[np.int64], shape: tuple[int, int]
 ) -> Tensor:
-    """Base-2 logits of all entries of one grid, int16 [E, V]: the integer form.
+    """Return base-2 logits of all entries of one grid, int16 [E, V], in the integer form.
 
     Args:
-        model: run by the executor "torch" (the others know contents and queries only).
+        model: run by the executor "torch" (the others support contents and queries only).
         entries: [E], as in :class:`DirectPlan`.
         payload: [E], a token or UNKNOWN.
         shape: rows and columns of the grid.
 
     Raises:
         ValueError: a model that another executor runs.
-        RuntimeError: torch is set to reduced precision.
+        RuntimeError: torch allows reduced precision.
     """
     if model.executor_name != "torch":
         raise ValueError(f"executor {model.executor_name!r} runs the model; it must be 'torch'")

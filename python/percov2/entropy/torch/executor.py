@@ -29,13 +29,15 @@ from percov2.entropy.visibility import (
     start_entries,
 )
 
+__all__ = ["Executor"]
+
 
 class Executor:
-    """Runs the layers of one model on one device.
+    """The layers of one model on one device.
 
-    tensors: those of ``int_transformer.tensor_layout(config)``, on ``device``. Stage maps
-    are int32 [h, w] with values 1 .. S; the callers check them, and the tokens. Executors that make
-    the same passes with other layers replace ``layer_type``, ``head_type`` and ``plan``.
+    tensors: those of ``int_transformer.tensor_layout(config)``, on ``device``. Stage maps are int32
+    [h, w] with values 1 .. S; the callers check them and the tokens. Executors with other layers
+    replace ``layer_type``, ``head_type`` and ``plan``.
     """
 
     layer_type: Any = Layer
@@ -54,18 +56,18 @@ class Executor:
         self._head = self.head_type(config, tensors)
 
     def plan(self, reader: Entries, key: Entries) -> Any:
-        """Who reads whom, in the form that the layers need."""
+        """Return the blocks of readers and keys in the form of the layers."""
         return plan_blocks(reader, key, self.device)
 
     def encode(self, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
-        """The residual of all queries in coding order: int32 [B, h * w, dim].
+        """Return the residual of all queries in coding order: int32 [B, h * w, dim].
 
         tokens: int64 [B, h, w], on the device.
         """
         height, width = stages.shape
         coding = order(stages)
         stage = stages.reshape(-1)[coding]
-        # Nobody reads the contents of the last stage.
+        # No entry reads the contents of the last stage.
         known = int(np.searchsorted(stage, stage[-1]))
         contents = content_entries(stage[:known], coding[:known], width)
         keys = join(start_entries(), contents)
@@ -82,52 +84,52 @@ class Executor:
         for layer in self.layers:
             k, v = layer.keys_values(known_residual)
             residual = layer.advance(residual, k, v, query_plan)
-            if layer is not self.layers[-1]:  # nobody reads what contents become after it
+            if layer is not self.layers[-1]:  # no entry reads contents after the last layer
                 known_residual = layer.advance(known_residual, k, v, content_plan)
         return residual
 
-    def staged(self, stages: NDArray[np.int32], batch: int) -> Staged:
-        """Stage after stage of ``batch`` grids."""
-        return Staged(self, stages, batch)
+    def staged(self, stages: NDArray[np.int32], batch: int) -> _Staged:
+        """Return the stage-by-stage passes that decode ``batch`` grids."""
+        return _Staged(self, stages, batch)
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
+        """Return int16 base-2 logits [B, n, V] of a residual int32 [B, n, dim]."""
         return self._head.logits(residual)
 
     def start_payload(self, height: int, width: int) -> Tensor:
-        """Residual of the start entries of a grid: int32 [3, dim]."""
+        """Return the residual of the start entries of a grid: int32 [3, dim]."""
         payload = self._tables["start"].clone()
         payload[1] += self._tables["height"][size_class(height)]
         payload[2] += self._tables["width"][size_class(width)]
         return payload
 
     def place_payload(self, height: int, width: int, position: Tensor) -> Tensor:
-        """What entries at raster positions add for their place: int64 [n] -> int32 [n, dim]."""
+        """Return the embeddings of raster positions: int64 [n] -> int32 [n, dim]."""
         rows = sixteenth(position // width, height)
         columns = sixteenth(position % width, width)
         return self._tables["row"][rows] + self._tables["column"][columns]
 
     def content_payload(self, tokens: Tensor, place: Tensor) -> Tensor:
-        """Residual of contents: tokens int64 [B, n], place int32 [n, dim] -> int32 [B, n, dim]."""
+        """Return the residual int32 [B, n, dim] of tokens int64 [B, n] at place int32 [n, dim]."""
         return self._tables["token"][tokens] + place
 
     def query_payload(self, batch: int, place: Tensor) -> Tensor:
-        """Residual of queries: place int32 [n, dim] -> int32 [batch, n, dim]."""
+        """Return the residual of queries: place int32 [n, dim] -> int32 [batch, n, dim]."""
         return (self._tables["query"] + place).repeat(batch, 1, 1)
 
 
 def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """int8 zeros; on the CPU memory that is not used before it is written.
+    """Return int8 zeros; on the CPU, memory that the system provides on first write.
 
-    A file may declare a large grid and then turn out to be broken.
+    So a damaged file that declares a large grid costs no memory.
     """
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(shape, dtype=np.int8))
     return torch.zeros(shape, dtype=torch.int8, device=device)
 
 
-class Staged:
-    """The passes of decoding: ``residual`` of the next stage, ``accept`` its tokens, and so on."""
+class _Staged:
+    """The passes of decoding: ``residual`` of the next stage, then ``accept`` its tokens."""
 
     def __init__(self, executor: Executor, stages: NDArray[np.int32], batch: int) -> None:
         self._executor, self._shape, self._batch = executor, stages.shape, batch
@@ -147,7 +149,7 @@ class Staged:
         ]
 
     def residual(self) -> Tensor:
-        """The residual of the next stage's queries: int32 [B, n, dim]."""
+        """Return the residual of the next stage's queries: int32 [B, n, dim]."""
         executor = self._executor
         known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
         first = int(self._ends[self._stage - 1]) if self._stage else 0
@@ -171,13 +173,13 @@ class Staged:
         return residual
 
     def accept(self, tokens: Tensor) -> None:
-        """The tokens of the next stage: [B, n]."""
+        """Take the tokens of the next stage: [B, n]."""
         known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
         self._tokens[:, known:end] = tokens.to(self._tokens.device)
         self._stage += 1
 
     def tokens(self) -> Tensor:
-        """The tokens so far, 0 elsewhere: int32 [B, h, w]."""
+        """Return the tokens so far, 0 elsewhere: int32 [B, h, w]."""
         grid = torch.zeros_like(self._tokens)
         grid[:, self._coding] = self._tokens
         return grid.to(torch.int32).view(self._batch, *self._shape)

@@ -1,4 +1,4 @@
-"""From the trained float form to the integer form."""
+"""Export of the trained float form to the integer form."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from percov2.entropy.torch.quantization import (
 )
 from percov2.entropy.torch.transformer import TokenTransformer, TransformerLayer
 
+__all__ = ["export"]
+
 
 @torch.no_grad()
 def export(model: TokenTransformer) -> IntTransformer:
-    """The integer form of a model whose activations have been observed.
+    """Return the integer form of a model whose activations have been observed.
 
     Raises ValueError if a scale was never observed or a weight is too large for the program.
     """
@@ -65,7 +67,7 @@ def _layer(layer: TransformerLayer) -> dict[str, Tensor]:
 
 
 def _gelu_table(in_scale: float, out_scale: float) -> Tensor:
-    """int8 [256]: the rounded GELU of (index - 128) * in_scale."""
+    """Return the rounded GELU of (index - 128) * in_scale, int8 [256]."""
     x = (torch.arange(256, dtype=torch.float64) - 128) * in_scale
     y = torch.round(torch.nn.functional.gelu(x) / out_scale)
     return y.clamp(-ranges.INT8_LIMIT, ranges.INT8_LIMIT).to(torch.int8)

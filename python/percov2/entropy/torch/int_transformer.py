@@ -1,4 +1,4 @@
-"""The integer transformer on any device that torch has.
+"""The integer transformer on any device of torch.
 
 ``executor`` (torch) is the oracle of every other form of the program; ``triton_executor`` runs it
 in Triton kernels on GPUs.
@@ -22,16 +22,19 @@ from percov2.entropy.int_transformer import TRIAL, random_tensors, trial
 from percov2.entropy.torch import intmath
 from percov2.entropy.transformer_config import TransformerConfig
 
-EXECUTORS = {"torch": "executor", "triton": "triton_executor"}
+__all__ = ["IntTransformer", "default_executor", "to_tensors"]
+
+
+_EXECUTORS = {"torch": "executor", "triton": "triton_executor"}
 _TRITON_CAPABILITY = (8, 0)
-"""The oldest cards for which the kernels are compiled in tests."""
+"""The least compute capability for which tests compile the kernels."""
 
 
 def default_executor(device: torch.device) -> str:
-    """Return the executor of a model on ``device`` unless its user names one.
+    """Return the default executor of a device.
 
-    On CUDA devices "triton" if triton is installed and the card is one of compute capability 8.0 or
-    later, else "torch", with a warning that says why; "torch" elsewhere.
+    CUDA devices of compute capability 8.0 or later use "triton" if it is installed; otherwise a
+    warning gives the reason. All other devices use "torch".
     """
     if device.type != "cuda":
         return "torch"
@@ -53,7 +56,7 @@ def default_executor(device: torch.device) -> str:
 def to_tensors(
     arrays: dict[str, NDArray[Any]], device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
-    """Return arrays as tensors on a device; they share no memory."""
+    """Return copies of arrays as tensors on a device."""
     return {name: torch.from_numpy(array.copy()).to(device) for name, array in arrays.items()}
 
 
@@ -61,15 +64,15 @@ def to_tensors(
 def _executor(name: str, device: torch.device) -> Any:
     """Return the module of an executor, proven to agree with torch on this machine.
 
-    The kernels of ``device`` compute a random layer, which torch computes on the CPU. Raises
-    RuntimeError if they disagree.
+    Both compute a random layer: the executor on ``device``, torch on the CPU. Raises RuntimeError
+    if they disagree.
     """
-    module = importlib.import_module(f"percov2.entropy.torch.{EXECUTORS[name]}")
+    module = importlib.import_module(f"percov2.entropy.torch.{_EXECUTORS[name]}")
     oracle = importlib.import_module("percov2.entropy.torch.executor")
     if module is not oracle:
         tensors = random_tensors(TRIAL, 0)
-        # On a GPU the kernels take larger tiles from 1024 rows on: there the queries fill these,
-        # and the contents do not.
+        # The kernels use larger tiles from 1024 rows on. 11 grids give the queries more rows, and
+        # the contents fewer, so the trial covers both.
         tokens, stages = trial(11 if device.type == "cuda" else 1)
         results = []
         for executor, place in ((module, device), (oracle, torch.device("cpu"))):
@@ -86,7 +89,7 @@ def _executor(name: str, device: torch.device) -> Any:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """Return the device with its number: "cuda" may be another card in another thread."""
+    """Return the device with its number; plain "cuda" depends on the thread."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -97,16 +100,16 @@ class IntTransformer(int_transformer.IntTransformer):
 
     Args:
         config: its sizes.
-        tensors: what ``tensor_layout(config)`` lists, as arrays or tensors.
-        device: where it runs.
-        executor: "torch" (any device) or "triton" (CUDA devices); by default what
-            ``default_executor`` says. ``executor_name`` tells which it became.
+        tensors: arrays or tensors, as ``tensor_layout(config)`` lists them.
+        device: device of the passes.
+        executor: "torch" (any device) or "triton" (CUDA devices); None for
+            ``default_executor(device)``. ``executor_name`` holds the choice.
 
     Raises:
         ValueError: tensors that do not fit the config or the ranges of the program, or an executor
             that does not fit the device.
-        RuntimeError: the device or the executor does not compute exactly, or triton is missing for
-            the executor "triton".
+        RuntimeError: the device or the executor does not compute exactly, or the executor "triton"
+            lacks triton.
 
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
     >>> model = IntTransformer.random(config, seed=1)
@@ -122,37 +125,33 @@ class IntTransformer(int_transformer.IntTransformer):
         executor: str | None = None,
     ) -> None:
         self.device = _numbered(torch.device(device))
-        if executor is not None and executor not in EXECUTORS:
-            raise ValueError(f"executor is {executor!r}; it must be one of {tuple(EXECUTORS)}")
+        if executor is not None and executor not in _EXECUTORS:
+            raise ValueError(f"executor is {executor!r}; it must be one of {tuple(_EXECUTORS)}")
         self.executor_name = executor or default_executor(self.device)
         super().__init__(config, tensors)
 
     def _prepare(self) -> None:
-        with torch.device("cpu"):  # whatever the default device of tensors is
+        with torch.device("cpu"):  # ignore the default device of new tensors
             intmath.self_test(self.device)
             placed = to_tensors(self.tensors, self.device)
             module = _executor(self.executor_name, self.device)
             self.executor = module.Executor(self.config, placed, self.device)
 
     def encode(self, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
-        """See the base class."""
         with intmath.exact_float32(self.device):
             return self.executor.encode(tokens, stages)
 
     def staged(self, stages: NDArray[np.int32], batch: int) -> Any:
-        """See the base class."""
         return _Staged(self.executor.staged(stages, batch), self.device)
 
     def logits(self, residual: Tensor) -> Tensor:
-        """See the base class."""
         with intmath.exact_float32(self.device):
             return self.executor.logits(residual)
 
     def place(self, tokens: Any) -> Tensor:
         """Return tokens in the codebook, int64 on the device, without waiting for it.
 
-        Tokens on the CPU are checked; on another device, whose values its host can tell only after
-        waiting, they are clamped.
+        Tokens on the CPU are checked; those on another device are clamped.
         """
         if not isinstance(tokens, Tensor) or tokens.device.type == "cpu":
             placed = torch.from_numpy(super().place(tokens))
@@ -163,7 +162,7 @@ class IntTransformer(int_transformer.IntTransformer):
 
 
 class _Staged:
-    """The passes of an executor, exact."""
+    """The passes of an executor under ``exact_float32``."""
 
     def __init__(self, staged: Any, device: torch.device) -> None:
         self._staged, self._device = staged, device

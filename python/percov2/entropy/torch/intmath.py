@@ -1,14 +1,13 @@
 """Integer operations of the entropy model, as exact torch programs.
 
-Every function states the range of its inputs and outputs; inside these ranges the result is one
-integer, whatever the device, the number of threads, the batch or the order of summation.
+Every function states the range of its inputs and outputs. Inside these ranges the result does not
+depend on the device, the number of threads, the batch or the order of summation.
 docs/reference/entropy-model.md is the normative text.
 
-Integers that enter a matrix product travel in float32 tensors: a float32 product of integer
-matrices is exact while every partial sum stays below 2^24, which ``K * 127**2 < 2**24`` guarantees
-for K <= 1040 terms in any order of summation. That holds only while the backend really multiplies
-float32 (no TF32, no bfloat16 passes): ``exact_float32`` refuses to go on otherwise, and
-``self_test`` proves it on the device at hand.
+Factors of matrix products are integers in float32 tensors. A float32 product of integer matrices is
+exact while every partial sum stays below 2^24. ``K * 127**2 < 2**24`` guarantees that for K <= 1040
+terms. The backend must really multiply float32 (no TF32, no bfloat16 passes): ``exact_float32``
+checks torch's settings, and ``self_test`` proves it on a device.
 """
 
 from __future__ import annotations
@@ -28,6 +27,20 @@ from percov2.entropy.ranges import (
     WEIGHT_TABLE,
 )
 
+__all__ = [
+    "attention_mean",
+    "exact_float32",
+    "integer_sqrt",
+    "layer_norm",
+    "linear",
+    "lookup",
+    "requantize",
+    "require_exact_float32",
+    "residual_add",
+    "self_test",
+    "softmax_weights_",
+]
+
 
 def require_exact_float32() -> None:
     """Raise RuntimeError if torch may round float32 factors before it multiplies them."""
@@ -42,7 +55,7 @@ def require_exact_float32() -> None:
     for name, fast in modes.items():
         try:
             allowed = fast()
-        except RuntimeError:  # torch's answer if one of the newer fp32_precision settings says so
+        except RuntimeError:  # torch raises it for the newer fp32_precision settings
             allowed = True
         if allowed:
             raise RuntimeError(
@@ -53,9 +66,9 @@ def require_exact_float32() -> None:
 
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Context of every integer pass: no gradients, no autocast, exact float32 products.
+    """Run an integer pass without gradients and autocast, with exact float32 products.
 
-    Raises RuntimeError where torch is set to reduced precision.
+    Raises RuntimeError if torch allows reduced precision.
     """
     require_exact_float32()
     with torch.inference_mode(), torch.autocast(device.type, enabled=False):
@@ -65,7 +78,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 def self_test(device: torch.device | str = "cpu") -> None:
     """Prove on ``device`` that products at the limits and the softmax weights are exact.
 
-    Raises RuntimeError: the entropy model must not run on this device or in this mode.
+    Raises RuntimeError if they are not.
     """
     device = torch.device(device)
     with exact_float32(device):
@@ -100,7 +113,7 @@ def _test_products(rows: int, device: torch.device) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Exact product x @ weight.T + bias.
+    """Return the exact product x @ weight.T + bias.
 
     x [..., K] and weight [n, K]: float32 integers in [-127, 127], K <= 1040; bias [n]: float32
     integers. Returns float32 integers [..., n]. The caller guarantees, per output,
@@ -110,7 +123,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def requantize(acc: Tensor, multiplier: Tensor, shift: Tensor, low: int, high: int) -> Tensor:
-    """clamp((acc * multiplier + 2^(shift - 1)) >> shift, low, high), arithmetic shift.
+    """Return clamp((acc * multiplier + 2^(shift - 1)) >> shift, low, high), arithmetic shift.
 
     acc [..., n]: float32 or int32 integers, |acc| < 2^24; multiplier int32 [n] in 1 ... 127; shift
     int32 [n] in 1 ... 24. |acc * multiplier| + 2^(shift - 1) < 2^31, so int32 is enough
@@ -122,13 +135,13 @@ def requantize(acc: Tensor, multiplier: Tensor, shift: Tensor, low: int, high: i
 
 
 def residual_add(residual: Tensor, update: Tensor) -> Tensor:
-    """Saturating sum in place; both int32 in [-2^20, 2^20]."""
+    """Add in place and saturate; both int32 in [-2^20, 2^20]."""
     return residual.add_(update).clamp_(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
 
 
 def integer_sqrt(value: Tensor) -> Tensor:
-    """floor(sqrt(value)) of int64 values in [0, 2^51]."""
-    # The double root is off by less than one; the correction makes its rounding irrelevant.
+    """Return floor(sqrt(value)) of int64 values in [0, 2^51]."""
+    # The float64 root is off by less than one; the correction makes it exact.
     root = value.to(torch.float64).sqrt_().floor_().to(torch.int64)
     root -= (root * root > value).to(torch.int64)
     root += ((root + 1) * (root + 1) <= value).to(torch.int64)
@@ -136,7 +149,7 @@ def integer_sqrt(value: Tensor) -> Tensor:
 
 
 def layer_norm(residual: Tensor, gain: Tensor) -> Tensor:
-    """Integer LayerNorm.
+    """Return the integer LayerNorm of a residual.
 
     residual int32 [..., d] in [-2^20, 2^20], d <= 1024; gain int32 [d] in [-2047, 2047]. With
         c = floor((sum(r) + d / 2) / d), y = r - c, v = sum(y^2) < 2^51,
@@ -162,27 +175,26 @@ def layer_norm(residual: Tensor, gain: Tensor) -> Tensor:
 
 
 def lookup(index: Tensor, table: Tensor) -> Tensor:
-    """table[index + 128]: index int32 [...] in [-127, 127], table float32 [256] -> float32."""
+    """Return table[index + 128]: index int32 [...] in [-127, 127], table float32 [256]."""
     return table.index_select(0, (index + 128).flatten()).view(index.shape)
 
 
 def softmax_weights_(scores: Tensor) -> Tensor:
-    """7-bit softmax weights over the last axis, in place.
+    """Turn scores into 7-bit softmax weights over the last axis, in place.
 
     scores float32 [..., n]: multiples of 2^-12 below 2^21 whose floors are the integer scores. With
     d = max - score, the weight is WEIGHT_TABLE[d], 0 from 128 on. Returns float32 integers.
     """
     scores.floor_()
     scores.sub_(scores.amax(-1, keepdim=True))
-    # 126.61 * 2^(-d/16) is nowhere nearer than 0.005 to a half-integer (the amplitude was chosen
-    # for that), so rounding any exp2 of better than 16 bits gives the table, and ``self_test``
-    # checks every d. Indexing the table is several times slower.
+    # 126.61 * 2^(-d/16) stays 0.005 away from half-integers, so rounding an exp2 of more than 16
+    # bits gives the table; ``self_test`` checks every d. Indexing the table is much slower.
     scores.mul_(1.0 / SCORE_STEPS).clamp_(min=-16.0)
     return scores.exp2_().mul_(WEIGHT_AMPLITUDE).round_()
 
 
 def attention_mean(weighted: Tensor, weight_sum: Tensor, gain_bits: int) -> Tensor:
-    """Weighted mean of values, times 2^g, rounded to int8 (g = gain_bits in 0 ... 5).
+    """Return the weighted mean of values times 2^g, rounded to int8 (g = gain_bits in 0 ... 5).
 
     weighted [..., n]: float32 integers, |weighted| <= 127 * weight_sum; weight_sum [..., 1]:
     float32 integers in 127 ... 1040 * 127. With

@@ -10,11 +10,14 @@ from percov2.entropy.torch import intmath
 from percov2.entropy.torch.blocks import Block
 from percov2.entropy.transformer_config import TransformerConfig
 
+__all__ = ["Head", "Layer", "Plan"]
+
+
 _ROWS_AT_ONCE = 1024
-"""Rows that go through a layer together, so that what is between two products stays in cache."""
+"""Rows that pass a layer together, so that intermediate results stay in cache."""
 
 Plan = list[Block]
-"""Who reads whom: ``entries.plan_blocks``."""
+"""Blocks of readers and keys, made by ``blocks.plan_blocks``."""
 
 
 class _Linear:
@@ -28,7 +31,7 @@ class _Linear:
         self._low, self._high = low, high
 
     def __call__(self, x: Tensor) -> Tensor:
-        """float32 integers [n, K] -> int32 [n, outputs] in [low, high]."""
+        """Return int32 [n, outputs] in [low, high] for float32 integers [n, K]."""
         acc = intmath.linear(x, self._weight, self._bias)
         return intmath.requantize(acc, self._multiplier, self._shift, self._low, self._high)
 
@@ -43,7 +46,7 @@ class Layer:
         self._attention_gain = tensors[f"{prefix}.attention_norm.gain"].to(torch.int32)
         self._q = _Linear(tensors, f"{prefix}.q", -small, small)
         self._kv = _Linear(tensors, f"{prefix}.kv", -small, small)
-        # Score = floor(q.k * 2^-shift + 1/2) + bias; the half is added here once and for all.
+        # Score = floor(q.k * 2^-shift + 1/2) + bias; the bias includes the half.
         bias = tensors[f"{prefix}.attention.bias"].to(torch.float32) + 0.5
         hidden = bias.new_full((config.heads, 1), float(ranges.HIDDEN_SCORE))
         self._bias = torch.cat([bias, hidden], 1)
@@ -57,7 +60,7 @@ class Layer:
         self._down = _Linear(tensors, f"{prefix}.down", -large, large)
 
     def _project(self, residual: Tensor, linear: _Linear) -> Tensor:
-        """Residual int32 [B, E, dim] -> int8 [B, E, parts, heads, head_dim]."""
+        """Return int8 [B, E, parts, heads, head_dim] of a residual int32 [B, E, dim]."""
         rows = residual.reshape(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
         parts = [
             linear(intmath.layer_norm(part, self._attention_gain)).to(torch.int8) for part in rows
@@ -66,14 +69,14 @@ class Layer:
         return parts_of_rows.unflatten(0, residual.shape[:2])
 
     def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual int32 [B, K, dim] -> k, v int8 [B, K, heads * head_dim]."""
+        """Return k, v int8 [B, K, heads * head_dim] of a residual int32 [B, K, dim]."""
         k, v = self._project(contents, self._kv).flatten(3).unbind(2)
         return k, v
 
     def advance(self, residual: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """The residual int32 [B, E, dim] of some readers after this layer.
+        """Return the residual int32 [B, E, dim] of readers after this layer.
 
-        k, v: int8 [B, K, heads * head_dim], of at least the planned keys.
+        k, v: int8 [B, K, heads * head_dim], with at least the planned keys.
         """
         residual = residual.clone()
         q = self._project(residual, self._q).squeeze(2)
@@ -88,7 +91,7 @@ class Layer:
         return residual
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """Attention: q int8 [B, E, heads, head_dim] -> int8 of the same shape, contiguous."""
+        """Return the attention of q int8 [B, E, heads, head_dim], of the same shape and dtype."""
         result = torch.empty_like(q)
         for block in plan:
             shape = (self._heads, len(block.readers), len(block.keys))
@@ -116,7 +119,7 @@ class Head:
         self._size = config.codebook_size
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
+        """Return int16 base-2 logits [B, n, V] of a residual int32 [B, n, dim]."""
         rows = residual.reshape(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
         parts = [self._linear(intmath.layer_norm(part, self._gain)) for part in rows]
         flat = torch.cat([part.to(torch.int16) for part in parts])

@@ -1,9 +1,8 @@
 """Batches of rANS streams on a CUDA device: the bytes and symbols of percov2.entropy.rans.
 
-Everything stays on the device, on torch's current stream, and nothing waits for it, except where
-it is said: ``EncodedStreams.to_host`` copies once, ``finished`` and ``exhausted`` wait for a few
-bytes. docs/how-to/gpu.md describes the kernels. In a build without CUDA every call raises
-RuntimeError and says how to get one.
+Everything stays on the device, on torch's current stream. Only ``EncodedStreams.to_host`` (one
+copy), ``finished`` and ``exhausted`` (a few bytes) wait for it. docs/how-to/gpu.md describes the kernels.
+In a build without CUDA every call raises RuntimeError.
 """
 
 from __future__ import annotations
@@ -16,9 +15,12 @@ from numpy.typing import NDArray
 
 from percov2.entropy import rans
 
+__all__ = ["CAPABILITY", "DEVICE_TYPE", "CudaRansDecoder", "EncodedStreams", "encode", "queue"]
+
+
 DEVICE_TYPE = "cuda"
 CAPABILITY = (8, 0)
-"""The oldest cards that the kernels run on."""
+"""The least compute capability of the kernels."""
 
 _FAULTS = {
     1: "an interval is empty or not inside 0 .. 2^prob_bits",
@@ -28,11 +30,11 @@ _FAULTS = {
     6: "its state is not below 2^31",
     7: "its position is not in the stream",
 }
-"""csrc/cuda/coder_cuda.h, CudaStatus: what a kernel finds wrong with a stream."""
+"""The faults of CudaStatus in csrc/cuda/coder_cuda.h."""
 
 
 def queue(device: torch.device) -> int:
-    """torch's current stream on ``device`` as a number, 0 on the CPU."""
+    """Return torch's current stream on ``device`` as a number, 0 on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -46,7 +48,7 @@ def _require(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: tuple[i
 
 
 def _refuse(status: NDArray[np.int32]) -> None:
-    """ValueError for the first stream that has a fault."""
+    """Raise ValueError for the first stream with a fault."""
     if status.any():
         b = int(np.flatnonzero(status)[0])
         raise ValueError(f"stream {b}: {_FAULTS[int(status[b])]}")
@@ -61,7 +63,7 @@ class EncodedStreams:
             multiple of 16 bytes, and the streams one after another.
         size: B.
         head: bytes before the first stream.
-        likely: bytes of streams that the first copy takes along.
+        likely: bytes of streams in the first copy.
     """
 
     packed: torch.Tensor
@@ -70,11 +72,11 @@ class EncodedStreams:
     likely: int
 
     def to_host(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
-        """(buffer, offsets, quiet): uint8 [n], int64 [B + 1], int64 [B]. Waits for the device.
+        """Return (buffer, offsets, quiet): uint8 [n], int64 [B + 1], int64 [B].
 
-        That is what RansEncoder.finish returns and its symbols_before_output; the three are what
-        RansEncoder.resumed takes. One copy; a second one for streams that are longer than
-        ``likely``. Raises ValueError if an interval, a count or a check was not valid.
+        These are the arguments of ``RansEncoder.resumed``. Waits for one copy, or for two if the
+        streams exceed ``likely``. Raises ValueError if an interval, a count or a check was not
+        valid.
         """
         first = self.packed[: self.head + self.likely].cpu().numpy()
         b = self.size
@@ -96,7 +98,7 @@ def encode(
     prob_bits: int,
     counts: torch.Tensor | None = None,
 ) -> EncodedStreams:
-    """Encode B streams on the device of ``starts``; two kernels are queued, nothing waits.
+    """Encode B streams on the device of ``starts``: queue two kernels and wait for nothing.
 
     Args:
         starts: int32 [B, n] in decoding order, with freq >= 1 and start + freq <= 2^prob_bits.
@@ -106,8 +108,8 @@ def encode(
         counts: int32 [B]: only the first counts[b] intervals of a row belong to its stream.
 
     Raises:
-        ValueError: wrong devices, dtypes or shapes, or a prob_bits out of range. What the tensors
-            hold is checked on the device; ``EncodedStreams.to_host`` tells.
+        ValueError: wrong devices, dtypes or shapes, or a prob_bits out of range. The device checks
+            the values in the tensors; ``EncodedStreams.to_host`` raises their faults.
         RuntimeError: a build without CUDA.
     """
     if starts.dim() != 2:
@@ -133,24 +135,24 @@ def encode(
         packed,
         queue(device),
     )
-    # 5/8 of prob_bits are 10, 11.25 and 12.5 bits at the precision of 256, 1024 and 8192 tokens: a
-    # model that is worth having stays below that, and a copy of so much is still a short one.
+    # 5/8 of prob_bits are 10, 11.25 and 12.5 bits at the precision of 256, 1024 and 8192 tokens.
+    # A useful model needs fewer, and copying that many is still fast.
     likely = min(most, size * (symbols * prob_bits * 5 // 64 + 8))
     return EncodedStreams(packed, size, head, likely)
 
 
 class CudaRansDecoder:
-    """Reads B streams forward, with all state on a device.
+    """A reader of B streams, with all state on a device.
 
     Args:
         buffer: uint8 [n] on the CPU or on the device.
         offsets: int64 [B + 1], not decreasing, within the buffer.
         device: a CUDA device.
-        states: int32 [B], to resume; with ``positions``, int64 [B], the next byte of each stream
-            counted from its beginning.
+        states: int32 [B], to resume streams; needs ``positions``.
+        positions: int64 [B], the next byte of each stream counted from its beginning.
 
     Attributes:
-        states: int32 [B] on the device: the states, all due bytes shifted in.
+        states: int32 [B] on the device, refilled.
         positions: int64 [B] on the device.
     """
 
@@ -204,8 +206,8 @@ class CudaRansDecoder:
     def decode_logits(self, logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
         """Decode n symbols per stream: int16 logits [B, n, V] -> int32 [B, n] on the device.
 
-        Queues one kernel. Reading past the end gives symbols, not an error: ask ``finished``.
-        Raises ValueError for wrong devices, shapes, dtypes or precision; nothing was decoded then.
+        Queues one kernel. Reading past the end returns symbols and no error; ``finished`` tells.
+        Raises ValueError, and decodes nothing, for wrong devices, shapes, dtypes or precision.
         """
         if logits.dim() != 3:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be [B, n, V]")
@@ -217,17 +219,17 @@ class CudaRansDecoder:
 
     @property
     def exhausted(self) -> NDArray[np.bool_]:
-        """bool [B]: no byte is left and the state is below 2^23. Waits for the device.
+        """Return True where no byte is left and the state is below 2^23, bool [B].
 
-        Raises ValueError if offsets, states or positions were not valid.
+        Waits for the device. Raises ValueError if offsets, states or positions were not valid.
         """
         return self._answer(self._ended() & (self.states < 1 << 23))
 
     def finished(self, checks: rans.ArrayLike) -> NDArray[np.bool_]:
-        """bool [B]: the state is the check (uint16 [B]) and no byte is left. Waits for the device.
+        """Return True where the state equals the check (uint16 [B]) and no byte is left, bool [B].
 
-        A stream that was read from its beginning must not start with a zero byte either. Raises
-        ValueError if offsets, states or positions were not valid.
+        A stream read from its beginning must not start with a zero byte either. Waits for the
+        device. Raises ValueError if offsets, states or positions were not valid.
         """
         wanted = torch.as_tensor(checks).to(self.states.device, non_blocking=True)
         right = self._ended() & (self.states == wanted)
@@ -238,7 +240,6 @@ class CudaRansDecoder:
         return self._answer(right)
 
     def _answer(self, flags: torch.Tensor) -> NDArray[np.bool_]:
-        """Flags and faults in one copy."""
         flag, faults = torch.stack([flags.to(torch.int32), self._faults]).cpu().numpy()
         _refuse(faults)
         return flag.astype(np.bool_)

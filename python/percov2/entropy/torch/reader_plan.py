@@ -1,4 +1,4 @@
-"""Who reads whom, in the form of percov2.triton_kernels.attention: blocks of readers."""
+"""Blocks of readers and keys in the form of percov2.triton_kernels.attention."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from numpy.typing import NDArray
 
 from percov2.entropy.visibility import NEVER, Entries, split_readers
 
+__all__ = ["plan_readers"]
+
+
 _TILE = 8
 """Readers are split by place down to squares of this side: their windows then overlap by 2/3."""
 
 
 def _places(entries: Entries) -> NDArray[np.int32]:
-    """row * 2^16 + column; far from all that for start entries, their number as column."""
+    """Return row * 2^16 + column; start entries get a distant row and their number as column."""
     start = entries.row < 0
     nowhere = (2**15 - 1) * 2**16 + np.arange(len(entries), dtype=np.int32)
     return np.where(start, nowhere, entries.row * np.int32(2**16) + entries.column)
@@ -22,15 +25,15 @@ def _places(entries: Entries) -> NDArray[np.int32]:
 def plan_readers(
     reader: Entries, key: Entries, device: torch.device, block: int, group: int
 ) -> tuple[torch.Tensor, ...]:
-    """Blocks of at most ``block`` readers and the keys that any of them may see.
+    """Return blocks of at most ``block`` readers and the keys that any of them may see.
 
     ``key`` has its start entries first. Returns int32 tensors on ``device``, placed by one upload:
     reader_places [2, E] (place, reads), readers [blocks, block], first_keys [blocks + 1] and
-    listed_keys [3, L] (index, place, key_stage). Blocks are filled up with -1, lists of keys up to
-    multiples of ``group`` with keys that nobody sees. The split changes speed only.
+    listed_keys [3, L] (index, place, key_stage). Blocks are padded with -1, and lists of keys with
+    hidden keys to multiples of ``group``. The split changes speed only.
     """
     parts = [
-        (readers[first : first + block], keys)  # the start entries come as one part
+        (readers[first : first + block], keys)  # all start entries are one part
         for readers, keys in split_readers(reader, key, lambda many, _: many <= block, _TILE)
         for first in range(0, len(readers), block)
     ]

@@ -9,12 +9,14 @@ from numpy.typing import NDArray
 from percov2.entropy.sampling import AT_ONCE, FLOOR_BITS, SHARPNESS, check_draw, philox
 from percov2.entropy.torch import cdf
 
+__all__ = ["draw"]
+
 
 def _scaled(words: NDArray[np.uint32], total: torch.Tensor) -> torch.Tensor:
-    """⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: int64 [B, n] like total < 2^35."""
+    """Return ⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: [B, n] like total < 2^35."""
     placed = torch.from_numpy(words[:, :2].astype(np.int64)).to(total.device)
     high, low = placed[:, 0], placed[:, 1]
-    # In pieces of 16 bits of the total no product reaches 2^52, so signed arithmetic is enough.
+    # 16-bit pieces of the total keep every product below 2^52, so signed arithmetic suffices.
     upper, lower = total >> 16, total & 0xFFFF
     carry = low * upper + (low * lower >> 16) >> 16
     return high * upper + (high * lower + carry >> 16) >> 16
@@ -39,7 +41,7 @@ def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Te
 
 
 def _drawn(logits: torch.Tensor, words: NDArray[np.uint32]) -> torch.Tensor:
-    """Tokens int32 [B, n] by the random words [n, 4] of their places."""
+    """Return tokens int32 [B, n] from the random words [n, 4] of their places."""
     weights = cdf.weights(logits, SHARPNESS)
     weights[weights < weights.amax(2, keepdim=True) >> FLOOR_BITS] = 0
     prefix = weights.cumsum(2)

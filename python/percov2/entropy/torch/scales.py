@@ -1,8 +1,8 @@
 """Explicit hierarchical VAR (arXiv 2404.02905): the token grids of several scales of one picture.
 
-A picture of h x w tokens has scales of h / 2^k x w / 2^k tokens, rounded up, from 1 x 1 to h x w;
-its tokens stand scale after scale, each in raster order. Scale g is coded in stage g: its entries
-see each other and all coarser ones, and each holds the token that lies over it in scale g - 1.
+A picture of h x w tokens has scales of h / 2^k x w / 2^k tokens, rounded up, from 1 x 1 to h x w.
+Its tokens are listed scale after scale, each in raster order. Scale g is coded in stage g: its
+entries see each other and all coarser ones. An entry's payload is the token over it in scale g - 1.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import numpy as np
 from percov2.entropy.torch.direct import DirectPlan
 from percov2.entropy.visibility import Entries
 
+__all__ = ["scale_plan", "scale_shapes"]
+
 
 def scale_shapes(height: int, width: int) -> list[tuple[int, int]]:
-    """Rows and columns of every scale, the coarsest first.
+    """Return the rows and columns of every scale, the coarsest first.
 
     >>> scale_shapes(8, 5)
     [(1, 1), (2, 2), (4, 3), (8, 5)]
@@ -27,9 +29,9 @@ def scale_shapes(height: int, width: int) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=256)
 def scale_plan(height: int, width: int, codebook_size: int) -> DirectPlan:
-    """How the tokens of all scales are coded, each scale with a codebook of ``codebook_size``.
+    """Return the coding plan of all scales, each scale with a codebook of ``codebook_size``.
 
-    An entry stands where the middle of its cell lies in the finest grid.
+    An entry's position is the middle of its cell in the finest grid.
     """
     rows, columns, stage, source = [], [], [], []
     coarser, begin = (0, 0), 0

@@ -1,4 +1,4 @@
-"""The coder of tokens whose model runs on a device of torch."""
+"""The coder of tokens with a model on any device of torch."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from percov2.entropy.torch import cdf, rans_cuda, sampling
 from percov2.entropy.torch.coder_proof import prove_coder
 from percov2.entropy.torch.int_transformer import IntTransformer
 
+__all__ = ["CODERS", "CodedGrids", "TokenCoder", "default_coder"]
+
+
 _LOGITS_AT_ONCE_FUSED = 2**28
-"""Logits made at a time where one kernel codes them: 512 MiB, 256 images of 1024 tokens."""
+"""Logits per call of the model if one kernel codes them: 512 MiB, 256 images of 1024 tokens."""
 _TOKENS_AT_ONCE = 2**18
 _BYTES_AT_ONCE = 2**32
-"""What a batch may need on a CUDA device besides its logits."""
+"""Memory limit of a batch on a CUDA device, besides its logits."""
 
 CODERS = ("cpu", "cuda")
 
 
 def default_coder(device: torch.device) -> str:
-    """What codes the tokens of a model on ``device`` unless its user says otherwise.
+    """Return the default coder of a model on ``device``.
 
-    "cuda" on CUDA devices, or "cpu" with a warning that says why it cannot be; "cpu" elsewhere.
-    Both write the same bytes.
+    CUDA devices use "cuda", or "cpu" with a warning that gives the reason. All other devices use
+    "cpu". Both write the same bytes.
     """
     if device.type != "cuda":
         return "cpu"
@@ -50,7 +53,7 @@ def default_coder(device: torch.device) -> str:
 
 
 class CodedGrids(token_coder.CodedGrids):
-    """Grids of one size after the one pass, their intervals on a CUDA device."""
+    """The intervals of grids of one size, on a CUDA device."""
 
     _coder: TokenCoder
 
@@ -77,15 +80,15 @@ class CodedGrids(token_coder.CodedGrids):
 
 
 class TokenCoder(token_coder.TokenCoder):
-    """Codes token grids with an integer transformer on a device; tokens come out as tensors.
+    """A coder of token grids with an integer transformer on a device.
 
-    Decoded grids lie on the CPU. On a GPU the host waits once per encoding: for intervals or for
-    bytes.
+    Decoded grids are tensors on the CPU. With a GPU the host waits once per encoding: for intervals
+    or for bytes.
 
     Args:
-        model: the integer transformer; its device decides where the passes run.
-        coder: "cpu" or "cuda", where the streams are written and read; by default what
-            ``default_coder`` says. ``coder_name`` tells which it became.
+        model: the integer transformer, on the device of the passes.
+        coder: "cpu" or "cuda", the device type that writes and reads the streams; None for
+            ``default_coder``. ``coder_name`` holds the choice.
 
     Raises:
         ValueError: an unknown coder.
@@ -104,7 +107,6 @@ class TokenCoder(token_coder.TokenCoder):
 
     @property
     def tokens_at_once(self) -> int:
-        """See the base class."""
         if self.model.device.type != "cuda":
             return super().tokens_at_once
         config = self.model.config
@@ -120,14 +122,13 @@ class TokenCoder(token_coder.TokenCoder):
         threads: int = 1,
         sent: int = 0,
     ) -> rans.RansEncoder:
-        """See the base class."""
         if self.coder_name == "cuda":
-            # Before the pass: CUDA may finish a stream before it takes pageable memory.
+            # Before the pass, because copying pageable memory may wait for the stream.
             checks = self.placed_checks(checks)
         return super().encoder(tokens, scheduled, checks, threads, sent)
 
     def placed_checks(self, checks: Any) -> torch.Tensor:
-        """Return checks as int32 [B] on the model's device, where they may lie already."""
+        """Return checks as int32 [B] on the model's device."""
         if not isinstance(checks, torch.Tensor):
             checks = torch.from_numpy(np.array(checks, dtype=np.int32))
         return checks.to(self.model.device, non_blocking=True)
@@ -135,7 +136,6 @@ class TokenCoder(token_coder.TokenCoder):
     def code(
         self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1
     ) -> token_coder.CodedGrids:
-        """See the base class."""
         if self.coder_name == "cpu":
             return super().code(tokens, scheduled, threads)
         stages = schedule.stage_map(scheduled, *tokens.shape[1:])
@@ -146,7 +146,6 @@ class TokenCoder(token_coder.TokenCoder):
     def intervals(
         self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """See the base class."""
         if self.model.device.type == "cpu":
             return super().intervals(tokens, scheduled, threads)
         residual, symbols = self._passed(tokens, scheduled)
@@ -162,15 +161,15 @@ class TokenCoder(token_coder.TokenCoder):
             tokens = torch.from_numpy(np.array(tokens))
         stages = schedule.stage_map(scheduled, *tokens.shape[1:])
         tokens = tokens.to(self.model.device, non_blocking=self.model.device.type != "cpu")
-        # Before the pass: CUDA may finish a stream before it takes pageable memory.
+        # Before the pass, because copying pageable memory may wait for the stream.
         coding = torch.from_numpy(schedule.order(stages)).to(tokens.device, non_blocking=True)
         residual = one_pass_residual(self.model, tokens, stages)
         return residual, tokens.flatten(1)[:, coding].to(torch.int32)
 
     def _intervals_on_device(self, residual: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
-        """Return starts and freqs, int32 [2, B, N], for which nothing waits.
+        """Return starts and freqs, int32 [2, B, N], without waiting for the device.
 
-        So symbols outside the codebook are not refused here: their freq is 0.
+        Symbols outside the codebook are not refused: their freq is 0.
         """
         parts = [
             cdf.marked_intervals(logits, symbols[:, part], self.prob_bits)
@@ -189,7 +188,6 @@ class TokenCoder(token_coder.TokenCoder):
         states: NDArray[np.uint32] | None = None,
         positions: NDArray[np.int64] | None = None,
     ) -> Any:
-        """See the base class."""
         if self.coder_name == "cpu":
             return super().decoder(buffer, offsets, states, positions)
         return rans_cuda.CudaRansDecoder(
@@ -233,7 +231,7 @@ class TokenCoder(token_coder.TokenCoder):
         mine, free = (
             torch.from_numpy(part).to(logits.device, non_blocking=True) for part in (options, may)
         )
-        # Distinct scores: argmax promises nothing about ties.
+        # Scores are distinct because argmax promises nothing about ties.
         rank = torch.arange(options.shape[2], device=logits.device)
         scores = logits.gather(2, mine).to(torch.int64) * len(rank) - rank
         scores = torch.where(free, scores, torch.iinfo(torch.int64).min)

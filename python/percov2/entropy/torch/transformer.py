@@ -1,9 +1,9 @@
-"""The token transformer in float32: what is trained, optionally rounded like the integer form.
+"""The token transformer in float32, for training; optionally rounded like the integer form.
 
-One pass holds the contents and the queries of all stages, exactly as
-percov2.entropy.staging does with integers. ``TokenTransformer.quantized`` switches on rounding
-of weights, activations, attention weights and gains with straight-through gradients; ``observing``
-lets the static scales follow the activations. ``export`` turns the result into integers.
+One pass holds the contents and the queries of all stages, as percov2.entropy.staging does with
+integers. ``TokenTransformer.quantized`` rounds weights, activations, attention weights and gains
+with straight-through gradients. ``observing`` lets the static scales follow the activations.
+``export`` turns the result into integers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,14 @@ from percov2.entropy.visibility import (
     start_entries,
 )
 
-__all__ = ["Crop", "TokenBatch", "TokenTransformer", "TransformerConfig", "crop_batch"]
+__all__ = [
+    "Crop",
+    "TokenBatch",
+    "TokenTransformer",
+    "TransformerConfig",
+    "TransformerLayer",
+    "crop_batch",
+]
 
 _EMBEDDING_LIMIT = 7.9
 """Embeddings are int16 in steps of 2^-12."""
@@ -59,7 +66,7 @@ _EMBEDDING_LIMIT = 7.9
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Crops of token grids, with what the model knows about their place.
+    """Crops of token grids and their places in the grids.
 
     tokens int64 [B, h, w]; stages int32 [B, h, w]; rows int64 [B, h] and columns int64 [B, w]:
     sixteenths of the whole grid; sizes int64 [B, 2]: classes of the whole grid's sides.
@@ -72,7 +79,7 @@ class TokenBatch:
     sizes: Tensor
 
     def to(self, device: torch.device) -> TokenBatch:
-        """The batch on a device."""
+        """Return the batch on a device."""
         parts = (self.tokens, self.stages, self.rows, self.columns, self.sizes)
         return TokenBatch(*(part.to(device) for part in parts))
 
@@ -88,7 +95,7 @@ class Crop:
 
 
 def crop_batch(crops: list[Crop], height: int, width: int) -> TokenBatch:
-    """Crops of one size as a batch."""
+    """Join crops of one size into a batch."""
     tokens, stages, rows, columns, sizes = [], [], [], [], []
     for crop in crops:
         whole = crop.tokens.shape
@@ -135,7 +142,7 @@ class _Norm(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention over contents, then feed-forward; see ``IntLayer`` for the integer form."""
+    """Attention over contents, then feed-forward; ``layers.Layer`` is the integer form."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -162,30 +169,30 @@ class TransformerLayer(nn.Module):
             linear.weight.data.div_(math.sqrt(2 * config.layers))
 
     def score_scales(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Scales of q and k per head, and the shift of their product."""
+        """Return scales of q and k per head, and the shift of their product."""
         return score_scales(self.q_range.amax, self.k_range.amax, self.config.head_dim)
 
     def gain_bits(self) -> int:
-        """Bits by which the integer form scales the weighted mean of values up."""
+        """Return the bits by which the integer form scales up the weighted mean of values."""
         return mean_gain_bits(float(self.v_range.amax), float(self.mean_range.amax))
 
     def mean_scale(self) -> float:
-        """Value of one step of the attention output."""
+        """Return the value of one step of the attention output."""
         return float(self.v_range.scale) / 2 ** self.gain_bits()
 
     def kv_scale(self) -> Tensor:
-        """Scales of the outputs of ``kv``: float [2 * inner]."""
+        """Return the scales of the outputs of ``kv``: float [2 * inner]."""
         head_dim = self.config.head_dim
         k = self.score_scales()[1].repeat_interleave(head_dim)
         return torch.cat([k, self.v_range.scale.expand(self.config.inner)])
 
     def _split(self, x: Tensor) -> Tensor:
-        """[B, E, parts * inner] -> float32 [parts, B, heads, E, head_dim]."""
+        """Return [B, E, parts * inner] as float32 [parts, B, heads, E, head_dim]."""
         shape = (*x.shape[:2], -1, self.config.heads, self.config.head_dim)
         return x.to(torch.float32).view(shape).permute(2, 0, 3, 1, 4).contiguous()
 
     def keys_values(self, contents: Tensor, quantized: bool, observing: bool) -> Tensor:
-        """Contents [B, K, dim] -> keys and values [2, B, heads, K, head_dim]."""
+        """Return keys and values [2, B, heads, K, head_dim] of contents [B, K, dim]."""
         x = self.attention_norm(contents, quantized, observing)
         if quantized:
             scale = self.kv_scale()
@@ -207,7 +214,7 @@ class TransformerLayer(nn.Module):
         quantized: bool,
         observing: bool,
     ) -> Tensor:
-        """The residual of some readers after this layer.
+        """Return the residual of readers after this layer.
 
         x [B, E, dim]; pair [2, B, heads, K, head_dim]; index int64 [E, K] into the relative
         positions; mask float32 [B, E, K].
@@ -255,7 +262,7 @@ class TransformerLayer(nn.Module):
 
 
 def _initial_bias(heads: int) -> nn.Parameter:
-    """Bias that falls with distance, each head with its own reach: float [heads, HIDDEN_INDEX]."""
+    """Return a bias [heads, HIDDEN_INDEX] that falls with distance, faster for earlier heads."""
     offset = torch.arange(-RADIUS, RADIUS + 1, dtype=torch.float32)
     distance = torch.hypot(offset[:, None], offset[None]).view(1, WINDOW * WINDOW)
     slope = 2.0 ** -torch.arange(heads, dtype=torch.float32)[:, None]
@@ -265,11 +272,11 @@ def _initial_bias(heads: int) -> nn.Parameter:
 
 
 class TokenTransformer(nn.Module):
-    """Logits of every token of a crop given all earlier stages.
+    """A model of every token of a crop given all earlier stages.
 
     Attributes:
-        quantized: round as the integer program does.
-        observing: let the static scales follow the activations.
+        quantized: rounding as in the integer program.
+        observing: updates of the static scales from the activations.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -293,32 +300,29 @@ class TokenTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def set_frequencies(self, counts: Tensor) -> None:
-        """Start from the tokens' overall frequencies: counts [V], how often each was seen."""
+        """Set the head's biases from the tokens' counts [V] in the training data."""
         smoothed = counts.to(torch.float32) + 0.5
         self.head.bias.data.copy_(torch.log(smoothed / smoothed.mean()))
 
     def stack(self) -> list[TransformerLayer]:
-        """The layers, in order."""
+        """Return the layers in order."""
         return cast("list[TransformerLayer]", list(self.layers))
 
     def fill_unseen_sizes(self, heights: set[int], widths: set[int]) -> None:
-        """Give size classes that no training grid had the embedding of the nearest one that had.
-
-        heights, widths: the classes that the training grids had.
-        """
+        """Copy the nearest trained embedding to classes outside ``heights`` and ``widths``."""
         with torch.no_grad():
             for table, seen in ((self.height, heights), (self.width, widths)):
                 for unseen in set(range(SIZE_CLASSES)) - seen:
                     table[unseen] = table[min(seen, key=lambda c: abs(c - unseen))]
 
     def embeddings(self) -> dict[str, Tensor]:
-        """All embedding tables, within the range of the integer form."""
+        """Return all embedding tables, within the range of the integer form."""
         names = ("token", "query", "start", "row", "column", "height", "width")
         limit = _EMBEDDING_LIMIT
         return {name: getattr(self, name).clamp(-limit, limit) for name in names}
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Logits in nats, float32 [B, h * w, V] in raster order."""
+        """Return logits in nats, float32 [B, h * w, V] in raster order."""
         count, height, width = batch.tokens.shape
         table = self.embeddings()
         place = table["row"][batch.rows][:, :, None] + table["column"][batch.columns][:, None]
@@ -341,12 +345,12 @@ class TokenTransformer(nn.Module):
         return self.read_out(x)
 
     def start_payload(self, table: dict[str, Tensor], sizes: Tensor) -> Tensor:
-        """Start entries of grids with size classes int64 [B, 2]: [B, START_ENTRIES, dim]."""
+        """Return start entries [B, START_ENTRIES, dim] of grids with size classes int64 [B, 2]."""
         sides = [table["height"][sizes[:, 0]], table["width"][sizes[:, 1]]]
         return table["start"] + functional.pad(torch.stack(sides, 1), (0, 0, 1, 0))
 
     def read_out(self, x: Tensor) -> Tensor:
-        """Residual [B, E, dim] after the last layer -> logits in nats, float32 [B, E, V]."""
+        """Return logits in nats, float32 [B, E, V], of a residual [B, E, dim]."""
         y = self.head_norm(x, self.quantized, self.observing)
         if self.quantized:
             return self.head.rounded(y, self.head_norm.scale, x.new_tensor([LOGIT_SCALE]))
@@ -354,16 +358,17 @@ class TokenTransformer(nn.Module):
 
 
 def _mask(reads: Tensor, key_stage: Tensor, outside: Tensor) -> Tensor:
-    """What readers [B, E] must not see of keys [B, K]: HIDDEN_SCORE or 0, float32 [B, E, K]."""
+    """Return HIDDEN_SCORE for keys [B, K] hidden from readers [B, E], else 0: float32 [B, E, K]."""
     hidden = (key_stage[:, None] > reads[:, :, None]) | outside
     return hidden.to(torch.float32).mul_(ranges.HIDDEN_SCORE)
 
 
 @lru_cache(maxsize=32)
 def _geometry(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Relative positions of all contents and start entries of a crop.
+    """Return the relative positions of all contents and start entries of a crop.
 
-    int64 [K, K], 0 where there is none, and bool [K, K]: the key is outside the window.
+    Positions are int64 [K, K], 0 for keys outside the window; the second result marks these keys,
+    bool [K, K].
     """
     position = np.arange(height * width, dtype=np.int64)
     keys = join(start_entries(), content_entries(np.ones(len(position), np.int32), position, width))

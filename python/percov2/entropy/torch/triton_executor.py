@@ -1,8 +1,8 @@
-"""The integer transformer on a GPU, in the Triton kernels: the same integers as torch_executor.
+"""The integer transformer in Triton kernels on a GPU: the same integers as ``executor``.
 
-The passes, and what is gathered before the first layer, are torch_executor's; layers and head run
-in percov2.triton_kernels, where products are int8 and everything between kernels is a byte. A
-layer is nine launches for contents and seven for queries, and none waits for the device.
+Passes and embeddings are those of ``executor``. Layers and head run in percov2.triton_kernels with
+int8 products and bytes between kernels. A layer takes nine launches for contents and seven for
+queries. No launch waits for the device.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from percov2.entropy.torch.triton_layers import Head, Layer, Plan
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import Entries
 
+__all__ = ["Executor"]
+
+
 _KEPT_PLANS = 64
 _KEPT_KEYS = 2**22
-"""Plans are kept up to so many listed keys (50 MB) in all: images often have the same size."""
+"""Limit of listed keys (50 MB) over all kept plans: images often have the same size."""
 
 
 class Executor(executor.Executor):
-    """See ``executor.Executor``.
+    """The executor in Triton kernels.
 
     Raises RuntimeError if triton is not installed and ValueError if its kernels do not run on the
     device (the CPU runs them with TRITON_INTERPRET=1 only).
@@ -48,10 +51,10 @@ class Executor(executor.Executor):
         super().__init__(config, tensors, device)
 
     def plan(self, reader: Entries, key: Entries) -> Plan:
-        """Who reads whom, in blocks; those of the last passes are kept on the device.
+        """Return the plan of readers and keys; the latest plans stay on the device.
 
-        Each stream keeps its own: its kernels come after the upload and before the memory of a
-        dropped plan is given to somebody else.
+        Each stream keeps its own plans. So its kernels follow the upload, and precede any reuse of
+        a dropped plan's memory.
         """
         columns = [reader.row, reader.column, reader.reads, key.row, key.column, key.key_stage]
         sizes = np.array([len(reader), len(key)], dtype=np.int64)
@@ -72,5 +75,5 @@ class Executor(executor.Executor):
 
 
 def _listed(plan: Plan) -> int:
-    """Keys in the lists of a plan."""
+    """Return the number of listed keys of a plan."""
     return plan[-1].shape[1]

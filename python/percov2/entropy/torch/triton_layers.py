@@ -8,8 +8,11 @@ from torch import Tensor
 from percov2.entropy import ranges
 from percov2.entropy.transformer_config import TransformerConfig
 
+__all__ = ["Head", "Layer", "Plan"]
+
+
 Plan = tuple[Tensor, ...]
-"""Who reads whom: ``reader_plan.plan_readers``."""
+"""Blocks of readers and keys, made by ``reader_plan.plan_readers``."""
 
 
 class _Linear:
@@ -26,14 +29,13 @@ class _Linear:
         residual: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """See ``percov2.triton_kernels.linear``."""
         from percov2.triton_kernels import linear
 
         return linear(x, *self._tensors, table=table, residual=residual, dtype=dtype)
 
 
 class Layer:
-    """See ``torch_layers.Layer``."""
+    """``layers.Layer`` in Triton kernels."""
 
     def __init__(self, config: TransformerConfig, tensors: dict[str, Tensor], index: int) -> None:
         prefix = f"layers.{index}"
@@ -51,16 +53,16 @@ class Layer:
         )
 
     def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
-        """Residual int32 [B, K, dim] -> k, v int8 [B, K, heads * head_dim], side by side."""
+        """Return k, v int8 [B, K, heads * head_dim] of a residual int32 [B, K, dim]."""
         from percov2.triton_kernels import layer_norm
 
         both = self._kv(layer_norm(contents, self._attention_gain))
         return both[..., : self._inner], both[..., self._inner :]
 
     def advance(self, residual: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """The residual int32 [B, E, dim] of some readers after this layer.
+        """Return the residual int32 [B, E, dim] of readers after this layer.
 
-        k, v: int8 [B, K, heads * head_dim], of at least the planned keys.
+        k, v: int8 [B, K, heads * head_dim], with at least the planned keys.
         """
         from percov2.triton_kernels import attention, layer_norm
 
@@ -72,14 +74,14 @@ class Layer:
 
 
 class Head:
-    """See ``torch_layers.Head``."""
+    """``layers.Head`` in Triton kernels."""
 
     def __init__(self, config: TransformerConfig, tensors: dict[str, Tensor]) -> None:
         self._gain = tensors["head_norm.gain"]
         self._linear = _Linear(tensors, "head")
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Residual int32 [B, n, dim] after the last layer -> int16 base-2 logits [B, n, V]."""
+        """Return int16 base-2 logits [B, n, V] of a residual int32 [B, n, dim]."""
         from percov2.triton_kernels import layer_norm
 
         return self._linear(layer_norm(residual, self._gain), dtype=torch.int16)

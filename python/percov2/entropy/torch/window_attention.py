@@ -1,8 +1,8 @@
 """Attention of the training form: forward and backward, image by image.
 
-Scores of one image and four heads of a 16 x 16 crop are about 2 MB; a whole batch of them would
-stream through main memory ten times per layer. Processing one image at a time and recomputing the
-weights in the backward pass keeps them in cache and needs no memory for them.
+Scores of one image and four heads of a 16 x 16 crop are about 2 MB; those of a whole batch would
+pass through main memory ten times per layer. One image at a time, with weights recomputed in the
+backward pass, stays in cache and stores no weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor
 from percov2.entropy import ranges
 from percov2.entropy.torch import intmath
 
+__all__ = ["window_attention"]
+
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor, rounded: bool) -> Tensor:
-    """Attention weights [H, E, K] of one image, rows summing to 1."""
+    """Return the attention weights [H, E, K] of one image; rows sum to 1."""
     scores = torch.bmm(q, k.transpose(1, 2)).add_(bias).add_(mask)
     if not rounded:
         return torch.softmax(scores, -1)
@@ -61,13 +63,12 @@ class _WindowAttention(torch.autograd.Function):
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, rounded: bool
 ) -> Tensor:
-    """Weighted means of values.
+    """Return the weighted means of values, float32 [B, H, E, D].
 
     q float32 [B, H, E, D], already scaled; k, v float32 [B, H, K, D]; bias float32 [H, E, K];
-    mask float32 [B, E, K], HIDDEN_SCORE where a reader must not see a key and 0 elsewhere (0 at
-    least once in each row; adding is 30 times faster than filling). With ``rounded``, scores and
-    bias count sixteenths of an octave (bias: integers) and the weights are those of the integer
-    program; otherwise they are nats. Returns float32 [B, H, E, D].
+    mask float32 [B, E, K], HIDDEN_SCORE for hidden keys and 0 elsewhere, at least one 0 per row
+    (adding is 30 times faster than filling). With ``rounded``, scores and bias count sixteenths of
+    an octave (bias: integers) and the weights are the integer program's; otherwise they are nats.
     """
     with torch.autocast(q.device.type, enabled=False):
         return _WindowAttention.apply(q, k, v, bias, mask, rounded)
