@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,14 +15,6 @@ from percov2.entropy.cdf import WEIGHT_TABLE, check_precision, default_prob_bits
 from percov2.entropy.torch import cdf
 
 SIZES = (2, 3, 15, 16, 17, 33, 63, 64, 65, 129, 255, 256, 257, 300, 777, 1024, 1025, 4097, 8192)
-
-
-@pytest.fixture(params=rans.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = rans.instruction_set()
-    rans.use_instruction_set(request.param)
-    yield request.param
-    rans.use_instruction_set(before)
 
 
 def awkward_rows(size: int, seed: int) -> np.ndarray:
