@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from percov2.entropy import rans
 from tools.photo_store import store_photos
 
 # Each of pytest's workers has one core. Threads that wait for each other would double the time.
@@ -74,6 +76,15 @@ def file(picture: Path, codec: Codec, tmp_path: Path) -> Path:
     with Image.open(picture) as image:
         path.write_bytes(codec.compress([image], caption=["a red door"])[0])
     return path
+
+
+@pytest.fixture(params=rans.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set of this machine, in use."""
+    before = rans.instruction_set()
+    rans.use_instruction_set(request.param)
+    yield request.param
+    rans.use_instruction_set(before)
 
 
 @pytest.fixture(params=["emulation", pytest.param("cuda", marks=pytest.mark.cuda)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -24,9 +22,8 @@ from percov2.entropy.torch.quantization import LOGIT_SCALE
 from percov2.entropy.torch.transformer import Crop, TokenTransformer, TransformerConfig, crop_batch
 from percov2.evaluation.study.coders import DirectCoder, token_map
 from percov2.training.study.direct_stage import masked_examples
-from tools.executors import load_on, model_on, same
+from tools.executors import FROZEN, load_on, model_on, same
 
-FROZEN = Path(__file__).parents[1] / "data" / "entropy_v1"
 SIZES = TransformerConfig(codebook_size=16, dim=32, heads=2, head_dim=16, layers=2, hidden=64)
 
 

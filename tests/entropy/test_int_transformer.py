@@ -1,8 +1,16 @@
-"""The integer token transformer against its oracle, and its passes against each other."""
+"""The integer token transformer against its oracle, and its passes against each other.
+
+What torch computes is compared with plain Python, and the compiled kernels of every instruction set
+with torch.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +19,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import percov2
 from oracles import independent_model
-from percov2.entropy import int_transformer, rans, schedule
+from percov2.entropy import int_transformer, ranges, rans, schedule
 from percov2.entropy.int_transformer import (
     IntTransformer,
     check_tensors,
@@ -30,13 +39,27 @@ from percov2.entropy.visibility import (
     start_entries,
     visible,
 )
-from tools.executors import model_on, random_on, same
+from tools.executors import model_on, random_on, same, staged_logits, torch_threads
 
-ON_THE_CPU = ("cpu", "torch")
+TINY = Path(percov2.__file__).parent / "pretrained" / "tiny" / "r031" / "entropy"
 SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=2, hidden=40)
+SIZES = {
+    "one of each": TransformerConfig(2, 1, 1, 1, 1, 1),
+    "ragged": TransformerConfig(40, 48, 3, 17, 2, 24),
+    "head_dim 8": TransformerConfig(300, 20, 2, 8, 1, 1040),
+    "head_dim 32": TransformerConfig(16, 64, 1, 32, 2, 100),
+    "head_dim 64": TransformerConfig(31, 130, 3, 64, 1, 65),
+    "head_dim 45": TransformerConfig(8, 37, 1, 45, 2, 47),
+    "wide": SMALL,
+}
+GRIDS = {
+    # From 128 columns on, compiled passes keep keys in rows that are no power of two apart.
+    "wide": [(2, 9, width) for width in (112, 113, 128, 129, 250)],
+    "tiny": [(1, 9, 34)],
+}
 
 
-@pytest.fixture(scope="module", params=ON_THE_CPU)
+@pytest.fixture(scope="module", params=("cpu", "torch"))
 def model(request: pytest.FixtureRequest) -> IntTransformer:
     return random_on(request.param, SMALL, 3)
 
@@ -44,20 +67,6 @@ def model(request: pytest.FixtureRequest) -> IntTransformer:
 def random_tokens(batch: int, height: int, width: int, size: int = 16) -> np.ndarray:
     generator = np.random.default_rng(height * 1000 + width)
     return generator.integers(0, size, (batch, height, width), dtype=np.int32)
-
-
-def staged_logits(model: IntTransformer, tokens: np.ndarray, stages: np.ndarray) -> np.ndarray:
-    decoder = StagedDecoder(model, stages, len(tokens))
-    ordered = tokens.reshape(len(tokens), -1)[:, schedule.order(stages)]
-    parts: list[np.ndarray] = []
-    known = 0
-    while decoder.remaining:
-        parts.append(as_array(decoder.logits()))
-        count = parts[-1].shape[1]
-        decoder.accept(ordered[:, known : known + count])
-        known += count
-    assert same(decoder.tokens(), tokens)
-    return np.concatenate(parts, 1)
 
 
 def plain_logits(folder: Path, tokens: np.ndarray, stages: np.ndarray) -> list[list[int]]:
@@ -91,49 +100,126 @@ def test_logits_equal_the_oracle(model, height, width, name, tmp_path):
 def test_staged_logits_equal_one_pass(model, name, height, width):
     if name == "raster" and height * width > 300:
         height, width = 2, 40
-    tokens = random_tokens(2, height, width)
+    tokens = random_tokens(3, height, width)
     stages = schedule.stages(name, height, width)
-    assert same(staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages))
+    together = one_pass_logits(model, tokens, stages)
+    assert same(staged_logits(model, tokens[1:], stages), together[1:])
+    with torch_threads(1 + (name == "quincunx")):
+        assert same(one_pass_logits(model, tokens[:1], stages), together[:1])
 
 
-def test_staged_logits_equal_one_pass_at_768x512():
-    model = IntTransformer.random(
-        TransformerConfig(codebook_size=64, dim=32, heads=2, head_dim=16, layers=1, hidden=64), 1
-    )
-    tokens = random_tokens(1, 32, 48, 64)
-    for name in ("qlds12", "checkerboard"):
-        stages = schedule.stages(name, 32, 48)
-        assert same(staged_logits(model, tokens, stages), one_pass_logits(model, tokens, stages))
+def assert_equal_to_torch(
+    config: TransformerConfig, tensors: dict[str, np.ndarray], grids: list[tuple[int, int, int]]
+) -> None:
+    compiled, oracle = (model_on(executor, config, tensors) for executor in ("cpu", "torch"))
+    for grid in grids:
+        tokens = random_tokens(*grid, config.codebook_size)
+        stages = schedule.stages("qlds5", *grid[1:])
+        expected = one_pass_logits(oracle, tokens, stages)
+        assert same(one_pass_logits(compiled, tokens, stages), expected)
+        assert same(staged_logits(compiled, tokens, stages), expected)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 1), (3, 8), (2, 32), (2, 40), (1, 64)])
-def test_executors_agree(heads, head_dim):
-    config = TransformerConfig(
-        codebook_size=50, dim=40, heads=heads, head_dim=head_dim, layers=2, hidden=72
-    )
+@pytest.mark.parametrize("name", [*SIZES, "tiny"])
+def test_compiled_passes_equal_torch(instruction_set, name):
+    stored = IntTransformer.load(TINY) if name == "tiny" else IntTransformer.random(SIZES[name], 7)
+    grids = GRIDS.get(name, [(1, 1, 1), (2, 5, 7), (1, 3, 21), (1, 20, 35)])
+    assert_equal_to_torch(stored.config, stored.tensors, grids)
+
+
+def test_large_passes_equal_torch():
+    tensors = random_tensors(SIZES["ragged"], 1)
+    for grid in ((1, 32, 48), (2, 37, 52)):
+        assert_equal_to_torch(SIZES["ragged"], tensors, [grid])
+
+
+@pytest.mark.parametrize("head_dim", [17, 32, 64])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_extreme_weights_equal_torch(instruction_set, head_dim, sign):
+    config = TransformerConfig(24, 48, 2, head_dim, 2, 1040)
     tensors = random_tensors(config, head_dim)
-    tensors["layers.0.attention.shift"].fill(5)  # scores at the ends of their range
-    tensors["layers.1.attention.gain_bits"].fill(5)
-    tokens = random_tokens(2, 37, 52, 50)
-    for name in ("qlds5", "var"):
-        stages = schedule.stages(name, 37, 52)
-        logits = [
-            one_pass_logits(model_on(executor, config, tensors), tokens, stages)
-            for executor in ON_THE_CPU
-        ]
-        assert same(*logits)
-        assert len(np.unique(logits[0])) > 1000
+    generator = np.random.default_rng(head_dim)
+    for name, tensor in sorted(tensors.items(), reverse=True):  # weights before biases
+        kind = name.rpartition(".")[2]
+        if kind == "weight":  # rows of one sign, so that the largest sums come up
+            tensor[:] = generator.integers(0, 2, (len(tensor), 1)) * 254 - 127
+            if ".up." in name or ".kv." in name:
+                tensor[::2, ::3] *= -1
+        elif kind == "bias" and "attention.bias" not in name:
+            weight = tensors[name.replace("bias", "weight")].astype(np.int32)
+            tensor[:] = sign * (ranges.ACC_LIMIT - 1 - 127 * np.abs(weight).sum(1))
+        elif kind == "gain":
+            tensor[:] = np.where(tensor > 600, 2047, -2047 * sign)
+        elif kind == "multiplier":
+            tensor.fill(127)
+    tensors["layers.0.attention.bias"][:] = 2047 * sign
+    tensors["layers.1.attention.bias"][:, ::2] = -2047
+    tensors["layers.0.attention.shift"].fill(5)
+    tensors["layers.0.attention.gain_bits"].fill(5)
+    tensors["layers.1.attention.gain_bits"].fill(0)
+    for size in ("row", "column", "query", "token", "start"):
+        tensors[f"embedding.{size}"][..., ::3] = -(2**15)
+        tensors[f"embedding.{size}"][..., 1::3] = 2**15 - 1
+    assert_equal_to_torch(config, tensors, [(2, 6, 19), (1, 17, 33)])
 
 
-@pytest.mark.parametrize("width", [112, 113, 128, 129, 250])
-def test_executors_agree_on_wide_grids(width):
-    """From 128 columns on, compiled passes keep keys in rows that are no power of two apart."""
-    tokens = random_tokens(2, 9, width)
-    stages = schedule.stages("qlds5", 9, width)
-    compiled, oracle = (random_on(name, SMALL, 3) for name in ON_THE_CPU)
-    expected = one_pass_logits(oracle, tokens, stages)
-    assert same(one_pass_logits(compiled, tokens, stages), expected)
-    assert same(staged_logits(compiled, tokens, stages), expected)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_batches_and_threads_do_not_matter(instruction_set, threads):
+    quick = instruction_set != "scalar"
+    model = IntTransformer.load(TINY) if quick else random_on("cpu", SIZES["ragged"], 5)
+    tokens = random_tokens(64, 4, 6, model.config.codebook_size)
+    stages = schedule.stages("qlds8", 4, 6)
+    with torch_threads(1):
+        expected = one_pass_logits(model, tokens, stages)
+    assert len(np.unique(expected)) > 1000  # the model is no constant
+    with torch_threads(threads):
+        for batch in (1, 2, 7, 64):
+            assert same(one_pass_logits(model, tokens[:batch], stages), expected[:batch])
+            assert same(staged_logits(model, tokens[:batch], stages), expected[:batch])
+
+
+def test_calls_from_several_threads_at_once():
+    model = random_on("cpu", SIZES["ragged"], 5)
+    stages = schedule.stages("qlds5", 5, 6)
+    grids = [random_tokens(3 + i, 5, 6, 40) for i in range(6)]
+    expected = [one_pass_logits(model, tokens, stages) for tokens in grids]
+    with torch_threads(3), ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = pool.map(lambda tokens: one_pass_logits(model, tokens, stages), grids)
+            assert all(same(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own():
+    script = """
+import os, sys
+import numpy as np
+from percov2.entropy import rans
+logits = np.arange(64 * 40, dtype=np.int16).reshape(64, 40)
+symbols = np.zeros(64, dtype=np.int32)
+expected = rans.intervals(logits, symbols, 12, 1)
+def right():
+    return np.array_equal(rans.intervals(logits, symbols, 12, 3), expected)
+assert right()
+child = os.fork()
+if child == 0:
+    fine = right() and right()
+    tasks = "/proc/self/task"
+    os._exit(0 if fine and (not os.path.exists(tasks) or len(os.listdir(tasks)) == 3) else 1)
+status = os.waitpid(child, 0)[1]
+assert status == 0 and right()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_weights_equal_the_table(instruction_set):
+    weights = rans.attention_weights(np.arange(2**16 + 5, dtype=np.int32))
+    assert weights[:128].tolist() == list(ranges.WEIGHT_TABLE)
+    assert not weights[128:].any()
+    assert rans.attention_weights(np.array([2**31 - 1, 0], dtype=np.int32)).tolist() == [0, 127]
 
 
 def test_compiled_passes_refuse_wrong_arrays():
@@ -141,36 +227,31 @@ def test_compiled_passes_refuse_wrong_arrays():
     native = IntTransformer(SMALL, tensors)._program
     stages = np.array([[1, 2, 2]], dtype=np.int32)
     tokens = np.zeros((2, 1, 3), dtype=np.int32)
-    assert native.encode(stages, tokens, 1).shape == (2, 3, 24)
-    with pytest.raises(ValueError, match="last axis"):
-        native.encode(stages, tokens[:, :, :2].copy(), 1)
-    with pytest.raises(ValueError, match="token 16 is not in 0"):
-        native.encode(stages, tokens + 16, 1)
-    with pytest.raises(ValueError, match="stages must be"):
-        native.encode(stages - 1, tokens, 1)
-    with pytest.raises(ValueError, match="stages must be"):
-        native.encode(stages + 2, tokens, 1)
-    with pytest.raises(ValueError, match="threads is 0"):
-        native.encode(stages, tokens, 0)
-    with pytest.raises(ValueError, match="last axis"):
-        native.logits(np.zeros((1, 3, 23), dtype=np.int32), 1)
     staged = rans.StagedPass(native, stages, 2)
     assert staged.residual(1).shape == (2, 1, 24)
-    with pytest.raises(ValueError, match="last axis"):
-        staged.accept(np.zeros((2, 2), dtype=np.int32))
-    with pytest.raises(ValueError, match="first axis"):
-        staged.accept(np.zeros((1, 1), dtype=np.int32))
-    with pytest.raises(ValueError, match="token -1 is not in 0"):
-        staged.accept(np.full((2, 1), -1, dtype=np.int32))
+    for threads in (1, 2**31 - 1):
+        assert native.encode(stages, tokens, threads).shape == (2, 3, 24)
+    nothing = np.ones((2, 0), np.int32)
+    for call, message in (
+        (lambda: native.encode(stages, tokens[:, :, :2].copy(), 1), "last axis"),
+        (lambda: native.encode(stages, tokens + 16, 1), "token 16 is not in 0"),
+        (lambda: native.encode(stages - 1, tokens, 1), "stages must be"),
+        (lambda: native.encode(stages + 2, tokens, 1), "stages must be"),
+        (lambda: native.encode(stages, tokens, 0), "threads is 0"),
+        (lambda: native.logits(np.zeros((1, 3, 23), np.int32), 1), "last axis"),
+        (lambda: staged.accept(np.zeros((2, 2), np.int32)), "last axis"),
+        (lambda: staged.accept(np.zeros((1, 1), np.int32)), "first axis"),
+        (lambda: staged.accept(np.full((2, 1), -1, np.int32)), "token -1 is not in 0"),
+        (lambda: rans.StagedPass(native, stages, 0), "batch is 0"),
+        (lambda: rans.StagedPass(native, stages, -1), "batch is -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
     for count in (1, 2):
         staged.accept(np.ones((2, count), dtype=np.int32))
     for _ in range(3):
         with pytest.raises(ValueError, match="no tokens are due"):
-            staged.accept(np.ones((2, 0), dtype=np.int32))
-    for batch in (0, -1):
-        with pytest.raises(ValueError, match=f"batch is {batch}"):
-            rans.StagedPass(native, stages, batch)
-    assert native.encode(stages, tokens, 2**31 - 1).shape == (2, 3, 24)
+            staged.accept(nothing)
     with pytest.raises(IndexError, match="every stage is decoded"):
         staged.residual(1)
     del tensors["layers.0.gelu"]
@@ -200,19 +281,6 @@ def test_a_compiled_program_that_computes_otherwise_is_refused(monkeypatch):
             IntTransformer.random(SMALL, seed=3)
     finally:
         int_transformer.prove_compiled.cache_clear()
-
-
-def test_batch_and_threads_do_not_matter(model):
-    tokens = random_tokens(5, 9, 21)
-    stages = schedule.stages("quincunx", 9, 21)
-    together = one_pass_logits(model, tokens, stages)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3 - min(threads, 2))
-        alone = [as_array(one_pass_logits(model, tokens[i : i + 1], stages)) for i in range(5)]
-    finally:
-        torch.set_num_threads(threads)
-    assert same(together, np.concatenate(alone))
 
 
 @settings(max_examples=25, deadline=None)

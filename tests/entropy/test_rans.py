@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,8 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles import independent_coder as reference
+from percov2 import _native
 from percov2.entropy.cdf import default_prob_bits
 from percov2.entropy.rans import RansDecoder, RansEncoder, cdf, intervals
+
+Rows = list[list[tuple[int, int]]]  # per stream (start, freq)
+Pushes = list[tuple[int, Rows]]  # prob_bits, in the order of pushing
+KINDS = ["any", "rare", "certain", "nearly certain", "even", "mixed"]
 
 
 def random_logits(seed: int, shape: tuple[int, ...], spread: float = 500) -> np.ndarray:
@@ -26,12 +33,60 @@ def sample(seed: int, bounds: np.ndarray) -> np.ndarray:
     return (bounds[..., 1:] <= targets[..., None]).sum(-1).astype(np.int32)
 
 
-def encode_rows(logits: np.ndarray, symbols: np.ndarray, checks: list[int], bits: int) -> bytes:
+def encoded(logits: np.ndarray, symbols: np.ndarray, checks: object, bits: int) -> tuple:
     encoder = RansEncoder(checks)
     starts, freqs = intervals(logits, symbols, bits)
-    encoder.push(starts.ravel(), freqs.ravel(), [symbols.shape[1]] * len(checks), bits)
-    buffer, _ = encoder.finish()
-    return buffer.tobytes()
+    encoder.push(starts.ravel(), freqs.ravel(), [symbols.shape[1]] * len(symbols), bits)
+    return encoder.finish()
+
+
+def random_rows(seed: int, counts: list[int], prob_bits: int, kind: str) -> Rows:
+    """Intervals of one kind; the rarest emit three bytes, the certain ones none."""
+    generator = np.random.default_rng(seed)
+    top = 1 << prob_bits
+
+    def pair() -> tuple[int, int]:
+        chosen = kind if kind != "mixed" else KINDS[generator.integers(5)]
+        if chosen == "rare":
+            return int(generator.integers(top)), 1
+        if chosen == "certain":
+            return 0, top
+        if chosen == "nearly certain":
+            start = int(generator.integers(2))
+            return start, top - 1
+        if chosen == "even":
+            return int(generator.integers(16)) * (top >> 4), top >> 4
+        start = int(generator.integers(top))
+        return start, int(generator.integers(1, top - start + 1))
+
+    return [[pair() for _ in range(count)] for count in counts]
+
+
+def push(encoder: RansEncoder, rows: Rows, prob_bits: int, threads: int = 1) -> None:
+    flat = np.array([pair for row in rows for pair in row], np.int32).reshape(-1, 2)
+    starts, freqs = np.ascontiguousarray(flat.T)
+    encoder.push(starts, freqs, [len(row) for row in rows], prob_bits, threads)
+
+
+def said(stream: int, pushes: Pushes) -> list[reference.Interval]:
+    """What the decoder of a stream meets."""
+    return [(s, f, bits) for bits, rows in reversed(pushes) for s, f in rows[stream]]
+
+
+def assert_oracle(encoder: RansEncoder, checks: list[int], pushes: Pushes) -> None:
+    streams = reference.split(*(part.tolist() for part in encoder.finish()))
+    for b, data in enumerate(streams):
+        assert data == reference.encode(checks[b], said(b, pushes))
+
+
+def quiet_symbols(check: int, symbols: list[reference.Interval]) -> int:
+    """How many symbols a decoder meets in an exhausted stream, counted by decoding."""
+    decoder = reference.Coder(reference.encode(check, symbols))
+    met = 0
+    for start, freq, bits in symbols:
+        met += decoder.exhausted
+        decoder.symbol(sorted({0, start, start + freq, 1 << bits}), bits)
+    return met
 
 
 GOLDEN = [
@@ -87,9 +142,31 @@ def test_each_stream_has_one_form() -> None:
         assert not reference.Coder(longer).finished(check)
 
 
+GOLDEN_OFFSETS = [0, 8, 12, 26, 31, 69, 79, 90, 96, 99]
+GOLDEN_BATCH = (
+    "084000000000707a0800000206500003f0c3e1410758dc14cb571800000426144000059188f76fa8226d1fb4f2"
+    "54dc87fb6f0d89bc47b755c10474f90c8148c40b67ca5eaa11c00019d1e947ad63730260000f224aaa236cdd31"
+    "29600029aa13800010"
+)
+
+
+def test_golden_batch() -> None:
+    """Nine streams of 0 to 40 symbols in one push, then a second precision on top."""
+    counts = [5, 0, 12, 1, 40, 7, 7, 3, 0]
+    rows = [
+        [(97 * (b + i) % 4000, 1 + (31 * i + b) % 96) for i in range(n)]
+        for b, n in enumerate(counts)
+    ]
+    encoder = RansEncoder([257 * b for b in range(9)])
+    push(encoder, rows, 12)
+    push(encoder, [[(b, 1 << b)] for b in range(9)], 20)
+    buffer, offsets = encoder.finish()
+    assert offsets.tolist() == GOLDEN_OFFSETS
+    assert buffer.tobytes().hex() == GOLDEN_BATCH
+
+
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, list[list[tuple[int, int]]]]]]:
-    """Checks, and pushes in the order of pushing: (prob_bits, per stream (start, freq))."""
+def batches(draw: st.DrawFn) -> tuple[list[int], Pushes]:
     checks = draw(st.lists(st.integers(0, 0xFFFF), max_size=4))
     pushes = []
     for _ in range(draw(st.integers(0, 4))):
@@ -105,33 +182,22 @@ def batches(draw: st.DrawFn) -> tuple[list[int], list[tuple[int, list[list[tuple
     return checks, pushes
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(batches(), st.integers(1, 3))
 def test_mixed_ragged_pushes_equal_the_oracle(
-    batch: tuple[list[int], list[tuple[int, list[list[tuple[int, int]]]]]], threads: int
+    batch: tuple[list[int], Pushes], threads: int
 ) -> None:
     checks, pushes = batch
     encoder = RansEncoder(checks)
-    for prob_bits, rows in pushes:
-        flat = [pair for row in rows for pair in row]
-        encoder.push(
-            np.array([s for s, _ in flat], np.int32),
-            np.array([f for _, f in flat], np.int32),
-            [len(row) for row in rows],
-            prob_bits,
-            threads,
-        )
+    for i, (prob_bits, rows) in enumerate(pushes):
+        push(encoder, rows, prob_bits, threads)
+        assert_oracle(encoder, checks, pushes[: i + 1])  # more may follow all the same
     buffer, offsets = encoder.finish()
-    quiet = encoder.symbols_before_output
-    assert offsets.dtype == np.int64
-    assert buffer.dtype == np.uint8
+    assert (buffer.dtype, offsets.dtype) == (np.uint8, np.int64)
     for stream, data in enumerate(reference.split(buffer, offsets.tolist())):
-        symbols = [(s, f, bits) for bits, rows in reversed(pushes) for s, f in rows[stream]]
-        assert data == reference.encode(checks[stream], symbols)
         # Read it again, one symbol at a time, comparing states with the oracle.
-        slow = reference.Coder(data)
-        fast = RansDecoder(data, [0, len(data)])
-        met_exhausted = 0
+        slow, fast = reference.Coder(data), RansDecoder(data, [0, len(data)])
+        symbols, met_exhausted = said(stream, pushes), 0
         for start, freq, bits in symbols:
             bounds = sorted({0, start, start + freq, 1 << bits})
             met_exhausted += slow.exhausted
@@ -143,7 +209,40 @@ def test_mixed_ragged_pushes_equal_the_oracle(
             assert (fast.states[0], fast.positions[0]) == (slow.x, slow.position)
         assert fast.finished([checks[stream]]).tolist() == [True]
         assert fast.finished([checks[stream] ^ 1]).tolist() == [False]
-        assert quiet[stream] == met_exhausted
+        assert encoder.symbols_before_output[stream] == met_exhausted
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ragged_batches_equal_the_oracle(batch: int, kind: str) -> None:
+    generator = np.random.default_rng([batch, KINDS.index(kind)])
+    checks = generator.integers(0, 65536, batch).tolist()
+    checks[0] = 0
+    pushes = []
+    for prob_bits in generator.permutation(range(8, 21))[:2].tolist():
+        counts = generator.choice([0, 1, 2, 30, 63, 64, 65, 100], batch).tolist()
+        pushes.append((prob_bits, random_rows(batch, counts, prob_bits, kind)))
+    streams = []
+    for threads in (1, 2, 3, 16):
+        encoder = RansEncoder(checks)
+        for prob_bits, rows in pushes:
+            push(encoder, rows, prob_bits, threads)
+        streams.append([part.tobytes() for part in encoder.finish()])
+    assert streams == streams[:1] * 4
+    assert_oracle(encoder, checks, pushes)
+    quiet = [quiet_symbols(check, said(b, pushes)) for b, check in enumerate(checks)]
+    assert encoder.symbols_before_output.tolist() == quiet
+
+
+@pytest.mark.parametrize("kind", ["rare", "mixed"])
+def test_long_streams_among_short_ones(kind: str) -> None:
+    """Longer than any block of the encoder, with neighbours that end at other times."""
+    counts = [2500, 3, 1024, 1025, 0, 1023, 2049, 5, 1, 2048]
+    rows = random_rows(1, counts, 20, kind)
+    encoder = RansEncoder(range(10))
+    push(encoder, rows, 20, threads=2)
+    push(encoder, rows[::-1], 20)
+    assert_oracle(encoder, list(range(10)), [(20, rows), (20, rows[::-1])])
 
 
 @settings(max_examples=80, deadline=None)
@@ -152,112 +251,59 @@ def test_logits_come_back(data: st.DataObject) -> None:
     prob_bits = data.draw(st.integers(8, 20))
     size = data.draw(st.integers(2, min(600, 1 << (prob_bits - 1))))
     rows, count = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 20))
-    seed = data.draw(st.integers(0, 2**31))
+    seed, threads = data.draw(st.integers(0, 2**31)), data.draw(st.integers(1, 3))
     logits = random_logits(seed, (rows, count, size), data.draw(st.sampled_from([0, 300, 9000])))
     symbols = np.random.default_rng(seed).integers(0, size, (rows, count)).astype(np.int32)
     checks = np.random.default_rng(seed).integers(0, 65536, rows).astype(np.uint16)
-    starts, freqs = intervals(logits, symbols, prob_bits)
-    encoder = RansEncoder(checks)
-    encoder.push(starts.ravel(), freqs.ravel(), [count] * rows, prob_bits)
-    buffer, offsets = encoder.finish()
-    threads = data.draw(st.integers(1, 3))
-    by_logits = RansDecoder(buffer, offsets)
+    streams = encoded(logits, symbols, checks, prob_bits)
+    by_logits, by_table, first = (RansDecoder(*streams) for _ in range(3))
     assert np.array_equal(by_logits.decode_logits(logits, prob_bits, threads=threads), symbols)
     assert by_logits.finished(checks).all()
-    by_table = RansDecoder(buffer, offsets)
     table = cdf(logits, prob_bits)
     assert np.array_equal(by_table.decode_cdf(table, prob_bits, threads=threads), symbols)
     assert by_table.finished(checks).all()
     # Resumed anywhere, from nothing but states and positions.
     cut = data.draw(st.integers(0, count))
-    first = RansDecoder(buffer, offsets)
     head = first.decode_logits(torch.from_numpy(logits[:, :cut].copy()), prob_bits)
-    second = RansDecoder(buffer, offsets, first.states, first.positions)
+    second = RansDecoder(*streams, first.states, first.positions)
     tail = second.decode_logits(logits[:, cut:], prob_bits)
     assert np.array_equal(np.concatenate([head, tail], axis=1), symbols)
     assert second.finished(checks).all()
 
 
-@pytest.mark.parametrize("size", [2, 1025, 8192])
-def test_large_codebooks(size: int) -> None:
-    bits = default_prob_bits(size)
-    logits = random_logits(size, (2, 9, size))
-    logits[0, 0] = -32768
-    logits[0, 0, -1] = 32767
-    symbols = sample(1, cdf(logits, bits))
-    symbols[0, 0], symbols[1, 0] = size - 1, 0
-    data = encode_rows(logits[:1], symbols[:1], [77], bits)
-    decoder = RansDecoder(data, [0, len(data)])
-    assert np.array_equal(decoder.decode_logits(logits[:1], bits), symbols[:1])
-    assert decoder.finished([77]).all()
-    slow = reference.Coder(data)
-    for row, symbol in zip(cdf(logits, bits)[0].tolist(), symbols[0].tolist(), strict=True):
-        assert slow.symbol(row, bits) == symbol
-
-
 def test_streams_choose_rows() -> None:
     logits = random_logits(4, (3, 5, 16))
     symbols = sample(4, cdf(logits, 12))
-    encoder = RansEncoder([1, 2, 3])
-    starts, freqs = intervals(logits, symbols, 12)
-    encoder.push(starts.ravel(), freqs.ravel(), [5] * 3, 12)
-    decoder = RansDecoder(*encoder.finish())
+    decoder = RansDecoder(*encoded(logits, symbols, [1, 2, 3], 12))
     assert np.array_equal(decoder.decode_logits(logits[[2, 0]], 12, [2, 0]), symbols[[2, 0]])
     assert decoder.finished([1, 2, 3]).tolist() == [True, False, True]
     assert np.array_equal(decoder.decode_logits(logits[[1]], 12, [1]), symbols[[1]])
     assert decoder.finished([1, 2, 3]).all()
 
 
-def test_batch_and_threads_change_no_byte() -> None:
-    logits = random_logits(9, (5, 40, 64))
-    symbols = sample(9, cdf(logits, 16))
-    starts, freqs = intervals(logits, symbols, 16)
-    checks = [5, 4, 3, 2, 1]
-    alone = b"".join(
-        encode_rows(logits[i : i + 1], symbols[i : i + 1], [checks[i]], 16) for i in range(5)
-    )
-    for threads in (1, 2, 3, 16):
-        encoder = RansEncoder(checks)
-        encoder.push(starts.ravel(), freqs.ravel(), [40] * 5, 16, threads)
-        assert encoder.finish()[0].tobytes() == alone
-
-
-@pytest.mark.parametrize(("size", "tokens"), [(64, 64), (256, 256), (1024, 1024)])
-def test_overhead_is_below_half_a_byte(size: int, tokens: int) -> None:
-    bits = default_prob_bits(size)
-    streams = 96
-    shared = random_logits(size, (tokens, size))
-    bounds = np.broadcast_to(cdf(shared, bits), (streams, tokens, size + 1))
-    targets = np.random.default_rng(2).integers(0, 1 << bits, (streams, tokens))
+@pytest.mark.parametrize("size", [64, 256, 1024])
+def test_overhead_is_below_half_a_byte(size: int) -> None:
+    """Mean bytes of streams of ``size`` symbols, beyond their information and the check."""
+    bits, streams = default_prob_bits(size), 96
+    bounds = cdf(random_logits(size, (size, size)), bits)
+    targets = np.random.default_rng(2).integers(0, 1 << bits, (streams, size))
     symbols = np.stack(
-        [np.searchsorted(bounds[0, t], targets[:, t], side="right") - 1 for t in range(tokens)], 1
-    ).astype(np.int32)
-    starts = np.take_along_axis(bounds, symbols[..., None], -1)[..., 0]
-    freqs = np.take_along_axis(bounds, symbols[..., None] + 1, -1)[..., 0] - starts
-    checks = np.random.default_rng(3).integers(0, 65536, streams)
-    encoder = RansEncoder(checks)
-    encoder.push(starts.ravel(), freqs.ravel(), [tokens] * streams, bits)
+        [np.searchsorted(row, targets[:, t], side="right") - 1 for t, row in enumerate(bounds)], 1
+    )
+    starts = bounds[np.arange(size), symbols]
+    freqs = bounds[np.arange(size), symbols + 1] - starts
+    encoder = RansEncoder(np.random.default_rng(3).integers(0, 65536, streams))
+    encoder.push(starts.ravel(), freqs.ravel(), [size] * streams, bits)
     _, offsets = encoder.finish()
     ideal = -np.log2(freqs / 2.0**bits).sum(-1) / 8
-    overhead = (np.diff(offsets) - 2 - ideal).mean()
-    assert overhead <= 0.5
-    assert overhead > -0.5  # less than the entropy would mean that the sum is wrong
-
-
-def test_finish_may_be_followed_by_more() -> None:
-    encoder = RansEncoder([9])
-    encoder.push([3], [5], [1], 8)
-    first = encoder.finish()[0].tobytes()
-    assert encoder.finish()[0].tobytes() == first
-    encoder.push([0], [1], [1], 20)
-    assert encoder.finish()[0].tobytes() == reference.encode(9, [(0, 1, 20), (3, 5, 8)])
+    # Less than the entropy would mean that the sum is wrong.
+    assert -0.5 < (np.diff(offsets) - 2 - ideal).mean() <= 0.5
 
 
 def test_damage_is_noticed_and_harmless() -> None:
     """Truncations, bit flips and noise: never a crash, accepted about once in 2^16."""
     logits = random_logits(21, (1, 60, 64))
-    symbols = sample(21, cdf(logits, 16))
-    data = encode_rows(logits, symbols, [0xBEEF], 16)
+    data = encoded(logits, sample(21, cdf(logits, 16)), [0xBEEF], 16)[0].tobytes()
     generator = np.random.default_rng(22)
     damaged = [data[:cut] for cut in range(len(data))]
     damaged += [data[cut:] for cut in range(1, len(data) + 1)]
@@ -267,18 +313,14 @@ def test_damage_is_noticed_and_harmless() -> None:
         flipped[bit // 8] ^= 1 << bit % 8
         damaged.append(bytes(flipped))
     damaged += [generator.bytes(int(n)) for n in generator.integers(0, 90, 6000)]
-    offsets = np.concatenate([[0], np.cumsum([len(d) for d in damaged])])
-    decoder = RansDecoder(b"".join(damaged), offsets)
+    decoder = RansDecoder(b"".join(damaged), np.cumsum([0, *map(len, damaged)]))
     got = decoder.decode_logits(np.broadcast_to(logits, (len(damaged), 60, 64)), 16)
-    assert got.min() >= 0
-    assert got.max() < 64
+    assert got.min() >= 0 and got.max() < 64
     assert (decoder.states < 1 << 31).all()
     # About 7,000 tries at 2^-16: five or more acceptances would be a fault, not luck.
     assert decoder.finished([0xBEEF] * len(damaged)).sum() < 5
-    # No undamaged stream is refused, and reading on beyond the end stays harmless.
+    # Reading on beyond the end of an undamaged stream stays harmless.
     good = RansDecoder(data, [0, len(data)])
-    good.decode_logits(logits, 16)
-    assert good.finished([0xBEEF]).all()
     for _ in range(20):
         good.decode_logits(logits, 16)
     assert good.exhausted.all()
@@ -288,13 +330,93 @@ def test_acceptance_probability_is_two_to_the_minus_sixteen() -> None:
     """Every check value is taken by the final state of noise about equally often."""
     generator = np.random.default_rng(5)
     count = 60000
-    lengths = np.full(count, 12)
-    decoder = RansDecoder(generator.bytes(12 * count), np.concatenate([[0], np.cumsum(lengths)]))
+    decoder = RansDecoder(generator.bytes(12 * count), 12 * np.arange(count + 1))
     logits = random_logits(6, (1, 9, 32), 100)
     decoder.decode_logits(np.broadcast_to(logits, (count, 9, 32)), 16)
     accepted = sum(int(decoder.finished(np.full(count, check)).sum()) for check in range(400, 465))
     # 65 checks * 60000 tries / 65536 = 60 if all bytes were always used up; never much more.
     assert accepted < 2 * 65 * count / 65536 + 10 * math.sqrt(60)
+
+
+def at_odd_byte(array: np.ndarray) -> np.ndarray:
+    """The same numbers, one byte beyond a boundary, as in a mapped file."""
+    return np.frombuffer(b" " + array.tobytes(), array.dtype, offset=1).reshape(array.shape)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_arrays_need_not_be_aligned(dtype: type) -> None:
+    logits = (np.arange(2 * 9 * 40) * 37 % 911).reshape(2, 9, 40).astype(dtype)
+    symbols = np.arange(18, dtype=np.int32).reshape(2, 9)
+    expected = intervals(logits, symbols, 12)
+    odd, odd_symbols = at_odd_byte(logits), at_odd_byte(symbols)
+    assert not odd.flags.aligned and not odd_symbols.flags.aligned
+    raw = bytearray(b" " + logits.tobytes())
+    tensor = torch.frombuffer(raw, dtype=torch.from_numpy(logits).dtype, offset=1)
+    assert tensor.data_ptr() % logits.itemsize
+    for unaligned in (odd, tensor.view(2, 9, 40)):
+        assert np.array_equal(intervals(unaligned, odd_symbols, 12), expected)
+        encoder = RansEncoder([1, 2])
+        encoder.push(*(at_odd_byte(part.ravel()) for part in expected), [9, 9], 12)
+        decoder = RansDecoder(*encoder.finish())
+        assert np.array_equal(decoder.decode_logits(unaligned, 12), symbols)
+    with pytest.raises(ValueError, match="multiple of its element size"):
+        _native.intervals(
+            tensor.view(18, 40), logits.dtype.name, torch.zeros(18, dtype=torch.int32), 12, 1
+        )
+
+
+def test_one_coder_in_several_threads() -> None:
+    script = """
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+from percov2.entropy.rans import RansDecoder, RansEncoder
+count, calls = 5000, 24
+starts, freqs = np.tile(np.array([0, 100, 7], np.int32), count), np.full(3 * count, 3, np.int32)
+shared, alone = RansEncoder([5]), RansEncoder([5])
+with ThreadPoolExecutor(4) as pool:
+    for done in [pool.submit(shared.push, starts, freqs, [3 * count], 12) for _ in range(calls)]:
+        done.result()
+for _ in range(calls):
+    alone.push(starts, freqs, [3 * count], 12)
+stream, offsets = shared.finish()
+assert stream.tobytes() == alone.finish()[0].tobytes()
+tables = np.tile(np.arange(0, 4097, 16, dtype=np.int32), (1, count, 1))
+one, several = RansDecoder(stream, offsets), RansDecoder(stream, offsets)
+expected = sorted(one.decode_cdf(tables, 12).tobytes() for _ in range(calls))
+with ThreadPoolExecutor(4) as pool:
+    given = [pool.submit(several.decode_cdf, tables, 12) for _ in range(calls)]
+assert sorted(part.result().tobytes() for part in given) == expected
+assert several.states == one.states and several.positions == one.positions
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def edges(prob_bits: int) -> list[int]:
+    top = 1 << prob_bits
+    return [-(2**31), -(2**31) + 1, -top - 1, -top, -1, 0, 1, top - 1, top, top + 1, 2**31 - 1]
+
+
+@pytest.mark.parametrize("prob_bits", [8, 16, 20])
+def test_exactly_the_invalid_intervals_are_refused(prob_bits: int) -> None:
+    """One bad interval, wherever it is: named in the message, and nothing was pushed."""
+    for start in edges(prob_bits):
+        for freq in edges(prob_bits):
+            starts, freqs = np.zeros(37, np.int32), np.ones(37, np.int32)
+            place = (start + 3 * freq) % 37
+            starts[place], freqs[place] = start, freq
+            encoder = RansEncoder([1, 2])
+            if start >= 0 and freq >= 1 and start + freq <= 1 << prob_bits:
+                encoder.push(starts, freqs, [20, 17], prob_bits)
+                continue
+            with pytest.raises(
+                ValueError, match=rf"interval {place} \(start {start}, freq {freq}\)"
+            ):
+                encoder.push(starts, freqs, [20, 17], prob_bits)
+            assert encoder.finish()[0].tobytes() == b"\1\2"
+            assert encoder.symbols_before_output.tolist() == [0, 0]
 
 
 class TestRefusals:
@@ -303,11 +425,6 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("starts", "freqs", "counts", "bits", "message"),
         [
-            ([0], [0], [1], 8, "freq 0"),
-            ([-1], [1], [1], 8, "start -1"),
-            ([250], [7], [1], 8, "start 250"),
-            ([0], [-5], [1], 8, "freq -5"),
-            ([2**31 - 1], [2**31 - 1], [1], 20, "2147483647"),
             ([2**33], [1], [1], 8, "8589934592"),
             ([0.5], [1], [1], 8, "float64"),
             ([0], [1, 1], [1], 8, "freqs has 2"),

@@ -28,6 +28,15 @@ CODER = TokenCoder(MODEL)
 PLACED = coder_of(model_on("torch", MODEL.config, MODEL.tensors))
 
 
+def some_candidates(seed: int, shape: tuple[int, ...], count: int) -> tuple[Tensor, Tensor]:
+    """Unlike candidates of every place, and which of them are allowed."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.rand((*shape, CODES), generator=generator).argsort(-1)
+    allowed = torch.rand((*shape, count), generator=generator) < 0.6
+    allowed[..., 0] = True
+    return drawn[..., :count].to(torch.int32), allowed
+
+
 def plain_choice(candidates: Tensor, allowed: Tensor, name: str) -> NDArray[np.int32]:
     """Stage by stage and place by place, with logits of a whole pass each time."""
     batch, height, width, count = candidates.shape
@@ -63,11 +72,7 @@ def plain_choice(candidates: Tensor, allowed: Tensor, name: str) -> NDArray[np.i
     st.sampled_from(["qlds12", "checkerboard", "raster", "quincunx"]),
 )
 def test_choice_is_that_of_a_plain_walk(seed, batch, height, width, count, name) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    shape = (batch, height, width, CODES)
-    candidates = torch.rand(shape, generator=generator).argsort(-1)[..., :count].to(torch.int32)
-    allowed = torch.rand(candidates.shape, generator=generator) < 0.6
-    allowed[..., 0] = True
+    candidates, allowed = some_candidates(seed, (batch, height, width), count)
     chosen = CODER.choose(candidates, allowed, name)
     assert chosen.dtype == np.int32
     assert np.array_equal(chosen, plain_choice(candidates, allowed, name))
@@ -83,21 +88,13 @@ def test_the_first_allowed_of_equally_likely_candidates_is_chosen() -> None:
         assert same(coder.choose(candidates, allowed, "qlds12"), candidates[..., 0].copy())
 
 
-def test_with_one_allowed_candidate_nothing_changes() -> None:
-    candidates = torch.randint(0, CODES, (2, 4, 5, 3), dtype=torch.int32)
-    allowed = torch.zeros(candidates.shape, dtype=torch.bool)
-    allowed[..., 0] = True
-    chosen = CODER.choose(candidates, allowed, "qlds12")
-    assert same(chosen, candidates[..., 0])
-
-
 def test_freedom_saves_bits() -> None:
-    generator = torch.Generator().manual_seed(0)
-    candidates = torch.rand(4, 8, 8, CODES, generator=generator).argsort(-1).to(torch.int32)
+    candidates, _ = some_candidates(0, (4, 8, 8), CODES)
     bits = []
     for free in (1, 2, 4, 16):
         allowed = (torch.arange(CODES) < free).expand(candidates.shape)
         tokens = CODER.choose(candidates, allowed, "qlds12")
+        assert free > 1 or same(tokens, candidates[..., 0])
         _, freqs = CODER.intervals(tokens, "qlds12")
         bits.append(float((CODER.prob_bits - np.log2(freqs)).sum()))
     assert bits == sorted(bits, reverse=True) and bits[-1] < 0.8 * bits[0]
@@ -106,14 +103,14 @@ def test_freedom_saves_bits() -> None:
 def test_refusals() -> None:
     candidates = torch.zeros(1, 2, 2, 3, dtype=torch.int32)
     allowed = torch.ones(1, 2, 2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="allowed"):
-        CODER.choose(candidates, allowed[..., :2], "qlds12")
-    with pytest.raises(ValueError, match="first candidate"):
-        CODER.choose(candidates, ~allowed, "qlds12")
-    with pytest.raises(ValueError, match="nonsense"):
-        CODER.choose(candidates, allowed, "nonsense")
-    with pytest.raises(ValueError, match="tokens range from 16 to 16"):
-        CODER.choose(candidates + CODES, allowed, "qlds12")
+    for given_as, name, message in (
+        ((candidates, allowed[..., :2]), "qlds12", "allowed"),
+        ((candidates, ~allowed), "qlds12", "first candidate"),
+        ((candidates, allowed), "nonsense", "nonsense"),
+        ((candidates + CODES, allowed), "qlds12", "tokens range from 16 to 16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CODER.choose(*given_as, name)
 
 
 def test_a_codec_with_slack_takes_near_codes_that_cost_less(codec: Codec) -> None:
@@ -147,10 +144,7 @@ def test_a_codec_with_slack_takes_near_codes_that_cost_less(codec: Codec) -> Non
 
 
 def test_logits_in_pieces_choose_the_same(monkeypatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    candidates = torch.rand(2, 6, 7, CODES, generator=generator).argsort(-1).to(torch.int32)
-    allowed = torch.rand(candidates.shape, generator=generator) < 0.5
-    allowed[..., 0] = True
+    candidates, allowed = some_candidates(0, (2, 6, 7), CODES)
     whole = CODER.choose(candidates, allowed, "checkerboard")
     monkeypatch.setattr(token_coder, "_LOGITS_AT_ONCE", 2 * CODES * 3)
     assert same(CODER.choose(candidates, allowed, "checkerboard"), whole)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +17,8 @@ from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.token_coder import TokenCoder
 from percov2.entropy.torch import cdf
 from percov2.entropy.transformer_config import TransformerConfig
-from tools.executors import coder_of, model_on, same
+from tools.executors import FROZEN, coder_of, model_on, same
 
-FROZEN = Path(__file__).parents[1] / "data" / "entropy_v1"
 FINGERPRINT = "31b1e9760d8e6f24faff3d672c253ffc9dbac3cbdae798227705e1b75032cd46"
 
 # SHA-256 of starts, then freqs, int32-LE, in coding order, of `picture(17, 33)`.
@@ -66,10 +64,6 @@ def decoder_of(payloads: list[bytes]) -> RansDecoder:
     return RansDecoder(b"".join(payloads), offsets)
 
 
-def test_frozen_model_is_unchanged(coder):
-    assert coder.model.fingerprint().hex() == FINGERPRINT
-
-
 @pytest.mark.parametrize("name", schedule.SCHEDULES)
 def test_golden_intervals(coder, name):
     starts, freqs = coder.intervals(picture(17, 33), name)
@@ -86,7 +80,8 @@ def test_golden_payloads(coder, name):
     assert decoder.finished([0x1234]).all()
 
 
-def test_frozen_model_predicts(coder):
+def test_frozen_model_is_unchanged_and_predicts(coder):
+    assert coder.model.fingerprint().hex() == FINGERPRINT
     _, freqs = coder.intervals(picture(17, 33), "qlds12")
     assert (coder.prob_bits - np.log2(freqs)).mean() < 3.2  # uniform: 4 bits
 

@@ -39,16 +39,11 @@ def test_tokens_come_back_and_take_their_bytes(schedule: str) -> None:
     assert same(coder.decode(RansDecoder(data, offsets), schedule, 8, 8), tokens)
 
 
-def test_it_is_small_and_survives_a_folder(tmp_path: Path) -> None:
-    model = uniform_model(256)
-    model.save(tmp_path)
-    assert IntTransformer.load(tmp_path).fingerprint() == model.fingerprint()
+def test_it_is_small_and_its_identity_never_changes(tmp_path: Path) -> None:
+    uniform_model(256).save(tmp_path)
+    fingerprint = IntTransformer.load(tmp_path).fingerprint().hex()
+    assert fingerprint.startswith("39118ff62a58af83")  # files depend on these integers
     assert (tmp_path / "model.safetensors").stat().st_size < 12_000
-
-
-def test_its_identity_never_changes() -> None:
-    """Files coded with it depend on these integers."""
-    assert uniform_model(256).fingerprint().hex()[:16] == "39118ff62a58af83"
 
 
 @pytest.mark.parametrize("size", [1, 8193])

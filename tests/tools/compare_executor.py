@@ -9,28 +9,14 @@ import pytest
 import torch
 
 from percov2.entropy import rans, schedule
-from percov2.entropy.staging import StagedDecoder, one_pass_logits
+from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.torch import cdf
 from percov2.entropy.torch.int_transformer import IntTransformer
 from percov2.entropy.torch.token_coder import TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
-from tools.executors import random_on, same
+from tools.executors import random_on, same, staged_logits
 
 DEVICE = torch.device(sys.argv[1])
-
-
-def staged_logits(model: IntTransformer, tokens: torch.Tensor, stages: np.ndarray) -> torch.Tensor:
-    decoder = StagedDecoder(model, stages, len(tokens))
-    ordered = tokens.flatten(1)[:, torch.from_numpy(schedule.order(stages))]
-    parts: list[torch.Tensor] = []
-    known = 0
-    while decoder.remaining:
-        parts.append(decoder.logits().cpu())
-        count = parts[-1].shape[1]
-        decoder.accept(ordered[:, known : known + count])
-        known += count
-    assert same(decoder.tokens().cpu(), tokens)
-    return torch.cat(parts, 1)
 
 
 def compare(config: TransformerConfig, name: str, shape: tuple[int, int, int]) -> None:

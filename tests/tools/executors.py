@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from percov2.entropy import int_transformer, token_coder
+from percov2.entropy import int_transformer, schedule, token_coder
 from percov2.entropy.int_transformer import random_tensors
 from percov2.entropy.rans import as_array
+from percov2.entropy.staging import StagedDecoder
 from percov2.entropy.torch import int_transformer as placed
 from percov2.entropy.torch import token_coder as placed_coder
 from percov2.entropy.transformer_config import TransformerConfig
+
+FROZEN = Path(__file__).parents[1] / "data" / "entropy_v1"
+"""A model whose integers, and whose files, never change."""
 
 
 def model_on(
@@ -46,3 +53,29 @@ def same(*values: Any) -> bool:
     """Return whether arrays or tensors have equal dtypes, shapes and elements."""
     first, *others = [as_array(value) for value in values]
     return all(first.dtype == other.dtype and np.array_equal(first, other) for other in others)
+
+
+def staged_logits(model: Any, tokens: Any, stages: np.ndarray) -> np.ndarray:
+    """Return the logits of tokens in coding order, each stage after those before it."""
+    decoder = StagedDecoder(model, stages, len(tokens))
+    ordered = as_array(tokens).reshape(len(tokens), -1)[:, schedule.order(stages)]
+    parts: list[np.ndarray] = []
+    known = 0
+    while decoder.remaining:
+        parts.append(as_array(decoder.logits()))
+        count = parts[-1].shape[1]
+        decoder.accept(ordered[:, known : known + count])
+        known += count
+    assert same(decoder.tokens(), tokens)
+    return np.concatenate(parts, 1)
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch, and the compiled core, use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
