@@ -37,7 +37,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def random_model(tmp_path_factory) -> Path:
     """The folder of a small model with random weights."""
     from tools import random_model as builder
 
@@ -45,7 +45,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sd3_folder(tmp_path_factory) -> Path:
     """The folder of an "sd3" model with random weights; its base model lies beside it."""
     from tools import random_sd3
 
@@ -53,7 +53,7 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def codec(random_model: Path) -> Codec:
+def codec(random_model) -> Codec:
     """A codec with that model."""
     from percov2.codec import Codec
 
@@ -61,7 +61,7 @@ def codec(random_model: Path) -> Codec:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def picture(tmp_path) -> Path:
     """A PNG of 70x50 pixels."""
     pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
     path = tmp_path / "photo.png"
@@ -70,7 +70,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def file(picture: Path, codec: Codec, tmp_path: Path) -> Path:
+def file(picture, codec, tmp_path) -> Path:
     """That picture as a file with a caption."""
     path = tmp_path / "photo.pcv2"
     with Image.open(picture) as image:
@@ -88,7 +88,7 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(params=["emulation", pytest.param("cuda", marks=pytest.mark.cuda)])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+def device(request, monkeypatch) -> torch.device:
     """Where the kernels of ``rans_cuda`` run: emulated on the CPU, and on a card."""
     import torch
 
@@ -101,7 +101,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
 
 
 @pytest.fixture(scope="session")
-def photo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def photo_cache(tmp_path_factory) -> Path:
     """Three small photos as `percov2 train data` writes them, two with a caption."""
     sizes = [(64, 96), (96, 64), (72, 80)]
     return store_photos(tmp_path_factory.mktemp("photos"), sizes, 8)

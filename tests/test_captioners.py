@@ -27,7 +27,7 @@ from tools.command_line import failure, run
 
 
 @pytest.fixture(scope="module")
-def blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def blip2(tmp_path_factory) -> Path:
     return random_blip2.build(tmp_path_factory.mktemp("blip2"))
 
 
@@ -37,7 +37,7 @@ def photos(count: int) -> list[Image.Image]:
     return [Image.fromarray(array.astype(np.uint8)) for array in arrays]
 
 
-def test_blip2_gives_its_greedy_captions(blip2: Path) -> None:
+def test_blip2_gives_its_greedy_captions(blip2):
     """Stated again word by word: the likeliest next token of the whole prefix, 32 times."""
     model = Blip2ForConditionalGeneration.from_pretrained(blip2).eval()
     processor = Blip2Processor.from_pretrained(blip2)
@@ -53,9 +53,7 @@ def test_blip2_gives_its_greedy_captions(blip2: Path) -> None:
     assert Blip2Captioner(str(blip2))([photo]) == [expected] and expected
 
 
-def test_batches_change_no_caption_and_load_once(
-    blip2: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_change_no_caption_and_load_once(blip2, monkeypatch):
     loads = []
     load = Blip2ForConditionalGeneration.from_pretrained
     monkeypatch.setattr(
@@ -72,7 +70,7 @@ def test_batches_change_no_caption_and_load_once(
     assert captioner([]) == []
 
 
-def test_any_picture_mode_will_do(blip2: Path) -> None:
+def test_any_picture_mode_will_do(blip2):
     captioner = Blip2Captioner(str(blip2))
     (grey,) = captioner([photos(1)[0].convert("L")])
     (deep,) = captioner([photos(1)[0].convert("L").convert("I;16")])
@@ -148,7 +146,7 @@ def tiny_molmo2() -> Molmo2ForConditionalGeneration:
     return Molmo2ForConditionalGeneration(config).eval()
 
 
-def test_molmo2_answers_for_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_molmo2_answers_for_every_picture(tmp_path, monkeypatch):
     tiny_molmo2().save_pretrained(tmp_path)
     processor = Molmo2ProcessorStandIn()
 
@@ -175,13 +173,13 @@ def test_molmo2_answers_for_every_picture(tmp_path: Path, monkeypatch: pytest.Mo
     assert captions[0].split()[0] == random_blip2.VOCABULARY[first]
 
 
-def test_missing_networks_are_named(tmp_path: Path) -> None:
+def test_missing_networks_are_named(tmp_path):
     for kind in (Blip2Captioner, Molmo2Captioner):
         with pytest.raises(ValueError, match="cannot load the captioner"):
             kind(str(tmp_path))(photos(1))
 
 
-def test_captioners_have_names(tmp_path: Path) -> None:
+def test_captioners_have_names(tmp_path):
     assert isinstance(open_captioner("none"), NoCaptioner)
     text = open_captioner("text", "a red door")
     assert isinstance(text, TextCaptioner) and text(photos(2)) == ["a red door"] * 2
@@ -201,13 +199,11 @@ def test_captioners_have_names(tmp_path: Path) -> None:
             open_captioner(**wrong)
 
 
-def test_generated_texts_are_tidied() -> None:
+def test_generated_texts_are_tidied():
     assert tidy("  a\nred \t door\x07 \x1b ") == "a red door"
 
 
-def test_the_command_line_captions(
-    blip2: Path, picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_command_line_captions(blip2, picture, random_model, tmp_path, capsys):
     out = tmp_path / "p.pcv2"
     command = ("compress", picture, out, "--model", random_model)
     assert run(*command, "--captioner", "blip2", "--captioner-model", blip2) == 0
@@ -226,9 +222,7 @@ def test_the_command_line_captions(
     assert "cannot load the captioner" in message
 
 
-def test_round_trips_caption(
-    blip2: Path, picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_round_trips_caption(blip2, picture, random_model, tmp_path, capsys):
     options = ("--captioner", "blip2", "--captioner-model", blip2, "--model", random_model)
     assert run("roundtrip", picture, "--out", tmp_path / "out", *options) == 0
     capsys.readouterr()

@@ -7,7 +7,6 @@ import hashlib
 import math
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,9 +50,7 @@ def random_tokens(rng: np.random.Generator, h: int, w: int, size: int) -> np.nda
     ("rate", "size", "caption"),
     [("fine", (1, 1), ""), ("fine", (70, 33), "Zürich"), ("coarse", (512, 512), "")],
 )
-def test_bytes_equal_a_plain_python_writer(
-    codec: Codec, schedule: str, rate: str, size: tuple[int, int], caption: str
-) -> None:
+def test_bytes_equal_a_plain_python_writer(codec, schedule, rate, size, caption):
     point = codec.config.rate(rate)
     rate_index = [r.name for r in codec.config.rates].index(rate)
     h, w = -(-size[0] // point.token_side), -(-size[1] // point.token_side)
@@ -90,9 +87,7 @@ def test_bytes_equal_a_plain_python_writer(
     rate=st.sampled_from(["fine", "coarse"]),
     caption=st.text(st.characters(exclude_categories=["Cc", "Cs"]), max_size=40),
 )
-def test_files_return_tokens_and_caption(
-    codec: Codec, height: int, width: int, seed: int, schedule: str, rate: str, caption: str
-) -> None:
+def test_files_return_tokens_and_caption(codec, height, width, seed, schedule, rate, caption):
     point = codec.config.rate(rate)
     h, w = -(-height // point.token_side), -(-width // point.token_side)
     tokens = random_tokens(np.random.default_rng(seed), h, w, point.codebook_size)
@@ -107,7 +102,7 @@ def test_files_return_tokens_and_caption(
     assert decoded.rate == point
 
 
-def test_coder_overhead_is_below_half_a_byte(codec: Codec) -> None:
+def test_coder_overhead_is_below_half_a_byte(codec):
     rng = np.random.default_rng(5)
     coder = TokenCoder(IntTransformer.load(codec.model.folder / "fine" / "entropy"))
     overhead = []
@@ -125,9 +120,7 @@ def test_coder_overhead_is_below_half_a_byte(codec: Codec) -> None:
     assert max(overhead) < 1.5
 
 
-def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(
-    codec: Codec, threads: None
-) -> None:
+def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(codec, threads):
     rng = np.random.default_rng(1)
     shapes = [(3, 5), (4, 4), (3, 5), (1, 1), (4, 4), (3, 5)]
     maps = [random_tokens(rng, h, w, 64) for h, w in shapes]
@@ -149,7 +142,7 @@ def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(
     assert all(result == results[0] for result in results)
 
 
-def test_pictures_of_mixed_sizes_round_trip_like_single_ones(codec: Codec, threads: None) -> None:
+def test_pictures_of_mixed_sizes_round_trip_like_single_ones(codec, threads):
     images = [photo(65, 40), photo(1, 1), photo(48, 48, 1), photo(65, 40, 2), photo(3, 90)]
     captions = ["a lake", "", "", "two dogs", ""]
     files = codec.compress(images, caption=captions)
@@ -163,11 +156,11 @@ def test_pictures_of_mixed_sizes_round_trip_like_single_ones(codec: Codec, threa
         np.testing.assert_array_equal(np.asarray(again), np.asarray(picture))
 
 
-def test_steps_guidance_and_seed_reach_the_flow(codec: Codec) -> None:
+def test_steps_guidance_and_seed_reach_the_flow(codec):
     files = codec.compress([photo(64, 64)], caption=["a lake"])
 
     def pixels(**options: float) -> bytes:
-        return codec.decompress(files, **options)[0].tobytes()  # type: ignore[arg-type]
+        return codec.decompress(files, **options)[0].tobytes()
 
     usual = pixels()
     assert usual == pixels(steps=codec.config.steps, guidance=codec.config.guidance, seed=0)
@@ -176,7 +169,7 @@ def test_steps_guidance_and_seed_reach_the_flow(codec: Codec) -> None:
     assert usual != pixels(seed=1)
 
 
-def test_a_rate_s_own_steps_are_its_default(codec: Codec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rate_s_own_steps_are_its_default(codec, monkeypatch):
     files = [codec.compress([photo(64, 64)], rate=rate.name)[0] for rate in codec.config.rates]
     slow = codec.decompress(files, steps=3)
     fine, coarse = codec.config.rates
@@ -187,9 +180,7 @@ def test_a_rate_s_own_steps_are_its_default(codec: Codec, monkeypatch: pytest.Mo
     assert usual[1].tobytes() == slow[1].tobytes()
 
 
-def test_the_decoder_s_noise_is_the_seed_s(
-    codec: Codec, random_model: Path, tmp_path: Path
-) -> None:
+def test_the_decoder_s_noise_is_the_seed_s(codec, random_model, tmp_path):
     shutil.copytree(random_model, tmp_path / "noisy")
     dataclasses.replace(codec.config, decoder_noise=0.5).save(tmp_path / "noisy")
     noisy = Codec.from_pretrained(tmp_path / "noisy")
@@ -209,7 +200,7 @@ def test_the_decoder_s_noise_is_the_seed_s(
         codec.model.__dict__.pop("flow")
 
 
-def test_tokens_reach_the_picture(codec: Codec) -> None:
+def test_tokens_reach_the_picture(codec):
     maps = [np.full((4, 4), value, dtype=np.int32) for value in (0, 1)]
     pictures = codec.decompress(codec.pack(maps, [(64, 64)] * 2))
     assert pictures[0].tobytes() != pictures[1].tobytes()
@@ -226,7 +217,7 @@ def certain_model(size: int = 256) -> IntTransformer:
 
 
 @pytest.mark.parametrize(("side", "dense"), [(16, True), (60, False)])
-def test_giant_plain_pictures_give_up_the_dense_promise(side: int, dense: bool) -> None:
+def test_giant_plain_pictures_give_up_the_dense_promise(side, dense):
     coder = TokenCoder(certain_model())
     tokens = np.zeros((side, side), dtype=np.int32)
     header = bitstream.Header(model_id=7, height=16 * side, width=16 * side, dense=not dense)
@@ -237,7 +228,7 @@ def test_giant_plain_pictures_give_up_the_dense_promise(side: int, dense: bool) 
     np.testing.assert_array_equal(back, tokens)
 
 
-def test_giant_plain_pictures_need_a_schedule_with_few_stages() -> None:
+def test_giant_plain_pictures_need_a_schedule_with_few_stages():
     coder = TokenCoder(certain_model())
     raster = SCHEDULES.index("raster")
     tokens = np.zeros((65, 64), dtype=np.int32)
@@ -251,7 +242,7 @@ def test_giant_plain_pictures_need_a_schedule_with_few_stages() -> None:
         unpack(coder, [OpenFile(data, bitstream.read(data), (65, 64))])
 
 
-def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded() -> None:
+def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded():
     coder = TokenCoder(IntTransformer.random(TransformerConfig(256, 8, 1, 8, 1, 8), seed=0))
     header = bitstream.Header(model_id=7, height=960, width=960)
     symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
@@ -260,7 +251,7 @@ def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded
     stages_begun = []
 
     class Counting(TokenCoder):
-        def decode(self, *places, on_stage=None, **options):  # type: ignore
+        def decode(self, *places, on_stage=None, **options):
             def watch(remaining: int) -> None:
                 stages_begun.append(remaining)
                 on_stage(remaining)
@@ -278,7 +269,7 @@ def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded
         unpack(coder, [OpenFile(data, bitstream.read(data), (60, 60))])
 
 
-def test_faults_name_the_file_of_a_batch(codec: Codec) -> None:
+def test_faults_name_the_file_of_a_batch(codec):
     files = codec.compress([photo(64, 64), photo(64, 64, 1), photo(64, 64, 2)])
     files[1] = files[1][:-1]
     with pytest.raises(BitstreamError, match=r"^file 1 of 3: the file is damaged or cut"):
@@ -290,7 +281,7 @@ def test_faults_name_the_file_of_a_batch(codec: Codec) -> None:
         codec.decode(files[1:2])
 
 
-def test_another_model_is_refused_by_both_ids(codec: Codec, tmp_path: Path) -> None:
+def test_another_model_is_refused_by_both_ids(codec, tmp_path):
     from tools import random_model
 
     other = Codec.from_pretrained(random_model.build(tmp_path / "other", seed=9))
@@ -300,7 +291,7 @@ def test_another_model_is_refused_by_both_ids(codec: Codec, tmp_path: Path) -> N
         other.decompress(codec.compress([photo(20, 20)]))
 
 
-def test_the_model_id_depends_on_what_tokens_mean(codec: Codec) -> None:
+def test_the_model_id_depends_on_what_tokens_mean(codec):
     from percov2.container.model_id import model_id
 
     base = (16, 4, b"f" * 32, b"c" * 64)
@@ -317,7 +308,7 @@ def test_the_model_id_depends_on_what_tokens_mean(codec: Codec) -> None:
     assert model_id(*base) == int(hashlib.sha256(hashed).hexdigest()[:4], 16)
 
 
-def test_a_model_with_a_further_rate_reads_old_files(tmp_path: Path) -> None:
+def test_a_model_with_a_further_rate_reads_old_files(tmp_path):
     from tools import random_model
 
     old = Codec.from_pretrained(random_model.build(tmp_path / "old", rates=random_model.RATES[:1]))
@@ -339,7 +330,7 @@ def header_only(codec: Codec, **fields: int) -> bytes:
     return bitstream.prefix(header) + independent_coder.encode(0x5555, symbols)
 
 
-def test_unusable_fields_have_their_own_messages(codec: Codec) -> None:
+def test_unusable_fields_have_their_own_messages(codec):
     with pytest.raises(BitstreamError, match="rate 9, but model 'random' has rates 0 to 1"):
         codec.decode([header_only(codec, rate=9)])
     with pytest.raises(BitstreamError, match="12 stages are no part of the 12 that schedule"):
@@ -349,7 +340,7 @@ def test_unusable_fields_have_their_own_messages(codec: Codec) -> None:
         codec.decompress([data], max_pixels=4095)
 
 
-def test_wrong_arguments_are_refused(codec: Codec, random_model: Path) -> None:
+def test_wrong_arguments_are_refused(codec, random_model):
     image = photo(40, 40)
     grid = np.zeros((3, 3), dtype=np.int32)
     for match, call in [
@@ -372,6 +363,6 @@ def test_wrong_arguments_are_refused(codec: Codec, random_model: Path) -> None:
             call()
 
 
-def test_nothing_in_nothing_out(codec: Codec) -> None:
+def test_nothing_in_nothing_out(codec):
     assert codec.compress([]) == []
     assert codec.decompress([]) == []

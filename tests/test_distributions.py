@@ -41,12 +41,12 @@ LOADERS = {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 
 @pytest.fixture(params=WHEELS or [None], ids=lambda path: path.name if path else "none")
-def wheel(request: pytest.FixtureRequest) -> zipfile.ZipFile:
+def wheel(request) -> zipfile.ZipFile:
     return zipfile.ZipFile(built(request.param))
 
 
 @pytest.fixture(params=SDISTS or [None], ids=lambda path: path.name if path else "none")
-def sdist(request: pytest.FixtureRequest) -> tarfile.TarFile:
+def sdist(request) -> tarfile.TarFile:
     return tarfile.open(built(request.param))
 
 
@@ -90,7 +90,7 @@ def native(wheel: zipfile.ZipFile) -> bytes:
 # Wheels ------------------------------------------------------------------------------------------
 
 
-def test_wheel_holds_the_sources_and_one_compiled_module(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_the_sources_and_one_compiled_module(wheel):
     names = [name for name in files(wheel) if ".dist-info/" not in name]
     sources = package_sources()
     assert len(names) == len(set(names))
@@ -100,7 +100,7 @@ def test_wheel_holds_the_sources_and_one_compiled_module(wheel: zipfile.ZipFile)
         assert wheel.read(name) == path.read_bytes(), name
 
 
-def test_wheel_holds_what_the_package_needs_to_work(wheel: zipfile.ZipFile) -> None:
+def test_wheel_holds_what_the_package_needs_to_work(wheel):
     # Spelt out, because the test above would not miss what is missing in the tree as well.
     needed = {
         "percov2/_native.pyi",
@@ -116,14 +116,14 @@ def test_wheel_holds_what_the_package_needs_to_work(wheel: zipfile.ZipFile) -> N
     assert needed <= set(files(wheel))
 
 
-def test_wheel_carries_both_licences(wheel: zipfile.ZipFile) -> None:
+def test_wheel_carries_both_licences(wheel):
     for name in ("LICENSE", "LICENSE-WEIGHTS.md"):
         (path,) = (n for n in files(wheel) if n.endswith(f".dist-info/licenses/{name}"))
         assert wheel.read(path) == (ROOT / name).read_bytes()
     assert metadata(wheel, "METADATA").get_all("License-File") == ["LICENSE", "LICENSE-WEIGHTS.md"]
 
 
-def test_wheel_is_named_as_it_says_inside(wheel: zipfile.ZipFile) -> None:
+def test_wheel_is_named_as_it_says_inside(wheel):
     said = metadata(wheel, "METADATA")
     name, version, *tags = Path(str(wheel.filename)).stem.split("-")
     assert said["Name"] == name == "percov2"
@@ -137,7 +137,7 @@ def test_wheel_is_named_as_it_says_inside(wheel: zipfile.ZipFile) -> None:
     assert python == abi == f"cp{module[1]}"
 
 
-def test_record_matches_every_file(wheel: zipfile.ZipFile) -> None:
+def test_record_matches_every_file(wheel):
     (record,) = (n for n in files(wheel) if n.endswith(".dist-info/RECORD"))
     rows = list(csv.reader(io.StringIO(wheel.read(record).decode())))
     assert {row[0] for row in rows} == set(files(wheel))
@@ -149,13 +149,13 @@ def test_record_matches_every_file(wheel: zipfile.ZipFile) -> None:
         assert (digest, int(size)) == (f"sha256={hashed}", len(data)), name
 
 
-def test_wheel_is_small_enough_for_an_index(wheel: zipfile.ZipFile) -> None:
+def test_wheel_is_small_enough_for_an_index(wheel):
     size = os.path.getsize(str(wheel.filename))
     print(f"{wheel.filename}: {size / 1e6:.1f} MB, module {len(native(wheel)) / 1e6:.2f} MB")
     assert size < LARGEST
 
 
-def test_module_needs_no_library_beyond_the_system(wheel: zipfile.ZipFile, tmp_path: Path) -> None:
+def test_module_needs_no_library_beyond_the_system(wheel, tmp_path):
     """A wheel with CUDA kernels must import where there is no driver; debug sections are trash."""
     if shutil.which("readelf") is None:
         pytest.skip("needs readelf")
@@ -176,7 +176,7 @@ def test_module_needs_no_library_beyond_the_system(wheel: zipfile.ZipFile, tmp_p
 # The sdist ---------------------------------------------------------------------------------------
 
 
-def test_sdist_holds_the_repository(sdist: tarfile.TarFile) -> None:
+def test_sdist_holds_the_repository(sdist):
     members = sdist.getmembers()
     assert all(member.isfile() for member in members)
     top = f"percov2-{__version__}/"

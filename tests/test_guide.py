@@ -17,7 +17,7 @@ MODULES = sorted(module.name for module in pkgutil.iter_modules(percov2.entropy.
 
 
 @pytest.mark.parametrize("page", ["docs/how-to/entropy-library.md", "README.md"])
-def test_the_blocks_of_a_page_run_in_order(page: str) -> None:
+def test_the_blocks_of_a_page_run_in_order(page):
     """Those of the README that are about the library; the others need a photograph."""
     text = (ROOT / page).read_text(encoding="utf-8")
     names: dict[str, object] = {}
@@ -32,12 +32,12 @@ def test_the_blocks_of_a_page_run_in_order(page: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_docstring_examples(name: str) -> None:
+def test_docstring_examples(name):
     failed, _ = doctest.testmod(importlib.import_module(f"percov2.entropy.{name}"))
     assert not failed
 
 
-def test_every_public_name_shows_its_use() -> None:
+def test_every_public_name_shows_its_use():
     finder = doctest.DocTestFinder(recurse=True)
     for name in percov2.entropy.__all__:
         value = getattr(percov2.entropy, name)

@@ -38,7 +38,7 @@ def quiet(image: Image.Image) -> np.ndarray:
 
 def stored(image: Image.Image, form: str, **options: object) -> Image.Image:
     stream = io.BytesIO()
-    image.save(stream, format=form, **options)  # type: ignore[arg-type]
+    image.save(stream, format=form, **options)
     return Image.open(io.BytesIO(stream.getvalue()))
 
 
@@ -46,12 +46,12 @@ RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "P", "1", "HSV", "YCbCr", "CMYK", "LA", "RGBA", "PA"])
-def test_plain_modes_look_as_pillow_shows_them(mode: str) -> None:
+def test_plain_modes_look_as_pillow_shows_them(mode):
     image = Image.fromarray(np.stack([RAMP, RAMP.T, 255 - RAMP], -1)).convert(mode)
     np.testing.assert_array_equal(quiet(image), np.asarray(image.convert("RGB")))
 
 
-def test_sixteen_bits_are_rounded_not_cut() -> None:
+def test_sixteen_bits_are_rounded_not_cut():
     values = np.array([[0, 128, 129, 257, 32768, 65406, 65407, 65535]], dtype=np.uint16)
     expected = [0, 0, 1, 1, 128, 254, 255, 255]
     png = stored(Image.fromarray(values), "PNG")
@@ -63,7 +63,7 @@ def test_sixteen_bits_are_rounded_not_cut() -> None:
         to_rgb(Image.fromarray(np.array([[-1, 70000]], dtype=np.int32)))
 
 
-def test_floating_point_pictures_are_zero_to_one() -> None:
+def test_floating_point_pictures_are_zero_to_one():
     image = Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32))
     assert quiet(image)[0, :, 0].tolist() == [0, 128, 255]
     for bad in (1.5, np.nan):
@@ -71,7 +71,7 @@ def test_floating_point_pictures_are_zero_to_one() -> None:
             to_rgb(Image.fromarray(np.array([[bad]], dtype=np.float32)))
 
 
-def test_transparency_is_flattened_on_white_and_said() -> None:
+def test_transparency_is_flattened_on_white_and_said():
     rgba = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
     rgba.putpixel((1, 0), (0, 0, 0, 51))
     grey_alpha = Image.new("LA", (2, 1), (0, 0))
@@ -94,7 +94,7 @@ def test_transparency_is_flattened_on_white_and_said() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation):
     pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3) * 14
     upright = {
         1: pixels,
@@ -122,7 +122,7 @@ def wide_gamut_profile() -> bytes:
     return bytes(data)
 
 
-def test_profiles_are_converted_to_srgb() -> None:
+def test_profiles_are_converted_to_srgb():
     image = Image.new("RGB", (1, 1), (200, 100, 50))
     tagged = stored(image, "PNG", icc_profile=wide_gamut_profile())
     assert np.abs(quiet(tagged)[0, 0].astype(int) - [100, 200, 50]).max() <= 2
@@ -134,13 +134,13 @@ def test_profiles_are_converted_to_srgb() -> None:
 
 
 @pytest.mark.parametrize("profile", [b"no profile", b"\0" * 200])
-def test_damaged_profiles_are_ignored_and_said(profile: bytes) -> None:
+def test_damaged_profiles_are_ignored_and_said(profile):
     image = stored(Image.new("RGB", (1, 1), (9, 8, 7)), "PNG", icc_profile=profile)
     with pytest.warns(ImageWarning, match="colour profile"):
         assert to_rgb(image)[0, 0].tolist() == [9, 8, 7]
 
 
-def test_profile_of_another_colour_space_is_ignored_and_said() -> None:
+def test_profile_of_another_colour_space_is_ignored_and_said():
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image = Image.new("CMYK", (1, 1), (0, 255, 255, 0))
     image.info["icc_profile"] = srgb
@@ -162,7 +162,7 @@ def grey_profile() -> bytes:
     return len(data).to_bytes(4, "big") + data[4:]
 
 
-def test_a_grey_profile_fits_greys_with_and_without_transparency() -> None:
+def test_a_grey_profile_fits_greys_with_and_without_transparency():
     image = Image.new("L", (2, 1), 55)
     image.putpixel((1, 0), 0)
     opaque = stored(image, "PNG", icc_profile=grey_profile())
@@ -174,7 +174,7 @@ def test_a_grey_profile_fits_greys_with_and_without_transparency() -> None:
     assert ["flattened" in str(warning.message) for warning in caught] == [True]
 
 
-def test_damaged_files_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path):
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(
         stream, format="PNG"
@@ -193,7 +193,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         read_image(tmp_path / "none.png")
 
 
-def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path: Path) -> None:
+def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path):
     path = tmp_path / "bomb.png"
     Image.new("1", (9000, 9000)).save(path)
     with pytest.raises(ValueError, match="more pixels than the limit of"):
@@ -206,9 +206,7 @@ def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path: Path) -> N
         read_image(path, max_pixels=100)
 
 
-def test_the_limit_given_decides_and_not_pillows_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_limit_given_decides_and_not_pillows_own(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     Image.new("1", (50, 50)).save(path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
@@ -219,7 +217,7 @@ def test_the_limit_given_decides_and_not_pillows_own(
 
 
 @pytest.mark.filterwarnings("ignore:Image was not the expected size")
-def test_a_container_cannot_hide_a_giant_picture(tmp_path: Path) -> None:
+def test_a_container_cannot_hide_a_giant_picture(tmp_path):
     inner = io.BytesIO()
     Image.new("L", (300, 300)).save(inner, format="PNG")
     entry = bytes([16, 16, 0, 0, 1, 0, 32, 0]) + len(inner.getvalue()).to_bytes(4, "little")
@@ -229,14 +227,14 @@ def test_a_container_cannot_hide_a_giant_picture(tmp_path: Path) -> None:
         read_image(path, max_pixels=1000)
 
 
-def test_only_regular_files_are_read(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(ValueError, match="not a regular file"):
             read_image(path)
 
 
-def test_a_lack_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
     def fail(*_: object) -> None:
         raise MemoryError
 
@@ -247,7 +245,7 @@ def test_a_lack_of_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "JPEG", "webp", "tif", "tiff", "bmp", "ppm"])
-def test_written_pictures_read_back(ending: str, tmp_path: Path) -> None:
+def test_written_pictures_read_back(ending, tmp_path):
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
     pixels = np.stack([np.tile(ramp, (64, 1)), np.tile(ramp[:, None], (1, 64))] * 2, -1)[..., :3]
     path = tmp_path / f"out.{ending}"
@@ -257,7 +255,7 @@ def test_written_pictures_read_back(ending: str, tmp_path: Path) -> None:
 
 
 @given(length=st.integers(1, 20), extra=st.integers(0, 70))
-def test_reflection_equals_numpys(length: int, extra: int) -> None:
+def test_reflection_equals_numpys(length, extra):
     signal = np.arange(length)
     mode = "reflect" if length > 1 else "edge"
     expected = np.pad(signal, (0, extra), mode)
@@ -265,18 +263,14 @@ def test_reflection_equals_numpys(length: int, extra: int) -> None:
 
 
 @given(height=st.integers(1, 40), width=st.integers(1, 40), side=st.sampled_from([1, 16, 64]))
-def test_padding_keeps_the_picture_and_fills_whole_tokens(
-    height: int, width: int, side: int
-) -> None:
+def test_padding_keeps_the_picture_and_fills_whole_tokens(height, width, side):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     padded = pad(pixels, side)
     assert padded.shape == (-(-height // side) * side, -(-width // side) * side, 3)
     np.testing.assert_array_equal(padded[:height, :width], pixels)
 
 
-def test_written_files_appear_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_written_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "out.png"
     write_image(Image.new("RGB", (2, 2), "red"), path)
     before = path.read_bytes()
@@ -293,7 +287,7 @@ def test_written_files_appear_whole_or_not_at_all(
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
 
-def test_links_stay_links_and_permissions_stay(tmp_path: Path) -> None:
+def test_links_stay_links_and_permissions_stay(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     link.symlink_to(target)
     write_bytes(link, b"new")
@@ -311,7 +305,7 @@ def test_links_stay_links_and_permissions_stay(tmp_path: Path) -> None:
     assert longest.read_bytes() == b"x"
 
 
-def test_pipes_are_written_through(tmp_path: Path) -> None:
+def test_pipes_are_written_through(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     seen: list[bytes] = []
@@ -325,7 +319,7 @@ def test_pipes_are_written_through(tmp_path: Path) -> None:
     assert not Path("/dev/null").is_file()
 
 
-def test_outputs_overwrite_neither_inputs_nor_each_other(tmp_path: Path) -> None:
+def test_outputs_overwrite_neither_inputs_nor_each_other(tmp_path):
     photo, link = tmp_path / "a.png", tmp_path / "link.png"
     photo.write_bytes(b"original")
     link.symlink_to(photo)

@@ -179,7 +179,7 @@ def violations(module: str, package: bool, text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", sources(), ids=module_name)
-def test_module_follows_the_table(path: Path) -> None:
+def test_module_follows_the_table(path):
     package = path.name == "__init__.py"
     assert violations(module_name(path), package, path.read_text(encoding="utf-8")) == []
 
@@ -211,11 +211,11 @@ def test_module_follows_the_table(path: Path) -> None:
         ("percov2.helpers", "import os"),
     ],
 )
-def test_the_test_notices(module: str, text: str) -> None:
+def test_the_test_notices(module, text):
     assert len(violations(module, False, text)) == 1
 
 
-def test_allowed_forms_pass() -> None:
+def test_allowed_forms_pass():
     allowed = "def f():\n    from percov2.triton_kernels import nearest_codes\n"
     assert violations("percov2.entropy.torch.cdf", False, allowed) == []
     hints = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers\n"
@@ -223,7 +223,7 @@ def test_allowed_forms_pass() -> None:
     assert violations("percov2.entropy.token_coder", False, "from .rans import RansEncoder") == []
 
 
-def test_compiled_core_knows_no_python_and_no_libtorch() -> None:
+def test_compiled_core_knows_no_python_and_no_libtorch():
     for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
         folder = path.parent.name
         headers = re.findall(r'#\s*include\s*[<"]([^>"]+)', path.read_text(encoding="utf-8"))
@@ -241,7 +241,7 @@ def test_compiled_core_knows_no_python_and_no_libtorch() -> None:
                 assert folder in ("cuda", "python"), f"{path.name} includes {header}"
 
 
-def test_no_module_is_a_drawer_for_everything() -> None:
+def test_no_module_is_a_drawer_for_everything():
     for path in sources():
         assert not re.search(r"utils|helpers|common", path.stem), path
 
@@ -268,7 +268,7 @@ def test_no_module_is_a_drawer_for_everything() -> None:
         ),
     ],
 )
-def test_importing_is_light(statement: str, absent: list[str]) -> None:
+def test_importing_is_light(statement, absent):
     code = f"import sys; {statement}; print([n for n in {absent!r} if n in sys.modules])"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
@@ -277,7 +277,7 @@ def test_importing_is_light(statement: str, absent: list[str]) -> None:
     assert result.stdout.strip() == "[]", f"{statement} also loads {result.stdout.strip()}"
 
 
-def test_the_entropy_library_loads_torch_and_numpy_and_itself() -> None:
+def test_the_entropy_library_loads_torch_and_numpy_and_itself():
     code = (
         "import sys, numpy, torch; before = set(sys.modules); "
         "import percov2.entropy as e; [getattr(e, n) for n in e.__all__]; "

@@ -24,12 +24,12 @@ def photo(seed: int = 0) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def pipe(sd3_folder: Path) -> PerCoV2Pipeline:
+def pipe(sd3_folder) -> PerCoV2Pipeline:
     return PerCoV2Pipeline.from_percov2(f"sd3:{sd3_folder}")
 
 
 @pytest.fixture(scope="module")
-def saved(pipe: PerCoV2Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(pipe, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "pipeline"
     pipe.save_pretrained(folder)
     return folder
@@ -39,7 +39,7 @@ def equal(first: Image.Image, second: Image.Image) -> bool:
     return np.array_equal(np.asarray(first), np.asarray(second))
 
 
-def test_it_gives_the_codecs_files_and_pictures(pipe: PerCoV2Pipeline, sd3_folder: Path) -> None:
+def test_it_gives_the_codecs_files_and_pictures(pipe, sd3_folder):
     codec = Codec.from_pretrained(sd3_folder)
     data = pipe.compress(photo(), CAPTION, rate="r0938")
     assert [data] == codec.compress([photo()], rate="r0938", caption=[CAPTION])
@@ -51,7 +51,7 @@ def test_it_gives_the_codecs_files_and_pictures(pipe: PerCoV2Pipeline, sd3_folde
     assert equal(pipe(data, 3, 2.5, 9, return_dict=False)[0][0], expected)
 
 
-def test_several_pictures_and_prompts(pipe: PerCoV2Pipeline) -> None:
+def test_several_pictures_and_prompts(pipe):
     files = pipe.compress([photo(0), photo(1)], [CAPTION, ""])
     assert files == [pipe.compress(photo(0), CAPTION), pipe.compress(photo(1))]
     assert [image.size for image in pipe.decompress(files)] == [(70, 50)] * 2
@@ -61,7 +61,7 @@ def test_several_pictures_and_prompts(pipe: PerCoV2Pipeline) -> None:
         pipe(files[0][:-3])
 
 
-def test_it_survives_a_folder(pipe: PerCoV2Pipeline, saved: Path) -> None:
+def test_it_survives_a_folder(pipe, saved):
     index = json.loads((saved / "model_index.json").read_text())
     assert index["_class_name"] == "PerCoV2Pipeline"
     assert index["percov2"] == ["percov2.pipeline", "TrainedParts"]
@@ -74,7 +74,7 @@ def test_it_survives_a_folder(pipe: PerCoV2Pipeline, saved: Path) -> None:
         assert torch.equal(weights, again.transformer.state_dict()[name])
 
 
-def test_a_saved_pipeline_is_self_contained_and_moves(saved: Path, tmp_path: Path) -> None:
+def test_a_saved_pipeline_is_self_contained_and_moves(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "elsewhere")
     again = PerCoV2Pipeline.from_pretrained(tmp_path / "elsewhere")
     again.save_pretrained(tmp_path / "further")
@@ -83,9 +83,7 @@ def test_a_saved_pipeline_is_self_contained_and_moves(saved: Path, tmp_path: Pat
     assert last.decompress(last.compress(photo())).size == (70, 50)
 
 
-def test_the_codec_and_the_command_line_open_saved_pipelines(
-    pipe: PerCoV2Pipeline, saved: Path, picture: Path, tmp_path: Path
-) -> None:
+def test_the_codec_and_the_command_line_open_saved_pipelines(pipe, saved, picture, tmp_path):
     codec = Codec.from_pretrained(f"sd3:{saved}")
     (data,) = codec.compress([photo()], caption=[CAPTION])
     assert data == pipe.compress(photo(), CAPTION)
@@ -95,7 +93,7 @@ def test_the_codec_and_the_command_line_open_saved_pipelines(
     assert run("decompress", file, out, "--model", saved) == 0
 
 
-def test_without_t5_and_in_half_precision(sd3_folder: Path, saved: Path, tmp_path: Path) -> None:
+def test_without_t5_and_in_half_precision(sd3_folder, saved, tmp_path):
     small = PerCoV2Pipeline.from_percov2(sd3_folder, dtype="bf16", t5=False)
     assert small.text_encoder_3 is None and small.vae.dtype == torch.bfloat16
     small.save_pretrained(tmp_path / "small")
@@ -112,7 +110,7 @@ def test_without_t5_and_in_half_precision(sd3_folder: Path, saved: Path, tmp_pat
     assert dropped.decompress(data).size == (70, 50)
 
 
-def test_unfit_folders_are_refused(sd3_folder: Path, random_model: Path, tmp_path: Path) -> None:
+def test_unfit_folders_are_refused(sd3_folder, random_model, tmp_path):
     with pytest.raises(ValueError, match="has the backbone 'tiny', not 'sd3'"):
         PerCoV2Pipeline.from_percov2(random_model)
     with pytest.raises(ValueError, match="has the backbone 'tiny', not 'sd3'"):
@@ -124,7 +122,7 @@ def test_unfit_folders_are_refused(sd3_folder: Path, random_model: Path, tmp_pat
         PerCoV2Pipeline.from_percov2(model)
 
 
-def test_rates_may_have_their_own_flows(sd3_folder: Path, tmp_path: Path) -> None:
+def test_rates_may_have_their_own_flows(sd3_folder, tmp_path):
     shutil.copytree(sd3_folder.parent, tmp_path / "copy")
     model = tmp_path / "copy" / "model"
     shutil.copytree(model / "flow", model / "r0938" / "flow")
@@ -135,9 +133,7 @@ def test_rates_may_have_their_own_flows(sd3_folder: Path, tmp_path: Path) -> Non
         codec.decompress(codec.compress([photo()], rate="r0313"))
 
 
-def test_flow_and_tokens_of_different_trainings_are_refused(
-    sd3_folder: Path, tmp_path: Path
-) -> None:
+def test_flow_and_tokens_of_different_trainings_are_refused(sd3_folder, tmp_path):
     from percov2.models.quantizer import VectorQuantizer
     from percov2.models.storage import save_component
 
@@ -149,7 +145,7 @@ def test_flow_and_tokens_of_different_trainings_are_refused(
         codec.decompress(codec.compress([photo()], rate="r0313"))
 
 
-def test_pickled_weights_are_not_read(saved: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_not_read(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "copy")
     vae = tmp_path / "copy" / "vae"
     random_sd3.autoencoder().save_pretrained(vae, safe_serialization=False)

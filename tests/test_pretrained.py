@@ -29,13 +29,13 @@ def photo() -> Image.Image:
     return Image.fromarray(data.astronaut()[:256, 64:384])
 
 
-def test_model_id_file_names_every_rate(codec: Codec) -> None:
+def test_model_id_file_names_every_rate(codec):
     lines = (FOLDER / "model_id").read_text(encoding="ascii").splitlines()
     rates = [rate.name for rate in codec.config.rates]
     assert lines == [f"{codec.model_id(rate):04x} {rate}" for rate in rates]
 
 
-def test_the_caption_model_is_the_documented_one() -> None:
+def test_the_caption_model_is_the_documented_one():
     folder = FOLDER.parent / "captions"
     document = Path(__file__).parents[1] / "docs" / "reference" / "bitstream.md"
     fingerprint = CaptionModel.load(folder).fingerprint().hex()
@@ -43,7 +43,7 @@ def test_the_caption_model_is_the_documented_one() -> None:
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_500_000
 
 
-def test_captions_cost_a_few_bytes_and_any_text_survives(codec: Codec, photo: Image.Image) -> None:
+def test_captions_cost_a_few_bytes_and_any_text_survives(codec, photo):
     small = photo.resize((64, 64))
     without = len(codec.compress([small])[0])
     likely = "A man riding a wave on a surfboard in the ocean."
@@ -58,13 +58,13 @@ def test_captions_cost_a_few_bytes_and_any_text_survives(codec: Codec, photo: Im
         assert len(file) - without <= len(text.encode()) + 2
 
 
-def test_folder_is_small_and_holds_no_pickles() -> None:
+def test_folder_is_small_and_holds_no_pickles():
     files = [path for path in FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 25_000_000
     assert {path.suffix for path in files} <= {"", ".json", ".md", ".safetensors"}
 
 
-def test_photo_survives_within_the_rate(codec: Codec, photo: Image.Image) -> None:
+def test_photo_survives_within_the_rate(codec, photo):
     (file,) = codec.compress([photo], caption=["a woman in an orange suit"])
     assert 8 * len(file) / (photo.width * photo.height) <= 0.04
     (restored,) = codec.decompress([file])
@@ -75,7 +75,7 @@ def test_photo_survives_within_the_rate(codec: Codec, photo: Image.Image) -> Non
     assert values["psnr"] > blank["psnr"] + 4
 
 
-def test_the_flow_transformer_paints(codec: Codec, photo: Image.Image) -> None:
+def test_the_flow_transformer_paints(codec, photo):
     (file,) = codec.compress([photo])
     (once,) = codec.decompress([file])
     (again,) = codec.decompress([file])
@@ -86,7 +86,7 @@ def test_the_flow_transformer_paints(codec: Codec, photo: Image.Image) -> None:
     assert not np.array_equal(np.asarray(once), np.asarray(other))
 
 
-def test_tokens_do_not_depend_on_batch_or_threads(codec: Codec, photo: Image.Image) -> None:
+def test_tokens_do_not_depend_on_batch_or_threads(codec, photo):
     mirrored = photo.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     alone = codec.encode_tokens([photo])[0]
     threads = torch.get_num_threads()

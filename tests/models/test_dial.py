@@ -28,7 +28,7 @@ def photo(height: int = 48, width: int = 64) -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def dialled(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dialled(random_model, tmp_path_factory) -> Path:
     """The random model with a dial that has a say, and noise in its decoder."""
     folder = tmp_path_factory.mktemp("dialled") / "model"
     shutil.copytree(random_model, folder)
@@ -48,7 +48,7 @@ def pixels(codec: Codec, file: bytes, **options: object) -> np.ndarray:
     return np.asarray(restored)
 
 
-def test_the_embedding_is_that_of_plain_sums() -> None:
+def test_the_embedding_is_that_of_plain_sums():
     torch.manual_seed(0)
     dial = RealismDial(frequencies=3, width=5, pooled=4)
     assert not dial(torch.rand(6)).any()  # a new dial changes nothing
@@ -67,7 +67,7 @@ def test_the_embedding_is_that_of_plain_sums() -> None:
     assert dial(torch.tensor([realism]))[0].tolist() == pytest.approx(expected, rel=1e-4)
 
 
-def test_realism_reaches_the_picture_and_has_defaults(dialled: Path) -> None:
+def test_realism_reaches_the_picture_and_has_defaults(dialled):
     codec = Codec.from_pretrained(dialled)
     (file,) = codec.compress([photo()])
     usual = pixels(codec, file)
@@ -80,7 +80,7 @@ def test_realism_reaches_the_picture_and_has_defaults(dialled: Path) -> None:
     assert described(codec, Setting(decode=DecodeOptions(realism=0.5)))["realism"] == 0.5
 
 
-def test_the_decoder_s_noise_is_proportional_to_realism(dialled: Path, tmp_path: Path) -> None:
+def test_the_decoder_s_noise_is_proportional_to_realism(dialled, tmp_path):
     """With a dial that the flow does not feel, realism 0.5 is half of the noise."""
     folder = shutil.copytree(dialled, tmp_path / "model")
     save_component(RealismDial(3, 8, 8), folder / "dial", "float32")
@@ -95,9 +95,7 @@ def test_the_decoder_s_noise_is_proportional_to_realism(dialled: Path, tmp_path:
     assert np.array_equal(pixels(codec, file, realism=0), pixels(codec, file, realism=1))
 
 
-def test_realism_out_of_range_or_without_a_dial_is_refused(
-    dialled: Path, random_model: Path, sd3_folder: Path
-) -> None:
+def test_realism_out_of_range_or_without_a_dial_is_refused(dialled, random_model, sd3_folder):
     codec = Codec.from_pretrained(dialled)
     for wrong in (-0.1, 1.1, math.nan, "1", True):
         with pytest.raises(ValueError, match="realism must be a number from 0 to 1"):
@@ -115,7 +113,7 @@ def test_realism_out_of_range_or_without_a_dial_is_refused(
             wrong.check()
 
 
-def test_the_command_line_has_the_dial(dialled: Path, random_model: Path, tmp_path, capsys) -> None:
+def test_the_command_line_has_the_dial(dialled, random_model, tmp_path, capsys):
     codec = Codec.from_pretrained(dialled)
     (file,) = codec.compress([photo()])
     (tmp_path / "photo.pcv2").write_bytes(file)
@@ -127,7 +125,7 @@ def test_the_command_line_has_the_dial(dialled: Path, random_model: Path, tmp_pa
     assert "has no realism dial" in capsys.readouterr().err
 
 
-def test_modes_follow_the_dial(dialled: Path, tmp_path: Path) -> None:
+def test_modes_follow_the_dial(dialled, tmp_path):
     class Means(torch.nn.Module):
         num_features = 3
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -52,7 +50,7 @@ def _inputs(channels: int) -> dict[str, torch.Tensor]:
     }
 
 
-def test_widened_transformer_equals_the_original_bit_for_bit(tmp_path: Path) -> None:
+def test_widened_transformer_equals_the_original_bit_for_bit(tmp_path):
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(**FLOW).eval()
     inputs = _inputs(16)
@@ -72,12 +70,12 @@ def test_widened_transformer_equals_the_original_bit_for_bit(tmp_path: Path) -> 
     assert reloaded.config.in_channels == 21 and reloaded.config.out_channels == 16
 
 
-def test_widening_by_nothing_is_refused() -> None:
+def test_widening_by_nothing_is_refused():
     with pytest.raises(ValueError, match="extra_channels"):
         widen_patch_embedding(SD3Transformer2DModel(**FLOW), 0)
 
 
-def test_autoencoder_shapes_and_refusal() -> None:
+def test_autoencoder_shapes_and_refusal():
     model = PatchAutoencoder(widths=(8, 16)).eval()
     latents = model.encode(torch.zeros(2, 3, 16, 40))
     assert latents.shape == (2, 16, 2, 5)
@@ -87,12 +85,12 @@ def test_autoencoder_shapes_and_refusal() -> None:
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4, 8])
-def test_hyper_encoder_stride(stride: int) -> None:
+def test_hyper_encoder_stride(stride):
     model = HyperEncoder(channels=8, hyper_channels=12, stride=stride)
     assert model(torch.zeros(1, 16, 16, 24)).shape == (1, 12, 16 // stride, 24 // stride)
 
 
-def test_hyper_encoder_refuses_other_strides() -> None:
+def test_hyper_encoder_refuses_other_strides():
     with pytest.raises(ValueError, match="stride"):
         HyperEncoder(stride=3)
 
@@ -102,7 +100,7 @@ def _quantizer() -> VectorQuantizer:
     return VectorQuantizer(hyper_channels=6, codebook_size=16, code_dim=4, output_channels=5)
 
 
-def test_tokens_are_the_nearest_codes_by_brute_force() -> None:
+def test_tokens_are_the_nearest_codes_by_brute_force():
     quantizer = _quantizer()
     z = torch.randn(2, 6, 3, 5)
     tokens = quantizer.tokens(z)
@@ -113,7 +111,7 @@ def test_tokens_are_the_nearest_codes_by_brute_force() -> None:
         assert int(tokens[b, y, x]) == max(range(16), key=cosines.__getitem__)
 
 
-def test_forward_agrees_with_lookup_and_passes_gradients() -> None:
+def test_forward_agrees_with_lookup_and_passes_gradients():
     quantizer = _quantizer()
     z = torch.randn(2, 6, 3, 5, requires_grad=True)
     out = quantizer(z)
@@ -123,12 +121,12 @@ def test_forward_agrees_with_lookup_and_passes_gradients() -> None:
 
 
 @pytest.mark.parametrize("bad", [-1, 16])
-def test_lookup_refuses_tokens_out_of_range(bad: int) -> None:
+def test_lookup_refuses_tokens_out_of_range(bad):
     with pytest.raises(ValueError, match="0…15"):
         _quantizer().lookup(torch.full((1, 1, 1), bad))
 
 
-def test_codebook_stays_unit_length_and_dead_codes_return() -> None:
+def test_codebook_stays_unit_length_and_dead_codes_return():
     quantizer = _quantizer()
     directions = torch.nn.functional.normalize(torch.randn(64, 4), dim=1)
     quantizer.usage.fill_(4.0)
@@ -140,7 +138,7 @@ def test_codebook_stays_unit_length_and_dead_codes_return() -> None:
     assert (directions == quantizer.codebook[3]).all(1).any()
 
 
-def test_upsampling_repeats_each_token() -> None:
+def test_upsampling_repeats_each_token():
     z_hat = torch.arange(6.0).view(1, 1, 2, 3)
     up = upsample_z_hat(z_hat, 4, 6)
     assert up.shape == (1, 1, 4, 6)
@@ -149,7 +147,7 @@ def test_upsampling_repeats_each_token() -> None:
         upsample_z_hat(z_hat, 5, 6)
 
 
-def test_windows_cover_everything_and_stay_inside() -> None:
+def test_windows_cover_everything_and_stay_inside():
     for length in range(1, 60):
         starts = window_starts(length, 8, 6)
         covered = {i for s in starts for i in range(s, min(s + 8, length))}
@@ -157,7 +155,7 @@ def test_windows_cover_everything_and_stay_inside() -> None:
         assert all(s + 8 <= max(length, 8) for s in starts)
 
 
-def test_windowed_estimate_blends_to_the_dense_one() -> None:
+def test_windowed_estimate_blends_to_the_dense_one():
     noisy, z_hat = torch.randn(2, 16, 21, 13), torch.randn(2, 3, 21, 13)
     seen = []
 
@@ -173,7 +171,7 @@ def test_windowed_estimate_blends_to_the_dense_one() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
-def test_sampling_with_a_perfect_estimate_returns_the_clean_latents(steps: int) -> None:
+def test_sampling_with_a_perfect_estimate_returns_the_clean_latents(steps):
     clean = torch.randn(1, 16, 4, 4)
     times = []
 
@@ -186,12 +184,12 @@ def test_sampling_with_a_perfect_estimate_returns_the_clean_latents(steps: int) 
     assert times[0] == 1.0 and len(times) == steps and times == sorted(times, reverse=True)
 
 
-def test_sampling_needs_a_step() -> None:
+def test_sampling_needs_a_step():
     with pytest.raises(ValueError, match="steps"):
         sample(lambda x, z, t: x, torch.zeros(1), torch.zeros(1), 0)
 
 
-def test_both_predictions_give_the_same_clean_latents() -> None:
+def test_both_predictions_give_the_same_clean_latents():
     clean, noise, t = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4), torch.tensor([1.0, 0.4])
     mix = t.view(-1, 1, 1, 1)
     noisy = (1 - mix) * clean + mix * noise
@@ -201,16 +199,16 @@ def test_both_predictions_give_the_same_clean_latents() -> None:
 
     text = (torch.zeros(2, 1, 8), torch.zeros(2, 8))
     for prediction, answer in (("velocity", noise - clean), ("sample", clean)):
-        out = estimate_clean(ideal(answer), noisy, noisy[:, :1], t, text, prediction)  # type: ignore[arg-type]
+        out = estimate_clean(ideal(answer), noisy, noisy[:, :1], t, text, prediction)
         torch.testing.assert_close(out, clean)
     with pytest.raises(ValueError, match="prediction"):
-        estimate_clean(ideal(clean), noisy, noisy, t, text, "epsilon")  # type: ignore[arg-type]
+        estimate_clean(ideal(clean), noisy, noisy, t, text, "epsilon")
 
 
 @pytest.mark.parametrize(
     ("weight_format", "tolerance"), [("float32", 0), ("float16", 1e-3), ("int8", 1e-2)]
 )
-def test_storage_round_trip(tmp_path: Path, weight_format: str, tolerance: float) -> None:
+def test_storage_round_trip(tmp_path, weight_format, tolerance):
     torch.manual_seed(3)
     flow = build_flow(4, **FLOW).eval()
     save_component(flow, tmp_path, weight_format)
@@ -219,7 +217,7 @@ def test_storage_round_trip(tmp_path: Path, weight_format: str, tolerance: float
         assert (value - reloaded.state_dict()[name]).abs().max() <= tolerance * value.abs().max()
 
 
-def test_storage_refuses_what_does_not_fit(tmp_path: Path) -> None:
+def test_storage_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="weight_format"):
         save_component(HyperEncoder(channels=8, hyper_channels=8), tmp_path, "int4")
     with pytest.raises(ValueError, match=r"config\.json"):
@@ -233,7 +231,7 @@ def test_storage_refuses_what_does_not_fit(tmp_path: Path) -> None:
         load_component(PatchAutoencoder, tmp_path)
 
 
-def test_damaged_components_are_refused_by_name(tmp_path: Path) -> None:
+def test_damaged_components_are_refused_by_name(tmp_path):
     save_component(HyperEncoder(channels=32, hyper_channels=8), tmp_path, "int8")
     weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
     good, text = weights.read_bytes(), config.read_text()
@@ -276,9 +274,7 @@ def test_damaged_components_are_refused_by_name(tmp_path: Path) -> None:
         ("extra", [1]),
     ],
 )
-def test_configs_with_wrong_values_are_refused_by_name(
-    field: str, wrong: list[Any], tmp_path: Path
-) -> None:
+def test_configs_with_wrong_values_are_refused_by_name(field, wrong, tmp_path):
     good = ModelConfig("m", (Rate("r", 16, 256), Rate("s", 32, 256, 4)), "s", window=32, overlap=8)
     good.save(tmp_path)
     assert ModelConfig.load(tmp_path) == good
@@ -299,7 +295,7 @@ def test_configs_with_wrong_values_are_refused_by_name(
             ModelConfig.load(folder)
 
 
-def test_steps_by_default_are_the_rate_s_or_the_model_s(tmp_path: Path) -> None:
+def test_steps_by_default_are_the_rate_s_or_the_model_s(tmp_path):
     config = ModelConfig("m", (Rate("r", 16, 256), Rate("s", 32, 256, 4)), "s", steps=2)
     assert [config.default_steps(rate) for rate in ("r", "s", None)] == [2, 4, 4]
     with pytest.raises(ValueError, match="unknown rate 't'"):
@@ -312,13 +308,13 @@ def test_steps_by_default_are_the_rate_s_or_the_model_s(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", "\xff"])
-def test_configs_that_are_no_objects_are_refused_by_name(text: str, tmp_path: Path) -> None:
+def test_configs_that_are_no_objects_are_refused_by_name(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=r"config\.json: "):
         ModelConfig.load(tmp_path)
 
 
-def test_weights_loaded_in_inference_mode_can_be_changed(tmp_path: Path) -> None:
+def test_weights_loaded_in_inference_mode_can_be_changed(tmp_path):
     save_component(HyperEncoder(channels=8, hyper_channels=8), tmp_path, "float16")
     with torch.inference_mode():
         model = load_component(HyperEncoder, tmp_path)
@@ -327,7 +323,7 @@ def test_weights_loaded_in_inference_mode_can_be_changed(tmp_path: Path) -> None
     assert not next(model.parameters()).any()
 
 
-def test_text_encoder_is_a_function_of_words() -> None:
+def test_text_encoder_is_a_function_of_words():
     encoder = HashedTextEncoder(buckets=64, dim=8, length=4)
     sequence, pooled = encoder(["A red door", "a RED, door!", "", "one two three four five six"])
     assert sequence.shape == (4, 4, 8) and pooled.shape == (4, 8)

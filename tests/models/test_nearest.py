@@ -27,7 +27,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 
 @needs_triton
-def test_interpreted_kernel_agrees_with_torch() -> None:
+def test_interpreted_kernel_agrees_with_torch():
     result = run(str(TOOLS / "interpreted_nearest.py"), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "agreed"
@@ -35,14 +35,14 @@ def test_interpreted_kernel_agrees_with_torch() -> None:
 
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernel_compiles_without_spills(capability: int) -> None:
+def test_kernel_compiles_without_spills(capability):
     report = compile_kernel(nearest_codes_source(), capability)
     assert report.stack == 0, report  # spilled registers live there
     assert 0 < report.registers <= 255, report
     assert report.shared <= 48 * 1024, report
 
 
-def test_missing_triton_is_explained_at_the_call(tmp_path: Path) -> None:
+def test_missing_triton_is_explained_at_the_call(tmp_path):
     (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no', name='triton')\n")
     code = (
         "import torch; from percov2.triton_kernels import nearest_codes\n"
@@ -67,9 +67,7 @@ def test_missing_triton_is_explained_at_the_call(tmp_path: Path) -> None:
         (torch.ones(2, 2), torch.ones(3, 2), "TRITON_INTERPRET"),
     ],
 )
-def test_wrong_arguments_are_refused(
-    vectors: torch.Tensor, codebook: torch.Tensor, message: str
-) -> None:
+def test_wrong_arguments_are_refused(vectors, codebook, message):
     if triton_interprets() and message == "TRITON_INTERPRET":
         pytest.skip("kernels are being interpreted here")
     with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ SIDES = range(1, 41)
 
 
 @pytest.fixture(scope="module")
-def fine(tmp_path_factory: pytest.TempPathFactory) -> Codec:
+def fine(tmp_path_factory) -> Codec:
     """A random model of one rate whose tokens are latent positions."""
     folder = tmp_path_factory.mktemp("odd") / "model"
     rates = (Rate("r125", 8, 256),)
@@ -27,7 +27,7 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Codec:
 
 
 @pytest.fixture(scope="module")
-def model(fine: Codec) -> CodecModel:
+def model(fine) -> CodecModel:
     assert isinstance(fine.model, CodecModel)
     return fine.model
 
@@ -41,7 +41,7 @@ def paint(model: CodecModel, tokens: Tensor, steps: int = 1) -> Tensor:
 
 
 @pytest.mark.parametrize("form", ["row", "column", "square"])
-def test_every_side_paints(model: CodecModel, form: str) -> None:
+def test_every_side_paints(model, form):
     for n in SIDES:
         h, w = {"row": (1, n), "column": (n, 1), "square": (n, n)}[form]
         painted = paint(model, some_tokens(h, w))
@@ -50,7 +50,7 @@ def test_every_side_paints(model: CodecModel, form: str) -> None:
 
 
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 40), (40, 1), (3, 6), (6, 3), (21, 37), (4, 6)])
-def test_a_grid_paints_as_it_does_padded_by_hand(model: CodecModel, h: int, w: int) -> None:
+def test_a_grid_paints_as_it_does_padded_by_hand(model, h, w):
     tokens = torch.cat([some_tokens(h, w), some_tokens(h, w).flip(1, 2)])
     rows, columns = (torch.arange(n + n % 2).clamp(max=n - 1) for n in (h, w))
     padded = tokens[:, rows][:, :, columns]
@@ -61,7 +61,7 @@ def test_a_grid_paints_as_it_does_padded_by_hand(model: CodecModel, h: int, w: i
         torch.testing.assert_close(paint(model, tokens, steps), expected, rtol=0, atol=1e-5)
 
 
-def test_every_token_of_an_odd_grid_reaches_the_picture(model: CodecModel) -> None:
+def test_every_token_of_an_odd_grid_reaches_the_picture(model):
     tokens = some_tokens(3, 5)
     usual = paint(model, tokens)
     for y, x in product(range(3), range(5)):
@@ -72,7 +72,7 @@ def test_every_token_of_an_odd_grid_reaches_the_picture(model: CodecModel) -> No
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 320), (320, 8), (65, 40), (7, 9), (56, 72)])
-def test_pictures_of_any_size_come_back(fine: Codec, size: tuple[int, int]) -> None:
+def test_pictures_of_any_size_come_back(fine, size):
     pixels = np.random.default_rng(size).integers(0, 256, (*size[::-1], 3), np.uint8)
     (file,) = fine.compress([Image.fromarray(pixels)])
     (tokens,) = fine.decode_tokens([file])
@@ -80,7 +80,7 @@ def test_pictures_of_any_size_come_back(fine: Codec, size: tuple[int, int]) -> N
     assert fine.decompress([file])[0].size == size
 
 
-def test_painting_once_is_one_step_of_an_odd_grid(model: CodecModel) -> None:
+def test_painting_once_is_one_step_of_an_odd_grid(model):
     tokens = some_tokens(5, 7)
     noise, grain = model.draw_noise(5, 7, 0)
     noises = noise, model.config.grain("r125", 1.0) * grain
@@ -90,7 +90,7 @@ def test_painting_once_is_one_step_of_an_odd_grid(model: CodecModel) -> None:
     assert torch.equal(once.clamp(-1, 1), paint(model, tokens))
 
 
-def test_a_search_takes_odd_grids(fine: Codec, model: CodecModel) -> None:
+def test_a_search_takes_odd_grids(fine, model):
     # Windows of 16 latents overlap by 8: 65 latents are tiles at 0, 24 and 48, the last one odd.
     pixels = np.random.default_rng(0).integers(0, 256, (56, 520, 3), np.uint8)
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -29,7 +29,7 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def published(tmp_path_factory) -> Path:
     """A download: a pipeline per rate."""
     folder = tmp_path_factory.mktemp("published")
     for seed, grid in enumerate(random_perco.GRIDS):
@@ -38,20 +38,18 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(published: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(published, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("imported") / "perco"
     import_perco(published, out)
     return out
 
 
 @pytest.fixture(scope="module")
-def imported(model: Path) -> Codec:
+def imported(model) -> Codec:
     return Codec.from_pretrained(f"perco:{model}")
 
 
-def test_command_line_from_checkpoints_to_picture(
-    published: Path, tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line_from_checkpoints_to_picture(published, tmp_path, picture, capsys):
     out, file, restored = tmp_path / "model", tmp_path / "photo.pcv2", tmp_path / "restored.png"
     assert run("import-perco", published, out) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -68,9 +66,7 @@ def test_command_line_from_checkpoints_to_picture(
 @pytest.mark.parametrize(
     ("rate", "grid", "payload"), [("r1250", 64, 4096), ("r0313", 32, 1024), ("r0020", 8, 64)]
 )
-def test_tokens_are_the_originals_and_cost_a_byte_each(
-    imported: Codec, published: Path, rate: str, grid: int, payload: int
-) -> None:
+def test_tokens_are_the_originals_and_cost_a_byte_each(imported, published, rate, grid, payload):
     image = Image.fromarray(PIXELS)
     (data,) = imported.compress([image], rate=rate)
     # Beside the tokens: header, 16-bit check, and the rounding to whole bytes.
@@ -135,9 +131,7 @@ def restore(home: Path, grid: int, tokens: Tensor, words: str, seed: int, steps:
 
 @pytest.mark.parametrize(("rate", "grid"), [("r1250", 64), ("r0020", 8)])
 @torch.inference_mode()
-def test_pictures_are_those_of_the_originals_decoder(
-    imported: Codec, published: Path, rate: str, grid: int
-) -> None:
+def test_pictures_are_those_of_the_originals_decoder(imported, published, rate, grid):
     tokens = torch.randint(256, (1, 24, 24), generator=torch.Generator().manual_seed(4))
     tokens = tokens[:, :: reference.GRIDS[grid], :: reference.GRIDS[grid]]
     found = imported.model.reconstruct(tokens, rate, ["a red door"], 4, 3.0, seed=9)
@@ -153,14 +147,14 @@ def test_pictures_are_those_of_the_originals_decoder(
         assert (other - found).abs().max() > 1e-3
 
 
-def test_defaults_are_the_originals(imported: Codec) -> None:
+def test_defaults_are_the_originals(imported):
     config = imported.config
     assert (config.steps, config.guidance, config.default_rate) == (20, 3.0, "r0313")
     assert [rate.token_side for rate in config.rates] == [8, 16, 64]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 70), (72, 520)])
-def test_any_size(imported: Codec, size: tuple[int, int]) -> None:
+def test_any_size(imported, size):
     image = Image.fromarray(PIXELS[: size[0], :1].repeat(size[1], 1))
     for rate in ("r1250", "r0020"):
         (data,) = imported.compress([image], rate=rate)
@@ -168,9 +162,7 @@ def test_any_size(imported: Codec, size: tuple[int, int]) -> None:
         assert restored.size == image.size
 
 
-def test_compressing_and_restoring_load_their_own_networks_only(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compressing_and_restoring_load_their_own_networks_only(model, monkeypatch):
     def forbid(*names: str) -> Codec:
         """A codec that was opened when these could no longer be had."""
         for name in names:
@@ -197,7 +189,7 @@ def test_compressing_and_restoring_load_their_own_networks_only(
             codec.decompress([data], steps=1)
 
 
-def test_offload_and_tiling_change_nothing_here(model: Path, imported: Codec) -> None:
+def test_offload_and_tiling_change_nothing_here(model, imported):
     image = Image.fromarray(PIXELS[:64, :64])
     options = BackboneOptions(offload=True, vae_tiling=True)
     other = Codec.from_pretrained(f"perco:{model}", options=options)
@@ -207,7 +199,7 @@ def test_offload_and_tiling_change_nothing_here(model: Path, imported: Codec) ->
     assert np.array_equal(first, second)
 
 
-def test_half_precision_stays_near(model: Path, imported: Codec) -> None:
+def test_half_precision_stays_near(model, imported):
     image = Image.fromarray(PIXELS[:64, :64])
     half = Codec.from_pretrained(f"perco:{model}", options=BackboneOptions(dtype="bf16"))
     (data,) = half.compress([image], caption=["a door"])
@@ -217,7 +209,7 @@ def test_half_precision_stays_near(model: Path, imported: Codec) -> None:
     assert 0 < apart.mean() < 8
 
 
-def test_too_many_steps_for_the_schedule(imported: Codec) -> None:
+def test_too_many_steps_for_the_schedule(imported):
     tokens = torch.zeros(1, 1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="steps must be 1 to 999 with this model, not 1000"):
         imported.model.reconstruct(tokens, "r0313", [""], 1000, 1.0, 0)
@@ -242,7 +234,7 @@ def broken(model: Path, folder: Path, part: str) -> Path:
         ("base", r"base is './base'; there is no folder"),
     ],
 )
-def test_incomplete_model_folders(model: Path, tmp_path: Path, part: str, message: str) -> None:
+def test_incomplete_model_folders(model, tmp_path, part, message):
     folder = broken(model, tmp_path / "broken", part)
     with pytest.raises(ValueError, match=message):
         PerCoModel(folder, "cpu", BackboneOptions()).reconstruct(
@@ -257,9 +249,7 @@ def test_incomplete_model_folders(model: Path, tmp_path: Path, part: str, messag
         ("text_encoder/config.json", {"hidden_size": 8}, "cannot load its text_encoder|gives 8"),
     ],
 )
-def test_another_base_model_is_refused(
-    model: Path, tmp_path: Path, part: str, change: dict[str, object], message: str
-) -> None:
+def test_another_base_model_is_refused(model, tmp_path, part, change, message):
     folder = tmp_path / "other"
     shutil.copytree(model, folder)
     path = folder / "base" / part

@@ -21,7 +21,7 @@ PYTHON = Path(os.environ.get("PERCOV2_ORIGINALS", ROOT / ".originals")) / "bin" 
     not PYTHON.exists(), reason=f"no {PYTHON}; make it with: bash benchmarks/originals.sh"
 )
 @pytest.mark.parametrize("grid", reference.GRIDS)
-def test_same_weights_give_the_same_outputs_and_indices(grid: int, tmp_path: Path) -> None:
+def test_same_weights_give_the_same_outputs_and_indices(grid, tmp_path):
     state = reference.random_state(grid, **PUBLISHED, seed=grid)
     latents = torch.randn(2, 4, 32, 32, generator=torch.Generator().manual_seed(1))
     sizes = {"grid": grid, **PUBLISHED}

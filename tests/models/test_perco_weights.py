@@ -34,9 +34,7 @@ def ours(state: dict[str, Tensor], grid: int, sizes: dict[str, int]) -> tuple:
     ("sizes", "positions"), [(PUBLISHED, (1, 16, 16)), (SMALL, (3, 16, 24))], ids=["full", "small"]
 )
 @torch.inference_mode()
-def test_same_weights_give_the_same_outputs_and_indices(
-    grid: int, sizes: dict[str, int], positions: tuple[int, int, int]
-) -> None:
+def test_same_weights_give_the_same_outputs_and_indices(grid, sizes, positions):
     state = reference.random_state(grid, **sizes, seed=grid)
     encoder, quantizer = ours(state, grid, sizes)
     batch, height, width = positions
@@ -51,7 +49,7 @@ def test_same_weights_give_the_same_outputs_and_indices(
 
 @pytest.mark.parametrize("sizes", [PUBLISHED, SMALL], ids=["full", "small"])
 @torch.inference_mode()
-def test_same_indices_for_hyper_latents_in_all_directions(sizes: dict[str, int]) -> None:
+def test_same_indices_for_hyper_latents_in_all_directions(sizes):
     state = reference.random_state(64, **sizes, seed=3)
     _, quantizer = ours(state, 64, sizes)
     z = torch.randn(2, sizes["m"], 24, 25, generator=torch.Generator().manual_seed(2))
@@ -61,7 +59,7 @@ def test_same_indices_for_hyper_latents_in_all_directions(sizes: dict[str, int])
     torch.testing.assert_close(quantizer.lookup(indices), z_hat, rtol=1e-5, atol=1e-6)
 
 
-def test_sizes_are_those_that_the_original_states() -> None:
+def test_sizes_are_those_that_the_original_states():
     # Parameters without the quantizer, as the original's source states them.
     for grid, count in {64: 4_080_128, 8: 5_868_032}.items():
         encoder = HyperEncoder(4, 192, 320, reference.GRIDS[grid], rectified_attention=True)
@@ -71,7 +69,7 @@ def test_sizes_are_those_that_the_original_states() -> None:
         assert sum(torch.Size(s).numel() for s in named.values()) == count
 
 
-def test_the_rectified_units_matter() -> None:
+def test_the_rectified_units_matter():
     state = reference.random_state(32, **SMALL, seed=0)
     encoder, _ = ours(state, 32, SMALL)
     plain = HyperEncoder(4, SMALL["n"], SMALL["m"], 2)
@@ -80,7 +78,7 @@ def test_the_rectified_units_matter() -> None:
     assert (plain(latents) - encoder(latents)).abs().max() > 0.01
 
 
-def test_first_release_has_no_backbone() -> None:
+def test_first_release_has_no_backbone():
     with pytest.raises(ValueError, match="no tensors backbone"):
         hyper_encoder_tensors({"proj_in.1.weight": torch.zeros(1)})
 
@@ -95,14 +93,14 @@ def test_first_release_has_no_backbone() -> None:
         ({"quantizer.layers.0": torch.ones(1)}, r"unexpected tensors \['quantizer.layers.0'\]"),
     ],
 )
-def test_other_quantizers_are_refused(change: dict[str, Tensor | None], message: str) -> None:
+def test_other_quantizers_are_refused(change, message):
     state: dict[str, Tensor | None] = dict(reference.random_state(8, **SMALL, seed=0))
     state.update(change)
     with pytest.raises(ValueError, match=message):
         quantizer_tensors({name: value for name, value in state.items() if value is not None})
 
 
-def test_the_extended_convolution_replaces_the_first_one() -> None:
+def test_the_extended_convolution_replaces_the_first_one():
     state = {
         "conv_in.weight": torch.zeros(2, 4, 3, 3),
         "conv_in.bias": torch.zeros(2),

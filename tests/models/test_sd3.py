@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from tools.command_line import failure, run
 
 
 @pytest.fixture(scope="module")
-def original(sd3_folder: Path) -> StableDiffusion3Pipeline:
+def original(sd3_folder) -> StableDiffusion3Pipeline:
     """diffusers' own pipeline with the same base model."""
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder.parent / "base")
     pipeline.set_progress_bar_config(disable=True)
@@ -31,12 +30,12 @@ def original(sd3_folder: Path) -> StableDiffusion3Pipeline:
 
 
 @pytest.fixture(scope="module")
-def model(sd3_folder: Path) -> SD3Model:
+def model(sd3_folder) -> SD3Model:
     return SD3Model(sd3_folder)
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loaded(monkeypatch) -> list[str]:
     """Class names of all networks, tokenizers and samplers that are loaded from now on."""
     names: list[str] = []
 
@@ -68,9 +67,7 @@ def noise_image(height: int, width: int, seed: int = 0, count: int = 1) -> torch
 
 
 @pytest.mark.parametrize("caption", ["", "a red door", "many words " * 40])
-def test_captions_are_embedded_as_by_diffusers(
-    caption: str, model: SD3Model, original: StableDiffusion3Pipeline
-) -> None:
+def test_captions_are_embedded_as_by_diffusers(caption, model, original):
     with torch.inference_mode():
         sequence, pooled = model._captions([caption], 32)
         expected = original.encode_prompt(caption, caption, caption)
@@ -78,9 +75,7 @@ def test_captions_are_embedded_as_by_diffusers(
     assert torch.equal(pooled, expected[2])
 
 
-def test_without_t5_its_part_is_zeros_as_in_diffusers(
-    sd3_folder: Path, original: StableDiffusion3Pipeline
-) -> None:
+def test_without_t5_its_part_is_zeros_as_in_diffusers(sd3_folder, original):
     model = SD3Model(sd3_folder, options=BackboneOptions(t5=False))
     with torch.inference_mode():
         sequence, _ = model._captions(["a red door"], 32)
@@ -92,12 +87,8 @@ def test_without_t5_its_part_is_zeros_as_in_diffusers(
 
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (3, 1.0), (4, 5.0)])
 def test_sampling_equals_diffusers_while_z_hat_has_no_weight(
-    steps: int,
-    guidance: float,
-    sd3_folder: Path,
-    tmp_path: Path,
-    original: StableDiffusion3Pipeline,
-) -> None:
+    steps, guidance, sd3_folder, tmp_path, original
+):
     shutil.copytree(sd3_folder, tmp_path / "model")
     shutil.copytree(sd3_folder.parent / "base", tmp_path / "base")
     tensors, scale = flow.load_delta(tmp_path / "model" / "flow")
@@ -120,9 +111,7 @@ def test_sampling_equals_diffusers_while_z_hat_has_no_weight(
     assert torch.equal(latents, expected)
 
 
-def test_latents_are_normalised_posterior_means(
-    model: SD3Model, original: StableDiffusion3Pipeline
-) -> None:
+def test_latents_are_normalised_posterior_means(model, original):
     image, vae = noise_image(32, 48), original.vae
     with torch.inference_mode():
         mean = vae.encoder(image)[:, :16]  # this VAE has no convolution after its encoder
@@ -136,16 +125,12 @@ def test_latents_are_normalised_posterior_means(
 # What is loaded ----------------------------------------------------------------------------------
 
 
-def test_compressing_loads_neither_flow_nor_text_encoders(
-    sd3_folder: Path, loaded: list[str]
-) -> None:
+def test_compressing_loads_neither_flow_nor_text_encoders(sd3_folder, loaded):
     Codec.from_pretrained(f"sd3:{sd3_folder}").compress([photo(40, 40)], caption=["a red door"])
     assert sorted(loaded) == ["AutoencoderKL", "HyperEncoder", "VectorQuantizer"]
 
 
-def test_decompressing_loads_no_hyper_encoder_and_no_captioner(
-    sd3_folder: Path, loaded: list[str]
-) -> None:
+def test_decompressing_loads_no_hyper_encoder_and_no_captioner(sd3_folder, loaded):
     files = Codec.from_pretrained(sd3_folder).compress([photo(40, 40)], caption=["a red door"])
     loaded.clear()
     Codec.from_pretrained(sd3_folder).decompress(files)
@@ -168,7 +153,7 @@ def test_decompressing_loads_no_hyper_encoder_and_no_captioner(
 
 @pytest.mark.parametrize("rate", ["r0313", "r0938", "r0020"])
 @pytest.mark.parametrize("size", [(1, 1), (40, 24), (70, 50)])
-def test_pictures_of_any_size_come_back(rate: str, size: tuple[int, int], model: SD3Model) -> None:
+def test_pictures_of_any_size_come_back(rate, size, model):
     codec = Codec(model)
     file, other = codec.compress([photo(*size), photo(16, 16)], rate=rate, caption=["a door", ""])
     first, second = codec.decompress([file, other])
@@ -178,7 +163,7 @@ def test_pictures_of_any_size_come_back(rate: str, size: tuple[int, int], model:
     assert tokens.shape == (math.ceil(size[1] / side), math.ceil(size[0] / side))
 
 
-def test_tokens_and_pictures_do_not_depend_on_the_batch(model: SD3Model) -> None:
+def test_tokens_and_pictures_do_not_depend_on_the_batch(model):
     images = noise_image(32, 48, count=3)
     tokens = model.encode_tokens(images, "r0313")
     alone = torch.cat([model.encode_tokens(image, "r0313") for image in images.split(1)])
@@ -189,7 +174,7 @@ def test_tokens_and_pictures_do_not_depend_on_the_batch(model: SD3Model) -> None
     assert torch.allclose(together[2:], single, atol=1e-4)
 
 
-def test_tokens_and_caption_and_seed_matter(model: SD3Model) -> None:
+def test_tokens_and_caption_and_seed_matter(model):
     tokens = model.encode_tokens(noise_image(32, 32), "r0313")
     first = model.reconstruct(tokens, "r0313", ["a red door"], 2, 3.0, 5)
     assert torch.equal(first, model.reconstruct(tokens, "r0313", ["a red door"], 2, 3.0, 5))
@@ -202,9 +187,7 @@ def test_tokens_and_caption_and_seed_matter(model: SD3Model) -> None:
         assert (first - changed).abs().max() > 1e-4
 
 
-def test_equal_captions_are_embedded_once(
-    sd3_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_equal_captions_are_embedded_once(sd3_folder, monkeypatch):
     model = SD3Model(sd3_folder)
     encoder = model.base.text_networks().encoders[2]
     calls = []
@@ -217,9 +200,7 @@ def test_equal_captions_are_embedded_once(
     assert len(model._captions._known) <= 32
 
 
-def test_large_pictures_are_sampled_in_windows(
-    sd3_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_pictures_are_sampled_in_windows(sd3_folder, monkeypatch):
     model = SD3Model(sd3_folder)
     object.__setattr__(model.config, "window", 16)
     object.__setattr__(model.config, "overlap", 4)
@@ -234,9 +215,7 @@ def test_large_pictures_are_sampled_in_windows(
 
 
 @pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
-def test_half_precision_paints_nearly_the_same(
-    dtype: str, kind: torch.dtype, sd3_folder: Path
-) -> None:
+def test_half_precision_paints_nearly_the_same(dtype, kind, sd3_folder):
     half = SD3Model(sd3_folder, options=BackboneOptions(dtype=dtype, vae_tiling=True))
     full = SD3Model(sd3_folder)
     tokens = full.encode_tokens(noise_image(32, 32), "r0313")
@@ -250,9 +229,7 @@ def test_half_precision_paints_nearly_the_same(
     assert half.base.autoencoder().use_tiling
 
 
-def test_offloaded_networks_are_on_the_device_only_at_work(
-    sd3_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offloaded_networks_are_on_the_device_only_at_work(sd3_folder, monkeypatch):
     model = SD3Model(sd3_folder, options=BackboneOptions(offload=True))
     places: dict[str, list[str]] = {}
     plain = torch.nn.Module.to
@@ -278,7 +255,7 @@ def test_offloaded_networks_are_on_the_device_only_at_work(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_card_paints_what_the_cpu_paints(offload: bool, sd3_folder: Path) -> None:
+def test_a_card_paints_what_the_cpu_paints(offload, sd3_folder):
     card = SD3Model(sd3_folder, "cuda", BackboneOptions(dtype="fp32", offload=offload))
     full = SD3Model(sd3_folder)
     tokens = full.encode_tokens(noise_image(32, 32), "r0313")
@@ -292,7 +269,7 @@ def test_a_card_paints_what_the_cpu_paints(offload: bool, sd3_folder: Path) -> N
     assert {p.device.type for network in networks for p in network.parameters()} == {waiting}
 
 
-def test_compiling_is_opt_in(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_is_opt_in(sd3_folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(SD3Transformer2DModel, "compile", lambda self: compiled.append(self))
     SD3Model(sd3_folder).base.flow("r0313")
@@ -304,9 +281,7 @@ def test_compiling_is_opt_in(sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 # Command line, errors ----------------------------------------------------------------------------
 
 
-def test_the_command_line_compresses_and_restores(
-    picture: Path, sd3_folder: Path, tmp_path: Path
-) -> None:
+def test_the_command_line_compresses_and_restores(picture, sd3_folder, tmp_path):
     model = ("--model", f"sd3:{sd3_folder}")
     file, out = tmp_path / "p.pcv2", tmp_path / "p.png"
     assert run("compress", picture, file, *model, "--caption", "a red door", "--rate", "r0938") == 0
@@ -316,7 +291,7 @@ def test_the_command_line_compresses_and_restores(
     assert run("info", file, "--verify", *model) == 0
 
 
-def test_the_papers_rates_are_named_after_their_bits() -> None:
+def test_the_papers_rates_are_named_after_their_bits():
     for rate in PAPER_RATES:
         bits = math.log2(rate.codebook_size) / rate.token_side**2
         assert rate.name == f"r{round(bits * 10000 + 1e-9):04d}"
@@ -334,9 +309,7 @@ def test_the_papers_rates_are_named_after_their_bits() -> None:
         ("base", "there is no folder .*base, and it is no hub id"),
     ],
 )
-def test_missing_parts_are_named(
-    missing: str, message: str, sd3_folder: Path, tmp_path: Path
-) -> None:
+def test_missing_parts_are_named(missing, message, sd3_folder, tmp_path):
     shutil.copytree(sd3_folder.parent, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / missing)
     with pytest.raises(ValueError, match=message):
@@ -345,7 +318,7 @@ def test_missing_parts_are_named(
         )
 
 
-def test_pickled_weights_are_not_read(sd3_folder: Path, tmp_path: Path) -> None:
+def test_pickled_weights_are_not_read(sd3_folder, tmp_path):
     shutil.copytree(sd3_folder.parent, tmp_path / "copy")
     vae = tmp_path / "copy" / "base" / "vae"
     random_sd3.autoencoder().save_pretrained(vae, safe_serialization=False)
@@ -354,7 +327,7 @@ def test_pickled_weights_are_not_read(sd3_folder: Path, tmp_path: Path) -> None:
         Codec.from_pretrained(tmp_path / "copy" / "model").compress([photo(16, 16)])
 
 
-def test_parts_of_another_rate_are_refused(sd3_folder: Path, tmp_path: Path) -> None:
+def test_parts_of_another_rate_are_refused(sd3_folder, tmp_path):
     shutil.copytree(sd3_folder.parent, tmp_path / "copy")
     model = tmp_path / "copy" / "model"
     shutil.rmtree(model / "r0020" / "hyper_encoder")
@@ -368,20 +341,18 @@ def test_parts_of_another_rate_are_refused(sd3_folder: Path, tmp_path: Path) -> 
         damaged.reconstruct(torch.zeros(1, 1, 1, dtype=torch.int32), "r0020", [""], 1, 1, 0)
 
 
-def test_missing_base_models_are_one_line(
-    picture: Path, sd3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_missing_base_models_are_one_line(picture, sd3_folder, tmp_path, capsys):
     shutil.copytree(sd3_folder, tmp_path / "model")
     command = ("compress", picture, tmp_path / "o.pcv2", "--model", f"sd3:{tmp_path / 'model'}")
     assert "there is no folder" in failure(capsys, *command)
 
 
 @pytest.mark.parametrize("steps", [0, -1])
-def test_too_few_steps_are_refused(steps: int, model: SD3Model) -> None:
+def test_too_few_steps_are_refused(steps, model):
     with pytest.raises(ValueError, match="steps must be at least 1"):
         model.reconstruct(torch.zeros(1, 1, 1, dtype=torch.int32), "r0313", [""], steps, 1.0, 0)
 
 
-def test_images_must_be_whole_tokens(model: SD3Model) -> None:
+def test_images_must_be_whole_tokens(model):
     with pytest.raises(ValueError, match="multiples of 16"):
         model.encode_tokens(noise_image(24, 32), "r0313")

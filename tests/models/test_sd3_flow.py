@@ -29,7 +29,7 @@ def evaluate(model: SD3Transformer2DModel, channels: int = 16) -> torch.Tensor:
 
 
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
+def base(tmp_path) -> Path:
     torch.manual_seed(0)
     random_sd3.transformer().save_pretrained(tmp_path / "base" / "transformer")
     return tmp_path / "base"
@@ -52,7 +52,7 @@ def delta(base: Path, rank: int = 0) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_widened_equals_the_base_bit_for_bit(base: Path, dtype: torch.dtype) -> None:
+def test_widened_equals_the_base_bit_for_bit(base, dtype):
     model = plain(base).to(dtype)
     wide = plain(base).to(dtype)
     widen_patch_embedding(wide, 48)
@@ -61,7 +61,7 @@ def test_widened_equals_the_base_bit_for_bit(base: Path, dtype: torch.dtype) -> 
         assert torch.equal(evaluate(wide, 64), evaluate(model))
 
 
-def test_whole_transformers_survive_a_folder(base: Path, tmp_path: Path) -> None:
+def test_whole_transformers_survive_a_folder(base, tmp_path):
     wide = plain(base)
     widen_patch_embedding(wide, 48)
     wide.save_pretrained(tmp_path / "flow")
@@ -71,7 +71,7 @@ def test_whole_transformers_survive_a_folder(base: Path, tmp_path: Path) -> None
     assert open_flow(tmp_path / "flow", "not/needed", torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_deltas_survive_a_folder_and_change_only_what_they_name(base: Path, tmp_path: Path) -> None:
+def test_deltas_survive_a_folder_and_change_only_what_they_name(base, tmp_path):
     tensors = delta(base, rank=3)
     save_delta(tensors, 0.25, tmp_path / "flow")
     stored, scale = load_delta(tmp_path / "flow")
@@ -112,12 +112,12 @@ def wrong(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("how", ["width", "narrow", "layer", "shape", "convolution"])
-def test_deltas_of_another_base_are_refused(how: str, base: Path) -> None:
+def test_deltas_of_another_base_are_refused(how, base):
     with pytest.raises(ValueError, match="the delta's"):
         apply_delta(plain(base), wrong(delta(base, rank=3), how), 1.0)
 
 
-def test_incomplete_and_damaged_deltas_are_refused(base: Path, tmp_path: Path) -> None:
+def test_incomplete_and_damaged_deltas_are_refused(base, tmp_path):
     tensors = delta(base, rank=3)
     for name in tensors:
         with pytest.raises(ValueError, match="missing tensors"):
@@ -131,6 +131,6 @@ def test_incomplete_and_damaged_deltas_are_refused(base: Path, tmp_path: Path) -
         load_delta(tmp_path)
 
 
-def test_only_our_own_layers_are_widened(base: Path) -> None:
+def test_only_our_own_layers_are_widened(base):
     with pytest.raises(ValueError, match="at least 1"):
         widen_patch_embedding(plain(base), 0)

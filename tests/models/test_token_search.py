@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,9 +30,7 @@ def tensor(image: Image.Image) -> Tensor:
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 12), st.integers(0, 6), st.data())
-def test_tiles_have_the_windows_of_the_whole(
-    tokens: int, unit: int, extra: int, shared: int, data: st.DataObject
-) -> None:
+def test_tiles_have_the_windows_of_the_whole(tokens, unit, extra, shared, data):
     overlap = unit * shared
     window = overlap + extra
     length = tokens * unit
@@ -51,7 +48,7 @@ def test_tiles_have_the_windows_of_the_whole(
         assert before.start < after.start == before.stop - overlap
 
 
-def test_painting_once_is_one_step(codec: Codec) -> None:
+def test_painting_once_is_one_step(codec):
     model = codec.model
     assert isinstance(model, CodecModel)
     tokens = torch.randint(0, 64, (2, 5, 7))
@@ -74,7 +71,7 @@ def distance(model: CodecModel, directions: Tensor, image: Tensor, caption: str)
 
 
 @pytest.mark.parametrize("caption", ["", "a red door"])
-def test_a_search_paints_the_picture_better(codec: Codec, caption: str) -> None:
+def test_a_search_paints_the_picture_better(codec, caption):
     model = codec.model
     assert isinstance(model, CodecModel)
     image = tensor(photo(64, 48))
@@ -87,7 +84,7 @@ def test_a_search_paints_the_picture_better(codec: Codec, caption: str) -> None:
     assert all(p.grad is None for p in weights)
 
 
-def test_files_hold_the_tokens_that_were_found(codec: Codec) -> None:
+def test_files_hold_the_tokens_that_were_found(codec):
     model = codec.model
     assert isinstance(model, CodecModel)
     pictures, captions = [photo(64, 48), photo(64, 48, 1), photo(64, 64)], ["", "a red door", ""]
@@ -103,7 +100,7 @@ def test_files_hold_the_tokens_that_were_found(codec: Codec) -> None:
     assert not np.array_equal(loose, decoded[0].tokens)
 
 
-def test_tiles_keep_what_earlier_ones_found(codec: Codec) -> None:
+def test_tiles_keep_what_earlier_ones_found(codec):
     """Windows of 16 latents overlap by 8: 512 pixels are 64 latents, so tiles at 0, 24, 48."""
     model = codec.model
     assert isinstance(model, CodecModel)
@@ -122,7 +119,7 @@ def test_tiles_keep_what_earlier_ones_found(codec: Codec) -> None:
     assert not torch.equal(whole[:, :, 16:], model.directions(image, "fine")[:, :, 16:])
 
 
-def test_refusals(codec: Codec, sd3_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(codec, sd3_folder, monkeypatch):
     for effort in (-1, 1001):
         with pytest.raises(ValueError, match="effort must be a whole number from 0 to 1000"):
             codec.compress([photo(64, 64)], effort=effort)

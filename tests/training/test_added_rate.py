@@ -42,7 +42,7 @@ def entropy_models(folder: Path, rates: Sequence[str]) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(photo_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(photo_cache, tmp_path_factory) -> Path:
     """A model folder of three rates."""
     folder = tmp_path_factory.mktemp("finished")
     config = written(folder, config_text(ALL, steps=2))
@@ -66,9 +66,7 @@ def frozen_text(steps: int = 3) -> str:
     return text.replace("share = 0.25", "share = 3.0")
 
 
-def test_a_finer_rate_starts_as_its_donor_on_constant_latents(
-    photo_cache: Path, tmp_path: Path
-) -> None:
+def test_a_finer_rate_starts_as_its_donor_on_constant_latents(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     first, loop = codec_stage(written(tmp_path, config_text(ALL, steps=1)), data)
     train(first, loop, tmp_path / "first")
@@ -89,9 +87,7 @@ def test_a_finer_rate_starts_as_its_donor_on_constant_latents(
     torch.testing.assert_close(coarse, fine.expand_as(coarse), rtol=1e-4, atol=1e-5)
 
 
-def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(
-    finished: Path, photo_cache: Path, tmp_path: Path
-) -> None:
+def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(finished, photo_cache, tmp_path):
     model = shutil.copytree(finished, tmp_path / "model")
     before = contents(model)
     picture = Image.fromarray(PhotoCrops(photo_cache).pixels(PhotoCrops(photo_cache).photos[2]))
@@ -126,9 +122,7 @@ def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(
     assert codec.decompress([fine])[0].size == picture.size
 
 
-def test_export_keeps_rates_that_the_run_does_not_have(
-    finished: Path, photo_cache: Path, tmp_path: Path
-) -> None:
+def test_export_keeps_rates_that_the_run_does_not_have(finished, photo_cache, tmp_path):
     model = shutil.copytree(finished, tmp_path / "model")
     config = written(tmp_path, config_text(["r125", "r010"], steps=2))
     run_codec(config, photo_cache, tmp_path / "run", start_from=model)
@@ -144,7 +138,7 @@ def test_export_keeps_rates_that_the_run_does_not_have(
     assert names == [*ALL, "r125"]
 
 
-def test_rates_freeze_their_tokens_one_by_one(photo_cache: Path, tmp_path: Path) -> None:
+def test_rates_freeze_their_tokens_one_by_one(photo_cache, tmp_path):
     stage, loop = codec_stage(written(tmp_path, frozen_text(8)), PhotoCrops(photo_cache))
     before = {key: value.clone() for key, value in stage.state_dict().items()}
     train(stage, loop, tmp_path / "run")
@@ -156,25 +150,21 @@ def test_rates_freeze_their_tokens_one_by_one(photo_cache: Path, tmp_path: Path)
         assert any(key.startswith("flow.") for key in moved)
 
 
-def test_export_again_writes_the_same_bytes(
-    finished: Path, photo_cache: Path, tmp_path: Path
-) -> None:
+def test_export_again_writes_the_same_bytes(finished, photo_cache, tmp_path):
     model = shutil.copytree(finished, tmp_path / "model")
     config = written(tmp_path, config_text(ALL, steps=2))
     run_export(config, photo_cache, finished.parent / "run", model)
     assert contents(model) == contents(finished)
 
 
-def test_crops_have_whole_patches_of_the_flow() -> None:
+def test_crops_have_whole_patches_of_the_flow():
     fine = {"channels": 8, "hyper_channels": 8, "stride": 1}
     with pytest.raises(ValueError, match=r"\[56\].*16 pixels"):
         RateNetworks(RateConfig(hyper_encoder=fine, crops=CropPlan((56, 64), (1, 1))))
     RateNetworks(RateConfig(hyper_encoder=fine, crops=CropPlan((48, 64), (1, 1))))
 
 
-def test_tokens_and_entropy_model_of_the_added_rate(
-    finished: Path, photo_cache: Path, tmp_path: Path
-) -> None:
+def test_tokens_and_entropy_model_of_the_added_rate(finished, photo_cache, tmp_path):
     model = shutil.copytree(finished, tmp_path / "model")
     config = written(tmp_path, frozen_text() + ENTROPY)
     run_codec(config, photo_cache, tmp_path / "run", start_from=model)

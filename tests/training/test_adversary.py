@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -23,7 +21,7 @@ from tools.rate_runs import FEATURES, PIXELS, config_text, written
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
-def test_the_force_is_fixed_and_proportional_to_realism(scale: float) -> None:
+def test_the_force_is_fixed_and_proportional_to_realism(scale):
     torch.manual_seed(0)
     adversary = Adversary(PixelDiscriminator((4, 4, 8)), 2e-4)
     images = torch.rand(3, 3, 64, 64)
@@ -50,7 +48,7 @@ def made(kind: str) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("kind", ["pixels", "features"])
-def test_a_discriminator_learns_to_tell_and_only_when_it_has_a_batch(kind: str) -> None:
+def test_a_discriminator_learns_to_tell_and_only_when_it_has_a_batch(kind):
     torch.manual_seed(0)
     adversary = Adversary(made(kind), 1e-3)
     assert adversary.learn() is None
@@ -67,7 +65,7 @@ def test_a_discriminator_learns_to_tell_and_only_when_it_has_a_batch(kind: str) 
     assert scores.shape == (8,) and scores[:4].min() > scores[4:].max()
 
 
-def test_a_discriminator_ignores_pictures_without_realism() -> None:
+def test_a_discriminator_ignores_pictures_without_realism():
     learnt = []
     for other in (0.0, 5.0):
         torch.manual_seed(0)
@@ -79,7 +77,7 @@ def test_a_discriminator_ignores_pictures_without_realism() -> None:
     assert learnt[0] == pytest.approx(learnt[1])
 
 
-def test_settings_out_of_range_are_refused() -> None:
+def test_settings_out_of_range_are_refused():
     for wrong in ({"learning_rate": 0.0}, {"pixel_widths": (0, 4, 8)}, {"feature_width": 0}):
         with pytest.raises(ValueError, match="positive"):
             AdversaryConfig(**wrong)
@@ -94,9 +92,7 @@ def gradients(stage: CodecStage, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("losses", [PIXELS, FEATURES], ids=["pixels", "features"])
-def test_a_discriminator_is_felt_by_everything_from_its_step_on(
-    losses: str, photo_cache: Path, tmp_path: Path
-) -> None:
+def test_a_discriminator_is_felt_by_everything_from_its_step_on(losses, photo_cache, tmp_path):
     text = config_text(["r031"], losses=losses)
     stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
     # Half way through the warm-up, so that the force is known to be neither 0 nor full.
@@ -114,9 +110,7 @@ def test_a_discriminator_is_felt_by_everything_from_its_step_on(
     assert all(torch.equal(before[k], unfelt[k]) for k in before)
 
 
-def test_a_run_s_discriminator_may_learn_faster_but_be_no_other(
-    photo_cache: Path, tmp_path: Path
-) -> None:
+def test_a_run_s_discriminator_may_learn_faster_but_be_no_other(photo_cache, tmp_path):
     data, text = PhotoCrops(photo_cache), config_text(["r031"], losses=PIXELS)
     stage, loop = codec_stage(written(tmp_path, text), data)
     train(stage, loop, tmp_path / "run", stop_after_steps=4)
@@ -130,7 +124,7 @@ def test_a_run_s_discriminator_may_learn_faster_but_be_no_other(
         train(stage, loop, tmp_path / "run")
 
 
-def test_a_discriminator_may_join_a_run_late(photo_cache: Path, tmp_path: Path) -> None:
+def test_a_discriminator_may_join_a_run_late(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     stage, loop = codec_stage(written(tmp_path, config_text(["r031"])), data)
     train(stage, loop, tmp_path / "run", stop_after_steps=3)

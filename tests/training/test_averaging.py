@@ -19,7 +19,7 @@ class Network(nn.Module):
         self.register_buffer("counts", torch.zeros(2))
 
 
-def test_averages_follow_trained_parameters_and_copy_buffers() -> None:
+def test_averages_follow_trained_parameters_and_copy_buffers():
     network = Network()
     averaged = AveragedWeights(network, 0.9, {"trained", "frozen", "counts"})
     expected = torch.zeros(3, dtype=torch.float64)
@@ -39,7 +39,7 @@ def test_averages_follow_trained_parameters_and_copy_buffers() -> None:
     assert network.trained.tolist() == [1, 199, -1]
 
 
-def test_nothing_may_be_trained() -> None:
+def test_nothing_may_be_trained():
     network = Network()
     averaged = AveragedWeights(network, 0.9, {"frozen", "counts"})
     network.counts += 1

@@ -45,7 +45,7 @@ def write_shards(folder: Path) -> None:
                 tar.addfile(member, io.BytesIO(out.getvalue()))
 
 
-def test_a_campaign_trains_and_its_pieces_make_a_run(tmp_path: Path, monkeypatch) -> None:
+def test_a_campaign_trains_and_its_pieces_make_a_run(tmp_path, monkeypatch):
     shards = tmp_path / "shards"
     write_shards(shards)
     decode_shards(sorted(shards.glob("*.tar")), tmp_path / "cache")
@@ -85,7 +85,7 @@ def test_a_campaign_trains_and_its_pieces_make_a_run(tmp_path: Path, monkeypatch
     assert (tmp_path / "model" / "config.json").is_file()
 
 
-def test_a_run_of_minutes_ends_by_the_clock(photo_cache: Path, tmp_path: Path) -> None:
+def test_a_run_of_minutes_ends_by_the_clock(photo_cache, tmp_path):
     text = config_text(["r031"], steps=100000).replace("warmup = 1,", "warmup = 1, minutes = 0.02,")
     stage, loop = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
     assert 1 <= train(stage, loop, tmp_path / "run") < 1000

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,7 +37,7 @@ LINES = [
 MODEL = {"dim": 16, "heads": 2, "head_dim": 8, "layers": 1, "hidden": 16}
 
 
-def test_lines_of_texts_and_shards(tmp_path: Path) -> None:
+def test_lines_of_texts_and_shards(tmp_path):
     (tmp_path / "a.txt").write_text("One  line\n\n another \n", encoding="utf-8")
     with tarfile.open(tmp_path / "b.tar", "w") as tar:
         for name, data in [("x.txt", "Zürich\nzwei\n".encode()), ("x.webp", b"\xff")]:
@@ -52,7 +51,7 @@ def test_lines_of_texts_and_shards(tmp_path: Path) -> None:
         read_lines([tmp_path / "empty.txt"])
 
 
-def test_captions_that_cannot_serve_are_refused_before_training(tmp_path: Path) -> None:
+def test_captions_that_cannot_serve_are_refused_before_training(tmp_path):
     (tmp_path / "odd.txt").write_text("a red door\na blue\x7f door\n")
     with pytest.raises(ValueError, match=r"'a blue\\x7f door': a caption cannot hold the control"):
         read_lines([tmp_path / "odd.txt"])
@@ -65,7 +64,7 @@ def test_captions_that_cannot_serve_are_refused_before_training(tmp_path: Path) 
             CaptionLines(lines, alphabet)
 
 
-def test_captions_of_too_many_pieces_are_left_out_of_the_figures() -> None:
+def test_captions_of_too_many_pieces_are_left_out_of_the_figures():
     model = CaptionModel(
         Alphabet([]), IntTransformer.random(TransformerConfig(codebook_size=257, **MODEL), seed=0)
     )
@@ -77,14 +76,14 @@ def test_captions_of_too_many_pieces_are_left_out_of_the_figures() -> None:
     assert figures["captions"] == len(held) > 0 and np.isfinite(figures["bytes"])
 
 
-def test_one_line_in_twenty_is_held_out_however_it_is_written() -> None:
+def test_one_line_in_twenty_is_held_out_however_it_is_written():
     lines = [f"caption number {i}" for i in range(4000)]
     held = [line for line in lines if is_held_out(line)]
     assert 150 < len(held) < 250
     assert all(is_held_out(f"  {line.upper()} ") for line in held)
 
 
-def test_pieces_are_words_with_their_space_and_rarer_ones_in_parts() -> None:
+def test_pieces_are_words_with_their_space_and_rarer_ones_in_parts():
     pieces = learn_pieces(LINES, 60)
     assert len(pieces) == len(set(pieces)) <= 60
     alphabet = Alphabet(pieces)
@@ -93,7 +92,7 @@ def test_pieces_are_words_with_their_space_and_rarer_ones_in_parts() -> None:
     assert all(b" " not in piece[1:] for piece in pieces)
 
 
-def test_batches_hold_whole_captions_of_training_lines_only() -> None:
+def test_batches_hold_whole_captions_of_training_lines_only():
     data = CaptionLines(LINES, Alphabet(learn_pieces(LINES, 60)))
     batch = data.draw(np.random.default_rng(0), 8)
     assert batch.tokens.shape[:2] == (8, 1)
@@ -106,7 +105,7 @@ def test_batches_hold_whole_captions_of_training_lines_only() -> None:
     assert same(torch.stack(halves, 1).flatten(0, 1), batch.tokens)
 
 
-def test_loss_counts_pieces_up_to_the_end() -> None:
+def test_loss_counts_pieces_up_to_the_end():
     data = CaptionLines(LINES, Alphabet(learn_pieces(LINES, 60)))
     stage = CaptionStage(CaptionsConfig(model=MODEL, pieces=60), data)
     lines = data.held_out[:3]
@@ -117,7 +116,7 @@ def test_loss_counts_pieces_up_to_the_end() -> None:
     assert wider.item() == pytest.approx(bits.item(), rel=1e-4)
 
 
-def test_a_run_learns_resumes_and_writes_a_model(tmp_path: Path) -> None:
+def test_a_run_learns_resumes_and_writes_a_model(tmp_path):
     source = tmp_path / "lines.txt"
     source.write_text("\n".join(LINES), encoding="utf-8")
     config = CaptionsConfig(model=MODEL, pieces=60, captions_per_step=32)

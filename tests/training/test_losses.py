@@ -40,7 +40,7 @@ def photo() -> Tensor:
     return torch.rand(2, 3, 96, 96, generator=generator) * 2 - 1
 
 
-def test_a_term_waits_rises_and_stays() -> None:
+def test_a_term_waits_rises_and_stays():
     term = Term(0.5, from_step=10, warmup=9)
     found = [term.at(step) for step in (9, 10, 14, 19, 500)]
     assert found == pytest.approx([0, 0.05, 0.25, 0.5, 0.5])
@@ -53,7 +53,7 @@ def test_a_term_waits_rises_and_stays() -> None:
             Term(**wrong)
 
 
-def test_the_loss_is_that_of_the_module_s_formula() -> None:
+def test_the_loss_is_that_of_the_module_s_formula():
     generator = torch.Generator().manual_seed(0)
     l1, mse, alex, vgg, realism = torch.rand(5, 4, generator=generator)
     weights = {k: torch.tensor(v) for k, v in (("mse", 2.0), ("alex", 0.8), ("vgg", 1.5))}
@@ -70,9 +70,7 @@ def test_the_loss_is_that_of_the_module_s_formula() -> None:
     assert torch.equal(plain, l1.mean()) and figures["lpips"].isnan() and figures["vgg"].isnan()
 
 
-def test_networks_see_whole_pictures_or_windows(
-    networks: PerceptualNetworks, photo: Tensor
-) -> None:
+def test_networks_see_whole_pictures_or_windows(networks, photo):
     seen = View(torch.tensor([3, 7]), torch.tensor([20, 5]), 60)
     found = networks.compare(0.5 * photo, photo, seen, frozenset({"alex", "vgg"}))
     cut = (slice(None), slice(None), slice(3, 84), slice(7, 88))
@@ -85,7 +83,7 @@ def test_networks_see_whole_pictures_or_windows(
     assert found.found == found.wanted == []
 
 
-def test_only_networks_with_a_weight_run(networks: PerceptualNetworks, photo: Tensor) -> None:
+def test_only_networks_with_a_weight_run(networks, photo):
     found = networks.compare(photo, photo, view(), frozenset({"alex"}))
     assert found.vgg is None and found.alex is not None
     found = networks.compare(photo, photo, view(), frozenset({"features"}))
@@ -95,9 +93,7 @@ def test_only_networks_with_a_weight_run(networks: PerceptualNetworks, photo: Te
     assert {name for name, _ in FEATURES} == {"alex", "vgg"}
 
 
-def test_gradients_reach_pictures_and_not_networks(
-    networks: PerceptualNetworks, photo: Tensor
-) -> None:
+def test_gradients_reach_pictures_and_not_networks(networks, photo):
     image = (0.5 * photo).requires_grad_()
     found = networks.compare(image, photo, view(window=96), frozenset({"alex", "vgg", "features"}))
     assert found.alex is not None and found.vgg is not None
@@ -107,7 +103,7 @@ def test_gradients_reach_pictures_and_not_networks(
     assert not any(x.requires_grad for x in (*networks.parameters(), *found.wanted))
 
 
-def test_views_reach_every_phase_and_stay_inside() -> None:
+def test_views_reach_every_phase_and_stay_inside():
     torch.manual_seed(0)
     shifts, windows = set(), set()
     for _ in range(3000):
@@ -121,7 +117,7 @@ def test_views_reach_every_phase_and_stay_inside() -> None:
     assert whole.window_side == 65 and int(whole.window.max()) <= 15
 
 
-def test_shares_of_aligned_and_coarse_views() -> None:
+def test_shares_of_aligned_and_coarse_views():
     torch.manual_seed(0)
     drawn = [draw_view(64, 0.5, 0.25, 64) for _ in range(400)]
     assert 150 < sum(v.shift is None for v in drawn) < 250
@@ -129,7 +125,7 @@ def test_shares_of_aligned_and_coarse_views() -> None:
     assert all(draw_view(64, 1.0, 0.0, 64).shift is None for _ in range(20))
 
 
-def test_coarse_views_do_not_feel_what_two_by_two_means_hide(networks: PerceptualNetworks) -> None:
+def test_coarse_views_do_not_feel_what_two_by_two_means_hide(networks):
     generator = torch.Generator().manual_seed(1)
     photo = functional.interpolate(torch.rand(1, 3, 6, 6, generator=generator), (96, 96)) - 0.5
     rows, columns = torch.meshgrid(torch.arange(96), torch.arange(96), indexing="ij")
@@ -142,7 +138,7 @@ def test_coarse_views_do_not_feel_what_two_by_two_means_hide(networks: Perceptua
     assert torch.equal(coarse.l1, fine.l1)
 
 
-def test_crops_that_are_too_small_are_refused(networks: PerceptualNetworks) -> None:
+def test_crops_that_are_too_small_are_refused(networks):
     active = frozenset({"alex"})
     for sides, halved, least in (((46, 48), False, 47), ((78, 80), True, 79)):
         tiny = torch.zeros(1, 3, *sides)

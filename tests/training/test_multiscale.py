@@ -80,7 +80,7 @@ def slow_cells(height: int, width: int) -> list[dict]:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (3, 3), (8, 5), (8, 8), (13, 7)])
-def test_scales_are_what_they_should_be(height: int, width: int) -> None:
+def test_scales_are_what_they_should_be(height, width):
     cells = slow_cells(height, width)
     plan = scale_plan(height, width, SIZE)
     where = {cell["cell"]: i for i, cell in enumerate(cells)}
@@ -96,7 +96,7 @@ def test_scales_are_what_they_should_be(height: int, width: int) -> None:
     assert set(plan.source[plan.source >= 0]) == set(np.flatnonzero(~finest))
 
 
-def test_logits_equal_the_oracle(model: IntTransformer, tmp_path: Path) -> None:
+def test_logits_equal_the_oracle(model, tmp_path):
     height, width = 3, 5
     tokens = random_tokens(height, width)
     cells = slow_cells(height, width)
@@ -121,7 +121,7 @@ def test_logits_equal_the_oracle(model: IntTransformer, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 3), (8, 5), (13, 7)])
-def test_maps_are_decoded_as_they_were(model: IntTransformer, height: int, width: int) -> None:
+def test_maps_are_decoded_as_they_were(model, height, width):
     coder = DirectCoder(model, lambda h, w: scale_plan(h, w, SIZE), SIZE)
     tokens = TokenMap((height, width), random_tokens(height, width))
     payload = coder.encode(tokens)
@@ -131,7 +131,7 @@ def test_maps_are_decoded_as_they_were(model: IntTransformer, height: int, width
     assert abs(len(payload) - (sum(part.sum() for part in bits) + 16) / 8) < 1.5
 
 
-def test_no_scale_knows_itself_or_finer_ones(model: IntTransformer) -> None:
+def test_no_scale_knows_itself_or_finer_ones(model):
     plan = scale_plan(6, 7, SIZE)
     tokens = random_tokens(6, 7)
     before = int_direct_logits(model, plan.entries, plan.payload(tokens), (6, 7))
@@ -145,7 +145,7 @@ def test_no_scale_knows_itself_or_finer_ones(model: IntTransformer) -> None:
     assert ((plan.payload(known) == UNKNOWN) == ((plan.stage == 1) | (plan.stage > 3))).all()
 
 
-def test_k_means_finds_clusters() -> None:
+def test_k_means_finds_clusters():
     torch.manual_seed(0)
     centres = torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0]])
     vectors = (centres[torch.arange(300) % 3] + 0.1 * torch.randn(300, 2))[torch.randperm(300)]
@@ -166,7 +166,7 @@ def smooth_directions(count: int, seed: int) -> list[torch.Tensor]:
     return grids
 
 
-def test_tokens_are_the_nearest_codes_of_what_is_left() -> None:
+def test_tokens_are_the_nearest_codes_of_what_is_left():
     torch.manual_seed(3)
     quantizer = ScaleQuantizer(torch.randn(2, SIZE, 3))
     grid = torch.nn.functional.normalize(torch.randn(2, 2, 3), dim=-1)
@@ -184,7 +184,7 @@ def test_tokens_are_the_nearest_codes_of_what_is_left() -> None:
         quantizer.tokens(torch.randn(3, 3, 3))
 
 
-def test_fitted_scales_describe_unseen_directions_better_than_fewer_scales() -> None:
+def test_fitted_scales_describe_unseen_directions_better_than_fewer_scales():
     quantizer = ScaleQuantizer.fit(smooth_directions(60, 0), SIZE)
     assert tuple(quantizer.codebooks.shape) == (4, SIZE, 3)
     cosines = []
@@ -200,7 +200,7 @@ def test_fitted_scales_describe_unseen_directions_better_than_fewer_scales() -> 
     assert cosines[0] < 0.7 < 0.95 < cosines[3]
 
 
-def test_codebooks_are_fitted_once(tmp_path: Path) -> None:
+def test_codebooks_are_fitted_once(tmp_path):
     photos = PhotoDirections(smooth_directions(40, 0), [i % 4 == 3 for i in range(40)])
     path = tmp_path / "run" / "codebooks.npy"
     first = ScaleQuantizer.stored(path, photos, SIZE)
@@ -210,7 +210,7 @@ def test_codebooks_are_fitted_once(tmp_path: Path) -> None:
     assert not ScaleQuantizer.stored(path, photos, SIZE).codebooks.any()
 
 
-def test_draws_are_whole_maps_of_one_shape() -> None:
+def test_draws_are_whole_maps_of_one_shape():
     photos = PhotoDirections(smooth_directions(40, 0), [i % 4 == 3 for i in range(40)])
     quantizer = ScaleQuantizer.fit(photos.directions, SIZE)
     maps = ScaleMaps(quantizer, photos)
@@ -238,15 +238,13 @@ def test_draws_are_whole_maps_of_one_shape() -> None:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory) -> Path:
     """Photos as `percov2 train data` stores them, more of them than a scale has codes (64)."""
     sizes = [((32, 50), (48, 32))[i % 2] for i in range(90)]
     return store_photos(tmp_path_factory.mktemp("photos"), sizes, 2)
 
 
-def test_directions_are_those_of_the_token_maps(
-    cache: Path, random_model: Path, tmp_path: Path
-) -> None:
+def test_directions_are_those_of_the_token_maps(cache, random_model, tmp_path):
     model = Codec.from_pretrained(random_model).model
     photos = photo_directions(model, "fine", cache)
     assert photos.held_out == [is_held_out(f"pic-{i}") for i in range(90)]
@@ -265,9 +263,7 @@ def test_directions_are_those_of_the_token_maps(
     assert 0.5 < several < 1
 
 
-def test_other_photos_of_the_same_sizes_are_told_apart(
-    cache: Path, random_model: Path, tmp_path: Path
-) -> None:
+def test_other_photos_of_the_same_sizes_are_told_apart(cache, random_model, tmp_path):
     model = Codec.from_pretrained(random_model).model
     run_tokens(random_model, cache, tmp_path / "maps.npz", "fine")
     maps = TokenMaps(tmp_path / "maps.npz").held_out
@@ -279,13 +275,7 @@ def test_other_photos_of_the_same_sizes_are_told_apart(
     assert same_tokens(model, "fine", PhotoDirections(others, right.held_out), maps) < 0.2
 
 
-def test_the_command_compares_explicit_var(
-    cache: Path,
-    random_model: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_command_compares_explicit_var(cache, random_model, tmp_path, capsys, monkeypatch):
     run_tokens(random_model, cache, tmp_path / "maps.npz", "fine")
     sizes = {"dim": 16, "heads": 2, "head_dim": 8, "layers": 1, "hidden": 16}
     config = EntropyConfig(model=sizes, shapes=((2, 3),), tokens_per_step=120)
@@ -315,7 +305,7 @@ def test_the_command_compares_explicit_var(
     whole = PhotoCrops.__init__
 
     def without_some(self: PhotoCrops, *arguments: object) -> None:
-        whole(self, *arguments)  # type: ignore[arg-type]
+        whole(self, *arguments)
         self.photos = self.photos[1:-10]
 
     monkeypatch.setattr(PhotoCrops, "__init__", without_some)

@@ -22,7 +22,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def published(tmp_path: Path) -> Path:
+def published(tmp_path) -> Path:
     return random_perco.save_pipeline(tmp_path / "published", 32)
 
 
@@ -51,13 +51,13 @@ def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
     random_perco.save_state(state, folder)
 
 
-def test_without_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_checkpoints(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     line = refused(tmp_path / "empty", capsys)
     assert "holds no hyper_enc/config.json" in line and "give a checkpoint" in line
 
 
-def test_an_existing_folder_is_kept(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_folder_is_kept(published, capsys):
     line = failure(capsys, "import-perco", published, published)
     assert "exists already; name a folder that does not" in line
     other = published.parent / "out.partial"
@@ -78,9 +78,7 @@ def test_an_existing_folder_is_kept(published: Path, capsys: pytest.CaptureFixtu
         (f"hyper_enc/{WEIGHTS}", "hyper_enc holds neither"),
     ],
 )
-def test_missing_files(
-    published: Path, capsys: pytest.CaptureFixture[str], missing: str, message: str
-) -> None:
+def test_missing_files(published, capsys, missing, message):
     place = published / missing
     shutil.rmtree(place) if place.is_dir() else place.unlink()
     assert re.search(message, refused(published, capsys))
@@ -98,16 +96,14 @@ def test_missing_files(
         ({"in_channels": 16}, "in_channels is 4, but the hyper-encoder reads 16"),
     ],
 )
-def test_other_hyper_encoders(
-    published: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
-) -> None:
+def test_other_hyper_encoders(published, capsys, changes, message):
     change_config(published / "hyper_enc" / "config.json", **changes)
     if "in_channels" in changes:
         change_tensors(published / "hyper_enc", backbone__0__weight=torch.zeros(8, 16, 1, 1))
     assert message in refused(published, capsys)
 
 
-def test_configs_that_are_no_json(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_configs_that_are_no_json(published, capsys):
     path = published / "hyper_enc" / "config.json"
     path.write_text("{")
     assert f"{path} is not JSON" in refused(published, capsys)
@@ -115,7 +111,7 @@ def test_configs_that_are_no_json(published: Path, capsys: pytest.CaptureFixture
     assert f"{path} is not a JSON object" in refused(published, capsys)
 
 
-def test_tensors_that_do_not_fit(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensors_that_do_not_fit(published, capsys):
     change_tensors(published / "unet", conv_out__bias=None)
     assert "unet: the renamed tensors do not fit" in refused(published, capsys)
     change_tensors(published / "unet", conv_out__bias=torch.zeros(5))
@@ -128,7 +124,7 @@ def test_tensors_that_do_not_fit(published: Path, capsys: pytest.CaptureFixture[
     assert "missing body.3.body.0.bias" in refused(published, capsys)
 
 
-def test_a_damaged_file(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file(published, capsys):
     path = published / "unet" / WEIGHTS
     path.write_bytes(path.read_bytes()[:1000])
     assert f"{path} is damaged" in refused(published, capsys)
@@ -144,9 +140,7 @@ class Harmful:
         return os.mkdir, (str(self.witness),)
 
 
-def test_pickles_give_tensors_and_nothing_else(
-    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pickles_give_tensors_and_nothing_else(published, tmp_path, capsys):
     out = tmp_path / "plain"
     import_perco(published, out)
     home = published / "hyper_enc"
@@ -169,7 +163,7 @@ def test_pickles_give_tensors_and_nothing_else(
     assert "is not a state dict of tensors" in refused(published, capsys)
 
 
-def test_rates_are_named_and_ordered_by_their_bits(tmp_path: Path) -> None:
+def test_rates_are_named_and_ordered_by_their_bits(tmp_path):
     for grid in (8, 64, 16, 32):
         random_perco.save_checkpoint(tmp_path / f"z{grid}", grid)
     rates = [checkpoint.rate for checkpoint in find_checkpoints(tmp_path)]
@@ -182,14 +176,14 @@ def test_rates_are_named_and_ordered_by_their_bits(tmp_path: Path) -> None:
     assert [c.folder.name for c in find_checkpoints(tmp_path / "z16")] == ["z16"]
 
 
-def test_two_checkpoints_of_a_rate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_checkpoints_of_a_rate(tmp_path, capsys):
     folder = tmp_path / "twice"
     for name in ("a", "b"):
         random_perco.save_checkpoint(folder / name, 32)
     assert "both have rate r0313; import them into separate folders" in refused(folder, capsys)
 
 
-def test_a_named_base_model_is_not_copied(tmp_path: Path) -> None:
+def test_a_named_base_model_is_not_copied(tmp_path):
     checkpoint = random_perco.save_checkpoint(tmp_path / "checkpoint-50000", 8)
     random_perco.save_base(tmp_path / "base")
     out = tmp_path / "out"
@@ -198,9 +192,7 @@ def test_a_named_base_model_is_not_copied(tmp_path: Path) -> None:
     assert ModelConfig.load(out).base == str(tmp_path / "base")
 
 
-def test_hub_ids_are_kept_and_misspelt_folders_refused(
-    published: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hub_ids_are_kept_and_misspelt_folders_refused(published, capsys):
     out = published / "out"
     import_perco(published, out, "some/model")
     assert ModelConfig.load(out).base == "some/model"
@@ -211,9 +203,7 @@ def test_hub_ids_are_kept_and_misspelt_folders_refused(
     assert "lacks tokenizer" in refused(published, capsys, "--base", published)
 
 
-def test_a_relative_base_is_found_from_anywhere(
-    published: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_relative_base_is_found_from_anywhere(published, monkeypatch):
     monkeypatch.chdir(published)
     import_perco(published, published / "out", ".")
     assert ModelConfig.load(published / "out").base == str(published)

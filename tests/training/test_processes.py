@@ -39,7 +39,7 @@ def launch(processes: int, *arguments: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("runs")
     build(folder)
     (folder / "tokens").mkdir()
@@ -56,7 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.parametrize("stage", ["codec", "entropy"])
-def test_two_processes_equal_one_with_the_whole_batch(stage: str, runs: dict[str, Path]) -> None:
+def test_two_processes_equal_one_with_the_whole_batch(stage, runs):
     one, two = (checkpoint.read(runs[n] / stage / "checkpoint.pt") for n in ("one", "two"))
     assert one["step"] == two["step"] == STEPS
     for part in ("model", "ema"):
@@ -73,7 +73,7 @@ def test_two_processes_equal_one_with_the_whole_batch(stage: str, runs: dict[str
     assert one["side"] == two["side"] and one["generator"] == two["generator"]
 
 
-def test_a_run_leaves_its_group() -> None:
+def test_a_run_leaves_its_group():
     """Members that exit abort now and then (seen in 2 of 8 exits)."""
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,9 +32,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     [(ALEX, ""), (PIXELS, ""), (FEATURES + "\nmse = { weight = 1.0 }", "dial = {}")],
     ids=["alex", "pixels", "features and dial"],
 )
-def test_killed_and_resumed_equals_uninterrupted(
-    losses: str, extra: str, photo_cache: Path, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_equals_uninterrupted(losses, extra, photo_cache, tmp_path):
     config = written(tmp_path, config_text(ALL, extra, losses=losses))
     data = PhotoCrops(photo_cache)
     stage, loop = codec_stage(config, data)
@@ -61,7 +58,7 @@ def test_killed_and_resumed_equals_uninterrupted(
             assert int(state["step"]) == 4
 
 
-def test_a_step_trains_one_rate_and_logs_under_its_name(photo_cache: Path, tmp_path: Path) -> None:
+def test_a_step_trains_one_rate_and_logs_under_its_name(photo_cache, tmp_path):
     config, data = written(tmp_path, config_text(ALL)), PhotoCrops(photo_cache)
     stage, loop = codec_stage(config, data)
     generator = np.random.default_rng(3)
@@ -95,7 +92,7 @@ def test_a_step_trains_one_rate_and_logs_under_its_name(photo_cache: Path, tmp_p
     assert samples.size == (6 * 64, 4 * 64)
 
 
-def test_shares_of_the_steps() -> None:
+def test_shares_of_the_steps():
     configs = {"a": RateConfig(share=5), "b": RateConfig(share=3), "c": RateConfig(share=2)}
     generator = np.random.default_rng(0)
     drawn = [draw_rate(configs, generator) for _ in range(4000)]
@@ -106,7 +103,7 @@ def test_shares_of_the_steps() -> None:
     assert generator.bit_generator.state == state
 
 
-def test_rates_that_do_not_fit_are_refused(photo_cache: Path, tmp_path: Path) -> None:
+def test_rates_that_do_not_fit_are_refused(photo_cache, tmp_path):
     small = {"hyper_encoder": {"channels": 8, "hyper_channels": 8, "stride": 8}}
     with pytest.raises(ValueError, match="at least one rate"):
         build_rates({})
@@ -133,9 +130,7 @@ def test_rates_that_do_not_fit_are_refused(photo_cache: Path, tmp_path: Path) ->
             run_codec(config, photo_cache, tmp_path / "out", **runs)
 
 
-def test_a_rate_has_losses_and_views_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rate_has_losses_and_views_of_its_own(tmp_path, monkeypatch):
     photos = store_photos(tmp_path / "photos", [(96, 96)], 8)
     losses = ALEX + "\nvgg = { weight = 1.0, from_step = 4 }"
     text = config_text(["r031", "r010"], "aligned = 0.125\nwindow = 48", losses=losses)
@@ -162,9 +157,7 @@ def test_a_rate_has_losses_and_views_of_its_own(
     assert shares == {(48, 0.125, 0.0, 48), (96, 0.0, 0.75, 48)}
 
 
-def test_a_dial_starts_as_the_model_without_one_and_learns(
-    photo_cache: Path, tmp_path: Path
-) -> None:
+def test_a_dial_starts_as_the_model_without_one_and_learns(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     plain, _ = codec_stage(written(tmp_path, config_text(["r031"])), data)
     text = config_text(["r031"], "dial = {}", losses=ALEX + "\nmse = { weight = 2.0 }")
@@ -179,7 +172,7 @@ def test_a_dial_starts_as_the_model_without_one_and_learns(
     assert not torch.equal(offsets[0], offsets[1])
 
 
-def test_realism_is_drawn_with_both_ends() -> None:
+def test_realism_is_drawn_with_both_ends():
     torch.manual_seed(0)
     config = CodecConfig(dial={}, realism_ends=(0.2, 0.5))
     drawn = config.draw_realism(10000)
@@ -194,7 +187,7 @@ def test_realism_is_drawn_with_both_ends() -> None:
         CodecConfig(realism_ends=(0.6, 0.5))
 
 
-def test_sources_change_how_often_photos_are_drawn(photo_cache: Path, tmp_path: Path) -> None:
+def test_sources_change_how_often_photos_are_drawn(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     first = data.photos[0].key
     alone = {photo.key: 0.0 for photo in data.photos if not photo.key.startswith(first)}
@@ -215,7 +208,7 @@ def test_sources_change_how_often_photos_are_drawn(photo_cache: Path, tmp_path: 
         data.weighing({photo.key: 0.0 for photo in data.photos})
 
 
-def test_export_of_three_rates_compresses_and_restores(photo_cache: Path, tmp_path: Path) -> None:
+def test_export_of_three_rates_compresses_and_restores(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     config = written(tmp_path, config_text(["r031"], steps=2))
     stage, loop = codec_stage(config, data)

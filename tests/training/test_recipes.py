@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import percov2.training
-from percov2.models.config import PAPER_RATES, Rate
+from percov2.models.config import PAPER_RATES
 from percov2.training.sd3.commands import sd3_config
 from percov2.training.settings import build_config, read_recipe, read_section
 from percov2.training.stage2 import EntropyConfig
@@ -35,7 +35,7 @@ def written(folder: Path) -> Path:
     return path
 
 
-def test_recipes_replace_settings_table_by_table_in_their_order(tmp_path: Path) -> None:
+def test_recipes_replace_settings_table_by_table_in_their_order(tmp_path):
     path = written(tmp_path)
     plain = {"steps": 5, "loop": {"rate": 1.0, "clip": 2.0}}
     long = {"steps": 50, "loop": {"rate": 0.5, "clip": 2.0}}
@@ -45,24 +45,24 @@ def test_recipes_replace_settings_table_by_table_in_their_order(tmp_path: Path) 
     assert read_recipe(path, "phase", "long,new") == both
 
 
-def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+def test_a_missing_recipe_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no \[phase.recipes.x\]; it has \['long', 'new'\]"):
         read_recipe(written(tmp_path), "phase", "long,x")
 
 
-def test_sd3_without_a_recipe_has_no_rate() -> None:
+def test_sd3_without_a_recipe_has_no_rate():
     with pytest.raises(ValueError, match="has no rate; choose a recipe"):
         sd3_config(SD3)
 
 
-def test_sd3_has_a_recipe_and_an_entropy_rate_for_each_of_the_papers_rates() -> None:
+def test_sd3_has_a_recipe_and_an_entropy_rate_for_each_of_the_papers_rates():
     names = [rate.name for rate in PAPER_RATES]
     assert list(read_section(SD3, "sd3")["recipes"]) == names
     assert list(read_section(SD3, "entropy")["rates"]) == names
 
 
 @pytest.mark.parametrize("rate", PAPER_RATES, ids=lambda rate: rate.name)
-def test_sd3_recipes_follow_the_paper(rate: Rate) -> None:
+def test_sd3_recipes_follow_the_paper(rate):
     config, loop = sd3_config(SD3, rate.name)
     assert config.rate == rate
     bits_per_pixel = math.log2(rate.codebook_size) / rate.token_side**2

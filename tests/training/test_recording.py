@@ -53,7 +53,7 @@ class Toy:
         return places, repeat
 
 
-def test_repeated_steps_do_what_usual_ones_do() -> None:
+def test_repeated_steps_do_what_usual_ones_do():
     usual, toy = Toy(), Toy()
     recorded = RecordedSteps(toy.step, toy.record)
     generator = torch.Generator().manual_seed(0)
@@ -69,7 +69,7 @@ def test_repeated_steps_do_what_usual_ones_do() -> None:
         assert float(figures["x"]) == pytest.approx(float(expected["x"]), abs=1e-6)
 
 
-def test_every_kind_and_shape_is_recorded_for_itself() -> None:
+def test_every_kind_and_shape_is_recorded_for_itself():
     recordings = []
     toy = Toy()
 
@@ -111,9 +111,7 @@ def meta_stage(folder: Path, data: PhotoCrops) -> CodecStage:
 
 
 @pytest.mark.parametrize("rate", ALL)
-def test_a_step_of_the_joint_phase_reads_nothing_back(
-    rate: str, photo_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_of_the_joint_phase_reads_nothing_back(rate, photo_cache, tmp_path, monkeypatch):
     # The cast of the discriminator asks for the device type, of which meta is none.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     autocast = torch.autocast
@@ -138,7 +136,7 @@ def test_a_step_of_the_joint_phase_reads_nothing_back(
     assert {f"l1_{rate}", f"lpips_{rate}", "adversarial_pixels", "discriminator_features"} <= own
 
 
-def test_only_what_can_be_recorded_is(photo_cache: Path, tmp_path: Path) -> None:
+def test_only_what_can_be_recorded_is(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     for text, recordable in (
         (config_text(["r031"]), False),
@@ -154,7 +152,7 @@ def test_only_what_can_be_recorded_is(photo_cache: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_recording_without_a_device_is_refused(photo_cache: Path, tmp_path: Path) -> None:
+def test_recording_without_a_device_is_refused(photo_cache, tmp_path):
     text = config_text(["r031"], "frozen_tokens = true")
     stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
     with pytest.raises(ValueError, match="needs a CUDA device"):
@@ -172,7 +170,7 @@ def stepped(optimizer: torch.optim.Optimizer, weight: Tensor, steps: int) -> Ten
 @pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)], ids=["cpu", "cuda"]
 )
-def test_optimizers_go_on_with_and_without_recording(device: str) -> None:
+def test_optimizers_go_on_with_and_without_recording(device):
     start = torch.tensor([1.0, -2.0], device=device)
     recorded = (False,) if device == "cpu" else (False, True)  # only CUDA devices record
 
@@ -196,7 +194,7 @@ def test_optimizers_go_on_with_and_without_recording(device: str) -> None:
         assert torch.allclose(stepped(second, weight, 2), expected, atol=1e-6)
 
 
-def test_a_loss_that_is_not_finite_is_noticed() -> None:
+def test_a_loss_that_is_not_finite_is_noticed():
     run: Any = SimpleNamespace(losses=[torch.tensor(1.0), torch.tensor(2.0)], step=2)
     loop._Run.check(run)
     assert run.losses == []
@@ -206,7 +204,7 @@ def test_a_loss_that_is_not_finite_is_noticed() -> None:
 
 
 @pytest.mark.cuda
-def test_recorded_training_learns_and_resumes(photo_cache: Path, tmp_path: Path) -> None:
+def test_recorded_training_learns_and_resumes(photo_cache, tmp_path):
     text = config_text(["r031", "r010"], "frozen_tokens = true", 60, PIXELS)
     text = text.replace("log_every = 2", "log_every = 10, record = true")
     stage, settings = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
@@ -229,7 +227,7 @@ def test_recorded_training_learns_and_resumes(photo_cache: Path, tmp_path: Path)
 
 
 @pytest.mark.cuda
-def test_a_recorded_step_is_the_usual_one(photo_cache: Path, tmp_path: Path) -> None:
+def test_a_recorded_step_is_the_usual_one(photo_cache, tmp_path):
     # Without noise, shifts and dropout nothing is random but the crops.
     plain = "frozen_tokens = true\naligned = 1.0\none_step = 1.0\ncaption_dropout = 0.0\n"
     text = config_text(["r031"], plain, 12).replace("log_every = 2", "log_every = 1")

@@ -34,7 +34,7 @@ PROMPT = torch.randn(1, 9, 32), torch.randn(1, 20)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sd3")
     build(folder)
     return folder
@@ -62,11 +62,11 @@ def equal(a: object, b: object) -> bool:
     if isinstance(a, dict):
         return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))  # type: ignore[arg-type]
+        return len(a) == len(b) and all(map(equal, a, b))
     return a == b
 
 
-def test_the_loss_is_what_plain_statements_say(folder: Path, tmp_path: Path) -> None:
+def test_the_loss_is_what_plain_statements_say(folder, tmp_path):
     config = write_config(tmp_path / "c.toml", folder / "base", vq_weight="0.5")
     stage = make_stage(config, folder / "shards")
     torch.nn.init.normal_(stage.networks.flow.pos_embed.proj.weight, std=0.2)
@@ -104,7 +104,7 @@ def test_the_loss_is_what_plain_statements_say(folder: Path, tmp_path: Path) -> 
     assert loss.item() == pytest.approx(flow + 0.5 * vq + 0.5 * lpips, rel=1e-4)
 
 
-def test_lpips_reaches_the_latents_through_the_decoder(folder: Path, tmp_path: Path) -> None:
+def test_lpips_reaches_the_latents_through_the_decoder(folder, tmp_path):
     config = write_config(tmp_path / "c.toml", folder / "base")
     frozen = make_stage(config, folder / "shards").frozen
     latents = torch.randn(1, 16, 4, 4, requires_grad=True)
@@ -113,7 +113,7 @@ def test_lpips_reaches_the_latents_through_the_decoder(folder: Path, tmp_path: P
     assert all(p.grad is None for p in frozen.base.autoencoder().parameters())
 
 
-def test_what_chance_decides_about_samples() -> None:
+def test_what_chance_decides_about_samples():
     def drawn(dropout: float) -> list:
         generators = (np.random.default_rng([7, i]) for i in range(3000))
         return [_draw(Sample(np.zeros(0), "words", g), dropout, 16) for g in generators]
@@ -130,9 +130,7 @@ def test_what_chance_decides_about_samples() -> None:
 
 
 @pytest.mark.parametrize("trained", ["full", "lora", "patch_embedding"])
-def test_only_the_chosen_part_learns_and_it_starts_as_the_base(
-    trained: str, folder: Path, tmp_path: Path
-) -> None:
+def test_only_the_chosen_part_learns_and_it_starts_as_the_base(trained, folder, tmp_path):
     config = write_config(tmp_path / "c.toml", folder / "base", trained)
     stage = make_stage(config, folder / "shards")
     flow = stage.networks.flow
@@ -158,9 +156,7 @@ def test_only_the_chosen_part_learns_and_it_starts_as_the_base(
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
-def test_stage_1_killed_and_resumed_equals_uninterrupted(
-    trained: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_1_killed_and_resumed_equals_uninterrupted(trained, folder, tmp_path, monkeypatch):
     path = write_config(tmp_path / "c.toml", folder / "base", trained, 2)
     loop = dataclasses.replace(commands.sd3_config(path)[1], checkpoint_seconds=0.0)
     stage = make_stage(path, folder / "shards")
@@ -193,9 +189,7 @@ def test_stage_1_killed_and_resumed_equals_uninterrupted(
     assert not equal(once["model"], once["ema"])
 
 
-def test_stage_2_killed_and_resumed_equals_uninterrupted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stage_2_killed_and_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     (tmp_path / "tokens").mkdir()
     for part in range(2):  # a folder, as `shard-tokens` writes it
@@ -230,7 +224,7 @@ def test_stage_2_killed_and_resumed_equals_uninterrupted(
     assert all(equal(once[key], twice[key]) for key in once.keys() - {"minutes"})
 
 
-def test_low_rank_updates_are_the_base_plus_a_product() -> None:
+def test_low_rank_updates_are_the_base_plus_a_product():
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"a": torch.nn.ModuleDict({"to_q": torch.nn.Linear(6, 5)})})
     names = add_low_rank(model, ("to_q",), 2, 3.0)
@@ -257,16 +251,14 @@ def test_low_rank_updates_are_the_base_plus_a_product() -> None:
         ({"log_every": "0"}, "log_every must be at least 1"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_training(
-    changes: dict[str, str], message: str, tmp_path: Path
-) -> None:
+def test_settings_that_cannot_work_are_refused_before_training(changes, message, tmp_path):
     path = write_config(tmp_path / "c.toml", tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
         commands.sd3_config(path)
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])
-def test_from_a_run_to_files(trained: str, folder: Path, tmp_path: Path) -> None:
+def test_from_a_run_to_files(trained, folder, tmp_path):
     path = write_config(tmp_path / "c.toml", folder / "base", trained, steps="2", ema="0.01")
     (tmp_path / "pictures").mkdir()
     photo = Image.fromarray(np.random.default_rng(5).integers(0, 256, (40, 60, 3), np.uint8))
@@ -310,7 +302,7 @@ def test_from_a_run_to_files(trained: str, folder: Path, tmp_path: Path) -> None
     )
 
 
-def test_a_folder_takes_further_rates_of_the_same_base(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_takes_further_rates_of_the_same_base(folder, tmp_path):
     path = write_config(tmp_path / "a.toml", folder / "base", "patch_embedding", steps="1")
     with path.open("a") as file:
         file.write(

@@ -24,7 +24,7 @@ from tools.photo_shards import add_member, write_shard
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def shards(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("shards")
     for seed in range(3):
         write_shard(folder / f"s-{seed}.tar", 7 + seed, seed)
@@ -39,7 +39,7 @@ def walk(streams: ShardStreams, stream: int, count: int) -> list[Sample]:
     return found
 
 
-def test_members_are_those_of_webdataset(shards: list[Path], tmp_path: Path) -> None:
+def test_members_are_those_of_webdataset(shards, tmp_path):
     odd = tmp_path / "odd.tar"
     with tarfile.open(odd, "w") as tar:
         add_member(tar, "a/b.c.jpg", b"x")  # the key of a name ends at its first dot
@@ -57,7 +57,7 @@ def test_members_are_those_of_webdataset(shards: list[Path], tmp_path: Path) -> 
     assert read_member(shards[0], shard_members(shards[0])[1])[1] == ("a door", "a red door")
 
 
-def test_a_stream_sees_every_photo_of_its_shards_once_a_round(shards: list[Path]) -> None:
+def test_a_stream_sees_every_photo_of_its_shards_once_a_round(shards):
     streams = ShardStreams(shards, 2, 8, 8, seed=5)
     for stream, own in ((0, (shards[0], shards[2])), (1, (shards[1],))):
         keys = [m.key for shard in own for m in shard_members(shard) if not is_held_out(m.key)]
@@ -73,14 +73,14 @@ def test_a_stream_sees_every_photo_of_its_shards_once_a_round(shards: list[Path]
         assert [m.key for m in again] != seen[: len(again)]
 
 
-def test_streams_that_share_a_shard_deal_it_among_them(shards: list[Path]) -> None:
+def test_streams_that_share_a_shard_deal_it_among_them(shards):
     streams = ShardStreams(shards[:1], 3, 8, 8, seed=5)
     dealt = [[m.key for m in streams._shard(i, Position())[1]] for i in range(3)]
     keys = [m.key for m in shard_members(shards[0]) if not is_held_out(m.key)]
     assert sorted(key for own in dealt for key in own) == sorted(keys)
 
 
-def test_held_out_photos_are_never_drawn(tmp_path: Path) -> None:
+def test_held_out_photos_are_never_drawn(tmp_path):
     write_shard(tmp_path / "many.tar", 200, 9, side=8)
     members = shard_members(tmp_path / "many.tar")
     held = {m.key for m in members if is_held_out(m.key)}
@@ -93,7 +93,7 @@ def test_held_out_photos_are_never_drawn(tmp_path: Path) -> None:
     assert drawn == {m.key for m in members} - held
 
 
-def test_crops_are_reproducible_parts_of_photos(shards: list[Path]) -> None:
+def test_crops_are_reproducible_parts_of_photos(shards):
     streams = ShardStreams(shards, 2, 40, 48, seed=3)
     first, again = walk(streams, 0, 9), walk(ShardStreams(shards, 2, 40, 48, seed=3), 0, 9)
     for a, b in zip(first, again, strict=True):
@@ -104,7 +104,7 @@ def test_crops_are_reproducible_parts_of_photos(shards: list[Path]) -> None:
     assert not all(np.array_equal(a.pixels, b.pixels) for a, b in zip(first, other, strict=True))
 
 
-def test_a_crop_that_needs_no_scaling_is_a_part_of_its_photo(tmp_path: Path) -> None:
+def test_a_crop_that_needs_no_scaling_is_a_part_of_its_photo(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 40, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "png")
@@ -117,7 +117,7 @@ def test_a_crop_that_needs_no_scaling_is_a_part_of_its_photo(tmp_path: Path) -> 
     assert {windows[crop] for crop in found} == {False, True} and len(set(found)) > 6
 
 
-def test_batches_do_not_depend_on_processes_or_parts(shards: list[Path]) -> None:
+def test_batches_do_not_depend_on_processes_or_parts(shards):
     def batches(processes: int, parts: int) -> list[bytes]:
         streams = ShardStreams(shards, 4, 24, 32, seed=1)
         feeds = [CropFeed(streams, p, processes, parts) for p in range(processes)]
@@ -133,7 +133,7 @@ def test_batches_do_not_depend_on_processes_or_parts(shards: list[Path]) -> None
     assert alone == batches(2, 1) == batches(1, 2) == batches(2, 2) == batches(4, 1)
 
 
-def test_a_feed_goes_on_from_stored_positions(shards: list[Path]) -> None:
+def test_a_feed_goes_on_from_stored_positions(shards):
     streams = ShardStreams(shards, 4, 24, 32, seed=1)
     feed = CropFeed(streams)
     for _ in range(3):
@@ -154,7 +154,7 @@ def test_a_feed_goes_on_from_stored_positions(shards: list[Path]) -> None:
         CropFeed(ShardStreams(shards, 2, 24, 32, 1)).go_to(stored)
 
 
-def test_damaged_and_small_photos_are_passed_over(tmp_path: Path) -> None:
+def test_damaged_and_small_photos_are_passed_over(tmp_path):
     shard = tmp_path / "bad.tar"
     write_shard(tmp_path / "good.tar", 2, 4)
     good = (tmp_path / "good.tar").read_bytes()
@@ -169,7 +169,7 @@ def test_damaged_and_small_photos_are_passed_over(tmp_path: Path) -> None:
         ShardStreams([shard], 1, 500, 500, 0).next(0, Position())
 
 
-def test_refusals(shards: list[Path], tmp_path: Path) -> None:
+def test_refusals(shards, tmp_path):
     with pytest.raises(ValueError, match=r"no \.tar"):
         ShardStreams([], 1, 8, 8, 0)
     with pytest.raises(ValueError, match="at least the crops' side of 8"):

@@ -62,7 +62,7 @@ def smooth_map(height: int, width: int, seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def token_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokens") / "tokens.npz"
     sizes = [(8, 12), (14, 14), (10, 8), (5, 9)]
     maps = {f"tokens_{i}": smooth_map(*sizes[i % 4], seed=i) for i in range(48)}
@@ -232,7 +232,7 @@ def test_random_stages_are_orders():
         assert result.dtype == np.int32
 
 
-def test_draws_fit_and_hold_out_maps(token_file: Path):
+def test_draws_fit_and_hold_out_maps(token_file):
     data = TokenMaps(token_file)
     assert [grid.shape for grid in data.held_out] == [(5, 9)] * 3
     assert np.array_equal(data.held_out[1], smooth_map(5, 9, seed=31))
@@ -244,7 +244,7 @@ def test_draws_fit_and_hold_out_maps(token_file: Path):
     assert tuple(batch.rows.shape) == (9, 6)
 
 
-def test_broken_token_files_are_refused(tmp_path: Path):
+def test_broken_token_files_are_refused(tmp_path):
     path = tmp_path / "tokens.npz"
     np.savez(path, tokens_0=np.zeros((2, 2), np.int32))
     with pytest.raises(ValueError, match="codebook_size"):
@@ -261,7 +261,7 @@ def test_broken_token_files_are_refused(tmp_path: Path):
             TokenMaps(path)
 
 
-def test_a_run_resumes_exactly_and_exports(token_file: Path, tmp_path: Path):
+def test_a_run_resumes_exactly_and_exports(token_file, tmp_path):
     loop = LoopConfig(steps=10, learning_rate=2e-3, warmup=2, log_every=2, precision="bf16")
     data = TokenMaps(token_file)
     for stop in (7, None):
@@ -283,7 +283,7 @@ def test_a_run_resumes_exactly_and_exports(token_file: Path, tmp_path: Path):
     assert (tmp_path / "whole" / "held_out.csv").read_text().startswith("step,bits\n10,")
 
 
-def test_a_run_that_is_not_finished_exports_nothing(token_file: Path, tmp_path: Path):
+def test_a_run_that_is_not_finished_exports_nothing(token_file, tmp_path):
     loop = LoopConfig(steps=10, learning_rate=2e-3, warmup=2)
     assert train_entropy(CONFIG, loop, token_file, tmp_path, minutes=0.0) is None
     assert not (tmp_path / "entropy").exists()

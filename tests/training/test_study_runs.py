@@ -55,7 +55,7 @@ def ramp(height: int, width: int, seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def token_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("tokens") / "tokens.npz"
     sizes = [(6, 7), (5, 6), (4, 4)]
     maps = {f"tokens_{i}": ramp(*sizes[i % 3], seed=i) for i in range(40)}
@@ -64,15 +64,15 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def shared(token_file: Path, tmp_path_factory: pytest.TempPathFactory) -> SharedRun:
+def shared(token_file, tmp_path_factory) -> SharedRun:
     folder = tmp_path_factory.mktemp("shared")
     train_entropy(CONFIG, LOOP, token_file, folder, schedules=())
     return shared_run(folder, IntTransformer.load(folder / "entropy").fingerprint())
 
 
-def test_a_shared_run_is_known_by_what_it_made(shared: SharedRun, tmp_path: Path) -> None:
+def test_a_shared_run_is_known_by_what_it_made(shared, tmp_path):
     assert (shared.config, shared.loop) == (
-        EntropyConfig(model=SIZES, shapes=[[5, 6], [4, 4]], tokens_per_step=256),  # type: ignore[arg-type]
+        EntropyConfig(model=SIZES, shapes=[[5, 6], [4, 4]], tokens_per_step=256),
         LOOP,
     )
     with pytest.raises(ValueError, match="not 00000000: give the run of the rate"):
@@ -81,16 +81,14 @@ def test_a_shared_run_is_known_by_what_it_made(shared: SharedRun, tmp_path: Path
         shared_run(tmp_path, bytes(32))
 
 
-def test_every_draw_is_of_the_one_order(token_file: Path) -> None:
+def test_every_draw_is_of_the_one_order(token_file):
     config = EntropyConfig(real_orders=1.0, default_orders=1.0, tokens_per_step=256)
     batch = OneOrder(token_file, ORDER).draw(np.random.default_rng(0), (6, 7), config)
     assert len(batch.stages) > 4
     assert all(np.array_equal(stages, ORDER(6, 7)) for stages in batch.stages)
 
 
-def test_fine_tuning_starts_from_the_shared_weights(
-    shared: SharedRun, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fine_tuning_starts_from_the_shared_weights(shared, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "_FINE_RATE", 0.0)
     still = fine_tuned(shared, token_file, ORDER, 2, tmp_path)
     before = IntTransformer.load(shared.folder / "entropy")
@@ -98,9 +96,7 @@ def test_fine_tuning_starts_from_the_shared_weights(
         assert same(still.tensors[name], before.tensors[name])
 
 
-def test_fine_tuning_saves_bits_and_is_done_once(
-    shared: SharedRun, token_file: Path, tmp_path: Path
-) -> None:
+def test_fine_tuning_saves_bits_and_is_done_once(shared, token_file, tmp_path):
     tuned = fine_tuned(shared, token_file, ORDER, 40, tmp_path)
     maps = TokenMaps(token_file).held_out
     stage = EntropyStage(CONFIG, OneOrder(token_file, ORDER))
@@ -123,9 +119,7 @@ def test_fine_tuning_saves_bits_and_is_done_once(
     assert (tmp_path / "log.csv").read_text() == written
 
 
-def test_a_run_is_not_taken_for_another_one(
-    shared: SharedRun, token_file: Path, tmp_path: Path
-) -> None:
+def test_a_run_is_not_taken_for_another_one(shared, token_file, tmp_path):
     first = fine_tuned(shared, token_file, ORDER, 2, tmp_path / "run")
     others = {
         "steps": (shared, token_file, ORDER, 3),
@@ -150,17 +144,13 @@ def test_a_run_is_not_taken_for_another_one(
         fine_tuned(shared, token_file, ORDER, 2, tmp_path / "run")
 
 
-def test_an_interrupted_run_says_so(
-    shared: SharedRun, token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_run_says_so(shared, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "trained_model", lambda *arguments: None)
     with pytest.raises(RuntimeError, match="interrupted before step 7; start it again"):
         fine_tuned(shared, token_file, ORDER, 7, tmp_path)
 
 
-def test_the_masked_model_is_of_equal_size_and_learns(
-    shared: SharedRun, token_file: Path, tmp_path: Path
-) -> None:
+def test_the_masked_model_is_of_equal_size_and_learns(shared, token_file, tmp_path):
     longer = replace(shared, loop=replace(LOOP, steps=150))
     model = masked_model(longer, token_file, tmp_path)
     other = IntTransformer.load(shared.folder / "entropy")
@@ -176,9 +166,7 @@ def test_the_masked_model_is_of_equal_size_and_learns(
 
 
 @pytest.fixture(scope="module")
-def model_folder(
-    shared: SharedRun, random_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def model_folder(shared, random_model, tmp_path_factory) -> Path:
     """The random model with the shared run's entropy model."""
     folder = tmp_path_factory.mktemp("model") / "trained"
     shutil.copytree(random_model, folder)
@@ -188,13 +176,8 @@ def model_folder(
 
 
 def test_the_command_trains_what_it_compares(
-    token_file: Path,
-    model_folder: Path,
-    shared: SharedRun,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    token_file, model_folder, shared, tmp_path, capsys, monkeypatch
+):
     few = {name: STUDY_SCHEDULES[name] for name in ("var", "var_every_side", "raster")}
     monkeypatch.setattr("percov2.evaluation.study.comparison.STUDY_SCHEDULES", few)
     command = ("eval", "entropy", "--data", token_file, "--model", model_folder, "--rate", "fine")

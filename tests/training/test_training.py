@@ -44,7 +44,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     with tarfile.open(folder / "photos-000.tar", "w") as tar:
@@ -60,13 +60,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("config") / "test.toml"
     path.write_text(CONFIG)
     return path
 
 
-def test_cache_holds_the_decoded_photos(cache: Path) -> None:
+def test_cache_holds_the_decoded_photos(cache):
     data = PhotoCrops(cache)
     assert [(p.height, p.width) for p in data.photos] == [(48, 64), (64, 48), (32, 40)]
     assert data.photos[0].captions == ("a red door", "a blue door")
@@ -76,7 +76,7 @@ def test_cache_holds_the_decoded_photos(cache: Path) -> None:
         assert np.array_equal(data.pixels(photo), expected)
 
 
-def test_crops_are_parts_of_photos_at_native_resolution(cache: Path) -> None:
+def test_crops_are_parts_of_photos_at_native_resolution(cache):
     data = PhotoCrops(cache)
     images, captions = data.batch(np.random.default_rng(5), 6, 32)
     assert images.shape == (6, 3, 32, 32) and len(captions) == 6
@@ -91,7 +91,7 @@ def test_crops_are_parts_of_photos_at_native_resolution(cache: Path) -> None:
     assert any(contains(p) or contains(p[:, ::-1]) for p in photos)
 
 
-def test_crops_cut_on_the_device_are_those_cut_from_the_map(cache: Path) -> None:
+def test_crops_cut_on_the_device_are_those_cut_from_the_map(cache):
     here = PhotoCrops(cache)
     there = here.on(torch.device("cpu"))
     there._upload()  # as `on` does for a GPU
@@ -101,7 +101,7 @@ def test_crops_cut_on_the_device_are_those_cut_from_the_map(cache: Path) -> None
         assert torch.equal(crops, expected) and same == captions
 
 
-def test_photos_with_captions_can_be_chosen(cache: Path) -> None:
+def test_photos_with_captions_can_be_chosen(cache):
     chosen = PhotoCrops(cache).with_captions()
     assert [photo.key for photo in chosen.photos] == ["pic-0"]
     assert set(chosen.batch(np.random.default_rng(0), 20, 32)[1]) == {"a red door", "a blue door"}
@@ -111,7 +111,7 @@ def test_photos_with_captions_can_be_chosen(cache: Path) -> None:
         chosen.with_captions()
 
 
-def test_held_out_photos_are_never_drawn(tmp_path: Path) -> None:
+def test_held_out_photos_are_never_drawn(tmp_path):
     keys = [f"photo-{i}" for i in range(40)]
     held_out = [key for key in keys if hashlib.sha256(key.encode()).digest()[0] < 22]
     assert "photo-2" in held_out and 2 <= len(held_out) <= 6
@@ -133,7 +133,7 @@ def test_held_out_photos_are_never_drawn(tmp_path: Path) -> None:
     assert torch.equal(images, red.flip(1).expand_as(images))
 
 
-def test_data_refusals(cache: Path, tmp_path: Path) -> None:
+def test_data_refusals(cache, tmp_path):
     with pytest.raises(ValueError, match="percov2 train data"):
         PhotoCrops(tmp_path)
     with pytest.raises(ValueError, match=r"part must be one of .* not 'test'"):
@@ -150,7 +150,7 @@ def test_data_refusals(cache: Path, tmp_path: Path) -> None:
         decode_shards([tmp_path / "empty.tar"], tmp_path / "cache")
 
 
-def test_config_refusals(config: Path, cache: Path, tmp_path: Path) -> None:
+def test_config_refusals(config, cache, tmp_path):
     with pytest.raises(ValueError, match="no \\[entropies\\]"):
         read_section(config, "entropies")
     typo = tmp_path / "typo.toml"
@@ -165,9 +165,7 @@ def _stage(kind: str, config: Path, data: PhotoCrops) -> tuple[TrainingStage, ob
 
 
 @pytest.mark.parametrize("kind", ["autoencoder", "codec"])
-def test_killed_and_resumed_equals_uninterrupted(
-    kind: str, config: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_killed_and_resumed_equals_uninterrupted(kind, config, cache, tmp_path):
     data = PhotoCrops(cache)
     stage, loop = _stage(kind, config, data)
     before = {k: v.clone() for k, v in stage.state_dict().items()}
@@ -190,9 +188,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len(lines) == 5 and lines[0].startswith(f"step,seconds,{names}")
 
 
-def test_checkpoints_of_earlier_versions_are_gone_on_with(
-    config: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_checkpoints_of_earlier_versions_are_gone_on_with(config, cache, tmp_path):
     """They hold neither other processes' draws nor a state beside the weights."""
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     for out, steps in ((whole, 4), (parted, 2)):
@@ -207,26 +203,22 @@ def test_checkpoints_of_earlier_versions_are_gone_on_with(
     assert all(torch.equal(got[key], value) for key, value in expected.items())
 
 
-def test_missing_checkpoint_is_explained(config: Path, cache: Path, tmp_path: Path) -> None:
+def test_missing_checkpoint_is_explained(config, cache, tmp_path):
     stage, _ = _stage("autoencoder", config, PhotoCrops(cache))
     with pytest.raises(ValueError, match="train this stage first"):
         load_averaged(tmp_path, stage)
 
 
-def test_a_loss_that_is_not_finite_stops_training(
-    config: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_a_loss_that_is_not_finite_stops_training(config, cache, tmp_path):
     stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
     with torch.no_grad():
         next(stage.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 0"):
-        train(stage, loop, tmp_path)  # type: ignore[arg-type]
+        train(stage, loop, tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_between_steps_with_a_checkpoint(
-    number: signal.Signals, config: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_a_signal_ends_a_run_between_steps_with_a_checkpoint(number, config, cache, tmp_path):
     stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
     before = signal.getsignal(number)
     forward, calls = stage.forward, []
@@ -237,27 +229,25 @@ def test_a_signal_ends_a_run_between_steps_with_a_checkpoint(
             signal.raise_signal(number)
         return forward(generator)
 
-    stage.forward = interrupted  # type: ignore[method-assign]
-    assert train(stage, loop, tmp_path) == 2  # type: ignore[arg-type]
+    stage.forward = interrupted
+    assert train(stage, loop, tmp_path) == 2
     assert signal.getsignal(number) == before
     fresh, _ = _stage("autoencoder", config, PhotoCrops(cache))
     assert load_averaged(tmp_path, fresh) == 2
 
 
-def test_a_run_of_more_processes_is_not_resumed_by_one(
-    config: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_a_run_of_more_processes_is_not_resumed_by_one(config, cache, tmp_path):
     stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
-    train(stage, loop, tmp_path, stop_after_steps=1)  # type: ignore[arg-type]
+    train(stage, loop, tmp_path, stop_after_steps=1)
     path = tmp_path / "checkpoint.pt"
     state = checkpoint.read(path)
     state["other_processes"] = [{k: state[k] for k in ("generator", "torch_rng")}]
     checkpoint.write(path, state)
     with pytest.raises(ValueError, match="2 processes"):
-        train(stage, loop, tmp_path)  # type: ignore[arg-type]
+        train(stage, loop, tmp_path)
 
 
-def test_learning_rates() -> None:
+def test_learning_rates():
     cosine = LoopConfig(steps=110, learning_rate=1.0, warmup=10)
     constant = LoopConfig(steps=110, learning_rate=1.0, warmup=10, schedule="constant")
     for config in (cosine, constant):
@@ -271,4 +261,4 @@ def test_learning_rates() -> None:
     assert rates == pytest.approx([1.0, 0.51, 0.02, 0.02])
     for wrong in ({"schedule": "linear"}, {"accumulate": 0}, {"minutes": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            LoopConfig(steps=1, **wrong)  # type: ignore[arg-type]
+            LoopConfig(steps=1, **wrong)

@@ -23,7 +23,7 @@ def legacy(run: Path) -> None:
 
 
 @pytest.mark.parametrize("old_names", [False, True])
-def test_warm_start_loads_what_it_says(old_names: bool, photo_cache: Path, tmp_path: Path) -> None:
+def test_warm_start_loads_what_it_says(old_names, photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     first, loop = codec_stage(written(tmp_path, config_text(["r031"], steps=3)), data)
     train(first, loop, tmp_path / "first")
@@ -47,9 +47,7 @@ def test_warm_start_loads_what_it_says(old_names: bool, photo_cache: Path, tmp_p
         assert set(new) <= untouched
 
 
-def test_a_new_rate_starts_as_its_donor_on_coarser_latents(
-    photo_cache: Path, tmp_path: Path
-) -> None:
+def test_a_new_rate_starts_as_its_donor_on_coarser_latents(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     first, loop = codec_stage(written(tmp_path, config_text(["r031"], steps=1)), data)
     train(first, loop, tmp_path / "first")
@@ -67,7 +65,7 @@ def test_a_new_rate_starts_as_its_donor_on_coarser_latents(
         assert torch.allclose(r010.body[4](fine), r031.body[4](features), atol=1e-5)
 
 
-def test_frozen_tokens_stay_while_pictures_learn(photo_cache: Path, tmp_path: Path) -> None:
+def test_frozen_tokens_stay_while_pictures_learn(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     text = config_text(["r031", "r010"], "frozen_tokens = true")
     stage, loop = codec_stage(written(tmp_path, text), data)
@@ -89,9 +87,7 @@ def test_frozen_tokens_stay_while_pictures_learn(photo_cache: Path, tmp_path: Pa
     assert torch.equal(quantized.z_hat, rate.quantizer.lookup(tokens))
 
 
-def test_a_kept_codebook_stays_while_its_hyper_encoder_learns(
-    photo_cache: Path, tmp_path: Path
-) -> None:
+def test_a_kept_codebook_stays_while_its_hyper_encoder_learns(photo_cache, tmp_path):
     text = config_text(["r031", "r010"])
     text = text.replace("[codec.rates.r031]", "[codec.rates.r031]\ncodebook_decay = 1.0")
     stage, loop = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
@@ -105,7 +101,7 @@ def test_a_kept_codebook_stays_while_its_hyper_encoder_learns(
     assert any(k.startswith("rates.r031.hyper_encoder") for k in moved)
 
 
-def test_warm_start_refusals(photo_cache: Path, tmp_path: Path) -> None:
+def test_warm_start_refusals(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     stage, loop = codec_stage(written(tmp_path, config_text(["r031"], steps=1)), data)
     with pytest.raises(ValueError, match="codec run or of a model"):
@@ -122,7 +118,7 @@ def test_warm_start_refusals(photo_cache: Path, tmp_path: Path) -> None:
         start_from(stage, tmp_path / "first")
 
 
-def test_a_grown_decoder_starts_as_the_one_it_grew_from(photo_cache: Path, tmp_path: Path) -> None:
+def test_a_grown_decoder_starts_as_the_one_it_grew_from(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     text = config_text(["r031"])
     first, loop = codec_stage(written(tmp_path, text), data)
@@ -140,7 +136,7 @@ def test_a_grown_decoder_starts_as_the_one_it_grew_from(photo_cache: Path, tmp_p
     assert len(last) == 20 and all(value.any() for value in last.values())
 
 
-def test_a_smaller_decoder_learns_from_the_one_before(photo_cache: Path, tmp_path: Path) -> None:
+def test_a_smaller_decoder_learns_from_the_one_before(photo_cache, tmp_path):
     data = PhotoCrops(photo_cache)
     text = config_text(["r031"])
     config = written(tmp_path, text)
