@@ -8,7 +8,7 @@ from typing import Any
 
 from percov2.cli.faults import about
 from percov2.cli.info import read_file
-from percov2.cli.models import add_model, open_codec
+from percov2.cli.models import add_model, check_choices, open_codec
 from percov2.cli.options import add_options, options_of
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
@@ -34,6 +34,7 @@ def decompress(arguments: argparse.Namespace) -> None:
     with about(arguments.output):
         picture_format(arguments.output)
     options = options_of(DecodeOptions, arguments)
+    check_choices(arguments, decode=options)
     with about(arguments.input):
         data = read_file(arguments.input)
         bitstream.read(data, options.max_pixels)  # a wrong file is known before torch is loaded
