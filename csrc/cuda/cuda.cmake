@@ -19,7 +19,7 @@ macro(percov2_find_nvcc)
   endif()
 endmacro()
 
-# A wheel of version 0.1.0+cu130 (docs/how-to/release.md) holds kernels of nvcc 13.0; any other build of
+# A wheel of version 0.2.0+cu130 (docs/how-to/release.md) holds kernels of nvcc 13.0; any other build of
 # them under that name would promise the wrong driver.
 function(percov2_check_label nvcc)
   if("${SKBUILD_PROJECT_VERSION_FULL}" MATCHES "\\+cu([0-9]+)$")

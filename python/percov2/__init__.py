@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from percov2.options import DecodeOptions, EncodeOptions
     from percov2.pipeline import PerCoV2Pipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "BackboneOptions": "models.backbone",

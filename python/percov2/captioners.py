@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from percov2.container.captions import CAPTIONERS, Captioner, NoCaptioner, TextCaptioner
+from percov2.container.captions import Captioner, NoCaptioner, TextCaptioner, check_captioner
 from percov2.images import to_rgb
 
 MAX_TOKENS = 32
@@ -129,17 +129,8 @@ def open_captioner(
     Raises:
         ValueError: an unknown name, or an argument that this captioner does not take.
     """
-    if name not in CAPTIONERS:
-        raise ValueError(f"unknown captioner {name!r}; choose one of {', '.join(CAPTIONERS)}")
-    if bool(text) != (name == "text"):
-        raise ValueError(
-            "captioner 'text' needs a caption"
-            if name == "text"
-            else f"captioner {name!r} does not take a caption: leave out {text!r}"
-        )
+    check_captioner(name, text, location)
     if name in ("none", "text"):
-        if location is not None:
-            raise ValueError(f"captioner {name!r} has no network: leave out {location!r}")
         return TextCaptioner(text) if text else NoCaptioner()
     kind = Blip2Captioner if name == "blip2" else Molmo2Captioner
     return kind(location or kind.default_location, device)

@@ -24,7 +24,7 @@ from percov2.container.caption_model import CaptionModel
 from percov2.container.captions import decode_caption, encode_caption
 from percov2.container.model_id import check_model, model_id
 from percov2.container.tokens_file import OpenFile, Tokens
-from percov2.entropy.schedule import SCHEDULES, stage_count
+from percov2.entropy.schedule import SCHEDULES, check_name, stage_count
 from percov2.entropy.token_coder import TokenCoder, open_coder
 from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
@@ -292,8 +292,7 @@ class Codec:
 
     def _schedule(self, name: str | None) -> str:
         chosen = self.config.default_schedule if name is None else name
-        if chosen not in SCHEDULES:
-            raise ValueError(f"unknown schedule {chosen!r}; choose one of {', '.join(SCHEDULES)}")
+        check_name(chosen)
         return chosen
 
     def _common(self, rate: Rate, schedule: str) -> Header:

@@ -230,7 +230,30 @@ def test_train_passes_its_options_on(monkeypatch, capsys):
     )
 
 
-def test_info_needs_neither_torch_nor_the_compiled_coder(file):
+def test_help_of_compress_names_the_choices_of_the_default_model(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("compress", "--help")
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    folder = Path(percov2.__file__).parent / "pretrained" / "tiny"
+    config = json.loads((folder / "config.json").read_text())
+    rates = ", ".join(rate["name"] for rate in config["rates"])
+    assert f"tiny has {rates}, by default {config['default_rate']}" in said
+    assert f"entropy schedule: {', '.join(SCHEDULES)} (default: the model's" in said
+
+
+@pytest.mark.parametrize("command", ["", " compress", " eval kodak", " train codec"])
+def test_help_needs_no_torch(command: str) -> None:
+    result = subprocess_run(f"-X importtime -m percov2{command} --help")
+    assert result.returncode == 0 and f"usage: percov2{command}" in result.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "percov2.cli.main" in loaded
+    assert not loaded & {"torch", "diffusers", "transformers", "PIL"}
+
+
+def test_info_needs_neither_torch_nor_the_compiled_coder(file: Path) -> None:
     result = subprocess_run("-X importtime -m percov2 info", file)
     assert result.returncode == 0, result.stderr
     assert "70x50" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -181,3 +182,72 @@ def test_a_full_or_closed_stdout_is_one_line(file):
         result = subprocess_run("-m percov2 info", file, stdout=pipe)
     assert result.stderr == "percov2: standard output: Broken pipe\n"
     assert result.returncode == 2
+
+
+TRIED = """
+import json, sys
+from percov2.cli.main import main
+
+for command in json.load(sys.stdin):
+    try:
+        status = main(command)
+    except SystemExit as stop:
+        status = stop.code
+    heavy = {"torch", "diffusers", "transformers"} & set(sys.modules)
+    print(json.dumps([status, sorted(heavy)]))
+"""
+
+
+def test_wrong_options_are_reported_before_torch_is_loaded(
+    picture: Path, file: Path, random_model: Path, tmp_path: Path
+) -> None:
+    out, none = tmp_path / "o.pcv2", tmp_path / "none"
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text("{")
+    compressing = ("compress", picture, out)
+    folders = ("--out", tmp_path / "out")
+    commands = {
+        (*compressing, "--rate", "r9"): "model tiny: unknown rate 'r9'; model tiny has r031",
+        (*compressing, "--model", random_model, "--rate", "r031"): "model random has fine, coarse",
+        (*compressing, "--schedule", "spiral"): "unknown schedule 'spiral'; choose one of qlds12",
+        (*compressing, "--model", none): f"no model '{none}'",
+        (*compressing, "--model", damaged): f"{damaged / 'config.json'}: ",
+        (*compressing, "--model", f"sd3:{random_model}"): "holds a 'tiny' model, not a 'sd3' one",
+        (*compressing, "--device", "abacus"): "unknown device 'abacus'",
+        (
+            *compressing,
+            "--dtype",
+            "bf16",
+            "--no-t5",
+        ): "this is a small model: it takes no --dtype, --no-t5",
+        (*compressing, "--draw-seed", 5): "--draw-seed needs stages or --target-bytes",
+        (*compressing, "--stages", 2, "--target-bytes", 99): "not allowed with argument",
+        (*compressing, "--caption", "a", "--captioner", "none"): "takes no caption of yours",
+        (*compressing, "--captioner", "text"): "captioner 'text' needs a caption",
+        (*compressing, "--captioner-model", "a/b"): "captioner 'none' has no network",
+        ("compress", none, out): f"{none}: No such file or directory",
+        ("decompress", file, tmp_path / "o.png", "--realism", 1): "has no realism dial",
+        ("info", file, "--verify", "--model", none): f"no model '{none}'",
+        ("roundtrip", none, *folders): f"{none}: No such file or directory",
+        ("roundtrip", picture, *folders, "--rate", "r9"): "unknown rate 'r9'",
+        ("roundtrip", picture, *folders, "--draw-seed", 5): "--draw-seed needs stages",
+        ("eval", "kodak", none, *folders): f"{none}: No such file or directory",
+        ("eval", "kodak", tmp_path, *folders, "--schedule", "spiral"): "unknown schedule 'spiral'",
+        ("eval", "stages", none, *folders): f"{none}: No such file or directory",
+        ("eval", "realism", none, *folders): f"{none}: No such file or directory",
+        ("eval", "modes", tmp_path, *folders, "--realism", "0,1"): "has no realism dial",
+        ("eval", "captions", tmp_path, *folders, "--rate", "r9"): "unknown rate 'r9'",
+        ("eval", "entropy", "--data", none, *folders): f"{none}: No such file or directory",
+        ("eval", "entropy", "--data", none, *folders, "--finetune", 1): "needs the --entropy-run",
+    }
+    script = tmp_path / "tried.py"
+    script.write_text(TRIED)
+    given = json.dumps([[str(word) for word in command] for command in commands])
+    result = subprocess_run(str(script), stdin=given)
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert answers == [[2, []]] * len(commands)
+    lines = result.stderr.splitlines()
+    for command, line in zip(commands, lines, strict=True):
+        assert commands[command] in line, command
+    assert not out.exists() and not (tmp_path / "out").exists()

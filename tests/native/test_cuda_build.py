@@ -143,7 +143,7 @@ endif()
 
 
 def configured(
-    tmp_path: Path, mode: str, with_nvcc: bool, version: str = "0.1.0"
+    tmp_path: Path, mode: str, with_nvcc: bool, version: str = "0.2.0"
 ) -> subprocess.CompletedProcess[str]:
     """CMake's answer in a project with nothing but csrc/cuda/cuda.cmake."""
     environment = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDA_PATH")}
@@ -196,8 +196,8 @@ def test_a_build_with_nvcc(tmp_path: Path, mode: str) -> None:
 
 
 def test_a_labelled_wheel_holds_what_its_label_says(tmp_path: Path) -> None:
-    """A wheel of version 0.1.0+cu130 without kernels, or with those of another release, is none."""
-    done = configured(tmp_path, "OFF", with_nvcc=False, version="0.1.0+cu130")
+    """A wheel of version 0.2.0+cu130 without kernels, or with those of another release, is none."""
+    done = configured(tmp_path, "OFF", with_nvcc=False, version="0.2.0+cu130")
     assert done.returncode != 0
     assert "promises CUDA kernels of nvcc's release 130, but this build has ''" in " ".join(
         done.stderr.split()
@@ -210,7 +210,7 @@ def test_a_label_is_held_to_the_release_of_nvcc(tmp_path: Path) -> None:
     said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", said)
     assert release
-    right = configured(tmp_path, "ON", with_nvcc=True, version=f"0.1.0+cu{release[1]}{release[2]}")
+    right = configured(tmp_path, "ON", with_nvcc=True, version=f"0.2.0+cu{release[1]}{release[2]}")
     assert right.returncode == 0, right.stderr
-    wrong = configured(tmp_path, "ON", with_nvcc=True, version=f"0.1.0+cu{release[1]}99")
+    wrong = configured(tmp_path, "ON", with_nvcc=True, version=f"0.2.0+cu{release[1]}99")
     assert wrong.returncode != 0 and "promises CUDA kernels" in wrong.stderr

@@ -28,12 +28,17 @@ def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def subprocess_run(
-    code: str, *arguments: object, stdout: int | IO[bytes] = subprocess.PIPE, **variables: str
+    code: str,
+    *arguments: object,
+    stdin: str | None = None,
+    stdout: int | IO[bytes] = subprocess.PIPE,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join(p for p in sys.path if p)
     environment = {**os.environ, "PYTHONPATH": paths, **variables}
     return subprocess.run(
         [sys.executable, *code.split(), *map(str, arguments)],
+        input=stdin,
         stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from percov2.cli.faults import about
-from percov2.cli.models import add_captioner, add_model, chosen_captioner, open_codec
-from percov2.cli.options import add_command, add_options, options_of
+from percov2.cli.models import add_captioner, add_model, check_choices, chosen_captioner, open_codec
+from percov2.cli.options import add_options, options_of
 from percov2.container import bitstream
 from percov2.options import EncodeOptions
 
@@ -30,6 +30,7 @@ def compress(arguments: argparse.Namespace) -> None:
     with about("compress"):
         check_outputs([arguments.output], [arguments.input])
         options = options_of(EncodeOptions, arguments)
+    check_choices(arguments, options)
     with about(arguments.input):
         image = read_image(arguments.input, options.max_pixels)
     captioner = chosen_captioner(arguments)

@@ -8,8 +8,8 @@ from typing import Any
 
 from percov2.cli.faults import about
 from percov2.cli.info import read_file
-from percov2.cli.models import add_model, open_codec
-from percov2.cli.options import add_command, add_options, options_of
+from percov2.cli.models import add_model, check_choices, open_codec
+from percov2.cli.options import add_options, options_of
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
 
@@ -32,6 +32,7 @@ def decompress(arguments: argparse.Namespace) -> None:
     with about(arguments.output):
         picture_format(arguments.output)
     options = options_of(DecodeOptions, arguments)
+    check_choices(arguments, decode=options)
     with about(arguments.input):
         data = read_file(arguments.input)
         bitstream.read(data, options.max_pixels)  # refuses a wrong file before torch is loaded

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import about
-from percov2.cli.models import add_captioner, add_model, chosen_captioner, open_codec
-from percov2.cli.options import add_command, add_options, number, options_of
+from percov2.cli.models import add_captioner, add_model, check_choices, chosen_captioner, open_codec
+from percov2.cli.options import add_options, model_choices, number, options_of
 from percov2.options import DecodeOptions, EncodeOptions
 
 if TYPE_CHECKING:
@@ -57,14 +57,12 @@ def add_parser(commands: Any) -> None:
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
-        one.add_argument("photos", type=Path, help=_PHOTOS)
-        one.add_argument("--rate", help=_RATE)
-        for name, default, most, help_ in (
-            ("crops", count, 10**6, "number of crops"),
-            ("side", side, 4096, "side of a crop in pixels"),
-        ):
-            help_ += f" (default: {default})"
-            one.add_argument(f"--{name}", type=number(int, 2, most), default=default, help=help_)
+        one.add_argument("photos", type=Path, help="out of `percov2 train data`")
+        one.add_argument("--rate", help=model_choices()["rate"])
+        for name, default, most in (("crops", count, 10**6), ("side", side, 4096)):
+            one.add_argument(
+                f"--{name}", type=number(int, 2, most), default=default, help=f"default: {default}"
+            )
 
     help_ = "Measure distortion and realism per setting of the dial, steps and guidance."
     one = command("modes", evaluate_modes, help_)
@@ -176,7 +174,8 @@ def _numbers(text: str, kind: type) -> list[Any]:
 
 
 def evaluate_stages(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 eval stages``."""
+    """``percov2 eval stages``."""
+    _check(arguments, "eval stages", arguments.folder)
     codec = open_codec(arguments)
     with about("eval stages"):
         from percov2.evaluation.hybrid import plot_stages, stages_sent
@@ -201,6 +200,12 @@ def evaluate_modes(arguments: argparse.Namespace) -> None:
     with about("eval modes"):
         steps, guidances = _numbers(arguments.steps, int), _numbers(arguments.guidance, float)
         realisms = _numbers(arguments.realism, float) if arguments.realism else [None]
+        arguments.photos.stat()
+    for realism in realisms:
+        with about("eval modes"):
+            decode = DecodeOptions(realism=realism)
+        check_choices(arguments, EncodeOptions(rate=arguments.rate), decode)
+    with about("eval modes"):
         crops, captions = _held_out(arguments, captioned=False)
     codec = open_codec(arguments)
     with about("eval modes"):
@@ -220,8 +225,10 @@ def evaluate_modes(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_captions(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 eval captions``."""
+    """``percov2 eval captions``."""
+    check_choices(arguments, EncodeOptions(rate=arguments.rate))
     with about("eval captions"):
+        arguments.photos.stat()
         crops, captions = _held_out(arguments, captioned=True)
     codec = open_codec(arguments)
     with about("eval captions"):
@@ -256,6 +263,7 @@ def evaluate_captions(arguments: argparse.Namespace) -> None:
 def evaluate_realism(arguments: argparse.Namespace) -> None:
     """Run ``percov2 eval realism``."""
     name = "eval realism"
+    _check(arguments, name, arguments.photos)
     with about(name):
         from percov2.evaluation.judge import Crops, judge_realism
         from percov2.training.data import PhotoCrops
@@ -276,6 +284,14 @@ def evaluate_realism(arguments: argparse.Namespace) -> None:
     print((arguments.out / "realism.md").read_text(encoding="utf-8"), end="")
 
 
+def _check(arguments: argparse.Namespace, name: str, folder: Path) -> None:
+    """Raise a Fault for options and folders that cannot work, before torch is loaded."""
+    with about(name):
+        encode, decode = options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
+        folder.stat()
+    check_choices(arguments, encode, decode)
+
+
 def chosen_setting(arguments: argparse.Namespace) -> Setting:
     """Return the setting of a command line; captioner flags are optional."""
     from percov2.container.captions import NoCaptioner
@@ -289,7 +305,8 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
 
 
 def evaluate_kodak(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 eval kodak``."""
+    """``percov2 eval kodak``."""
+    _check(arguments, "eval kodak", arguments.folder)
     from percov2.evaluation import report
 
     baselines = [name for name in arguments.baselines.split(",") if name]
@@ -308,11 +325,8 @@ def evaluate_kodak(arguments: argparse.Namespace) -> None:
 def evaluate_entropy(arguments: argparse.Namespace) -> None:
     """Run ``percov2 eval entropy``."""
     name = "eval entropy"
+    check_choices(arguments, EncodeOptions(rate=arguments.rate))
     with about(name):
-        from percov2.evaluation.study.coders import token_map
-        from percov2.evaluation.study.comparison import compare
-        from percov2.training.stage2 import TokenMaps
-
         baselines = [part for part in arguments.baselines.split(",") if part]
         unknown = sorted(set(baselines) - {"masked", "multiscale"})
         if unknown:
@@ -320,7 +334,12 @@ def evaluate_entropy(arguments: argparse.Namespace) -> None:
         if (arguments.finetune or baselines) and arguments.entropy_run is None:
             raise ValueError("training needs --entropy-run, the run that trained the model")
         if "multiscale" in baselines and arguments.photos is None:
-            raise ValueError("multiscale needs --photos, the photos of the token maps")
+            raise ValueError("multiscale needs the --photos that the token maps are of")
+        arguments.data.stat()
+        from percov2.evaluation.study.coders import token_map
+        from percov2.evaluation.study.comparison import compare
+        from percov2.training.stage2 import TokenMaps
+
         data = TokenMaps(arguments.data)
     codec = open_codec(arguments)
     with about(name):

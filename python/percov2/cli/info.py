@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import about
-from percov2.cli.models import add_model, open_codec
-from percov2.cli.options import add_command, add_options
+from percov2.cli.models import add_model, check_choices, open_codec
+from percov2.cli.options import add_options
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
 
@@ -44,7 +44,9 @@ def read_file(path: Path) -> bytes:
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 info``."""
+    """``percov2 info``."""
+    if arguments.verify:
+        check_choices(arguments)
     with about(arguments.input):
         data = read_file(arguments.input)
         parsed = bitstream.read(data, arguments.max_pixels)

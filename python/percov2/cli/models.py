@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import TYPE_CHECKING
 
 from percov2.cli.faults import about
-from percov2.container.captions import CAPTIONERS
+from percov2.container.captions import CAPTIONERS, check_captioner
+from percov2.options import DecodeOptions, EncodeOptions
 
 if TYPE_CHECKING:
     from percov2.codec import Codec
     from percov2.container.captions import Captioner
 
 
+DEFAULT_MODEL = "tiny"
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``, ``--device`` and the flags of large backbones."""
     parser.add_argument(
         "--model",
-        default="tiny",
+        default=DEFAULT_MODEL,
         help="embedded model, model folder, sd3:FOLDER or perco:FOLDER (default: tiny)",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
@@ -39,6 +44,51 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--no-t5", dest="t5", action="store_false", help="run sd3 without its largest text encoder"
     )
+
+
+def check_choices(
+    arguments: argparse.Namespace,
+    encode: EncodeOptions | None = None,
+    decode: DecodeOptions | None = None,
+) -> None:
+    """Raise a Fault for choices that cannot work, before torch or a network is loaded.
+
+    Args:
+        arguments: with those of ``add_model`` and, maybe, of ``add_captioner``.
+        encode: rate and schedule must be there.
+        decode: realism needs a model with a dial.
+    """
+    from percov2.entropy import schedule
+    from percov2.models.config import find_model
+
+    if hasattr(arguments, "captioner"):
+        name = _captioner(arguments)
+        with about(f"captioner {name}"):
+            check_captioner(name, arguments.caption, arguments.captioner_model)
+    with about(f"model {arguments.model}"):
+        if not re.fullmatch(r"(cpu|cuda)(:\d+)?", arguments.device):
+            raise ValueError(f"unknown device {arguments.device!r}; use cpu or cuda")
+        _, config = find_model(arguments.model)
+        given = [flag for flag, is_given in _big_options(arguments).items() if is_given]
+        if config.backbone == "tiny" and given:
+            raise ValueError(f"this is a small model: it takes no {', '.join(given)}")
+        rate = config.default_rate
+        if encode is not None:
+            rate = config.rate(encode.rate or rate).name
+            schedule.check_name(encode.schedule or config.default_schedule)
+        if decode is not None:
+            config.chosen_realism(rate, decode.realism)
+
+
+def _big_options(arguments: argparse.Namespace) -> dict[str, bool]:
+    """Return the flags that only big models take, and whether they are given."""
+    return {
+        "--dtype": arguments.dtype is not None,
+        "--offload": arguments.offload,
+        "--vae-tiling": arguments.vae_tiling,
+        "--compile": arguments.compile,
+        "--no-t5": not arguments.t5,
+    }
 
 
 def open_codec(arguments: argparse.Namespace) -> Codec:
@@ -81,6 +131,10 @@ def chosen_captioner(arguments: argparse.Namespace) -> Captioner:
     """Return the chosen captioner on ``--device``; its network loads at the first call."""
     from percov2.captioners import open_captioner
 
-    name = arguments.captioner or ("text" if arguments.caption else "none")
+    name = _captioner(arguments)
     with about(f"captioner {name}"):
         return open_captioner(name, arguments.caption, arguments.captioner_model, arguments.device)
+
+
+def _captioner(arguments: argparse.Namespace) -> str:
+    return arguments.captioner or ("text" if arguments.caption else "none")

@@ -39,11 +39,15 @@ def add_options(
 ) -> None:
     """Add a flag for every field of the options, except for those left out."""
     shown = [one for one in dataclasses.fields(kind) if one.name not in left_out]
+    choices = model_choices()
     either: Any = parser
     if any(one.name == "stages" for one in shown):
         either = parser.add_mutually_exclusive_group()
     for one in shown:
-        settings: dict[str, Any] = {"default": one.default, "help": one.metadata["help"]}
+        settings: dict[str, Any] = {
+            "default": one.default,
+            "help": choices.get(one.name, one.metadata["help"]),
+        }
         if one.type == "bool":
             settings["action"] = "store_true"
         elif one.metadata["low"] is not None:
@@ -51,6 +55,22 @@ def add_options(
             settings["type"] = number(whole, one.metadata["low"], one.metadata["high"])
         group = either if one.name in ("target_bytes", "stages") else parser
         group.add_argument(f"--{one.name.replace('_', '-')}", **settings)
+
+
+def model_choices() -> dict[str, str]:
+    """Return the help of options that depend on the model, with the default model's choices."""
+    from percov2.cli.models import DEFAULT_MODEL
+    from percov2.entropy.schedule import SCHEDULES
+    from percov2.models.config import find_model
+
+    _, config = find_model(DEFAULT_MODEL)
+    rates = ", ".join(rate.name for rate in config.rates)
+    return {
+        "rate": f"rate of the model (default: the model's); {DEFAULT_MODEL} has {rates}, by "
+        f"default {config.default_rate}",
+        "schedule": f"entropy schedule: {', '.join(SCHEDULES)} (default: the model's; "
+        f"{DEFAULT_MODEL}'s is {config.default_schedule})",
+    }
 
 
 def options_of(kind: type[Options], arguments: argparse.Namespace) -> Options:

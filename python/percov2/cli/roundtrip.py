@@ -10,8 +10,8 @@ from typing import Any
 
 from percov2.cli.evaluate import chosen_setting
 from percov2.cli.faults import about
-from percov2.cli.models import add_captioner, add_model, open_codec
-from percov2.cli.options import add_command, add_options
+from percov2.cli.models import add_captioner, add_model, check_choices, open_codec
+from percov2.cli.options import add_options, options_of
 from percov2.options import DecodeOptions, EncodeOptions
 
 
@@ -28,7 +28,13 @@ def add_parser(commands: Any) -> None:
 
 
 def roundtrip(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 roundtrip``."""
+    """``percov2 roundtrip``."""
+    with about("roundtrip"):
+        encode, decode = options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
+    check_choices(arguments, encode, decode)
+    for path in arguments.inputs:
+        with about(path):
+            path.stat()
     from percov2.evaluation import report
 
     with about(arguments.out):

@@ -75,6 +75,21 @@ class TextCaptioner:
         return list(self._text)
 
 
+def check_captioner(name: str, text: str = "", location: str | None = None) -> None:
+    """Raise ValueError for arguments that ``percov2.captioners.open_captioner`` refuses."""
+    if name not in CAPTIONERS:
+        raise ValueError(f"unknown captioner {name!r}; choose one of {', '.join(CAPTIONERS)}")
+    if bool(text) != (name == "text"):
+        raise ValueError(
+            "captioner 'text' needs a caption"
+            if name == "text"
+            else f"captioner {name!r} takes no caption of yours: leave out {text!r}"
+        )
+    if location is not None and name in ("none", "text"):
+        raise ValueError(f"captioner {name!r} has no network: leave out {location!r}")
+    encode_caption(text)
+
+
 def encode_caption(
     text: str, model_bits: Callable[[str], float] | None = None
 ) -> tuple[int, bytes]:

@@ -66,6 +66,12 @@ Schedule = str | np.ndarray
 """One of ``SCHEDULES``, or any stage map int32 [height, width]."""
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError, naming the schedules that exist, unless there is one of that name."""
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+
+
 @lru_cache(maxsize=16)
 def stages(name: str, height: int, width: int) -> np.ndarray:
     """Return the stage of every position of a token grid.

@@ -7,7 +7,6 @@ of it. Its module is imported when it is opened, and its networks load when they
 from __future__ import annotations
 
 import importlib
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from percov2.models.config import BACKBONES, EMBEDDED, ModelConfig
+from percov2.models.config import ModelConfig, find_model
 from percov2.models.quantizer import VectorQuantizer
 from percov2.models.token_maker import Search
 
@@ -25,9 +24,6 @@ _HOME = {
     "sd3": ("sd3.backbone", "SD3Model"),
     "perco": ("perco.backbone", "PerCoModel"),
 }
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-IN_PIPELINE = "percov2"
-"""Our parts' folder in a saved ``PerCoV2Pipeline``."""
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -133,11 +129,7 @@ def open_backbone(
         ValueError: no such model or device, another kind of backbone, or unfit options.
     """
     device = _checked_device(device)
-    kind, path = _split(str(name_or_path))
-    folder = model_folder(path, hub=kind is not None)
-    config = ModelConfig.load(folder)
-    if kind not in (None, config.backbone):
-        raise ValueError(f"{folder} holds a {config.backbone!r} model, not a {kind!r} one")
+    folder, config = find_model(name_or_path)
     module, name = _HOME[config.backbone]
     kind_of_model = getattr(importlib.import_module(f"percov2.models.{module}"), name)
     return kind_of_model(folder, device, options or BackboneOptions())
@@ -159,38 +151,3 @@ def _checked_device(device: str) -> str:
     if place.type == "cuda" and place.index is None:
         return f"cuda:{torch.cuda.current_device()}"
     return device
-
-
-def _split(name: str) -> tuple[str | None, str]:
-    kind, colon, path = name.partition(":")
-    return (kind, path) if colon and kind in BACKBONES else (None, name)
-
-
-def model_folder(name_or_path: str | Path, hub: bool = False) -> Path:
-    """Folder of an embedded model's name, of a path, or (if ``hub``) of a hub id.
-
-    Raises:
-        ValueError: when there is none; the message lists the embedded models.
-    """
-    for folder in (Path(name_or_path), Path(name_or_path) / IN_PIPELINE, EMBEDDED / name_or_path):
-        if (folder / "config.json").is_file():
-            return folder
-    if hub and _HUB_ID.fullmatch(str(name_or_path)) and not Path(name_or_path).exists():
-        return _download(str(name_or_path))
-    known = sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
-    raise ValueError(f"no model {str(name_or_path)!r}: give a model folder or one of {known}")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(hub_id))
-    except Exception as error:  # no network, no such name, no right to read it: all told apart
-        raise ValueError(
-            f"no model {hub_id!r}: no such folder, and the hub says: {error}"
-        ) from error
-    for place in (folder, folder / IN_PIPELINE):
-        if (place / "config.json").is_file():
-            return place
-    raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")

@@ -1,15 +1,19 @@
-"""``config.json`` of a model folder: rates, defaults, and which backbone the folder belongs to."""
+"""``config.json`` of a model folder (rates, defaults, backbone), and the way from a name to it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
 BACKBONES = ("tiny", "sd3", "perco")
+IN_PIPELINE = "percov2"
+"""Our parts' folder in a saved ``PerCoV2Pipeline``."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTIONS = ("velocity", "sample")
 LATENT_SIDE = 8
 """Pixels per side of a latent position, in every backbone."""
@@ -197,6 +201,58 @@ class ModelConfig:
                 return rate
         known = ", ".join(r.name for r in self.rates)
         raise ValueError(f"unknown rate {name!r}; model {self.name} has {known}")
+
+
+def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
+    """Return the folder of a model and its configuration; loads no network and no torch.
+
+    Args:
+        name_or_path: see ``percov2.models.backbone.open_backbone``.
+
+    Raises:
+        ValueError: no such model, a damaged configuration, or another kind of backbone.
+    """
+    kind, path = _split(str(name_or_path))
+    folder = _model_folder(path, hub=kind is not None)
+    config = ModelConfig.load(folder)
+    if kind not in (None, config.backbone):
+        raise ValueError(f"{folder} holds a {config.backbone!r} model, not a {kind!r} one")
+    return folder, config
+
+
+def _split(name: str) -> tuple[str | None, str]:
+    kind, colon, path = name.partition(":")
+    return (kind, path) if colon and kind in BACKBONES else (None, name)
+
+
+def _model_folder(name_or_path: str | Path, hub: bool = False) -> Path:
+    """Folder of an embedded model's name, of a path, or (if ``hub``) of a hub id.
+
+    Raises:
+        ValueError: when there is none; the message lists the embedded models.
+    """
+    for folder in (Path(name_or_path), Path(name_or_path) / IN_PIPELINE, EMBEDDED / name_or_path):
+        if (folder / "config.json").is_file():
+            return folder
+    if hub and _HUB_ID.fullmatch(str(name_or_path)) and not Path(name_or_path).exists():
+        return _download(str(name_or_path))
+    known = sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+    raise ValueError(f"no model {str(name_or_path)!r}: give a model folder or one of {known}")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(hub_id))
+    except Exception as error:  # no network, no such name, no right to read it: all told apart
+        raise ValueError(
+            f"no model {hub_id!r}: no such folder, and the hub says: {error}"
+        ) from error
+    for place in (folder, folder / IN_PIPELINE):
+        if (place / "config.json").is_file():
+            return place
+    raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")
 
 
 def _check_whole(name: str, value: object, low: int, high: int) -> None:

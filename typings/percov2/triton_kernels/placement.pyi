@@ -1,0 +1,1 @@
+from triton_kernels.placement import *  # noqa: F403
