@@ -81,7 +81,7 @@ def linear(
     residual: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Return an integer linear map of x and the next operation, as in docs/reference/entropy-model.md.
+    """Return an integer linear map of x and the next operation (docs/reference/entropy-model.md).
 
     x int8 [..., K] in +-127, K <= 1040; weight int8 [n, K]; bias int32 [n]; multiplier int8 [n] in
     1 .. 127; shift int8 [n] in 1 .. 24; for every output 127 sum |weight| + |bias| < 2^24

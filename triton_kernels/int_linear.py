@@ -1,8 +1,9 @@
 """A quantized linear map: int8 product, requantization and the next operation, in one kernel.
 
 acc = bias + sum weight * x (int8 tensor cores, exact in int32, |acc| < 2^24), then
-clamp((acc * multiplier + 2^(shift - 1)) >> shift), all int32 (docs/reference/entropy-model.md). The kernel
-stores the result as int8 or int16, looks it up in a table of 256 bytes, or adds it to a residual.
+clamp((acc * multiplier + 2^(shift - 1)) >> shift), all int32 (docs/reference/entropy-model.md). The
+kernel stores the result as int8 or int16, looks it up in a table of 256 bytes, or adds it to a
+residual.
 """
 
 from __future__ import annotations

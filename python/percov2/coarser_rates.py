@@ -22,8 +22,8 @@ def encode_bounded(
 ) -> list[bytes]:
     """Encode pictures at the first rate, or at a coarser one if only that is short enough.
 
-    Readers accept only complete files of very large pictures (docs/reference/bitstream.md, section 7). Such a
-    picture takes the first rate with a complete file that is short enough.
+    Readers accept only complete files of very large pictures (docs/reference/bitstream.md,
+    section 7). Such a picture takes the first rate with a complete file that is short enough.
 
     Args:
         encode: returns the files of the pictures with the given indices at a rate, or raises

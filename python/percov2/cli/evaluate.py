@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import about
 from percov2.cli.models import add_captioner, add_model, check_choices, chosen_captioner, open_codec
-from percov2.cli.options import add_options, model_choices, number, options_of
+from percov2.cli.options import add_command, add_options, model_choices, number, options_of
 from percov2.options import DecodeOptions, EncodeOptions
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import about
 from percov2.cli.models import add_model, check_choices, open_codec
-from percov2.cli.options import add_options
+from percov2.cli.options import add_command, add_options
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
 

@@ -11,7 +11,7 @@ from typing import Any
 from percov2.cli.evaluate import chosen_setting
 from percov2.cli.faults import about
 from percov2.cli.models import add_captioner, add_model, check_choices, open_codec
-from percov2.cli.options import add_options, options_of
+from percov2.cli.options import add_command, add_options, options_of
 from percov2.options import DecodeOptions, EncodeOptions
 
 

@@ -1,7 +1,7 @@
 """The integer token transformer: parameters, their ranges, files, and compiled passes.
 
-docs/reference/entropy-model.md defines the program. ``percov2.entropy.torch`` trains the float form, exports
-it to this one, and has executors for other devices.
+docs/reference/entropy-model.md defines the program. ``percov2.entropy.torch`` trains the float
+form, exports it to this one, and has executors for other devices.
 """
 
 from __future__ import annotations

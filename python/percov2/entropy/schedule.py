@@ -1,9 +1,9 @@
 """Entropy schedules: the stage of every token position.
 
 A schedule splits the ``height * width`` token positions of an image into stages 1..S; stage s is
-coded given all earlier stages. Schedules are part of the file format. docs/reference/schedules.md is the
-normative definition, every number here is an integer, and golden hashes in the tests freeze the
-result for all machines.
+coded given all earlier stages. Schedules are part of the file format. docs/reference/schedules.md
+is the normative definition, every number here is an integer, and golden hashes in the tests freeze
+the result for all machines.
 
 PerCoV2 (arXiv 2503.09368, Table 1) compares checkerboard, quincunx, QLDS and implicit hierarchical
 VAR. QLDS is a quantized low-discrepancy sequence: the R2 sequence of M. Roberts with power-law
