@@ -80,7 +80,7 @@ def coded_bytes(model: CaptionModel, lines: Sequence[str]) -> list[float]:
             continue
         encoder = RansEncoder([0x5A5A])
         starts, freqs = (np.ascontiguousarray(column) for column in intervals.T)
-        encoder.push(starts, freqs, [len(intervals)], model.prob_bits)
+        encoder.encode(starts, freqs, [len(intervals)], model.prob_bits)
         buffer, _ = encoder.finish()
         data = buffer.tobytes()
         state, position = 0, 0

@@ -24,8 +24,9 @@ from percov2.container.caption_model import CaptionModel
 from percov2.container.captions import decode_caption, encode_caption
 from percov2.container.model_id import check_model, model_id
 from percov2.container.tokens_file import OpenFile, Tokens
+from percov2.entropy.opening import open_coder
 from percov2.entropy.schedule import SCHEDULES, check_name, stage_count
-from percov2.entropy.token_coder import TokenCoder, open_coder
+from percov2.entropy.token_coder import TokenCoder
 from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig, Rate

@@ -212,14 +212,14 @@ def test_of_several_rounds_the_middle_one_counts() -> None:
 
 
 def test_wrong_symbols_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = RansDecoder.decode_logits
+    right = RansDecoder.decode
 
     def wrong(*arguments: object, **options: object) -> np.ndarray:
         symbols = right(*arguments, **options)
         symbols[-1, -1] ^= 1
         return symbols
 
-    monkeypatch.setattr(RansDecoder, "decode_logits", wrong)
+    monkeypatch.setattr(RansDecoder, "decode", wrong)
     case = cases.make_case(Shape(16, 4, 2))
     with pytest.raises(coders.Mismatch, match="other symbols"):
         coders.timed(case, "int16 logits", SHORT)

@@ -32,10 +32,10 @@ def test_wrong_bytes_are_noticed(device, monkeypatch):
 
 
 def test_wrong_symbols_are_noticed(device, monkeypatch):
-    decode = rans_cuda.CudaRansDecoder.decode_logits
+    decode = rans_cuda.CudaRansDecoder.decode
     monkeypatch.setattr(
         rans_cuda.CudaRansDecoder,
-        "decode_logits",
+        "decode",
         lambda decoder, *given: decode(decoder, *given).flip(0),
     )
     with pytest.raises(RuntimeError, match="coder='cpu'"):

@@ -102,7 +102,7 @@ def test_intervals_tables_and_searches(instruction_set: str, size: int) -> None:
             ):
                 count = len(logits)
                 decoder = rans.RansDecoder(b"", [0] * (count + 1), slots, [0] * count)
-                decoded = decoder.decode_logits(logits[:, None], prob_bits)
+                decoded = decoder.decode(logits[:, None], prob_bits)
                 assert decoded[:, 0].tolist() == [found] * count
 
 
@@ -130,10 +130,10 @@ def test_float_logits_are_rounded_alike(
     assert np.array_equal(rans.cdf(logits, prob_bits), cdf.cdf(rounded, prob_bits).numpy())
 
     encoder = rans.RansEncoder([9] * 4)
-    encoder.push(starts, freqs, [6] * 4, prob_bits)
+    encoder.encode(starts, freqs, [6] * 4, prob_bits)
     buffer, offsets = encoder.finish()
     decoder = rans.RansDecoder(buffer, offsets)
-    decoded = decoder.decode_logits(logits.view(4, 6, size), prob_bits)
+    decoded = decoder.decode(logits.view(4, 6, size), prob_bits)
     assert np.array_equal(decoded.reshape(-1), symbols.numpy())
     assert decoder.finished([9] * 4).all()
 
@@ -156,7 +156,7 @@ def test_float_logits_that_are_no_distribution(instruction_set: str, bad: float,
     for call in (
         lambda: rans.intervals(logits, [0, 0, 0], 16),
         lambda: rans.cdf(logits, 16),
-        lambda: decoder.decode_logits(logits[None], 16),
+        lambda: decoder.decode(logits[None], 16),
         lambda: cdf.round_logits(torch.from_numpy(logits)),
     ):
         with pytest.raises(ValueError, match="NaN"):

@@ -36,7 +36,7 @@ def sample(seed: int, bounds: np.ndarray) -> np.ndarray:
 def encoded(logits: np.ndarray, symbols: np.ndarray, checks: object, bits: int) -> tuple:
     encoder = RansEncoder(checks)
     starts, freqs = intervals(logits, symbols, bits)
-    encoder.push(starts.ravel(), freqs.ravel(), [symbols.shape[1]] * len(symbols), bits)
+    encoder.encode(starts.ravel(), freqs.ravel(), [symbols.shape[1]] * len(symbols), bits)
     return encoder.finish()
 
 
@@ -65,7 +65,7 @@ def random_rows(seed: int, counts: list[int], prob_bits: int, kind: str) -> Rows
 def push(encoder: RansEncoder, rows: Rows, prob_bits: int, threads: int = 1) -> None:
     flat = np.array([pair for row in rows for pair in row], np.int32).reshape(-1, 2)
     starts, freqs = np.ascontiguousarray(flat.T)
-    encoder.push(starts, freqs, [len(row) for row in rows], prob_bits, threads)
+    encoder.encode(starts, freqs, [len(row) for row in rows], prob_bits, threads)
 
 
 def said(stream: int, pushes: Pushes) -> list[reference.Interval]:
@@ -119,7 +119,7 @@ def test_golden_streams(check: int, symbols: list[reference.Interval], stream: s
     assert reference.encode(check, symbols).hex() == stream
     encoder = RansEncoder([check])
     for start, freq, prob_bits in reversed(symbols):
-        encoder.push([start], [freq], [1], prob_bits)
+        encoder.encode([start], [freq], [1], prob_bits)
     data = encoder.finish()[0].tobytes()
     assert data.hex() == stream
     decoder, slow = RansDecoder(data, [0, len(data)]), reference.Coder(data)
@@ -257,16 +257,16 @@ def test_logits_come_back(data: st.DataObject) -> None:
     checks = np.random.default_rng(seed).integers(0, 65536, rows).astype(np.uint16)
     streams = encoded(logits, symbols, checks, prob_bits)
     by_logits, by_table, first = (RansDecoder(*streams) for _ in range(3))
-    assert np.array_equal(by_logits.decode_logits(logits, prob_bits, threads=threads), symbols)
+    assert np.array_equal(by_logits.decode(logits, prob_bits, threads=threads), symbols)
     assert by_logits.finished(checks).all()
     table = cdf(logits, prob_bits)
     assert np.array_equal(by_table.decode_cdf(table, prob_bits, threads=threads), symbols)
     assert by_table.finished(checks).all()
     # Resumed anywhere, from nothing but states and positions.
     cut = data.draw(st.integers(0, count))
-    head = first.decode_logits(torch.from_numpy(logits[:, :cut].copy()), prob_bits)
+    head = first.decode(torch.from_numpy(logits[:, :cut].copy()), prob_bits)
     second = RansDecoder(*streams, first.states, first.positions)
-    tail = second.decode_logits(logits[:, cut:], prob_bits)
+    tail = second.decode(logits[:, cut:], prob_bits)
     assert np.array_equal(np.concatenate([head, tail], axis=1), symbols)
     assert second.finished(checks).all()
 
@@ -275,9 +275,9 @@ def test_streams_choose_rows() -> None:
     logits = random_logits(4, (3, 5, 16))
     symbols = sample(4, cdf(logits, 12))
     decoder = RansDecoder(*encoded(logits, symbols, [1, 2, 3], 12))
-    assert np.array_equal(decoder.decode_logits(logits[[2, 0]], 12, [2, 0]), symbols[[2, 0]])
+    assert np.array_equal(decoder.decode(logits[[2, 0]], 12, [2, 0]), symbols[[2, 0]])
     assert decoder.finished([1, 2, 3]).tolist() == [True, False, True]
-    assert np.array_equal(decoder.decode_logits(logits[[1]], 12, [1]), symbols[[1]])
+    assert np.array_equal(decoder.decode(logits[[1]], 12, [1]), symbols[[1]])
     assert decoder.finished([1, 2, 3]).all()
 
 
@@ -293,7 +293,7 @@ def test_overhead_is_below_half_a_byte(size: int) -> None:
     starts = bounds[np.arange(size), symbols]
     freqs = bounds[np.arange(size), symbols + 1] - starts
     encoder = RansEncoder(np.random.default_rng(3).integers(0, 65536, streams))
-    encoder.push(starts.ravel(), freqs.ravel(), [size] * streams, bits)
+    encoder.encode(starts.ravel(), freqs.ravel(), [size] * streams, bits)
     _, offsets = encoder.finish()
     ideal = -np.log2(freqs / 2.0**bits).sum(-1) / 8
     # Less than the entropy would mean that the sum is wrong.
@@ -314,7 +314,7 @@ def test_damage_is_noticed_and_harmless() -> None:
         damaged.append(bytes(flipped))
     damaged += [generator.bytes(int(n)) for n in generator.integers(0, 90, 6000)]
     decoder = RansDecoder(b"".join(damaged), np.cumsum([0, *map(len, damaged)]))
-    got = decoder.decode_logits(np.broadcast_to(logits, (len(damaged), 60, 64)), 16)
+    got = decoder.decode(np.broadcast_to(logits, (len(damaged), 60, 64)), 16)
     assert got.min() >= 0 and got.max() < 64
     assert (decoder.states < 1 << 31).all()
     # About 7,000 tries at 2^-16: five or more acceptances would be a fault, not luck.
@@ -322,7 +322,7 @@ def test_damage_is_noticed_and_harmless() -> None:
     # Reading on beyond the end of an undamaged stream stays harmless.
     good = RansDecoder(data, [0, len(data)])
     for _ in range(20):
-        good.decode_logits(logits, 16)
+        good.decode(logits, 16)
     assert good.exhausted.all()
 
 
@@ -332,7 +332,7 @@ def test_acceptance_probability_is_two_to_the_minus_sixteen() -> None:
     count = 60000
     decoder = RansDecoder(generator.bytes(12 * count), 12 * np.arange(count + 1))
     logits = random_logits(6, (1, 9, 32), 100)
-    decoder.decode_logits(np.broadcast_to(logits, (count, 9, 32)), 16)
+    decoder.decode(np.broadcast_to(logits, (count, 9, 32)), 16)
     accepted = sum(int(decoder.finished(np.full(count, check)).sum()) for check in range(400, 465))
     # 65 checks * 60000 tries / 65536 = 60 if all bytes were always used up; never much more.
     assert accepted < 2 * 65 * count / 65536 + 10 * math.sqrt(60)
@@ -356,9 +356,9 @@ def test_arrays_need_not_be_aligned(dtype: type) -> None:
     for unaligned in (odd, tensor.view(2, 9, 40)):
         assert np.array_equal(intervals(unaligned, odd_symbols, 12), expected)
         encoder = RansEncoder([1, 2])
-        encoder.push(*(at_odd_byte(part.ravel()) for part in expected), [9, 9], 12)
+        encoder.encode(*(at_odd_byte(part.ravel()) for part in expected), [9, 9], 12)
         decoder = RansDecoder(*encoder.finish())
-        assert np.array_equal(decoder.decode_logits(unaligned, 12), symbols)
+        assert np.array_equal(decoder.decode(unaligned, 12), symbols)
     with pytest.raises(ValueError, match="multiple of its element size"):
         _native.intervals(
             tensor.view(18, 40), logits.dtype.name, torch.zeros(18, dtype=torch.int32), 12, 1
@@ -374,10 +374,10 @@ count, calls = 5000, 24
 starts, freqs = np.tile(np.array([0, 100, 7], np.int32), count), np.full(3 * count, 3, np.int32)
 shared, alone = RansEncoder([5]), RansEncoder([5])
 with ThreadPoolExecutor(4) as pool:
-    for done in [pool.submit(shared.push, starts, freqs, [3 * count], 12) for _ in range(calls)]:
+    for done in [pool.submit(shared.encode, starts, freqs, [3 * count], 12) for _ in range(calls)]:
         done.result()
 for _ in range(calls):
-    alone.push(starts, freqs, [3 * count], 12)
+    alone.encode(starts, freqs, [3 * count], 12)
 stream, offsets = shared.finish()
 assert stream.tobytes() == alone.finish()[0].tobytes()
 tables = np.tile(np.arange(0, 4097, 16, dtype=np.int32), (1, count, 1))
@@ -409,12 +409,12 @@ def test_exactly_the_invalid_intervals_are_refused(prob_bits: int) -> None:
             starts[place], freqs[place] = start, freq
             encoder = RansEncoder([1, 2])
             if start >= 0 and freq >= 1 and start + freq <= 1 << prob_bits:
-                encoder.push(starts, freqs, [20, 17], prob_bits)
+                encoder.encode(starts, freqs, [20, 17], prob_bits)
                 continue
             with pytest.raises(
                 ValueError, match=rf"interval {place} \(start {start}, freq {freq}\)"
             ):
-                encoder.push(starts, freqs, [20, 17], prob_bits)
+                encoder.encode(starts, freqs, [20, 17], prob_bits)
             assert encoder.finish()[0].tobytes() == b"\1\2"
             assert encoder.symbols_before_output.tolist() == [0, 0]
 
@@ -441,7 +441,7 @@ class TestRefusals:
     def test_push(self, starts: list, freqs: list, counts: list, bits: int, message: str) -> None:
         encoder = RansEncoder([300])
         with pytest.raises(ValueError, match=message):
-            encoder.push(starts, freqs, counts, bits)
+            encoder.encode(starts, freqs, counts, bits)
         assert encoder.finish()[0].tobytes() == b"\x01\x2c"
 
     def test_encoder(self) -> None:
@@ -449,7 +449,7 @@ class TestRefusals:
             with pytest.raises(ValueError, match="check"):
                 RansEncoder(checks)
         with pytest.raises(ValueError, match="threads is 0"):
-            RansEncoder([1]).push([], [], [0], 8, 0)
+            RansEncoder([1]).encode([], [], [0], 8, 0)
 
     @pytest.mark.parametrize(
         ("buffer", "offsets", "states", "positions", "message"),
@@ -480,16 +480,16 @@ class TestRefusals:
         logits = np.zeros((2, 1, 4), np.int16)
         table = np.array([[[0, 100, 256]]] * 2, np.int32)
         for call, message in [
-            (lambda: decoder.decode_logits(logits[0], 16), "axes"),
-            (lambda: decoder.decode_logits(logits[:1], 16), "streams has 2"),
-            (lambda: decoder.decode_logits(logits, 16, [0, 0]), "twice"),
-            (lambda: decoder.decode_logits(logits, 16, [0, 2]), r"streams\[1\] is 2"),
-            (lambda: decoder.decode_logits(logits, 16, [-1, 1]), r"streams\[0\] is -1"),
-            (lambda: decoder.decode_logits(logits.astype(np.float64), 16), "float64"),
-            (lambda: decoder.decode_logits(torch.zeros(2, 1, 4).half(), 16), "float16"),
-            (lambda: decoder.decode_logits([[[1, 2]]], 16), "numpy"),
-            (lambda: decoder.decode_logits(np.zeros((2, 1, 129), np.int16), 8), "twice"),
-            (lambda: decoder.decode_logits(np.zeros((2, 1, 1), np.int16), 8), "1 entries"),
+            (lambda: decoder.decode(logits[0], 16), "axes"),
+            (lambda: decoder.decode(logits[:1], 16), "streams has 2"),
+            (lambda: decoder.decode(logits, 16, [0, 0]), "twice"),
+            (lambda: decoder.decode(logits, 16, [0, 2]), r"streams\[1\] is 2"),
+            (lambda: decoder.decode(logits, 16, [-1, 1]), r"streams\[0\] is -1"),
+            (lambda: decoder.decode(logits.astype(np.float64), 16), "float64"),
+            (lambda: decoder.decode(torch.zeros(2, 1, 4).half(), 16), "float16"),
+            (lambda: decoder.decode([[[1, 2]]], 16), "numpy"),
+            (lambda: decoder.decode(np.zeros((2, 1, 129), np.int16), 8), "twice"),
+            (lambda: decoder.decode(np.zeros((2, 1, 1), np.int16), 8), "1 entries"),
             (lambda: decoder.decode_cdf(table + 1, 8), "increase strictly"),
             (lambda: decoder.decode_cdf(table, 9), "512"),
             (lambda: decoder.decode_cdf(table[..., ::-1], 8), "increase strictly"),

@@ -41,7 +41,7 @@ def host_streams(
     size, symbols = starts.shape
     kept = np.full(size, symbols) if counts is None else counts
     mask = np.arange(symbols) < kept[:, None]
-    encoder.push(starts[mask], freqs[mask], kept, prob_bits)
+    encoder.encode(starts[mask], freqs[mask], kept, prob_bits)
     return encoder
 
 
@@ -95,7 +95,7 @@ def test_the_host_goes_on(device: torch.device) -> None:
     expected = host_streams(starts, freqs, checks, 16)
     assert resumed.symbols_before_output.tolist() == expected.symbols_before_output.tolist()
     for encoder in (resumed, expected):
-        encoder.push(on_top[0].ravel(), on_top[1].ravel(), [9] * 4, 12)
+        encoder.encode(on_top[0].ravel(), on_top[1].ravel(), [9] * 4, 12)
     assert resumed.symbols_before_output.tolist() == expected.symbols_before_output.tolist()
     for got, wanted in zip(resumed.finish(), expected.finish(), strict=True):
         assert got.tolist() == wanted.tolist()
@@ -161,8 +161,8 @@ def test_symbols_are_those_of_the_cpu(device: torch.device, codebook: int) -> No
     begin = 0
     for count in stages:
         part = np.ascontiguousarray(logits[:, begin : begin + count])
-        got = decoder.decode_logits(on(device, part), prob_bits)
-        reference.decode_logits(part, prob_bits)
+        got = decoder.decode(on(device, part), prob_bits)
+        reference.decode(part, prob_bits)
         assert got.tolist() == symbols[:, begin : begin + count].tolist()
         assert decoder.states.tolist() == reference.states.tolist()
         assert decoder.positions.tolist() == reference.positions.tolist()
@@ -187,8 +187,8 @@ def test_a_decoder_resumes(device: torch.device) -> None:
         torch.from_numpy(positions),
     )
     reference = rans.RansDecoder(buffer, offsets, states.astype(np.uint32), positions)
-    got = decoder.decode_logits(on(device, logits), 16)
-    assert got.tolist() == reference.decode_logits(logits, 16).tolist()
+    got = decoder.decode(on(device, logits), 16)
+    assert got.tolist() == reference.decode(logits, 16).tolist()
     assert decoder.states.tolist() == reference.states.tolist()
     assert states.tolist() == [5, 1 << 30, 1 << 20]
 
@@ -225,7 +225,7 @@ def test_a_decoder_refuses(device: torch.device) -> None:
         ((1, 1, 200), 8, "too few for a codebook of 200"),
     ):
         with pytest.raises(ValueError, match=message):
-            decoder.decode_logits(torch.zeros(shape, dtype=torch.int16, device=device), prob_bits)
+            decoder.decode(torch.zeros(shape, dtype=torch.int16, device=device), prob_bits)
 
 
 def test_resuming_an_encoder_checks_the_streams() -> None:

@@ -32,7 +32,7 @@ def test_any_steps_write_and_read_the_same_streams(batch, count, size, bits, dat
     symbols = random.integers(0, size, (batch, count)).astype(np.int32)
     encoder = SymbolEncoder(batch, bits)
     for part in pieces(data, count):
-        encoder.put(logits[:, part], symbols[:, part])
+        encoder.encode(logits[:, part], symbols[:, part])
     streams = encoder.finish()
     assert streams == encode(logits, symbols, bits, threads=2) == encoder.finish()
     for b in range(batch):
@@ -44,7 +44,7 @@ def test_any_steps_write_and_read_the_same_streams(batch, count, size, bits, dat
             crc_hqx(symbols[b].astype("<i4").tobytes(), 0xFFFF), triples
         )
     decoder = SymbolDecoder(streams, bits)
-    read = [decoder.get(logits[:, part]) for part in pieces(data, count)]
+    read = [decoder.decode(logits[:, part]) for part in pieces(data, count)]
     decoder.finish()
     assert np.array_equal(np.concatenate(read, axis=1), symbols)
 
@@ -60,11 +60,11 @@ def test_a_step_may_depend_on_what_was_read():
     encoder = SymbolEncoder(3)
     before = np.zeros(3, np.int64)
     for n in range(SYMBOLS.shape[1]):
-        encoder.put(table[before], SYMBOLS[:, n : n + 1])
+        encoder.encode(table[before], SYMBOLS[:, n : n + 1])
         before = SYMBOLS[:, n]
     decoder, read = SymbolDecoder(encoder.finish()), [np.zeros((3, 1), np.int32)]
     for _ in range(SYMBOLS.shape[1]):
-        read.append(decoder.get(table[read[-1][:, 0]]))
+        read.append(decoder.decode(table[read[-1][:, 0]]))
     decoder.finish()
     assert np.array_equal(np.concatenate(read[1:], axis=1), SYMBOLS)
 
@@ -78,10 +78,10 @@ def test_codebooks_may_change_from_step_to_step(bits):
         steps.append((torch.from_numpy(logits), torch.from_numpy(random.integers(0, size, (2, 3)))))
     encoder = SymbolEncoder(2, bits)
     for step in steps:
-        encoder.put(*step)
+        encoder.encode(*step)
     decoder = SymbolDecoder(encoder.finish(), bits)
     for logits, symbols in steps:
-        assert np.array_equal(decoder.get(logits), symbols)
+        assert np.array_equal(decoder.decode(logits), symbols)
     decoder.finish()
 
 
@@ -105,7 +105,7 @@ def test_damage_is_noticed():
 @pytest.mark.parametrize("count", [0, 7, 24])
 def test_symbols_that_were_not_read_are_noticed(count):
     decoder = SymbolDecoder(encode(LOGITS, SYMBOLS))
-    decoder.get(LOGITS[:, :count])
+    decoder.decode(LOGITS[:, :count])
     with pytest.raises(ValueError, match="stream 0 of 3"):
         decoder.finish()
 
@@ -146,7 +146,7 @@ def test_no_symbols_are_a_stream_too():
 
 def test_wrong_use_is_refused_and_leaves_no_trace():
     encoder = SymbolEncoder(3)
-    encoder.put(LOGITS, SYMBOLS)
+    encoder.encode(LOGITS, SYMBOLS)
     for logits, symbols in (
         (LOGITS[:2], SYMBOLS[:2]),
         (LOGITS, SYMBOLS[:, :3]),
@@ -156,13 +156,13 @@ def test_wrong_use_is_refused_and_leaves_no_trace():
         (LOGITS[0], SYMBOLS),
     ):
         with pytest.raises(ValueError, match=r"symbol|logits"):
-            encoder.put(logits, symbols)
+            encoder.encode(logits, symbols)
     assert encoder.finish() == encode(LOGITS, SYMBOLS)
     decoder = SymbolDecoder(encoder.finish())
     for wrong in (LOGITS[:2], LOGITS[0], LOGITS.astype(np.int64)):
         with pytest.raises(ValueError, match=r"streams|logits"):
-            decoder.get(wrong)
-    assert np.array_equal(decoder.get(LOGITS), SYMBOLS)
+            decoder.decode(wrong)
+    assert np.array_equal(decoder.decode(LOGITS), SYMBOLS)
     decoder.finish()
     with pytest.raises(ValueError, match="batch is 0"):
         SymbolEncoder(0)
@@ -171,3 +171,11 @@ def test_wrong_use_is_refused_and_leaves_no_trace():
             SymbolDecoder(streams)
     with pytest.raises(ValueError, match="prob_bits is 9"):
         encode(np.zeros((1, 1, 300), np.int16), [[5]], prob_bits=9)
+
+
+def test_symbols_are_of_the_kind_of_the_logits() -> None:
+    streams = encode(torch.from_numpy(LOGITS), torch.from_numpy(SYMBOLS))
+    assert streams == encode(LOGITS, SYMBOLS)
+    found = decode(streams, torch.from_numpy(LOGITS))
+    assert isinstance(found, torch.Tensor) and np.array_equal(found.numpy(), SYMBOLS)
+    assert isinstance(decode(streams, LOGITS), np.ndarray)

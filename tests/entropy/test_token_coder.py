@@ -54,7 +54,7 @@ def encode(coder: TokenCoder, tokens: torch.Tensor, name: str, check: int) -> li
     starts, freqs = coder.intervals(tokens, name)
     counts = np.full(len(tokens), starts.shape[1], dtype=np.int64)
     encoder = RansEncoder(np.full(len(tokens), check))
-    encoder.push(starts.reshape(-1), freqs.reshape(-1), counts, coder.prob_bits)
+    encoder.encode(starts.reshape(-1), freqs.reshape(-1), counts, coder.prob_bits)
     buffer, offsets = encoder.finish()
     return [buffer[begin:end].tobytes() for begin, end in pairwise(offsets)]
 

@@ -127,14 +127,14 @@ def test_wrong_tokens_are_refused(coder, wrong):
     tokens = torch.zeros(2, 3, 4, dtype=torch.int32)
     tokens[1, 2, 3] = wrong
     with pytest.raises(ValueError, match=rf"{wrong}.*codebook has 16"):
-        coder.encoder(tokens.to(coder.model.device), "qlds5", [1, 2])
+        coder.encode(tokens.to(coder.model.device), "qlds5", [1, 2])
 
 
 @pytest.mark.parametrize("wrong", [-1, 65536])
 def test_wrong_checks_are_refused(coder, cpu_coder, wrong):
     for one in (coder, cpu_coder):
         with pytest.raises(ValueError, match="check"):
-            one.encoder(torch.zeros(2, 3, 4, dtype=torch.int32), "qlds5", [1, wrong])
+            one.encode(torch.zeros(2, 3, 4, dtype=torch.int32), "qlds5", [1, wrong])
 
 
 def test_the_host_waits_once_for_the_bytes(request, monkeypatch, cpu_coder):
@@ -155,7 +155,7 @@ def test_the_host_waits_once_for_the_bytes(request, monkeypatch, cpu_coder):
     monkeypatch.setattr(rans, "cuda_encode_sizes", kernels.cuda_encode_sizes)
     monkeypatch.setattr(rans_cuda, "DEVICE_TYPE", DEVICE.type)
     tokens = torch.from_numpy(np.random.default_rng(2).integers(0, 16, (6, 9, 12), np.int32))
-    expected = cpu_coder.encoder(tokens, "qlds12", range(6)).finish()
+    expected = cpu_coder.encode(tokens, "qlds12", range(6)).finish()
     with PretendedDevice() as device:
         coder = TokenCoder(IntTransformer.load(FROZEN, device=DEVICE, executor="torch"), "cuda")
         cdf.weights(torch.zeros(1, 2, dtype=torch.int16).to(DEVICE))  # its table is uploaded once
@@ -168,7 +168,7 @@ def test_the_host_waits_once_for_the_bytes(request, monkeypatch, cpu_coder):
             return residual
 
         monkeypatch.setattr(token_coder, "one_pass_residual", passed)
-        encoder = coder.encoder(tokens, "qlds12", range(6))
+        encoder = coder.encode(tokens, "qlds12", range(6))
         assert device.waits == []
         assert len(device.downloads) == 1
         assert calls == ["cuda_encode"]

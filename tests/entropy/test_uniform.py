@@ -33,7 +33,7 @@ def test_tokens_come_back_and_take_their_bytes(schedule: str) -> None:
     tokens = torch.randint(256, (1, 8, 8), dtype=torch.int32)
     starts, freqs = coder.intervals(tokens, schedule)
     encoder = RansEncoder([7])
-    encoder.push(starts.ravel(), freqs.ravel(), [64], coder.prob_bits)
+    encoder.encode(starts.ravel(), freqs.ravel(), [64], coder.prob_bits)
     data, offsets = encoder.finish()
     assert 64 <= len(data) <= 67
     assert same(coder.decode(RansDecoder(data, offsets), schedule, 8, 8), tokens)

@@ -68,7 +68,7 @@ def coder_round_trip(config: TransformerConfig, shape: tuple[int, int, int]) -> 
     assert np.array_equal(starts, expected[0]) and np.array_equal(freqs, expected[1])
     encoder = rans.RansEncoder([11] * len(tokens))
     count = [starts.shape[1]] * len(tokens)
-    encoder.push(starts.ravel(), freqs.ravel(), count, coder.prob_bits)
+    encoder.encode(starts.ravel(), freqs.ravel(), count, coder.prob_bits)
     decoder = rans.RansDecoder(*encoder.finish())
     assert same(coder.decode(decoder, "qlds12", *shape[1:]), tokens)
     wrong = tokens.to(DEVICE)

@@ -83,7 +83,7 @@ def encode(config: TransformerConfig, wasteful: bool = False) -> list[str]:
         mock.patch.object(rans.RansEncoder, "resumed", return_value=None),
         work,
     ):
-        TokenCoder(model, "cuda").encoder(tokens, "qlds5", [1, 2])
+        TokenCoder(model, "cuda").encode(tokens, "qlds5", [1, 2])
     return work.seen
 
 

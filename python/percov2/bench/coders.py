@@ -46,7 +46,7 @@ def push(case: Case, intervals: Intervals, prob_bits: int, threads: int = 1) -> 
     """Return an encoder that holds the intervals, int32 [B, n], of a case."""
     encoder = rans.RansEncoder(case.checks)
     starts, freqs = intervals
-    encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits, threads)
+    encoder.encode(starts.ravel(), freqs.ravel(), case.counts, prob_bits, threads)
     return encoder
 
 
@@ -97,7 +97,7 @@ def timed(case: Case, given: str, effort: Effort) -> Record:
     def decoded(decoder: rans.RansDecoder) -> NDArray[np.int32]:
         if given == INTERVALS:
             return decoder.decode_cdf(tables, bits)
-        return decoder.decode_logits(logits, bits)
+        return decoder.decode(logits, bits)
 
     streams = encoded()
     decoder = rans.RansDecoder(*streams)
@@ -123,7 +123,7 @@ def short_streams(shape: Shape) -> Record:
         found = rans.intervals(integers, case.symbols, bits)
         buffer, offsets = push(case, found, bits).finish()
         decoder = rans.RansDecoder(buffer, offsets)
-        _check_decoded(case, decoder, decoder.decode_logits(integers, bits))
+        _check_decoded(case, decoder, decoder.decode(integers, bits))
         lengths.append(np.diff(offsets))
         ideals.append(cases.ideal_bytes(case.logits, case.symbols))
         intervals.append(cases.interval_bytes(found[1], bits))
@@ -172,14 +172,14 @@ def long_stream(shape: Shape, parts: int, prob_bits: int) -> Record:
     for part in reversed(range(parts)):  # decoding starts with the part pushed last
         case = make_case(replace(shape, images=1), seed=part)
         starts, freqs = rans.intervals(integer_logits(case.logits), case.symbols, prob_bits)
-        encoder.push(starts.ravel(), freqs.ravel(), case.counts, prob_bits)
+        encoder.encode(starts.ravel(), freqs.ravel(), case.counts, prob_bits)
         ideal += float(cases.ideal_bytes(case.logits, case.symbols).sum())
         by_intervals += float(cases.interval_bytes(freqs, prob_bits).sum())
     buffer, offsets = encoder.finish()
     decoder = rans.RansDecoder(buffer, offsets)
     for part in range(parts):
         case = make_case(replace(shape, images=1), seed=part)
-        symbols = decoder.decode_logits(integer_logits(case.logits), prob_bits)
+        symbols = decoder.decode(integer_logits(case.logits), prob_bits)
         require(np.array_equal(symbols, case.symbols), "percov2 decoded other symbols")
     require(decoder.finished(check).all(), "a long stream does not end in its check")
     sizes = {"codebook": shape.codebook, "symbols": shape.tokens * parts, "prob_bits": prob_bits}

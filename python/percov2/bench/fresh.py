@@ -65,7 +65,7 @@ def _cold(folder: Path) -> dict[str, float]:
         with mark(f"{turn}_encode"):
             streams = coders.encode(case, logits, case.prob_bits)
         with mark(f"{turn}_decode"):
-            coders.rans.RansDecoder(*streams).decode_logits(logits, case.prob_bits)
+            coders.rans.RansDecoder(*streams).decode(logits, case.prob_bits)
     from percov2.bench import model
     from percov2.entropy import IntTransformer, TokenCoder
 

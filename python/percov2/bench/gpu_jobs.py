@@ -133,7 +133,7 @@ def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
 
     def engine_symbols() -> Arrays:
         plain = rans.RansDecoder(buffer, offsets)
-        decoded = plain.decode_logits(integers, bits, threads=threads)
+        decoded = plain.decode(integers, bits, threads=threads)
         return decoded, plain.states.astype(np.int32), plain.positions
 
     # Unaligned rows use the other kernel.
@@ -144,7 +144,7 @@ def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
             f"decode_kernel<{whole}>",
             name,
             symbols * (2 * codebook + 4) + stream_bytes,
-            partial(decoder.decode_logits, rows, bits),
+            partial(decoder.decode, rows, bits),
             engine_symbols,
             lambda decoded: host(decoded, decoder.states, decoder.positions),
             engine=True,

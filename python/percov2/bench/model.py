@@ -58,7 +58,7 @@ def draw_tokens(coder: TokenCoder, images: int, side: int) -> NDArray[np.int32]:
 def encode(coder: TokenCoder, tokens: NDArray[np.int32], name: str, threads: int) -> Streams:
     """Encode tokens in one pass, with all checks 0."""
     checks = np.zeros(len(tokens), dtype=np.uint16)
-    return coder.encoder(tokens, name, checks, threads).finish()
+    return coder.encode(tokens, name, checks, threads).finish()
 
 
 def decode(coder: TokenCoder, streams: Streams, name: str, side: int, threads: int) -> Any:

@@ -384,7 +384,7 @@ def _entropy_methods(
     maps: list[TokenMap],
 ) -> Iterator[Method]:
     """Yield the compared methods; each is trained only when it is its turn."""
-    from percov2.entropy.token_coder import open_coder
+    from percov2.entropy.opening import open_coder
     from percov2.evaluation.study.coders import OrderCoder
     from percov2.evaluation.study.comparison import order_methods
     from percov2.training.study import methods

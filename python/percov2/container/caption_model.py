@@ -217,7 +217,7 @@ class CaptionModel:
         for column in range(MAX_PIECES):
             logits = staged.logits()[open_]
             whole[open_] &= ~decoder.exhausted[open_]
-            found = decoder.decode_logits(logits, self.prob_bits, open_)[:, 0]
+            found = decoder.decode(logits, self.prob_bits, open_)[:, 0]
             pieces[open_, column] = found
             open_ = open_[found != END]
             if not len(open_):

@@ -338,7 +338,7 @@ def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
     headers = [picture.header for picture in pictures]
     checks = [check_of(picture.header, picture.tokens, captions) for picture in pictures]
     rows = [picture._row for picture in pictures]
-    encoder = coded.encoder(checks, default_threads(), headers[0].stages_sent, rows)
+    encoder = coded.encode(checks, default_threads(), headers[0].stages_sent, rows)
     tails = encoder.symbols_before_output.tolist()
     if captions is not None:
         texts = [_coded_caption(header, captions) for header in headers]
@@ -367,7 +367,7 @@ def _push(encoder: RansEncoder, symbols: Sequence[NDArray[np.int32]], prob_bits:
     """Push (start, freq) int32 [n, 2] of every stream."""
     joined = np.concatenate(symbols)
     counts = np.array([len(one) for one in symbols], dtype=np.int64)
-    encoder.push(joined[:, 0], joined[:, 1], counts, prob_bits, default_threads())
+    encoder.encode(joined[:, 0], joined[:, 1], counts, prob_bits, default_threads())
 
 
 def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:

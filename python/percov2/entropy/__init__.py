@@ -11,22 +11,28 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from percov2.entropy.cdf import default_prob_bits
     from percov2.entropy.int_transformer import IntTransformer
+    from percov2.entropy.opening import open_coder
     from percov2.entropy.rans import RansDecoder, RansEncoder
     from percov2.entropy.schedule import SCHEDULES, order, stages
+    from percov2.entropy.staging import StagedDecoder
     from percov2.entropy.streams import SymbolDecoder, SymbolEncoder, decode, encode
     from percov2.entropy.token_coder import TokenCoder
+    from percov2.entropy.transformer_config import TransformerConfig
 
 _HOME = {
     "IntTransformer": "int_transformer",
     "RansDecoder": "rans",
     "RansEncoder": "rans",
     "SCHEDULES": "schedule",
+    "StagedDecoder": "staging",
     "SymbolDecoder": "streams",
     "SymbolEncoder": "streams",
     "TokenCoder": "token_coder",
+    "TransformerConfig": "transformer_config",
     "decode": "streams",
     "default_prob_bits": "cdf",
     "encode": "streams",
+    "open_coder": "opening",
     "order": "schedule",
     "stages": "schedule",
 }
@@ -36,12 +42,15 @@ __all__ = [
     "IntTransformer",
     "RansDecoder",
     "RansEncoder",
+    "StagedDecoder",
     "SymbolDecoder",
     "SymbolEncoder",
     "TokenCoder",
+    "TransformerConfig",
     "decode",
     "default_prob_bits",
     "encode",
+    "open_coder",
     "order",
     "stages",
 ]

@@ -132,6 +132,11 @@ def as_array(value: Any) -> NDArray[Any]:
     return np.ascontiguousarray(value)
 
 
+def _returned(array: NDArray[Any], like: Any) -> Any:
+    """Return an array as a tensor on the device of ``like`` if that is a tensor."""
+    return sys.modules["torch"].from_numpy(array).to(like.device) if _is_tensor(like) else array
+
+
 def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
     """Return integers as a contiguous array of ``dtype``; ValueError if one does not fit."""
     if _is_tensor(values):
@@ -178,11 +183,12 @@ def intervals(
     symbols: ArrayLike,
     prob_bits: int,
     threads: int = 1,
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+) -> tuple[Any, Any]:
     """Return the intervals of symbols: logits [..., V], symbols int32 [...] -> starts, freqs [...].
 
-    Symbols lie in 0 .. V - 1; starts and freqs are int32. Raises ValueError for wrong shapes,
-    dtypes, symbols or precision, and for float logits with NaN, +inf or nothing finite.
+    Symbols lie in 0 .. V - 1; starts and freqs are int32, arrays or tensors as the logits are.
+    Raises ValueError for wrong shapes, dtypes, symbols or precision, and for float logits with NaN,
+    +inf or nothing finite.
     """
     rows, dtype = _borrowed_logits(logits)
     chosen = _integers(symbols, np.int32, "symbols")
@@ -193,11 +199,12 @@ def intervals(
         )
     flat = rows.reshape(chosen.size, rows.shape[-1])
     starts, freqs = _native.intervals(flat, dtype, chosen.reshape(-1), prob_bits, threads)
-    return starts.reshape(chosen.shape), freqs.reshape(chosen.shape)
+    starts, freqs = starts.reshape(chosen.shape), freqs.reshape(chosen.shape)
+    return _returned(starts, logits), _returned(freqs, logits)
 
 
-def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> NDArray[np.int32]:
-    """Return interval bounds: logits [..., V] -> int32 [..., V + 1].
+def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> Any:
+    """Return interval bounds: logits [..., V] -> int32 [..., V + 1], an array or tensor as they.
 
     Raises ValueError for a wrong dtype, codebook size or precision, and for float logits with NaN,
     +inf or nothing finite.
@@ -205,7 +212,8 @@ def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> NDArray[np.int32]:
     rows, dtype = _borrowed_logits(logits)
     lead = tuple(rows.shape[:-1])
     flat = rows.reshape(int(np.prod(lead, dtype=np.int64)), rows.shape[-1])
-    return _native.cdf(flat, dtype, prob_bits, threads).reshape(*lead, rows.shape[-1] + 1)
+    bounds = _native.cdf(flat, dtype, prob_bits, threads).reshape(*lead, rows.shape[-1] + 1)
+    return _returned(bounds, logits)
 
 
 class RansEncoder:
@@ -214,7 +222,7 @@ class RansEncoder:
     checks: uint16 [B], the initial state of each stream. Raises ValueError if one exceeds 65535.
 
     >>> encoder = RansEncoder(checks=[0xBEEF])
-    >>> encoder.push(starts=[12, 20], freqs=[4, 4], counts=[2], prob_bits=8)
+    >>> encoder.encode(starts=[12, 20], freqs=[4, 4], counts=[2], prob_bits=8)
     >>> buffer, offsets = encoder.finish()
     >>> buffer.tobytes().hex(), offsets
     ('0beec50f', array([0, 4]))
@@ -231,9 +239,9 @@ class RansEncoder:
         Raises ValueError for streams that no encoder writes.
 
         >>> first = RansEncoder([0xBEEF])
-        >>> first.push(starts=[20], freqs=[4], counts=[1], prob_bits=8)
+        >>> first.encode(starts=[20], freqs=[4], counts=[1], prob_bits=8)
         >>> second = RansEncoder.resumed(*first.finish(), first.symbols_before_output)
-        >>> second.push(starts=[12], freqs=[4], counts=[1], prob_bits=8)
+        >>> second.encode(starts=[12], freqs=[4], counts=[1], prob_bits=8)
         >>> second.finish()[0].tobytes().hex()
         '0beec50f'
         """
@@ -245,7 +253,7 @@ class RansEncoder:
         )
         return encoder
 
-    def push(
+    def encode(
         self,
         starts: ArrayLike,
         freqs: ArrayLike,
@@ -291,7 +299,7 @@ class RansDecoder:
     next byte counted from the stream's beginning. Raises ValueError for anything else.
 
     >>> decoder = RansDecoder(bytes.fromhex("0beec50f"), offsets=[0, 4])
-    >>> decoder.decode_logits(np.zeros((1, 2, 64), np.int16), prob_bits=8)  # uniform: 4 slots each
+    >>> decoder.decode(np.zeros((1, 2, 64), np.int16), prob_bits=8)  # uniform: 4 slots each
     array([[3, 5]], dtype=int32)
     >>> decoder.finished([0xBEEF])
     array([ True])
@@ -321,21 +329,23 @@ class RansDecoder:
             return np.arange(self._size, dtype=np.int64)
         return _integers(streams, np.int64, "streams")
 
-    def decode_logits(
+    def decode(
         self,
         logits: Logits,
         prob_bits: int,
         streams: ArrayLike | None = None,
         threads: int = 1,
-    ) -> NDArray[np.int32]:
-        """Decode n symbols per row: logits [B, n, V] -> int32 [B, n].
+    ) -> Any:
+        """Decode n symbols per row: logits [B, n, V] -> int32 [B, n], an array or tensor as they.
 
         streams: int64 [B], the stream of each row, no stream twice; all of them if None.
         Reading past the end returns symbols and no error; ``finished`` tells. Raises ValueError,
         and decodes nothing, for wrong shapes, dtypes, streams, precision or float logits.
         """
         rows, dtype = _borrowed_logits(logits)
-        return self._native.decode_logits(rows, dtype, self._streams(streams), prob_bits, threads)
+        chosen = self._streams(streams)
+        symbols = self._native.decode_logits(rows, dtype, chosen, prob_bits, threads)
+        return _returned(symbols, logits)
 
     def decode_cdf(
         self,
@@ -343,14 +353,14 @@ class RansDecoder:
         prob_bits: int,
         streams: ArrayLike | None = None,
         threads: int = 1,
-    ) -> NDArray[np.int32]:
+    ) -> Any:
         """Decode n symbols per row by tables: int32 [B, n, V + 1] -> int32 [B, n].
 
-        Every table must increase strictly from 0 to 2^prob_bits. See also ``decode_logits``.
+        Every table must increase strictly from 0 to 2^prob_bits. See also ``decode``.
         """
-        return self._native.decode_cdf(
-            _borrowed(cdf, "cdf"), self._streams(streams), prob_bits, threads
-        )
+        tables = _borrowed(cdf, "cdf")
+        symbols = self._native.decode_cdf(tables, self._streams(streams), prob_bits, threads)
+        return _returned(symbols, cdf)
 
     @property
     def states(self) -> NDArray[np.uint32]:

@@ -44,13 +44,13 @@ class SymbolEncoder:
             symbols.
         threads: number of threads; it never changes a byte.
 
-    Raises ValueError for a batch below 1. The last symbol is coded first, so ``put`` keeps eight
+    Raises ValueError for a batch below 1. The last symbol is coded first, so ``encode`` keeps eight
     bytes per symbol until ``finish``.
 
     >>> import numpy as np
     >>> encoder = SymbolEncoder(batch=2)
-    >>> encoder.put(np.zeros((2, 3, 8), np.int16), [[7, 1, 2], [0, 0, 5]])
-    >>> encoder.put(np.zeros((2, 1, 100), np.int16), [[99], [42]])  # another codebook
+    >>> encoder.encode(np.zeros((2, 3, 8), np.int16), [[7, 1, 2], [0, 0, 5]])
+    >>> encoder.encode(np.zeros((2, 1, 100), np.int16), [[99], [42]])  # another codebook
     >>> [len(stream) for stream in encoder.finish()]
     [4, 4]
     """
@@ -62,7 +62,7 @@ class SymbolEncoder:
         self._checks = [_CHECK_START] * batch
         self._parts: list[tuple[int, NDArray[np.int32], NDArray[np.int32]]] = []
 
-    def put(self, logits: Logits, symbols: ArrayLike) -> None:
+    def encode(self, logits: Logits, symbols: ArrayLike) -> None:
         """Append n symbols to each stream.
 
         Args:
@@ -78,8 +78,8 @@ class SymbolEncoder:
                 "one row for each stream"
             )
         bits = _bits(self._prob_bits, logits)
-        starts, freqs = rans.intervals(logits, chosen, bits, self._threads)
-        self._parts.append((bits, starts, freqs))
+        found = rans.intervals(logits, chosen, bits, self._threads)
+        self._parts.append((bits, as_array(found[0]), as_array(found[1])))
         self._checks = _extended(self._checks, chosen)
 
     def finish(self, checks: ArrayLike | None = None) -> list[bytes]:
@@ -97,7 +97,7 @@ class SymbolEncoder:
             starts = np.concatenate([part[1] for part in parts], axis=1)
             freqs = np.concatenate([part[2] for part in parts], axis=1)
             counts = np.full(self._batch, starts.shape[1], dtype=np.int64)
-            encoder.push(starts.ravel(), freqs.ravel(), counts, bits, self._threads)
+            encoder.encode(starts.ravel(), freqs.ravel(), counts, bits, self._threads)
         buffer, offsets = encoder.finish()
         data = buffer.tobytes()
         return [data[begin:end] for begin, end in pairwise(offsets.tolist())]
@@ -110,13 +110,13 @@ class SymbolDecoder:
         streams: at least one byte string.
         prob_bits, threads: as for ``SymbolEncoder``.
 
-    Raises ValueError if there is no stream. Do not trust the symbols before ``finish``: ``get``
+    Raises ValueError if there is no stream. Do not trust the symbols before ``finish``: ``decode``
     reads wrong symbols from a damaged stream without an error.
 
     >>> import numpy as np
     >>> logits = np.zeros((1, 2, 8), np.int16)
     >>> decoder = SymbolDecoder(encode(logits, [[3, 4]]))
-    >>> decoder.get(logits[:, :1]), decoder.get(logits[:, 1:])
+    >>> decoder.decode(logits[:, :1]), decoder.decode(logits[:, 1:])
     (array([[3]], dtype=int32), array([[4]], dtype=int32))
     >>> decoder.finish()
     """
@@ -131,16 +131,17 @@ class SymbolDecoder:
         self._checks = [_CHECK_START] * len(streams)
         self._decoder = RansDecoder(b"".join(streams), np.cumsum([0, *self._lengths]))
 
-    def get(self, logits: Logits) -> NDArray[np.int32]:
+    def decode(self, logits: Logits) -> Any:
         """Return the next n symbols of each stream: logits [B, n, V] -> int32 [B, n].
 
-        The logits must equal those of ``put`` bit for bit; n may differ. Raises ValueError, and
-        reads nothing, for wrong shapes, dtypes or precision.
+        They are an array or a tensor as the logits are. The logits must equal those of ``encode``
+        bit for bit; n may differ. Raises ValueError, and reads nothing, for wrong shapes, dtypes or
+        precision.
         """
-        symbols = self._decoder.decode_logits(
+        symbols = self._decoder.decode(
             logits, _bits(self._prob_bits, logits), threads=self._threads
         )
-        self._checks = _extended(self._checks, symbols)
+        self._checks = _extended(self._checks, as_array(symbols))
         return symbols
 
     def finish(self, checks: ArrayLike | None = None) -> None:
@@ -173,14 +174,14 @@ def encode(
 ) -> list[bytes]:
     """Encode symbols whose logits are all known: [B, N, V] and [B, N] -> B byte strings.
 
-    Arguments and errors as for ``SymbolEncoder``, its ``put`` and its ``finish``.
+    Arguments and errors as for ``SymbolEncoder``, its ``encode`` and its ``finish``.
 
     >>> import numpy as np
     >>> encode(np.zeros((2, 4, 256), np.int16), [[1, 2, 3, 4], [1, 2, 3, 4]])[0].hex()
     'c60102030440'
     """
     encoder = SymbolEncoder(len(logits), prob_bits, threads)
-    encoder.put(logits, symbols)
+    encoder.encode(logits, symbols)
     return encoder.finish(checks)
 
 
@@ -190,17 +191,18 @@ def decode(
     prob_bits: int | None = None,
     threads: int = 1,
     checks: ArrayLike | None = None,
-) -> NDArray[np.int32]:
+) -> Any:
     """Decode the streams of ``encode`` with the same logits [B, N, V]: int32 [B, N].
 
-    Raises ValueError for damaged streams; arguments as for ``SymbolDecoder``.
+    The symbols are an array or a tensor as the logits are. Raises ValueError for damaged streams;
+    arguments as for ``SymbolDecoder``.
 
     >>> import numpy as np
     >>> decode([bytes.fromhex("c60102030440")], np.zeros((1, 4, 256), np.int16))
     array([[1, 2, 3, 4]], dtype=int32)
     """
     decoder = SymbolDecoder(streams, prob_bits, threads)
-    symbols = decoder.get(logits)
+    symbols = decoder.decode(logits)
     decoder.finish(checks)
     return symbols
 

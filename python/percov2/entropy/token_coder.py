@@ -6,7 +6,6 @@ The intervals of all tokens come from one pass; decoding takes one pass per stag
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import as_array
 from percov2.entropy.staging import StagedDecoder, one_pass_residual
 
-__all__ = ["CodedGrids", "TokenCoder", "open_coder", "refuse_outsiders"]
+__all__ = ["CodedGrids", "TokenCoder", "refuse_outsiders"]
 
 
 _LOGITS_AT_ONCE = 2**21
@@ -38,14 +37,14 @@ class CodedGrids:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def encoder(
+    def encode(
         self,
         checks: rans.ArrayLike,
         threads: int = 1,
         sent: int = 0,
         rows: Sequence[int] | None = None,
     ) -> rans.RansEncoder:
-        """Return streams of the grids ``rows`` (all if None); see ``TokenCoder.encoder``."""
+        """Return streams of the grids ``rows`` (all if None); see ``TokenCoder.encode``."""
         if not 0 <= sent <= self.stage_count:
             raise ValueError(
                 f"{sent} stages of a schedule that has {self.stage_count} on this grid"
@@ -60,7 +59,7 @@ class CodedGrids:
     def _pushed(self, starts: Any, freqs: Any, checks: Any, threads: int) -> rans.RansEncoder:
         encoder = rans.RansEncoder(checks)
         counts = np.full(len(starts), starts.shape[1], dtype=np.int64)
-        encoder.push(starts.ravel(), freqs.ravel(), counts, self._coder.prob_bits, threads)
+        encoder.encode(starts.ravel(), freqs.ravel(), counts, self._coder.prob_bits, threads)
         return encoder
 
 
@@ -78,7 +77,7 @@ class TokenCoder:
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
     >>> coder = TokenCoder(IntTransformer.random(config, seed=1))
     >>> grids = np.zeros((1, 2, 3), np.int32)
-    >>> encoder = coder.encoder(grids, "checkerboard", checks=[7])
+    >>> encoder = coder.encode(grids, "checkerboard", checks=[7])
     >>> decoder = coder.decoder(*encoder.finish())
     >>> coder.decode(decoder, "checkerboard", 2, 3)
     array([[[0, 0, 0],
@@ -100,7 +99,7 @@ class TokenCoder:
 
     # Encoding ------------------------------------------------------------------------------------
 
-    def encoder(
+    def encode(
         self,
         tokens: Any,
         scheduled: schedule.Schedule,
@@ -122,12 +121,12 @@ class TokenCoder:
                 not fit.
             RuntimeError: torch runs the pass and allows reduced precision.
         """
-        return self.code(tokens, scheduled, threads).encoder(checks, threads, sent)
+        return self.code(tokens, scheduled, threads).encode(checks, threads, sent)
 
     def code(self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1) -> CodedGrids:
         """Run the pass over grids once, so that any number of stages can be written.
 
-        Arguments and errors as for ``encoder``.
+        Arguments and errors as for ``encode``.
         """
         stages = schedule.stage_map(scheduled, *tokens.shape[1:])
         starts, freqs = self.intervals(tokens, scheduled, threads)
@@ -138,7 +137,7 @@ class TokenCoder:
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Return intervals of every token at ``prob_bits``: (starts, freqs), int32 [B, h * w].
 
-        They are in coding order (``schedule.order``). Arguments and errors as for ``encoder``.
+        They are in coding order (``schedule.order``). Arguments and errors as for ``encode``.
         """
         residual, symbols = self._passed(tokens, scheduled)
         starts = np.empty(symbols.shape, dtype=np.int32)
@@ -272,7 +271,7 @@ class TokenCoder:
         """Decode the next tokens [B, n] of every stream, given residuals int32 [B, n, dim]."""
         return self._joined(
             [
-                decoder.decode_logits(logits, self.prob_bits, threads=threads)
+                decoder.decode(logits, self.prob_bits, threads=threads)
                 for _, logits in self._logits(residual)
             ]
         )
@@ -351,18 +350,3 @@ def refuse_outsiders(symbols: Any, codebook_size: int) -> None:
         raise ValueError(
             f"tokens range from {low} to {high}; the codebook has {codebook_size} entries"
         )
-
-
-def open_coder(folder: Path | str, device: str = "cpu") -> TokenCoder:
-    """Open the entropy model in a folder for a device; other devices than the CPU need torch.
-
-    Raises:
-        OSError, ValueError: as for ``IntTransformer.load``.
-        RuntimeError: the device does not compute exactly.
-    """
-    if str(device) == "cpu":
-        return TokenCoder(IntTransformer.load(folder))
-    from percov2.entropy.torch.int_transformer import IntTransformer as Placed
-    from percov2.entropy.torch.token_coder import TokenCoder as PlacedCoder
-
-    return PlacedCoder(Placed.load(folder, device=device))

@@ -34,6 +34,9 @@ class TransformerConfig:
 
     Raises:
         ValueError: a size outside its range.
+
+    >>> TransformerConfig(codebook_size=1024, layers=4).hidden
+    512
     """
 
     codebook_size: int = 256

@@ -203,11 +203,12 @@ class CudaRansDecoder:
         self._faults = torch.maximum(self._faults, status)
         return symbols
 
-    def decode_logits(self, logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
+    def decode(self, logits: torch.Tensor, prob_bits: int, threads: int = 1) -> torch.Tensor:
         """Decode n symbols per stream: int16 logits [B, n, V] -> int32 [B, n] on the device.
 
-        Queues one kernel. Reading past the end returns symbols and no error; ``finished`` tells.
-        Raises ValueError, and decodes nothing, for wrong devices, shapes, dtypes or precision.
+        Queues one kernel; ``threads`` is there for decoders on the CPU. Reading past the end
+        returns symbols and no error; ``finished`` tells. Raises ValueError, and decodes nothing,
+        for wrong devices, shapes, dtypes or precision.
         """
         if logits.dim() != 3:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be [B, n, V]")

@@ -114,7 +114,7 @@ class TokenCoder(token_coder.TokenCoder):
         bytes_per_token = 16 * config.dim + config.hidden + 2 * config.layers * config.inner
         return min(_TOKENS_AT_ONCE, _BYTES_AT_ONCE // bytes_per_token)
 
-    def encoder(
+    def encode(
         self,
         tokens: Any,
         scheduled: schedule.Schedule,
@@ -125,7 +125,7 @@ class TokenCoder(token_coder.TokenCoder):
         if self.coder_name == "cuda":
             # Before the pass, because copying pageable memory may wait for the stream.
             checks = self.placed_checks(checks)
-        return super().encoder(tokens, scheduled, checks, threads, sent)
+        return super().encode(tokens, scheduled, checks, threads, sent)
 
     def placed_checks(self, checks: Any) -> torch.Tensor:
         """Return checks as int32 [B] on the model's device."""
@@ -200,18 +200,6 @@ class TokenCoder(token_coder.TokenCoder):
 
     def _grids(self, staged: StagedDecoder) -> torch.Tensor:
         return staged.tokens().cpu()
-
-    def _read(self, decoder: Any, residual: torch.Tensor, threads: int) -> torch.Tensor:
-        if isinstance(decoder, rans.RansDecoder):
-            parts = [
-                torch.from_numpy(decoder.decode_logits(part, self.prob_bits, threads=threads))
-                for _, part in self._logits(residual)
-            ]
-        else:
-            parts = [
-                decoder.decode_logits(part, self.prob_bits) for _, part in self._logits(residual)
-            ]
-        return torch.cat(parts, 1)
 
     def _draw(self, logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Tensor:
         return sampling.draw(logits, places, seed)

@@ -139,7 +139,7 @@ class DirectCoder:
         starts, freqs = zip(*self._intervals(tokens), strict=True)
         encoder = rans.RansEncoder([token_check(tokens.tokens)])
         counts = np.array([len(tokens.tokens)], dtype=np.int64)
-        encoder.push(np.concatenate(starts), np.concatenate(freqs), counts, self._prob_bits)
+        encoder.encode(np.concatenate(starts), np.concatenate(freqs), counts, self._prob_bits)
         return encoder.finish()[0].tobytes()
 
     def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
@@ -148,7 +148,7 @@ class DirectCoder:
         tokens = np.full(len(plan.stage), UNKNOWN, dtype=np.int32)
         for stage in range(1, int(plan.stage.max()) + 1):
             here, logits = self._stage(plan, tokens, shape, stage)
-            tokens[here] = decoder.decode_logits(logits[None].cpu(), self._prob_bits)[0]
+            tokens[here] = decoder.decode(logits[None].cpu(), self._prob_bits)[0]
         if not decoder.finished([token_check(tokens)]).all():
             raise ValueError(f"the check of a payload of {len(payload)} bytes does not hold")
         return tokens
