@@ -99,7 +99,7 @@ class Crops:
         return sorted(order[: self.distances])
 
     def photos(self, photos: PhotoCrops) -> list[Photo]:
-        """Return the large photos in the order of ``limit``; raise ValueError if there are under two."""
+        """Return two or more large photos in the order of ``limit``, or raise ValueError."""
         large = [p for p in photos.photos if min(p.height, p.width) >= self.side]
         if len(large) < 2:
             raise ValueError(

@@ -54,13 +54,14 @@ def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Return a dataclass for a TOML table; raise ValueError for keys or values that do not fit."""
+    """Return a dataclass for a TOML table; raise ValueError if it does not fit."""
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - names)
     if unknown:
         raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
     try:
-        return kind(**values)
+        # Settings are tuples, but TOML and JSON have lists.
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:  # a missing setting, or a text instead of a number
         raise ValueError(f"{error}; the settings are {sorted(names)}") from error
 

@@ -41,7 +41,7 @@ class Member:
 
 @lru_cache(maxsize=256)
 def shard_members(shard: Path) -> tuple[Member, ...]:
-    """Return a shard's samples in order; raise ValueError if it holds no photo or is not a tar file."""
+    """Return a shard's samples; raise ValueError if it is not a tar file with photos."""
     photos: dict[str, tuple[int, int]] = {}
     captions: dict[str, tuple[int, int]] = {}
     try:

@@ -119,7 +119,7 @@ class ScaleQuantizer:
 
     @classmethod
     def fit(cls, directions: list[Tensor], codebook_size: int, seed: int = 0) -> ScaleQuantizer:
-        """Fit codebooks to directions [h, w, D]; raise ValueError if a scale has too few vectors."""
+        """Fit codebooks to directions [h, w, D]; raise ValueError if a scale lacks vectors."""
         order = np.random.default_rng(seed).permutation(len(directions))
         sizes = np.cumsum([directions[i].shape[0] * directions[i].shape[1] for i in order])
         chosen = order[: int(np.searchsorted(sizes, _FIT_VECTORS)) + 1]
