@@ -135,7 +135,7 @@ def _numbers(text: str, kind: type) -> list[Any]:
 
 
 def evaluate_stages(arguments: argparse.Namespace) -> None:
-    """``percov2 eval stages``."""
+    """Run ``percov2 eval stages``."""
     _check(arguments, "eval stages", arguments.folder)
     codec = open_codec(arguments)
     with about("eval stages"):
@@ -183,7 +183,7 @@ def evaluate_modes(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_captions(arguments: argparse.Namespace) -> None:
-    """``percov2 eval captions``."""
+    """Run ``percov2 eval captions``."""
     check_choices(arguments, EncodeOptions(rate=arguments.rate))
     with about("eval captions"):
         arguments.photos.stat()
@@ -243,7 +243,7 @@ def evaluate_realism(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace, name: str, folder: Path) -> None:
-    """Raise a Fault for options and folders that cannot work, before torch is loaded."""
+    """Raise a Fault for wrong options or folders, before torch is loaded."""
     with about(name):
         encode, decode = options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
         folder.stat()
@@ -263,7 +263,7 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
 
 
 def evaluate_kodak(arguments: argparse.Namespace) -> None:
-    """``percov2 eval kodak``."""
+    """Run ``percov2 eval kodak``."""
     _check(arguments, "eval kodak", arguments.folder)
     from percov2.evaluation import report
 
@@ -292,7 +292,7 @@ def evaluate_entropy(arguments: argparse.Namespace) -> None:
         if (arguments.finetune or baselines) and arguments.entropy_run is None:
             raise ValueError("training needs --entropy-run, the run that trained the model")
         if "multiscale" in baselines and arguments.photos is None:
-            raise ValueError("multiscale needs the --photos that the token maps are of")
+            raise ValueError("multiscale needs --photos, the photos of the token maps")
         arguments.data.stat()
         from percov2.evaluation.study.coders import token_map
         from percov2.evaluation.study.comparison import compare
