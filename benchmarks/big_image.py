@@ -2,9 +2,9 @@
 
 Crops or enlarges the picture to a square, compresses and restores it, and prints JSON: bytes,
 seconds to decode with loaded networks, peak memory of the process, and the visibility of the
-borders of sampling windows. The latter is the mean absolute difference of neighbouring pixels
-across borders, divided by that elsewhere (1 is invisible), for the restored picture, the original,
-and as their quotient. Fails if the restored picture has another size.
+borders of sampling windows. This visibility is the mean absolute difference of neighbouring pixels
+across borders, divided by that elsewhere; 1 is invisible. It is given for the restored picture, for
+the original, and as their quotient. Fails if the restored picture has another size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train the embedded model on a GPU for a fixed time: python benchmarks/campaign.py
 
-`run` builds the compiled module, runs the tests marked cuda, decodes the photos, trains from the
-given weights until the time is over, and writes its results for `join` in files of at most 16 MB:
+`run` builds the compiled module, runs the tests marked cuda and decodes the photos. Then it trains
+from the given weights until the time is over, and writes files of at most 16 MB for `join`:
 
     python benchmarks/campaign.py run --shards SHARDS --start RUN --out OUT --minutes 9
 

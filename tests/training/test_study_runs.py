@@ -72,7 +72,7 @@ def shared(token_file, tmp_path_factory) -> SharedRun:
 
 def test_a_shared_run_is_known_by_what_it_made(shared, tmp_path):
     assert (shared.config, shared.loop) == (
-        EntropyConfig(model=SIZES, shapes=[[5, 6], [4, 4]], tokens_per_step=256),
+        EntropyConfig(model=SIZES, shapes=([5, 6], [4, 4]), tokens_per_step=256),
         LOOP,
     )
     with pytest.raises(ValueError, match="not 00000000: give the run of the rate"):

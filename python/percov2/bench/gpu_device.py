@@ -93,9 +93,9 @@ class Gpu:
     def bandwidth(self, effort: Effort) -> dict[str, Any]:
         """Measure a copy within the device, and choose the peak bandwidth.
 
-        The unit is bytes read and written per second. The peak follows from the memory's clock
-        (kHz, two transfers per cycle) and bus width (bits) if torch reports them, else from the
-        data sheet, else from the copy.
+        The unit is bytes read and written per second. If torch reports the memory's clock (kHz, two
+        transfers per cycle) and bus width (bits), the peak follows from them. Otherwise it is from
+        the data sheet, or from the copy.
         """
         source = torch.zeros(min(_COPIED, self._flood.numel()), dtype=torch.uint8).to(self.place)
         goal = torch.empty_like(source)

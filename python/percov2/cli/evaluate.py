@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import about
 from percov2.cli.models import add_captioner, add_model, check_choices, chosen_captioner, open_codec
-from percov2.cli.options import add_command, add_options, model_choices, number, options_of
+from percov2.cli.options import (
+    add_command,
+    add_flag,
+    add_options,
+    model_choices,
+    number,
+    options_of,
+)
 from percov2.options import DecodeOptions, EncodeOptions
 
 if TYPE_CHECKING:
@@ -26,7 +33,6 @@ if TYPE_CHECKING:
 _SWEPT = ("target_bytes", "stages", "draw_seed", "slack", "effort", "max_pixels")
 """Encode options that ``eval stages`` does not take."""
 _PHOTOS = "folder made by `percov2 train data`"
-_RATE = "rate of the model, e.g. r031 (default: the model's)"
 
 
 def add_parser(commands: Any) -> None:
@@ -42,11 +48,8 @@ def add_parser(commands: Any) -> None:
 
     one = command("kodak", evaluate_kodak, "Measure the pictures of a folder and write a report.")
     one.add_argument("folder", type=Path, metavar="DIR", help="folder of pictures")
-    one.add_argument(
-        "--baselines",
-        default="",
-        help="codecs to compare at equal bytes, from jpeg,webp,avif,jpeg2000,vvc (default: none)",
-    )
+    help_ = "codecs to compare at equal bytes, from jpeg,webp,avif,jpeg2000,vvc"
+    add_flag(one, "--baselines", help_, default="")
     add_options(one, EncodeOptions, "max_pixels")
     add_captioner(one)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
@@ -57,97 +60,55 @@ def add_parser(commands: Any) -> None:
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
-        one.add_argument("photos", type=Path, help="out of `percov2 train data`")
-        one.add_argument("--rate", help=model_choices()["rate"])
-        for name, default, most in (("crops", count, 10**6), ("side", side, 4096)):
-            one.add_argument(
-                f"--{name}", type=number(int, 2, most), default=default, help=f"default: {default}"
-            )
+        one.add_argument("photos", type=Path, help=_PHOTOS)
+        add_flag(one, "--rate", model_choices()["rate"])
+        add_flag(one, "--crops", "number of crops", number(int, 2, 10**6), count)
+        add_flag(one, "--side", "side of a crop in pixels", number(int, 2, 4096), side)
 
     help_ = "Measure distortion and realism per setting of the dial, steps and guidance."
     one = command("modes", evaluate_modes, help_)
     crops(one, 2000, 128)
-    one.add_argument(
-        "--steps", default="1,2,4,8,20", help="numbers of flow evaluations (default: 1,2,4,8,20)"
-    )
-    one.add_argument("--guidance", default="1,2", help="weights of the caption (default: 1,2)")
-    one.add_argument("--realism", help="settings of the dial, e.g. 0,0.5,1 (default: the rate's)")
+    add_flag(one, "--steps", "numbers of flow evaluations", default="1,2,4,8,20")
+    add_flag(one, "--guidance", "weights of the caption", default="1,2")
+    add_flag(one, "--realism", "settings of the dial, e.g. 0,0.5,1 (default: the rate's)")
 
     help_ = "Compare the right captions with captions of other photos."
     one = command("captions", evaluate_captions, help_)
     crops(one, 500, 192)
-    one.add_argument(
-        "--steps", type=number(int, 1, 1000), help="flow evaluations (default: the rate's)"
+    add_flag(one, "--steps", "flow evaluations (default: the rate's)", number(int, 1, 1000))
+    add_flag(
+        one, "--guidance", "weight of the caption (default: the model's)", number(float, 0, 100)
     )
-    one.add_argument(
-        "--guidance",
-        type=number(float, 0, 100),
-        help="weight of the caption (default: the model's)",
-    )
-    one.add_argument(
-        "--pictures",
-        type=number(int, 0, 100),
-        default=8,
-        help="number of crops to show restored (default: 8)",
-    )
+    add_flag(one, "--pictures", "number of crops to show restored", number(int, 0, 100), 8)
 
     one = command("realism", evaluate_realism, "Measure quality and realism on held-out crops.")
     one.add_argument("photos", type=Path, help=_PHOTOS)
-    for name, default, help_ in (
-        ("side", 256, "side of a crop in pixels (default: 256)"),
-        ("stride", 128, "distance between crops in pixels, at most the side (default: 128)"),
-    ):
-        one.add_argument(f"--{name}", type=number(int, 1, 4096), default=default, help=help_)
-    one.add_argument(
-        "--distances",
-        type=number(int, 1, 10**6),
-        metavar="N",
-        help="measure LPIPS and DISTS on N crops per photo (default: all)",
-    )
-    one.add_argument(
-        "--limit", type=number(int, 2, 10**6), metavar="N", help="use N photos (default: all)"
-    )
-    one.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="folder of the originals' features; runs may share it (default: in --out)",
-    )
-    one.add_argument(
-        "--against",
-        type=Path,
-        metavar="DIR",
-        help="compare with a finished run on the same crops; DIR is its --out (default: none)",
-    )
+    add_flag(one, "--side", "side of a crop in pixels", number(int, 1, 4096), 256)
+    help_ = "distance between crops in pixels, at most the side"
+    add_flag(one, "--stride", help_, number(int, 1, 4096), 128)
+    help_ = "measure LPIPS and DISTS on N crops per photo (default: all)"
+    add_flag(one, "--distances", help_, number(int, 1, 10**6), metavar="N")
+    add_flag(one, "--limit", "use N photos (default: all)", number(int, 2, 10**6), metavar="N")
+    help_ = "folder of the originals' features; runs may share it (default: in --out)"
+    add_flag(one, "--cache", help_, Path, metavar="DIR")
+    help_ = "compare with a finished run on the same crops; DIR is its --out (default: none)"
+    add_flag(one, "--against", help_, Path, metavar="DIR")
     add_options(one, EncodeOptions, "max_pixels")
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     one = command("entropy", evaluate_entropy, "Compare entropy schedules on held-out tokens.")
-    one.add_argument(
-        "--data", type=Path, required=True, help="token maps made by `percov2 train tokens`"
+    add_flag(one, "--data", "token maps made by `percov2 train tokens`", Path, required=True)
+    add_flag(one, "--rate", "rate of the token maps, e.g. r031 (default: the model's)")
+    help_ = "folder of the `percov2 train entropy` that trained the model; training needs it"
+    add_flag(one, "--entropy-run", help_, Path)
+    help_ = "fine-tune for each schedule and measure again; needs --entropy-run"
+    add_flag(one, "--finetune", help_, number(int, 0, 10**6), 0, metavar="STEPS")
+    help_ = (
+        "baselines to train as long as the shared weights, from masked (the paper's masked model) "
+        "and multiscale (explicit VAR); needs --entropy-run"
     )
-    one.add_argument("--rate", help="rate of the token maps, e.g. r031 (default: the model's)")
-    one.add_argument(
-        "--entropy-run",
-        type=Path,
-        help="folder of the `percov2 train entropy` that trained the model; training needs it",
-    )
-    one.add_argument(
-        "--finetune",
-        type=number(int, 0, 10**6),
-        default=0,
-        metavar="STEPS",
-        help="fine-tune for each schedule and measure again (needs --entropy-run; default: 0)",
-    )
-    one.add_argument(
-        "--baselines",
-        default="",
-        help="baselines to train as long as the shared weights, from masked (the paper's masked "
-        "model) and multiscale (explicit VAR); needs --entropy-run (default: none)",
-    )
-    one.add_argument(
-        "--photos", type=Path, help=f"{_PHOTOS}, source of the token maps; multiscale needs it"
-    )
+    add_flag(one, "--baselines", help_, default="")
+    add_flag(one, "--photos", f"{_PHOTOS}, source of the token maps; multiscale needs it", Path)
 
 
 def _held_out(
@@ -174,17 +135,14 @@ def _numbers(text: str, kind: type) -> list[Any]:
 
 
 def evaluate_stages(arguments: argparse.Namespace) -> None:
-    """``percov2 eval stages``."""
+    """Run ``percov2 eval stages``."""
     _check(arguments, "eval stages", arguments.folder)
     codec = open_codec(arguments)
     with about("eval stages"):
         from percov2.evaluation.hybrid import plot_stages, stages_sent
         from percov2.evaluation.report import pictures_in
-        from percov2.evaluation.setting import Setting
 
-        setting = Setting(
-            options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
-        )
+        setting = chosen_setting(arguments)
         paths = pictures_in(arguments.folder)
         records = stages_sent(codec, paths, arguments.out, setting)
         plot_stages(records, arguments.out / "stages.png")
@@ -225,7 +183,7 @@ def evaluate_modes(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_captions(arguments: argparse.Namespace) -> None:
-    """``percov2 eval captions``."""
+    """Run ``percov2 eval captions``."""
     check_choices(arguments, EncodeOptions(rate=arguments.rate))
     with about("eval captions"):
         arguments.photos.stat()
@@ -285,7 +243,7 @@ def evaluate_realism(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace, name: str, folder: Path) -> None:
-    """Raise a Fault for options and folders that cannot work, before torch is loaded."""
+    """Raise a Fault for wrong options or folders, before torch is loaded."""
     with about(name):
         encode, decode = options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
         folder.stat()
@@ -305,7 +263,7 @@ def chosen_setting(arguments: argparse.Namespace) -> Setting:
 
 
 def evaluate_kodak(arguments: argparse.Namespace) -> None:
-    """``percov2 eval kodak``."""
+    """Run ``percov2 eval kodak``."""
     _check(arguments, "eval kodak", arguments.folder)
     from percov2.evaluation import report
 
@@ -334,7 +292,7 @@ def evaluate_entropy(arguments: argparse.Namespace) -> None:
         if (arguments.finetune or baselines) and arguments.entropy_run is None:
             raise ValueError("training needs --entropy-run, the run that trained the model")
         if "multiscale" in baselines and arguments.photos is None:
-            raise ValueError("multiscale needs the --photos that the token maps are of")
+            raise ValueError("multiscale needs --photos, the photos of the token maps")
         arguments.data.stat()
         from percov2.evaluation.study.coders import token_map
         from percov2.evaluation.study.comparison import compare
@@ -365,14 +323,9 @@ def _entropy_command(arguments: argparse.Namespace, rate: str) -> str:
     """Return the command for a report, with the names of files but not their folders."""
     words = ["percov2 eval entropy --model", Path(arguments.model).name, "--rate", rate]
     words += ["--data", arguments.data.name, "--out", arguments.out.name]
-    if arguments.entropy_run is not None:
-        words += ["--entropy-run", arguments.entropy_run.name]
-    if arguments.baselines:
-        words += ["--baselines", arguments.baselines]
-    if arguments.photos is not None:
-        words += ["--photos", arguments.photos.name]
-    if arguments.finetune:
-        words += ["--finetune", str(arguments.finetune)]
+    for name in ("entropy_run", "baselines", "photos", "finetune"):
+        if value := getattr(arguments, name):
+            words += [f"--{name.replace('_', '-')}", getattr(value, "name", str(value))]
     return " ".join(words)
 
 

@@ -44,7 +44,7 @@ def read_file(path: Path) -> bytes:
 
 
 def info(arguments: argparse.Namespace) -> None:
-    """``percov2 info``."""
+    """Run ``percov2 info``."""
     if arguments.verify:
         check_choices(arguments)
     with about(arguments.input):

@@ -51,12 +51,13 @@ def check_choices(
     encode: EncodeOptions | None = None,
     decode: DecodeOptions | None = None,
 ) -> None:
-    """Raise a Fault for choices that cannot work, before torch or a network is loaded.
+    """Raise a Fault for wrong choices, before torch or a network is loaded.
 
     Args:
-        arguments: with those of ``add_model`` and, maybe, of ``add_captioner``.
-        encode: rate and schedule must be there.
-        decode: realism needs a model with a dial.
+        arguments: arguments with the flags of ``add_model``; those of ``add_captioner`` are
+            optional.
+        encode: options whose rate and schedule must exist.
+        decode: options whose realism must fit the model.
     """
     from percov2.entropy import schedule
     from percov2.models.config import find_model
@@ -71,7 +72,7 @@ def check_choices(
         _, config = find_model(arguments.model)
         given = [flag for flag, is_given in _big_options(arguments).items() if is_given]
         if config.backbone == "tiny" and given:
-            raise ValueError(f"this is a small model: it takes no {', '.join(given)}")
+            raise ValueError(f"this small model does not take {', '.join(given)}")
         rate = config.default_rate
         if encode is not None:
             rate = config.rate(encode.rate or rate).name
@@ -81,7 +82,7 @@ def check_choices(
 
 
 def _big_options(arguments: argparse.Namespace) -> dict[str, bool]:
-    """Return the flags that only big models take, and whether they are given."""
+    """Return, for each flag of large models, True if it is given."""
     return {
         "--dtype": arguments.dtype is not None,
         "--offload": arguments.offload,

@@ -17,6 +17,20 @@ def add_command(commands: Any, name: str, run: Any, help_: str) -> argparse.Argu
     return added
 
 
+def add_flag(
+    parser: argparse.ArgumentParser,
+    name: str,
+    help_: str,
+    kind: Any = str,
+    default: Any = None,
+    **more: Any,
+) -> None:
+    """Add a flag; its help ends with the default if there is one, which is none for ""."""
+    if default is not None:
+        help_ += f" (default: {'none' if default == '' else default})"
+    parser.add_argument(name, help=help_, type=kind, default=default, **more)
+
+
 def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
     """Return a parser of one number from ``low`` to ``high``, both included."""
 

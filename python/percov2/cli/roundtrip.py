@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
 
 
 def roundtrip(arguments: argparse.Namespace) -> None:
-    """``percov2 roundtrip``."""
+    """Run ``percov2 roundtrip``."""
     with about("roundtrip"):
         encode, decode = options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
     check_choices(arguments, encode, decode)

@@ -10,66 +10,62 @@ from typing import Any
 from percov2.cli.faults import about
 from percov2.cli.options import add_command
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "config": {"type": Path, "required": True, "help": "TOML file with a section per phase"},
-    "recipe": {
-        "metavar": "NAME[,NAME]",
-        "help": "replace settings of [codec] by those of [codec.recipes.NAME] (sd3: [sd3])",
-    },
-    "data": {"type": Path, "required": True, "help": "photos, shards or token maps"},
-    "out": {"type": Path, "required": True, "help": "file or folder to write"},
-    "minutes": {
-        "type": float,
-        "help": "stop after this time in minutes; the same command resumes (default: no limit)",
-    },
-    "autoencoder_run": {
-        "type": Path,
-        "help": "folder made by `train autoencoder`, for the first weights",
-    },
-    "start_from": {
-        "type": Path,
-        "help": "folder made by `train codec` (its averaged weights), or model folder, for the "
-        "first weights instead; a rate that it lacks starts from its first rate",
-    },
-    "codec_run": {
-        "type": Path,
-        "required": True,
-        "help": "folder made by `train codec` or `train sd3`",
-    },
-    "texts": {
-        "type": Path,
-        "nargs": "+",
-        "required": True,
-        "help": ".txt files with a caption per line, or shards with such members",
-    },
-    "model": {"type": Path, "required": True, "help": "model folder"},
-    "rate": {
-        "help": "rate of the model (default: its default), or of the configuration (default: its "
-        "common settings)"
-    },
-    "views": {
-        "type": int,
-        "default": 1,
-        "help": "maps per photo; the second and later ones are mirrored and shifted (default: 1)",
-    },
-    "precision": {
-        "choices": ["no", "bf16"],
-        "default": "no",
-        "help": "mixed precision; bf16 halves the time, but a few tokens near a tie may differ "
-        "from the codec's (default: no)",
-    },
-    "pictures": {"type": Path, "help": "folder of validation pictures to restore at checkpoints"},
-    "longest": {
-        "type": int,
-        "default": 768,
-        "help": "largest shorter side of a photo in pixels; larger ones are scaled down "
-        "(default: 768)",
-    },
-    "entropy": {
-        "nargs": "+",
-        "metavar": "RATE=FOLDER",
-        "help": "`entropy` folders made by `train entropy`; FOLDER alone is for the first rate",
-    },
+
+def _option(help_: str, kind: Any = str, **more: Any) -> dict[str, Any]:
+    return {"help": help_, "type": kind, **more}
+
+
+OPTIONS = {
+    "config": _option("TOML file with a section per phase", Path, required=True),
+    "recipe": _option(
+        "replace settings of [codec] by those of [codec.recipes.NAME] (sd3: [sd3])",
+        metavar="NAME[,NAME]",
+    ),
+    "data": _option("photos, shards or token maps", Path, required=True),
+    "out": _option("file or folder to write", Path, required=True),
+    "minutes": _option(
+        "stop after this time in minutes; the same command resumes (default: no limit)", float
+    ),
+    "autoencoder_run": _option("folder made by `train autoencoder`, for the first weights", Path),
+    "start_from": _option(
+        "folder made by `train codec` (its averaged weights), or model folder, for the first "
+        "weights instead; a rate that it lacks starts from its first rate",
+        Path,
+    ),
+    "codec_run": _option("folder made by `train codec` or `train sd3`", Path, required=True),
+    "texts": _option(
+        ".txt files with a caption per line, or shards with such members",
+        Path,
+        nargs="+",
+        required=True,
+    ),
+    "model": _option("model folder", Path, required=True),
+    "rate": _option(
+        "rate of the model (default: its default), or of the configuration (default: its common "
+        "settings)"
+    ),
+    "views": _option(
+        "maps per photo; the second and later ones are mirrored and shifted (default: 1)",
+        int,
+        default=1,
+    ),
+    "precision": _option(
+        "mixed precision; bf16 halves the time, but a few tokens near a tie may differ from the "
+        "codec's (default: no)",
+        choices=["no", "bf16"],
+        default="no",
+    ),
+    "pictures": _option("folder of validation pictures to restore at checkpoints", Path),
+    "longest": _option(
+        "largest shorter side of a photo in pixels; larger ones are scaled down (default: 768)",
+        int,
+        default=768,
+    ),
+    "entropy": _option(
+        "`entropy` folders made by `train entropy`; FOLDER alone is for the first rate",
+        nargs="+",
+        metavar="RATE=FOLDER",
+    ),
 }
 PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("Decode photo shards into a memory-mapped cache.", ("data", "out")),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image, features
@@ -38,41 +39,6 @@ class Attempt:
     level: int
 
 
-def _save(image: Image.Image, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, **options)  # type: ignore[arg-type]
-    return stream.getvalue()
-
-
-def _jpeg(image: Image.Image, level: int) -> bytes:
-    return _save(image, format="JPEG", quality=max(level, 1), optimize=True, progressive=True)
-
-
-def _webp(image: Image.Image, level: int) -> bytes:
-    return _save(image, format="WEBP", quality=level, method=6)
-
-
-def _avif(image: Image.Image, level: int) -> bytes:
-    return _save(image, format="AVIF", quality=level, speed=6)
-
-
-def _jpeg2000(image: Image.Image, level: int) -> bytes:
-    # Geometric steps from 1/4000 to 1/10 of the raw size.
-    ratio = 4000 ** (1 - level / LEVELS) * 10 ** (level / LEVELS)
-    return _save(
-        image,
-        format="JPEG2000",
-        quality_mode="rates",
-        quality_layers=[ratio],
-        irreversible=True,
-        no_jp2=True,
-    )
-
-
-def _opened(data: bytes, size: tuple[int, int]) -> Image.Image:
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
 @dataclass(frozen=True)
 class Baseline:
     """Functions of a classical codec.
@@ -88,15 +54,34 @@ class Baseline:
     available: Callable[[], bool]
 
 
-def _pillow(encode: Callable[[Image.Image, int], bytes], feature: str) -> Baseline:
-    return Baseline(encode, _opened, lambda: bool(features.check(feature)))
+def _pillow(form: str, feature: str, options: Callable[[int], dict[str, Any]]) -> Baseline:
+    """Return a codec of Pillow; ``options`` maps a quality to options of ``Image.save``."""
+
+    def encode(image: Image.Image, level: int) -> bytes:
+        stream = io.BytesIO()
+        image.save(stream, format=form, **options(level))
+        return stream.getvalue()
+
+    def decode(data: bytes, size: tuple[int, int]) -> Image.Image:
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+    return Baseline(encode, decode, lambda: bool(features.check(feature)))
+
+
+def _jpeg2000(level: int) -> dict[str, Any]:
+    # Geometric steps from 1/4000 to 1/10 of the raw size.
+    ratio = 4000 ** (1 - level / LEVELS) * 10 ** (level / LEVELS)
+    layers = {"quality_mode": "rates", "quality_layers": [ratio]}
+    return {**layers, "irreversible": True, "no_jp2": True}
 
 
 BASELINES: dict[str, Baseline] = {
-    "jpeg": _pillow(_jpeg, "jpg"),
-    "webp": _pillow(_webp, "webp"),
-    "avif": _pillow(_avif, "avif"),
-    "jpeg2000": _pillow(_jpeg2000, "jpg_2000"),
+    "jpeg": _pillow(
+        "JPEG", "jpg", lambda q: {"quality": max(q, 1), "optimize": True, "progressive": True}
+    ),
+    "webp": _pillow("WEBP", "webp", lambda q: {"quality": q, "method": 6}),
+    "avif": _pillow("AVIF", "avif", lambda q: {"quality": q, "speed": 6}),
+    "jpeg2000": _pillow("JPEG2000", "jpg_2000", _jpeg2000),
     "vvc": Baseline(vvc.encode, vvc.decode, vvc.available),
 }
 

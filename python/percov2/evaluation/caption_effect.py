@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from percov2.codec import Codec
 from percov2.evaluation.gallery import Cell
+from percov2.evaluation.modes import require_captioned
 from percov2.models.perceptual import LPIPS
 from percov2.models.tiny.backbone import CodecModel
 from percov2.models.tiny.flow import estimate_clean
@@ -79,11 +80,7 @@ def caption_effect(
     model = codec.model
     if not isinstance(model, CodecModel):
         raise ValueError(f"{codec.config.name} is not a tiny model; only tiny has a flow loss here")
-    if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
-        raise ValueError(
-            f"{len(captions)} captions for crops {crops.dtype} {crops.shape}; give uint8 "
-            "[N, S, S, 3] and one caption each"
-        )
+    require_captioned(crops, captions)
     if len(crops) < 2 or not all(captions):
         raise ValueError("give at least two crops, each with a caption")
     count = len(crops)

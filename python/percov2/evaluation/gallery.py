@@ -1,9 +1,10 @@
-"""Pages of labelled pictures."""
+"""Pages of labelled pictures, and plots of quality."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -75,3 +76,40 @@ def _lines(label: str, font: _Font, width: int) -> list[str]:
         else:
             lines.append(word)
     return lines
+
+
+def plot_quality(
+    lines: Mapping[str, Sequence[Mapping[str, Any]]],
+    x: tuple[str, str],
+    number: str,
+    title: str,
+    path: Path,
+) -> None:
+    """Plot PSNR and LPIPS (AlexNet) over another measure as PNG.
+
+    Args:
+        lines: records of each line by its label, "" for a single line without a legend.
+        x: key and label of the other measure.
+        number: key of the number that orders the points of a line and labels them.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    y = {"psnr": "PSNR, dB (higher is better)", "lpips_alex": "LPIPS, AlexNet (lower is better)"}
+    for axis, (metric, label) in zip(axes, y.items(), strict=True):
+        for name, records in lines.items():
+            line = sorted(records, key=lambda record: record[number])
+            axis.plot([r[x[0]] for r in line], [r[metric] for r in line], marker="o", label=name)
+            for r in line:
+                place, offset = (r[x[0]], r[metric]), (5, 4)
+                axis.annotate(f"{r[number]:g}", place, offset, textcoords="offset points")
+        axis.set(xlabel=x[1], ylabel=label)
+        axis.grid(alpha=0.3)
+    if "" not in lines:
+        axes[0].legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

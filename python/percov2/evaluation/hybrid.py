@@ -15,6 +15,7 @@ from tqdm import tqdm
 from percov2.codec import Codec
 from percov2.container.tokens_file import token_grid
 from percov2.entropy.schedule import stage_count
+from percov2.evaluation.gallery import plot_quality
 from percov2.evaluation.report import round_trip
 from percov2.evaluation.setting import Setting, described
 from percov2.images import read_image, write_bytes, write_image
@@ -110,22 +111,5 @@ def _page(pictures: Sequence[Image.Image], columns: int = 3, gap: int = 8) -> Im
 
 def plot_stages(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot PSNR and LPIPS over bytes as PNG; each point shows its number of stages."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    labels = ("PSNR, dB (higher is better)", "LPIPS, AlexNet (lower is better)")
-    for axis, metric, label in zip(axes, STAGE_METRICS, labels, strict=True):
-        line = sorted(records, key=lambda record: record["stages"])
-        axis.plot([r["bytes"] for r in line], [r[metric] for r in line], marker="o")
-        for record in line:
-            place = (record["bytes"], record[metric])
-            axis.annotate(str(record["stages"]), place, textcoords="offset points", xytext=(5, 4))
-        axis.set_xlabel("bytes of the whole file")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    figure.suptitle(f"stages sent, of {records[0]['of']}; {records[0]['pictures']} pictures")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    title = f"stages sent, of {records[0]['of']}; {records[0]['pictures']} pictures"
+    plot_quality({"": records}, ("bytes", "bytes of the whole file"), "stages", title, path)

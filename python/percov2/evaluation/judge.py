@@ -99,11 +99,7 @@ class Crops:
         return sorted(order[: self.distances])
 
     def photos(self, photos: PhotoCrops) -> list[Photo]:
-        """Return the photos that are large enough, in the order of ``limit``.
-
-        Raises:
-            ValueError: fewer than two photos are large enough.
-        """
+        """Return two or more large photos in the order of ``limit``, or raise ValueError."""
         large = [p for p in photos.photos if min(p.height, p.width) >= self.side]
         if len(large) < 2:
             raise ValueError(

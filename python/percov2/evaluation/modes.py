@@ -16,12 +16,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from percov2.codec import Codec
+from percov2.evaluation.gallery import plot_quality
 from percov2.evaluation.metrics import measure
 from percov2.evaluation.realism import FrechetDistance
 from percov2.images import write_bytes
 
 MODE_METRICS = ("psnr", "lpips_alex")
 _BATCH = 16
+
+
+def require_captioned(crops: NDArray[np.uint8], captions: Sequence[str]) -> None:
+    """Raise ValueError unless crops are uint8 [N, S, S, 3] and have a caption each."""
+    if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
+        raise ValueError(
+            f"{len(captions)} captions for crops {crops.dtype} {crops.shape}; give uint8 "
+            "[N, S, S, 3] and one caption each"
+        )
 
 
 def operating_modes(
@@ -56,11 +66,7 @@ def operating_modes(
         ValueError: crops, captions, steps, guidance or realism do not fit.
         MetricWeightsMissing: a network's weights are not installed.
     """
-    if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
-        raise ValueError(
-            f"{len(captions)} captions for crops {crops.dtype} {crops.shape}; give uint8 "
-            "[N, S, S, 3] and one caption each"
-        )
+    require_captioned(crops, captions)
     name = codec.config.rate(codec.config.default_rate if rate is None else rate).name
     out.mkdir(parents=True, exist_ok=True)
     path = out / "modes.json"
@@ -128,35 +134,13 @@ def plot_modes(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     A line joins the settings of the dial, or the numbers of steps if there is only one setting.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     dialled = len({record["realism"] for record in records}) > 1
     joined, other = ("realism", "steps") if dialled else ("steps", "realism")
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    labels = ("PSNR, dB (higher is better)", "LPIPS, AlexNet (lower is better)")
-    for axis, metric, label in zip(axes, MODE_METRICS, labels, strict=True):
-        for setting in sorted({(record[other], record["guidance"]) for record in records}):
-            members = [r for r in records if (r[other], r["guidance"]) == setting]
-            line = sorted(members, key=lambda r: r[joined])
-            axis.plot(
-                [r["frechet"] for r in line],
-                [r[metric] for r in line],
-                marker="o",
-                label=f"{other} {setting[0]:g}, guidance {setting[1]:g}",
-            )
-            for record in line:
-                place = (record["frechet"], record[metric])
-                axis.annotate(
-                    f"{record[joined]:g}", place, textcoords="offset points", xytext=(5, 4)
-                )
-        axis.set_xlabel("Fréchet distance, EfficientNet-Lite0 (lower is better)")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[0].legend()
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for record in sorted(records, key=lambda r: (r[other], r["guidance"])):
+        name = f"{other} {record[other]:g}, guidance {record['guidance']:g}"
+        lines.setdefault(name, []).append(record)
+    x = ("frechet", "Fréchet distance, EfficientNet-Lite0 (lower is better)")
     count = records[0]["crops"]
-    figure.suptitle(f"{records[0]['rate']}: numbers are {joined}; {count} held-out crops")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    title = f"{records[0]['rate']}: numbers are {joined}; {count} held-out crops"
+    plot_quality(lines, x, joined, title, path)

@@ -193,11 +193,7 @@ class Adversary:
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a state; keep the configured learning rate.
-
-        Raises:
-            ValueError: the state is of a discriminator with other widths.
-        """
+        """Restore all but the learning rate; raise ValueError for a state of other widths."""
         try:
             self.network.load_state_dict(state["network"])
         except RuntimeError as error:

@@ -29,11 +29,7 @@ def kept(module: nn.Module, keys: set[str]) -> dict[str, Tensor]:
 
 
 def restore(module: nn.Module, state: dict[str, Tensor], keys: set[str], path: Path) -> None:
-    """Load ``state`` into ``module``.
-
-    Raises:
-        ValueError: the names are not ``keys``, or shapes differ.
-    """
+    """Load ``state`` into ``module``; raise ValueError if names or shapes differ."""
     if set(state) != keys:
         odd = sorted(set(state) ^ keys)
         raise ValueError(f"{path} holds other networks: {odd[:3]} ({len(odd)} names differ)")
@@ -59,11 +55,7 @@ def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:
 def restore_draws(
     state: dict[str, Any], generator: np.random.Generator, process: int, processes: int, path: Path
 ) -> None:
-    """Restore the random state of a process from a checkpoint.
-
-    Raises:
-        ValueError: the run had another number of processes.
-    """
+    """Restore a process's random state; raise ValueError for another number of processes."""
     # Older checkpoints hold only the first process's state, so it is stored apart.
     draws = [state, *state.get("other_processes", [])]
     if len(draws) != processes:

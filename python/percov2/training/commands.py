@@ -29,10 +29,6 @@ from percov2.training.stage1 import CodecConfig, CodecStage
 from percov2.training.stage2 import EntropyConfig, train_entropy
 
 
-def _crops(values: dict[str, Any]) -> CropPlan:
-    return build_config(CropPlan, {k: tuple(v) for k, v in values.items()})
-
-
 def _losses(values: dict[str, Any]) -> LossTerms:
     return build_config(LossTerms, {k: build_config(Term, v) for k, v in values.items()})
 
@@ -40,7 +36,7 @@ def _losses(values: dict[str, Any]) -> LossTerms:
 def _rate_values(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Merge a rate's settings over the phase's; its losses are merged one by one."""
     losses = {**common.get("losses", {}), **own.get("losses", {})}
-    crops = _crops(own.get("crops", {}))
+    crops = build_config(CropPlan, own.get("crops", {}))
     return {**common, **own, "losses": _losses(losses), "crops": crops}
 
 
@@ -49,7 +45,7 @@ def autoencoder_stage(config: Path, data: PhotoCrops) -> tuple[AutoencoderStage,
     values = read_section(config, "autoencoder")
     loop = build_config(LoopConfig, values.pop("loop", {}))
     if "crops" in values:
-        values["crops"] = _crops(values["crops"])
+        values["crops"] = build_config(CropPlan, values["crops"])
     if "losses" in values:
         values["losses"] = _losses(values["losses"])
     torch.manual_seed(loop.seed)
@@ -78,12 +74,7 @@ def codec_stage(
         name: build_config(RateConfig, _rate_values(common, rate))
         for name, rate in values.get("rates", {}).items()
     }
-    adversary = dict(values.get("adversary", {}))
-    if "pixel_widths" in adversary:
-        adversary["pixel_widths"] = tuple(adversary["pixel_widths"])
-    values["adversary"] = build_config(AdversaryConfig, adversary)
-    if "realism_ends" in values:
-        values["realism_ends"] = tuple(values["realism_ends"])
+    values["adversary"] = build_config(AdversaryConfig, values.get("adversary", {}))
     data = data.weighing(values.pop("sources", {}))
     sizes = read_section(config, "autoencoder").get("autoencoder", {})
     torch.manual_seed(loop.seed)

@@ -124,11 +124,7 @@ def _check_recordable(stage: TrainingStage, on_cpu: bool, processes: int) -> Non
 
 
 def load_averaged(out: Path, stage: TrainingStage) -> int:
-    """Load a run's averaged weights into ``stage``; return their step.
-
-    Raises:
-        ValueError: the folder holds no checkpoint, or one of other networks.
-    """
+    """Load a run's averaged weights and return their step; raise ValueError if they do not fit."""
     path = out / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{out} holds no checkpoint.pt; train this stage first")

@@ -144,7 +144,7 @@ def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
 
     Raises:
         ValueError: no rate, a share that is not positive, crops that do not fit the tokens, or
-            z_hat of different numbers of channels, since the rates share the flow.
+            different numbers of channels in z_hat, which enters the shared flow.
     """
     if not configs:
         raise ValueError("give at least one rate, e.g. a table [codec.rates.r031]")

@@ -13,11 +13,7 @@ Config = TypeVar("Config")
 
 
 def read_section(path: Path, section: str) -> dict[str, Any]:
-    """Return a phase's table of a TOML configuration file.
-
-    Raises:
-        ValueError: the file has no such table.
-    """
+    """Return a phase's table of a TOML file; raise ValueError if there is none."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     if section not in tables:
         raise ValueError(f"{path.name} has no [{section}] section; it has {sorted(tables)}")
@@ -58,17 +54,14 @@ def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
-    """Return a configuration dataclass for a TOML table.
-
-    Raises:
-        ValueError: an unknown key, a missing key, or a value of the wrong type.
-    """
+    """Return a dataclass for a TOML table; raise ValueError if it does not fit."""
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - names)
     if unknown:
         raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
     try:
-        return kind(**values)
+        # Settings are tuples, but TOML and JSON have lists.
+        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:  # a missing setting, or a text instead of a number
         raise ValueError(f"{error}; the settings are {sorted(names)}") from error
 

@@ -41,11 +41,7 @@ class Member:
 
 @lru_cache(maxsize=256)
 def shard_members(shard: Path) -> tuple[Member, ...]:
-    """Return the samples of a shard in their order.
-
-    Raises:
-        ValueError: the file is not a tar file, or holds no photo.
-    """
+    """Return a shard's samples; raise ValueError if it is not a tar file with photos."""
     photos: dict[str, tuple[int, int]] = {}
     captions: dict[str, tuple[int, int]] = {}
     try:
@@ -268,11 +264,7 @@ class CropFeed:
         return {place: list(vars(at).values()) for place, at in self._positions.items()}
 
     def go_to(self, positions: dict[int, list[int]]) -> None:
-        """Continue from the positions of all streams.
-
-        Raises:
-            ValueError: the number of streams differs.
-        """
+        """Continue from the positions of all streams; raise ValueError if their number differs."""
         if len(positions) != self.streams.streams:
             raise ValueError(
                 f"the run's batches had {len(positions)} samples, not {self.streams.streams}; "

@@ -43,8 +43,6 @@ def sd3_config(path: Path, recipe: str | None = None) -> tuple[SD3Config, LoopCo
         raise ValueError(f"[sd3] of {path.name} has no rate; choose a recipe with a rate")
     loop = build_config(LoopConfig, values.pop("loop", {}))
     values["rate"] = build_config(Rate, values["rate"])
-    if "lora_layers" in values:
-        values["lora_layers"] = tuple(values["lora_layers"])
     return build_config(SD3Config, values), loop
 
 

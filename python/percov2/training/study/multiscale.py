@@ -68,11 +68,7 @@ def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections
 
 
 def k_means(vectors: Tensor, size: int, seed: int) -> Tensor:
-    """Return ``size`` means, float32 [size, D], of vectors float32 [n, D].
-
-    Raises:
-        ValueError: fewer vectors than means.
-    """
+    """Return ``size`` means, float32 [size, D], of at least as many vectors float32 [n, D]."""
     if len(vectors) < size:
         raise ValueError(f"{len(vectors)} vectors for {size} codes; give more photos")
     generator = torch.Generator().manual_seed(seed)
@@ -123,11 +119,7 @@ class ScaleQuantizer:
 
     @classmethod
     def fit(cls, directions: list[Tensor], codebook_size: int, seed: int = 0) -> ScaleQuantizer:
-        """Fit codebooks to directions [h, w, D] of photos.
-
-        Raises:
-            ValueError: a scale has fewer vectors than codes.
-        """
+        """Fit codebooks to directions [h, w, D]; raise ValueError if a scale lacks vectors."""
         order = np.random.default_rng(seed).permutation(len(directions))
         sizes = np.cumsum([directions[i].shape[0] * directions[i].shape[1] for i in order])
         chosen = order[: int(np.searchsorted(sizes, _FIT_VECTORS)) + 1]
