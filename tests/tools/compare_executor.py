@@ -147,7 +147,7 @@ def work_of_encoding(config: TransformerConfig, wasteful: bool = False) -> list[
         work,
     ):
         TokenCoder(model, "cuda").encoder(tokens, "qlds5", [1, 2])
-    return work.seen
+    return list(work.seen)
 
 
 torch.manual_seed(0)
