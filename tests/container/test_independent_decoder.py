@@ -28,6 +28,7 @@ from percov2.container.tokens_file import (
 )
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, stages
 from percov2.entropy.transformer_config import TransformerConfig
+from tools.executors import FROZEN
 
 DATA = Path(__file__).parents[1] / "data"
 SIDE = 16
@@ -100,8 +101,7 @@ def saved(transformer: IntTransformer, folder: Path) -> tuple[TokenCoder, indepe
 
 @pytest.fixture(scope="module")
 def frozen() -> Pair:
-    folder = DATA / "entropy_v1"
-    return Pair(TokenCoder(IntTransformer.load(folder)), independent_model.read_model(folder))
+    return Pair(TokenCoder(IntTransformer.load(FROZEN)), independent_model.read_model(FROZEN))
 
 
 @pytest.fixture(scope="module")
@@ -165,13 +165,15 @@ def test_captions_of_every_codec_are_read(captioned: Pair, codec: int) -> None:
 
 @pytest.mark.parametrize("schedule", range(len(SCHEDULES)))
 def test_stages_that_a_file_lacks_are_drawn(frozen: Pair, schedule: int) -> None:
-    grid = (4, 5)
-    total = int(stages(SCHEDULES[schedule], *grid).max())
+    grid, name = ((4, 5), (7, 3))[schedule % 2], SCHEDULES[schedule]
+    tokens, stage = some_tokens(grid), stages(name, *grid)
+    total = int(stage.max())
     for sent, seed in {(1, 0), (total // 2, 7), (total - 1, 65535)}:
         header = some_header(grid, schedule, "hut", stages_sent=sent, seed=seed)
-        read = frozen.agree(frozen.write(header, some_tokens(grid)))
+        read = frozen.agree(frozen.write(header, tokens))
         assert read is not None
         assert (read.stages, read.header.seed) == (sent, seed)
+        assert np.array_equal(np.array(read.tokens)[stage <= sent], tokens[stage <= sent])
 
 
 @pytest.mark.parametrize("size", [300, 1100])
@@ -206,18 +208,25 @@ def test_files_without_their_ends_are_restored(captioned: Pair, fields: dict[str
     for schedule, caption in (("qlds8", b"red"), ("raster", b"")):
         codec = {"caption_codec": 3 if caption else 0, "caption": caption}
         header = some_header(grid, SCHEDULES.index(schedule), **codec, **fields)
-        data = captioned.write(header, some_tokens(grid))
+        tokens, stage, counts = some_tokens(grid), stages(schedule, *grid), []
+        data = captioned.write(header, tokens)
         # A file that is cut in its size may be that of a large picture.
         for end in range(12, len(data) + 1):
-            assert (captioned.agree(data[:end]) is None) == (end < len(data))
-            read = captioned.agree(data[:end], cut=True)
-            held.add(-1 if read is None else read.stages)
+            whole, read = captioned.agree(data[:end]), captioned.agree(data[:end], cut=True)
+            assert (whole is None) == (end < len(data))
+            counts.append(-1 if read is None else read.stages)
+            if read is not None:
+                known = stage <= read.stages
+                assert np.array_equal(np.array(read.tokens)[known], tokens[known])
+        assert read == whole and counts == sorted(counts)
+        held |= set(counts)
     assert held >= {-1, 0, 1, 2, 4}
 
 
 def test_damage_is_refused_and_read_alike_where_nothing_checks(captioned: Pair) -> None:
     grid = (3, 4)
-    header = some_header(grid, SCHEDULES.index("quincunx"), "hut", stages_sent=2, seed=5)
+    fields = {"caption_codec": 3, "caption": b"hut", "stages_sent": 2, "seed": 5}
+    header = some_header(grid, SCHEDULES.index("quincunx"), **fields)
     data = captioned.write(header, some_tokens(grid))
     generator = np.random.default_rng(8)
     for i in range(len(data)):

@@ -1,18 +1,18 @@
-"""Files of a part of the stages and files without their end, against a plain-Python reader."""
+"""Files of a part of the stages and files without their end.
+
+What they mean is what test_independent_decoder.py says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
-from oracles import independent_coder, independent_decoder, independent_model
+from oracles import independent_coder
 from percov2 import BitstreamError, Codec
 from percov2.container import bitstream
 from percov2.container.tokens_file import (
@@ -26,12 +26,11 @@ from percov2.container.tokens_file import (
     write_within,
 )
 from percov2.entropy import IntTransformer, TokenCoder, stages
-from percov2.entropy.schedule import SCHEDULES, stage_count
+from percov2.entropy.schedule import SCHEDULES
 from percov2.entropy.transformer_config import TransformerConfig
-from tools.executors import coder_of, model_on
+from tools.executors import coder_of, model_on, torch_threads
 
 SIDE = 16
-Read = Callable[..., tuple[np.ndarray, int]]
 CONFIG = TransformerConfig(codebook_size=64, dim=16, heads=2, head_dim=8, layers=2, hidden=16)
 
 
@@ -59,64 +58,6 @@ def opened(files: Sequence[bytes]) -> list[OpenFile]:
     ]
 
 
-@pytest.fixture(scope="module")
-def slowly(coder: TokenCoder, tmp_path_factory: pytest.TempPathFactory) -> Read:
-    """A reader in plain Python: tokens and the stages that hold."""
-    folder = tmp_path_factory.mktemp("entropy")
-    coder.model.save(folder)
-    model = independent_model.read_model(folder)
-
-    def read(data: bytes, cut: bool = False) -> tuple[np.ndarray, int]:
-        decode = independent_decoder.decode_cut if cut else independent_decoder.decode
-        found = decode(data, lambda identity, rate: (model, SIDE))
-        return np.array(found.tokens, np.int32), found.stages
-
-    return read
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    st.integers(1, 9),
-    st.integers(1, 9),
-    st.sampled_from([name for name in SCHEDULES if name != "raster"]),
-    st.integers(0, 2**32 - 1),
-    st.sampled_from([0, 1, 65535]),
-)
-def test_files_of_some_stages_hold_them_and_draw_the_rest(
-    coder: TokenCoder, slowly: Read, h: int, w: int, name: str, data: int, seed: int
-) -> None:
-    total = stage_count(name, h, w)
-    sent = data % total
-    tokens = some_tokens(data, h, w)
-    head = header(h, w, name, sent, seed if sent else 0)
-    (file,) = pack(coder, [head], [tokens])
-    (back,) = unpack(coder, opened([file]))
-    held = stages(name, h, w) <= (sent or total)
-    np.testing.assert_array_equal(back[held], tokens[held])
-    if sent:
-        np.testing.assert_array_equal(back, slowly(file)[0])
-
-
-def test_a_cut_file_gives_what_the_oracle_trusts(coder: TokenCoder, slowly: Read) -> None:
-    tokens = some_tokens(1, 6, 7)
-    for sent in (0, 3):
-        (file,) = pack(coder, [header(6, 7, "qlds5", sent)], [tokens])
-        held = []
-        for length in range(16, len(file), 2):
-            (found,) = unpack_cut(coder, opened([file[:length]]))
-            expected, count = slowly(file[:length], cut=True)
-            np.testing.assert_array_equal(found[0], expected)
-            assert found[1] == count
-            known = stages("qlds5", 6, 7) <= count
-            np.testing.assert_array_equal(found[0][known], tokens[known])
-            held.append(count)
-        assert held == sorted(held)
-        assert len(set(held)) >= 2
-        (whole,) = unpack_cut(coder, opened([file]))
-        np.testing.assert_array_equal(whole[0], unpack(coder, opened([file]))[0])
-        assert whole[1] == (sent or 5)
-
-
 def test_batches_threads_and_executors_draw_the_same(coder: TokenCoder) -> None:
     maps = [some_tokens(i, 5, 8) for i in range(4)]
     heads = [header(5, 8, "quincunx", 3, seed) for seed in (0, 0, 9, 9)]
@@ -124,19 +65,14 @@ def test_batches_threads_and_executors_draw_the_same(coder: TokenCoder) -> None:
     cut = [*files[:2], *(file[:-2] for file in files), files[0][:14]]
     alone = [unpack(coder, opened([file]))[0] for file in files]
     alone_cut = [unpack_cut(coder, opened([file]))[0] for file in cut]
-    before = torch.get_num_threads()
-    others = [coder, coder_of(model_on("torch", CONFIG, coder.model.tensors))]
-    try:
-        for other in others:
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                for a, b in zip(alone, unpack(other, opened(files)), strict=True):
-                    np.testing.assert_array_equal(a, b)
-                for one, two in zip(alone_cut, unpack_cut(other, opened(cut)), strict=True):
-                    np.testing.assert_array_equal(one[0], two[0])
-                    assert one[1] == two[1]
-    finally:
-        torch.set_num_threads(before)
+    for other in (coder, coder_of(model_on("torch", CONFIG, coder.model.tensors))):
+        for threads in (1, 2):
+            with torch_threads(threads):
+                together = unpack(other, opened(files))
+                together_cut = unpack_cut(other, opened(cut))
+            assert all(map(np.array_equal, alone, together))
+            for (tokens, held), (others, taken) in zip(alone_cut, together_cut, strict=True):
+                assert np.array_equal(tokens, others) and held == taken
     assert not np.array_equal(alone[0], alone[1])
 
 

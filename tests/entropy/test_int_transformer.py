@@ -259,7 +259,9 @@ def test_compiled_passes_refuse_wrong_arrays():
         int_transformer._compiled(SMALL, tensors)
 
 
-def test_a_wrong_executor_is_refused():
+def test_executors_have_names_and_others_are_refused():
+    for name in ("cpu", "torch"):
+        assert random_on(name, SMALL, 3).executor_name == name
     with pytest.raises(ValueError, match="executor is 'gpu'"):
         random_on("gpu", SMALL, 3)
 

@@ -1,19 +1,29 @@
-"""The Triton executor on a device, against torch on the CPU: argument cpu or cuda."""
+"""The Triton executor on a device, against torch on the CPU: argument cpu or cuda.
+
+On cpu also what encoding a batch asks of a device after its logits. One Triton kernel makes
+intervals, two CUDA kernels make streams (the call that queues both is counted here;
+tests/entropy/test_cuda.py runs them), and the streams are copied once.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from percov2.entropy import rans, schedule
 from percov2.entropy.staging import one_pass_logits
-from percov2.entropy.torch import cdf
+from percov2.entropy.torch import cdf, rans_cuda
 from percov2.entropy.torch.int_transformer import IntTransformer
-from percov2.entropy.torch.token_coder import TokenCoder
+from percov2.entropy.torch.token_coder import _LOGITS_AT_ONCE_FUSED, TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
+from percov2.triton_kernels import intervals
 from tools.executors import random_on, same, staged_logits
 
 DEVICE = torch.device(sys.argv[1])
@@ -77,6 +87,69 @@ def coder_round_trip(config: TransformerConfig, shape: tuple[int, int, int]) -> 
         coder.intervals(wrong, "qlds12")
 
 
+class Work(TorchDispatchMode):
+    """Names of the operators that start a kernel or move bytes: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        view = any(argument.alias_info is not None for argument in func._schema.arguments)
+        if not view and not name.startswith("empty"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+work = Work()
+
+
+def noted(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call``, which notes its name and hides its own operators."""
+
+    def noting(*arguments: Any) -> Any:
+        before = list(work.seen)
+        result = call(*arguments)
+        work.seen = [*before, name]
+        return result
+
+    return noting
+
+
+def work_of_encoding(config: TransformerConfig, wasteful: bool = False) -> list[str]:
+    """The work between the last logits and the bytes on the host."""
+    model = random_on("triton", config, 9, DEVICE)
+    logits_of = model.logits
+    quantize = cdf.marked_intervals
+
+    def logits(residual: torch.Tensor) -> torch.Tensor:
+        result = logits_of(residual)
+        work.seen.clear()
+        return result
+
+    def marked(values: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return quantize(values + 0 if wasteful else values, *rest)
+
+    tokens = torch.randint(0, config.codebook_size, (2, 3, 4)).to(torch.int32)
+    with (
+        mock.patch.object(model, "logits", logits),
+        mock.patch.object(cdf, "marked_intervals", marked),
+        mock.patch.object(cdf, "fused", return_value=True),
+        mock.patch.object(intervals, "launch", noted("intervals", intervals.launch)),
+        mock.patch.object(rans_cuda, "DEVICE_TYPE", DEVICE.type),
+        mock.patch.object(rans, "cuda_encode_sizes", return_value=(4096, 64, 4096)),
+        mock.patch.object(rans, "cuda_encode", noted("encode, pack", lambda *given: None)),
+        mock.patch.object(
+            rans_cuda.EncodedStreams, "to_host", noted("copy", lambda streams: ((), (), ()))
+        ),
+        mock.patch.object(rans.RansEncoder, "resumed", return_value=None),
+        work,
+    ):
+        TokenCoder(model, "cuda").encode(tokens, "qlds5", [1, 2])
+    return list(work.seen)
+
+
 torch.manual_seed(0)
 torch.set_num_threads(1)
 SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=2, hidden=40)
@@ -86,7 +159,12 @@ compare(ODD, "var", (1, 1, 1))
 compare(ODD, "raster", (1, 1, 3))
 kernel_codes_tokens(SMALL)
 coder_round_trip(SMALL, (2, 3, 4))
-if DEVICE.type == "cuda":
+if DEVICE.type == "cpu":
+    assert _LOGITS_AT_ONCE_FUSED >= 256 * 1024 * 1024  # a batch of 256 x 1024 tokens is one part
+    seen = work_of_encoding(SMALL)
+    assert seen == ["intervals", "encode, pack", "copy"], seen
+    assert work_of_encoding(SMALL, wasteful=True) == ["add", *seen]
+else:
     compare(SMALL, "checkerboard", (3, 18, 33))
     compare(TransformerConfig(), "qlds12", (4, 16, 16))
     coder_round_trip(TransformerConfig(), (5, 32, 48))

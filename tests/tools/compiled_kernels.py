@@ -28,13 +28,13 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def compare_on(device: str, script: str) -> None:
-    """Run a script of this folder that compares kernels with their oracles, in its own process.
+def compare_on(device: str, subject: str) -> None:
+    """Run the script of this folder that compares kernels with their oracles, in its own process.
 
     On "cpu" with interpreted kernels (triton must learn that before it is imported), or on a card.
     """
     result = subprocess.run(
-        [sys.executable, "-m", f"tools.{Path(script).stem}", device],
+        [sys.executable, "-m", f"tools.compare_{subject}", device],
         env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
         cwd=Path(__file__).parents[1],
         capture_output=True,

@@ -15,11 +15,14 @@ from percov2.entropy import rans
 from percov2.entropy.torch import rans_cuda
 from tools.native_programs import build, tools
 
+_LOADED: dict[str, ModuleType] = {}
 CALLS = ("cuda_built", "cuda_devices", "cuda_encode_sizes", "cuda_encode", "cuda_decode")
 
 
 def module(request: pytest.FixtureRequest, name: str) -> ModuleType:
     """A Python module of tests/native."""
+    if name in _LOADED:
+        return _LOADED[name]
     tools("cmake", "c++")
     found = subprocess.run(
         [sys.executable, "-m", "pybind11", "--cmakedir"],
@@ -36,6 +39,7 @@ def module(request: pytest.FixtureRequest, name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
+    _LOADED[name] = loaded
     return loaded
 
 

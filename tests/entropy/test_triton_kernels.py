@@ -1,0 +1,310 @@
+"""Triton kernels: interpreted and on a card against their oracles, compiled ahead of time."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import percov2.triton_kernels
+from percov2 import triton_kernels
+from percov2.entropy import schedule, visibility
+from percov2.entropy.cdf import WEIGHT_TABLE
+from percov2.entropy.torch.reader_plan import plan_readers
+from tools.compiled_kernels import (
+    CAPABILITIES,
+    ENDS,
+    Report,
+    Source,
+    attention_source,
+    compare_on,
+    compile_kernel,
+    layer_norm_source,
+    linear_source,
+    needs_triton,
+    symbol_intervals_source,
+)
+
+TABLE = torch.tensor(WEIGHT_TABLE, dtype=torch.int32)
+BYTE = torch.int8
+
+
+# Equal integers ----------------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("subject", ["intervals", "layers", "attention", "executor"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_kernels_compute_what_the_oracle_computes(device: str, subject: str) -> None:
+    compare_on(device, subject)
+
+
+@pytest.mark.cuda
+def test_a_card_that_is_not_the_current_one() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    compare_on("cuda:1", "executor")
+
+
+def test_every_reader_has_a_block_with_all_that_it_sees() -> None:
+    for name, shape in (("qlds12", (1, 1)), ("var", (9, 50)), ("checkerboard", (40, 33))):
+        stages = schedule.stages(name, *shape)
+        coding = schedule.order(stages)
+        stage = stages.reshape(-1)[coding]
+        keys = visibility.join(
+            visibility.start_entries(), visibility.content_entries(stage, coding, shape[1])
+        )
+        for reader in (keys, visibility.query_entries(stage, coding, shape[1])):
+            places, readers, first, listed = (
+                part.numpy() for part in plan_readers(reader, keys, torch.device("cpu"), 32, 64)
+            )
+            assert np.array_equal(places[1], reader.reads)
+            at = reader.row >= 0
+            assert np.array_equal(places[0] // 2**16 == reader.row, at)
+            assert np.array_equal((places[0] % 2**16)[at], reader.column[at])
+            assert sorted(readers[readers >= 0]) == list(range(len(reader)))
+            seen = visibility.visible(reader, keys)
+            for i, block in enumerate(readers):
+                mine, place, stage = listed[:, first[i] : first[i + 1]]
+                assert len(mine) % 64 == 0
+                real = stage < visibility.NEVER
+                mine = mine[real]
+                assert len(set(mine)) == len(mine)
+                assert np.array_equal(stage[real], keys.key_stage[mine])
+                known = keys.row[mine] * 2**16 + keys.column[mine]
+                known[:3] = (2**15 - 1) * 2**16 + np.arange(3)
+                assert np.array_equal(place[real], known)
+                hidden = np.delete(np.arange(len(keys)), mine)
+                assert not seen[np.ix_(block[block >= 0], hidden)].any()
+
+
+# What the compiler makes of them -----------------------------------------------------------------
+
+
+def compiled(source: Source, capability: int) -> Report:
+    """The kernel, which spills nothing and leaves room for four programs of four warps."""
+    report = compile_kernel(source, capability)
+    assert report.stack == 0 and report.registers <= 128, report
+    return report
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("size", "kind", "capability"),
+    [
+        *((size, "INT16", each) for size in (256, 1024, 8192) for each in CAPABILITIES),
+        (1024, "BFLOAT16", 90),
+        (1024, "FLOAT32", 90),
+    ],
+)
+def test_rows_are_read_once_in_128_bit_loads(size: int, kind: str, capability: int) -> None:
+    source = symbol_intervals_source(size, kind)
+    report = compiled(source, capability)
+    # Each logit once: the tile in 16-byte pieces, one for each thread and load.
+    width = 32 if kind == "FLOAT32" else 16
+    logits = source.constants["BLOCK_ROWS"] * source.constants["BLOCK_SIZE"]
+    pieces = logits * width // 128 // (32 * source.warps)
+    assert report.loads[128] == report.wide_loads == pieces, report
+    # Nothing travels between threads but a few row results.
+    assert report.shared <= 256, report
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["INT16", "BFLOAT16"])
+@pytest.mark.parametrize("size", [2, 50, 256])
+def test_pairs_of_16_bits_are_filled_with_nothing_but_zeros(size: int, kind: str) -> None:
+    # On an H200 with Triton 3.6 every second place of a pair that was not read became -1, and with
+    # it the largest logit of rows where all lie lower.
+    report = compile_kernel(symbol_intervals_source(size, kind), 90)
+    assert report.fills == {"0x0"} and report.stack == 0, report
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dim", [128, 1024])
+def test_norms_read_in_wide_loads(dim: int, capability: int) -> None:
+    source = layer_norm_source(dim)
+    report = compiled(source, capability)
+    numbers = source.constants["BLOCK_ROWS"] * source.constants["BLOCK_DIM"]
+    tile = numbers // 4 // 128  # four numbers for each thread and load
+    assert report.loads[128] == report.wide_loads, report
+    assert report.loads[128] in (tile, tile + 1), report  # the gain may be wide, too
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("rows", "end", "capability"),
+    [
+        *((4096, end, 90) for end in ENDS),
+        (4096, "table", 80),
+        (4096, "residual", 100),
+        (64, "table", 80),
+        (64, "residual", 90),
+        (64, "int8", 100),
+    ],
+)
+def test_linear_maps_run_on_tensor_cores(rows: int, end: str, capability: int) -> None:
+    report = compiled(linear_source(rows, 512, end), capability)
+    assert report.wide_loads >= 2, report  # both operands
+    assert report.shared <= 99 * 1024, report  # of the smallest card of this generation
+    assert report.tensor_cores, report
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_attention_runs_on_tensor_cores(head_dim: int, capability: int) -> None:
+    report = compiled(attention_source(head_dim), capability)
+    # A group of keys, and of values, is one load per thread.
+    assert report.loads[4 * head_dim // 2] >= 1, report
+    assert report.shared <= 48 * 1024, report
+    assert report.tensor_cores, report
+
+
+# Where they are queued ---------------------------------------------------------------------------
+
+
+@needs_triton
+@pytest.mark.parametrize("place", ["cuda:1", "cpu"])
+def test_a_kernel_goes_to_the_device_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    from percov2.triton_kernels import placement
+
+    current: list[torch.device] = []
+    seen: list[Any] = []
+
+    class Guard:
+        def __init__(self, device: torch.device) -> None:
+            self._device = device
+
+        def __enter__(self) -> None:
+            current.append(self._device)
+
+        def __exit__(self, *failure: object) -> None:
+            current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *given, **named: seen.append((grid, given, named, list(current)))
+
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    device = torch.device(place)
+    tensor = SimpleNamespace(device=device, is_cuda=device.type == "cuda")
+    placement.queue(Kernel(), (7,), tensor, 5, SIZE=3)
+    assert seen == [((7,), (tensor, 5), {"SIZE": 3}, [device] if tensor.is_cuda else [])]
+    assert not current
+
+
+def test_every_launch_goes_there() -> None:
+    """A launch is written kernel[grid](...): in one place only."""
+    folder = Path(str(percov2.triton_kernels.__file__)).parent
+    texts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    assert [name for name, text in texts.items() if re.search(r"kernel\[", text)] == [
+        "placement.py"
+    ]
+    del texts["__init__.py"], texts["placement.py"]
+    assert all("queue(" in text for text in texts.values())
+
+
+# What they refuse --------------------------------------------------------------------------------
+
+
+def ones(*shape: int, dtype: torch.dtype = BYTE, device: str = "cpu") -> torch.Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def attention_arguments() -> dict[str, Any]:
+    stages = schedule.stages("raster", 2, 3)
+    coding = schedule.order(stages)
+    stage = stages.reshape(-1)[coding]
+    keys = visibility.join(
+        visibility.start_entries(), visibility.content_entries(stage[:5], coding[:5], 3)
+    )
+    queries = visibility.query_entries(stage, coding, 3)
+    return {
+        "queries": ones(1, 6, 16),
+        "keys": ones(1, 8, 16),
+        "values": ones(1, 8, 16),
+        "plan": plan_readers(
+            queries, keys, torch.device("cpu"), *triton_kernels.attention_blocks()
+        ),
+        "biases": ones(2, 964, dtype=torch.int16),
+        "shifts": torch.full((2,), 6, dtype=BYTE),
+        "gain_bits": 1,
+        "weights": ones(128),
+    }
+
+
+REFUSED: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "symbol_intervals": [
+        ({"symbols": torch.zeros(3)}, r"float32 \(3,\)"),
+        ({"logits": torch.zeros(3, 4).double()}, "float64"),
+        ({"symbols": torch.zeros(2).int()}, "one for each row"),
+        ({"logits": torch.zeros(3, 1)}, "1 entries"),
+        ({"logits": torch.zeros(3, 300), "prob_bits": 9}, "twice"),
+        ({"prob_bits": 21}, "8 to 20"),
+        ({"symbols": torch.zeros(3, device="meta").int()}, "meta"),
+    ],
+    "linear": [
+        ({"x": torch.ones(2, 8)}, "x is torch.float32"),
+        ({"x": ones(2, 7)}, r"\[..., 8\]"),
+        ({"weight": ones(4, 1041)}, "1041"),
+        ({"bias": ones(5, dtype=torch.int32)}, "bias"),
+        ({"shift": ones(4, dtype=torch.int32)}, "shift"),
+        ({"table": ones(255)}, "table"),
+        ({"residual": ones(2, 5, dtype=torch.int32)}, "residual"),
+        ({"dtype": torch.int32}, "int8 or int16"),
+        ({"multiplier": ones(4, device="meta")}, "meta"),
+    ],
+    "layer_norm": [
+        ({"residual": torch.ones(2, 8)}, "float32"),
+        ({"residual": torch.ones(2, 1025).int(), "gain": ones(1025, dtype=torch.int16)}, "1024"),
+        ({"gain": ones(7, dtype=torch.int16)}, "gain"),
+    ],
+    "attention": [
+        ({"queries": ones(1, 6, 17)}, "queries"),
+        ({"keys": ones(1, 8, 8)}, "keys"),
+        ({"values": ones(1, 8, 32)[..., ::2]}, "strides"),
+        ({"biases": ones(2, 963, dtype=torch.int16)}, "biases"),
+        ({"shifts": torch.ones(2)}, "shifts"),
+        ({"gain_bits": 6}, "gain_bits"),
+        ({"weights": torch.ones(128)}, "weights"),
+        *(({"plan": i}, name) for i, name in enumerate(("reader_places", "readers"))),
+        ({"plan": 3}, "listed_keys"),
+    ],
+}
+GOOD: dict[str, dict[str, Any]] = {
+    "symbol_intervals": {
+        "logits": torch.zeros(3, 4),
+        "symbols": torch.zeros(3).int(),
+        "prob_bits": 16,
+        "table": TABLE,
+    },
+    "linear": {
+        "x": ones(2, 8),
+        "weight": ones(4, 8),
+        "bias": ones(4, dtype=torch.int32),
+        "multiplier": ones(4),
+        "shift": ones(4),
+    },
+    "layer_norm": {"residual": torch.ones(2, 8).int(), "gain": ones(8, dtype=torch.int16)},
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_arguments_are_refused(name: str) -> None:
+    good = GOOD.get(name) or attention_arguments()
+    for change, message in [*REFUSED[name], ({}, "TRITON_INTERPRET")]:
+        if "plan" in change:  # one of its tensors loses its last element
+            parts = list(good["plan"])
+            parts[change["plan"]] = parts[change["plan"]][..., :-1]
+            change = {"plan": tuple(parts)}
+        with pytest.raises(ValueError, match=message):
+            getattr(triton_kernels, name)(**{**good, **change})
