@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -52,6 +52,12 @@ def sd3_folder(tmp_path_factory) -> Path:
     return random_sd3.build(tmp_path_factory.mktemp("sd3"))
 
 
+@pytest.fixture
+def sd3_copy(sd3_folder, tmp_path) -> Path:
+    """A copy of that model, beside a copy of its base model."""
+    return shutil.copytree(sd3_folder.parent, tmp_path / "copy") / "model"
+
+
 @pytest.fixture(scope="session")
 def codec(random_model) -> Codec:
     """A codec with that model."""
@@ -63,10 +69,10 @@ def codec(random_model) -> Codec:
 @pytest.fixture
 def picture(tmp_path) -> Path:
     """A PNG of 70x50 pixels."""
-    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
-    path = tmp_path / "photo.png"
-    Image.fromarray(pixels).save(path)
-    return path
+    from tools.pictures import noise
+
+    noise(70, 50).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def file(picture, codec, tmp_path) -> Path:
 
 
 @pytest.fixture(params=rans.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+def instruction_set(request) -> Iterator[str]:
     """Every instruction set of this machine, in use."""
     before = rans.instruction_set()
     rans.use_instruction_set(request.param)

@@ -230,9 +230,7 @@ def test_train_passes_its_options_on(monkeypatch, capsys):
     )
 
 
-def test_help_of_compress_names_the_choices_of_the_default_model(
-    capsys: pytest.CaptureFixture,
-) -> None:
+def test_help_of_compress_names_the_choices_of_the_default_model(capsys):
     with pytest.raises(SystemExit) as stop:
         run("compress", "--help")
     assert stop.value.code == 0
@@ -245,7 +243,7 @@ def test_help_of_compress_names_the_choices_of_the_default_model(
 
 
 @pytest.mark.parametrize("command", ["", " compress", " eval kodak", " train codec"])
-def test_help_needs_no_torch(command: str) -> None:
+def test_help_needs_no_torch(command):
     result = subprocess_run(f"-X importtime -m percov2{command} --help")
     assert result.returncode == 0 and f"usage: percov2{command}" in result.stdout
     loaded = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
@@ -253,7 +251,7 @@ def test_help_needs_no_torch(command: str) -> None:
     assert not loaded & {"torch", "diffusers", "transformers", "PIL"}
 
 
-def test_info_needs_neither_torch_nor_the_compiled_coder(file: Path) -> None:
+def test_info_needs_neither_torch_nor_the_compiled_coder(file):
     result = subprocess_run("-X importtime -m percov2 info", file)
     assert result.returncode == 0, result.stderr
     assert "70x50" in result.stdout

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -199,9 +198,7 @@ for command in json.load(sys.stdin):
 """
 
 
-def test_wrong_options_are_reported_before_torch_is_loaded(
-    picture: Path, file: Path, random_model: Path, tmp_path: Path
-) -> None:
+def test_wrong_options_are_reported_before_torch_is_loaded(picture, file, random_model, tmp_path):
     out, none = tmp_path / "o.pcv2", tmp_path / "none"
     damaged = tmp_path / "damaged"
     damaged.mkdir()

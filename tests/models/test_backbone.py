@@ -12,7 +12,7 @@ import torch
 from percov2 import BackboneOptions, Codec
 from percov2.models.backbone import open_backbone
 from percov2.models.config import ModelConfig, Rate
-from tools.command_line import failure, run
+from tools.command_line import failure
 
 
 def test_old_folders_are_tiny_ones(random_model, tmp_path):
@@ -68,12 +68,6 @@ def test_small_models_take_no_options(random_model, picture, tmp_path, capsys):
         assert "is a small model" in failure(capsys, *command)
     with pytest.raises(ValueError, match="dtype must be one of"):
         BackboneOptions(dtype="int8")
-
-
-def test_the_command_line_knows_kinds(random_model, picture, tmp_path):
-    model = f"tiny:{random_model}"
-    assert run("compress", picture, tmp_path / "p.pcv2", "--model", model) == 0
-    assert run("decompress", tmp_path / "p.pcv2", tmp_path / "p.png", "--model", model) == 0
 
 
 def test_a_model_stays_on_the_card_that_was_current(monkeypatch, random_model):

@@ -7,13 +7,13 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from percov2.codec import Codec
 from percov2.models.config import Rate
 from percov2.models.tiny.backbone import CodecModel
 from tools import random_model
+from tools.pictures import noise, tensor
 
 SIDES = range(1, 41)
 
@@ -28,7 +28,6 @@ def fine(tmp_path_factory) -> Codec:
 
 @pytest.fixture(scope="module")
 def model(fine) -> CodecModel:
-    assert isinstance(fine.model, CodecModel)
     return fine.model
 
 
@@ -73,31 +72,31 @@ def test_every_token_of_an_odd_grid_reaches_the_picture(model):
 
 @pytest.mark.parametrize("size", [(1, 1), (8, 320), (320, 8), (65, 40), (7, 9), (56, 72)])
 def test_pictures_of_any_size_come_back(fine, size):
-    pixels = np.random.default_rng(size).integers(0, 256, (*size[::-1], 3), np.uint8)
-    (file,) = fine.compress([Image.fromarray(pixels)])
+    (file,) = fine.compress([noise(*size)])
     (tokens,) = fine.decode_tokens([file])
     assert tokens.shape == (-(-size[1] // 8), -(-size[0] // 8))
     assert fine.decompress([file])[0].size == size
 
 
-def test_painting_once_is_one_step_of_an_odd_grid(model):
-    tokens = some_tokens(5, 7)
-    noise, grain = model.draw_noise(5, 7, 0)
+@pytest.mark.parametrize(("h", "w"), [(5, 7), (6, 4)])
+def test_painting_once_is_one_step(model, h, w):
+    tokens = torch.cat([some_tokens(h, w), some_tokens(h, w).flip(1)])
+    noise, grain = model.draw_noise(h, w, 0)
     noises = noise, model.config.grain("r125", 1.0) * grain
     with torch.no_grad():
-        text = model.text_encoder(["a red door"])
+        text = model.text_encoder(["a red door"] * 2)
         once = model.paint_once(model.z_hat(tokens, "r125"), text, *noises)
     assert torch.equal(once.clamp(-1, 1), paint(model, tokens))
 
 
 def test_a_search_takes_odd_grids(fine, model):
     # Windows of 16 latents overlap by 8: 65 latents are tiles at 0, 24 and 48, the last one odd.
-    pixels = np.random.default_rng(0).integers(0, 256, (56, 520, 3), np.uint8)
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    picture = noise(520, 56)
+    image = tensor(picture)
     before = model.directions(image, "r125")
     after = model.token_search("r125", 2)(image, "a red door")
     assert after.shape == before.shape == (1, 7, 65, 8)
     assert bool((after != before).any(-1).all())
-    (file,) = fine.compress([Image.fromarray(pixels)], caption=["a red door"], effort=2)
+    (file,) = fine.compress([picture], caption=["a red door"], effort=2)
     expected = model.quantizer("r125").nearest(after)[0].numpy()
     np.testing.assert_array_equal(fine.decode_tokens([file])[0], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -52,13 +53,18 @@ def delta(base: Path, rank: int = 0) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_widened_equals_the_base_bit_for_bit(base, dtype):
-    model = plain(base).to(dtype)
-    wide = plain(base).to(dtype)
+def test_widened_equals_the_base_bit_for_bit_until_it_is_trained(base, dtype):
+    model, wide = plain(base).to(dtype), plain(base).to(dtype)
     widen_patch_embedding(wide, 48)
     assert wide.config["in_channels"] == 64 and wide.config["out_channels"] == 16
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        assert torch.equal(evaluate(wide, 64), evaluate(model))
+        expected = evaluate(model)
+        assert torch.equal(evaluate(wide, 64), expected)
+        with torch.no_grad():
+            wide.pos_embed.proj.weight[:, 16:].fill_(0.1)
+        assert not torch.equal(evaluate(wide, 64), expected)
+    with pytest.raises(ValueError, match="at least 1"):
+        widen_patch_embedding(plain(base), 0)
 
 
 def test_whole_transformers_survive_a_folder(base, tmp_path):
@@ -79,42 +85,31 @@ def test_deltas_survive_a_folder_and_change_only_what_they_name(base, tmp_path):
     assert all(torch.equal(stored[name], tensors[name]) for name in tensors)
     state = open_flow(tmp_path / "flow", str(base), torch.float32).state_dict()
     for name, before in plain(base).state_dict().items():
-        if name in tensors:
-            expected = tensors[name]
-        elif name == f"{LAYER}.weight":
-            expected = before.clone()
+        if name == f"{LAYER}.weight":
             down, up = tensors[f"{LAYER}.lora_down"], tensors[f"{LAYER}.lora_up"]
-            for row in range(16):
-                for column in range(16):
-                    expected[row, column] += 0.25 * up[row] @ down[:, column]
-            assert torch.allclose(state[name], expected, atol=1e-5)
-            continue
+            for row, column in product(range(16), repeat=2):
+                before[row, column] += 0.25 * up[row] @ down[:, column]
+            assert torch.allclose(state[name], before, atol=1e-5)
         else:
-            expected = before
-        assert torch.equal(state[name], expected), name
+            assert torch.equal(state[name], tensors.get(name, before)), name
 
 
-def wrong(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
-    changed = dict(tensors)
-    if how == "width":
-        changed["pos_embed.proj.weight"] = torch.zeros(8, 21, 2, 2)
-    elif how == "narrow":
-        changed["pos_embed.proj.weight"] = torch.zeros(16, 16, 2, 2)
-    elif how == "layer":
-        changed["nowhere.lora_up"] = changed.pop(f"{LAYER}.lora_up")
-        changed["nowhere.lora_down"] = changed.pop(f"{LAYER}.lora_down")
-    elif how == "shape":
-        changed[f"{LAYER}.lora_up"] = torch.zeros(7, 3)
-    elif how == "convolution":
-        changed["pos_embed.proj.lora_up"] = changed.pop(f"{LAYER}.lora_up")
-        changed["pos_embed.proj.lora_down"] = changed.pop(f"{LAYER}.lora_down")
-    return changed
-
-
-@pytest.mark.parametrize("how", ["width", "narrow", "layer", "shape", "convolution"])
-def test_deltas_of_another_base_are_refused(how, base):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"pos_embed.proj.weight": torch.zeros(8, 21, 2, 2)},
+        {"pos_embed.proj.weight": torch.zeros(16, 16, 2, 2)},
+        {f"{LAYER}.lora_up": torch.zeros(7, 3)},
+        {"layer": "nowhere"},
+        {"layer": "pos_embed.proj"},  # a convolution
+    ],
+)
+def test_deltas_of_another_base_are_refused(wrong, base):
+    layer = wrong.get("layer", LAYER)
+    tensors = {k.replace(LAYER, layer): v for k, v in {**delta(base, rank=3), **wrong}.items()}
+    tensors.pop("layer", None)
     with pytest.raises(ValueError, match="the delta's"):
-        apply_delta(plain(base), wrong(delta(base, rank=3), how), 1.0)
+        apply_delta(plain(base), tensors, 1.0)
 
 
 def test_incomplete_and_damaged_deltas_are_refused(base, tmp_path):
@@ -129,8 +124,3 @@ def test_incomplete_and_damaged_deltas_are_refused(base, tmp_path):
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match="is no flow delta"):
         load_delta(tmp_path)
-
-
-def test_only_our_own_layers_are_widened(base):
-    with pytest.raises(ValueError, match="at least 1"):
-        widen_patch_embedding(plain(base), 0)

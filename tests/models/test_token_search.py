@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor
 
 from percov2.codec import Codec
@@ -18,15 +18,9 @@ from percov2.models.perceptual import LPIPS
 from percov2.models.tiny.backbone import CodecModel
 from percov2.models.tiny.flow import window_starts
 from percov2.models.token_search import TokenSearch, tiles
+from tools.pictures import noise, tensor
 
-
-def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
-    return Image.fromarray(coarse.repeat(8, 0).repeat(8, 1))
-
-
-def tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+photo = partial(noise, block=8)
 
 
 @given(st.integers(1, 60), st.integers(1, 8), st.integers(1, 12), st.integers(0, 6), st.data())
@@ -48,19 +42,6 @@ def test_tiles_have_the_windows_of_the_whole(tokens, unit, extra, shared, data):
         assert before.start < after.start == before.stop - overlap
 
 
-def test_painting_once_is_one_step(codec):
-    model = codec.model
-    assert isinstance(model, CodecModel)
-    tokens = torch.randint(0, 64, (2, 5, 7))
-    whole = model.reconstruct(tokens, "fine", ["", "a red door"], 1, 1.0, 0)
-    z_hat = model.z_hat(tokens, "fine")
-    noise, grain = model.draw_noise(10, 14, 0)
-    noises = noise, model.config.grain("fine", 1.0) * grain
-    with torch.no_grad():
-        once = model.paint_once(z_hat, model.text_encoder(["", "a red door"]), *noises)
-    assert torch.equal(once.clamp(-1, 1), whole)
-
-
 def distance(model: CodecModel, directions: Tensor, image: Tensor, caption: str) -> float:
     """What the search lowers, at the phase at which it begins."""
     tokens = model.quantizer("fine").nearest(directions)
@@ -73,7 +54,6 @@ def distance(model: CodecModel, directions: Tensor, image: Tensor, caption: str)
 @pytest.mark.parametrize("caption", ["", "a red door"])
 def test_a_search_paints_the_picture_better(codec, caption):
     model = codec.model
-    assert isinstance(model, CodecModel)
     image = tensor(photo(64, 48))
     before = model.directions(image, "fine")
     after = model.token_search("fine", 20)(image, caption)
@@ -86,7 +66,6 @@ def test_a_search_paints_the_picture_better(codec, caption):
 
 def test_files_hold_the_tokens_that_were_found(codec):
     model = codec.model
-    assert isinstance(model, CodecModel)
     pictures, captions = [photo(64, 48), photo(64, 48, 1), photo(64, 64)], ["", "a red door", ""]
     files = codec.compress(pictures, caption=captions, effort=3)
     decoded = codec.decode(files)
@@ -103,7 +82,6 @@ def test_files_hold_the_tokens_that_were_found(codec):
 def test_tiles_keep_what_earlier_ones_found(codec):
     """Windows of 16 latents overlap by 8: 512 pixels are 64 latents, so tiles at 0, 24, 48."""
     model = codec.model
-    assert isinstance(model, CodecModel)
     assert (model.config.window, model.config.overlap) == (16, 8)
     assert tiles(64, 16, 8, 2) == [slice(0, 32), slice(24, 64)]
     search = TokenSearch(model, "fine", 2)
@@ -119,13 +97,8 @@ def test_tiles_keep_what_earlier_ones_found(codec):
     assert not torch.equal(whole[:, :, 16:], model.directions(image, "fine")[:, :, 16:])
 
 
-def test_refusals(codec, sd3_folder, monkeypatch):
-    for effort in (-1, 1001):
-        with pytest.raises(ValueError, match="effort must be a whole number from 0 to 1000"):
-            codec.compress([photo(64, 64)], effort=effort)
+def test_refusals(codec, sd3_folder):
     with pytest.raises(ValueError, match=r"32x64 pixels are too few.*47"):
         codec.compress([photo(32, 64)], effort=1)
     with pytest.raises(ValueError, match="only small models"):
         Codec.from_pretrained(sd3_folder).compress([photo(64, 64)], effort=1)
-    with pytest.raises(ValueError, match="nonsense"):
-        codec.compress([photo(64, 64)], rate="nonsense", effort=1)

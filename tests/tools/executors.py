@@ -79,3 +79,14 @@ def torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Return whether nested dictionaries and lists are equal, arrays and tensors by ``same``."""
+    if hasattr(a, "dtype"):
+        return hasattr(b, "dtype") and same(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b

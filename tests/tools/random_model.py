@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -55,4 +56,11 @@ def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES, layers: 
             rate.codebook_size, dim=16, heads=2, head_dim=8, layers=layers, hidden=32
         )
         IntTransformer.random(sizes, seed + i).save(home / "entropy")
+    return folder
+
+
+def with_entropy(model: Path, run: Path, folder: Path) -> Path:
+    """A copy of that model whose rate "fine" has the entropy model of a training run."""
+    shutil.copytree(model, folder, ignore=lambda home, _: ["entropy"] * (Path(home).name == "fine"))
+    shutil.copytree(run / "entropy", folder / "fine" / "entropy")
     return folder

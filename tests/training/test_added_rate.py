@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,43 +13,65 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from percov2.codec import Codec
-from percov2.entropy.int_transformer import IntTransformer, TransformerConfig
-from percov2.training.commands import (
-    codec_stage,
-    run_codec,
-    run_entropy,
-    run_export,
-    run_tokens,
-)
+from percov2.training import checkpoint
+from percov2.training.commands import run_codec, run_entropy, run_export, run_tokens
 from percov2.training.data import CropPlan, PhotoCrops
-from percov2.training.loop import train
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.warm_start import start_from
 from tools.photo_store import store_photos
-from tools.rate_runs import ALL, RATES, config_text, written
+from tools.rate_runs import (
+    ALL,
+    config_text,
+    entropy_models,
+    moved,
+    snapshot,
+    stage_of,
+    trained,
+    written,
+)
+
+ENTROPY = """
+[entropy]
+model = { dim = 16, heads = 1, head_dim = 16, layers = 1, hidden = 16 }
+shapes = [[4, 4]]
+tokens_per_step = 64
+loop = { steps = 4, warmup = 1 }
+
+[entropy.rates.r125]
+shapes = [[7, 8], [5, 5]]
+"""
 
 
-def entropy_models(folder: Path, rates: Sequence[str]) -> list[str]:
-    """Random entropy models, as arguments of ``percov2 train export``."""
-    arguments = []
-    for i, name in enumerate(rates):
-        codes = RATES[name][1] if name in RATES else 16
-        sizes = TransformerConfig(codes, dim=16, heads=1, head_dim=16, layers=1, hidden=16)
-        IntTransformer.random(sizes, seed=i).save(folder / name)
-        arguments.append(f"{name}={folder / name}")
-    return arguments
+def frozen_text(steps: int = 3) -> str:
+    """Four rates, of which the three of the model stay as they are."""
+    text = config_text([*ALL, "r125"], steps=steps) + ENTROPY
+    for name in ALL:
+        text = text.replace(f"[codec.rates.{name}]", f"[codec.rates.{name}]\nfrozen_tokens = true")
+    return text.replace("share = 0.25", "share = 3.0")
 
 
 @pytest.fixture(scope="module")
 def finished(photo_cache, tmp_path_factory) -> Path:
-    """A model folder of three rates."""
+    """A model folder of three rates; the run lies beside it."""
     folder = tmp_path_factory.mktemp("finished")
-    config = written(folder, config_text(ALL, steps=2))
-    stage, loop = codec_stage(config, PhotoCrops(photo_cache))
-    train(stage, loop, folder / "run")
+    trained(folder, photo_cache, config_text(ALL, steps=2))
     entropy = entropy_models(folder, ALL)
-    run_export(config, photo_cache, folder / "run", folder / "model", entropy)
+    run_export(folder / "config.toml", photo_cache, folder / "run", folder / "model", entropy)
     return folder / "model"
+
+
+@pytest.fixture(scope="module")
+def longer(finished, photo_cache, tmp_path_factory) -> Path:
+    """A run that adds the fourth rate, and its configuration."""
+    folder = tmp_path_factory.mktemp("longer")
+    config = written(folder, frozen_text())
+    run_codec(config, photo_cache, folder / "run", start_from=finished)
+    return folder
+
+
+@pytest.fixture
+def model(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "model")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -58,20 +79,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def frozen_text(steps: int = 3) -> str:
-    """Four rates, of which the three of the model stay as they are."""
-    text = config_text([*ALL, "r125"], steps=steps)
-    for name in ALL:
-        text = text.replace(f"[codec.rates.{name}]", f"[codec.rates.{name}]\nfrozen_tokens = true")
-    return text.replace("share = 0.25", "share = 3.0")
+def photo_of(cache: Path, index: int) -> Image.Image:
+    data = PhotoCrops(cache)
+    return Image.fromarray(data.pixels(data.photos[index]))
 
 
-def test_a_finer_rate_starts_as_its_donor_on_constant_latents(photo_cache, tmp_path):
-    data = PhotoCrops(photo_cache)
-    first, loop = codec_stage(written(tmp_path, config_text(ALL, steps=1)), data)
-    train(first, loop, tmp_path / "first")
-    stage, _ = codec_stage(written(tmp_path, config_text([*ALL, "r125"])), data)
-    origins = start_from(stage, tmp_path / "first")
+def test_a_finer_rate_starts_as_its_donor_on_constant_latents(finished, photo_cache, tmp_path):
+    stage, _ = stage_of(tmp_path, photo_cache, config_text([*ALL, "r125"]))
+    origins = start_from(stage, finished.parent / "run")
     assert origins["r125"] == "from r031, except for new quantizer.codebook, quantizer.usage"
     donor, heir = stage._rate("r031").hyper_encoder, stage._rate("r125").hyper_encoder
     weights = donor.state_dict()
@@ -87,16 +102,15 @@ def test_a_finer_rate_starts_as_its_donor_on_constant_latents(photo_cache, tmp_p
     torch.testing.assert_close(coarse, fine.expand_as(coarse), rtol=1e-4, atol=1e-5)
 
 
-def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(finished, photo_cache, tmp_path):
-    model = shutil.copytree(finished, tmp_path / "model")
+def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(
+    finished, longer, model, photo_cache, tmp_path
+):
     before = contents(model)
-    picture = Image.fromarray(PhotoCrops(photo_cache).pixels(PhotoCrops(photo_cache).photos[2]))
+    picture = photo_of(photo_cache, 2)
     files = [Codec.from_pretrained(model).compress([picture], rate=name)[0] for name in ALL]
     tokens = Codec.from_pretrained(model).decode_tokens(files)
-
-    config = written(tmp_path, frozen_text())
-    run_codec(config, photo_cache, tmp_path / "run", start_from=model)
-    run_export(config, photo_cache, tmp_path / "run", model, entropy_models(tmp_path, ["r125"]))
+    entropy = entropy_models(tmp_path, ["r125"])
+    run_export(longer / "config.toml", photo_cache, longer / "run", model, entropy)
 
     after = contents(model)
     for name in ALL:
@@ -106,8 +120,8 @@ def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(finished, photo_
     stored, fresh = (
         load_file(folder / "autoencoder/model.safetensors") for folder in (finished, model)
     )
-    assert all(torch.equal(fresh[k], v) for k, v in stored.items() if k.startswith("encoder."))
-    assert any(not torch.equal(fresh[k], v) for k, v in stored.items())
+    assert not any(name.startswith("encoder.") for name in moved(fresh, stored))
+    assert moved(fresh, stored)
     assert after["model_id"].startswith(before["model_id"])
     assert after["flow/model.safetensors"] != before["flow/model.safetensors"]
     codec = Codec.from_pretrained(model)
@@ -122,8 +136,7 @@ def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(finished, photo_
     assert codec.decompress([fine])[0].size == picture.size
 
 
-def test_export_keeps_rates_that_the_run_does_not_have(finished, photo_cache, tmp_path):
-    model = shutil.copytree(finished, tmp_path / "model")
+def test_export_keeps_rates_that_the_run_does_not_have(finished, model, photo_cache, tmp_path):
     config = written(tmp_path, config_text(["r125", "r010"], steps=2))
     run_codec(config, photo_cache, tmp_path / "run", start_from=model)
     run_export(config, photo_cache, tmp_path / "run", model, entropy_models(tmp_path, ["r125"]))
@@ -139,21 +152,19 @@ def test_export_keeps_rates_that_the_run_does_not_have(finished, photo_cache, tm
 
 
 def test_rates_freeze_their_tokens_one_by_one(photo_cache, tmp_path):
-    stage, loop = codec_stage(written(tmp_path, frozen_text(8)), PhotoCrops(photo_cache))
-    before = {key: value.clone() for key, value in stage.state_dict().items()}
-    train(stage, loop, tmp_path / "run")
-    stored = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    before = snapshot(stage_of(tmp_path, photo_cache, frozen_text(8))[0])
+    trained(tmp_path, photo_cache, frozen_text(8))
+    stored = checkpoint.read(tmp_path / "run" / "checkpoint.pt")
     for part in ("model", "ema"):
-        moved = {k for k, v in stored[part].items() if not torch.equal(v, before[k])}
-        inside = {k for k in moved if k.startswith("rates.") and ".project_out." not in k}
+        learnt = moved(before, stored[part])
+        inside = {k for k in learnt if k.startswith("rates.") and ".project_out." not in k}
         assert {key.split(".")[1] for key in inside} == {"r125"}
-        assert any(key.startswith("flow.") for key in moved)
+        assert any(key.startswith("flow.") for key in learnt)
 
 
-def test_export_again_writes_the_same_bytes(finished, photo_cache, tmp_path):
-    model = shutil.copytree(finished, tmp_path / "model")
-    config = written(tmp_path, config_text(ALL, steps=2))
-    run_export(config, photo_cache, finished.parent / "run", model)
+def test_export_again_writes_the_same_bytes(finished, model, photo_cache):
+    home = finished.parent
+    run_export(home / "config.toml", photo_cache, home / "run", model)
     assert contents(model) == contents(finished)
 
 
@@ -164,33 +175,18 @@ def test_crops_have_whole_patches_of_the_flow():
     RateNetworks(RateConfig(hyper_encoder=fine, crops=CropPlan((48, 64), (1, 1))))
 
 
-def test_tokens_and_entropy_model_of_the_added_rate(finished, photo_cache, tmp_path):
-    model = shutil.copytree(finished, tmp_path / "model")
-    config = written(tmp_path, frozen_text() + ENTROPY)
-    run_codec(config, photo_cache, tmp_path / "run", start_from=model)
-    run_export(config, photo_cache, tmp_path / "run", model)
+def test_tokens_and_entropy_model_of_the_added_rate(longer, model, photo_cache, tmp_path):
+    config = longer / "config.toml"
+    run_export(config, photo_cache, longer / "run", model)
     photos = store_photos(tmp_path / "photos", [(64, 80)] * 40, 8)
     run_tokens(model, photos, tmp_path / "r125.npz", "r125", views=2)
     stored = np.load(tmp_path / "r125.npz")
     assert stored["tokens_0"].shape[0] in (7, 8) and int(stored["codebook_size"]) == 16
     run_entropy(config, tmp_path / "r125.npz", tmp_path / "entropy", "r125")
     argument = f"r125={tmp_path / 'entropy' / 'entropy'}"
-    run_export(config, photo_cache, tmp_path / "run", model, [argument])
+    run_export(config, photo_cache, longer / "run", model, [argument])
     codec = Codec.from_pretrained(model)
-    picture = Image.fromarray(PhotoCrops(photos).pixels(PhotoCrops(photos).photos[0]))
-    (file,) = codec.compress([picture], rate="r125")
+    (file,) = codec.compress([photo_of(photos, 0)], rate="r125")
     np.testing.assert_array_equal(
-        codec.decode_tokens([file])[0], codec.encode_tokens([picture], "r125")[0]
+        codec.decode_tokens([file])[0], codec.encode_tokens([photo_of(photos, 0)], "r125")[0]
     )
-
-
-ENTROPY = """
-[entropy]
-model = { dim = 16, heads = 1, head_dim = 16, layers = 1, hidden = 16 }
-shapes = [[4, 4]]
-tokens_per_step = 64
-loop = { steps = 4, warmup = 1 }
-
-[entropy.rates.r125]
-shapes = [[7, 8], [5, 5]]
-"""

@@ -13,11 +13,8 @@ from percov2.training.adversary import (
     PixelDiscriminator,
     with_force,
 )
-from percov2.training.commands import codec_stage
-from percov2.training.data import PhotoCrops
-from percov2.training.loop import train
 from percov2.training.stage1 import CodecStage
-from tools.rate_runs import FEATURES, PIXELS, config_text, written
+from tools.rate_runs import FEATURES, PIXELS, config_text, moved, stage_of, trained
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
@@ -38,30 +35,27 @@ def test_the_force_is_fixed_and_proportional_to_realism(scale):
     assert torch.allclose(gradient(realism), whole * realism.view(3, 1, 1, 1), rtol=1e-4)
 
 
-def views(kind: str, images: torch.Tensor) -> list[torch.Tensor]:
-    """What a discriminator of pixels or of (made-up) features sees."""
-    return [images] if kind == "pixels" else [images, images[..., ::2, ::2]]
+@pytest.mark.parametrize(
+    ("network", "halves"),
+    [(lambda: PixelDiscriminator((8, 8, 16)), 1), (lambda: FeatureDiscriminator((3, 3), 8), 2)],
+    ids=["pixels", "features"],
+)
+def test_a_discriminator_learns_to_tell_and_only_when_it_has_a_batch(network, halves):
+    def views(images: torch.Tensor) -> list[torch.Tensor]:
+        return [images, images[..., ::2, ::2]][:halves]  # the second are made-up features
 
-
-def made(kind: str) -> torch.nn.Module:
-    return PixelDiscriminator((8, 8, 16)) if kind == "pixels" else FeatureDiscriminator((3, 3), 8)
-
-
-@pytest.mark.parametrize("kind", ["pixels", "features"])
-def test_a_discriminator_learns_to_tell_and_only_when_it_has_a_batch(kind):
     torch.manual_seed(0)
-    adversary = Adversary(made(kind), 1e-3)
+    adversary = Adversary(network(), 1e-3)
     assert adversary.learn() is None
     losses = []
     for _ in range(60):
         real = torch.rand(4, 3, 32, 32).round() * 2 - 1
         fake = torch.zeros(4, 3, 32, 32) + 0.1 * torch.randn(4, 3, 32, 32)
-        adversary.loss(views(kind, fake), views(kind, real), torch.ones(4))
-        loss = adversary.learn()
-        assert loss is not None and adversary.learn() is None
-        losses.append(float(loss))
+        adversary.loss(views(fake), views(real), torch.ones(4))
+        losses.append(float(adversary.learn()))
+        assert adversary.learn() is None
     assert losses[-1] < 0.6 * losses[0]
-    scores = adversary.loss(views(kind, torch.cat([fake, real])), views(kind, real), torch.ones(8))
+    scores = adversary.loss(views(torch.cat([fake, real])), views(real), torch.ones(8))
     assert scores.shape == (8,) and scores[:4].min() > scores[4:].max()
 
 
@@ -94,41 +88,33 @@ def gradients(stage: CodecStage, step: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("losses", [PIXELS, FEATURES], ids=["pixels", "features"])
 def test_a_discriminator_is_felt_by_everything_from_its_step_on(losses, photo_cache, tmp_path):
     text = config_text(["r031"], losses=losses)
-    stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
+    stage, _ = stage_of(tmp_path, photo_cache, text)
     # Half way through the warm-up, so that the force is known to be neither 0 nor full.
     before, after = gradients(stage, 1), gradients(stage, 3)
-    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    changed = moved(before, after)
     for part in ("autoencoder.decoder", "flow", "text_encoder", "rates.r031.hyper_encoder"):
         assert any(key.startswith(part) for key in changed), part
     assert not any(key.startswith("perceptual") for key in before)
     without = losses.splitlines()[-1].split(" ")[0] + " = { weight = 0.0 }"
     own = f"[codec.rates.r031]\nlosses = {{ {without} }}"
     text = text.replace("[codec.rates.r031]", own)
-    spared, _ = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
+    spared, _ = stage_of(tmp_path, photo_cache, text)
     spared.load_state_dict(stage.state_dict(), strict=False)
-    unfelt = gradients(spared, 3)
-    assert all(torch.equal(before[k], unfelt[k]) for k in before)
+    assert not moved(gradients(spared, 3), before)
 
 
 def test_a_run_s_discriminator_may_learn_faster_but_be_no_other(photo_cache, tmp_path):
-    data, text = PhotoCrops(photo_cache), config_text(["r031"], losses=PIXELS)
-    stage, loop = codec_stage(written(tmp_path, text), data)
-    train(stage, loop, tmp_path / "run", stop_after_steps=4)
+    text = config_text(["r031"], losses=PIXELS)
+    trained(tmp_path, photo_cache, text, 4)
     faster = text.replace("feature_width = 4", "learning_rate = 0.125")
-    stage, loop = codec_stage(written(tmp_path, faster), data)
-    train(stage, loop, tmp_path / "run", stop_after_steps=1)
+    stage = trained(tmp_path, photo_cache, faster, 1)
     assert [g["lr"] for g in stage.adversaries["pixels"].optimizer.param_groups] == [0.125]
-    other = text.replace("pixel_widths = [4, 4, 8]", "pixel_widths = [4, 8, 8]")
-    stage, loop = codec_stage(written(tmp_path, other), data)
     with pytest.raises(ValueError, match="other widths"):
-        train(stage, loop, tmp_path / "run")
+        trained(tmp_path, photo_cache, text.replace("[4, 4, 8]", "[4, 8, 8]"))
 
 
 def test_a_discriminator_may_join_a_run_late(photo_cache, tmp_path):
-    data = PhotoCrops(photo_cache)
-    stage, loop = codec_stage(written(tmp_path, config_text(["r031"])), data)
-    train(stage, loop, tmp_path / "run", stop_after_steps=3)
-    stage, loop = codec_stage(written(tmp_path, config_text(["r031"], losses=PIXELS)), data)
-    assert train(stage, loop, tmp_path / "run") == 6
+    trained(tmp_path, photo_cache, config_text(["r031"]), 3)
+    stage = trained(tmp_path, photo_cache, config_text(["r031"], losses=PIXELS))
     state = stage.adversaries["pixels"].optimizer.state_dict()["state"]
     assert {int(s["step"]) for s in state.values()} == {3}

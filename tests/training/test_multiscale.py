@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -37,17 +36,10 @@ from percov2.training.study.multiscale import (
 from tools.command_line import failure, run
 from tools.executors import random_on
 from tools.photo_store import store_photos
+from tools.random_model import with_entropy
 
 SIZE = 16
 """Codes of each scale of the small models here."""
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator() -> Iterator[None]:
-    """Accelerate keeps one precision per process; runs of other tests have their own."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +60,13 @@ def slow_cells(height: int, width: int) -> list[dict]:
         shapes.insert(0, ((shapes[0][0] + 1) // 2, (shapes[0][1] + 1) // 2))
     cells = []
     for g, (down, across) in enumerate(shapes, 1):
-        for y in range(down):
-            for x in range(across):
-                over = None
-                if g > 1:
-                    h, w = shapes[g - 2]
-                    over = (g - 1, int(y / down * h + 1e-9), int(x / across * w + 1e-9))
-                middle = (int((y + 0.5) * height / down), int((x + 0.5) * width / across))
-                cells.append({"cell": (g, y, x), "over": over, "middle": middle})
+        for y, x in np.ndindex(down, across):
+            over = None
+            if g > 1:
+                h, w = shapes[g - 2]
+                over = (g - 1, int(y / down * h + 1e-9), int(x / across * w + 1e-9))
+            middle = (int((y + 0.5) * height / down), int((x + 0.5) * width / across))
+            cells.append({"cell": (g, y, x), "over": over, "middle": middle})
     return cells
 
 
@@ -200,8 +191,12 @@ def test_fitted_scales_describe_unseen_directions_better_than_fewer_scales():
     assert cosines[0] < 0.7 < 0.95 < cosines[3]
 
 
-def test_codebooks_are_fitted_once(tmp_path):
-    photos = PhotoDirections(smooth_directions(40, 0), [i % 4 == 3 for i in range(40)])
+@pytest.fixture(scope="module")
+def photos() -> PhotoDirections:
+    return PhotoDirections(smooth_directions(40, 0), [i % 4 == 3 for i in range(40)])
+
+
+def test_codebooks_are_fitted_once(photos, tmp_path):
     path = tmp_path / "run" / "codebooks.npy"
     first = ScaleQuantizer.stored(path, photos, SIZE)
     trained_on = [g for g, held in zip(photos.directions, photos.held_out, strict=True) if not held]
@@ -210,14 +205,11 @@ def test_codebooks_are_fitted_once(tmp_path):
     assert not ScaleQuantizer.stored(path, photos, SIZE).codebooks.any()
 
 
-def test_draws_are_whole_maps_of_one_shape():
-    photos = PhotoDirections(smooth_directions(40, 0), [i % 4 == 3 for i in range(40)])
+def test_draws_are_whole_maps_of_one_shape(photos):
     quantizer = ScaleQuantizer.fit(photos.directions, SIZE)
     maps = ScaleMaps(quantizer, photos)
-    assert len(maps.held_out) == 10 and {k: len(v) for k, v in maps.maps.items()} == {
-        (4, 5): 20,
-        (5, 5): 10,
-    }
+    assert len(maps.held_out) == 10
+    assert {k: len(v) for k, v in maps.maps.items()} == {(4, 5): 20, (5, 5): 10}
     assert np.array_equal(maps.held_out[1][1], quantizer.tokens(photos.directions[7]))
     assert maps.counts().sum() == sum(tokens.size for tokens in maps.maps.values())
     shapes = set()
@@ -244,14 +236,21 @@ def cache(tmp_path_factory) -> Path:
     return store_photos(tmp_path_factory.mktemp("photos"), sizes, 2)
 
 
-def test_directions_are_those_of_the_token_maps(cache, random_model, tmp_path):
+@pytest.fixture(scope="module")
+def maps(cache, random_model) -> Path:
+    run_tokens(random_model, cache, cache / "maps.npz", "fine")
+    return cache / "maps.npz"
+
+
+def test_directions_are_those_of_the_token_maps_and_of_no_others(
+    cache, maps, random_model, tmp_path
+):
     model = Codec.from_pretrained(random_model).model
     photos = photo_directions(model, "fine", cache)
     assert photos.held_out == [is_held_out(f"pic-{i}") for i in range(90)]
-    run_tokens(random_model, cache, tmp_path / "maps.npz", "fine")
     codebook = model.quantizer("fine").codebook
     cosines = []
-    with np.load(tmp_path / "maps.npz") as stored:
+    with np.load(maps) as stored:
         for i, grid in enumerate(photos.directions):
             tokens = stored[f"tokens_{i}"]
             assert np.array_equal((grid @ codebook.T).argmax(-1), tokens)
@@ -261,44 +260,35 @@ def test_directions_are_those_of_the_token_maps(cache, random_model, tmp_path):
     single, several = mean_cosines(model, "fine", quantizer, photos)
     assert single == pytest.approx(float(torch.cat([c.flatten() for c in cosines]).mean()))
     assert 0.5 < several < 1
-
-
-def test_other_photos_of_the_same_sizes_are_told_apart(cache, random_model, tmp_path):
-    model = Codec.from_pretrained(random_model).model
-    run_tokens(random_model, cache, tmp_path / "maps.npz", "fine")
-    maps = TokenMaps(tmp_path / "maps.npz").held_out
-    right = photo_directions(model, "fine", cache)
-    assert same_tokens(model, "fine", right, maps) == 1.0
-    assert same_tokens(model, "fine", right, maps[1:]) == 0.0
+    held_out = TokenMaps(maps).held_out
+    assert same_tokens(model, "fine", photos, held_out) == 1.0
+    assert same_tokens(model, "fine", photos, held_out[1:]) == 0.0
     # The pictures that random weights see are much alike; random directions are not.
-    others = [torch.randn(d.shape, generator=torch.manual_seed(0)) for d in right.directions]
-    assert same_tokens(model, "fine", PhotoDirections(others, right.held_out), maps) < 0.2
+    others = [torch.randn(d.shape, generator=torch.manual_seed(0)) for d in photos.directions]
+    assert same_tokens(model, "fine", PhotoDirections(others, photos.held_out), held_out) < 0.2
 
 
-def test_the_command_compares_explicit_var(cache, random_model, tmp_path, capsys, monkeypatch):
-    run_tokens(random_model, cache, tmp_path / "maps.npz", "fine")
+def test_the_command_compares_explicit_var(
+    cache, maps, random_model, tmp_path, capsys, monkeypatch
+):
     sizes = {"dim": 16, "heads": 2, "head_dim": 8, "layers": 1, "hidden": 16}
     config = EntropyConfig(model=sizes, shapes=((2, 3),), tokens_per_step=120)
-    loop = LoopConfig(steps=8, learning_rate=4e-3, warmup=2, ema=0.9)
-    train_entropy(config, loop, tmp_path / "maps.npz", tmp_path / "shared", schedules=())
-    folder = tmp_path / "model"
-    shutil.copytree(random_model, folder)
-    shutil.rmtree(folder / "fine" / "entropy")
-    shutil.copytree(tmp_path / "shared" / "entropy", folder / "fine" / "entropy")
+    loop = LoopConfig(steps=4, learning_rate=4e-3, warmup=2, ema=0.9)
+    train_entropy(config, loop, maps, tmp_path / "shared", schedules=())
+    folder = with_entropy(random_model, tmp_path / "shared", tmp_path / "model")
     few = {"var": STUDY_SCHEDULES["var"]}
     monkeypatch.setattr("percov2.evaluation.study.comparison.STUDY_SCHEDULES", few)
     out = tmp_path / "out"
-    command = ("eval", "entropy", "--data", tmp_path / "maps.npz", "--model", folder)
+    command = ("eval", "entropy", "--data", maps, "--model", folder)
     command += ("--rate", "fine", "--out", out, "--entropy-run", tmp_path / "shared")
     command += ("--baselines", "multiscale")
     assert "multiscale needs --photos" in failure(capsys, *command)
     assert run(*command, "--photos", cache) == 0
-    report = json.loads((out / "report.json").read_text())
-    row = report["methods"][-1]
-    held_out = TokenMaps(tmp_path / "maps.npz").held_out
-    assert (row["name"], row["weights"], row["maps"]) == ("explicit_var", "own", len(held_out))
+    row = json.loads((out / "report.json").read_text())["methods"][-1]
+    count = len(TokenMaps(maps).held_out)
+    assert (row["name"], row["weights"], row["maps"]) == ("explicit_var", "own", count)
     # 2x3 and 3x2 tokens: 1 x 1, then 1 x 2 or 2 x 1, then all of them.
-    assert row["stage_tokens"] == [len(held_out), 2 * len(held_out), 6 * len(held_out)]
+    assert row["stage_tokens"] == [count, 2 * count, 6 * count]
     assert (out / "schedule_explicit_var.png").is_file()
     assert "Mean cosine with the hyper-latents' directions: 0." in (out / "report.md").read_text()
 

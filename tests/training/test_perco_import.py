@@ -21,9 +21,14 @@ from tools.command_line import failure, run
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Path:
+    return random_perco.save_pipeline(tmp_path_factory.mktemp("download") / "published", 32)
+
+
 @pytest.fixture
-def published(tmp_path) -> Path:
-    return random_perco.save_pipeline(tmp_path / "published", 32)
+def published(pipeline, tmp_path) -> Path:
+    return shutil.copytree(pipeline, tmp_path / "published")
 
 
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], *options: object) -> str:
@@ -105,29 +110,27 @@ def test_other_hyper_encoders(published, capsys, changes, message):
 
 def test_configs_that_are_no_json(published, capsys):
     path = published / "hyper_enc" / "config.json"
-    path.write_text("{")
-    assert f"{path} is not JSON" in refused(published, capsys)
-    path.write_text("[]")
-    assert f"{path} is not a JSON object" in refused(published, capsys)
+    for text, message in (("{", "is not JSON"), ("[]", "is not a JSON object")):
+        path.write_text(text)
+        assert f"{path} {message}" in refused(published, capsys)
 
 
 def test_tensors_that_do_not_fit(published, capsys):
-    change_tensors(published / "unet", conv_out__bias=None)
-    assert "unet: the renamed tensors do not fit" in refused(published, capsys)
-    change_tensors(published / "unet", conv_out__bias=torch.zeros(5))
-    assert "conv_out.bias has shape (5,) instead of (4,)" in refused(published, capsys)
-    change_tensors(published / "unet", conv_out__bias=torch.zeros(4), more=torch.zeros(1))
-    assert "unexpected more" in refused(published, capsys)
-    change_tensors(published / "unet", conv_in_extended__weight=None)
-    assert "plain Stable Diffusion network" in refused(published, capsys)
-    change_tensors(published / "hyper_enc", backbone__3__layers__0__bias=None)
-    assert "missing body.3.body.0.bias" in refused(published, capsys)
-
-
-def test_a_damaged_file(published, capsys):
     path = published / "unet" / WEIGHTS
-    path.write_bytes(path.read_bytes()[:1000])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
     assert f"{path} is damaged" in refused(published, capsys)
+    path.write_bytes(whole)
+    wrong, right = torch.zeros(5), torch.zeros(4)
+    for part, changes, message in (
+        ("unet", {"conv_out__bias": None}, "unet: the renamed tensors do not fit"),
+        ("unet", {"conv_out__bias": wrong}, "conv_out.bias has shape (5,) instead of (4,)"),
+        ("unet", {"conv_out__bias": right, "more": torch.ones(1)}, "unexpected more"),
+        ("unet", {"conv_in_extended__weight": None}, "plain Stable Diffusion network"),
+        ("hyper_enc", {"backbone__3__layers__0__bias": None}, "missing body.3.body.0.bias"),
+    ):
+        change_tensors(published / part, **changes)
+        assert message in refused(published, capsys)
 
 
 class Harmful:
@@ -148,13 +151,12 @@ def test_pickles_give_tensors_and_nothing_else(published, tmp_path, capsys):
     (home / WEIGHTS).unlink()
     pickle = home / "diffusion_pytorch_model.bin"
     torch.save(state, pickle)
-    import_perco(published, tmp_path / "pickled")
+    again = tmp_path / "pickled"
+    import_perco(published, again)
     for part in ("hyper_encoder", "quantizer"):
-        first, second = (
-            f / "r0313" / part / "model.safetensors" for f in (out, tmp_path / "pickled")
-        )
+        first, second = (f / "r0313" / part / "model.safetensors" for f in (out, again))
         assert first.read_bytes() == second.read_bytes()
-    shutil.rmtree(out), shutil.rmtree(tmp_path / "pickled")
+    shutil.rmtree(out), shutil.rmtree(again)
     witness = published / "witness"
     torch.save({**state, "harm": Harmful(witness)}, pickle)
     assert "is damaged or holds more than tensors" in refused(published, capsys)
@@ -163,24 +165,16 @@ def test_pickles_give_tensors_and_nothing_else(published, tmp_path, capsys):
     assert "is not a state dict of tensors" in refused(published, capsys)
 
 
-def test_rates_are_named_and_ordered_by_their_bits(tmp_path):
+def test_rates_are_named_and_ordered_by_their_bits(tmp_path, capsys):
+    folder = tmp_path / "several"
     for grid in (8, 64, 16, 32):
-        random_perco.save_checkpoint(tmp_path / f"z{grid}", grid)
-    rates = [checkpoint.rate for checkpoint in find_checkpoints(tmp_path)]
-    assert [(r.name, r.token_side) for r in rates] == [
-        ("r1250", 8),
-        ("r0313", 16),
-        ("r0078", 32),
-        ("r0020", 64),
-    ]
-    assert [c.folder.name for c in find_checkpoints(tmp_path / "z16")] == ["z16"]
-
-
-def test_two_checkpoints_of_a_rate(tmp_path, capsys):
-    folder = tmp_path / "twice"
-    for name in ("a", "b"):
-        random_perco.save_checkpoint(folder / name, 32)
-    assert "both have rate r0313; import them into separate folders" in refused(folder, capsys)
+        random_perco.save_checkpoint(folder / f"z{grid}", grid)
+    rates = [(c.rate.name, c.rate.token_side) for c in find_checkpoints(folder)]
+    assert rates == [("r1250", 8), ("r0313", 16), ("r0078", 32), ("r0020", 64)]
+    assert [c.folder.name for c in find_checkpoints(folder / "z16")] == ["z16"]
+    shutil.copytree(folder / "z32", folder / "twice")
+    line = refused(folder, capsys)
+    assert "both have rate r0313; import them into separate folders" in line
 
 
 def test_a_named_base_model_is_not_copied(tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from percov2.training import checkpoint
 from percov2.training.loop import leave_processes
@@ -48,9 +47,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     held_out = np.arange(12) == 5
     np.savez(folder / "tokens" / "a.npz", codebook_size=16, held_out=held_out, **maps)
     config = write_config(folder / "c.toml", folder / "base", steps=str(STEPS))
-    AcceleratorState._reset_state(True)
     shared_run.run(config, folder, folder / "one")
-    AcceleratorState._reset_state(True)
     launch(2, config, folder, folder / "two")
     return {name: folder / name for name in ("one", "two")}
 

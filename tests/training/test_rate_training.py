@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from percov2.codec import Codec
-from percov2.entropy.int_transformer import IntTransformer, TransformerConfig
 from percov2.models.config import Rate
+from percov2.training import checkpoint
 from percov2.training.commands import codec_stage, run_codec, run_export
 from percov2.training.data import CropPlan, PhotoCrops
 from percov2.training.loop import load_averaged, train
@@ -19,12 +19,21 @@ from percov2.training.losses import View, draw_view
 from percov2.training.rates import RateConfig, build_rates, draw_rate
 from percov2.training.stage1 import CodecConfig
 from percov2.training.warm_start import start_from
+from tools.executors import equal
 from tools.photo_store import store_photos
-from tools.rate_runs import ALEX, ALL, FEATURES, PIXELS, RATES, config_text, written
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from tools.rate_runs import (
+    ALEX,
+    ALL,
+    FEATURES,
+    PIXELS,
+    config_text,
+    entropy_models,
+    moved,
+    snapshot,
+    stage_of,
+    trained,
+    written,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,34 +42,26 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     ids=["alex", "pixels", "features and dial"],
 )
 def test_killed_and_resumed_equals_uninterrupted(losses, extra, photo_cache, tmp_path):
-    config = written(tmp_path, config_text(ALL, extra, losses=losses))
-    data = PhotoCrops(photo_cache)
-    stage, loop = codec_stage(config, data)
-    assert train(stage, loop, tmp_path / "once") == 6
+    text = config_text(ALL, extra, losses=losses)
+    once, often = tmp_path / "once", tmp_path / "often"
+    once.mkdir(), often.mkdir()
+    stage = trained(once, photo_cache, text)
     # The second interruption falls between two steps on which the discriminator learns.
     for steps in (1, 3, 6):
-        resumed, loop = codec_stage(config, data)
-        train(resumed, loop, tmp_path / "often", stop_after_steps=steps)
-    once, often = (
-        torch.load(tmp_path / run / "checkpoint.pt", weights_only=True) for run in ("once", "often")
-    )
-    for part in ("model", "ema"):
+        trained(often, photo_cache, text, steps)
+    once, often = (checkpoint.read(home / "run" / "checkpoint.pt") for home in (once, often))
+    assert once["step"] == 6
+    for part in ("model", "ema", "side"):
         assert equal(once[part], often[part]), part
-        assert not any(key.startswith("perceptual.") for key in once[part])
-    assert (
-        set(once["side"]) == set(stage.adversaries) == {"pixels", "features"} & set(losses.split())
-    )
-    for name, ours in once["side"].items():
-        theirs = often["side"][name]
-        assert equal(ours["network"], theirs["network"])
-        for key, state in ours["optimizer"]["state"].items():
-            assert equal(state, theirs["optimizer"]["state"][key])
-            assert int(state["step"]) == 4
+    assert not any(key.startswith("perceptual.") for key in {**once["model"], **once["ema"]})
+    used = {"pixels", "features"} & set(losses.split())
+    assert set(once["side"]) == set(stage.adversaries) == used
+    for ours in once["side"].values():
+        assert {int(state["step"]) for state in ours["optimizer"]["state"].values()} == {4}
 
 
 def test_a_step_trains_one_rate_and_logs_under_its_name(photo_cache, tmp_path):
-    config, data = written(tmp_path, config_text(ALL)), PhotoCrops(photo_cache)
-    stage, loop = codec_stage(config, data)
+    stage, loop = stage_of(tmp_path, photo_cache, config_text(ALL))
     generator = np.random.default_rng(3)
     seen = set()
     for _ in range(12):
@@ -78,18 +79,17 @@ def test_a_step_trains_one_rate_and_logs_under_its_name(photo_cache, tmp_path):
         known = {k for k, v in figures.items() if not math.isnan(float(v))}
         assert trained == {name}
         assert known == {f"{k}_{name}" for k in ("l1", "lpips", "latent", "vq", "spread", "codes")}
-        before = {k: v.clone() for k, v in stage.state_dict().items()}
+        before = snapshot(stage)
         stage.after_step()
-        moved = {k for k, v in stage.state_dict().items() if not torch.equal(v, before[k])}
-        assert moved == {f"rates.{name}.quantizer.{part}" for part in ("codebook", "usage")}
+        own = {f"rates.{name}.quantizer.{part}" for part in ("codebook", "usage")}
+        assert moved(before, stage.state_dict()) == own
         seen.add(name)
     assert seen == set(ALL)
     train(stage, loop, tmp_path / "run")
     lines = (tmp_path / "run" / "log.csv").read_text().splitlines()
     assert len(lines) == 4
     assert {f"lpips_{name}" for name in ALL} <= set(lines[0].split(","))
-    samples = Image.open(tmp_path / "run" / "samples.png")
-    assert samples.size == (6 * 64, 4 * 64)
+    assert Image.open(tmp_path / "run" / "samples.png").size == (6 * 64, 4 * 64)
 
 
 def test_shares_of_the_steps():
@@ -137,7 +137,7 @@ def test_a_rate_has_losses_and_views_of_its_own(tmp_path, monkeypatch):
     text = text.replace("sides = [64]", "sides = [96]")
     own = "[codec.rates.r010]\naligned = 0.0\ncoarse = 0.75\nlosses = { alex = { weight = 0.25 } }"
     text = text.replace("[codec.rates.r010]", own)
-    stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(photos))
+    stage, _ = stage_of(tmp_path, photos, text)
     shares = set()
 
     def drawn(*given: float) -> View:
@@ -158,11 +158,9 @@ def test_a_rate_has_losses_and_views_of_its_own(tmp_path, monkeypatch):
 
 
 def test_a_dial_starts_as_the_model_without_one_and_learns(photo_cache, tmp_path):
-    data = PhotoCrops(photo_cache)
-    plain, _ = codec_stage(written(tmp_path, config_text(["r031"])), data)
+    plain, _ = stage_of(tmp_path, photo_cache, config_text(["r031"]))
     text = config_text(["r031"], "dial = {}", losses=ALEX + "\nmse = { weight = 2.0 }")
-    stage, loop = codec_stage(written(tmp_path, text), data)
-    assert stage.dial is not None
+    stage, loop = stage_of(tmp_path, photo_cache, text)
     shared = {k: v for k, v in plain.state_dict().items() if not k.startswith("perceptual.")}
     stage.load_state_dict(shared, strict=False)
     words = stage.text_encoder(["a red door"] * 3)
@@ -193,9 +191,8 @@ def test_sources_change_how_often_photos_are_drawn(photo_cache, tmp_path):
     alone = {photo.key: 0.0 for photo in data.photos if not photo.key.startswith(first)}
     text = config_text(["r031"])
     table = ", ".join(f'"{key}" = {factor}' for key, factor in alone.items())
-    stage, _ = codec_stage(
-        written(tmp_path, text.replace("[codec]", f"[codec]\nsources = {{ {table} }}")), data
-    )
+    text = text.replace("[codec]", f"[codec]\nsources = {{ {table} }}")
+    stage, _ = stage_of(tmp_path, photo_cache, text)
     images, _ = stage.data.batch(np.random.default_rng(0), 8, 48)
     pixels = torch.from_numpy(data.pixels(data.photos[0]).copy()).float() / 127.5 - 1
     known = {tuple(p) for p in pixels.reshape(-1, 3).tolist()}
@@ -208,39 +205,28 @@ def test_sources_change_how_often_photos_are_drawn(photo_cache, tmp_path):
         data.weighing({photo.key: 0.0 for photo in data.photos})
 
 
-def test_export_of_three_rates_compresses_and_restores(photo_cache, tmp_path):
-    data = PhotoCrops(photo_cache)
-    config = written(tmp_path, config_text(["r031"], steps=2))
-    stage, loop = codec_stage(config, data)
-    train(stage, loop, tmp_path / "first")
+def test_export_of_three_rates_compresses_and_restores(first, photo_cache, tmp_path):
     text = config_text(ALL, steps=4)
-    config = written(tmp_path, text.replace("[codec.rates.r002]", "[codec.rates.r002]\nsteps = 2"))
-    run_codec(config, photo_cache, tmp_path / "run", start_from=tmp_path / "first")
-    entropy = []
-    for i, (name, (_, codes, _)) in enumerate(RATES.items()):
-        sizes = TransformerConfig(codes, dim=16, heads=1, head_dim=16, layers=1, hidden=16)
-        IntTransformer.random(sizes, seed=i).save(tmp_path / name)
-        entropy.append(f"{name}={tmp_path / name}")
+    text = text.replace("[codec.rates.r002]", "[codec.rates.r002]\nsteps = 2")
+    config, run, model = written(tmp_path, text), tmp_path / "run", tmp_path / "model"
+    run_codec(config, photo_cache, run, start_from=first[1])
+    entropy = entropy_models(tmp_path, ALL)
     # Two exports into one folder: entropy models come when their tokens are frozen.
-    run_export(config, photo_cache, tmp_path / "run", tmp_path / "model", [str(tmp_path / "r031")])
-    assert len((tmp_path / "model" / "model_id").read_text().splitlines()) == 1
-    run_export(config, photo_cache, tmp_path / "run", tmp_path / "model", entropy[1:])
-    codec = Codec.from_pretrained(tmp_path / "model")
-    assert codec.config.rates == (
-        Rate("r031", 16, 16),
-        Rate("r010", 32, 32),
-        Rate("r002", 64, 16, steps=2),
-    )
-    assert codec.config.default_rate == "r031"
-    lines = (tmp_path / "model" / "model_id").read_text().splitlines()
+    run_export(config, photo_cache, run, model, [str(tmp_path / "r031")])
+    assert len((model / "model_id").read_text().splitlines()) == 1
+    run_export(config, photo_cache, run, model, entropy[1:])
+    codec = Codec.from_pretrained(model)
+    rates = (Rate("r031", 16, 16), Rate("r010", 32, 32), Rate("r002", 64, 16, steps=2))
+    assert codec.config.rates == rates and codec.config.default_rate == "r031"
+    lines = (model / "model_id").read_text().splitlines()
     assert lines == [f"{codec.model_id(name):04x} {name}" for name in ALL]
+    data = PhotoCrops(photo_cache)
     photo = Image.fromarray(data.pixels(data.photos[2]))
-    for name, (stride, _, _) in RATES.items():
-        [file] = codec.compress([photo], rate=name, caption=["a red door"])
+    for rate in rates:
+        [file] = codec.compress([photo], rate=rate.name, caption=["a red door"])
         [tokens] = codec.decode_tokens([file])
-        side = 8 * stride
-        assert tokens.shape == (-(-72 // side), -(-80 // side))
-        assert np.array_equal(tokens, codec.encode_tokens([photo], rate=name)[0])
+        assert tokens.shape == (-(-72 // rate.token_side), -(-80 // rate.token_side))
+        assert np.array_equal(tokens, codec.encode_tokens([photo], rate=rate.name)[0])
         [restored] = codec.decompress([file])
         assert restored.size == photo.size
     # The folder is enough to train on; it holds rounded weights.
@@ -248,10 +234,10 @@ def test_export_of_three_rates_compresses_and_restores(photo_cache, tmp_path):
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.add_(1.0)
-    assert set(start_from(again, tmp_path / "model").values()) == {f"from {n}" for n in ALL}
-    load_averaged(tmp_path / "run", stage := codec_stage(config, data)[0])
+    assert set(start_from(again, model).values()) == {f"from {n}" for n in ALL}
+    load_averaged(run, stage := codec_stage(config, data)[0])
     for key, value in stage.state_dict().items():
         if not key.startswith("perceptual."):
             assert torch.allclose(again.state_dict()[key], value, rtol=0.02, atol=0.02), key
     with pytest.raises(ValueError, match="r999"):
-        run_export(config, photo_cache, tmp_path / "run", tmp_path / "model", ["r999=x"])
+        run_export(config, photo_cache, run, model, ["r999=x"])

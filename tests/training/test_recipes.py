@@ -29,36 +29,25 @@ loop = { clip = 9.0 }
 """
 
 
-def written(folder: Path) -> Path:
-    path = folder / "c.toml"
-    path.write_text(FILE)
-    return path
-
-
 def test_recipes_replace_settings_table_by_table_in_their_order(tmp_path):
-    path = written(tmp_path)
-    plain = {"steps": 5, "loop": {"rate": 1.0, "clip": 2.0}}
-    long = {"steps": 50, "loop": {"rate": 0.5, "clip": 2.0}}
-    both = {"steps": 50, "sizes": [3], "loop": {"rate": 0.5, "clip": 9.0}}
-    assert read_recipe(path, "phase", None) == plain
-    assert read_recipe(path, "phase", "long") == long
-    assert read_recipe(path, "phase", "long,new") == both
-
-
-def test_a_missing_recipe_is_refused(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(FILE)
+    for recipe, expected in (
+        (None, {"steps": 5, "loop": {"rate": 1.0, "clip": 2.0}}),
+        ("long", {"steps": 50, "loop": {"rate": 0.5, "clip": 2.0}}),
+        ("long,new", {"steps": 50, "sizes": [3], "loop": {"rate": 0.5, "clip": 9.0}}),
+    ):
+        assert read_recipe(path, "phase", recipe) == expected
     with pytest.raises(ValueError, match=r"no \[phase.recipes.x\]; it has \['long', 'new'\]"):
-        read_recipe(written(tmp_path), "phase", "long,x")
-
-
-def test_sd3_without_a_recipe_has_no_rate():
-    with pytest.raises(ValueError, match="has no rate; choose a recipe"):
-        sd3_config(SD3)
+        read_recipe(path, "phase", "long,x")
 
 
 def test_sd3_has_a_recipe_and_an_entropy_rate_for_each_of_the_papers_rates():
     names = [rate.name for rate in PAPER_RATES]
     assert list(read_section(SD3, "sd3")["recipes"]) == names
     assert list(read_section(SD3, "entropy")["rates"]) == names
+    with pytest.raises(ValueError, match="has no rate; choose a recipe"):
+        sd3_config(SD3)
 
 
 @pytest.mark.parametrize("rate", PAPER_RATES, ids=lambda rate: rate.name)

@@ -15,14 +15,24 @@ import torch
 from torch import Tensor
 
 from percov2.training import loop
-from percov2.training.commands import autoencoder_stage, codec_stage
+from percov2.training.commands import autoencoder_stage
 from percov2.training.data import PhotoCrops
 from percov2.training.loop import LoopConfig, train
 from percov2.training.optimizers import adamw, make_recordable, restore, set_learning_rate
 from percov2.training.recording import Figures, RecordedSteps
 from percov2.training.stage import Draw
 from percov2.training.stage1 import CodecStage
-from tools.rate_runs import ALEX, ALL, FEATURES, PIXELS, config_text, written
+from tools.rate_runs import (
+    ALEX,
+    ALL,
+    FEATURES,
+    PIXELS,
+    config_text,
+    moved,
+    snapshot,
+    stage_of,
+    written,
+)
 
 
 class Toy:
@@ -97,10 +107,10 @@ def on_meta(module: torch.nn.Module) -> None:
                 part._buffers[name] = buffer.to("meta")
 
 
-def meta_stage(folder: Path, data: PhotoCrops) -> CodecStage:
+def meta_stage(folder: Path, photos: Path) -> CodecStage:
     losses = PIXELS + "\n" + FEATURES.removeprefix(ALEX) + "\nvgg = { weight = 1.0 }"
     text = config_text(ALL, "frozen_tokens = true\ndial = {}", losses=losses)
-    stage, _ = codec_stage(written(folder, text), data)
+    stage, _ = stage_of(folder, photos, text)
     assert stage.recordable and set(stage.adversaries) == {"pixels", "features"}
     on_meta(stage)
     for adversary in stage.adversaries.values():
@@ -110,57 +120,49 @@ def meta_stage(folder: Path, data: PhotoCrops) -> CodecStage:
     return stage
 
 
-@pytest.mark.parametrize("rate", ALL)
-def test_a_step_of_the_joint_phase_reads_nothing_back(rate, photo_cache, tmp_path, monkeypatch):
+def test_a_step_of_the_joint_phase_reads_nothing_back(photo_cache, tmp_path, monkeypatch):
     # The cast of the discriminator asks for the device type, of which meta is none.
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
     autocast = torch.autocast
     monkeypatch.setattr(
         torch, "autocast", lambda device, *rest, **named: autocast("cpu", *rest, **named)
     )
-    data = PhotoCrops(photo_cache)
-    stage = meta_stage(tmp_path, data)
-    monkeypatch.setattr("percov2.training.stage1.draw_rate", lambda rates, generator: rate)
-    stage.start_step(5, 6)
-    draw = stage.draw(np.random.default_rng(0))
-    assert draw.kind[0] == rate and draw.kind[3] == ("alex", "vgg", "pixels", "features")
-    there = Draw(draw.kind, {k: v.to("meta") for k, v in draw.tensors.items()})
-    loss, figures = stage.compute(there)
+    stage = meta_stage(tmp_path, photo_cache)
     optimizer = adamw(stage.parameters(), 1e-3, (0.9, 0.98), 0.0)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(stage.parameters(), 1.0)
-    optimizer.step()
-    stage.after_step()
-    assert loss.is_meta
-    own = {k for k, v in figures.items() if v.is_meta}
-    assert {f"l1_{rate}", f"lpips_{rate}", "adversarial_pixels", "discriminator_features"} <= own
+    stage.start_step(5, 6)
+    for rate in ALL:
+        monkeypatch.setattr("percov2.training.stage1.draw_rate", lambda *_, rate=rate: rate)
+        draw = stage.draw(np.random.default_rng(0))
+        assert draw.kind[0] == rate and draw.kind[3] == ("alex", "vgg", "pixels", "features")
+        there = Draw(draw.kind, {k: v.to("meta") for k, v in draw.tensors.items()})
+        loss, figures = stage.compute(there)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(stage.parameters(), 1.0)
+        optimizer.step()
+        stage.after_step()
+        assert loss.is_meta
+        own = {k for k, v in figures.items() if v.is_meta}
+        shared = {"adversarial_pixels", "discriminator_features"}
+        assert {f"l1_{rate}", f"lpips_{rate}", *shared} <= own
 
 
 def test_only_what_can_be_recorded_is(photo_cache, tmp_path):
-    data = PhotoCrops(photo_cache)
-    for text, recordable in (
-        (config_text(["r031"]), False),
-        (config_text(["r031"], "frozen_tokens = true", losses=FEATURES), True),
-    ):
-        stage, _ = codec_stage(written(tmp_path, text), data)
-        assert stage.recordable == recordable
-    first, _ = autoencoder_stage(written(tmp_path, text), data)
+    assert not stage_of(tmp_path, photo_cache, config_text(["r031"]))[0].recordable
+    text = config_text(["r031"], "frozen_tokens = true", losses=FEATURES)
+    stage, _ = stage_of(tmp_path, photo_cache, text)
+    assert stage.recordable
+    first, _ = autoencoder_stage(written(tmp_path, text), PhotoCrops(photo_cache))
     with pytest.raises(ValueError, match="AutoencoderStage cannot be recorded"):
         train(first, LoopConfig(steps=1, record=True), tmp_path / "first")
     with pytest.raises(ValueError, match="accumulate = 2"):
         LoopConfig(steps=1, record=True, accumulate=2)
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA device"):
+            train(stage, LoopConfig(steps=1, record=True), tmp_path / "run")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-def test_recording_without_a_device_is_refused(photo_cache, tmp_path):
-    text = config_text(["r031"], "frozen_tokens = true")
-    stage, _ = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
-    with pytest.raises(ValueError, match="needs a CUDA device"):
-        train(stage, LoopConfig(steps=1, record=True), tmp_path / "run")
-
-
-def stepped(optimizer: torch.optim.Optimizer, weight: Tensor, steps: int) -> Tensor:
-    for _ in range(steps):
+def stepped(optimizer: torch.optim.Optimizer, weight: Tensor) -> Tensor:
+    for _ in range(2):
         optimizer.zero_grad()
         weight.square().sum().backward()
         optimizer.step()
@@ -182,16 +184,16 @@ def test_optimizers_go_on_with_and_without_recording(device):
 
     weight = start.clone().requires_grad_()
     optimizer = made(weight, 0.1, False)
-    stepped(optimizer, weight, 2)
+    stepped(optimizer, weight)
     set_learning_rate(optimizer, 0.3)
-    expected = stepped(optimizer, weight, 2)
+    expected = stepped(optimizer, weight)
     for before, after in itertools.product(recorded, recorded):
         weight = start.clone().requires_grad_()
         first = made(weight, 0.1, before)
-        stepped(first, weight, 2)
+        stepped(first, weight)
         second = made(weight, 0.3, after)
         restore(second, first.state_dict())  # but not its learning rate
-        assert torch.allclose(stepped(second, weight, 2), expected, atol=1e-6)
+        assert torch.allclose(stepped(second, weight), expected, atol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_is_noticed():
@@ -207,16 +209,16 @@ def test_a_loss_that_is_not_finite_is_noticed():
 def test_recorded_training_learns_and_resumes(photo_cache, tmp_path):
     text = config_text(["r031", "r010"], "frozen_tokens = true", 60, PIXELS)
     text = text.replace("log_every = 2", "log_every = 10, record = true")
-    stage, settings = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
+    stage, settings = stage_of(tmp_path, photo_cache, text)
     assert settings.record
-    before = {k: v.clone() for k, v in stage.state_dict().items()}
+    before = snapshot(stage)
     train(stage, settings, tmp_path / "run", stop_after_steps=30)
-    stage, settings = codec_stage(written(tmp_path, text), PhotoCrops(photo_cache))
+    stage, settings = stage_of(tmp_path, photo_cache, text)
     assert train(stage, settings, tmp_path / "run") == 60
     after = {k: v.cpu() for k, v in stage.state_dict().items()}
-    moved = {k for k, v in after.items() if not torch.equal(v, before[k])}
-    assert any(k.startswith("flow.") for k in moved)
-    assert not {k for k in moved if "hyper_encoder" in k or "codebook" in k}
+    learnt = moved(before, after)
+    assert any(k.startswith("flow.") for k in learnt)
+    assert not {k for k in learnt if "hyper_encoder" in k or "codebook" in k}
     with open(tmp_path / "run" / "log.csv") as log:
         rows = list(csv.DictReader(log))
     losses = [float(row["l1_r031"]) for row in rows]
@@ -234,7 +236,7 @@ def test_a_recorded_step_is_the_usual_one(photo_cache, tmp_path):
     kept: list[Tensor] = []
     for record in ("false", "true"):
         own = text.replace("log_every = 1,", f"log_every = 1, record = {record},")
-        stage, settings = codec_stage(written(tmp_path, own), PhotoCrops(photo_cache))
+        stage, settings = stage_of(tmp_path, photo_cache, own)
         assert settings.record == (record == "true")
         with torch.no_grad():  # the noise has no say
             stage.flow.pos_embed.proj.weight[:, :16] = 0

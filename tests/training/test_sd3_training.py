@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 
@@ -28,6 +26,7 @@ from percov2.training.sd3.stage import SD3Stage, _draw, shifted
 from percov2.training.settings import build_config, read_section
 from percov2.training.shards import CropFeed, Sample, ShardStreams
 from percov2.training.stage2 import EntropyConfig, EntropyStage, TokenMaps
+from tools.executors import equal
 from tools.sd3_training import build, write_config
 
 PROMPT = torch.randn(1, 9, 32), torch.randn(1, 20)
@@ -35,17 +34,8 @@ PROMPT = torch.randn(1, 9, 32), torch.randn(1, 20)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sd3")
-    build(folder)
+    build(folder := tmp_path_factory.mktemp("sd3"))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator() -> Iterator[None]:
-    """Accelerate keeps one precision per process; runs of other tests have their own."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def make_stage(config: Path, shards: Path, pictures: Pictures | None = None) -> SD3Stage:
@@ -53,17 +43,6 @@ def make_stage(config: Path, shards: Path, pictures: Pictures | None = None) -> 
     torch.manual_seed(loop.seed)
     networks = SD3Networks(settings, loop.precision, Path())
     return SD3Stage(networks, sorted(shards.glob("*.tar")), loop.seed, pictures)
-
-
-def equal(a: object, b: object) -> bool:
-    """Bit for bit, in nested dictionaries and lists."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 def test_the_loss_is_what_plain_statements_say(folder, tmp_path):
@@ -76,6 +55,7 @@ def test_the_loss_is_what_plain_statements_say(folder, tmp_path):
     samples = CropFeed(ShardStreams(shards, 4, 32, 48, 0)).take()
     vae = AutoencoderKL.from_pretrained(folder / "base", subfolder="vae").eval()
     errors, commitments, distances = [], [], []
+    network = stage.frozen._lpips
     for sample in samples:
         drawn = _draw(sample, 0.3, 32)
         t = 3 * drawn.time / (1 + 2 * drawn.time)
@@ -93,10 +73,8 @@ def test_the_loss_is_what_plain_statements_say(folder, tmp_path):
             errors.append((velocity - (drawn.noise - latents)).square().mean())
             clean = noisy - t * velocity
             decoded = vae.decode(clean / 1.5305 + 0.0609).sample
-            network = stage.frozen._lpips
-            distances.append(
-                network.distance(network.features(decoded), network.features(image)).mean()
-            )
+            pair = network.features(decoded), network.features(image)
+            distances.append(network.distance(*pair).mean())
             commitments.append(quantized.loss)
     flow, vq, lpips = (float(torch.stack(x).mean()) for x in (errors, commitments, distances))
     assert float(figures["flow"]) == pytest.approx(flow, rel=1e-4)
@@ -109,7 +87,7 @@ def test_lpips_reaches_the_latents_through_the_decoder(folder, tmp_path):
     frozen = make_stage(config, folder / "shards").frozen
     latents = torch.randn(1, 16, 4, 4, requires_grad=True)
     frozen.lpips(latents, torch.rand(1, 3, 32, 32) * 2 - 1).backward()
-    assert latents.grad is not None and float(latents.grad.abs().max()) > 0
+    assert float(latents.grad.abs().max()) > 0
     assert all(p.grad is None for p in frozen.base.autoencoder().parameters())
 
 
@@ -321,11 +299,7 @@ def test_a_folder_takes_further_rates_of_the_same_base(folder, tmp_path):
     assert [rate.name for rate in codec.config.rates] == ["r0508", "r0020"]
     assert len((out / "model_id").read_text().splitlines()) == 2
     assert not stale.exists()
-    other = write_config(
-        tmp_path / "c.toml",
-        folder / "base",
-        "patch_embedding",
-        rate='{ name = "r0508", token_side = 16, codebook_size = 32 }',
-    )
+    rate = '{ name = "r0508", token_side = 16, codebook_size = 32 }'
+    other = write_config(tmp_path / "c.toml", folder / "base", "patch_embedding", rate=rate)
     with pytest.raises(ValueError, match="does not fit"):
         commands.run_sd3_export(other, tmp_path / "r0508", out, None)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
-from PIL import Image
 
 from percov2.training.data import is_held_out
 from percov2.training.shards import (
@@ -20,15 +17,13 @@ from percov2.training.shards import (
     read_member,
     shard_members,
 )
-from tools.photo_shards import add_member, write_shard
+from tools.photo_shards import png, write_shard, write_tar
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> list[Path]:
     folder = tmp_path_factory.mktemp("shards")
-    for seed in range(3):
-        write_shard(folder / f"s-{seed}.tar", 7 + seed, seed)
-    return sorted(folder.glob("*.tar"))
+    return [write_shard(folder / f"s-{seed}.tar", 7 + seed, seed) for seed in range(3)]
 
 
 def walk(streams: ShardStreams, stream: int, count: int) -> list[Sample]:
@@ -40,11 +35,9 @@ def walk(streams: ShardStreams, stream: int, count: int) -> list[Sample]:
 
 
 def test_members_are_those_of_webdataset(shards, tmp_path):
-    odd = tmp_path / "odd.tar"
-    with tarfile.open(odd, "w") as tar:
-        add_member(tar, "a/b.c.jpg", b"x")  # the key of a name ends at its first dot
-        add_member(tar, "a/d.JPEG", b"yy")
-        add_member(tar, "a/d.txt", b"words")
+    # The key of a name ends at its first dot.
+    odd = {"a/b.c.jpg": b"x", "a/d.JPEG": b"yy", "a/d.txt": b"words"}
+    odd = write_tar(tmp_path / "odd.tar", odd)
     for shard in (*shards, odd):
         members = {member.key: member for member in shard_members(shard)}
         expected = {s["__key__"]: s for s in wds.WebDataset(str(shard), shardshuffle=False)}
@@ -81,15 +74,12 @@ def test_streams_that_share_a_shard_deal_it_among_them(shards):
 
 
 def test_held_out_photos_are_never_drawn(tmp_path):
-    write_shard(tmp_path / "many.tar", 200, 9, side=8)
-    members = shard_members(tmp_path / "many.tar")
+    shard = write_shard(tmp_path / "many.tar", 200, 9, side=8)
+    members = shard_members(shard)
     held = {m.key for m in members if is_held_out(m.key)}
     assert held
-    drawn = {
-        m.key
-        for i in range(4)
-        for m in ShardStreams([tmp_path / "many.tar"], 4, 8, 8, 0)._shard(i, Position())[1]
-    }
+    streams = ShardStreams([shard], 4, 8, 8, 0)
+    drawn = {m.key for i in range(4) for m in streams._shard(i, Position())[1]}
     assert drawn == {m.key for m in members} - held
 
 
@@ -106,13 +96,10 @@ def test_crops_are_reproducible_parts_of_photos(shards):
 
 def test_a_crop_that_needs_no_scaling_is_a_part_of_its_photo(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (16, 40, 3), dtype=np.uint8)
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "png")
-    with tarfile.open(tmp_path / "one.tar", "w") as tar:
-        add_member(tar, "one.png", out.getvalue())
+    shard = write_tar(tmp_path / "one.tar", {"one.png": png(pixels)})
     windows = {pixels[:, i : i + 16].tobytes(): False for i in range(25)}
     windows |= {pixels[:, i : i + 16][:, ::-1].tobytes(): True for i in range(25)}
-    streams = ShardStreams([tmp_path / "one.tar"], 1, 16, 16, 0)
+    streams = ShardStreams([shard], 1, 16, 16, 0)
     found = [sample.pixels.tobytes() for sample in walk(streams, 0, 12)]
     assert {windows[crop] for crop in found} == {False, True} and len(set(found)) > 6
 
@@ -155,14 +142,9 @@ def test_a_feed_goes_on_from_stored_positions(shards):
 
 
 def test_damaged_and_small_photos_are_passed_over(tmp_path):
-    shard = tmp_path / "bad.tar"
-    write_shard(tmp_path / "good.tar", 2, 4)
-    good = (tmp_path / "good.tar").read_bytes()
-    members = shard_members(tmp_path / "good.tar")
-    photo = good[members[0].photo[0] :][: members[0].photo[1]]
-    with tarfile.open(shard, "w") as tar:
-        add_member(tar, "x-1.png", photo[: len(photo) // 2])
-        add_member(tar, "x-2.png", photo)
+    photo = png(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8))
+    members = {"x-1.png": photo[: len(photo) // 2], "x-2.png": photo}
+    shard = write_tar(tmp_path / "bad.tar", members)
     with pytest.warns(UserWarning, match="skipped x-1"):
         walk(ShardStreams([shard], 1, 16, 16, 0), 0, 2)
     with pytest.raises(ValueError, match="smaller crop"):
@@ -179,7 +161,5 @@ def test_refusals(shards, tmp_path):
     (tmp_path / "no.tar").write_bytes(b"not a tar file" * 100)
     with pytest.raises(ValueError, match="tar"):
         shard_members(tmp_path / "no.tar")
-    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
-        add_member(tar, "a.txt", b"words")
     with pytest.raises(ValueError, match="holds no photo"):
-        shard_members(tmp_path / "empty.tar")
+        shard_members(write_tar(tmp_path / "empty.tar", {"a.txt": b"words"}))

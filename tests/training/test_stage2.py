@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.nn import functional
 
 from percov2.entropy import schedule
@@ -30,26 +29,18 @@ from percov2.entropy.torch.transformer import (
     crop_batch,
 )
 from percov2.entropy.torch.window_attention import window_attention
-from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training import checkpoint
+from percov2.training.loop import LoopConfig
 from percov2.training.stage2 import (
     EntropyConfig,
-    EntropyStage,
     TokenMaps,
     random_stages,
     train_entropy,
 )
-from tools.executors import same
+from tools.executors import equal, same
 
 SIZES = {"dim": 32, "heads": 2, "head_dim": 16, "layers": 2, "hidden": 64}
 CONFIG = EntropyConfig(model=SIZES, shapes=((8, 8), (6, 10)), tokens_per_step=512)
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator() -> Iterator[None]:
-    """Accelerate keeps one precision per process; runs of other tests have their own."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def smooth_map(height: int, width: int, seed: int) -> np.ndarray:
@@ -130,8 +121,10 @@ def test_scores_need_a_shift_only():
     assert bool((k * 127 <= k_amax * 1.42).all())
 
 
-def observed_model(seed: int) -> tuple[TokenTransformer, TokenBatch]:
-    torch.manual_seed(seed)
+@pytest.fixture(scope="module")
+def observed() -> tuple[TokenTransformer, TokenBatch]:
+    """A model that has learnt a little, and the batch that it learnt from."""
+    torch.manual_seed(0)
     model = TokenTransformer(TransformerConfig(codebook_size=16, **SIZES))
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     stages = schedule.stages("qlds12", 12, 12)
@@ -144,7 +137,7 @@ def observed_model(seed: int) -> tuple[TokenTransformer, TokenBatch]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.observing = False
+    model.observing = model.quantized = False
     return model, batch
 
 
@@ -152,8 +145,8 @@ def bits(logits: torch.Tensor, tokens: torch.Tensor) -> float:
     return float(functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())) / np.log(2)
 
 
-def test_integer_form_equals_the_rounded_form():
-    model, batch = observed_model(0)
+def test_integer_form_equals_the_rounded_form(observed):
+    model, batch = observed
     integer = export(model)
     stages = batch.stages[0].numpy()
     order = torch.from_numpy(schedule.order(stages))
@@ -161,25 +154,21 @@ def test_integer_form_equals_the_rounded_form():
     tokens = batch.tokens.flatten(1)[:, order]
     coded = bits(logits * LOGIT_SCALE, tokens)
     with torch.no_grad():
+        plain = bits(model(batch)[:, order], tokens)
         model.quantized = True
         rounded = model(batch)[:, order]
         model.quantized = False
-        plain = bits(model(batch)[:, order], tokens)
     assert plain < 3.5  # it has learnt something: 4 bits would be uniform
     difference = (logits - rounded / LOGIT_SCALE).abs()
     assert float(difference.mean()) < 0.02 * float(logits.std())
     assert abs(coded / bits(rounded, tokens) - 1) < 0.002
     assert coded / plain - 1 < 0.01
-
-
-def test_export_needs_observed_scales():
-    model = TokenTransformer(TransformerConfig(codebook_size=16, **SIZES))
     with pytest.raises(ValueError, match="never observed"):
-        export(model)
+        export(TokenTransformer(TransformerConfig(codebook_size=16, **SIZES)))
 
 
-def test_a_crop_knows_its_place_in_the_whole_grid():
-    model, _ = observed_model(1)
+def test_a_crop_knows_its_place_in_the_whole_grid(observed):
+    model, _ = observed
     grid = smooth_map(16, 16, 3)
     stages = np.ones((16, 16), np.int32)
     with torch.no_grad():
@@ -190,8 +179,8 @@ def test_a_crop_knows_its_place_in_the_whole_grid():
     assert not torch.allclose(whole[:6, :5], part, atol=1e-3)
 
 
-def test_unseen_sizes_take_the_nearest_embedding():
-    model, _ = observed_model(4)
+def test_unseen_sizes_take_the_nearest_embedding(observed):
+    model = copy.deepcopy(observed[0])
     with torch.no_grad():
         model.height.copy_(torch.arange(17.0)[:, None].expand(-1, 32))
     model.fill_unseen_sizes({3, 5}, {4})
@@ -205,12 +194,11 @@ def test_rounding_to_int8():
     y = round_to_int8(x, scale)
     assert y.tolist() == [[0.5, -0.25], [63.5, -31.75]]
     y.sum().backward()
-    assert x.grad is not None
     assert x.grad.tolist() == [[1, 1], [0, 0]]
 
 
-def test_float_logits_do_not_see_later_tokens():
-    model, _ = observed_model(2)
+def test_float_logits_do_not_see_later_tokens(observed):
+    model, _ = observed
     stages = schedule.stages("quincunx", 9, 11)
     grid = smooth_map(9, 11, 5)
     changed = grid.copy()
@@ -225,11 +213,9 @@ def test_float_logits_do_not_see_later_tokens():
 def test_random_stages_are_orders():
     random = np.random.default_rng(0)
     for _ in range(50):
-        height, width = random.integers(1, 20, 2)
-        result = random_stages(random, height, width)
-        assert result.shape == (height, width)
-        assert result.min() >= 1
-        assert result.dtype == np.int32
+        shape = tuple(random.integers(1, 20, 2))
+        result = random_stages(random, *shape)
+        assert result.shape == shape and result.dtype == np.int32 and result.min() >= 1
 
 
 def test_draws_fit_and_hold_out_maps(token_file):
@@ -244,47 +230,35 @@ def test_draws_fit_and_hold_out_maps(token_file):
     assert tuple(batch.rows.shape) == (9, 6)
 
 
-def test_broken_token_files_are_refused(tmp_path):
-    path = tmp_path / "tokens.npz"
-    np.savez(path, tokens_0=np.zeros((2, 2), np.int32))
-    with pytest.raises(ValueError, match="codebook_size"):
-        TokenMaps(path)
-    np.savez(path, codebook_size=4, tokens_0=np.zeros((2, 2), np.int32))
-    with pytest.raises(ValueError, match="held_out"):
-        TokenMaps(path)
-    np.savez(path, codebook_size=4, held_out=[False], tokens_0=np.full((2, 2), 4))
-    with pytest.raises(ValueError, match="tokens_0"):
-        TokenMaps(path)
-    for held_out, counts in ((False, "1 maps .* 0 held out"), (True, "0 maps .* 1 held out")):
-        np.savez(path, codebook_size=4, held_out=[held_out], tokens_0=np.zeros((2, 2), np.int32))
-        with pytest.raises(ValueError, match=counts):
-            TokenMaps(path)
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({}, "codebook_size"),
+        ({"codebook_size": 4}, "held_out"),
+        ({"codebook_size": 4, "held_out": [False], "tokens_0": np.full((2, 2), 4)}, "tokens_0"),
+        ({"codebook_size": 4, "held_out": [False]}, "1 maps .* 0 held out"),
+        ({"codebook_size": 4, "held_out": [True]}, "0 maps .* 1 held out"),
+    ],
+)
+def test_broken_token_files_are_refused(arrays, message, tmp_path):
+    np.savez(tmp_path / "tokens.npz", **{"tokens_0": np.zeros((2, 2), np.int32), **arrays})
+    with pytest.raises(ValueError, match=message):
+        TokenMaps(tmp_path / "tokens.npz")
 
 
-def test_a_run_resumes_exactly_and_exports(token_file, tmp_path):
-    loop = LoopConfig(steps=10, learning_rate=2e-3, warmup=2, log_every=2, precision="bf16")
-    data = TokenMaps(token_file)
-    for stop in (7, None):
-        torch.manual_seed(loop.seed)
-        train(EntropyStage(CONFIG, data), loop, tmp_path / "cut", stop_after_steps=stop)
-    result = train_entropy(CONFIG, loop, token_file, tmp_path / "whole", schedules=("qlds12",))
-    cut, whole = EntropyStage(CONFIG, data), EntropyStage(CONFIG, data)
-    load_averaged(tmp_path / "cut", cut)
-    load_averaged(tmp_path / "whole", whole)
-    states = zip(cut.state_dict().values(), whole.state_dict().values(), strict=True)
-    assert all(same(a, b) for a, b in states)
-
-    model = IntTransformer.load(tmp_path / "whole" / "entropy")
-    assert result is not None
+def test_a_run_resumes_exactly_and_exports_when_finished(token_file, tmp_path):
+    loop = LoopConfig(steps=6, learning_rate=2e-3, warmup=2, log_every=2, precision="bf16")
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    assert train_entropy(CONFIG, loop, token_file, cut, minutes=0.0, schedules=()) is None
+    assert not (cut / "entropy").exists() and (cut / "checkpoint.pt").is_file()
+    assert train_entropy(CONFIG, loop, token_file, cut, schedules=())
+    result = train_entropy(CONFIG, loop, token_file, whole, schedules=("qlds12",))
+    once, again = (checkpoint.read(home / "checkpoint.pt") for home in (whole, cut))
+    assert once["step"] == 6 and equal(once["model"], again["model"])
+    assert equal(once["ema"], again["ema"])
+    model = IntTransformer.load(whole / "entropy")
     assert result["fingerprint"] == model.fingerprint().hex()
-    stored = json.loads((tmp_path / "whole" / "report.json").read_text())
+    stored = json.loads((whole / "report.json").read_text())
     assert stored["qlds12"] == result["qlds12"]
     assert abs(stored["qlds12"]["integer"] / stored["qlds12"]["rounded"] - 1) < 0.01
-    assert (tmp_path / "whole" / "held_out.csv").read_text().startswith("step,bits\n10,")
-
-
-def test_a_run_that_is_not_finished_exports_nothing(token_file, tmp_path):
-    loop = LoopConfig(steps=10, learning_rate=2e-3, warmup=2)
-    assert train_entropy(CONFIG, loop, token_file, tmp_path, minutes=0.0) is None
-    assert not (tmp_path / "entropy").exists()
-    assert (tmp_path / "checkpoint.pt").is_file()
+    assert (whole / "held_out.csv").read_text().startswith("step,bits\n6,")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
@@ -32,19 +29,12 @@ from percov2.training.study.direct_stage import masked_model
 from percov2.training.study.runs import OneOrder, SharedRun, fine_tuned, shared_run
 from tools.command_line import failure, run
 from tools.executors import same
+from tools.random_model import with_entropy
 
 SIZES = {"dim": 16, "heads": 2, "head_dim": 8, "layers": 2, "hidden": 32}
 CONFIG = EntropyConfig(model=SIZES, shapes=((5, 6), (4, 4)), tokens_per_step=256)
 LOOP = LoopConfig(steps=30, learning_rate=4e-3, warmup=3, ema=0.9, log_every=10)
 ORDER = STUDY_SCHEDULES["var_every_side"].stages
-
-
-@pytest.fixture(autouse=True)
-def _own_accelerator() -> Iterator[None]:
-    """Accelerate keeps one precision per process; runs of other tests have their own."""
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
 
 
 def ramp(height: int, width: int, seed: int) -> np.ndarray:
@@ -71,10 +61,8 @@ def shared(token_file, tmp_path_factory) -> SharedRun:
 
 
 def test_a_shared_run_is_known_by_what_it_made(shared, tmp_path):
-    assert (shared.config, shared.loop) == (
-        EntropyConfig(model=SIZES, shapes=([5, 6], [4, 4]), tokens_per_step=256),
-        LOOP,
-    )
+    assert shared.loop == LOOP
+    assert shared.config == replace(CONFIG, shapes=[[5, 6], [4, 4]])
     with pytest.raises(ValueError, match="not 00000000: give the run of the rate"):
         shared_run(shared.folder, bytes(32))
     with pytest.raises(ValueError, match=r"no report\.json; finish"):
@@ -119,7 +107,9 @@ def test_fine_tuning_saves_bits_and_is_done_once(shared, token_file, tmp_path):
     assert (tmp_path / "log.csv").read_text() == written
 
 
-def test_a_run_is_not_taken_for_another_one(shared, token_file, tmp_path):
+def test_a_run_is_not_taken_for_another_or_a_finished_one(
+    shared, token_file, tmp_path, monkeypatch
+):
     first = fine_tuned(shared, token_file, ORDER, 2, tmp_path / "run")
     others = {
         "steps": (shared, token_file, ORDER, 3),
@@ -142,12 +132,9 @@ def test_a_run_is_not_taken_for_another_one(shared, token_file, tmp_path):
     (tmp_path / "run" / "run.json").unlink()
     with pytest.raises(ValueError, match="a run of other data"):
         fine_tuned(shared, token_file, ORDER, 2, tmp_path / "run")
-
-
-def test_an_interrupted_run_says_so(shared, token_file, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "trained_model", lambda *arguments: None)
     with pytest.raises(RuntimeError, match="interrupted before step 7; start it again"):
-        fine_tuned(shared, token_file, ORDER, 7, tmp_path)
+        fine_tuned(shared, token_file, ORDER, 7, tmp_path / "other")
 
 
 def test_the_masked_model_is_of_equal_size_and_learns(shared, token_file, tmp_path):
@@ -167,12 +154,7 @@ def test_the_masked_model_is_of_equal_size_and_learns(shared, token_file, tmp_pa
 
 @pytest.fixture(scope="module")
 def model_folder(shared, random_model, tmp_path_factory) -> Path:
-    """The random model with the shared run's entropy model."""
-    folder = tmp_path_factory.mktemp("model") / "trained"
-    shutil.copytree(random_model, folder)
-    shutil.rmtree(folder / "fine" / "entropy")
-    shutil.copytree(shared.folder / "entropy", folder / "fine" / "entropy")
-    return folder
+    return with_entropy(random_model, shared.folder, tmp_path_factory.mktemp("model") / "trained")
 
 
 def test_the_command_trains_what_it_compares(

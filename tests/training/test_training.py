@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import signal
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,56 +13,26 @@ import torch
 from PIL import Image
 
 from percov2.training import checkpoint
-from percov2.training.commands import autoencoder_stage, codec_stage, read_section
+from percov2.training.autoencoder_stage import AutoencoderStage
+from percov2.training.commands import autoencoder_stage, read_section
 from percov2.training.data import PARTS, PhotoCrops, decode_shards
-from percov2.training.loop import LoopConfig, TrainingStage, _learning_rate, load_averaged, train
-from tools.tiny_flow import TINY_FLOW
+from percov2.training.loop import LoopConfig, _learning_rate, load_averaged, train
+from tools.photo_shards import png, write_tar
+from tools.rate_runs import config_text, moved, snapshot, written
 
-CONFIG = """
-[autoencoder]
-autoencoder = { widths = [8, 16] }
-crops = { sides = [48], counts = [2] }
-loop = { steps = 4, warmup = 1, log_every = 1 }
-
-[codec]
-text_encoder = { buckets = 32, dim = 8, length = 4 }
-loop = { steps = 4, warmup = 1, log_every = 1 }
-
-[codec.rates.r031]
-hyper_encoder = { channels = 8, hyper_channels = 8, stride = 2 }
-quantizer = { hyper_channels = 8, codebook_size = 16, code_dim = 4, output_channels = 4 }
-crops = { sides = [48, 48], counts = [4, 2] }
-"""
-CONFIG += TINY_FLOW
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+CONFIG = config_text(["r031"], steps=4)
+CONFIG = CONFIG.replace("sides = [48], counts = [2]", "sides = [48, 48], counts = [4, 2]")
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
-    with tarfile.open(folder / "photos-000.tar", "w") as tar:
-        for i, (height, width) in enumerate([(48, 64), (64, 48), (32, 40)]):
-            pixels = generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
-            out = io.BytesIO()
-            Image.fromarray(pixels).save(out, "png")
-            _add(tar, f"pic-{i}.png", out.getvalue())
-            if i == 0:
-                _add(tar, f"pic-{i}.txt", b"a red door\na blue door\n")
-    decode_shards([folder / "photos-000.tar"], folder / "cache")
+    members = {"pic-0.txt": b"a red door\na blue door\n"}
+    for i, size in enumerate([(48, 64), (64, 48), (32, 40)]):
+        members[f"pic-{i}.png"] = png(generator.integers(0, 256, (*size, 3), dtype=np.uint8))
+    decode_shards([write_tar(folder / "photos-000.tar", members)], folder / "cache")
     return folder / "cache"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("config") / "test.toml"
-    path.write_text(CONFIG)
-    return path
 
 
 def test_cache_holds_the_decoded_photos(cache):
@@ -115,13 +84,10 @@ def test_held_out_photos_are_never_drawn(tmp_path):
     keys = [f"photo-{i}" for i in range(40)]
     held_out = [key for key in keys if hashlib.sha256(key.encode()).digest()[0] < 22]
     assert "photo-2" in held_out and 2 <= len(held_out) <= 6
-    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
-        for key in keys:
-            out = io.BytesIO()
-            colour = (0, 0, 255) if key in held_out else (255, 0, 0)
-            Image.new("RGB", (9, 9), colour).save(out, "png")
-            _add(tar, f"{key}.png", out.getvalue())
-    decode_shards([tmp_path / "photos.tar"], tmp_path / "cache")
+    colours = [(0, 0, 255) if key in held_out else (255, 0, 0) for key in keys]
+    photos = [png(Image.new("RGB", (9, 9), colour)) for colour in colours]
+    members = {f"{key}.png": photo for key, photo in zip(keys, photos, strict=True)}
+    decode_shards([write_tar(tmp_path / "photos.tar", members)], tmp_path / "cache")
     parts = {part: PhotoCrops(tmp_path / "cache", part) for part in PARTS}
     assert [p.key for p in parts["held out"].photos] == held_out
     assert [p.key for p in parts["all"].photos] == keys
@@ -134,83 +100,62 @@ def test_held_out_photos_are_never_drawn(tmp_path):
 
 
 def test_data_refusals(cache, tmp_path):
-    with pytest.raises(ValueError, match="percov2 train data"):
-        PhotoCrops(tmp_path)
-    with pytest.raises(ValueError, match=r"part must be one of .* not 'test'"):
-        PhotoCrops(cache, "test")
-    with pytest.raises(ValueError, match="no held out photos"):
-        PhotoCrops(cache, "held out")
-    with pytest.raises(ValueError, match="smaller crop"):
-        PhotoCrops(cache).batch(np.random.default_rng(0), 1, 65)
-    with pytest.raises(ValueError, match=r"no \.tar"):
-        decode_shards([], tmp_path)
-    with tarfile.open(tmp_path / "empty.tar", "w") as tar:
-        _add(tar, "a.txt", b"no photo")
-    with pytest.raises(ValueError, match=r"empty\.tar"):
-        decode_shards([tmp_path / "empty.tar"], tmp_path / "cache")
+    random = np.random.default_rng(0)
+    empty = write_tar(tmp_path / "empty.tar", {"a.txt": b"no photo"})
+    for match, call in (
+        ("percov2 train data", lambda: PhotoCrops(tmp_path)),
+        (r"part must be one of .* not 'test'", lambda: PhotoCrops(cache, "test")),
+        ("no held out photos", lambda: PhotoCrops(cache, "held out")),
+        ("smaller crop", lambda: PhotoCrops(cache).batch(random, 1, 65)),
+        (r"no \.tar", lambda: decode_shards([], tmp_path)),
+        (r"empty\.tar", lambda: decode_shards([empty], tmp_path / "cache")),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
 
 
-def test_config_refusals(config, cache, tmp_path):
+def test_config_refusals(cache, tmp_path):
+    path = written(tmp_path, CONFIG.replace("warmup", "warmpu"))
     with pytest.raises(ValueError, match="no \\[entropies\\]"):
-        read_section(config, "entropies")
-    typo = tmp_path / "typo.toml"
-    typo.write_text(CONFIG.replace("warmup", "warmpu"))
+        read_section(path, "entropies")
     with pytest.raises(ValueError, match="warmpu"):
-        autoencoder_stage(typo, PhotoCrops(cache))
+        autoencoder_stage(path, PhotoCrops(cache))
 
 
-def _stage(kind: str, config: Path, data: PhotoCrops) -> tuple[TrainingStage, object]:
-    torch.manual_seed(7)
-    return (autoencoder_stage if kind == "autoencoder" else codec_stage)(config, data)
+@pytest.fixture
+def begin(cache, tmp_path) -> Callable[[], tuple[AutoencoderStage, LoopConfig]]:
+    """A function that begins the same autoencoder phase again."""
+    config = written(tmp_path, CONFIG)
+    return lambda: autoencoder_stage(config, PhotoCrops(cache))
 
 
-@pytest.mark.parametrize("kind", ["autoencoder", "codec"])
-def test_killed_and_resumed_equals_uninterrupted(kind, config, cache, tmp_path):
-    data = PhotoCrops(cache)
-    stage, loop = _stage(kind, config, data)
-    before = {k: v.clone() for k, v in stage.state_dict().items()}
+@pytest.mark.parametrize("old", [False, True])
+def test_killed_and_resumed_equals_uninterrupted(old, begin, tmp_path):
+    stage, loop = begin()
+    before = snapshot(stage)
     assert train(stage, loop, tmp_path / "once") == 4
-    changed = [k for k, v in stage.state_dict().items() if not torch.equal(v, before[k])]
-    assert any("decoder" in k for k in changed)
-    frozen = any(k.startswith("autoencoder.encoder") for k in changed)
-    assert frozen == (kind == "autoencoder")
+    changed = moved(before, stage.state_dict())
+    assert all(any(part in k for k in changed) for part in ("encoder", "decoder"))
     for _ in range(2):
-        resumed, loop = _stage(kind, config, data)
+        resumed, loop = begin()
         train(resumed, loop, tmp_path / "twice", stop_after_steps=2)
-    for key, value in stage.state_dict().items():
-        assert torch.equal(value, resumed.state_dict()[key]), key
-    fresh, _ = _stage(kind, config, data)
+        path = tmp_path / "twice" / "checkpoint.pt"
+        if old:  # versions before had neither other processes' draws nor a state beside the weights
+            state = checkpoint.read(path)
+            torch.save({k: state[k] for k in state.keys() - {"other_processes", "side"}}, path)
+    assert not moved(stage.state_dict(), resumed.state_dict())
+    fresh, _ = begin()
     assert load_averaged(tmp_path / "twice", fresh) == 4
-    assert all(torch.equal(v, stage.state_dict()[k]) for k, v in fresh.state_dict().items())
+    assert not moved(stage.state_dict(), fresh.state_dict())
+    with pytest.raises(ValueError, match="train this stage first"):
+        load_averaged(tmp_path, fresh)
     assert (tmp_path / "once" / "samples.png").is_file()
     lines = (tmp_path / "twice" / "log.csv").read_text().splitlines()
-    names = "l1,lpips" if kind == "autoencoder" else "l1_r031,lpips_r031"
-    assert len(lines) == 5 and lines[0].startswith(f"step,seconds,{names}")
+    assert len(lines) == 5 and lines[0].startswith("step,seconds,l1,lpips")
 
 
-def test_checkpoints_of_earlier_versions_are_gone_on_with(config, cache, tmp_path):
-    """They hold neither other processes' draws nor a state beside the weights."""
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    for out, steps in ((whole, 4), (parted, 2)):
-        stage, loop = _stage("codec", config, PhotoCrops(cache))
-        train(stage, loop, out, stop_after_steps=steps)
-    path = parted / "checkpoint.pt"
-    state = checkpoint.read(path)
-    torch.save({k: v for k, v in state.items() if k not in ("other_processes", "side")}, path)
-    stage, loop = _stage("codec", config, PhotoCrops(cache))
-    assert train(stage, loop, parted) == 4
-    expected, got = (checkpoint.read(out / "checkpoint.pt")["ema"] for out in (whole, parted))
-    assert all(torch.equal(got[key], value) for key, value in expected.items())
-
-
-def test_missing_checkpoint_is_explained(config, cache, tmp_path):
-    stage, _ = _stage("autoencoder", config, PhotoCrops(cache))
-    with pytest.raises(ValueError, match="train this stage first"):
-        load_averaged(tmp_path, stage)
-
-
-def test_a_loss_that_is_not_finite_stops_training(config, cache, tmp_path):
-    stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
+def test_a_loss_that_is_not_finite_stops_training(begin, tmp_path):
+    stage, loop = begin()
     with torch.no_grad():
         next(stage.parameters()).fill_(float("nan"))
     with pytest.raises(FloatingPointError, match="step 0"):
@@ -218,8 +163,8 @@ def test_a_loss_that_is_not_finite_stops_training(config, cache, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_between_steps_with_a_checkpoint(number, config, cache, tmp_path):
-    stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
+def test_a_signal_ends_a_run_between_steps_with_a_checkpoint(number, begin, tmp_path):
+    stage, loop = begin()
     before = signal.getsignal(number)
     forward, calls = stage.forward, []
 
@@ -232,12 +177,11 @@ def test_a_signal_ends_a_run_between_steps_with_a_checkpoint(number, config, cac
     stage.forward = interrupted
     assert train(stage, loop, tmp_path) == 2
     assert signal.getsignal(number) == before
-    fresh, _ = _stage("autoencoder", config, PhotoCrops(cache))
-    assert load_averaged(tmp_path, fresh) == 2
+    assert load_averaged(tmp_path, begin()[0]) == 2
 
 
-def test_a_run_of_more_processes_is_not_resumed_by_one(config, cache, tmp_path):
-    stage, loop = _stage("autoencoder", config, PhotoCrops(cache))
+def test_a_run_of_more_processes_is_not_resumed_by_one(begin, tmp_path):
+    stage, loop = begin()
     train(stage, loop, tmp_path, stop_after_steps=1)
     path = tmp_path / "checkpoint.pt"
     state = checkpoint.read(path)
