@@ -37,7 +37,8 @@ def test_attention_compiles_without_spills(head_dim: int, capability: int) -> No
 
 
 def test_every_reader_has_a_block_with_all_that_it_sees() -> None:
-    for name, shape in (("qlds12", (1, 1)), ("var", (9, 50)), ("checkerboard", (40, 33))):
+    grids = {"qlds12": (1, 1), "var": (9, 50), "checkerboard": (40, 33), "raster": (9, 9)}
+    for name, shape in grids.items():
         stages = schedule.stages(name, *shape)
         coding = schedule.order(stages)
         stage = stages.reshape(-1)[coding]
