@@ -52,7 +52,8 @@ def test_a_card_that_is_not_the_current_one() -> None:
 
 
 def test_every_reader_has_a_block_with_all_that_it_sees() -> None:
-    for name, shape in (("qlds12", (1, 1)), ("var", (9, 50)), ("checkerboard", (40, 33))):
+    grids = {"qlds12": (1, 1), "var": (9, 50), "checkerboard": (40, 33), "raster": (9, 9)}
+    for name, shape in grids.items():
         stages = schedule.stages(name, *shape)
         coding = schedule.order(stages)
         stage = stages.reshape(-1)[coding]

@@ -82,7 +82,8 @@ class StagedDecoder:
 
     >>> from percov2.entropy import IntTransformer, TransformerConfig
     >>> sizes = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
-    >>> staged = StagedDecoder(IntTransformer.random(sizes, seed=1), np.array([[1, 2], [2, 2]]), batch=1)
+    >>> model = IntTransformer.random(sizes, seed=1)
+    >>> staged = StagedDecoder(model, np.array([[1, 2], [2, 2]]), batch=1)
     >>> staged.logits().shape, staged.remaining
     ((1, 1, 16), 4)
     >>> staged.accept(np.array([[7]], np.int32))
