@@ -57,7 +57,6 @@ macro(percov2_add_cuda name mode)
         CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden POSITION_INDEPENDENT_CODE ON)
       target_include_directories(${name} PUBLIC ${PERCOV2_CUDA_FOLDER}/..)
       target_compile_definitions(${name} PUBLIC PERCOV2_CUDA)
-      target_compile_options(${name} PRIVATE --Werror=all-warnings)
       message(STATUS "CUDA kernels for ${CMAKE_CUDA_ARCHITECTURES}")
     elseif("${mode}" STREQUAL "ON")
       message(FATAL_ERROR "PERCOV2_CUDA is ON, but ${percov2_without}; put nvcc on PATH, set "
