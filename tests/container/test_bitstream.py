@@ -102,7 +102,7 @@ FULL = Header(
 )
 
 EXAMPLE = Header(0x1234, 33, 20, rate=2, schedule=4, caption_codec=1, caption=b"a lighthouse")
-"""The worked example of docs/reference/bitstream.md: a uniform model of 256 codes, 16-pixel tokens."""
+"""The example of docs/reference/bitstream.md: a uniform model of 256 codes, 16-pixel tokens."""
 EXAMPLE_FILE = (
     "fc 21 12 34 03 cf ec 2e 40 60 3b d2 b2 06 c6 96 76 87 46 86 f7 57 36 57 03 03 fa 00 07 f1"
 )
