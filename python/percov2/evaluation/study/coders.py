@@ -74,7 +74,7 @@ class OrderCoder:
 
     def encode(self, tokens: TokenMap) -> bytes:
         checks = [token_check(tokens.tokens)]
-        encoder = self._coder.encoder(_grids(tokens), self._order(*tokens.shape), checks)
+        encoder = self._coder.encode(_grids(tokens), self._order(*tokens.shape), checks)
         return encoder.finish()[0].tobytes()
 
     def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
