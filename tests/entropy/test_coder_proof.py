@@ -1,4 +1,4 @@
-"""A coder on a device is tried before it is used, and refused if it differs from the CPU's."""
+"""The trial of a coder on a device: a coder that differs from the CPU's is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files whose streams CUDA kernels write and read: the bytes and tokens of the CPU's coder."""
+"""Files written and read by CUDA kernels have the bytes and tokens of the CPU's coder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a real card, against the same oracles as under the interpreter."""
+"""The Triton kernels on a card, against the oracles of the interpreter."""
 
 from __future__ import annotations
 

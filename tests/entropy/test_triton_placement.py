@@ -1,4 +1,4 @@
-"""Where Triton kernels are queued: on the card of their tensors, whichever card is current."""
+"""Triton kernels run on the card of their tensors, not on the current card."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What encoding a batch asks of a device after its logits: argument cpu (interpreted kernels).
+"""The work of a device after the logits of a batch: argument cpu (interpreted kernels).
 
-One Triton kernel makes intervals, two CUDA kernels make streams (the call that queues both is
-counted here; tests/entropy/test_rans_cuda.py runs them), and the streams are copied once.
+One Triton kernel makes intervals, and two CUDA kernels make streams. This script counts the call
+that queues both; tests/entropy/test_rans_cuda.py runs them. The streams are copied once.
 """
 
 from __future__ import annotations
