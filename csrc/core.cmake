@@ -1,6 +1,6 @@
-# percov2_add_core(<name>): the core as a static library. It knows nothing of Python or CUDA: coder/,
-# transformer/ and support/. One unit per instruction set and subject has flags of its own;
-# support/isa.h says which of them runs.
+# percov2_add_core(<name>): the core as a static library without Python and CUDA: coder/,
+# transformer/ and support/. Each instruction set and subject has a unit with its own flags;
+# support/isa.h chooses the one that runs.
 include_guard(GLOBAL)
 
 function(percov2_add_core name)
@@ -15,12 +15,12 @@ function(percov2_add_core name)
     set(avx512_units ${units})
     list(FILTER avx512_units INCLUDE REGEX "_avx512\\.cpp$")
     target_sources(${name} PRIVATE ${avx2_units} ${avx512_units})
-    # Exactly what isa.cpp asks the processor for, and nothing that a level like x86-64-v3 adds.
+    # Exactly the features that isa.cpp checks; a level like x86-64-v3 would add others.
     set_source_files_properties(${avx2_units} PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mbmi2")
     set_source_files_properties(${avx512_units} PROPERTIES COMPILE_OPTIONS
       "-mavx2;-mfma;-mbmi2;-mavx512f;-mavx512bw;-mavx512dq;-mavx512vl;-mavx512vbmi;-mavx512vnni;-mprefer-vector-width=512")
     if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-      # GCC's own AVX-512 headers set them off (GCC bug 105593).
+      # GCC's own AVX-512 headers trigger these warnings (GCC bug 105593).
       set_property(SOURCE ${avx512_units} APPEND PROPERTY COMPILE_OPTIONS
         "-Wno-uninitialized;-Wno-maybe-uninitialized")
     endif()
@@ -32,8 +32,8 @@ function(percov2_add_core name)
     target_compile_definitions(${name} PUBLIC PERCOV2_NEON_KERNELS)
   endif()
   if(CMAKE_CXX_COMPILER_ID MATCHES "GNU|Clang")
-    # Every rounding of a float is part of the result: no two operations may become one.
-    target_compile_options(${name} PRIVATE -Wall -Wextra -ffp-contract=off)
+    # Every rounding of a float is part of the result, so operations must not be fused.
+    target_compile_options(${name} PRIVATE -Wall -Wextra -Werror -ffp-contract=off)
   endif()
   target_include_directories(${name} PUBLIC ${folder})
   find_package(Threads REQUIRED)

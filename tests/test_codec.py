@@ -258,7 +258,7 @@ def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded
 
             return super().decode(*places, on_stage=watch, **options)
 
-    with pytest.raises(BitstreamError, match=r"file 3 of 4: .*tokens to come"):
+    with pytest.raises(BitstreamError, match=r"file 3 of 4: .*tokens early"):
         unpack(
             Counting(coder.model),
             [OpenFile(data, bitstream.read(data), (60, 60), "file 3 of 4: ")],
@@ -333,7 +333,7 @@ def header_only(codec: Codec, **fields: int) -> bytes:
 def test_unusable_fields_have_their_own_messages(codec):
     with pytest.raises(BitstreamError, match="rate 9, but model 'random' has rates 0 to 1"):
         codec.decode([header_only(codec, rate=9)])
-    with pytest.raises(BitstreamError, match="12 stages are no part of the 12 that schedule"):
+    with pytest.raises(BitstreamError, match=r"a part of 12 stages, but schedule .* has 12"):
         codec.decode([header_only(codec, stages_sent=12)])
     (data,) = codec.compress([photo(64, 64)])
     with pytest.raises(BitstreamError, match="64x64 = 4096 pixels, more than the limit of 4095"):

@@ -1,7 +1,7 @@
-"""What a built wheel and a built sdist hold: the source tree, the compiled module, nothing else.
+"""The contents of a built wheel and sdist: the source tree, the compiled module, nothing else.
 
-``PERCOV2_DIST`` names the folder with what was built (see docs/how-to/release.md); without it these
-tests skip. ``FAIL_WITHOUT_DIST=1`` makes failures of the skips, for .ci/run.
+``PERCOV2_DIST`` is the folder with the build (docs/how-to/release.md); without it these tests skip.
+``FAIL_WITHOUT_DIST=1`` turns the skips into failures, for .ci/run.
 """
 
 from __future__ import annotations

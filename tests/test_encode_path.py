@@ -1,4 +1,4 @@
-"""Encoding asks a device once for its results, and waits for it at no other moment."""
+"""Encoding waits for a device once, for its results."""
 
 from __future__ import annotations
 

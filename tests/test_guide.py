@@ -1,4 +1,4 @@
-"""What the guide and the docstrings of percov2.entropy show is what happens."""
+"""The examples of the guide and of the docstrings of percov2.entropy run as shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options: checked once, in Python's terms, and the flags that are made from them."""
+"""Options: checked once, in Python's terms, and the flags made from them."""
 
 from __future__ import annotations
 

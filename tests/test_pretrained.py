@@ -1,4 +1,4 @@
-"""The embedded model on a real photograph: the package as a user gets it."""
+"""The embedded model on a photograph: the package as installed."""
 
 from __future__ import annotations
 

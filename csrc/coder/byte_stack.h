@@ -1,5 +1,5 @@
-// Bytes that grow towards lower addresses: what was added last is read first, so a rANS encoder's
-// output needs no reversal.
+// Bytes that grow towards lower addresses: the last one is read first, so a rANS encoder's output
+// needs no reversal.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace percov2 {
 
 class ByteStack {
  public:
-  // Makes room for `bytes` more and returns the top: the caller writes below it and then says by
-  // `move_top` how far it came. The bytes in between are not initialised.
+  // Makes room for `bytes` more and returns the top. The caller writes below it and then calls
+  // `move_top` with the new top. The bytes in between are not initialised.
   std::uint8_t* reserve(std::size_t bytes) {
     if (bytes > top_) grow(bytes);
     return storage_.get() + top_;
@@ -25,7 +25,7 @@ class ByteStack {
   std::size_t size() const { return capacity_ - top_; }
 
  private:
-  // Doubling keeps the copying linear; at most twice what is held, plus the room, is allocated.
+  // Doubling keeps the copying linear. At most twice the bytes held, plus the room, is allocated.
   void grow(std::size_t bytes) {
     const std::size_t held = size();
     const std::size_t capacity = std::max(2 * capacity_, held + bytes);

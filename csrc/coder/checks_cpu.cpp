@@ -1,4 +1,4 @@
-// What is refused before anything is coded: intervals and tables that are none.
+// Checks of intervals and tables before coding.
 
 #include <cstdint>
 #include <stdexcept>
@@ -11,14 +11,14 @@ namespace percov2 {
 void check_intervals(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
                      int prob_bits) {
   check_prob_bits(prob_bits);
-  // All of them first, without a branch for each; which one it was matters only if there is one.
+  // One check of all intervals without branches; the faulty one is searched only if there is one.
   const std::uint32_t top = 1u << prob_bits;
   std::uint32_t signs = 0;
   for (std::int64_t i = 0; i < total; ++i) {
     const auto start = static_cast<std::uint32_t>(starts[i]);
     const auto freq = static_cast<std::uint32_t>(freqs[i]);
-    // Bit 31 is a minus sign. The first of the five that ought to be negative is so; only those
-    // behind it may have wrapped around.
+    // Bit 31 is the sign. The first of the five numbers with a fault is negative; only later ones
+    // may have wrapped around.
     signs |= start | freq | (freq - 1) | (top - start) | (top - start - freq);
   }
   if ((signs >> 31) == 0) return;

@@ -1,6 +1,6 @@
 // The batch API of the coder: many independent streams, flat arrays in, flat arrays out.
-// Nothing here knows Python; every argument that could lead out of bounds is checked and answered
-// with std::invalid_argument (ValueError on the Python side).
+// It is independent of Python. Arguments that could lead out of bounds are checked and raise
+// std::invalid_argument (ValueError in Python).
 #pragma once
 
 #include <cstdint>
@@ -20,12 +20,12 @@ void check_intervals(const std::int32_t* starts, const std::int32_t* freqs, std:
 void check_tables(const std::int32_t* cdf, std::int64_t first, std::int64_t last,
                   std::int64_t codebook, int prob_bits);
 
-// A batch of rANS stacks. What is pushed last is decoded first.
+// A batch of rANS stacks: the symbol pushed last is decoded first.
 class BatchEncoder {
  public:
   explicit BatchEncoder(std::vector<std::uint32_t> checks);
-  // Goes on with streams that were finished elsewhere: stream b is bytes[offsets[b] .. offsets[b +
-  // 1]) and has quiet[b] symbols before its output. Throws for streams that no encoder writes.
+  // Continues finished streams: stream b is bytes[offsets[b] .. offsets[b + 1]) and has quiet[b]
+  // symbols before its output. Throws for streams that no encoder writes.
   BatchEncoder(const std::uint8_t* bytes, std::int64_t size,
                const std::vector<std::int64_t>& offsets, std::vector<std::int64_t> quiet);
 
@@ -33,11 +33,11 @@ class BatchEncoder {
   // Pushes counts[b] symbols on stream b, the last one first. Either all are pushed or none.
   void push(const std::int32_t* starts, const std::int32_t* freqs, std::int64_t total,
             const std::int64_t* counts, int prob_bits, int threads);
-  // Number of symbols that a decoder meets with no byte left and a state below L.
+  // Number of symbols that a decoder reads with no byte left and a state below L.
   const std::vector<std::int64_t>& symbols_before_output() const { return quiet_; }
-  // Where each stream begins if the stacks become streams now, and where the last one ends.
+  // The begin of each stream in the output of finish(), and the end of the last one.
   std::vector<std::int64_t> offsets() const;
-  // Writes the streams one after another: offsets().back() bytes. Does not change the stacks.
+  // Writes the streams one after another: offsets().back() bytes. The stacks do not change.
   void finish(std::uint8_t* buffer) const;
 
  private:
@@ -49,8 +49,8 @@ class BatchEncoder {
 // A batch of streams read forward, symbol by symbol.
 class BatchDecoder {
  public:
-  // offsets: size() + 1 numbers, not decreasing, inside the buffer. Unless resumed, reading begins
-  // at the start of every stream; else states and positions tell each stream's state and next byte.
+  // offsets: size() + 1 numbers, not decreasing, inside the buffer. Reading begins at the start of
+  // every stream. If resumed, it begins at each stream's state and next byte (position).
   BatchDecoder(std::vector<std::uint8_t> buffer, std::vector<std::int64_t> offsets, bool resumed,
                std::vector<std::uint32_t> states, const std::vector<std::int64_t>& positions);
 

@@ -13,8 +13,8 @@
 namespace percov2 {
 namespace {
 
-// Streams that one thread decodes side by side. A long row keeps it busy without a second stream,
-// whose rows would only be fetched from elsewhere in memory.
+// Streams that one thread decodes side by side. A long row keeps the thread busy without a second
+// stream, whose rows lie elsewhere in memory.
 std::int64_t streams_together(std::int64_t codebook) { return codebook <= 512 ? 2 : 1; }
 
 constexpr std::int64_t kChecked = 8;  // tables that are checked together
@@ -89,7 +89,7 @@ void BatchDecoder::step(std::int64_t stream, std::uint32_t start, std::uint32_t 
   const bool whole = x >= kLowerBound && offsets_[b + 1] - next_[b] >= 4;
   x = advance(x, start, freq, prob_bits);
   if (whole) {
-    // No branch: such a state keeps at least 3 bits, and 4 bytes are there to be read.
+    // No branch: such a state keeps at least 3 bits, and 4 readable bytes follow.
     const std::uint32_t bytes = lacking_bytes(x);
     x = shift_in(x, load_word(buffer_.data() + next_[b]), bytes);
     next_[b] += bytes;
@@ -120,8 +120,8 @@ void BatchDecoder::decode_logits(const Logits& logits, const std::int64_t* strea
   const std::int64_t together = streams_together(logits.codebook);
   undo_if_it_throws([&] {
     parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
-      // A stream's next state waits for its last symbol. Streams do not wait for each other, so a
-      // few go hand in hand, and the processor works on one while another waits.
+      // A stream's next state depends on its last symbol, but streams are independent. So a few are
+      // decoded together, and the processor works on one while another waits.
       std::vector<RowQuantizer> quantizers(
           static_cast<std::size_t>(std::min(together, last - first)),
           RowQuantizer(logits, prob_bits));
@@ -149,13 +149,13 @@ void BatchDecoder::decode_cdf(const std::int32_t* cdf, const std::int64_t* strea
                               int prob_bits, int threads, std::int32_t* symbols) {
   check_prob_bits(prob_bits);
   check_streams(streams, rows);
-  check_tables(cdf, 0, 0, codebook, prob_bits);  // also without a row
+  check_tables(cdf, 0, 0, codebook, prob_bits);  // checks prob_bits even without rows
   undo_if_it_throws([&] {
     parallel_ranges(rows, threads, [&](std::int64_t first, std::int64_t last) {
       for (std::int64_t row = first; row < last; ++row) {
         const std::int64_t stream = streams[row];
         for (std::int64_t i = row * count; i < (row + 1) * count; ++i) {
-          // Checked while it is in cache, a few rows ahead of the states.
+          // Tables are checked a few rows ahead of decoding, so that they are in cache.
           if ((i - row * count) % kChecked == 0) {
             check_tables(cdf, i, std::min(i + kChecked, (row + 1) * count), codebook, prob_bits);
           }

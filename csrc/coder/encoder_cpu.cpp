@@ -14,10 +14,9 @@
 namespace percov2 {
 namespace {
 
-// Streams encoded in one loop: their states do not depend on each other, so the latency of one
-// division hides behind the others.
+// Streams per loop: their states are independent, so the latencies of their divisions overlap.
 constexpr int kWidth = 8;
-// Symbols per stream between two looks at the room in its stack.
+// Symbols per stream between two checks of the room in its stack.
 constexpr std::int64_t kBlock = 1024;
 
 // Symbols per stream that are copied side by side.
@@ -26,14 +25,14 @@ constexpr std::int64_t kTile = 64;
 // One stream in the loop.
 struct Lane {
   std::uint32_t x;
-  const std::int32_t* start;  // one behind the interval that is next
+  const std::int32_t* start;  // one past the next interval
   const std::int32_t* freq;
   std::uint8_t* top;
   std::int64_t left;  // symbols to encode
   std::size_t stream;
 };
 
-// Encodes `steps` symbols of each of Width lanes. 3 * steps + 1 bytes below every top are free.
+// Encodes `steps` symbols of each of Width lanes, with 3 * steps + 1 free bytes below every top.
 template <int Width>
 void encode_lanes(Lane* lanes, std::int64_t steps, int prob_bits) {
   std::uint32_t x[Width];
@@ -43,8 +42,8 @@ void encode_lanes(Lane* lanes, std::int64_t steps, int prob_bits) {
     top[k] = lanes[k].top;
     lanes[k].left -= steps;
   }
-  // Streams often lie a multiple of 4096 bytes apart, where they compete for the same few cache
-  // lines; so a tile of each is copied side by side first.
+  // Streams often lie a multiple of 4096 bytes apart and compete for the same cache lines. So a
+  // tile of each is first copied side by side.
   std::uint32_t start[Width][kTile];
   std::uint32_t freq[Width][kTile];
   while (steps > 0) {
@@ -104,7 +103,7 @@ BatchEncoder::BatchEncoder(const std::uint8_t* bytes, std::int64_t size,
     least = offset;
   }
   for (std::size_t b = 0; b < quiet_.size(); ++b) {
-    // What a decoder would shift in first is the state; what is left was emitted.
+    // A decoder shifts in the state first; the remaining bytes were emitted.
     std::int64_t next = offsets[b];
     if (next < offsets[b + 1] && bytes[next] == 0) {
       throw std::invalid_argument("stream " + std::to_string(b) + " begins with a zero byte");
@@ -127,7 +126,7 @@ void BatchEncoder::push(const std::int32_t* starts, const std::int32_t* freqs, s
   check_prob_bits(prob_bits);
   std::vector<std::int64_t> offsets(states_.size() + 1, 0);
   for (std::size_t b = 0; b < states_.size(); ++b) {
-    // Compared by subtraction: the sum of hostile counts could overflow.
+    // A subtraction, because the sum of hostile counts could overflow.
     if (counts[b] < 0 || counts[b] > total - offsets[b]) {
       throw std::invalid_argument("counts[" + std::to_string(b) + "] is " +
                                   std::to_string(counts[b]) + " with " +
@@ -148,7 +147,7 @@ void BatchEncoder::push(const std::int32_t* starts, const std::int32_t* freqs, s
         const auto b = static_cast<std::size_t>(first);
         Lane lane{states_[b], starts + offsets[b + 1], freqs + offsets[b + 1], nullptr, counts[b],
                   b};
-        // Symbols before any output are few, and counted: one by one. They emit nothing.
+        // The few symbols before any output are counted one by one. They emit nothing.
         for (; lane.left > 0; --lane.left) {
           const auto start = static_cast<std::uint32_t>(lane.start[-1]);
           const std::uint32_t freq = at_least_one(lane.freq[-1]);

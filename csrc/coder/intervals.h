@@ -4,7 +4,7 @@
 // S = their total, M = 2^prob_bits, V = codebook size:
 //     start_i = floor(P_i * (M - V) / S) + i
 // is strictly increasing from 0 (P_0 = 0) to M (P_V = S), so every symbol has freq >= 1.
-// Bounds: w < 2^22, V <= 2^13, hence S < 2^35 and P * (M - V) < 2^55: 64 bits always suffice.
+// Bounds: w < 2^22 and V <= 2^13, so S < 2^35 and P * (M - V) < 2^55: 64 bits suffice.
 #pragma once
 
 #include <cstdint>
@@ -54,8 +54,8 @@ struct Found {
 };
 
 // The symbol of a table [codebook + 1] whose interval holds `target`: the last bound that is not
-// above it, halving without a branch. What is compared next does not wait for a guess, so searches
-// of several streams overlap.
+// above it. Bisection without branches has no mispredictions, so searches of several streams
+// overlap.
 inline Found find_in_table(const std::int32_t* table, std::int64_t codebook, std::uint32_t target) {
   const std::int32_t* bound = table;
   for (std::int64_t left = codebook; left > 1;) {
@@ -67,8 +67,8 @@ inline Found find_in_table(const std::int32_t* table, std::int64_t codebook, std
           static_cast<std::uint32_t>(bound[1] - bound[0])};
 }
 
-// Turns rows into intervals, with the kernels of the active instruction set. Not for use by two
-// threads at once. Throws std::invalid_argument where check_codebook does.
+// Turns rows into intervals, with the kernels of the active instruction set. Not thread-safe.
+// Throws std::invalid_argument as check_codebook does.
 class RowQuantizer {
  public:
   RowQuantizer(const Logits& logits, int prob_bits);

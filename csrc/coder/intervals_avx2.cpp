@@ -71,7 +71,7 @@ inline std::uint64_t wide_sum(__m256i v) {
 
 Share share(const std::int16_t* logits, std::int64_t count, std::int32_t top, std::int32_t symbol) {
   const __m256i tops = _mm256_set1_epi16(static_cast<short>(top));
-  // Whole sixteens before the symbol, those after it, and what is left in between and at the end.
+  // Whole groups of sixteen before and after the symbol, then the rest between and at the end.
   const std::int64_t before = symbol / 16 * 16;
   const std::int64_t after = before + 16 < count ? before + 16 : count;
   std::uint64_t prefix = wide_sum(sum_sixteens(logits, before, tops));
@@ -139,7 +139,7 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
   const __m256 tops = _mm256_set1_ps(top);
   const __m256 scale = _mm256_set1_ps(kStepsPerNat);
   for (i = 0; i + 8 <= count; i += 8) {
-    // What does not fit int32 becomes -2^31 and saturates to -32768, as it should.
+    // Values outside int32 become -2^31 and correctly saturate to -32768.
     const __m256i steps =
         _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(logits + i), tops), scale));
     const __m128i packed =

@@ -99,7 +99,7 @@ inline __m512i weigh_four(const std::int16_t* logits, __m512i top, std::uint32_t
   return sum_parts(w);
 }
 
-// The same of up to 64 logits: those beyond `count` weigh nothing and are not read.
+// The same for up to 64 logits: those from `count` on have weight 0 and are not read.
 inline __m512i weigh_some(const std::int16_t* logits, std::int64_t count, __m512i top,
                           std::uint32_t* weights) {
   __m512i w[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
@@ -140,7 +140,7 @@ inline std::uint64_t wide_sum(__m512i v) {
 Share share(const std::int16_t* logits, std::int64_t count, std::int32_t top, std::int32_t symbol) {
   const __m512i tops = _mm512_set1_epi16(static_cast<short>(top));
   const __m512i far = _mm512_set1_epi32(-1);  // 65535 below the top: weight 0
-  // Which logit a weight belongs to.
+  // The logit of each weight.
   const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
   const __m512i step = _mm512_set1_epi32(4);
   const __m512i at_w[4] = {at, _mm512_add_epi32(at, step),
@@ -265,7 +265,7 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
   for (std::int64_t i = 0; i < count; i += 16) {
     const __mmask16 some = static_cast<__mmask16>(first_lanes(count - i));
     const __m512 x = _mm512_maskz_loadu_ps(some, logits + i);
-    // What does not fit int32 becomes -2^31 and saturates to -32768, as it should.
+    // Values outside int32 become -2^31 and correctly saturate to -32768.
     const __m512i steps = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(x, tops), scale));
     _mm512_mask_cvtsepi32_storeu_epi16(out + i, some, steps);
   }

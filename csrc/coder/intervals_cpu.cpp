@@ -28,7 +28,7 @@ const IntervalKernels& active_kernels() {
   }
 }
 
-// bfloat16 is the upper half of float32. In two steps, the first of which becomes vectors.
+// bfloat16 is the upper half of float32. The first of the two loops vectorises.
 void widen(const std::uint16_t* narrow, std::int64_t count, float* wide) {
   std::uint32_t bits[kMaxCodebook];
   for (std::int64_t i = 0; i < count; ++i) bits[i] = static_cast<std::uint32_t>(narrow[i]) << 16;
@@ -91,8 +91,8 @@ void RowQuantizer::open(std::int64_t row) {
 }
 
 Interval RowQuantizer::between(const Share& share, double inverse, std::int64_t symbol) const {
-  // floor(prefix * spread / total) + index. The product with the inverse is off by less than one:
-  // the quotient is below 2^20, and three roundings cost less than 2^-50 of it.
+  // floor(prefix * spread / total) + index. The product with the inverse is off by less than one,
+  // because the quotient is below 2^20 and three roundings err by less than 2^-50 of it.
   const auto boundary = [&](std::uint64_t prefix, std::int64_t index) {
     const std::uint64_t numerator = prefix * spread_;
     const auto total = static_cast<std::int64_t>(share.total);

@@ -1,9 +1,9 @@
 // Kernels of the quantizer: int16 logits to sums of weights, and the search among them.
 //
-// The interval of a known symbol takes one pass over the row and no table. For the search, a row is
-// cut into blocks of 256 logits and a block into 16 groups of 16: one pass gives all weights and
-// the sums of groups and blocks, and the symbol at a point is found without a division and with a
-// look at one group. All numbers are exact integers.
+// The interval of a known symbol takes one pass over the row and no table. For the search, a row
+// has blocks of 256 logits, and a block has 16 groups of 16. One pass gives all weights and the
+// sums of groups and blocks. The search needs no division and reads one group. All numbers are
+// exact integers.
 #pragma once
 
 #include <cstddef>
@@ -17,14 +17,14 @@ constexpr std::int64_t kRowGroup = 16;
 constexpr std::int64_t kRowBlock = 256;
 constexpr std::int64_t kMaxBlocks = 8192 / kRowBlock;
 
-// Where a symbol lies in its row.
+// The share of a symbol in its row.
 struct Share {
   std::uint64_t prefix;  // sum of the weights before it
   std::uint64_t total;   // of all weights
   std::uint32_t weight;  // its own
 };
 
-// Where a symbol lies in its block.
+// The place of a symbol in its block.
 struct Place {
   std::int32_t index;
   std::uint32_t prefix;  // sum of the weights before it in the block, < 2^30
@@ -37,13 +37,13 @@ struct IntervalKernels {
   // The share of one of count <= 8192 logits, none of which exceeds `top`.
   Share (*share)(const std::int16_t* logits, std::int64_t count, std::int32_t top,
                  std::int32_t symbol);
-  // All weights, and 0 up to a whole number of blocks; sums of every 16 weights; sums of every
-  // block: weights[256 * blocks], groups[16 * blocks], blocks[ceil(count / 256)].
+  // All weights, with zeros up to a whole number of blocks, and the sums of groups and blocks:
+  // weights[256 * blocks], groups[16 * blocks], blocks[ceil(count / 256)].
   void (*weigh)(const std::int16_t* logits, std::int64_t count, std::int32_t top,
                 std::uint32_t* weights, std::uint32_t* groups, std::uint32_t* blocks);
   // With p_i = sum of the first i weights of a block, i < count <= 256: the last i for which
-  // p_i * spread + i * total < bound. The caller knows that i = 0 meets it; spread < 2^20,
-  // total < 2^35, bound < 2^56.
+  // p_i * spread + i * total < bound. i = 0 must meet it; spread < 2^20, total < 2^35,
+  // bound < 2^56.
   Place (*search)(const std::uint32_t* weights, const std::uint32_t* groups, std::int64_t count,
                   std::uint64_t spread, std::uint64_t total, std::uint64_t bound);
   // Natural-log logits to base-2 logits in 1/256 of an octave below the largest: float32
@@ -67,7 +67,7 @@ static inline std::uint32_t logit_weight(std::int32_t difference) {
   return kWeightTable[difference & 255] >> (octaves < 31 ? octaves : 31);
 }
 
-// `search` for units without a better one.
+// `search` for units without a faster one.
 static inline Place plain_search(const std::uint32_t* weights, const std::uint32_t* groups,
                                  std::int64_t count, std::uint64_t spread, std::uint64_t total,
                                  std::uint64_t bound) {

@@ -1,7 +1,7 @@
 // Kernels of the quantizer with NEON.
 //
-// There is no gather: a weight is loaded lane by lane, and the vector unit makes the indices,
-// shifts and sums. The search stays the plain one: it looks at 32 sums at most and stops early.
+// NEON has no gather: weights are loaded lane by lane, and the vector unit computes indices, shifts
+// and sums. The plain search reads 32 sums at most and stops early.
 #include <arm_neon.h>
 
 #include "coder/intervals_kernels.h"
@@ -28,7 +28,7 @@ inline uint32x4_t four_weights(uint16x4_t index, uint16x4_t octaves) {
   entry = vld1q_lane_u32(kWeightTable + vget_lane_u16(index, 1), entry, 1);
   entry = vld1q_lane_u32(kWeightTable + vget_lane_u16(index, 2), entry, 2);
   entry = vld1q_lane_u32(kWeightTable + vget_lane_u16(index, 3), entry, 3);
-  // A negative count shifts right; only its low byte counts, hence the limit of 31.
+  // A negative count shifts right. The instruction reads its low byte, so the limit is 31.
   return vshlq_u32(entry, vnegq_s32(vreinterpretq_s32_u32(vmovl_u16(octaves))));
 }
 
@@ -37,7 +37,7 @@ struct EightWeights {
 };
 
 inline EightWeights eight_weights(const std::int16_t* logits, uint16x8_t top) {
-  // 0 .. 65535 whatever the signs: the difference fits 16 bits without one.
+  // The difference is 0 .. 65535 and fits 16 unsigned bits.
   const uint16x8_t difference = vsubq_u16(top, vreinterpretq_u16_s16(vld1q_s16(logits)));
   const uint16x8_t index = vandq_u16(difference, vdupq_n_u16(255));
   const uint16x8_t octaves = vminq_u16(vshrq_n_u16(difference, 8), vdupq_n_u16(31));
@@ -105,9 +105,9 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
     for (i = 4; i + 4 <= count; i += 4) most = vmaxq_f32(most, vld1q_f32(logits + i));
     top = vmaxvq_f32(most);
   }
-  // Unlike a comparison, the instruction keeps every NaN it meets.
+  // Unlike a comparison, the instruction keeps every NaN.
   for (; i < count; ++i) top = vget_lane_f32(vmax_f32(vdup_n_f32(top), vdup_n_f32(logits[i])), 0);
-  // The difference of a number to itself is 0; of an infinity, or of a NaN, it is not.
+  // x - x is 0 for numbers, but not for infinities and NaN.
   if (!(top - top == 0.0f)) return false;
   const float32x4_t tops = vdupq_n_f32(top);
   for (i = 0; i + 4 <= count; i += 4) {

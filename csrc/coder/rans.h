@@ -1,10 +1,10 @@
-// The rANS state machine: one source for the CPU and, later, for device code.
+// The rANS state machine: one source for the CPU and for CUDA devices.
 //
 // A 32-bit state x with lower bound L = 2^23 is renormalised byte by byte. The encoder starts from
-// a 16-bit check x0 < L, so the bytes of a stream are a function of check and symbols; nothing is
-// emitted until the state has grown. Once a byte is emitted the state stays in [L, 2^31) between
-// symbols, which is why the decoder may shift in "while x < L and a byte remains".
-// The method: J. Duda, "Asymmetric numeral systems", arXiv 1311.2540.
+// a 16-bit check x0 < L, so the bytes of a stream are a function of check and symbols. It emits no
+// byte until the state has grown. After the first byte the state stays in [L, 2^31) between
+// symbols, so the decoder may shift in "while x < L and a byte remains". The method: J. Duda,
+// "Asymmetric numeral systems", arXiv 1311.2540.
 #pragma once
 
 #include <cstdint>
@@ -29,14 +29,14 @@ PERCOV2_HOST_DEVICE bool valid_interval(std::int64_t start, std::int64_t freq, i
   return start >= 0 && freq >= 1 && start + freq <= (std::int64_t{1} << prob_bits);
 }
 
-// A checked frequency, read once more before it divides: if another thread has made it 0 since, the
-// stream is worth nothing, but the program goes on.
+// A checked frequency, read again before a division. Another thread may have set it to 0; the
+// stream is then worthless, but the program does not crash.
 PERCOV2_HOST_DEVICE std::uint32_t at_least_one(std::int32_t freq) {
   return static_cast<std::uint32_t>(freq) + static_cast<std::uint32_t>(freq == 0);
 }
 
-// How many bytes must leave a state before a symbol of this frequency is encoded: 0 to 3. They are
-// the lowest bytes of x, the lowest one first. Requires x < 2^31 and a valid interval.
+// The number of bytes that must leave a state before a symbol of this frequency is encoded: 0 to 3.
+// They are the lowest bytes of x, lowest first. Requires x < 2^31 and a valid interval.
 PERCOV2_HOST_DEVICE std::uint32_t surplus_bytes(std::uint32_t x, std::uint32_t freq,
                                                 int prob_bits) {
   const std::uint32_t limit = freq << (31 - prob_bits);
@@ -44,8 +44,7 @@ PERCOV2_HOST_DEVICE std::uint32_t surplus_bytes(std::uint32_t x, std::uint32_t f
          static_cast<std::uint32_t>((x >> 16) >= limit);
 }
 
-// The state without its surplus bytes: x >> (8 * surplus_bytes()), by choices that do not wait for
-// each other.
+// The state without its surplus bytes: x >> (8 * surplus_bytes()), by independent selections.
 PERCOV2_HOST_DEVICE std::uint32_t without_surplus(std::uint32_t x, std::uint32_t freq,
                                                   int prob_bits) {
   const std::uint32_t limit = freq << (31 - prob_bits);
@@ -55,7 +54,7 @@ PERCOV2_HOST_DEVICE std::uint32_t without_surplus(std::uint32_t x, std::uint32_t
 }
 
 // Writes a state below `top`, its lowest byte at the highest address, as a decoder reads it. An
-// encoder stores all four bytes and moves `top` by the surplus only; the others are written over.
+// encoder stores all four bytes and moves `top` by the surplus; later stores overwrite the others.
 PERCOV2_HOST_DEVICE void store_below(std::uint8_t* top, std::uint32_t x) {
   top[-1] = static_cast<std::uint8_t>(x);
   top[-2] = static_cast<std::uint8_t>(x >> 8);
@@ -63,21 +62,19 @@ PERCOV2_HOST_DEVICE void store_below(std::uint8_t* top, std::uint32_t x) {
   top[-4] = static_cast<std::uint8_t>(x >> 24);
 }
 
-// Encodes one symbol into a state that has lost its surplus bytes. Returns the new state, < 2^31.
-// It is never smaller than x, and at least L if bytes have left: a state that has reached L stays
-// there.
+// Encodes one symbol into a state without surplus bytes. Returns the new state, < 2^31. It is never
+// smaller than x, and at least L if bytes have left, so a state that has reached L stays there.
 PERCOV2_HOST_DEVICE std::uint32_t encode_symbol(std::uint32_t x, std::uint32_t start,
                                                 std::uint32_t freq, int prob_bits) {
   return ((x / freq) << prob_bits) + (x % freq) + start;
 }
 
-// Bytes that the last state takes at the head of a stream, big-endian without leading zeros: 0
-// to 4.
+// Bytes of the last state at the head of a stream, big-endian without leading zeros: 0 to 4.
 PERCOV2_HOST_DEVICE int head_bytes(std::uint32_t x) {
   return (x > 0u) + (x > 0xFFu) + (x > 0xFFFFu) + (x > 0xFFFFFFu);
 }
 
-// The number in [0, 2^prob_bits) whose interval names the next symbol.
+// The number in [0, 2^prob_bits) whose interval determines the next symbol.
 PERCOV2_HOST_DEVICE std::uint32_t slot(std::uint32_t x, int prob_bits) {
   return x & ((1u << prob_bits) - 1u);
 }
@@ -88,8 +85,8 @@ PERCOV2_HOST_DEVICE std::uint32_t advance(std::uint32_t x, std::uint32_t start, 
   return freq * (x >> prob_bits) + slot(x, prob_bits) - start;
 }
 
-// Shifts bytes in while x < L and position < end. Beyond the end nothing is shifted: the encoder's
-// small initial state is reached exactly that way.
+// Shifts bytes in while x < L and position < end. Nothing is shifted in beyond the end, so the
+// state can return to the encoder's small initial state.
 PERCOV2_HOST_DEVICE std::uint32_t refill(std::uint32_t x, const std::uint8_t* bytes,
                                          std::int64_t& position, std::int64_t end) {
   while (x < kLowerBound && position < end) {
@@ -98,7 +95,7 @@ PERCOV2_HOST_DEVICE std::uint32_t refill(std::uint32_t x, const std::uint8_t* by
   return x;
 }
 
-// How many bytes a state in [L, 2^31) lacks after advance(): 0 to 3.
+// The number of bytes that a state in [L, 2^31) lacks after advance(): 0 to 3.
 PERCOV2_HOST_DEVICE std::uint32_t lacking_bytes(std::uint32_t x) {
   return static_cast<std::uint32_t>(x < kLowerBound) +
          static_cast<std::uint32_t>(x < (kLowerBound >> 8)) +

@@ -1,11 +1,11 @@
-// Division of a rANS state by a frequency that is known long before the state is.
+// Division of a rANS state by a frequency that is known long before the state.
 //
-// With 2^s the smallest power of two that is not below f, m = ceil(2^(31 + s) / f) lies in
-// [2^31, 2^32), and floor(x / f) = floor(x * m / 2^(31 + s)) for every x < 2^31: m exceeds the true
-// quotient by e / f with 0 <= e < f <= 2^s, which adds x * e / (f * 2^(31 + s)) < 1 / f to x / f,
-// too little to reach the next integer. The method: R. Alverson, "Integer division using
-// reciprocals" (ARITH 1991). A GPU computes m for 32 symbols at once, and only a multiplication
-// and a shift wait for the state.
+// Let 2^s be the smallest power of two that is not below f. Then m = ceil(2^(31 + s) / f) lies in
+// [2^31, 2^32), and floor(x / f) = floor(x * m / 2^(31 + s)) for every x < 2^31. For m exceeds the
+// true quotient by e / f with 0 <= e < f <= 2^s. That adds x * e / (f * 2^(31 + s)) < 1 / f to x /
+// f, too little to reach the next integer. The method: R. Alverson, "Integer division using
+// reciprocals" (ARITH 1991). A GPU computes m for 32 symbols at once, and only a multiplication and
+// a shift wait for the state.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ PERCOV2_HOST_DEVICE Reciprocal reciprocal(std::uint32_t freq) {
   std::uint32_t shift = 0;
   while ((1u << shift) < freq) ++shift;
 #endif
-  // 2^31 * 2^s divided by freq in three digits; a remainder is below 2^20 and grows by at most
-  // 10 bits, so 32 bits hold everything.
+  // 2^31 * 2^s divided by freq in three digits. A remainder is below 2^20 and grows by at most
+  // 10 bits, so 32 bits suffice.
   const std::uint32_t first = (1u << 31) / freq;
   std::uint32_t rest = (1u << 31) - first * freq;
   const std::uint32_t upper = (shift + 1) / 2, lower = shift / 2;

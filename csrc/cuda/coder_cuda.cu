@@ -1,4 +1,4 @@
-// Launches of the batch coder on CUDA devices. The tests compile this file for the emulation, too.
+// Launches of the batch coder on CUDA devices. Tests also compile this file for the emulation.
 #include <stdexcept>
 #include <string>
 

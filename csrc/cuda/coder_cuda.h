@@ -1,10 +1,10 @@
-// The batch coder on CUDA devices: raw device pointers, sizes and a stream in; nothing is
-// allocated, and nothing waits for the device. One set of kernels serves the GPU and, in the tests,
-// an emulation of its threads.
+// The batch coder on CUDA devices: raw device pointers, sizes and a stream go in. It allocates
+// nothing and never waits for the device. The same kernels serve the GPU and the tests' emulation
+// of its threads.
 //
-// Everything that the host knows is checked here and answered with std::invalid_argument. What only
-// the device knows (intervals, counts, states, offsets) is checked there: each stream has a status,
-// and a stream whose status is not kOk has read and written nothing outside its own memory.
+// The host checks what it knows and throws std::invalid_argument. The device checks intervals,
+// counts, states and offsets and gives each stream a status. A stream whose status is not kOk has
+// read and written nothing outside its own memory.
 #pragma once
 
 #include <cstdint>
@@ -13,21 +13,21 @@
 
 namespace percov2 {
 
-// What a kernel found wrong with one stream.
+// The fault that a kernel found in one stream.
 enum CudaStatus : std::int32_t {
   kOk = 0,
   kBadInterval = 1,  // an interval is empty or not inside 0 .. 2^prob_bits; the stream is empty
   kBadCount = 2,     // counts[b] is not in 0 .. symbols; the stream is empty
   kBadCheck = 3,     // the check does not fit 16 bits; the stream is empty
-  kBufferFull = 4,   // the stream ends beyond the capacity; the offsets tell what is needed
+  kBufferFull = 4,   // the stream ends beyond the capacity; the offsets have the needed size
   kBadOffsets = 5,   // the stream does not lie in the buffer; its symbols are 0
   kBadState = 6,     // the state is not below 2^31; its symbols are 0
   kBadPosition = 7,  // the position is not in the stream; its symbols are 0
 };
 
-// Where a launch goes.
+// The target of a launch.
 struct CudaQueue {
-  int device;    // ordinal, as the runtime counts
+  int device;    // ordinal of the runtime
   void* stream;  // cudaStream_t of that device; null is the legacy default stream
 };
 
@@ -45,8 +45,7 @@ struct EncodeTask {
   std::int64_t capacity;       // room for the streams in `packed`
 };
 
-// What `packed` begins with; the streams follow, one after another. A single copy of head and bytes
-// is all that the host needs.
+// The head of `packed`; the streams follow one after another. So the host needs a single copy.
 struct PackedHead {
   std::int64_t* offsets;  // [streams + 1]: where each stream begins, counted from the first
   std::int32_t* status;   // [streams]: CudaStatus
@@ -55,7 +54,7 @@ struct PackedHead {
 
 std::int64_t encode_scratch_bytes(std::int64_t streams, std::int64_t symbols);
 std::int64_t packed_head_bytes(std::int64_t streams);
-// A capacity that no streams exceed.
+// A capacity that is always enough.
 std::int64_t packed_most_bytes(std::int64_t streams, std::int64_t symbols);
 PackedHead packed_head(std::uint8_t* packed, std::int64_t streams);
 
@@ -81,8 +80,7 @@ struct DecodeTask {
 // One launch. Symbols, states and positions are those of BatchDecoder.
 void decode_stage(const DecodeTask& task, const CudaQueue& queue);
 
-// Names of the devices that the runtime finds; empty without a driver. In
-// csrc/cuda/devices_cuda.cu.
+// Names of the devices of the runtime; empty without a driver (devices_cuda.cu).
 std::vector<std::string> cuda_devices();
 
 }  // namespace percov2

@@ -1,11 +1,11 @@
-# percov2_add_cuda(<name> <mode>): the CUDA kernels as a static library, if there can be one. `mode`
-# is ON (fail without nvcc), AUTO (only where an nvcc is found that is new enough) or OFF (do not
-# even look). A macro, because enable_language belongs to the scope of the caller.
+# percov2_add_cuda(<name> <mode>): the CUDA kernels as a static library. `mode` is ON (fail without
+# nvcc), AUTO (build if a recent nvcc is found) or OFF (do not search). A macro, because
+# enable_language belongs to the scope of the caller.
 include_guard(GLOBAL)
 include(CheckLanguage)
 set(PERCOV2_CUDA_FOLDER ${CMAKE_CURRENT_LIST_DIR})
 
-# Sets percov2_nvcc to the release of nvcc, "" without one, and percov2_without to what is missing.
+# Sets percov2_nvcc to the release of nvcc, or to "" and percov2_without to the missing part.
 macro(percov2_find_nvcc)
   set(percov2_nvcc "")
   set(percov2_without "no CUDA compiler was found")
@@ -19,8 +19,8 @@ macro(percov2_find_nvcc)
   endif()
 endmacro()
 
-# A wheel of version 0.2.0+cu130 (docs/how-to/release.md) holds kernels of nvcc 13.0; any other build of
-# them under that name would promise the wrong driver.
+# A wheel of version 0.2.0+cu130 (docs/how-to/release.md) must hold kernels of nvcc 13.0: its name promises
+# their driver.
 function(percov2_check_label nvcc)
   if("${SKBUILD_PROJECT_VERSION_FULL}" MATCHES "\\+cu([0-9]+)$")
     set(label ${CMAKE_MATCH_1})

@@ -1,4 +1,4 @@
-// What the kernels need of CUDA's language, for nvcc and for the emulation in tests/native: there a
+// The parts of CUDA's language in use, for nvcc and for the emulation in tests/native. There a
 // thread of a block is a fiber, and a launch is a loop over blocks.
 #pragma once
 
@@ -19,7 +19,7 @@ namespace percov2 {
 
 inline void throw_if_failed(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    cudaGetLastError();  // kept until it is asked for, by the next launch otherwise
+    cudaGetLastError();  // clears the error, which the next launch would report
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
 }

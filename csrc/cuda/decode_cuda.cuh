@@ -1,10 +1,10 @@
 // The kernel of the batched decoder: from logits to symbols. docs/explanation/gpu-kernels.md
 // derives its form.
 //
-// A warp decodes one stream. A row of logits is cut into blocks of 256, eight logits for each lane,
-// as on the CPU: one pass finds the largest logit, a second one the sums of the blocks' weights; by
-// these the block of the symbol is found, by the lanes' sums the lane, and there the symbol. All
-// comparisons are exact and need no division. Neither pass waits for the state.
+// A warp decodes one stream. A row of logits has blocks of 256, eight logits per lane, as on the
+// CPU. One pass finds the largest logit, a second one the sums of the blocks' weights. The search
+// goes from block to lane to symbol. All comparisons are exact and need no division. Neither pass
+// waits for the state.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +34,8 @@ struct alignas(16) Octet {
   std::int16_t logits[kOctet];
 };
 
-// Logits at .. at + 7 of a row, -32768 beyond its end. Whole: the row begins at a multiple of 16
-// bytes and its length is a multiple of 8.
+// Logits at .. at + 7 of a row, -32768 beyond its end. A whole row begins at a multiple of 16
+// bytes, and its length is a multiple of 8.
 template <bool Whole>
 __device__ inline Octet load_octet(const std::int16_t* row, int at, int codebook) {
   Octet octet;
@@ -61,8 +61,8 @@ __device__ inline void weigh_octet(const std::int16_t* row, int at, int codebook
   }
 }
 
-// floor(prefix * spread / total) + index. The quotient is below 2^20 and four roundings of a
-// float32 change it by less than 2^20 * 2^-22 < 1, so its integer part is off by one at most.
+// floor(prefix * spread / total) + index. The quotient is below 2^20, and four roundings to float32
+// change it by less than 2^20 * 2^-22 < 1. So its integer part is off by one at most.
 __device__ inline std::uint32_t boundary(std::uint64_t prefix, std::uint32_t spread,
                                          std::uint64_t total, float inverse, std::uint32_t index) {
   const std::uint64_t numerator = prefix * spread;
@@ -73,7 +73,7 @@ __device__ inline std::uint32_t boundary(std::uint64_t prefix, std::uint32_t spr
   return quotient + index;
 }
 
-// What is wrong with a stream before anything is read of it.
+// The fault of a stream before any byte of it is read.
 __device__ inline std::int32_t stream_status(const DecodeTask& task, std::int64_t begin,
                                              std::int64_t end, std::int32_t state,
                                              std::int64_t position) {
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const std::int64_t stream =
       static_cast<std::int64_t>(blockIdx.x) * kDecodeWarps + threadIdx.x / kWarp;
-  if (stream >= task.streams) return;  // with all its lanes; no barrier of the block follows
+  if (stream >= task.streams) return;  // all lanes return; the block has no later barrier
 
   const std::int64_t begin = task.offsets[stream];
   const std::int64_t end = task.offsets[stream + 1];
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
   std::uint32_t x = refill(static_cast<std::uint32_t>(state), task.bytes, position, end);
   for (std::int64_t i = 0; i < task.symbols; ++i) {
     const std::int16_t* row = task.logits + (stream * task.symbols + i) * codebook;
-    // Bytes that this symbol may shift in, asked for early.
+    // Bytes that this symbol may shift in, loaded early.
     const bool whole = x >= kLowerBound && end - position >= 4;
     const std::uint32_t word = whole ? load_word(task.bytes + position) : 0;
 
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
 
     std::uint32_t weights[kOctet];
     std::uint64_t total = 0;
-    std::uint64_t prefix = 0;  // of the block that has this lane's number
+    std::uint64_t prefix = 0;  // of the block with this lane's number
     int block = 0;
     do {
       weigh_octet<Whole>(row, block * kCudaBlock + lane * kOctet, codebook, top, table, weights);
@@ -141,9 +141,9 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
       prefix += block < lane ? sum : 0;
     } while (++block < blocks);
 
-    // start_j <= target  <=>  P_j * spread + j * total < (target + 1) * total, true for j = 0 and
-    // false from some j <= V on: P_V = total and spread + V = 2^prob_bits > target. So blocks and
-    // lanes beyond the end are never reached. Both sides stay below 2^56.
+    // start_j <= target  <=>  P_j * spread + j * total < (target + 1) * total. This is true for
+    // j = 0 and false from some j <= V on, because P_V = total and spread + V = 2^prob_bits >
+    // target. So blocks and lanes beyond the end are never reached. Both sides stay below 2^56.
     std::uint64_t bound = (std::uint64_t{slot(x, prob_bits)} + 1) * total;
     const bool block_reached =
         prefix * spread + static_cast<std::uint64_t>(lane * kCudaBlock) * total < bound;
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
     const std::uint64_t before = __shfl_sync(kAllLanes, prefix, block);
     bound -= before * spread + static_cast<std::uint64_t>(block * kCudaBlock) * total;
 
-    if (blocks > 1) {  // else they are still there
+    if (blocks > 1) {  // a single block is still in registers
       weigh_octet<Whole>(row, block * kCudaBlock + lane * kOctet, codebook, top, table, weights);
     }
     std::uint32_t sum = 0;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
       if (lane >= distance) inside += others;
     }
     inside -= sum;
-    // Eight comparisons in every lane: how many of its symbols are reached tells the last one.
+    // Eight comparisons per lane count the symbols reached, and so find the last one.
     std::uint64_t left =
         std::uint64_t{inside} * spread + static_cast<std::uint64_t>(lane * kOctet) * total;
     std::uint32_t running = inside;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
     const std::uint32_t start = boundary(prefix, spread, total, inverse, index);
     const std::uint32_t next = boundary(prefix + own, spread, total, inverse, index + 1);
     x = advance(x, start, next - start, prob_bits);
-    if (whole) {  // such a state keeps at least 3 bits, and 4 bytes are there
+    if (whole) {  // such a state keeps at least 3 bits, and 4 readable bytes follow
       const std::uint32_t bytes = lacking_bytes(x);
       x = shift_in(x, word, bytes);
       position += bytes;

@@ -1,4 +1,4 @@
-// Which devices the CUDA runtime finds.
+// The devices of the CUDA runtime.
 #include "cuda/coder_cuda.h"
 #include "cuda/cuda_threads.cuh"
 
@@ -7,9 +7,9 @@ namespace percov2 {
 std::vector<std::string> cuda_devices() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  // Neither a machine without a card nor one without a driver is a fault.
+  // A machine without a card or a driver is no fault.
   if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
-    cudaGetLastError();  // not a fault of the next launch either
+    cudaGetLastError();  // clears the error, which the next launch would report
     return {};
   }
   throw_if_failed(error, "the CUDA runtime cannot count devices");

@@ -1,9 +1,9 @@
 // Kernels of the batched encoder. docs/explanation/gpu-kernels.md derives their form.
 //
-// A warp encodes one stream, 32 symbols at a time: each lane loads, checks and divides for one
-// symbol; then all lanes walk the same chain of states, symbol after symbol, and each keeps the
-// state before its own; then every lane knows which bytes it emits, a scan tells where, and they
-// are stored together. So only what depends on the state waits for it.
+// A warp encodes one stream, 32 symbols at a time. Each lane loads and checks one symbol and
+// computes its reciprocal. All lanes then walk the same chain of states, and each keeps the state
+// before its own symbol. A scan finds the place of each lane's bytes, which are stored together. So
+// only work that depends on the state waits for it.
 #pragma once
 
 #include <cstdint>
@@ -27,19 +27,19 @@ PERCOV2_HOST_DEVICE std::int64_t area_bytes(std::int64_t symbols) {
 struct EncodeMemory {
   EncodeTask task;
   PackedHead head;
-  std::uint8_t* streams;  // behind the head
+  std::uint8_t* streams;  // after the head
   std::int32_t* lengths;  // [streams], in the scratch memory
-  std::uint8_t* areas;    // behind them
+  std::uint8_t* areas;    // after them
 };
 
-// What the chain needs of one symbol.
+// One symbol as the chain reads it.
 struct alignas(16) Step {
   std::uint32_t start;
   std::uint32_t freq;
   Reciprocal by;
 };
 
-// The interval that leaves every state as it is: for lanes without a symbol.
+// The interval that changes no state, for lanes without a symbol.
 __device__ inline Step neutral_step(int prob_bits) {
   const std::uint32_t all = 1u << prob_bits;
   return {0, all, {1u << 31, static_cast<std::uint32_t>(prob_bits)}};
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kEncodeWarps* kWarp) encode_kernel(const Encod
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const std::int64_t stream = static_cast<std::int64_t>(blockIdx.x) * kEncodeWarps + warp;
-  if (stream >= task.streams) return;  // with all its lanes; no barrier of the block follows
+  if (stream >= task.streams) return;  // all lanes return; the block has no later barrier
   Step* steps = shared_steps + warp * kWarp;
   const int prob_bits = task.prob_bits;
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kEncodeWarps* kWarp) encode_kernel(const Encod
       step.freq = static_cast<std::uint32_t>(freq);
       step.by = reciprocal(step.freq);
     }
-    __syncwarp();  // all lanes have read the steps before
+    __syncwarp();  // all lanes have read the previous steps
     steps[lane] = step;
     __syncwarp();
     mine -= kWarp;
@@ -126,13 +126,13 @@ __global__ void __launch_bounds__(kEncodeWarps* kWarp) encode_kernel(const Encod
   }
 }
 
-// A block puts one stream in its place, which is the sum of the lengths before it.
+// A block moves one stream to its place, the sum of the lengths before it.
 __global__ void __launch_bounds__(kPackThreads) pack_kernel(const EncodeMemory memory) {
   PERCOV2_SHARED(std::int64_t, sums, kPackThreads / kWarp);
   const EncodeTask& task = memory.task;
   const std::int64_t stream = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
-  if (task.streams == 0) {  // one block, which says so
+  if (task.streams == 0) {  // one block writes the empty head
     if (thread == 0) memory.head.offsets[0] = 0;
     return;
   }

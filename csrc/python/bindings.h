@@ -1,6 +1,5 @@
-// What the binding files share: how arrays cross the border. Python arrays in (borrowed), numpy
-// arrays out; the interpreter lock is released while kernels work. std::invalid_argument becomes
-// ValueError.
+// Shared parts of the bindings. Python arrays go in (borrowed), numpy arrays come out. Kernels run
+// without the interpreter lock. std::invalid_argument becomes ValueError.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -33,22 +32,22 @@ inline void same_size(const char* name, std::int64_t size, std::int64_t wanted) 
   }
 }
 
-// An object that changes when it is used, and the lock of those who use it.
+// An object with a state, and its lock.
 template <class Object>
 struct Shared : Object {
   using Object::Object;
   std::mutex in_use;
 };
 
-// Threads that use one object take turns: kernels work without the interpreter lock, which would
-// keep them apart otherwise. To be taken with that lock held, and after all views of arguments,
-// whose making may run any Python code.
+// Threads that use one object take turns, because kernels run without the interpreter lock. Take
+// the object's lock with the interpreter lock held, and after making all views of arguments, which
+// may run any Python code.
 class Turn {
  public:
   template <class Object>
   explicit Turn(Shared<Object>& object) : lock_(object.in_use, std::try_to_lock) {
     if (lock_.owns_lock()) return;
-    const pybind11::gil_scoped_release unlocked;  // whoever has the object may wait for it
+    const pybind11::gil_scoped_release unlocked;  // the object's user may wait for this lock
     lock_.lock();
   }
 

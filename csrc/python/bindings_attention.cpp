@@ -1,4 +1,4 @@
-// One layer's attention alone for Python, as the transformer runs it: to be measured and checked.
+// One layer's attention for Python, for measurements and tests.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -15,8 +15,8 @@ namespace py = pybind11;
 namespace percov2 {
 namespace {
 
-// Entries of one pass over all stages, in this order: start entries, contents of all stages but the
-// last, queries of all positions; positions in coding order.
+// Entries of one pass over all stages: start entries, contents of all stages but the last, then
+// queries of all positions. Positions are in coding order.
 struct PassEntries {
   explicit PassEntries(const StageGrid& grid)
       : known(grid.ends()[static_cast<std::size_t>(grid.stages() - 1)]) {

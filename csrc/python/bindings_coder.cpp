@@ -72,7 +72,7 @@ std::unique_ptr<Decoder> make_decoder(py::handle buffer, py::handle offsets, py:
                                    !states.is_none(), std::move(state), position);
 }
 
-// Logits of any type that the quantizer takes.
+// Logits of any type of the quantizer.
 class LogitsView {
  public:
   LogitsView(py::handle logits, const std::string& type, std::int64_t ndim) {

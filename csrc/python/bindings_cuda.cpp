@@ -1,5 +1,5 @@
-// The coder on CUDA devices for Python. Arrays are DLPack tensors that stay on their device. A
-// build without CUDA has the same names, which say so when they are called.
+// The coder on CUDA devices for Python. Arrays are DLPack tensors that stay on their device. In a
+// build without CUDA the same functions raise an error.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -24,7 +24,7 @@ constexpr std::int32_t kDevice = dlpack::kCpu;
 constexpr std::int32_t kDevice = dlpack::kCuda;
 #endif
 
-// A tensor on a device. All tensors of a call lie on the same one.
+// A tensor on a device; all tensors of a call are on the same one.
 template <class Element>
 class DeviceArray {
  public:

@@ -1,5 +1,5 @@
-// Borrowed views of arrays that Python owns: the buffer protocol (numpy) or DLPack (torch and
-// others). No copy is made, nothing is kept beyond the view's life, and libtorch is not needed.
+// Borrowed views of arrays that Python owns, by the buffer protocol (numpy) or DLPack (torch and
+// others). They copy nothing, keep nothing beyond their life, and do not need libtorch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -10,7 +10,7 @@
 
 namespace percov2 {
 
-// The parts of the DLPack 0.x ABI that are read here (https://dmlc.github.io/dlpack).
+// The parts of the DLPack 0.x ABI in use (https://dmlc.github.io/dlpack).
 namespace dlpack {
 struct Device {
   std::int32_t type;
@@ -43,17 +43,17 @@ constexpr std::uint8_t kFloat = 2;
 constexpr std::uint8_t kBfloat = 4;
 }  // namespace dlpack
 
-// A bfloat16 number as it is stored. Only DLPack has a name for it.
+// A stored bfloat16 number. Only DLPack has a name for it.
 struct Bfloat16 {
   std::uint16_t bits;
 };
 
-// How the two protocols name an element: letters of the buffer protocol, DLPack's type code, and
-// what an error message calls it.
+// The names of an element: letters of the buffer protocol, DLPack's type code, and the name in
+// error messages.
 template <class Element>
 struct ElementNames {
   static constexpr bool kSigned = static_cast<Element>(-1) < static_cast<Element>(0);
-  // Sizes come from itemsize: 'l' and 'q' are the same thing on one system and not on another.
+  // Sizes come from itemsize: 'l' and 'q' are equal on some systems only.
   static constexpr const char* kLetters = kSigned ? "bhilq" : "BHILQ";
   static constexpr std::uint8_t kCode = kSigned ? dlpack::kInt : dlpack::kUInt;
   static std::string name() {
@@ -73,9 +73,9 @@ struct ElementNames<Bfloat16> {
   static std::string name() { return "bfloat16"; }
 };
 
-// An aligned C-contiguous array of `Element` on the CPU, or on a device that only DLPack reaches,
-// read only. Throws pybind11::value_error for any other kind, naming the argument. Must be created
-// and destroyed with the interpreter lock held.
+// An aligned C-contiguous read-only array of `Element` on the CPU, or on a device by DLPack. Throws
+// pybind11::value_error with the argument's name for anything else. Create and destroy it with the
+// interpreter lock held.
 template <class Element>
 class TensorView {
  public:
@@ -97,7 +97,7 @@ class TensorView {
   ~TensorView() { release(); }
 
   const Element* data() const { return data_; }
-  // Ordinal of the device that it lies on.
+  // Ordinal of the array's device.
   int device() const { return device_; }
   std::int64_t ndim() const { return static_cast<std::int64_t>(shape_.size()); }
   std::int64_t shape(std::int64_t axis) const { return shape_.at(static_cast<std::size_t>(axis)); }
@@ -147,14 +147,14 @@ class TensorView {
   }
 
   void borrow_dlpack(pybind11::handle object) {
-    // -1: nobody waits. Kernels go to the stream that their caller names.
+    // -1: no synchronisation. Kernels run on their caller's stream.
     pybind11::object capsule = device_type_ == dlpack::kCpu
                                    ? object.attr("__dlpack__")()
                                    : object.attr("__dlpack__")(pybind11::arg("stream") = -1);
     void* pointer = PyCapsule_GetPointer(capsule.ptr(), "dltensor");
     if (pointer == nullptr) throw pybind11::error_already_set();
     managed_ = static_cast<dlpack::ManagedTensor*>(pointer);
-    PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // from here on release() owns it
+    PyCapsule_SetName(capsule.ptr(), "used_dltensor");  // now release() owns it
     const dlpack::Tensor& tensor = managed_->tensor;
     if (tensor.device.type != device_type_) {
       fail(device_type_ == dlpack::kCpu ? "is not on the CPU; move it there first"

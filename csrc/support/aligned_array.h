@@ -1,4 +1,4 @@
-// Zeroed memory on a cache line's boundary.
+// Zeroed memory aligned to a cache line.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,7 @@
 
 namespace percov2 {
 
-// `size` numbers, all zero at first; pages that nobody writes cost no memory.
+// `size` numbers, initially zero; unwritten pages take no memory.
 template <class Element>
 class AlignedArray {
  public:
@@ -36,7 +36,7 @@ class AlignedArray {
   Element& operator[](std::int64_t index) { return data_[index]; }
   const Element& operator[](std::int64_t index) const { return data_[index]; }
 
-  // At least `size` numbers; what they are after growing is not kept.
+  // Makes room for at least `size` numbers; growing discards the old ones.
   void grow(std::int64_t size) {
     if (size > size_) *this = AlignedArray(size);
   }

@@ -1,9 +1,9 @@
-// Instruction sets: which there are in this build, which this machine has, which one is used.
+// Instruction sets: those in this build, those of this machine, and the one in use.
 //
-// Kernels exist once per instruction set, each in a translation unit of its own with its own
-// compiler flags; these units include no standard library header but <cstdint> and <cstddef>, so
-// that no inline function compiled for AVX-512 can end up in code that runs everywhere. Every
-// subject (intervals, linear maps, attention) keeps a table of its kernels, indexed by Isa.
+// Every instruction set has its own translation units and compiler flags. These units include no
+// standard library header but <cstdint> and <cstddef>, so that inline functions compiled for
+// AVX-512 cannot end up in code that runs everywhere. Every subject (intervals, linear maps,
+// attention) keeps a table of its kernels, indexed by Isa.
 #pragma once
 
 #include <cstdint>
@@ -20,12 +20,12 @@ constexpr int kIsaCount = 4;
 
 // "scalar", "avx2", "avx512", "neon".
 const char* isa_name(Isa isa);
-// Whether this build has the kernels and this machine runs them.
+// True if this build has the kernels and this machine runs them.
 bool isa_available(Isa isa);
-// The instruction set in use: the best available one until use_isa chooses another.
+// The instruction set in use: the best available one, or the choice of use_isa.
 Isa active_isa();
-// For tests and measurements: every kernel that starts afterwards uses `isa`, in all threads.
-// Throws std::invalid_argument unless it is available.
+// For tests and measurements: all kernels that start later use `isa`, in all threads. Throws
+// std::invalid_argument unless it is available.
 void use_isa(Isa isa);
 
 }  // namespace percov2

@@ -17,8 +17,8 @@ namespace parallel {
 namespace {
 
 constexpr int kMostThreads = 256;
-// How long a thread looks for more before it sleeps: passes make many short calls in a row, and
-// waking a thread takes longer than most of them. About 20 microseconds.
+// Spins before a thread sleeps, about 20 microseconds: passes make many short calls in a row, and
+// waking a thread takes longer than most of them.
 constexpr int kLooks = 400;
 
 inline void pause() {
@@ -32,7 +32,7 @@ inline void pause() {
 // One call of run().
 struct Job {
   std::int64_t count;
-  int helpers;  // that may still join
+  int helpers;  // threads that may still join
   void (*piece)(void*, std::int64_t);
   void* context;
   std::atomic<std::int64_t> next{0};
@@ -80,7 +80,7 @@ class Pool {
   }
 
  private:
-  // Threads for `helpers` more hands; fewer where none are to be had.
+  // Starts threads for `helpers` more pieces, fewer if the system refuses.
   void start(int helpers) {
     while (threads_ < std::min(helpers, kMostThreads)) {
       try {
@@ -92,7 +92,7 @@ class Pool {
     }
   }
 
-  // Nobody joins the job any more.
+  // No more threads join the job.
   void withdraw(Job& job) {
     for (auto it = jobs_.begin(); it != jobs_.end(); ++it) {
       if (*it == &job) {
@@ -118,7 +118,7 @@ class Pool {
       job.work();
       lock.lock();
       withdraw(job);  // no piece of it is left
-      // The last look at the job: it may be gone as soon as the lock is.
+      // The job may be destroyed as soon as the lock is released.
       if (job.inside.fetch_sub(1) == 1) left_.notify_all();
     }
   }
@@ -126,7 +126,7 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::condition_variable left_;
-  std::list<Job*> jobs_;  // that have room for helpers
+  std::list<Job*> jobs_;  // jobs with room for helpers
   std::atomic<int> waiting_jobs_{0};
   int threads_ = 0;
 };
@@ -138,7 +138,7 @@ Pool& pool() {
   Pool* current = the_pool.load();
   if (current != nullptr) return *current;
 #if defined(__unix__) || defined(__APPLE__)
-  // A forked child has none of the threads, and the locks as they happened to be.
+  // A forked child has no threads, and locks in an arbitrary state.
   static const int registered = pthread_atfork(nullptr, nullptr, [] { the_pool.store(nullptr); });
   static_cast<void>(registered);
 #endif

@@ -1,7 +1,7 @@
 // Independent pieces of work on a few threads.
 //
-// Threads are started when they are first asked for and wait without using the processor. They end
-// with the process; a forked child starts its own.
+// Threads start on first use and wait without using the processor. They end with the process; a
+// forked child starts its own.
 #pragma once
 
 #include <algorithm>
@@ -13,13 +13,12 @@
 namespace percov2 {
 
 namespace parallel {
-// Calls piece(context, i) for i in [0, count) on the calling thread and up to helpers others;
-// rethrows the first exception once all have ended. May be called by several threads at once and
-// from inside a piece.
+// Calls piece(context, i) for i in [0, count) on the calling thread and up to `helpers` others, and
+// rethrows the first exception after all have ended. Thread-safe; a piece may call it.
 void run(std::int64_t count, int helpers, void (*piece)(void*, std::int64_t), void* context);
 }  // namespace parallel
 
-// Calls work(i) for i in [0, count) on up to `threads` threads; pieces are handed out one by one.
+// Calls work(i) for i in [0, count) on up to `threads` threads, which take pieces one by one.
 // Throws std::invalid_argument unless threads >= 1; rethrows the first exception of a piece.
 template <class Work>
 void parallel_pieces(std::int64_t count, int threads, Work&& work) {

@@ -1,4 +1,4 @@
-// Where entries are and when, and the keys and values that lie there.
+// The layout of entries in space and stages, and of their keys and values.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace percov2 {
 
-// A grid of tokens and its schedule: what is coded when, and what that may see.
+// A grid of tokens and its schedule: the coding order, and what each entry may see.
 class StageGrid {
  public:
   // stages [height, width], 1 .. S. Throws std::invalid_argument for a stage below 1 or an empty
@@ -23,7 +23,7 @@ class StageGrid {
   std::int64_t positions() const { return height_ * width_; }
   // Raster positions in coding order: by stage, raster order inside a stage.
   const std::vector<std::int32_t>& order() const { return order_; }
-  // Where stage g ends in `order`: ends[g], ends[0] = 0.
+  // The end of stage g in `order`: ends[g]; ends[0] = 0.
   const std::vector<std::int64_t>& ends() const { return ends_; }
   std::int64_t stages() const { return static_cast<std::int64_t>(ends_.size()) - 1; }
   const std::int32_t* stage() const { return stage_.data(); }
@@ -41,7 +41,7 @@ class StageGrid {
   std::vector<std::int32_t> first_stage_;  // [rows / 4]
 };
 
-// How keys and values of one image and one layer lie in memory.
+// The memory layout of keys and values of one image and one layer.
 class KeyLayout {
  public:
   KeyLayout(const StageGrid& grid, std::int64_t heads, std::int64_t head_dim);
@@ -60,7 +60,7 @@ class KeyLayout {
   std::int64_t key_bytes_, value_bytes_, sum_bytes_;
 };
 
-// The scores that heads add to products, as the kernels read them.
+// The biases of heads in the layout of the kernels.
 class ScoreTables {
  public:
   // bias [heads, 964], shift [heads]. Throws std::invalid_argument for values out of range.

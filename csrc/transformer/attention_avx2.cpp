@@ -33,7 +33,7 @@ inline __m256i weights_of(__m256i distance) {
       _mm_setr_epi8(-128, 64, 32, 16, 8, 4, 2, 1, 0, 0, 0, 0, 0, 0, 0, 0));
   const __m256i d = _mm256_min_epi16(distance, _mm256_set1_epi16(255));
   const __m256i fraction = _mm256_and_si256(d, _mm256_set1_epi16(15));
-  // A set top bit makes vpshufb write 0: only one byte of each pair is looked up.
+  // vpshufb writes 0 for a set top bit, so it looks up only one byte of each pair.
   const __m256i upper_off = _mm256_set1_epi16(static_cast<short>(0x8000));
   const __m256i lower_off = _mm256_set1_epi16(0x0080);
   const __m256i mantissa = _mm256_or_si256(
@@ -57,7 +57,7 @@ struct Query {
   std::int32_t quad[kMaxHeadDim / kDimQuad];
 };
 
-// Adds what 8 keys at `key`, whose quads are `plane` bytes apart, score: products only.
+// Adds the products with 8 keys at `key`, whose quads are `plane` bytes apart.
 inline __m256i dot(const std::int8_t* key, std::int64_t plane, std::int64_t quads, const Query& q) {
   __m256i acc = _mm256_setzero_si256();
   for (std::int64_t c = 0; c < quads; ++c) {
@@ -116,7 +116,7 @@ inline void add_column(const std::int8_t* value, std::int32_t quad, __m256i (&su
   }
 }
 
-// attention_avx512.cpp says why the quotients are exact.
+// attention_avx512.cpp proves that the quotients are exact.
 inline __m128i rounded_mean(__m256i sum, __m256d gain, __m256d half, __m256d inverse) {
   const auto four = [&](__m128i part) {
     const __m256d numerator = _mm256_add_pd(_mm256_mul_pd(_mm256_cvtepi32_pd(part), gain), half);

@@ -2,7 +2,7 @@
 // four keys, per instruction.
 //
 // vpdpbusd multiplies unsigned by signed bytes and sums exactly. Queries enter as q + 128, and
-// key_sum (-128 * sum of the key) takes the excess off; weights are 0 .. 127 as they are.
+// key_sum (-128 * sum of the key) corrects that; weights are already 0 .. 127.
 
 #include <immintrin.h>
 
@@ -88,8 +88,8 @@ inline void add_values(const std::int8_t* value, const std::uint8_t* weights, __
   for (unsigned left = used; left != 0; left &= left - 1) add(__builtin_ctz(left), sum[0]);
 }
 
-// floor((2^b * sum + floor(total / 2)) / total) of sixteen dimensions: with one half more in the
-// numerator the quotient keeps 1 / (2 total) > 2^-18 from every integer and double cannot err.
+// floor((2^b * sum + floor(total / 2)) / total) of sixteen dimensions. With 1/2 added to the
+// numerator the quotient stays 1 / (2 total) > 2^-18 away from integers, so double is exact.
 inline __m128i rounded_mean(__m512i sum, __m512d gain, __m512d half, __m512d inverse) {
   const auto eight = [&](__m256i part) {
     const __m512d numerator = _mm512_add_pd(_mm512_mul_pd(_mm512_cvtepi32_pd(part), gain), half);
@@ -154,7 +154,7 @@ inline void attend_one(const HeadKeys& keys, const HeadScores& scores, const Wei
   // Lanes 0 .. 2 become the first quad of bytes: one column of four rows.
   const __m128i near = _mm512_cvtusepi32_epi8(_mm512_sub_epi32(best, start));
   const __m512i start_weight = table(_mm512_zextsi128_si512(near));
-  // Lane 3 and those after it are hidden, hence 0 beyond the first quad.
+  // The lanes from 3 on are hidden, so bytes beyond the first quad are 0.
   const __m512i first = _mm512_broadcastd_epi32(_mm512_castsi512_si128(start_weight));
   __m512i totals = _mm512_maskz_dpbusd_epi32(1, _mm512_setzero_si512(), start_weight, ones);
   const std::int8_t* start_value = keys.value + keys.rows / kCellRows * keys.columns * depth;

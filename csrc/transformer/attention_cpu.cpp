@@ -10,8 +10,8 @@ namespace percov2 {
 namespace {
 
 constexpr std::int32_t kNever = std::numeric_limits<std::int32_t>::max();
-// A sight begins at most 3 rows above and 15 columns left of the window, and ends at most 3 rows
-// below and 15 columns right of it: this much of a bias table around the window is hidden.
+// A sight extends the window by at most 3 rows above and below and 15 columns left and right.
+// Biases in this margin are hidden.
 constexpr std::int64_t kBiasTop = kCellRows - 1;
 constexpr std::int64_t kBiasLeft = 16;
 constexpr std::int64_t kBiasRows = kWindow + 2 * kBiasTop;
@@ -20,8 +20,8 @@ constexpr std::int64_t padded(std::int64_t count, std::int64_t to) {
   return (count + to - 1) / to * to;
 }
 
-// Columns in memory. Rows of keys that are a power of two apart fall on the same sets of a cache: a
-// pass over 1024 columns took twice the time of one over 1040. An odd number of vectors avoids it.
+// Columns in memory. Rows of keys that are a power of two apart share cache sets, and a pass over
+// 1024 columns took twice the time of one over 1040. An odd number of vectors avoids that.
 constexpr std::int64_t padded_columns(std::int64_t width) {
   const std::int64_t columns = padded(width, kCellColumns);
   const bool even = columns / kCellColumns % 2 == 0;
@@ -83,7 +83,7 @@ Sight StageGrid::content_sight(std::int32_t position) const {
   const std::int64_t bottom = std::min(height_ - 1, row + kRadius);
   const std::int64_t left = std::max<std::int64_t>(0, column - kRadius);
   const std::int64_t right = std::min(width_ - 1, column + kRadius);
-  // Reads that begin on a boundary are faster; they may need one more.
+  // Aligned reads are faster, but may need one vector more.
   const std::int64_t vectors = (right - left) / kCellColumns + 1;
   const std::int64_t aligned = left / kCellColumns * kCellColumns;
   const std::int64_t first = right - aligned < vectors * kCellColumns ? aligned : left;

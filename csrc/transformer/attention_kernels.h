@@ -1,9 +1,9 @@
 // Kernels of integer attention, one table per instruction set.
 //
-// The keys of an image lie on its grid, so that a reader finds the keys of its 31 x 31 window and
-// their biases side by side and needs no list of them. Cells without a visible key are computed and
-// masked; groups of four rows without any are skipped. docs/reference/entropy-model.md, section 3,
-// says what is computed; every sum is exact in int32, so the order of summation is free.
+// The keys of an image lie on its grid, so the keys of a reader's 31 x 31 window and their biases
+// are side by side. Cells without a visible key are computed and masked; groups of four rows
+// without one are skipped. docs/reference/entropy-model.md, section 3, defines the result. Every
+// sum is exact in int32, so the order of summation is free.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,7 @@ constexpr std::int64_t kMostVectors = 2;   // multiples of 16 columns that are r
 
 // Keys and values of one image and one head. rows is a multiple of 4, columns of 16. The three
 // start entries follow the grid, as a row of 16 cells in `key` and `key_sum` and as one column of
-// four rows in `value`. Cells without a key may hold anything; whether there is one, and since
-// when, is what `stage` says.
+// four rows in `value`. `stage` marks cells without a key, which may hold any bytes.
 struct HeadKeys {
   const std::int8_t* key;           // [rows][quads][columns][4], then [quads][16][4]; 0 beyond dims
   const std::int8_t* value;         // [rows / 4][columns][16 * value_blocks][4], then [..][4]
@@ -40,7 +39,7 @@ struct HeadKeys {
   std::int64_t value_blocks;  // ceil(head_dim / 16)
 };
 
-// What a head adds to the products, and how it scales them.
+// The biases of a head and its scaling of products.
 struct HeadScores {
   const std::int32_t* window;  // [37][64]: bias of (dy, dx) at (dy + 18, dx + 31), else hidden
   const std::int32_t* start;   // [16]: bias of the start entries, hidden from the third on
@@ -48,8 +47,8 @@ struct HeadScores {
   std::int32_t gain_bits;      // 0 .. 5
 };
 
-// Where a reader looks: `groups` x 4 rows of 16 * vectors columns, all inside the grid's padding.
-// Everything that it may see lies there; cells outside its window have a hidden bias.
+// The cells that a reader reads: `groups` x 4 rows of 16 * vectors columns inside the padded grid.
+// They contain its window; cells outside the window have a hidden bias.
 struct Sight {
   std::int32_t reads;         // it sees keys with stage <= reads
   std::int32_t first_row;     // a multiple of 4
@@ -60,9 +59,9 @@ struct Sight {
 };
 
 struct AttentionKernels {
-  // mean[i] = what reader i reads, head_dim numbers in -127 .. 127. q [readers] of 4 * quads
-  // readable bytes (those beyond head_dim do not matter), q_stride apart, in -127 .. 127; mean
-  // [readers], mean_stride apart.
+  // mean[i] = the mean of reader i, head_dim numbers in -127 .. 127. q [readers] has 4 * quads
+  // readable bytes in -127 .. 127, q_stride apart; those beyond head_dim are ignored. mean
+  // [readers] is mean_stride apart.
   void (*attend)(const HeadKeys& keys, const HeadScores& scores, const Sight* sights,
                  std::int64_t readers, const std::int8_t* q, std::int64_t q_stride,
                  std::int8_t* mean, std::int64_t mean_stride);
@@ -81,7 +80,7 @@ extern const AttentionKernels kAttentionAvx512;
 extern const AttentionKernels kAttentionNeon;
 #endif
 
-// Those of the active instruction set.
+// The kernels of the active instruction set.
 const AttentionKernels& attention_kernels();
 
 }  // namespace percov2

@@ -70,7 +70,7 @@ inline void weighted_sums(const Column* columns, std::int64_t count, std::int64_
   for (int p = 0; p < 4; ++p) out[p] = neon_total(sum[p]);
 }
 
-// attention_avx512.cpp says why the quotients are exact.
+// attention_avx512.cpp proves that the quotients are exact.
 inline int16x4_t rounded_mean(int32x4_t sum, float64x2_t gain, float64x2_t half,
                               float64x2_t inverse) {
   const auto two = [&](int32x2_t part) {

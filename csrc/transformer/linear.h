@@ -25,7 +25,7 @@ constexpr std::int64_t row_bytes(std::int64_t count) { return (count + 63) / 64 
 constexpr std::int64_t row_lanes(std::int64_t count) { return (count + 15) / 16 * 16; }
 
 // The packed form of a linear map. Throws std::invalid_argument for a multiplier or shift out of
-// range, or more terms than int32 sums of 127 * 127 may have.
+// range, or too many terms for exact sums.
 class QuantizedLinear {
  public:
   explicit QuantizedLinear(const LinearParameters& parameters);

@@ -1,8 +1,8 @@
 // Quantized linear maps with AVX2: four outputs x four terms per instruction.
 //
-// Bytes widen to int16, vpmaddwd adds products in pairs exactly, and each output's two halves meet
-// at the end. (vpmaddubsw would be exact as well, for 2 * 127 * 127 < 2^15, but needs the signs of
-// x moved to the weights for every row.)
+// Bytes widen to int16, vpmaddwd adds pairs of products exactly, and the two halves of each output
+// are added at the end. (vpmaddubsw would be exact too, because 2 * 127 * 127 < 2^15, but would
+// move the signs of x to the weights for every row.)
 
 #include <immintrin.h>
 
@@ -37,13 +37,13 @@ inline __m256i load(const std::int32_t* from) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(from));
 }
 
-// What sixteen outputs are before their limits.
+// Sixteen outputs before clamping.
 struct Outputs {
   __m256i low, high;
 };
 
 inline __m256i requantized(const LinearMap& map, std::int64_t at, __m256i first, __m256i second) {
-  // Neighbours are halves of one output; quads of outputs come out as 0, 4, 2, 6.
+  // Neighbours are halves of one output; quads of outputs have the order 0, 4, 2, 6.
   const __m256i halves = _mm256_hadd_epi32(first, second);
   const __m256i sums = _mm256_permute4x64_epi64(halves, _MM_SHUFFLE(3, 1, 2, 0));
   const __m256i acc = _mm256_add_epi32(sums, load(map.bias + at));

@@ -1,7 +1,7 @@
 // Quantized linear maps with VNNI: sixteen outputs x four terms per instruction.
 //
 // vpdpbusd multiplies unsigned by signed bytes and adds four products to an int32 without
-// saturation. x enters as x + 128 (its top bit flipped); lifted_bias takes 128 * sum(weight) off.
+// saturation. x enters as x + 128 (its top bit flipped); lifted_bias subtracts 128 * sum(weight).
 // Both sums are far below 2^31.
 
 #include <immintrin.h>

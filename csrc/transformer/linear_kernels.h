@@ -2,7 +2,7 @@
 //
 // acc = bias + sum of weight * x, exact in int32 in any order, then
 // clamp((acc * multiplier + half) >> shift, low, high): docs/reference/entropy-model.md, section 3.
-// The three kernels differ in the limits and in where the result goes.
+// The three kernels differ in their limits and outputs.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace percov2 {
 constexpr std::int64_t kOutputBlock = 16;  // outputs that are packed together
 constexpr std::int64_t kQuad = 4;          // terms that are packed together
 
-// A packed map. Arrays begin on 64-byte boundaries; what lies beyond the outputs and the terms of
-// the map is zero (multiplier and shift: 1), so the results beyond its outputs are zero.
+// A packed map. Arrays begin on 64-byte boundaries. Padding beyond the outputs and terms of the map
+// is zero (multiplier and shift: 1), so results beyond its outputs are zero.
 struct LinearMap {
   const std::int8_t* weight;        // [blocks][quads][16 outputs][4 terms], -127 .. 127
   const std::int32_t* bias;         // [16 * blocks]
@@ -26,8 +26,8 @@ struct LinearMap {
   std::int64_t quads;   // ceil(terms / 4), at most 260
 };
 
-// x: [rows], x_stride bytes apart, each of 4 * quads numbers in -127 .. 127; those beyond
-// the terms of the map do not matter, for their weights are zero.
+// x: [rows], x_stride bytes apart, each of 4 * quads numbers in -127 .. 127; those beyond the
+// terms of the map have zero weights.
 struct LinearKernels {
   // y: [rows], y_stride apart, each with room for 16 * blocks numbers, all written; limits +-127.
   void (*to_bytes)(const LinearMap& map, const std::int8_t* x, std::int64_t x_stride,
@@ -49,7 +49,7 @@ extern const LinearKernels kLinearAvx512;
 extern const LinearKernels kLinearNeon;
 #endif
 
-// Those of the active instruction set.
+// The kernels of the active instruction set.
 const LinearKernels& linear_kernels();
 
 }  // namespace percov2

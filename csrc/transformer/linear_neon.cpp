@@ -8,7 +8,7 @@
 namespace percov2 {
 namespace {
 
-// What sixteen outputs are before their limits.
+// Sixteen outputs before clamping.
 struct Outputs {
   int32x4_t part[4];
 };

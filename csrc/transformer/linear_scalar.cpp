@@ -11,7 +11,7 @@ inline std::int32_t clamp(std::int32_t value, std::int32_t low, std::int32_t hig
   return value < low ? low : value > high ? high : value;
 }
 
-// Calls put(row, output, value) with what each output is before its limits.
+// Calls put(row, output, value) with each output before clamping.
 template <class Put>
 void for_each_output(const LinearMap& map, const std::int8_t* x, std::int64_t x_stride,
                      std::int64_t rows, Put&& put) {

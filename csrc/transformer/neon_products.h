@@ -2,7 +2,7 @@
 //
 // Two products of numbers in -127 .. 127 fit int16 (2 * 127 * 127 < 2^15): smull and smlal multiply
 // two quads, sadalp adds neighbours into int32. Six instructions make 32 products. The layout in
-// quads assumes little-endian lanes, which is what core.cmake builds these units for.
+// quads assumes little-endian lanes; core.cmake builds these units for no others.
 #pragma once
 
 #include <arm_neon.h>
@@ -37,8 +37,8 @@ static inline void neon_add_two(NeonHalves& sum, int8x16_t w, int8x16_t x, int8x
 
 static inline int32x4_t neon_total(const NeonHalves& sum) { return vpaddq_s32(sum.low, sum.high); }
 
-// out[r][4 * p ..] = sums over `quads` quads of x[r] with 16 outputs of four bytes each; from one
-// quad of the 16 to the next are `step` bytes.
+// out[r][4 * p ..] = sums over `quads` quads of x[r] with 16 outputs of four bytes each; quads of
+// the 16 outputs are `step` bytes apart.
 template <int rows>
 static inline void neon_sixteen_sums(const std::int8_t* weight, std::int64_t step,
                                      std::int64_t quads, const std::int8_t* const (&x)[rows],

@@ -1,5 +1,5 @@
-// LayerNorm with AVX2; norm_avx512.cpp says why its quotients are exact. GELU stays a table in
-// memory: sixteen 16-byte tables in registers would be no faster.
+// LayerNorm with AVX2; norm_avx512.cpp proves that its quotients are exact. The table of GELU is in
+// memory, because sixteen 16-byte tables in registers would be no faster.
 
 #include <immintrin.h>
 
@@ -37,7 +37,7 @@ void layer_norm(const std::int32_t* residual, std::int64_t stride, std::int64_t 
     for (std::int64_t i = 0; i < lanes; i += 8) sums = _mm256_add_epi32(sums, load(r + i));
     const __m256i wide = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_castsi256_si128(sums)),
                                           _mm256_cvtepi32_epi64(_mm256_extracti128_si256(sums, 1)));
-    // Shifted by 2^20 per term, the sum is in 0 .. 2^31 + 512: no negative number is divided.
+    // A shift of 2^20 per term puts the sum in 0 .. 2^31 + 512, so the division is unsigned.
     const auto shifted = static_cast<std::uint32_t>(sum64(wide) + dim * kResidualLimit + dim / 2);
     const std::int32_t centre =
         static_cast<std::int32_t>(shifted / static_cast<std::uint32_t>(dim)) - kResidualLimit;

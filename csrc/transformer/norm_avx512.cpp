@@ -1,7 +1,7 @@
 // LayerNorm and GELU with AVX-512.
 //
 // The quotient floor((y * A + floor(R / 2)) / R) is floor((y * A + floor(R / 2) + 1/2) * (1 / R))
-// in double: the half keeps the exact quotient at least 1 / (2 R) > 2^-26 away from every integer,
+// in double. The added 1/2 keeps the exact quotient at least 1 / (2 R) > 2^-26 away from integers,
 // and |quotient| < 2^12 rounds by less than 2^-39. Numerators below 2^33 are exact.
 
 #include <immintrin.h>
@@ -31,7 +31,7 @@ void layer_norm(const std::int32_t* residual, std::int64_t stride, std::int64_t 
       sums = _mm512_add_epi32(sums, _mm512_loadu_si512(r + i));
     }
     const std::int64_t total = _mm512_reduce_add_epi32(sums);
-    // Shifted by 2^20 per term, the sum is in 0 .. 2^31 + 512: no negative number is divided.
+    // A shift of 2^20 per term puts the sum in 0 .. 2^31 + 512, so the division is unsigned.
     const auto shifted = static_cast<std::uint32_t>(total + dim * kResidualLimit + dim / 2);
     const std::int32_t centre =
         static_cast<std::int32_t>(shifted / static_cast<std::uint32_t>(dim)) - kResidualLimit;
@@ -68,7 +68,7 @@ void look_up(const std::int8_t* table, std::int8_t* values, std::int64_t count) 
   const __m512i t3 = _mm512_loadu_si512(table + 192);
   for (std::int64_t i = 0; i < count; i += 64) {
     const __m512i x = _mm512_loadu_si512(values + i);
-    // Only the low seven bits of x choose in a pair of tables; its top bit chooses the pair.
+    // The low seven bits of x index a pair of tables; its top bit chooses the pair.
     const __m512i low = _mm512_permutex2var_epi8(t0, x, t1);
     const __m512i high = _mm512_permutex2var_epi8(t2, x, t3);
     _mm512_storeu_si512(values + i, _mm512_mask_blend_epi8(_mm512_movepi8_mask(x), low, high));

@@ -1,4 +1,4 @@
-// Kernels of what lies between linear maps, row by row: LayerNorm and GELU.
+// Kernels of LayerNorm and GELU, row by row.
 #pragma once
 
 #include <cstdint>
@@ -9,14 +9,14 @@ constexpr std::int64_t kRowLanes = 16;  // residuals and gains are padded to mul
 
 struct NormKernels {
   // Integer LayerNorm (docs/reference/entropy-model.md, section 3) of `rows` rows of a residual in
-  // +-2^20, `stride` apart. dim <= 1024; rows and gain (integers in -2047 .. 2047) hold zeros from
-  // dim up to the next multiple of 16, and so does out, int8 in -127 .. 127, `out_stride` apart.
+  // +-2^20, `stride` apart. dim <= 1024. Rows, gain (integers in -2047 .. 2047) and out (int8 in
+  // -127 .. 127, `out_stride` apart) hold zeros from dim up to the next multiple of 16.
   void (*layer_norm)(const std::int32_t* residual, std::int64_t stride, std::int64_t rows,
                      std::int64_t dim, const double* gain, std::int8_t* out,
                      std::int64_t out_stride);
-  // values[i] = table[the byte of values[i]], in place. table: [256], values in -127 .. 127 belong
-  // to bytes 0 .. 127, 129 .. 255. values has room for a multiple of 64 numbers, and as many may
-  // be replaced.
+  // values[i] = table[the byte of values[i]], in place. table: [256]; values in -127 .. 127 are
+  // bytes 0 .. 127 and 129 .. 255. values has room for a multiple of 64 numbers, all of which may
+  // change.
   void (*look_up)(const std::int8_t* table, std::int8_t* values, std::int64_t count);
 };
 
@@ -36,7 +36,7 @@ extern const NormKernels kNormAvx512;
 extern const NormKernels kNormNeon;
 #endif
 
-// Those of the active instruction set.
+// The kernels of the active instruction set.
 const NormKernels& norm_kernels();
 
 }  // namespace percov2

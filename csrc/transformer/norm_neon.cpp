@@ -1,4 +1,4 @@
-// LayerNorm and GELU with NEON; norm_avx512.cpp says why the quotients are exact.
+// LayerNorm and GELU with NEON; norm_avx512.cpp proves that the quotients are exact.
 
 #include <arm_neon.h>
 
@@ -9,7 +9,7 @@ namespace {
 
 constexpr std::int32_t kResidualLimit = 1 << 20;
 
-// Two outputs before their limits.
+// Two outputs before clamping.
 inline int32x2_t two(int32x2_t y, const double* gain, float64x2_t half, float64x2_t inverse) {
   const float64x2_t product = vmulq_f64(vcvtq_f64_s64(vmovl_s32(y)), vld1q_f64(gain));
   return vmovn_s64(vcvtmq_s64_f64(vmulq_f64(vaddq_f64(product, half), inverse)));
@@ -28,7 +28,7 @@ void layer_norm(const std::int32_t* residual, std::int64_t stride, std::int64_t 
     std::int8_t* to = out + row * out_stride;
     int64x2_t sums = vdupq_n_s64(0);
     for (std::int64_t i = 0; i < lanes; i += 4) sums = vpadalq_s32(sums, vld1q_s32(r + i));
-    // Shifted by 2^20 per term, the sum is in 0 .. 2^31 + 512: no negative number is divided.
+    // A shift of 2^20 per term puts the sum in 0 .. 2^31 + 512, so the division is unsigned.
     const auto shifted =
         static_cast<std::uint32_t>(vaddvq_s64(sums) + dim * kResidualLimit + dim / 2);
     const std::int32_t centre =
@@ -54,7 +54,7 @@ void layer_norm(const std::int32_t* residual, std::int64_t stride, std::int64_t 
   }
 }
 
-// The whole table stays in sixteen registers; an index that leaves a quarter looks up nothing.
+// Sixteen registers hold the table; an index outside a quarter looks up nothing there.
 void look_up(const std::int8_t* table, std::int8_t* values, std::int64_t count) {
   int8x16x4_t quarter[4];
   for (int n = 0; n < 4; ++n) {

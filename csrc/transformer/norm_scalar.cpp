@@ -14,7 +14,7 @@ void layer_norm(const std::int32_t* residual, std::int64_t stride, std::int64_t 
     std::int8_t* to = out + row * out_stride;
     std::int64_t total = 0;
     for (std::int64_t i = 0; i < dim; ++i) total += r[i];
-    // Shifted by 2^20 per term: no negative number is divided.
+    // A shift of 2^20 per term makes the division unsigned.
     const std::int64_t mean = (total + dim * kResidualLimit + dim / 2) / dim - kResidualLimit;
     std::int64_t energy = 0;
     for (std::int64_t i = 0; i < dim; ++i) energy += (r[i] - mean) * (r[i] - mean);

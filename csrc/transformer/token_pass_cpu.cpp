@@ -12,8 +12,8 @@
 namespace percov2 {
 namespace {
 
-constexpr std::int64_t kRowsAtOnce = 48;    // activations of so many rows stay in the first caches
-constexpr std::int64_t kRowsOfChunk = 384;  // and residuals of so many in the second
+constexpr std::int64_t kRowsAtOnce = 48;    // rows whose activations fit the first-level caches
+constexpr std::int64_t kRowsOfChunk = 384;  // rows whose residuals fit the second-level cache
 constexpr std::int64_t kSixteenths = 16;
 
 // Class of a side of n tokens: 0 for 1, then one per doubling, at most 16.
@@ -30,8 +30,8 @@ std::int64_t checked_batch(std::int64_t batch) {
 
 }  // namespace
 
-// Some images of a batch on their way through the layers. Rows are the contents of all images,
-// image after image, then their queries.
+// A chunk of images that pass the layers together. Rows are the contents of all images, image after
+// image, then their queries.
 struct TokenPass::Chunk {
   const Entries& entries;
   const std::int32_t* tokens;  // of the first image
@@ -193,7 +193,7 @@ void TokenPass::run_chunk(Chunk& chunk, int threads, std::int32_t* out) const {
   const std::int64_t dim = model_.dim_;
   const std::int64_t lanes = row_lanes(dim);
   const std::int64_t inner = row_bytes(model_.inner());
-  // A head may read a few bytes more than its own.
+  // A head may read a few bytes beyond its own.
   chunk.residual.grow(rows * lanes);
   chunk.q.grow(rows * inner + 64);
   chunk.mean.grow(rows * inner + 64);
@@ -230,7 +230,7 @@ void TokenPass::run(const Entries& entries, const std::int32_t* tokens, std::int
   const std::int64_t images =
       std::max<std::int64_t>(1, std::min(share, kRowsOfChunk / entries.count()));
   const std::int64_t chunks = (batch + images - 1) / images;
-  // Images are independent: whole chunks on each thread are best, unless they would not be even.
+  // Images are independent, so threads take whole chunks if that divides the work evenly.
   const bool apart = chunks / 4 >= threads || chunks % threads == 0;
   const std::int64_t workers = apart ? std::min<std::int64_t>(threads, chunks) : 1;
   std::atomic<std::int64_t> next{0};
@@ -256,7 +256,7 @@ void TokenPass::encode(const std::int32_t* tokens, std::int64_t batch, int threa
   const std::vector<std::int32_t> own = checked_tokens(tokens, batch * grid_.positions());
   Entries entries;
   add_starts(entries);
-  // Nobody reads the contents of the last stage.
+  // No entry reads the contents of the last stage.
   add_contents(entries, 0, grid_.ends()[static_cast<std::size_t>(grid_.stages() - 1)]);
   add_queries(entries, 0, grid_.positions());
   run(entries, own.data(), batch, nullptr, threads, out);

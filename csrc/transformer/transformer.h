@@ -1,9 +1,9 @@
-// The integer token transformer on the CPU: docs/reference/entropy-model.md, as passes over token
+// The integer token transformer of docs/reference/entropy-model.md on the CPU, as passes over token
 // grids.
 //
-// One pass for all stages (encoding) or one for each (decoding) runs every layer over some images
-// at a time, so that what is between two operations stays in cache and memory does not grow with
-// the batch. All sums are exact integers: results depend neither on that, nor on threads.
+// Encoding is one pass for all stages; decoding is one pass per stage. A pass runs every layer over
+// a few images at a time, so that intermediate results stay in cache and memory does not grow with
+// the batch. All sums are exact integers, so results do not depend on chunks or threads.
 #pragma once
 
 #include <cstdint>
@@ -107,22 +107,22 @@ class TokenPass {
     std::int64_t count() const { return static_cast<std::int64_t>(position.size()); }
     std::int64_t queries() const { return count() - contents; }
   };
-  // Where the keys of image b and layer l are: base + b * image_stride + l * layer_stride.
+  // The keys of image b and layer l are at base + b * image_stride + l * layer_stride.
   struct KeyMemory {
     std::int8_t* base;
     std::int64_t image_stride;
     std::int64_t layer_stride;
   };
 
-  // A copy of tokens that stays as it was checked, whatever happens to the caller's memory. Throws
-  // std::invalid_argument for one outside the codebook.
+  // A checked copy of tokens, because the caller's memory may change. Throws std::invalid_argument
+  // for a token outside the codebook.
   std::vector<std::int32_t> checked_tokens(const std::int32_t* tokens, std::int64_t count) const;
   void add_starts(Entries& entries) const;
   // Positions first .. last of the coding order.
   void add_contents(Entries& entries, std::int64_t first, std::int64_t last) const;
   void add_queries(Entries& entries, std::int64_t first, std::int64_t last) const;
-  // The residual of the queries, out [batch, queries, dim]. With `cache`, keys are kept there, and
-  // those of earlier passes are read; without, the contents are all keys.
+  // The residual of the queries, out [batch, queries, dim]. `cache` stores keys for later passes
+  // and provides those of earlier ones; without it, the contents are all keys.
   void run(const Entries& entries, const std::int32_t* tokens, std::int64_t batch,
            const KeyMemory* cache, int threads, std::int32_t* out) const;
 
@@ -140,7 +140,7 @@ class TokenPass {
   void feed_forward(Chunk& chunk, std::int64_t layer, std::int64_t first, std::int64_t last) const;
 };
 
-// Decoding: keys and values of all known tokens are kept from stage to stage.
+// Decoding, with a cache of the keys and values of all known tokens.
 class StagedPass : public TokenPass {
  public:
   // Throws std::invalid_argument for a batch below 1.

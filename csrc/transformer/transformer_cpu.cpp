@@ -10,7 +10,7 @@ namespace {
 
 constexpr std::int64_t kSixteenths = 16;
 constexpr std::int64_t kSizeClasses = 17;
-constexpr std::int64_t kRowsAtOnce = 48;  // activations of so many rows stay in the first caches
+constexpr std::int64_t kRowsAtOnce = 48;  // rows whose activations fit the first-level caches
 
 std::vector<std::int16_t> table(const std::int16_t* values, std::int64_t count) {
   return std::vector<std::int16_t>(values, values + count);

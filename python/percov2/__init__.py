@@ -1,7 +1,7 @@
 """percov2: photographs in a few hundred bytes.
 
 ``Codec.from_pretrained("tiny")`` compresses and restores; ``percov2.entropy`` is the entropy engine
-alone. Importing this package loads nothing heavy; each name loads its module when first used.
+alone. Importing this package is cheap: each name loads its module on first use.
 """
 
 from __future__ import annotations

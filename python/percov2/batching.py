@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
+__all__ = ["TOKENS_AT_ONCE", "by_group"]
+
+
 TOKENS_AT_ONCE = 16384
-"""Tokens whose pictures go through a network together (bounds memory)."""
+"""Tokens per batch of a network, which bound the memory."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -19,14 +22,14 @@ def by_group(
     work: Callable[[list[Item]], Sequence[Result]],
     at_once: int = TOKENS_AT_ONCE,
 ) -> list[Result]:
-    """Run ``work`` on lists of items with equal keys and return its results in the items' order.
+    """Run ``work`` on lists of items with equal keys; return the results in the items' order.
 
     Args:
-        items: what ``work`` takes; it returns one result per item.
-        keys: only items with equal keys share a call.
+        items: the items.
+        keys: one key per item; only items with equal keys share a call.
         sizes: tokens per item.
-        work: the function.
-        at_once: tokens that one call takes at most, but it takes one item at least.
+        work: a function that returns one result per item.
+        at_once: most tokens of one call; a call takes at least one item.
     """
     results: dict[int, Result] = {}
     groups: dict[Hashable, list[int]] = {}

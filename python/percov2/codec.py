@@ -1,7 +1,8 @@
-"""The codec: pictures -> files -> pictures, the one road that every user of percov2 takes.
+"""The codec: pictures -> files -> pictures.
 
 Compressing: picture -> tokens (float networks) -> intervals (one pass of the integer transformer)
--> rANS. Decompressing: header -> tokens, stage by stage -> check -> and only then the flow.
+-> rANS. Decompressing: header -> tokens, stage by stage -> check -> flow. Nothing is painted from a
+file whose check fails.
 """
 
 from __future__ import annotations
@@ -33,21 +34,24 @@ from percov2.models.config import ModelConfig, Rate
 from percov2.options import DecodeOptions, EncodeOptions, options_from
 from percov2.tokenizing import CaptionedSearch, TokenChoice, token_maps
 
+__all__ = ["CAPTIONS", "Codec", "DecodedFile"]
+
+
 CAPTIONS = Path(__file__).parent / "pretrained" / "captions"
-"""The embedded caption model. Files name it by the caption codec, so it never changes."""
+"""The embedded caption model. Files name only its codec, so the model never changes."""
 
 
 @dataclass(frozen=True)
 class DecodedFile:
-    """What a valid file holds.
+    """The content of a valid file.
 
     Attributes:
-        header: its fields.
-        rate: the rate point that ``header.rate`` names.
-        caption: its text, "" if there is none.
+        header: the fields of the header.
+        rate: the rate point with the index ``header.rate``.
+        caption: the caption's text, "" if there is none.
         tokens: int32 [h, w].
-        stages: tokens of stages 1..stages are the file's, later ones were drawn.
-        bits: cost of header, caption and check, as of ``bitstream.ParsedFile``.
+        stages: the file holds tokens of stages 1..stages; later ones were drawn.
+        bits: cost of header, caption and check, as in ``bitstream.ParsedFile``.
     """
 
     header: Header
@@ -59,17 +63,16 @@ class DecodedFile:
 
     @property
     def stage_count(self) -> int:
-        """How many stages its tokens have."""
+        """Return the number of stages of the tokens."""
         return stage_count(SCHEDULES[self.header.schedule], *self.tokens.shape)
 
 
 class Codec:
-    """Compresses and restores pictures with one model.
+    """A compressor and decompressor of pictures with one model.
 
     Args:
-        model: the float networks; the entropy models lie in the same folder.
-        captions: folder of the model that codes captions; None for none. All models share the
-            embedded one.
+        model: the float networks; its folder also holds the entropy models.
+        captions: folder of the caption model, by default the embedded one; None for none.
     """
 
     def __init__(self, model: Backbone, captions: Path | None = CAPTIONS) -> None:
@@ -85,7 +88,7 @@ class Codec:
         device: str = "cpu",
         options: BackboneOptions | None = None,
     ) -> Codec:
-        """Open a model ("tiny", a folder, "sd3:PATH", …); networks load when first needed.
+        """Open a model ("tiny", a folder, "sd3:PATH", …); networks load on first use.
 
         Arguments as for ``percov2.models.backbone.open_backbone``.
 
@@ -96,14 +99,14 @@ class Codec:
 
     @property
     def config(self) -> ModelConfig:
-        """The model's config: its rates and defaults."""
+        """Return the model's config: its rates and defaults."""
         return self.model.config
 
     def model_id(self, rate_name: str) -> int:
-        """The id of the tokens of a rate, 0..65535, as in a file's bytes 2-3.
+        """Return the id of a rate's tokens, 0..65535, as in bytes 2-3 of a file.
 
         Raises:
-            ValueError: unknown rate.
+            ValueError: an unknown rate.
         """
         return self._ids(rate_name)
 
@@ -163,18 +166,18 @@ class Codec:
         Args:
             picture: one picture (a path, the bytes of an image file, a Pillow image, an array uint8
                 [H, W] or [H, W, 3], a tensor [C, H, W]), or several: an array or tensor of rank 4
-                or any other iterable. See ``percov2.images.to_rgb`` for what happens to colours.
-            options: how; the model's defaults if None.
+                or any other iterable. ``percov2.images.to_rgb`` converts colours.
+            options: encoding options; None for the defaults.
             caption: a text that guides the decoder and costs bytes, "" for none; for several
                 pictures a list with one each.
             changes: fields of ``EncodeOptions`` that replace those of ``options``.
 
         Raises:
-            ValueError: something that is no picture, an unknown rate or schedule, a caption or
+            ValueError: an input that is no picture, an unknown rate or schedule, a caption or
                 picture that cannot be stored, a wrong number of captions, options out of range, a
-                picture of which one stage needs more than target_bytes, or effort for a model or a
-                picture that has no search.
-            MetricWeightsMissing: effort, and LPIPS's weights are not installed.
+                picture whose first stage exceeds target_bytes, or effort for a model or a picture
+                without a search.
+            MetricWeightsMissing: effort without LPIPS's weights.
 
         Warns:
             CoarserRateWarning: target_bytes gave a picture a coarser rate.
@@ -202,7 +205,7 @@ class Codec:
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
 
         def encode(rate: Rate, chosen: Sequence[int]) -> list[bytes]:
-            """Files, at a rate, of the pictures of these numbers."""
+            """Encode the pictures with these indices at a rate."""
             coder, common = self._entropy(rate.name), self._common(rate, name)
             picked, coded_here = [sizes[i] for i in chosen], [coded[i] for i in chosen]
             headers = tokens_file.headers(
@@ -231,10 +234,10 @@ class Codec:
         rate: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> list[Tokens]:
-        """Return tokens of pictures: one int32 [h, w] each, h = ceil(height / token side).
+        """Return the tokens of pictures: one int32 [h, w] each, h = ceil(height / token side).
 
-        Every place takes the nearest code. A picture's tokens do not depend on its neighbours in
-        the batch. Arguments and errors as for ``compress``.
+        Every place takes the nearest code. A picture's tokens do not depend on its batch. Arguments
+        and errors as for ``compress``.
         """
         arrays = [rgb_array(picture, max_pixels) for picture in pictures]
         return token_maps(self.model, arrays, self._rate(rate))
@@ -252,9 +255,9 @@ class Codec:
 
         Args:
             tokens: one integer [h, w] per picture, values in the rate's codebook.
-            sizes: (height, width) of each picture in pixels; h and w are those divided by the token
+            sizes: (height, width) of each picture in pixels; h and w are these divided by the token
                 side, rounded up.
-            options: of these rate, schedule, stages and draw_seed count.
+            options: encoding options, of which rate, schedule, stages and draw_seed apply.
             caption, changes: as for ``compress``.
 
         Raises:
@@ -284,7 +287,7 @@ class Codec:
         return tokens_file.pack(coder, headers, tokens, self._caption_model(headers))
 
     def _caption_model(self, headers: Iterable[Header]) -> CaptionModel | None:
-        """The caption model, if a header needs it."""
+        """Return the caption model if a header needs it, else None."""
         needed = any(header.caption_codec == bitstream.CAPTION_MODEL for header in headers)
         return self._captions() if needed else None
 
@@ -297,7 +300,7 @@ class Codec:
         return chosen
 
     def _common(self, rate: Rate, schedule: str) -> Header:
-        """What the headers of files of a rate and schedule share."""
+        """Return a header with the fields that all files of a rate and schedule share."""
         index = self.config.rates.index(rate)
         return Header(self.model_id(rate.name), 1, 1, index, SCHEDULES.index(schedule))
 
@@ -319,17 +322,17 @@ class Codec:
         options: DecodeOptions | None = None,
         **changes: Any,
     ) -> Image.Image | list[Image.Image]:
-        """Restore the picture of a ``.pcv2`` file, or those of several as a list; mode RGB.
+        """Restore the picture of a ``.pcv2`` file, or a list of pictures for several; mode RGB.
 
         Args:
             file: the bytes of a file or its path, or an iterable of several.
-            options: how; the model's defaults if None.
+            options: decoding options; None for the defaults.
             changes: fields of ``DecodeOptions`` that replace those of ``options``.
 
         Raises:
-            BitstreamError: a file is not valid; nothing is painted then. With several files the
-                message names the index of the faulty one.
-            ValueError: something that is no file, options out of range, or realism for a model
+            BitstreamError: an invalid file; nothing is painted. With several files the message
+                names the index of the faulty one.
+            ValueError: an input that is no file, options out of range, or realism for a model
                 without a dial.
             OSError: a path that cannot be read.
         """
@@ -342,7 +345,7 @@ class Codec:
     def decode_tokens(
         self, files: Sequence[bytes], options: DecodeOptions | None = None, **changes: Any
     ) -> list[Tokens]:
-        """Return tokens of files, int32 [h, w] each, the same on every machine.
+        """Return the tokens of files, int32 [h, w] each, the same on every machine.
 
         Arguments and BitstreamError as for ``decode``.
         """
@@ -351,11 +354,11 @@ class Codec:
     def decode(
         self, files: Sequence[bytes], options: DecodeOptions | None = None, **changes: Any
     ) -> list[DecodedFile]:
-        """Return headers, captions and tokens of files, checked.
+        """Decode and check the headers, captions and tokens of files.
 
         Args:
-            files: the bytes of each.
-            options: of these max_pixels and allow_truncated count.
+            files: the bytes of each file.
+            options: decoding options, of which max_pixels and allow_truncated apply.
             changes: as for ``decompress``.
 
         Raises:
@@ -398,8 +401,8 @@ class Codec:
     ) -> list[Image.Image]:
         """Paint the pictures of decoded files: the second half of ``decompress``.
 
-        On the CPU pictures are painted one at a time: a batch gains nothing there, and alone a
-        picture is the same in any company. Arguments and ValueError as for ``decompress``.
+        The CPU paints one picture at a time: batches are no faster there, and a picture then never
+        depends on its batch. Arguments and ValueError as for ``decompress``.
         """
         options = options_from(DecodeOptions, options, changes)
         strength = self.config.guidance if options.guidance is None else options.guidance
@@ -425,7 +428,7 @@ class Codec:
         return by_group(decoded, keys, sizes, paint_equal)
 
     def _open(self, data: bytes, label: str, max_pixels: int) -> OpenFile:
-        """Read a header and compare it with this model; BitstreamError (without the label)."""
+        """Read a header and check that it fits this model; errors omit the label."""
         parsed = bitstream.read(data, max_pixels)
         header = parsed.header
         rates = [rate.name for rate in self.config.rates]
@@ -437,7 +440,7 @@ class Codec:
 
 
 def _captions_of(caption: str | Sequence[str], one: bool, count: int) -> list[str]:
-    """Return one caption per picture; ValueError unless there are as many."""
+    """Return one caption per picture; ValueError for a wrong number or type."""
     if one:
         if not isinstance(caption, str):
             raise ValueError(f"caption must be a text for one picture, not {caption!r}")

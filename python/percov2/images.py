@@ -1,7 +1,6 @@
 """Pictures of any kind <-> 8-bit sRGB arrays, and padding to whole tokens.
 
-Everything that a file may say about how its numbers are meant is applied here, once: EXIF
-orientation, ICC profile, transparency, palette, CMYK, 16 bits.
+The conversion applies EXIF orientation, ICC profile, transparency, palette, CMYK and 16 bits.
 """
 
 from __future__ import annotations
@@ -23,13 +22,29 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from percov2.container.bitstream import MAX_PIXELS, MAX_SIDE
 
+__all__ = [
+    "ImageSizeError",
+    "ImageWarning",
+    "check_outputs",
+    "check_size",
+    "decode_image",
+    "pad",
+    "picture_format",
+    "read_image",
+    "reflected",
+    "to_rgb",
+    "write_bytes",
+    "write_image",
+]
+
+
 _DIRECT = ("L", "RGB", "CMYK")
-"""Modes that colour management reads as they are."""
+"""Modes that colour management reads directly."""
 _PROFILE_SPACE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 
 class ImageWarning(UserWarning):
-    """Something in a picture was left out or replaced on the way to sRGB."""
+    """A part of a picture that the conversion to sRGB ignored or replaced."""
 
 
 def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -37,13 +52,13 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Args:
         path: a file in any format that Pillow reads.
-        max_pixels: refuse pictures with more pixels, before decoding them.
+        max_pixels: most pixels of a picture; larger ones are refused before decoding.
 
     Returns:
         The picture as stored; ``to_rgb`` makes it sRGB.
 
     Raises:
-        ValueError: not a picture in a regular file, truncated or damaged, or too large.
+        ValueError: no regular file, no picture, or a truncated, damaged or too large one.
         OSError: the file cannot be opened.
     """
     if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
@@ -55,7 +70,7 @@ def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the picture file of a stream. Arguments, result and ValueError as ``read_image``."""
     try:
-        # Some formats decode on opening, and a container may hold more than its header says.
+        # Some formats decode on opening, and a container may hold more pixels than its header says.
         with _pillow_limit(max_pixels):
             image = Image.open(stream)
             check_size(image.width, image.height, max_pixels)
@@ -70,7 +85,7 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
         ) from None
     except (ImageSizeError, MemoryError):
         raise
-    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+    except Exception as error:  # decoders raise errors of many types for damaged files
         raise ValueError(f"the picture is truncated or damaged: {error}") from error
     return image
 
@@ -80,7 +95,7 @@ _PILLOW_LIMIT = threading.Lock()
 
 @contextmanager
 def _pillow_limit(pixels: int) -> Iterator[None]:
-    """Pillow's own limit, which belongs to the process, set to ours and made an error."""
+    """Set Pillow's process-wide limit and make its warning an error."""
     with _PILLOW_LIMIT, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
@@ -91,7 +106,7 @@ def _pillow_limit(pixels: int) -> Iterator[None]:
 
 
 class ImageSizeError(ValueError):
-    """A picture has more pixels, or a longer side, than the codec takes."""
+    """A picture with too many pixels or too long a side."""
 
 
 def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
@@ -108,7 +123,7 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 
 
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
-    """A picture of any mode as sRGB, uint8 [H, W, 3].
+    """Return a picture of any mode as sRGB, uint8 [H, W, 3].
 
     Orientation is applied, profiles are converted to sRGB (relative colorimetric with black point
     compensation), transparency is flattened on white, 16-bit grey is rounded to 8 bits.
@@ -122,7 +137,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """
     try:
         image = ImageOps.exif_transpose(image)
-    except Exception as error:  # a damaged EXIF block is no reason to refuse the picture
+    except Exception as error:  # the picture is readable without its damaged EXIF block
         _warn(f"ignored a damaged EXIF block ({error})")
     profile = image.info.get("icc_profile")
     colour, alpha = _split_alpha(_to_eight_bits(image))
@@ -139,15 +154,15 @@ def _warn(message: str) -> None:
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Modes with more than 8 bits as "L" or "LA"; other modes as they are."""
+    """Return modes with more than 8 bits as "L" or "LA", and other modes unchanged."""
     if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow gives 16-bit grey as I;16 or I. 65535 is white whatever the picture's maximum.
+        # Pillow gives 16-bit grey as I;16 or I. 65535 is white in every picture.
         values = np.array(image).astype(np.int64)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ValueError(f"grey values {low} to {high}; integer pictures must be 0 to 65535")
         grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-        key = image.info.get("transparency")  # the transparent one of the 16-bit values
+        key = image.info.get("transparency")  # the transparent 16-bit value
         if key is None:
             return grey
         return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (values != key))))
@@ -160,9 +175,9 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Colours in one of ``_DIRECT`` (or "LAB"), and transparency "L" where there is any."""
+    """Return colours in a mode of ``_DIRECT`` or "LAB", and transparency as "L" or None."""
     if image.mode == "PA" or "transparency" in image.info or image.mode in ("RGBa", "La"):
-        # Greys stay greys, so that their profile still fits.
+        # Grey pictures stay grey, so that their profile fits.
         image = image.convert("LA" if image.mode in ("1", "L", "La") else "RGBA")
     if image.mode in ("RGBA", "LA"):
         alpha = image.getchannel("A")
@@ -177,7 +192,7 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours of mode L, RGB, CMYK or LAB as sRGB."""
+    """Return colours of mode L, RGB, CMYK or LAB as sRGB."""
     srgb = ImageCms.createProfile("sRGB")
     if image.mode == "LAB":
         lab = ImageCms.createProfile("LAB")
@@ -187,7 +202,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             space = source.profile.xcolor_space.strip()
             if space == "RGB" and image.mode == "L":
-                image = image.convert("RGB")  # greys of a colour picture
+                image = image.convert("RGB")  # a grey picture with a colour profile
             if space != _PROFILE_SPACE[image.mode]:
                 raise ImageCms.PyCMSError(f"a {space} profile in a {image.mode} picture")
             transform = ImageCms.buildTransform(
@@ -211,10 +226,10 @@ def _converted(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Ima
 
 
 def reflected(length: int, padded: int) -> NDArray[np.int64]:
-    """Source index of each of ``padded`` samples when ``length`` samples are reflected.
+    """Return the source index of each of ``padded`` samples of ``length`` reflected samples.
 
-    The last sample is not repeated (… n-2, n-1, n-2 …); where one reflection is not enough the
-    picture swings back and forth; a single sample is repeated.
+    The last sample is not repeated (… n-2, n-1, n-2 …), and reflections alternate at both ends. A
+    single sample is repeated.
     """
     if length == 1:
         return np.zeros(padded, dtype=np.int64)
@@ -240,13 +255,13 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     ".bmp": ("BMP", {}),
     ".ppm": ("PPM", {}),
 }
-"""Ending -> Pillow's name of the format, and how to save with little or no loss."""
+"""File ending -> Pillow's name of the format, and options for saving with little or no loss."""
 
 
 def picture_format(path: Path | str) -> tuple[str, dict[str, Any]]:
-    """Pillow's name of the format that a file name ends in, and the options to save it with.
+    """Return Pillow's format and the saving options for the ending of a file name.
 
-    Raises ValueError for an ending that names no format to write.
+    Raises ValueError for an unknown ending.
     """
     suffix = Path(path).suffix.lower()
     if suffix not in _FORMATS:
@@ -257,9 +272,9 @@ def picture_format(path: Path | str) -> tuple[str, dict[str, Any]]:
 
 
 def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Refuse files to be written that would overwrite an input or each other.
+    """Raise ValueError if an output would overwrite an input or another output.
 
-    Raises ValueError that names the output, also where its folder does not exist.
+    Also raises if its folder does not exist. The message names the output.
     """
     taken = {os.path.realpath(path): f"the input {path}" for path in inputs}
     for output in outputs:
@@ -273,10 +288,10 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def write_image(image: Image.Image, path: Path | str) -> None:
-    """Write a picture in the format that its name ends in; the file appears whole or not at all.
+    """Write a picture atomically, in the format of the name's ending.
 
     Raises:
-        ValueError: a name whose ending is no picture format.
+        ValueError: an ending without a picture format.
         OSError: the file cannot be written.
     """
     name, options = picture_format(path)
@@ -286,12 +301,11 @@ def write_image(image: Image.Image, path: Path | str) -> None:
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a file that appears whole or not at all: a neighbour is written, then renamed.
+    """Write a file atomically: write a temporary neighbour, then rename it.
 
-    A symbolic link stays one, and its target is written; devices and pipes are written through; a
-    file that is replaced hands on its permissions.
-
-    Raises OSError that names ``path`` when it cannot be written; no neighbour is left behind then.
+    Writes the target of a symbolic link, keeps the permissions of a replaced file, and writes
+    directly to devices and pipes. Raises OSError that names ``path``, and removes the neighbour, if
+    the file cannot be written.
     """
     if Path(path).exists() and not Path(path).is_file():
         with open(path, "wb") as stream:

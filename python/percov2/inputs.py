@@ -1,4 +1,4 @@
-"""What a codec is given: one picture or file, or several, told apart by type."""
+"""Inputs of a codec: one picture or file, or several, distinguished by type."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from PIL import Image
 
 from percov2.images import check_size, decode_image, read_image, to_rgb
 
+__all__ = ["OneFile", "OnePicture", "as_files", "as_pictures", "rgb_array"]
+
+
 OneFile: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview
 """A path, or the bytes of a file."""
 OnePicture: TypeAlias = OneFile | Image.Image | NDArray[Any] | torch.Tensor
@@ -29,7 +32,7 @@ _PICTURES = (
 
 
 def as_pictures(value: Any) -> tuple[bool, list[Any]]:
-    """Return whether a value is one picture, and its pictures as a list.
+    """Return (True for one picture, the pictures as a list).
 
     Raises:
         ValueError: neither a picture nor an iterable.
@@ -48,7 +51,7 @@ def as_pictures(value: Any) -> tuple[bool, list[Any]]:
 
 
 def as_files(value: Any) -> tuple[bool, list[bytes]]:
-    """Return whether a value is one ``.pcv2`` file, and the bytes of its files.
+    """Return (True for one ``.pcv2`` file, the bytes of the files).
 
     Raises:
         ValueError: neither a file nor an iterable of files.
@@ -78,11 +81,11 @@ def rgb_array(picture: Any, max_pixels: int) -> NDArray[np.uint8]:
     """Return one picture as sRGB, uint8 [H, W, 3].
 
     Args:
-        picture: as ``OnePicture``. A tensor holds uint8, or floats in [0, 1].
-        max_pixels: refuse larger ones, before they are decoded.
+        picture: a ``OnePicture``; tensors are uint8, or floats in [0, 1].
+        max_pixels: most pixels of a picture; larger ones are refused before decoding.
 
     Raises:
-        ValueError: no picture, a damaged one, or one that is too large.
+        ValueError: no picture, or a damaged or too large one.
         OSError: a path that cannot be read.
     """
     if isinstance(picture, (str, os.PathLike)):

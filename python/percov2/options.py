@@ -1,6 +1,6 @@
-"""How pictures are compressed and restored: two frozen objects that travel whole.
+"""Options of compressing and restoring: two frozen, checked objects.
 
-The command line makes its flags from the same fields (``cli_options``).
+The command line makes its flags from their fields.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from typing import Any, TypeVar
 
 from percov2.container import bitstream
 
+__all__ = ["DecodeOptions", "EncodeOptions", "OptionError", "options_from"]
+
 
 class OptionError(ValueError):
-    """An option has a value that it cannot have; the message names options as Python does."""
+    """An invalid value of an option; the message uses Python's name of the option."""
 
 
 def _option(default: Any, help_: str, low: float | None = None, high: float | None = None) -> Any:
-    """Return a field with what help and checks need: an inclusive range, or none."""
+    """Return a field with a help text and an inclusive range, or none."""
     return field(default=default, metadata={"help": help_, "low": low, "high": high})
 
 
 def _checked(options: Any) -> None:
-    """Check types and ranges of the fields that have one, and make plain numbers of NumPy's."""
+    """Check the types and ranges of fields, and convert NumPy's numbers to plain ones."""
     for one in dataclasses.fields(options):
         value, (low, high) = getattr(options, one.name), (one.metadata["low"], one.metadata["high"])
         whole = "int" in str(one.type)
@@ -45,7 +47,7 @@ def _checked(options: Any) -> None:
 
 
 def _number(value: Any, whole: bool) -> float | None:
-    """Return a plain int or float, None for anything that is no such number."""
+    """Return a plain int or float, or None for any other value."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return None
     return operator.index(value) if whole else float(value)  # type: ignore[arg-type]
@@ -58,8 +60,8 @@ def options_from(kind: type[Options], options: Options | None, changes: dict[str
     """Return options with some fields replaced.
 
     Raises:
-        TypeError: an object of another kind, or a field that there is not.
-        OptionError: values that do not fit.
+        TypeError: options of another class, or an unknown field.
+        OptionError: an invalid value.
     """
     if options is None:
         options = kind()
@@ -74,23 +76,23 @@ def options_from(kind: type[Options], options: Options | None, changes: dict[str
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
-    """How pictures are compressed.
+    """The options of compressing.
 
     Attributes:
         rate: name of a rate of the model; None for the model's default.
         schedule: name of an entropy schedule; None for the model's default.
-        target_bytes: hold as many stages as so many bytes have room for. Where the complete file is
-            longer and readers accept no part of so many tokens, the picture takes the finest
-            coarser rate that has a file of so many bytes. 1 to 67,108,864.
-        stages: hold the tokens of so many stages; the decoder draws the others (the paper's hybrid
-            mode). 1 to 65,536; None, or all of a picture's: a complete file.
-        draw_seed: of the decoder's draws for files that do not hold all stages, 0 to 65,535; others
-            than 0 cost two or three bytes.
-        slack: 0 to 2; above 0 a place takes, of its 16 nearest codes, the likeliest whose cosine
-            similarity is at most so much below the nearest one's.
-        effort: rounds of a search for tokens that paint the picture better, 0 to 1,000; each takes
-            as long as decoding it about three times, and 16 bring most of the gain.
-        max_pixels: refuse pictures with more pixels, 1 to 2^32.
+        target_bytes: most bytes of a file, which holds as many stages as fit, 1 to 67,108,864. A
+            picture with too many tokens for an incomplete file takes the finest coarser rate whose
+            complete file fits.
+        stages: number of stages in the file, 1 to 65,536; the decoder draws the others (the paper's
+            hybrid mode). None, or the number of all stages, gives a complete file.
+        draw_seed: seed of the decoder's draws for incomplete files, 0 to 65,535; values above 0
+            cost two or three bytes.
+        slack: largest loss of cosine similarity, 0 to 2. Each place takes the likeliest of its 16
+            nearest codes whose similarity is at most this below the nearest one's.
+        effort: rounds of a search for better tokens, 0 to 1,000. Each takes about as long as
+            decoding the picture three times; 16 bring most of the gain.
+        max_pixels: most pixels of a picture, 1 to 2^32.
 
     Raises:
         OptionError: a value of another type or outside its range, both stages and target_bytes, or
@@ -103,11 +105,11 @@ class EncodeOptions:
     rate: str | None = _option(None, "rate of the model, e.g. r031 (default: the model's)")
     schedule: str | None = _option(None, "entropy schedule, e.g. qlds12 (default: the model's)")
     target_bytes: int | None = _option(
-        None, "hold as many stages of tokens as so many bytes have room for", 1, 1 << 26
+        None, "most bytes of the file, which holds as many stages as fit (default: all)", 1, 1 << 26
     )
     stages: int | None = _option(
         None,
-        "hold so many stages of tokens; the decoder draws the others (default: all)",
+        "number of stages in the file; the decoder draws the others (default: all)",
         1,
         bitstream.MAX_STAGES_SENT,
     )
@@ -119,8 +121,7 @@ class EncodeOptions:
     )
     slack: float = _option(
         0.0,
-        "take the likeliest of the 16 nearest codes whose cosine similarity is at most this below "
-        "the nearest one's (default: 0)",
+        "largest loss of cosine similarity for a likelier one of the 16 nearest codes (default: 0)",
         0,
         2,
     )
@@ -133,7 +134,7 @@ class EncodeOptions:
     )
     max_pixels: int = _option(
         bitstream.MAX_PIXELS,
-        f"refuse pictures with more pixels (default: {bitstream.MAX_PIXELS})",
+        f"most pixels of a picture (default: {bitstream.MAX_PIXELS})",
         1,
         bitstream.MAX_SIDE**2,
     )
@@ -143,21 +144,21 @@ class EncodeOptions:
         if self.stages is not None and self.target_bytes is not None:
             raise OptionError("stages and target_bytes exclude each other; give one")
         if self.draw_seed and self.stages is None and self.target_bytes is None:
-            raise OptionError("draw_seed needs stages or target_bytes: without, nothing is drawn")
+            raise OptionError("draw_seed needs stages or target_bytes; complete files draw nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions:
-    """How pictures are restored.
+    """The options of restoring.
 
     Attributes:
         realism: 0 (faithful) to 1 (realistic), for models with a dial; None for the rate's default.
-        steps: flow evaluations, 1 to 1,000; None for the rate's default.
+        steps: number of flow evaluations, 1 to 1,000; None for the rate's default.
         guidance: classifier-free guidance on the caption, 0 to 100; None for the model's default.
-        seed: of the starting noise, 0 to 2^63 - 1.
-        allow_truncated: of a file that lacks its end take the stages that are whole, and draw the
-            others. Nothing protects such a file from damage in what is left of it.
-        max_pixels: refuse files that declare more pixels, 1 to 2^32.
+        seed: seed of the starting noise, 0 to 2^63 - 1.
+        allow_truncated: restore the intact stages of a truncated file and draw the others. Nothing
+            detects damage in such a file.
+        max_pixels: most pixels that a file may declare, 1 to 2^32.
 
     Raises:
         OptionError: a value of another type or outside its range.
@@ -169,15 +170,15 @@ class DecodeOptions:
     realism: float | None = _option(
         None, "0 paints a faithful picture, 1 a realistic one (default: the rate's)", 0, 1
     )
-    steps: int | None = _option(None, "flow evaluations (default: the rate's)", 1, 1000)
+    steps: int | None = _option(None, "number of flow evaluations (default: the rate's)", 1, 1000)
     guidance: float | None = _option(
         None, "weight of the caption; 1 turns it off (default: the model's)", 0, 100
     )
     seed: int = _option(0, "seed of the starting noise (default: 0)", 0, 2**63 - 1)
-    allow_truncated: bool = _option(False, "restore what is left of a file that lacks its end")
+    allow_truncated: bool = _option(False, "restore the intact part of a truncated file")
     max_pixels: int = _option(
         bitstream.MAX_PIXELS,
-        f"refuse files that declare more pixels (default: {bitstream.MAX_PIXELS})",
+        f"most pixels that a file may declare (default: {bitstream.MAX_PIXELS})",
         1,
         bitstream.MAX_SIDE**2,
     )

@@ -1,4 +1,4 @@
-"""``percov2 bench``: what it measures is right, and what it writes holds together."""
+"""``percov2 bench entropy``: correct measurements and consistent reports."""
 
 from __future__ import annotations
 

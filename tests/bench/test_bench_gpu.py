@@ -1,4 +1,4 @@
-"""``percov2 bench gpu``: what a card would run runs here, compared with the CPU and counted."""
+"""``percov2 bench gpu`` with emulated kernels, compared with the CPU."""
 
 from __future__ import annotations
 

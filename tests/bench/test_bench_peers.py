@@ -1,4 +1,4 @@
-"""The peers that percov2 is measured against, and what a summary makes of their figures."""
+"""The peers in the benchmark, and the summary of their figures."""
 
 from __future__ import annotations
 

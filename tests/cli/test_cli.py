@@ -1,4 +1,4 @@
-"""The command line: what it prints, writes and returns."""
+"""The command line: output, files and exit status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line when something is wrong: one line, an exit status, nothing half-written."""
+"""Faults on the command line: one line, an exit status, no half-written file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The file header against the oracle, its cost, and what it does with bytes that are no file."""
+"""The file header against the oracle, its cost, and the refusal of other bytes."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_pieces_of_a_text() -> None:
 
 @pytest.mark.parametrize("learned", [[b"a"], [b"ab", b"ab"], [b"x" * 33]])
 def test_wrong_pieces_are_refused(learned: list[bytes]) -> None:
-    with pytest.raises(ValueError, match="learned pieces must be unlike and of 2 to 32 bytes"):
+    with pytest.raises(ValueError, match="learned pieces must differ and have 2 to 32 bytes"):
         Alphabet(learned)
 
 
@@ -138,9 +138,7 @@ def test_captions_come_back_from_a_batch(describing: Codec, written: list[str]) 
 def test_a_caption_model_is_needed_and_named(describing: Codec, codec: Codec, folder: Path) -> None:
     tokens = np.zeros((2, 2), dtype=np.int32)
     (data,) = describing.pack([tokens], [(30, 30)], caption=["a red door"])
-    (cut,) = describing.decode([data[:-1]], allow_truncated=True)
-    assert cut.caption == "a red door"
-    with pytest.raises(BitstreamError, match="needs a caption model, and none is at hand"):
+    with pytest.raises(BitstreamError, match="needs a caption model, and there is none"):
         Codec(codec.model, None).decode([data])
     other = Alphabet([*LEARNED[:-1], b"er"])
     transformer = CaptionModel.load(folder)._coder.model

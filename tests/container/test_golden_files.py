@@ -1,6 +1,6 @@
-"""Files that must mean the same tokens, in the same bytes, forever.
+"""Golden files, which must give the same tokens for ever.
 
-Those of a frozen random entropy model pin the format; those of the embedded model pin its rates.
+Files of a frozen random entropy model pin the format; those of the embedded model pin its rates.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Damaged and made-up files: refused with a reason, in bounded time and memory."""
+"""Damaged and forged files: refused with a reason, in bounded time and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The normative documents suffice: a decoder written from them alone reads what percov2 writes."""
+"""A decoder written from the normative documents alone reads the files of percov2."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Files of a part of the stages and files without their end.
-
-What they mean is what test_independent_decoder.py says.
-"""
+"""Files with some of their stages, and truncated files, against a plain-Python reader."""
 
 from __future__ import annotations
 
@@ -118,9 +115,15 @@ def test_a_caption_for_a_missing_model_is_not_written(coder: TokenCoder) -> None
 
 def test_impossible_parts_are_refused(coder: TokenCoder) -> None:
     for h, w, name, sent, message in [
-        (3, 3, "qlds5", 5, "5 stages are no part of the 5"),
-        (257, 256, "qlds12", 1, "of more than 65536 tokens a file must hold all, not 65792"),
-        (65, 64, "raster", 9, "a part of 4096 stages at most"),
+        (3, 3, "qlds5", 5, "a part of 5 stages, but schedule .qlds5. has 5"),
+        (
+            257,
+            256,
+            "qlds12",
+            1,
+            "a file of more than 65536 tokens must hold all stages, and this one has 65792",
+        ),
+        (65, 64, "raster", 9, "a file of more than 4096 stages must hold all"),
     ]:
         head = header(h, w, name, sent)
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""``target_bytes`` and ``stages`` where a reader would refuse a part of a picture's tokens."""
+"""``target_bytes`` and ``stages`` for pictures that must be complete."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_target_goes_down_until_a_file_fits(codec: Codec) -> None:
 def test_a_picture_without_a_coarser_rate_says_what_a_file_must_hold(codec: Codec) -> None:
     image = noise(300, 300)  # 100 tokens of 32 pixels
     (whole,) = codec.compress([image], rate="r010")
-    message = rf"needs {len(whole)} bytes.*of more than 64 tokens a file must hold all"
+    message = rf"needs {len(whole)} bytes.*of more than 64 tokens must hold all"
     with pytest.raises(ValueError, match=message):
         codec.compress([image], rate="r010", target_bytes=len(whole) - 1)
 
@@ -118,7 +118,7 @@ def test_stages_that_a_reader_refuses_are_refused_before_anything_is_computed(
     (whole,) = codec.compress([image], rate="r125")
     assert codec.compress([image], rate="r125", stages=12) == [whole]
     monkeypatch.setattr(codec.model, "encode_tokens", None)
-    with pytest.raises(ValueError, match=r"of more than 64 tokens .* not 169 in part.*coarser"):
+    with pytest.raises(ValueError, match=r"of more than 64 tokens .* this one has 169.*coarser"):
         codec.compress([noise(8, 8), image], rate="r125", stages=3)
 
 
@@ -131,7 +131,7 @@ def test_raster_in_part_is_bounded_by_its_stages(
     with pytest.warns(CoarserRateWarning, match="r031 instead of r125"):
         (file,) = codec.compress([image], rate="r125", schedule="raster", target_bytes=30)
     assert codec.decode([file])[0].rate.name == "r031"
-    with pytest.raises(ValueError, match=r"3 stages .*169 of schedule 'raster'.*coarser"):
+    with pytest.raises(ValueError, match=r"3 stages .*'raster' has 169.*coarser"):
         codec.compress([image], rate="r125", schedule="raster", stages=3)
 
 

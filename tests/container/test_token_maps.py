@@ -1,4 +1,4 @@
-"""What stage 2 trains on: token maps of photos, and settings per rate."""
+"""The data of stage 2: token maps of photos, and settings per rate."""
 
 from __future__ import annotations
 

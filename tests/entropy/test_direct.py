@@ -1,4 +1,4 @@
-"""Entries that are keys, readers and read out at once: the re-reading masked model."""
+"""Baselines with one entry per token: the re-reading masked model."""
 
 from __future__ import annotations
 

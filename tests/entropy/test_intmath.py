@@ -1,4 +1,4 @@
-"""Integer operations against their definitions, at random and at the ends of their ranges."""
+"""Integer operations against their definitions, at random and at the limits of their ranges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams of a model of one's own: any steps give the same bytes, damage is noticed."""
+"""Streams of a user's model: steps of any size give the same bytes, and damage is noticed."""
 
 from __future__ import annotations
 

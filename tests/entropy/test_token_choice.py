@@ -1,4 +1,4 @@
-"""Tokens chosen with the rate in mind, against the same choice made with one-pass logits."""
+"""Choices of likely tokens, against the same choices from one-pass logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages of pictures: every picture is on the page, unharmed, under a label that fits."""
+"""Pages of pictures: every picture is on the page, unchanged, with its label."""
 
 from __future__ import annotations
 

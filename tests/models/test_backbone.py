@@ -1,4 +1,4 @@
-"""How a model's name becomes a backbone."""
+"""The lookup of a backbone by the name of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PerCo's published tensors: same weights, same outputs and indices as the plain statement."""
+"""PerCo's published tensors give the outputs and indices of a plain implementation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Full-size networks without memory: their counts, and the documented tables."""
+"""Full-size networks on the meta device: their counts and the documented tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nvcc makes of the CUDA kernels, and when CMake asks it to."""
+"""The compiled CUDA kernels, and CMake's conditions for building them."""
 
 from __future__ import annotations
 

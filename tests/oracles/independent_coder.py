@@ -1,6 +1,6 @@
 """The coder of docs/reference/bitstream.md, §3, both ways, in Python integers.
 
-See ``independent_decoder``, which it serves.
+A part of ``independent_decoder``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """A decoder of `.pcv2` files up to the tokens, written from the documents alone.
 
-docs/reference/bitstream.md, docs/reference/schedules.md and docs/reference/entropy-model.md say
-that they are all that such a decoder needs. This one, in plain Python without numpy and slow, was
-written without a look at the package's source; it shares no code with it. "§" is a section of the
-document that a part names.
+docs/reference/bitstream.md, schedules.md and entropy-model.md claim to suffice for such a decoder.
+This one is plain, slow Python without numpy, written without the package's source, and shares no
+code with it. "§" is a section of the document that a part names.
 """
 
 from __future__ import annotations

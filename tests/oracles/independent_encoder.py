@@ -1,6 +1,6 @@
-"""Whole files from a header and the intervals of its symbols: docs/reference/bitstream.md, slowly.
+"""A writer of whole files from a header and the intervals of its symbols.
 
-The tables are those of ``independent_decoder``; nothing is shared with the package.
+It uses the tables of ``independent_decoder`` and shares nothing with the package.
 """
 
 from __future__ import annotations

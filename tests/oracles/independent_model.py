@@ -1,6 +1,6 @@
 """An entropy model, its intervals and draws, written from the documents alone.
 
-See ``independent_decoder``, which it serves. "§" is a section of the document that a part names.
+A part of ``independent_decoder``. "§" is a section of the document that a part names.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Triton kernels without a GPU: interpreted, or compiled ahead of time as launches compile them.
 
-Registers, stack and shared memory come from cuobjdump; triton and the CUDA toolkit bring one.
+cuobjdump, from triton or the CUDA toolkit, prints registers, stack and shared memory.
 """
 
 from __future__ import annotations

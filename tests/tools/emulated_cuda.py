@@ -1,4 +1,4 @@
-"""The CUDA kernels as a Python module: emulated on the CPU, or absent, built from tests/native."""
+"""The CUDA kernels as a Python module built from tests/native: emulated on the CPU, or absent."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Pictures made by code, and the files that the embedded model of commit 7cf2316 made of them.
+"""Pictures made by code, and their files by the embedded model of commit 7cf2316.
 
-The files lie in tests/data/tiny and are kept for ever: later models of that name must still read
-them. To add files of a further rate, add cases and run ``python tests/tools/golden_pictures.py``;
-it writes what is missing and never touches a file that is there.
+The files are in tests/data/tiny for ever: later models of that name must still read them. To add
+files of a further rate, add cases and run ``python tests/tools/golden_pictures.py``. It writes
+missing files and never changes existing ones.
 """
 
 from __future__ import annotations

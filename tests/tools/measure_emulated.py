@@ -1,8 +1,8 @@
-"""``percov2 bench gpu`` as on a card, in its own process: ``measure_emulated.py MODULE``.
+"""``percov2 bench gpu`` without a card, in its own process: ``measure_emulated.py MODULE``.
 
-Triton kernels are interpreted (TRITON_INTERPRET=1), CUDA kernels emulated by MODULE, a path, and
-tensors lie on the CPU. Prints the report; everything but device and clock is what a card runs.
-With a second argument the CPU's result is changed, "intervals", or that of a decoder, "tokens".
+Triton kernels are interpreted (TRITON_INTERPRET=1), and MODULE, a path, emulates the CUDA kernels.
+Tensors are on the CPU. The script prints the report; only device and clock differ from a card. A
+second argument changes the CPU's result: "intervals", or "tokens" for those of a decoder.
 """
 
 from __future__ import annotations

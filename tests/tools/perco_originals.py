@@ -1,8 +1,8 @@
-"""Runs PerCo's hyper-encoder and quantizer, built of the original libraries' layers.
+"""PerCo's hyper-encoder and quantizer, built from the original libraries' layers.
 
 For the interpreter of benchmarks/originals.sh, which has no percov2: ``python perco_originals.py IN
-OUT``, both safetensors. IN holds a published state dict and ``latents``; the metadata of its header
-give grid, n, m, codes and dim. OUT gets ``z``, ``indices`` and ``z_hat``.
+OUT``, both safetensors. IN holds a published state dict and ``latents``; its metadata hold grid, n,
+m, codes and dim. OUT gets ``z``, ``indices`` and ``z_hat``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A device that is not there: what a program asks of a GPU, counted without one.
+"""A pretended device that counts the operations and waits of a program on a GPU.
 
-Inside ``PretendedDevice()`` tensors on ``DEVICE`` are wrappers around CPU tensors. Every operator
-that torch dispatches is carried out on these, so all values are real, and everything for which the
-host of a real device would have to wait is written down.
+Inside ``PretendedDevice()`` tensors on ``DEVICE`` wrap CPU tensors. These run every operator that
+torch dispatches, so all values are real. Every operation that would make the host of a real device
+wait is recorded.
 """
 
 from __future__ import annotations

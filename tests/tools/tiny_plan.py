@@ -1,4 +1,4 @@
-"""A benchmark of a second: every kind of step of ``percov2 bench entropy``, as small as can be."""
+"""The smallest benchmark: every kind of step of ``percov2 bench entropy``, in a second."""
 
 from __future__ import annotations
 

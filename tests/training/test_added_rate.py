@@ -1,4 +1,4 @@
-"""A rate with 8-pixel tokens for a finished model: what it starts from, and what stays."""
+"""A new rate with 8-pixel tokens for a trained model: its start, and the unchanged rest."""
 
 from __future__ import annotations
 

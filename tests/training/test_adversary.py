@@ -1,4 +1,4 @@
-"""The discriminators: their force, what they learn, and where they are felt."""
+"""The discriminators: their weight, their training and their effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The campaign on a lent GPU, end to end on the CPU with a toy budget."""
+"""The campaign on a borrowed GPU, end to end on the CPU with a toy budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The captions phase on a few lines: what it reads, holds out, trains and writes."""
+"""The captions phase on a few lines: reading, holding out, training and writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses: their weights over a run, what networks see, and how realism shifts them."""
+"""The losses: their weights over a run, the networks' inputs, and the effect of realism."""
 
 from __future__ import annotations
 

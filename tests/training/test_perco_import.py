@@ -1,4 +1,4 @@
-"""``percov2 import-perco`` on incomplete and unfit checkpoints: errors that say what to do."""
+"""``percov2 import-perco`` on incomplete and unfit checkpoints: helpful errors."""
 
 from __future__ import annotations
 

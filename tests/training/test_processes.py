@@ -1,4 +1,4 @@
-"""Two processes that share a batch learn what one learns from the whole of it."""
+"""Two processes that share a batch learn the same as one process with the whole batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recorded steps: repeated ones do what usual ones do, and a step waits for nothing."""
+"""Recorded steps equal ordinary steps, and no step waits for the device."""
 
 from __future__ import annotations
 

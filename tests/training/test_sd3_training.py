@@ -1,4 +1,4 @@
-"""Training on a tiny random Stable Diffusion 3: losses, exact resume, and the way to a folder."""
+"""Training on a tiny random Stable Diffusion 3: losses, exact resume, and export to a folder."""
 
 from __future__ import annotations
 

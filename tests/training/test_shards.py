@@ -1,4 +1,4 @@
-"""Shards: reading by seeking, streams, held-out photos, and a feed that can be put anywhere."""
+"""Shards: reading by seeking, streams, held-out photos, and a feed with a settable position."""
 
 from __future__ import annotations
 

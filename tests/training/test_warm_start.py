@@ -1,4 +1,4 @@
-"""Runs that start from others, and what stays as it is there."""
+"""Runs that start from other runs, and the parts that they keep."""
 
 from __future__ import annotations
 

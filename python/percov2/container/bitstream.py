@@ -1,9 +1,9 @@
-"""The ``.pcv2`` file: plain prefix, entropy-coded header and caption, hand-over to the tokens.
+"""The ``.pcv2`` file before its tokens: plain prefix, entropy-coded header and caption.
 
-docs/reference/bitstream.md is the normative description. This module needs the standard library
-only, so that a file can be inspected without torch or the compiled coder. It never codes tokens:
-the writer pushes them first onto a rANS stack and then the intervals of ``header_intervals``; the
-reader decodes header and caption in plain Python and returns the coder state for the rest.
+docs/reference/bitstream.md is normative. This module needs only the standard library, so that a
+file can be inspected without the compiled coder. It never codes tokens. The writer pushes the
+tokens onto a rANS stack, then the intervals of ``header_intervals``. The reader decodes header and
+caption in plain Python and returns the coder's state.
 """
 
 from __future__ import annotations
@@ -15,30 +15,58 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from itertools import accumulate
 
-MAGIC = 0xFC2
+__all__ = [
+    "CAPTION_DEFLATE",
+    "CAPTION_MODEL",
+    "CAPTION_NONE",
+    "CAPTION_RAW",
+    "DENSE_SLACK",
+    "MAX_CAPTION_BYTES",
+    "MAX_DRAWN_TOKENS",
+    "MAX_PIXELS",
+    "MAX_SEED",
+    "MAX_SIDE",
+    "MAX_SPARSE_STAGES",
+    "MAX_STAGES_SENT",
+    "PREFIX_BYTES",
+    "PROB_BITS",
+    "RATES",
+    "SCHEDULE_INDICES",
+    "BitstreamError",
+    "Header",
+    "ParsedFile",
+    "check",
+    "header_intervals",
+    "keeps_dense_promise",
+    "prefix",
+    "read",
+]
+
+
+_MAGIC = 0xFC2
 """First 12 bits of a file. The byte 0xFC occurs in no UTF-8 text."""
-VERSION = 1
-"""Next 4 bits."""
+_VERSION = 1
+"""The next 4 bits."""
 PREFIX_BYTES = 4
-"""Plain bytes before the rANS stream: magic and version, model id."""
+"""Plain bytes before the rANS stream: magic, version and model id."""
 
 PROB_BITS = 12
 """All header and caption symbols are coded with probabilities in 1/4096."""
-STATE_BOUND = 1 << 23
-"""The decoder refills its state below this value, as long as bytes remain."""
+_STATE_BOUND = 1 << 23
+"""The decoder refills states below this value while bytes remain."""
 
 MAX_PIXELS = 64_000_000
-"""Default limit of the reader on height * width."""
+"""Default limit of height * width for the reader."""
 MAX_SIDE = 1 << 16
 MAX_STAGES_SENT = 1 << 16
 MAX_SEED = (1 << 16) - 1
 MAX_CAPTION_BYTES = 4096
 DENSE_SLACK = 512
-"""Tokens that a file may hold beyond what the dense promise ties to its bits."""
+"""Tokens that the dense promise allows beyond eight per byte."""
 MAX_SPARSE_STAGES = 4096
 """Most stages of a file without the dense promise: each costs a pass of the entropy model."""
 MAX_DRAWN_TOKENS = 1 << 16
-"""Most tokens of a token map of which a file holds a part only: drawn ones cost no bits."""
+"""Most tokens of a token map that a file may hold in part: drawn tokens cost no bits."""
 
 CAPTION_NONE, CAPTION_RAW, CAPTION_DEFLATE, CAPTION_MODEL = 0, 1, 2, 3
 """Caption codecs; 4 and 5 are reserved."""
@@ -61,12 +89,12 @@ _STANDARD_SIDE = 512
 
 
 class BitstreamError(ValueError):
-    """The bytes are not a valid ``.pcv2`` file; the message says what is wrong with them."""
+    """Bytes that are not a valid ``.pcv2`` file; the message names the fault."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """Everything that a file says before its tokens.
+    """The fields of a file before its tokens.
 
     Attributes:
         model_id: 0..65535, id of the rate's tokens: first 16 bits of a SHA-256 over token side,
@@ -75,13 +103,13 @@ class Header:
         width: image columns in pixels, 1..65536.
         rate: index of the rate in the model's list, 0..15.
         schedule: index of the entropy schedule (``percov2.entropy.schedule.SCHEDULES``), 0..6.
-        stages_sent: the file holds the tokens of stages 1..stages_sent, a decoder draws the others;
-            0 means all stages.
-        seed: of those draws, 0..65535; 0 if there are none.
+        stages_sent: the file holds the tokens of stages 1..stages_sent, and a decoder draws the
+            others; 0 means all stages.
+        seed: seed of those draws, 0..65535; 0 if there are none.
         caption_codec: ``CAPTION_NONE``, ``CAPTION_RAW``, ``CAPTION_DEFLATE`` or ``CAPTION_MODEL``.
         caption: the caption as coded bytes, at most 4096, the last one not zero; empty if and
             only if the codec is ``CAPTION_NONE``. With ``CAPTION_MODEL`` the text in UTF-8, or
-            empty as long as nobody has read it: this module has no caption model.
+            empty until a caption model has read it.
         dense: the file keeps the promise of ``keeps_dense_promise``.
 
     Raises:
@@ -129,17 +157,17 @@ class Header:
 
 @dataclass(frozen=True)
 class ParsedFile:
-    """A file whose header and caption have been read.
+    """The header and caption of a file, and the coder's state after them.
 
     Attributes:
         header: the decoded fields.
         state: rANS state before the first token, or before the caption if a model must read it;
             refilled (>= 2^23 unless no byte is left).
         position: index into the whole file of the next byte to shift in.
-        whole: no symbol of header and caption was read after the end of the data. False is no fault
-            of a complete file (its last symbols are), but a cut one says nothing then.
-        bits: cost in bits (sum of -log2 p; plain bits as they are) of ``header``, ``caption``
-            (its length and bytes) and ``check``; tokens and coder overhead are the rest.
+        whole: no symbol of header and caption was read after the end of the data. A short complete
+            file may set it to False; a truncated one then has no valid header.
+        bits: cost in bits (sum of -log2 p, or plain bits) of ``header``, ``caption`` (its length
+            and bytes) and ``check``; tokens and coder overhead are the rest.
     """
 
     header: Header
@@ -151,7 +179,7 @@ class ParsedFile:
 
 def prefix(header: Header) -> bytes:
     """Return the four plain bytes that open a file."""
-    return struct.pack(">HH", MAGIC << 4 | VERSION, header.model_id)
+    return struct.pack(">HH", _MAGIC << 4 | _VERSION, header.model_id)
 
 
 def check(header: Header, tokens_le_int32: bytes, caption_model: bytes = b"") -> int:
@@ -159,9 +187,9 @@ def check(header: Header, tokens_le_int32: bytes, caption_model: bytes = b"") ->
 
     Args:
         header: the fields of the file.
-        caption_model: fingerprint of the model that its caption is coded with, if it is.
         tokens_le_int32: the token map in raster order as little-endian int32, -1 where the
             token's stage is not sent.
+        caption_model: fingerprint of the caption model; empty for other caption codecs.
     """
     seed = struct.pack(">H", header.seed) if header.stages_sent else b""
     fields = struct.pack(">BBI", header.rate, header.schedule, header.stages_sent) + seed
@@ -178,18 +206,17 @@ def check(header: Header, tokens_le_int32: bytes, caption_model: bytes = b"") ->
 
 
 def keeps_dense_promise(token_count: int, payload_bytes: int, tail_tokens: int) -> bool:
-    """Say whether a file may carry the dense flag.
+    """Return True if a file may carry the dense flag.
 
-    The flag bounds the work that a damaged size field can cause. A writer whose file breaks the
-    promise (large plain areas that cost next to nothing) clears the flag; a reader refuses a file
-    that carries the flag and breaks the promise.
+    The flag bounds the work that a damaged size field can cause. A writer clears it if a file
+    breaks the promise, as large plain areas do. A reader refuses a file with the flag that breaks
+    the promise.
 
     Args:
         token_count: tokens of the sent stages.
         payload_bytes: bytes of the file after the four plain ones.
-        tail_tokens: tokens still to be decoded once no byte is left and the state is < 2^23 (a
-            writer may give the number of tokens pushed before the coder's first output byte,
-            which is never smaller).
+        tail_tokens: tokens to decode once no byte is left and the state is < 2^23. A writer may
+            give the number of tokens pushed before the first output byte, which is never smaller.
     """
     return token_count <= 8 * payload_bytes + DENSE_SLACK and tail_tokens <= DENSE_SLACK
 
@@ -197,8 +224,7 @@ def keeps_dense_promise(token_count: int, payload_bytes: int, tail_tokens: int) 
 def header_intervals(header: Header) -> list[tuple[int, int]]:
     """Return the (start, freq) of header and caption in decoding order, freqs in 1/4096.
 
-    A writer pushes them in reverse order, after all tokens, and after what a caption model gave for
-    the caption.
+    A writer pushes them in reverse order, after all tokens and the pieces of a modelled caption.
     """
     out: list[tuple[int, int]] = []
 
@@ -236,7 +262,7 @@ def header_intervals(header: Header) -> list[tuple[int, int]]:
 
 
 class _Decoder:
-    """The rANS decoder of docs/reference/bitstream.md, section 3, counting the bits spent."""
+    """The rANS decoder of docs/reference/bitstream.md, section 3, which also counts bits."""
 
     def __init__(self, data: bytes, position: int) -> None:
         self.data = data
@@ -247,19 +273,18 @@ class _Decoder:
         self._refill()
 
     def _refill(self) -> None:
-        while self.state < STATE_BOUND and self.position < len(self.data):
+        while self.state < _STATE_BOUND and self.position < len(self.data):
             self.state = self.state << 8 | self.data[self.position]
             self.position += 1
 
     def _advance(self, start: int, freq: int) -> None:
-        self.whole &= self.state >= STATE_BOUND
+        self.whole &= self.state >= _STATE_BOUND
         slot = self.state & ((1 << PROB_BITS) - 1)
         self.state = freq * (self.state >> PROB_BITS) + slot - start
         self.bits += PROB_BITS - math.log2(freq)
         self._refill()
 
     def symbol(self, table: tuple[int, ...]) -> int:
-        """Decode one symbol of a table of frequencies."""
         starts = [0, *accumulate(table)]
         symbol = bisect_right(starts, self.state & ((1 << PROB_BITS) - 1)) - 1
         self._advance(starts[symbol], table[symbol])
@@ -288,11 +313,11 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
 
     Args:
         data: the whole file.
-        max_pixels: refuse images with more pixels than this.
+        max_pixels: most pixels of an image.
 
     Raises:
-        BitstreamError: the data is empty, too short, not a ``.pcv2`` file, of another version,
-            holds an impossible or unknown field, or declares too large an image.
+        BitstreamError: the data is empty, too short, no ``.pcv2`` file or of another version, or it
+            holds an impossible field or declares too large an image.
     """
     data = bytes(data)
     _read_prefix(data)
@@ -351,26 +376,26 @@ def _read_prefix(data: bytes) -> None:
     if not data:
         raise BitstreamError("the file is empty")
     starts = f"it starts with {data[:4].hex(' ')}, a .pcv2 file with fc 2x"
-    if data[0] != MAGIC >> 4 or (len(data) > 1 and data[1] >> 4 != MAGIC & 15):
+    if data[0] != _MAGIC >> 4 or (len(data) > 1 and data[1] >> 4 != _MAGIC & 15):
         raise BitstreamError(f"not a .pcv2 file: {starts}")
-    if len(data) > 1 and data[1] & 15 != VERSION:
+    if len(data) > 1 and data[1] & 15 != _VERSION:
         raise BitstreamError(
-            f"unsupported .pcv2 version {data[1] & 15}: this version of percov2 reads {VERSION}"
+            f"unsupported .pcv2 version {data[1] & 15}: this version of percov2 reads {_VERSION}"
         )
     if len(data) < PREFIX_BYTES:
         raise BitstreamError(
             f"the file is too short: {len(data)} bytes, a header needs at least {PREFIX_BYTES}"
         )
-    # A writer flushes its state without leading zeros; accepting them would let any number of
-    # files mean the same.
+    # A writer flushes its state without leading zeros. Accepting them would give one content
+    # several files.
     if data[PREFIX_BYTES : PREFIX_BYTES + 1] == b"\0":
         raise BitstreamError("damaged file: its coded part begins with a zero byte")
 
 
 def _read_caption(decoder: _Decoder) -> bytes:
     length = decoder.number(_CAPTION_EXPONENT)
-    # A byte costs 8 bits, and the state holds fewer than 31 + 4 bits beyond the bytes left; the
-    # rule that the last byte is not zero makes this exact (docs/reference/bitstream.md, section 5).
+    # A byte costs 8 bits, and the state holds fewer than 31 + 4 bits beyond the bytes left. The
+    # last byte is never zero, so this bound is exact (docs/reference/bitstream.md, section 5).
     room = len(decoder.data) - decoder.position + 4
     if length > room:
         raise BitstreamError(

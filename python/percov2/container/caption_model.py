@@ -1,9 +1,9 @@
 """Captions coded with a small integer transformer: about eight bytes instead of fifty.
 
-A text is split into pieces (words, parts of words, single bytes), so that any UTF-8 text has a
-form. The pieces are the tokens of a grid of one row in raster order: a piece is coded given the
-pieces before it, by the same integer program as image tokens (docs/reference/entropy-model.md),
-into the same rANS stream. docs/reference/bitstream.md, section 5, says how.
+A text becomes pieces: words, parts of words and single bytes, so that any UTF-8 text can be coded.
+The pieces are the tokens of a grid of one row in raster order, each coded given the pieces before
+it. The integer program (docs/reference/entropy-model.md) and the rANS stream are those of image
+tokens. docs/reference/bitstream.md, section 5, is normative.
 """
 
 from __future__ import annotations
@@ -25,8 +25,19 @@ from percov2.entropy.schedule import stages
 from percov2.entropy.staging import StagedDecoder
 from percov2.entropy.token_coder import TokenCoder
 
+__all__ = [
+    "END",
+    "FIRST_BYTE",
+    "FIRST_LEARNED",
+    "MAX_PIECES",
+    "Alphabet",
+    "CaptionModel",
+    "ReadCaption",
+]
+
+
 MAX_PIECES = 64
-"""Pieces of a caption, its end included: the width of the grid."""
+"""Most pieces of a caption with its end: the width of the grid."""
 END = 0
 """The piece that ends a caption."""
 FIRST_BYTE = 1
@@ -34,15 +45,15 @@ FIRST_BYTE = 1
 FIRST_LEARNED = FIRST_BYTE + 256
 _MAX_PIECE_BYTES = 32
 _REMEMBERED = 256
-"""Captions whose intervals are kept."""
+"""Number of captions whose intervals are cached."""
 
 
 class Alphabet:
-    """The pieces that texts are split into.
+    """The pieces of texts.
 
     Args:
-        learned: pieces FIRST_LEARNED, FIRST_LEARNED + 1, …: of 2 to 32 bytes, no two alike. A word
-            inside a text begins with the space before it.
+        learned: different pieces of 2 to 32 bytes, numbered from FIRST_LEARNED on. A word inside a
+            text begins with the space before it.
 
     Raises:
         ValueError: other pieces.
@@ -58,19 +69,20 @@ class Alphabet:
         lengths = {len(piece) for piece in learned}
         if len(set(learned)) != len(learned) or not lengths <= set(range(2, _MAX_PIECE_BYTES + 1)):
             raise ValueError(
-                f"learned pieces must be unlike and of 2 to {_MAX_PIECE_BYTES} bytes; there are "
-                f"{len(learned)}, {len(set(learned))} unlike, of {sorted(lengths)[:3]} … bytes"
+                f"learned pieces must differ and have 2 to {_MAX_PIECE_BYTES} bytes; of "
+                f"{len(learned)} pieces {len(set(learned))} differ, with {sorted(lengths)[:3]} … "
+                "bytes"
             )
         self.learned = list(learned)
         self._ids = {piece: i for i, piece in enumerate(self.learned, FIRST_LEARNED)}
         self._longest = max(lengths, default=1)
 
     def __len__(self) -> int:
-        """How many pieces there are, the end and single bytes included."""
+        """Return the number of pieces, with the end and single bytes."""
         return FIRST_LEARNED + len(self.learned)
 
     def split(self, text: str) -> list[int]:
-        """A text, not empty, as the fewest pieces; of equally few, longer ones come first."""
+        """Split a non-empty text into the fewest pieces; ties prefer longer pieces first."""
         data = b" " + text.encode("utf-8")
         fewest = [0] * (len(data) + 1)  # pieces of data[i:]
         chosen = [0] * len(data)
@@ -87,10 +99,10 @@ class Alphabet:
         return pieces
 
     def join(self, pieces: Sequence[int]) -> bytes:
-        """The bytes of pieces that hold no end.
+        """Return the bytes of pieces without an end.
 
         Raises:
-            BitstreamError: they do not begin with the space that every text's pieces begin with.
+            BitstreamError: the pieces do not begin with a space, as every text's pieces do.
         """
         data = b"".join(
             self.learned[piece - FIRST_LEARNED]
@@ -105,14 +117,14 @@ class Alphabet:
 
 @dataclass(frozen=True)
 class ReadCaption:
-    """A caption behind a file's header, and where the stream goes on.
+    """A caption after a file's header, and the decoder's place after it.
 
     Attributes:
-        text: its bytes, or a fault that the file has.
-        state: of the decoder behind it.
-        position: of the next byte, in the file.
-        whole: none of its symbols was read after the end of the data.
-        bits: what it costs.
+        text: the bytes of the caption, or the fault of a damaged file.
+        state: state of the decoder after the caption.
+        position: index of the next byte in the file.
+        whole: no symbol of the caption was read after the end of the data.
+        bits: cost of the caption in bits.
     """
 
     text: bytes | BitstreamError
@@ -123,7 +135,7 @@ class ReadCaption:
 
 
 class CaptionModel:
-    """Codes captions with one alphabet and one integer transformer, on the CPU.
+    """A coder of captions with one alphabet and one integer transformer, on the CPU.
 
     Raises:
         ValueError: a transformer for another number of pieces.
@@ -136,16 +148,16 @@ class CaptionModel:
                 f"alphabet has {len(alphabet)}"
             )
         self.alphabet, self._coder = alphabet, TokenCoder(transformer)
-        # A caption's cost is asked for before its intervals, and those for every file of it.
+        # A caller needs a caption's cost first, then its intervals for every file.
         self._coded = lru_cache(_REMEMBERED)(self._code)
 
     @property
     def prob_bits(self) -> int:
-        """Precision of its symbols."""
+        """Return the precision of the symbols."""
         return self._coder.prob_bits
 
     def fingerprint(self) -> bytes:
-        """SHA-256 over the transformer's fingerprint and the pieces, each with its length."""
+        """Return the SHA-256 of the transformer's fingerprint and the pieces with their lengths."""
         digest = hashlib.sha256(self._coder.model.fingerprint())
         for piece in self.alphabet.learned:
             digest.update(bytes([len(piece)]) + piece)
@@ -153,10 +165,10 @@ class CaptionModel:
 
     @classmethod
     def load(cls, folder: Path) -> CaptionModel:
-        """Read what ``save`` wrote.
+        """Read a folder written by ``save``.
 
         Raises:
-            OSError, ValueError: files that are missing, or not a caption model.
+            OSError, ValueError: missing files, or no caption model.
         """
         stored = json.loads((folder / "pieces.json").read_text(encoding="utf-8"))
         if not isinstance(stored, list) or not all(isinstance(piece, str) for piece in stored):
@@ -172,9 +184,9 @@ class CaptionModel:
         (folder / "pieces.json").write_text(text, encoding="utf-8")
 
     def intervals(self, text: str) -> NDArray[np.int32] | None:
-        """Return (start, freq) of the pieces of a text, not empty, and of their end: int32 [n, 2].
+        """Return (start, freq) of the pieces of a non-empty text and of their end: int32 [n, 2].
 
-        Frequencies are in 1 / 2^prob_bits. None if the text has more than ``MAX_PIECES`` - 1.
+        Frequencies are in 1 / 2^prob_bits. None for a text of ``MAX_PIECES`` or more pieces.
         """
         return self._coded(text)
 
@@ -183,7 +195,7 @@ class CaptionModel:
         return None if len(pieces) >= MAX_PIECES else self._intervals(pieces)
 
     def bits(self, text: str) -> float:
-        """What a text costs, in bits; infinite if it has too many pieces."""
+        """Return the cost of a text in bits; infinite if it has too many pieces."""
         coded = self.intervals(text)
         return float("inf") if coded is None else self._cost(coded)
 
@@ -197,9 +209,9 @@ class CaptionModel:
         return float((self.prob_bits - np.log2(intervals[:, 1])).sum())
 
     def read(self, files: Sequence[tuple[bytes, int, int]]) -> list[ReadCaption]:
-        """The captions of files, each given with the state and position behind its header.
+        """Read the captions of files, each given with the state and position after its header.
 
-        Works on damaged data in bounded time: at most ``MAX_PIECES`` passes.
+        Takes at most ``MAX_PIECES`` passes, even on damaged data.
         """
         if not files:
             return []

@@ -1,7 +1,4 @@
-"""Captions: where they come from, and their text <-> coded bytes.
-
-The coded bytes go into the header of a file (``percov2.container.bitstream``), eight bits each.
-"""
+"""Sources of captions, and the codecs between a caption's text and its bytes in a file's header."""
 
 from __future__ import annotations
 
@@ -23,26 +20,38 @@ from percov2.container.bitstream import (
     header_intervals,
 )
 
-CAPTION_CODECS = ("none", "raw", "deflate", "model")
-"""Names of the caption codecs of ``percov2.container.bitstream``, by their numbers."""
-CAPTIONERS = ("none", "text", "blip2", "molmo2")
-"""Names that ``percov2.captioners.open_captioner`` knows."""
+__all__ = [
+    "CAPTIONERS",
+    "CAPTION_CODECS",
+    "Captioner",
+    "NoCaptioner",
+    "TextCaptioner",
+    "check_captioner",
+    "decode_caption",
+    "encode_caption",
+]
 
-# A deflate stream often ends in zero bits; zero bytes at its end are not stored. The reader
-# appends this many again, more than any stream that the writer accepts has lost.
+
+CAPTION_CODECS = ("none", "raw", "deflate", "model")
+"""Names of the caption codecs of ``percov2.container.bitstream``, by number."""
+CAPTIONERS = ("none", "text", "blip2", "molmo2")
+"""Names accepted by ``percov2.captioners.open_captioner``."""
+
+# A deflate stream often ends in zero bits, so zero bytes at its end are not stored. The reader
+# appends this many, more than any accepted stream has lost.
 _DEFLATE_PADDING = 4
 
 
 class Captioner(Protocol):
-    """Describes images in words; the words guide the decoder."""
+    """A callable that describes images in words, which guide the decoder."""
 
     def __call__(self, images: Sequence[Any]) -> list[str]:
-        """Return one caption per image (PIL images); an empty caption costs nothing."""
+        """Return one caption per PIL image; an empty caption costs nothing."""
         ...
 
 
 class NoCaptioner:
-    """Gives every image an empty caption."""
+    """A captioner without captions."""
 
     def __call__(self, images: Sequence[Any]) -> list[str]:
         """Return one empty string per image."""
@@ -50,7 +59,7 @@ class NoCaptioner:
 
 
 class TextCaptioner:
-    """Gives every image a text from the user.
+    """A captioner with texts of the user.
 
     Args:
         text: one caption for all images, or a list with one caption per image.
@@ -93,18 +102,18 @@ def check_captioner(name: str, text: str = "", location: str | None = None) -> N
 def encode_caption(
     text: str, model_bits: Callable[[str], float] | None = None
 ) -> tuple[int, bytes]:
-    """Code a caption with the codec that makes it shortest.
+    """Encode a caption with the codec that makes it shortest.
 
     Args:
-        text: the caption; its UTF-8 form has at most 4096 bytes; no control characters but tab
-            and newline.
-        model_bits: what a text costs with a caption model, in bits; None if there is none.
+        text: the caption, at most 4096 bytes of UTF-8, without control characters except tab and
+            newline.
+        model_bits: the cost of a text with a caption model, in bits; None without a model.
 
     Returns:
         (codec, coded bytes) for ``bitstream.Header``; (``CAPTION_NONE``, ``b""``) for no text.
 
     Raises:
-        ValueError: the text is too long, or cannot be written.
+        ValueError: a text that is too long or not allowed.
     """
     if not text:
         return CAPTION_NONE, b""
@@ -131,21 +140,20 @@ def encode_caption(
 
 
 def _header_bits(codec: int, coded: bytes) -> float:
-    """What a header with this caption costs, in bits, but for a model's part."""
+    """Return the cost of a header with this caption in bits, without a model's part."""
     header = Header(0, 1, 1, 0, 0, caption_codec=codec, caption=coded)
     return sum(PROB_BITS - math.log2(freq) for _, freq in header_intervals(header))
 
 
 def decode_caption(codec: int, coded: bytes) -> str:
-    """Return the text of a coded caption; memory and time are bounded for any input.
+    """Decode a caption; memory and time are bounded for any input.
 
     Args:
         codec: ``CAPTION_NONE``, ``CAPTION_RAW``, ``CAPTION_DEFLATE`` or ``CAPTION_MODEL``.
         coded: the bytes of the header.
 
     Raises:
-        BitstreamError: unknown codec, or bytes that no caption of at most 4096 bytes of UTF-8
-            without control characters gives.
+        BitstreamError: an unknown codec, or bytes of no caption that ``encode_caption`` accepts.
     """
     if codec == CAPTION_NONE:
         if coded:

@@ -1,4 +1,4 @@
-"""Which model a file needs: the id in its bytes 2-3."""
+"""The model id in bytes 2-3 of a file."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from collections.abc import Sequence
 
 from percov2.container.bitstream import BitstreamError, Header
 
+__all__ = ["check_model", "model_id"]
+
 
 def model_id(token_side: int, codebook_size: int, fingerprint: bytes, codebook: bytes) -> int:
-    """The id in a file's bytes 2-3: first 16 bits of a SHA-256 over what its tokens depend on.
+    """Return the id of a rate's tokens: the first 16 bits of a SHA-256.
 
-    It belongs to one rate: a model may get further rates and still read its old files.
+    It covers one rate, so a model with additional rates still reads its old files.
 
     Args:
-        token_side: pixels that a token is wide and high.
+        token_side: side of a token in pixels.
         codebook_size: number of different tokens.
-        fingerprint: of the rate's entropy model, 32 bytes.
-        codebook: as stored, float32 little-endian.
+        fingerprint: fingerprint of the rate's entropy model, 32 bytes.
+        codebook: the stored codebook, float32 little-endian.
 
-    The hashed bytes are: token side, codebook size, fingerprint, length of the codebook bytes,
+    The hashed bytes are token side, codebook size, fingerprint, length of the codebook bytes, and
     codebook bytes; numbers are uint32 big-endian.
     """
     digest = hashlib.sha256(struct.pack(">II", token_side, codebook_size))
@@ -29,13 +31,13 @@ def model_id(token_side: int, codebook_size: int, fingerprint: bytes, codebook: 
 
 
 def check_model(header: Header, model: str, rates: Sequence[str], ids: Sequence[int]) -> None:
-    """Raise BitstreamError unless a file's tokens are those of a rate of a model.
+    """Raise BitstreamError unless a file's tokens belong to a rate of a model.
 
     Args:
         header: header of the file.
         model: name of the model.
         rates: names of its rates.
-        ids: id of the tokens of each rate.
+        ids: id of each rate's tokens.
     """
     if header.rate < len(rates):
         rate, known = rates[header.rate], ids[header.rate]
@@ -50,9 +52,9 @@ def check_model(header: Header, model: str, rates: Sequence[str], ids: Sequence[
             f"impossible header field: rate {header.rate}, but model {model!r} has rates 0 to "
             f"{len(rates) - 1}"
         )
-    at_hand = ", ".join(f"{known:04x}" for known in ids)
+    known_ids = ", ".join(f"{known:04x}" for known in ids)
     raise BitstreamError(
         f"the file was written by another model: it needs id {header.model_id:04x} and has "
-        f"rate {header.rate}, but the rates of model {model!r} have the ids {at_hand}; open it "
+        f"rate {header.rate}, but the rates of model {model!r} have the ids {known_ids}; open it "
         "with the model that wrote it"
     )

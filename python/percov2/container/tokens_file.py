@@ -1,8 +1,8 @@
-"""Token maps and ``.pcv2`` files: header, caption and tokens on one rANS stream, with a check.
+"""Token maps as ``.pcv2`` files: header, caption and tokens on one rANS stream, with a check.
 
-Given tokens, the bytes are the same alone, in a batch, on any device and with any thread count.
-Reading trusts nothing: every fault is a BitstreamError that says what is wrong. The entropy model
-draws the tokens that a file does not hold.
+A token map gives the same bytes alone, in a batch, on any device and with any thread count. Reading
+trusts nothing and raises BitstreamError for every fault. The entropy model draws the tokens that a
+file does not hold.
 """
 
 from __future__ import annotations
@@ -22,16 +22,35 @@ from percov2.entropy.rans import RansEncoder, as_array, default_threads
 from percov2.entropy.schedule import SCHEDULES, stage_count, stages
 from percov2.entropy.token_coder import CodedGrids, TokenCoder
 
+__all__ = [
+    "EncodedPicture",
+    "OpenFile",
+    "Tokens",
+    "TooFewBytes",
+    "checked_tokens",
+    "encode",
+    "headers",
+    "pack",
+    "token_grid",
+    "unpack",
+    "unpack_cut",
+    "whole_only",
+    "with_captions",
+    "write",
+    "write_within",
+]
+
+
 Tokens = NDArray[np.int32]
 
 _SHRINKAGE = 4
-"""Bytes by which a file may be longer than one of more stages."""
+"""Most bytes by which a file can exceed one with more stages."""
 
-Result = TypeVar("Result")
+_Result = TypeVar("_Result")
 
 
 class TooFewBytes(ValueError):
-    """No file of a picture that a reader accepts has so few bytes."""
+    """A byte limit below every valid file of a picture."""
 
 
 def headers(
@@ -42,18 +61,18 @@ def headers(
     stages_sent: int | None,
     seed: int = 0,
 ) -> list[Header]:
-    """Headers of pictures.
+    """Return the headers of pictures.
 
     Args:
-        common: model id, rate and schedule of all.
+        common: model id, rate and schedule of all pictures.
         sizes: (height, width) of every picture in pixels.
-        token_side: of the rate, in pixels.
-        captions: codec and coded bytes of its caption.
-        stages_sent: hold so many stages, or all of a picture that has no more; None for all.
-        seed: of the draws of files that do not hold all.
+        token_side: side of a token in pixels.
+        captions: codec and coded bytes of every caption.
+        stages_sent: number of stages to hold, or None for all; a picture with fewer holds all.
+        seed: seed of the draws of missing stages.
 
     Raises:
-        ValueError: stages_sent below 1, or a part of the stages that a reader would refuse.
+        ValueError: stages_sent below 1, or a number of stages that a reader would refuse.
     """
     if stages_sent is not None and stages_sent < 1:
         raise ValueError(f"a file holds at least 1 stage, not {stages_sent}")
@@ -63,18 +82,27 @@ def headers(
         sent = stages_sent or 0
         if sent >= stage_count(SCHEDULES[common.schedule], *grid):
             sent = 0
-        size = replace(common, height=height, width=width, stages_sent=sent, seed=seed * bool(sent))
-        result.append(replace(size, caption_codec=codec, caption=caption))
-    refuse_parts(result, grids)
+        result.append(
+            replace(
+                common,
+                height=height,
+                width=width,
+                stages_sent=sent,
+                seed=seed if sent else 0,
+                caption_codec=codec,
+                caption=caption,
+            )
+        )
+    _refuse_parts(result, grids)
     return result
 
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """A picture after the one pass of the entropy model: a file of any of its stages is a slice.
+    """A picture after the entropy model's pass: files of fewer stages are slices of it.
 
     Attributes:
-        header: of the file that ``write`` makes; ``dense`` is set there, whatever it says.
+        header: the file's header; ``write`` sets ``dense``.
         tokens: int32 [h, w].
     """
 
@@ -86,11 +114,11 @@ class EncodedPicture:
 
     @property
     def stage_count(self) -> int:
-        """Return how many stages its tokens have."""
+        """Return the number of stages of the tokens."""
         return self._coded.stage_count
 
     def part(self, stages: int, seed: int = 0) -> EncodedPicture:
-        """Return the same picture for a file of so many stages, all of them included."""
+        """Return the same picture for a file of its first ``stages`` stages."""
         sent = 0 if stages >= self.stage_count else stages
         header = replace(self.header, stages_sent=sent, seed=seed * bool(sent))
         return replace(self, header=header)
@@ -108,11 +136,10 @@ def encode(
         coder: the entropy model of the headers' rate.
         headers: one per file.
         tokens: int32 [h, w] per file, values in the coder's codebook.
-        captions: codes the captions of headers with ``CAPTION_MODEL``.
+        captions: the model for headers with ``CAPTION_MODEL``.
 
     Raises:
-        ValueError: a part of the stages that ``partial_fault`` refuses, or a caption for a model
-            that is missing.
+        ValueError: a number of stages that a reader would refuse, or a missing caption model.
     """
     return _by_form(coder, headers, tokens, captions, lambda group: group)
 
@@ -132,15 +159,15 @@ def _by_form(
     headers: Sequence[Header],
     tokens: Sequence[Tokens],
     captions: CaptionModel | None,
-    finish: Callable[[list[EncodedPicture]], list[Result]],
-) -> list[Result]:
-    """Encode pictures of one schedule and grid together, and finish them before the next ones."""
+    finish: Callable[[list[EncodedPicture]], list[_Result]],
+) -> list[_Result]:
+    """Encode pictures with equal schedule and grid together, and finish each group at once."""
     for header in headers:
         if header.caption_codec == bitstream.CAPTION_MODEL and captions is None:
             raise ValueError(f"the caption {header.caption!r} needs the caption model; give it")
-    refuse_parts(headers, [grid.shape for grid in tokens])
+    _refuse_parts(headers, [grid.shape for grid in tokens])
 
-    def work(group: list[tuple[Header, Tokens]]) -> list[Result]:
+    def work(group: list[tuple[Header, Tokens]]) -> list[_Result]:
         grids = np.stack([grid for _, grid in group])
         coded = coder.code(grids, SCHEDULES[group[0][0].schedule], default_threads())
         return finish(
@@ -160,15 +187,15 @@ def write(pictures: Sequence[EncodedPicture]) -> list[bytes]:
     """
     dense = [replace(p, header=replace(p.header, dense=True)) for p in pictures]
     written = _written(dense)
-    # The check covers the flag, so a file that breaks the promise is written again without it.
+    # The check covers the flag, so files that break the promise are written again without it.
     broken = [
         i
         for i, (picture, (file, tail)) in enumerate(zip(dense, written, strict=True))
-        if not is_dense(file, sent_tokens(picture.header, picture.tokens.shape), tail)
+        if not _is_dense(file, _sent_tokens(picture.header, picture.tokens.shape), tail)
     ]
     for i in broken:
         header, grid = dense[i].header, dense[i].tokens
-        if too_many_stages(header.schedule, grid.shape):
+        if _too_many_stages(header.schedule, grid.shape):
             raise ValueError(
                 f"schedule {SCHEDULES[header.schedule]!r} would give this plain picture of "
                 f"{header.width}x{header.height} {grid.size} stages, more than the "
@@ -189,14 +216,14 @@ def write_within(
     """Write files of at most ``limit`` bytes that hold as many stages as fit.
 
     Args:
-        pictures: their ``stages_sent`` and ``seed`` are set here.
-        limit: bytes of a file.
-        seed: of the draws of files that do not hold all stages.
-        numbers: of the pictures in messages; 0, 1, … if None.
+        pictures: encoded pictures; this function sets their ``stages_sent`` and ``seed``.
+        limit: most bytes of a file.
+        seed: seed of the draws of missing stages.
+        numbers: numbers of the pictures in messages; 0, 1, … if None.
 
     Raises:
-        TooFewBytes: the first stage of a picture needs more bytes, or all stages do and a reader
-            accepts no part of them.
+        TooFewBytes: a picture's first stage needs more bytes, or all stages do and a reader
+            accepts only complete files.
         ValueError: as ``write``.
     """
     files = write([picture.part(picture.stage_count) for picture in pictures])
@@ -214,10 +241,10 @@ def write_within(
     totals = [picture.stage_count for picture in pictures]
 
     def parts(counts: dict[int, int]) -> list[bytes]:
-        """Pictures, by index, with so many stages each."""
+        """Write pictures, given as index -> number of stages."""
         return write([pictures[i].part(k, seed) for i, k in counts.items()])
 
-    # Stages that fit, and the least number that is known not to, with the bytes that it takes.
+    # Bisect between the most stages known to fit and the fewest known to fail, with their bytes.
     fits = [total if len(file) <= limit else 0 for total, file in zip(totals, files, strict=True)]
     fails, sizes = list(totals), [len(file) for file in files]
     while tried := {
@@ -228,8 +255,8 @@ def write_within(
                 fits[i], files[i] = k, file
             else:
                 fails[i], sizes[i] = k, len(file)
-    # The check is where the coder starts from, and numbers of stages differ in cost, so a stage of
-    # few bits may even save a byte or two.
+    # More stages can cost fewer bytes: the coder starts from another check, and the number of
+    # stages has another cost. So try a few more after a near miss.
     while tried := {
         i: k + 1
         for i, k in enumerate(fails)
@@ -249,46 +276,46 @@ def write_within(
     return files
 
 
-def is_dense(file: bytes, tokens: int, tail: int) -> bool:
-    """Whether a file keeps the dense promise (``bitstream.keeps_dense_promise``)."""
+def _is_dense(file: bytes, tokens: int, tail: int) -> bool:
     return bitstream.keeps_dense_promise(tokens, len(file) - bitstream.PREFIX_BYTES, tail)
 
 
-def too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
-    """Whether a file without the dense promise may not have this schedule, by index, and grid."""
+def _too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
+    """Return True for a schedule's index and a grid that need the dense promise."""
     # The other schedules have a few dozen stages at most (docs/reference/schedules.md).
     raster = SCHEDULES[schedule] == "raster"
     return raster and grid[0] * grid[1] > bitstream.MAX_SPARSE_STAGES
 
 
 def whole_only(schedule: int, grid: tuple[int, ...]) -> str:
-    """Why a file of this schedule, by index, and grid must hold all stages; "" if it need not.
+    """Return the reason why a file must hold all stages, or "" if it may hold a part.
 
-    Drawn tokens cost no bits, so the dense promise does not bound their number.
+    ``schedule`` is an index. Drawn tokens cost no bits, so the dense promise does not bound their
+    number.
     """
     count = grid[0] * grid[1]
     if count > bitstream.MAX_DRAWN_TOKENS:
         return (
-            f"of more than {bitstream.MAX_DRAWN_TOKENS} tokens a file must hold all, not {count} "
-            "in part"
+            f"a file of more than {bitstream.MAX_DRAWN_TOKENS} tokens must hold all stages, and "
+            f"this one has {count} tokens"
         )
-    if too_many_stages(schedule, grid):
+    if _too_many_stages(schedule, grid):
         return (
-            f"a file may hold a part of {bitstream.MAX_SPARSE_STAGES} stages at most, not of the "
-            f"{count} of schedule {SCHEDULES[schedule]!r}"
+            f"a file of more than {bitstream.MAX_SPARSE_STAGES} stages must hold all, and schedule "
+            f"{SCHEDULES[schedule]!r} has {count}"
         )
     return ""
 
 
-def refuse_parts(headers: Sequence[Header], grids: Sequence[tuple[int, ...]]) -> None:
+def _refuse_parts(headers: Sequence[Header], grids: Sequence[tuple[int, ...]]) -> None:
     """Raise ValueError for a number of stages that a reader would refuse."""
     for header, grid in zip(headers, grids, strict=True):
-        if fault := partial_fault(header, grid):
+        if fault := _partial_fault(header, grid):
             raise ValueError(f"{fault}; send all stages, or choose a coarser rate")
 
 
-def partial_fault(header: Header, grid: tuple[int, ...]) -> str:
-    """What is wrong with the number of stages that a file of this grid holds; "" if nothing is."""
+def _partial_fault(header: Header, grid: tuple[int, ...]) -> str:
+    """Return the fault in a file's number of stages, or ""."""
     if not header.stages_sent:
         return ""
     if reason := whole_only(header.schedule, grid):
@@ -299,14 +326,14 @@ def partial_fault(header: Header, grid: tuple[int, ...]) -> str:
     total = stage_count(name, grid[0], grid[1])
     if header.stages_sent >= total:
         return (
-            f"{header.stages_sent} stages are no part of the {total} that schedule {name!r} has on "
+            f"a part of {header.stages_sent} stages, but schedule {name!r} has {total} on "
             f"{grid[0]}x{grid[1]} tokens"
         )
     return ""
 
 
-def sent_tokens(header: Header, grid: tuple[int, ...]) -> int:
-    """How many tokens of a grid a file holds."""
+def _sent_tokens(header: Header, grid: tuple[int, ...]) -> int:
+    """Return the number of tokens in a file."""
     if not header.stages_sent:
         return grid[0] * grid[1]
     return int(np.count_nonzero(_sent_places(header, grid)))
@@ -316,8 +343,8 @@ def _sent_places(header: Header, grid: tuple[int, ...]) -> NDArray[np.bool_]:
     return stages(SCHEDULES[header.schedule], grid[0], grid[1]) <= header.stages_sent
 
 
-def check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> int:
-    """The check of a file with these tokens, of which it may hold a part."""
+def _check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> int:
+    """Return the check of a file; it covers only the tokens that the file holds."""
     model = b""
     if header.caption_codec == bitstream.CAPTION_MODEL and captions is not None:
         model = captions.fingerprint()
@@ -327,16 +354,16 @@ def check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> i
 
 
 def _written(pictures: Sequence[EncodedPicture]) -> list[tuple[bytes, int]]:
-    """Files, each with the number of tokens that its reader meets in exhausted data."""
+    """Return files, each with the number of tokens that its reader decodes from exhausted data."""
     keys = [(id(picture._coded), picture.header.stages_sent) for picture in pictures]
     return by_group(pictures, keys, [1] * len(pictures), _written_equal, len(pictures))
 
 
 def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
-    """``_written`` for pictures of one pass and equal stages: tokens, then caption and header."""
+    """Write pictures of one pass with equal stages: tokens, then caption and header."""
     coded, captions = pictures[0]._coded, pictures[0]._captions
     headers = [picture.header for picture in pictures]
-    checks = [check_of(picture.header, picture.tokens, captions) for picture in pictures]
+    checks = [_check_of(picture.header, picture.tokens, captions) for picture in pictures]
     rows = [picture._row for picture in pictures]
     encoder = coded.encode(checks, default_threads(), headers[0].stages_sent, rows)
     tails = encoder.symbols_before_output.tolist()
@@ -354,7 +381,7 @@ def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
 
 
 def _coded_caption(header: Header, captions: CaptionModel) -> NDArray[np.int32]:
-    """Intervals of a caption that the model codes, int32 [n, 2]; none if another codec does."""
+    """Return the intervals of a modelled caption, int32 [n, 2]; empty for other codecs."""
     if header.caption_codec != bitstream.CAPTION_MODEL:
         return np.empty((0, 2), dtype=np.int32)
     coded = captions.intervals(header.caption.decode("utf-8"))
@@ -371,14 +398,14 @@ def _push(encoder: RansEncoder, symbols: Sequence[NDArray[np.int32]], prob_bits:
 
 
 def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """(h, w) of the token map of an image of (height, width) pixels, ``side`` pixels per token."""
+    """Return (h, w) of the token map of (height, width) pixels with ``side`` pixels per token."""
     return -(-size[0] // side), -(-size[1] // side)
 
 
 def checked_tokens(
     grid: Tokens, size: tuple[int, int], token_side: int, codebook_size: int
 ) -> Tokens:
-    """A token map as int32; ValueError unless it fits its image's size and its codebook."""
+    """Return a token map as int32; ValueError unless it fits the image's size and the codebook."""
     array = np.asarray(grid)
     expected = token_grid(size, token_side)
     if array.dtype.kind not in "iu" or array.shape != expected:
@@ -399,13 +426,13 @@ def checked_tokens(
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A file whose header has been read; its tokens are still to be decoded.
+    """A file with a known header and undecoded tokens.
 
     Attributes:
         data: the whole file.
-        parsed: what ``bitstream.read`` returned.
+        parsed: the result of ``bitstream.read``.
         grid: (h, w) of the token map.
-        label: what precedes a fault in messages, "" or "file 3 of 5: ".
+        label: start of error messages, "" or "file 3 of 5: ".
     """
 
     data: bytes
@@ -417,13 +444,13 @@ class OpenFile:
         """Raise BitstreamError unless the data may hold the tokens of ``grid``."""
         header = self.parsed.header
         self.check_stages()
-        count = sent_tokens(header, self.grid)
-        if header.dense and not is_dense(self.data, count, 0):
+        count = _sent_tokens(header, self.grid)
+        if header.dense and not _is_dense(self.data, count, 0):
             raise self.fault(
                 f"the file is damaged or cut: {len(self.data)} bytes cannot hold the {count} "
                 f"tokens of an image of {header.width}x{header.height}"
             )
-        if not header.dense and too_many_stages(header.schedule, self.grid):
+        if not header.dense and _too_many_stages(header.schedule, self.grid):
             raise self.fault(
                 f"the file is damaged: {self.grid[0] * self.grid[1]} stages without the dense "
                 f"promise, at most {bitstream.MAX_SPARSE_STAGES} are allowed"
@@ -431,36 +458,36 @@ class OpenFile:
 
     @property
     def stages_held(self) -> int:
-        """How many stages the complete file holds."""
+        """Return the number of stages in the complete file."""
         sent, schedule = self.parsed.header.stages_sent, self.parsed.header.schedule
         return sent or stage_count(SCHEDULES[schedule], *self.grid)
 
     def check_stages(self) -> None:
-        """Raise BitstreamError if the file declares an impossible part of its stages."""
-        if fault := partial_fault(self.parsed.header, self.grid):
+        """Raise BitstreamError if the file declares an impossible number of stages."""
+        if fault := _partial_fault(self.parsed.header, self.grid):
             raise self.fault(f"impossible header field: {fault}")
 
     def fault(self, message: str) -> BitstreamError:
-        """An error about this file."""
+        """Return an error about this file."""
         return BitstreamError(self.label + message)
 
 
 def with_captions(files: Sequence[OpenFile], captions: CaptionModel | None) -> list[OpenFile]:
-    """Files behind their captions: those that a caption model coded are read.
+    """Return files with their modelled captions read, positioned at their tokens.
 
     Args:
-        files: as opened, of any models.
-        captions: what reads the captions; None if there is none.
+        files: opened files of any models.
+        captions: the caption model; None if there is none.
 
     Raises:
-        BitstreamError: a caption that is damaged, or cannot be read without a model.
+        BitstreamError: a damaged caption, or a missing caption model.
     """
     result = list(files)
     coded = [
         i for i, f in enumerate(files) if f.parsed.header.caption_codec == bitstream.CAPTION_MODEL
     ]
     if coded and captions is None:
-        raise files[coded[0]].fault("its caption needs a caption model, and none is at hand")
+        raise files[coded[0]].fault("its caption needs a caption model, and there is none")
     parts = [(files[i].data, files[i].parsed.state, files[i].parsed.position) for i in coded]
     for i, found in zip(coded, captions.read(parts) if captions else [], strict=True):
         parsed = files[i].parsed
@@ -479,15 +506,15 @@ def with_captions(files: Sequence[OpenFile], captions: CaptionModel | None) -> l
 def unpack(
     coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
 ) -> list[Tokens]:
-    """Decode and check the tokens of files: int32 [h, w] each.
+    """Decode and check the tokens of files, and draw missing ones: int32 [h, w] each.
 
     Args:
         coder: the entropy model of the files' rate.
-        files: any schedules and grids. Tokens that a file does not hold are drawn.
-        captions: what read their captions (``with_captions``); the check names it.
+        files: files of any schedules and grids.
+        captions: the model of their captions; the check covers its fingerprint.
 
     Raises:
-        BitstreamError: a file that is damaged or cut.
+        BitstreamError: a damaged or truncated file.
     """
     for file in files:
         file.check_plausible()
@@ -497,23 +524,22 @@ def unpack(
 def unpack_cut(
     coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
 ) -> list[tuple[Tokens, int]]:
-    """Decode the tokens of files that may lack their ends, which nothing checks.
+    """Decode the tokens of files that may be truncated; nothing checks the tokens of those.
 
     Arguments as for ``unpack``.
 
     Returns:
-        Per file tokens int32 [h, w] and how many stages of them are the file's; the others, if any,
-        are drawn.
+        Per file tokens int32 [h, w], and the number of stages taken from the file; later stages are
+        drawn.
 
     Raises:
-        BitstreamError: a file that ends before its tokens begin, or that is damaged elsewhere.
+        BitstreamError: a file that ends before its tokens, or that is damaged elsewhere.
     """
     for file in files:
         file.check_stages()
-        if too_many_stages(file.parsed.header.schedule, file.grid):
+        if _too_many_stages(file.parsed.header.schedule, file.grid):
             raise file.fault(
-                f"more than {bitstream.MAX_SPARSE_STAGES} stages are restored from complete files "
-                "only"
+                f"files of more than {bitstream.MAX_SPARSE_STAGES} stages must be complete"
             )
     complete = _by_file_form(
         coder, files, lambda group: _unpack_equal(coder, group, captions, trusting=True)
@@ -530,9 +556,8 @@ def unpack_cut(
 
 
 def _by_file_form(
-    coder: TokenCoder, files: Sequence[OpenFile], work: Callable[[list[OpenFile]], list[Result]]
-) -> list[Result]:
-    """``by_group`` of files that are decoded together."""
+    coder: TokenCoder, files: Sequence[OpenFile], work: Callable[[list[OpenFile]], list[_Result]]
+) -> list[_Result]:
     keys = [
         (header.schedule, header.stages_sent, header.seed, file.grid)
         for file, header in ((file, file.parsed.header) for file in files)
@@ -542,7 +567,6 @@ def _by_file_form(
 
 
 def _decoder(coder: TokenCoder, files: Sequence[OpenFile]) -> Any:
-    """A decoder of the tokens of files, behind their headers."""
     return coder.decoder(
         b"".join(file.data for file in files),
         np.cumsum([0, *(len(file.data) for file in files)]),
@@ -557,7 +581,7 @@ def _unpack_equal(
     captions: CaptionModel | None,
     trusting: bool = False,
 ) -> list[Any]:
-    """``unpack`` for files of one form, together; trusting: None for a faulty one instead."""
+    """Unpack files of one form together; ``trusting`` gives None for a faulty file."""
     decoder = _decoder(coder, files)
 
     def hold_to_promise(remaining: int) -> None:
@@ -566,7 +590,7 @@ def _unpack_equal(
         for file, exhausted in zip(files, decoder.exhausted, strict=True):
             if exhausted and file.parsed.header.dense:
                 raise file.fault(
-                    f"the file is damaged or cut: its data end with {remaining} tokens to come"
+                    f"the file is damaged or cut: its data end {remaining} tokens early"
                 )
 
     header = files[0].parsed.header
@@ -580,7 +604,7 @@ def _unpack_equal(
         seed=header.seed,
     )
     tokens: list[Any] = list(as_array(grids))
-    checks = [check_of(f.parsed.header, g, captions) for f, g in zip(files, tokens, strict=True)]
+    checks = [_check_of(f.parsed.header, g, captions) for f, g in zip(files, tokens, strict=True)]
     for i, valid in enumerate(decoder.finished(checks)):
         if not valid and not trusting:
             raise files[i].fault("the file is damaged or cut: its check does not fit")
@@ -589,7 +613,7 @@ def _unpack_equal(
 
 
 def _unpack_equal_cut(coder: TokenCoder, files: Sequence[OpenFile]) -> list[tuple[Tokens, int]]:
-    """``unpack_cut`` for incomplete files of one form, together."""
+    """Unpack truncated files of one form together."""
     header = files[0].parsed.header
     decoder = _decoder(coder, files)
     grids, taken = coder.decode_cut(

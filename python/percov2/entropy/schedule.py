@@ -23,6 +23,7 @@ __all__ = [
     "MAX_POSITIONS",
     "SCHEDULES",
     "Schedule",
+    "check_name",
     "nested_grids",
     "order",
     "qlds",
