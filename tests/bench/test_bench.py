@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from percov2.bench.entropy import middle
 from percov2.bench.model import FloatTransformer
 from percov2.bench.report import Table, number, page, tables
 from percov2.bench.timing import Effort, Timing, measure
-from percov2.cli.main import main
 from percov2.entropy import RansDecoder, rans, schedule
 from percov2.entropy.transformer_config import TransformerConfig
+from tools.command_line import failure, run
 from tools.tiny_plan import MODEL, SECTIONS, SHORT, TINY
 
 SMALL = TransformerConfig(codebook_size=9, dim=16, heads=2, head_dim=12, layers=1, hidden=32)
@@ -123,11 +124,6 @@ def test_numbers_have_three_digits(value: float | None, text: str) -> None:
     assert number(value) == text
 
 
-def test_sections_can_be_left_out() -> None:
-    report = entropy.run(TINY, ("overhead",), MODEL)
-    assert {r["section"] for r in report["records"]} == {"overhead", "long"}
-
-
 # Cases -------------------------------------------------------------------------------------------
 
 
@@ -211,36 +207,48 @@ def test_of_several_rounds_the_middle_one_counts() -> None:
         middle([round_of(1, 1), [{**round_of(1, 1)[0], "bytes": 8}]])
 
 
-def test_wrong_symbols_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = RansDecoder.decode
+@pytest.mark.parametrize(
+    ("owner", "name", "calls", "message"),
+    [
+        (
+            RansDecoder,
+            "decode",
+            (
+                lambda: coders.timed(cases.make_case(Shape(16, 4, 2)), "int16 logits", SHORT),
+                lambda: coders.short_streams(Shape(16, 4, 2)),
+                lambda: coders.long_stream(Shape(16, 4, 1), 2, 16),
+            ),
+            "other symbols",
+        ),
+        (
+            coders.rans,
+            "intervals",
+            (lambda: coders.timed(cases.make_case(Shape(16, 4, 2)), coders.INTERVALS, SHORT),),
+            "intervals differ",
+        ),
+        (
+            model.rans,
+            "stage_attention",
+            (lambda: model.attention(SMALL, "qlds5", 5, 2, SHORT),),
+            "attention",
+        ),
+    ],
+)
+def test_wrong_results_stop_the_run(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: tuple, message: str
+) -> None:
+    right = getattr(owner, name)
 
-    def wrong(*arguments: object, **options: object) -> np.ndarray:
-        symbols = right(*arguments, **options)
-        symbols[-1, -1] ^= 1
-        return symbols
+    def wrong(*arguments: object, **options: object) -> Any:
+        result = right(*arguments, **options)
+        first = result[0] if isinstance(result, tuple) else result
+        first.flat[-1] ^= 1
+        return result
 
-    monkeypatch.setattr(RansDecoder, "decode", wrong)
-    case = cases.make_case(Shape(16, 4, 2))
-    with pytest.raises(coders.Mismatch, match="other symbols"):
-        coders.timed(case, "int16 logits", SHORT)
-    with pytest.raises(coders.Mismatch, match="other symbols"):
-        coders.short_streams(Shape(16, 4, 2))
-    with pytest.raises(coders.Mismatch, match="other symbols"):
-        coders.long_stream(Shape(16, 4, 1), 2, 16)
-
-
-def test_wrong_intervals_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = coders.rans.intervals
-
-    def wrong(logits: np.ndarray, symbols: np.ndarray, prob_bits: int) -> tuple:
-        starts, freqs = right(logits, symbols, prob_bits)
-        starts[0, 0] += 1
-        return starts, freqs
-
-    monkeypatch.setattr(coders.rans, "intervals", wrong)
-    case = cases.make_case(Shape(16, 4, 2))
-    with pytest.raises(coders.Mismatch, match="intervals differ"):
-        coders.timed(case, coders.INTERVALS, SHORT)
+    monkeypatch.setattr(owner, name, wrong)
+    for call in calls:
+        with pytest.raises(coders.Mismatch, match=message):
+            call()
 
 
 def test_measure_does_not_count_the_first_call() -> None:
@@ -250,19 +258,6 @@ def test_measure_does_not_count_the_first_call() -> None:
     assert timing.runs == 3
     assert len(calls) == 4
     assert measure(lambda: None, Effort(60.0, 1, 5)).runs == 5
-
-
-def test_wrong_attention_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = model.rans.stage_attention
-
-    def wrong(*arguments: object) -> np.ndarray:
-        mean = right(*arguments)
-        mean[-1, -1, -1] ^= 1
-        return mean
-
-    monkeypatch.setattr(model.rans, "stage_attention", wrong)
-    with pytest.raises(coders.Mismatch, match="attention"):
-        model.attention(SMALL, "qlds5", 5, 2, SHORT)
 
 
 @pytest.mark.parametrize("name", schedule.SCHEDULES)
@@ -277,18 +272,20 @@ def test_attention_refuses_arrays_that_do_not_fit() -> None:
     case = model.AttentionCase(SMALL, "qlds5", 4, 1)
     q, kv, bias = case.q, case.kv, case.bias.numpy()
 
-    def refused(text: str, stages=case.stages, bias=bias, gain=1, q=q, kv=kv) -> None:
-        with pytest.raises(ValueError, match=text):
-            rans.stage_attention(stages, bias, case.shift.numpy(), gain, q, kv)
-
-    refused("q's second axis", q=q[:, 1:].copy())
-    refused("kv's first axis", kv=np.repeat(kv, 2, axis=0))
-    refused("kv's second axis", kv=kv[:, 1:].copy())
-    refused("kv's last axis", kv=kv[:, :, 1:].copy())
-    refused("bias's last axis", bias=bias[:, 1:].copy())
-    refused("head_dim", q=q[:, :, :-4].copy())
-    refused("gain_bits", gain=9)
-    refused("stages", stages=case.stages + 1)
+    good = {"stages": case.stages, "bias": bias, "shift": case.shift.numpy(), "gain": 1}
+    good |= {"q": q, "kv": kv}
+    for message, change in (
+        ("q's second axis", {"q": q[:, 1:].copy()}),
+        ("kv's first axis", {"kv": np.repeat(kv, 2, axis=0)}),
+        ("kv's second axis", {"kv": kv[:, 1:].copy()}),
+        ("kv's last axis", {"kv": kv[:, :, 1:].copy()}),
+        ("bias's last axis", {"bias": bias[:, 1:].copy()}),
+        ("head_dim", {"q": q[:, :, :-4].copy()}),
+        ("gain_bits", {"gain": 9}),
+        ("stages", {"stages": case.stages + 1}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rans.stage_attention(*{**good, **change}.values())
 
 
 # The float transformer ---------------------------------------------------------------------------
@@ -338,20 +335,12 @@ def test_command_writes_table_json_page_and_plots(
 ) -> None:
     monkeypatch.setattr(entropy, "QUICK_PLAN", TINY)
     figures, written, folder = tmp_path / "a.json", tmp_path / "a.md", tmp_path / "plots"
-    arguments = ["bench", "entropy", "--quick", "--only", "logits,overhead,model"]
-    outputs = [
-        "--json",
-        figures,
-        "--markdown",
-        written,
-        "--plots",
-        folder,
-        "--entropy-model",
-        MODEL,
-    ]
-    assert main([*arguments, *map(str, outputs)]) == 0
+    arguments = ["bench", "entropy", "--quick", "--only", "logits,overhead,model", "--json"]
+    arguments += [figures, "--markdown", written, "--plots", folder, "--entropy-model", MODEL]
+    assert run(*arguments) == 0
     captured = capsys.readouterr()
     report = json.loads(figures.read_text(encoding="utf-8"))
+    assert {r["section"] for r in report["records"]} == {"logits", "overhead", "long", "model"}
     assert captured.out == page(report)
     assert written.read_text(encoding="utf-8") == captured.out
     names = {path.name for path in folder.iterdir()}
@@ -362,26 +351,25 @@ def test_command_writes_table_json_page_and_plots(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--json", "absent/a.json"], "cannot write absent/a.json"),
-        (["--markdown", "."], "cannot write ."),
-        (["--entropy-model", "absent"], "absent/config.json: No such file"),
-        (["--instruction-set", "mmx"], "mmx"),
+        (("entropy", "--json", "absent/a.json"), "cannot write absent/a.json"),
+        (("entropy", "--markdown", "."), "cannot write ."),
+        (("entropy", "--entropy-model", "absent"), "absent/config.json: No such file"),
+        (("entropy", "--instruction-set", "mmx"), "mmx"),
+        (("entropy", "--peers", "absent"), "no peers at absent; make them with: bash bench"),
+        (("gpu", "--json", "absent/a.json"), "cannot write absent/a.json"),
     ],
 )
 def test_faults_are_one_line(
-    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "entropy", "--quick", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("percov2: bench entropy: ")
-    assert text in captured.err
-    assert captured.err.count("\n") == 1
+    said = failure(capsys, "bench", *arguments, "--quick")
+    assert said.startswith(f"percov2: bench {arguments[0]}: ")
+    assert text in said
 
 
 @pytest.mark.parametrize("value", ["", "nothing", "coder,nothing"])
 def test_unknown_sections_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        main(["bench", "entropy", "--only", value])
+        run("bench", "entropy", "--only", value)
     assert stop.value.code == 2
     assert "must be from coder,logits,overhead,model,attention,cold" in capsys.readouterr().err

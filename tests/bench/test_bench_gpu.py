@@ -16,9 +16,9 @@ import torch
 from percov2.bench import gpu, gpu_device
 from percov2.bench.gpu_jobs import Size
 from percov2.bench.timing import Effort
-from percov2.cli.main import main
 from percov2.entropy.transformer_config import TransformerConfig
 from tools import emulated_cuda
+from tools.command_line import run
 from tools.compiled_kernels import needs_triton
 
 SHORT = Effort(0.0, 1, 1)
@@ -206,8 +206,7 @@ def test_what_is_missing_is_said(
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(gpu.rans, "cuda_built", lambda: False)
     figures, page = tmp_path / "a.json", tmp_path / "a.md"
-    arguments = ["bench", "gpu", "--quick", "--json", str(figures), "--markdown", str(page)]
-    assert main(arguments) == 0
+    assert run("bench", "gpu", "--quick", "--json", figures, "--markdown", page) == 0
     out = capsys.readouterr().out
     assert page.read_text(encoding="utf-8") == out
     report = json.loads(figures.read_text(encoding="utf-8"))
@@ -224,11 +223,3 @@ def test_a_card_without_triton_is_not_measured(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu.rans, "cuda_devices", lambda: ())
     report = gpu.run(PLAN, Clock())
     assert [r["why"] for r in report["records"]] == [gpu.NO_TRITON]
-
-
-def test_faults_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "gpu", "--json", "absent/a.json"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("percov2: bench gpu: cannot write absent/a.json")
-    assert captured.err.count("\n") == 1

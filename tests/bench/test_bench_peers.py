@@ -15,7 +15,6 @@ from percov2.bench import cases, coders, entropy, summary
 from percov2.bench.cases import Shape
 from percov2.bench.peers import Peers
 from percov2.bench.timing import Timing, measure
-from percov2.cli.main import main
 from tools.tiny_plan import MODEL, SHORT, TINY
 
 ROOT = Path(__file__).parents[2]
@@ -27,15 +26,6 @@ def fake_interpreter(folder: Path, script: str) -> Path:
     path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
     path.chmod(0o755)
     return path
-
-
-def test_missing_peers_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    absent = tmp_path / "python"
-    assert main(["bench", "entropy", "--quick", "--peers", str(absent)]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    expected = f"no peers at {absent}; make them with: bash benchmarks/peers.sh"
-    assert captured.err == f"percov2: bench entropy: {expected}\n"
 
 
 def test_failing_peers_say_why(tmp_path: Path) -> None:

@@ -3,21 +3,10 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <vector>
 
 #include "support/isa.h"
 
 namespace percov2_test {
-
-// Instruction sets that this build has and this machine runs.
-inline std::vector<percov2::Isa> instruction_sets() {
-  std::vector<percov2::Isa> sets;
-  for (int i = 0; i < percov2::kIsaCount; ++i) {
-    const auto isa = static_cast<percov2::Isa>(i);
-    if (percov2::isa_available(isa)) sets.push_back(isa);
-  }
-  return sets;
-}
 
 // One line of the report: what a kernel computes, against its plain statement.
 class Subject {
@@ -56,10 +45,5 @@ class Subject {
   std::int64_t results_ = 0;
   std::int64_t differing_ = 0;
 };
-
-// Each runs its subjects on every instruction set, `effort` times a few dozen cases, and reports;
-// true iff nothing differed.
-bool check_coder(std::int64_t effort, std::uint64_t seed);
-bool check_transformer(std::int64_t effort, std::uint64_t seed);
 
 }  // namespace percov2_test

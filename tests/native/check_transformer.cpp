@@ -1,8 +1,11 @@
-// LayerNorm, GELU, linear maps, attention, heads and passes of every instruction set against
-// plain_transformer.h.
+// check_kernels [<effort> [<seed>]]: LayerNorm, GELU, linear maps, attention, heads and passes of
+// every instruction set that this machine runs give the integers of plain_transformer.h. Prints one
+// line for each subject; exits with 1 if anything differs.
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <vector>
 
 #include "check.h"
@@ -263,9 +266,16 @@ void check_passes(Random& random, Subjects& subjects, const std::vector<percov2:
 }
 
 }  // namespace
+}  // namespace percov2_test
 
-bool check_transformer(std::int64_t effort, std::uint64_t seed) {
+int main(int argc, char** argv) {
+  using namespace percov2_test;
+  const std::int64_t effort = argc > 1 ? std::atoll(argv[1]) : 10;
+  const std::uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
   const auto sets = instruction_sets();
+  std::printf("instruction sets:");
+  for (const percov2::Isa isa : sets) std::printf(" %s", percov2::isa_name(isa));
+  std::printf("\n");
   Subjects subjects;
   for (std::int64_t n = 0; n < 8 * effort; ++n) {
     Random random(seed * 2000003 + static_cast<std::uint64_t>(n));
@@ -276,7 +286,5 @@ bool check_transformer(std::int64_t effort, std::uint64_t seed) {
     check_attention(random, subjects.attention, sets);
     check_passes(random, subjects, sets, n % 8 != 0);
   }
-  return subjects.report();
+  return subjects.report() ? 0 : 1;
 }
-
-}  // namespace percov2_test

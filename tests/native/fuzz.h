@@ -34,6 +34,18 @@ bool returns(Outcomes& outcomes, Call&& call) {
   return true;
 }
 
+// Runs `call` on every other instruction set.
+template <class Call>
+void with_other_sets(Call&& call) {
+  const percov2::Isa before = percov2::active_isa();
+  for (const percov2::Isa isa : instruction_sets()) {
+    if (isa == before) continue;
+    percov2::use_isa(isa);
+    call();
+  }
+  percov2::use_isa(before);
+}
+
 // Threads of a call: few calls use several, unless races are looked for.
 inline int random_threads(Random& random) {
 #if defined(__SANITIZE_THREAD__)
@@ -44,8 +56,7 @@ inline int random_threads(Random& random) {
 }
 
 // The subjects: each runs one case.
-void fuzz_valid_streams(Random& random, Outcomes& outcomes);
-void fuzz_damaged_streams(Random& random, Outcomes& outcomes);
+void fuzz_streams(Random& random, Outcomes& outcomes);
 void fuzz_decoder_arguments(Random& random, Outcomes& outcomes);
 void fuzz_encoder_arguments(Random& random, Outcomes& outcomes);
 void fuzz_interval_arguments(Random& random, Outcomes& outcomes);

@@ -14,7 +14,8 @@
 namespace percov2_test {
 
 void fuzz_encoder_arguments(Random& random, Outcomes& outcomes) {
-  std::vector<std::uint32_t> checks(static_cast<std::size_t>(random.between(0, 6)));
+  std::vector<std::uint32_t> checks(
+      static_cast<std::size_t>(random.between(0, random.pick({6, 20}))));
   for (auto& check : checks) {
     check =
         static_cast<std::uint32_t>(random.one_in(24) ? random.hostile() : random.between(0, 65535));
@@ -139,6 +140,15 @@ void fuzz_interval_arguments(Random& random, Outcomes& outcomes) {
                        freqs.data());
   });
   PERCOV2_PROMISE(done == !hostile);
+  with_other_sets([&] {
+    Fenced<std::int32_t> s(rows, random.one_in(2)), f(rows, random.one_in(2));
+    PERCOV2_PROMISE(done == returns(outcomes, [&] {
+                      percov2::intervals(logits, symbols.data(), rows, sizes.prob_bits, threads,
+                                         s.data(), f.data());
+                    }));
+    PERCOV2_PROMISE(!done || (std::equal(s.data(), s.data() + rows, starts.data()) &&
+                              std::equal(f.data(), f.data() + rows, freqs.data())));
+  });
   if (hostile && logits.codebook != codebook) {
     Fenced<std::int32_t> nothing(0);
     PERCOV2_PROMISE(!returns(outcomes, [&] {
@@ -152,10 +162,17 @@ void fuzz_interval_arguments(Random& random, Outcomes& outcomes) {
     PERCOV2_PROMISE(hostile);
     return;
   }
+  with_other_sets([&] {
+    Fenced<std::int32_t> other(cdf.size(), random.one_in(2));
+    percov2::cdf_table(logits, rows, sizes.prob_bits, threads, other.data());
+    PERCOV2_PROMISE(std::equal(cdf.data(), cdf.data() + cdf.size(), other.data()));
+  });
   for (std::int64_t r = 0; r < rows; ++r) {
     const std::int32_t* line = cdf.data() + r * (codebook + 1);
     PERCOV2_PROMISE(line[0] == 0 && line[codebook] == 1 << sizes.prob_bits);
     for (std::int64_t i = 0; i < codebook; ++i) PERCOV2_PROMISE(line[i] < line[i + 1]);
+    const auto plain_line = plain::cdf(rows_of.line(r), codebook, sizes.prob_bits);
+    PERCOV2_PROMISE(std::equal(plain_line.begin(), plain_line.end(), line));
     if (done) {
       PERCOV2_PROMISE(starts[r] == line[symbols[r]]);
       PERCOV2_PROMISE(starts[r] + freqs[r] == line[symbols[r] + 1]);

@@ -11,7 +11,19 @@
 #include <initializer_list>
 #include <vector>
 
+#include "support/isa.h"
+
 namespace percov2_test {
+
+// Instruction sets that this build has and this machine runs.
+inline std::vector<percov2::Isa> instruction_sets() {
+  std::vector<percov2::Isa> sets;
+  for (int i = 0; i < percov2::kIsaCount; ++i) {
+    const auto isa = static_cast<percov2::Isa>(i);
+    if (percov2::isa_available(isa)) sets.push_back(isa);
+  }
+  return sets;
+}
 
 // SplitMix64: the same numbers on every machine, unlike the distributions of <random>.
 class Random {
@@ -144,7 +156,8 @@ inline Sizes random_sizes(Random& random, std::int64_t most = 8192) {
   sizes.codebook = random.one_in(3)
                        ? random.pick({2,   3,   15,  16,  17,   31,   32,   33,   63,   64,  65,
                                       128, 255, 256, 257, 1000, 1024, 1025, 4096, 8191, 8192})
-                       : random.size(2, 8192);
+                   : random.one_in(2) ? random.between(2, 141)
+                                      : random.size(2, 8192);
   sizes.codebook = std::min(sizes.codebook, most);
   int least = 8;
   while ((INT64_C(1) << least) < 2 * sizes.codebook) ++least;

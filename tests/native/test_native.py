@@ -11,7 +11,7 @@ import pytest
 
 from tools.native_programs import NATIVE, build, run, tools
 
-FUZZ_SECONDS, RACE_SECONDS = 12, 6
+FUZZ_SECONDS, RACE_SECONDS = 6, 4
 SEED = 1
 UNITS = re.compile(r"_(avx2|avx512|neon)\.cpp\.o")
 
@@ -30,8 +30,9 @@ def test_no_data_races(request: pytest.FixtureRequest) -> None:
 
 def test_kernels_agree_with_plain_statements(request: pytest.FixtureRequest) -> None:
     tools("cmake", "c++")
-    said = run(build(request, "native", "check_kernels"))
-    assert "DIFFER" not in said
+    assert "DIFFER" not in run(build(request, "native", "check_kernels"))
+    said = run(build(request, "native", "check_coder"), str(FUZZ_SECONDS), str(SEED))
+    assert "no finding" in said
 
 
 def test_vector_units_share_no_function(request: pytest.FixtureRequest) -> None:
@@ -49,7 +50,9 @@ def test_kernels_agree_on_aarch64(request: pytest.FixtureRequest) -> None:
     """NEON kernels, or whatever AArch64 runs, under emulation."""
     tools("cmake", "aarch64-linux-gnu-g++", "qemu-aarch64", required="FAIL_WITHOUT_QEMU")
     toolchain = f"-DCMAKE_TOOLCHAIN_FILE={NATIVE / 'aarch64.cmake'}"
-    program = build(request, "native-aarch64", "check_kernels", toolchain)
-    said = run("qemu-aarch64", program, "3")
+    folder = "native-aarch64"
+    said = run("qemu-aarch64", build(request, folder, "check_kernels", toolchain), "3")
     assert "neon" in said
     assert "DIFFER" not in said
+    program = build(request, folder, "check_coder", toolchain)
+    assert "no finding" in run("qemu-aarch64", program, str(FUZZ_SECONDS), str(SEED))
