@@ -31,6 +31,7 @@ from percov2.entropy.token_coder import TokenCoder
 from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig, Rate
+from percov2.models.token_search import TokenSearch
 from percov2.options import DecodeOptions, EncodeOptions, options_from
 from percov2.tokenizing import CaptionedSearch, TokenChoice, token_maps
 
@@ -214,7 +215,7 @@ class Codec:
             choice = TokenChoice(coder, name, options.slack) if options.slack else None
             search = None
             if options.effort:
-                run = self.model.token_search(rate.name, options.effort)
+                run = TokenSearch(self.model, rate.name, options.effort)
                 search = CaptionedSearch(run, [captions[i] for i in chosen])
             tokens = token_maps(self.model, [arrays[i] for i in chosen], rate, choice, search)
             if options.target_bytes is None:

@@ -16,7 +16,7 @@ from percov2.entropy.token_coder import TokenCoder
 from percov2.images import pad
 from percov2.models.backbone import Backbone
 from percov2.models.config import Rate
-from percov2.models.token_maker import Search
+from percov2.models.token_search import TokenSearch
 
 _CANDIDATES = 16
 """Number of nearest codes that a position may choose from."""
@@ -46,7 +46,7 @@ class CaptionedSearch:
         captions: captions that the decoder will see, one per picture; "" for none.
     """
 
-    run: Search
+    run: TokenSearch
     captions: Sequence[str]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from percov2.codec import Codec
 from percov2.models.config import Rate
 from percov2.models.tiny.backbone import CodecModel
+from percov2.models.token_search import TokenSearch
 from tools import random_model
 from tools.pictures import noise, tensor
 
@@ -94,7 +95,7 @@ def test_a_search_takes_odd_grids(fine, model):
     picture = noise(520, 56)
     image = tensor(picture)
     before = model.directions(image, "r125")
-    after = model.token_search("r125", 2)(image, "a red door")
+    after = TokenSearch(model, "r125", 2)(image, "a red door")
     assert after.shape == before.shape == (1, 7, 65, 8)
     assert bool((after != before).any(-1).all())
     (file,) = fine.compress([picture], caption=["a red door"], effort=2)

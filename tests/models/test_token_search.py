@@ -56,7 +56,7 @@ def test_a_search_paints_the_picture_better(codec, caption):
     model = codec.model
     image = tensor(photo(64, 48))
     before = model.directions(image, "fine")
-    after = model.token_search("fine", 20)(image, caption)
+    after = TokenSearch(model, "fine", 20)(image, caption)
     assert after.shape == before.shape and after.dtype == torch.float32
     assert torch.allclose(after.norm(dim=-1), torch.ones(1, 3, 4), atol=1e-5)
     assert distance(model, after, image, caption) < 0.98 * distance(model, before, image, caption)
@@ -70,7 +70,7 @@ def test_files_hold_the_tokens_that_were_found(codec):
     files = codec.compress(pictures, caption=captions, effort=3)
     decoded = codec.decode(files)
     for picture, caption, file in zip(pictures, captions, decoded, strict=True):
-        directions = model.token_search("fine", 3)(tensor(picture), caption)
+        directions = TokenSearch(model, "fine", 3)(tensor(picture), caption)
         expected = model.quantizer("fine").nearest(directions)[0].numpy()
         assert np.array_equal(file.tokens, expected)
         assert not np.array_equal(file.tokens, codec.encode_tokens([picture])[0])

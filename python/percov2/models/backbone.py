@@ -17,7 +17,6 @@ from torch import Tensor
 
 from percov2.models.config import ModelConfig, find_model
 from percov2.models.quantizer import VectorQuantizer
-from percov2.models.token_maker import Search
 
 _HOME = {
     "tiny": ("tiny.backbone", "CodecModel"),
@@ -80,10 +79,6 @@ class Backbone(Protocol):
 
     def directions(self, images: Tensor, rate: str) -> Tensor:
         """What tokens are the nearest codes of: see ``TokenMaker.directions``."""
-        ...
-
-    def token_search(self, rate: str, rounds: int) -> Search:
-        """What finds better directions: see ``TokenMaker.token_search``."""
         ...
 
     def reconstruct(

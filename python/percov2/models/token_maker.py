@@ -10,9 +10,6 @@ from torch import Tensor
 
 from percov2.models.quantizer import VectorQuantizer
 
-Search = Callable[[Tensor, str], Tensor]
-"""Image [1, 3, H, W] in [-1, 1] and caption -> directions as of ``TokenMaker.directions``."""
-
 
 class TokenMaker(ABC):
     """What backbones share of compressing; they say how hyper-latents are made.
@@ -52,14 +49,3 @@ class TokenMaker(ABC):
             ValueError: when H or W is not a multiple of s, or the rate is unknown.
         """
         return self.quantizer(rate).nearest(self.directions(images, rate))
-
-    def token_search(self, rate: str, rounds: int) -> Search:
-        """What finds better directions than the hyper-encoder's, for backbones that have it.
-
-        Args:
-            rounds: each costs about three paintings of the picture, and brings less than the last.
-
-        Raises:
-            ValueError: this backbone has none, or an unknown rate.
-        """
-        raise ValueError("only small models search for tokens; leave effort at 0")

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from itertools import product
 from math import gcd
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from percov2.models.backbone import Backbone
 from percov2.models.perceptual import LPIPS
 from percov2.models.tiny.autoencoder import PatchAutoencoder
+from percov2.models.tiny.backbone import CodecModel
 from percov2.models.tiny.flow import whole_patches
-
-if TYPE_CHECKING:
-    from percov2.models.tiny.backbone import CodecModel
 
 L1_WEIGHT = 3.0
 """Beside 1.6 for LPIPS."""
@@ -63,11 +61,13 @@ class TokenSearch:
         rounds: how often a picture is painted and tokens are moved.
 
     Raises:
-        ValueError: unknown rate.
+        ValueError: an unknown rate, or a model of another backbone.
         MetricWeightsMissing: LPIPS's weights are not installed.
     """
 
-    def __init__(self, model: CodecModel, rate: str, rounds: int) -> None:
+    def __init__(self, model: Backbone, rate: str, rounds: int) -> None:
+        if not isinstance(model, CodecModel):
+            raise ValueError("only small models search for tokens; leave effort at 0")
         self.model, self.rate, self.rounds = model, rate, rounds
         self.unit = model.config.rate(rate).token_side // PatchAutoencoder.stride
         self.lpips = LPIPS("alex").to(model.device)

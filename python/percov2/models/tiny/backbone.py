@@ -29,7 +29,7 @@ from percov2.models.tiny.flow import (
     whole_patches,
 )
 from percov2.models.tiny.text_encoder import HashedTextEncoder
-from percov2.models.token_maker import Search, TokenMaker
+from percov2.models.token_maker import TokenMaker
 
 
 class CodecModel(TokenMaker):
@@ -225,12 +225,6 @@ class CodecModel(TokenMaker):
         decode = self.autoencoder.decode
         parts = [decode(x.contiguous(memory_format=torch.channels_last)) for x in latents.split(1)]
         return torch.cat(parts)
-
-    def token_search(self, rate: str, rounds: int) -> Search:
-        """See :meth:`TokenMaker.token_search`; MetricWeightsMissing without LPIPS's weights."""
-        from percov2.models.token_search import TokenSearch
-
-        return TokenSearch(self, rate, rounds)
 
 
 def _cropped(images: Tensor, height: int, width: int) -> Tensor:
