@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oracles import independent_model as reference
@@ -17,6 +17,7 @@ from percov2.entropy import ranges
 from percov2.entropy.torch import intmath
 
 LIMIT = ranges.RESIDUAL_LIMIT
+INT32 = (-(2**31), 2**31 - 1)
 
 
 def int8_list(count: int) -> st.SearchStrategy[list[int]]:
@@ -40,8 +41,10 @@ def test_linear_is_exact(terms, rows, seed):
     st.integers(-(2**24) + 1, 2**24 - 1),
     st.integers(1, 127),
     st.integers(1, 24),
-    st.sampled_from([(-127, 127), (-LIMIT, LIMIT), (-(2**15), 2**15 - 1)]),
+    st.sampled_from([(-127, 127), (-LIMIT, LIMIT), (-(2**15), 2**15 - 1), INT32]),
 )
+@example(2**24 - 1, 127, 1, INT32)
+@example(2**24 - 1, 127, 24, INT32)
 def test_requantize(acc, multiplier, shift, limits):
     result = intmath.requantize(
         torch.tensor([float(acc), -float(acc)]),
@@ -49,19 +52,10 @@ def test_requantize(acc, multiplier, shift, limits):
         torch.full((2,), shift, dtype=torch.int32),
         *limits,
     )
-    expected = [reference.requantize(a, multiplier, shift, *limits) for a in (acc, -acc)]
     assert result.dtype == torch.int32
-    assert result.tolist() == expected
-
-
-@pytest.mark.parametrize("acc", [2**24 - 1, 1 - 2**24])
-@pytest.mark.parametrize("shift", [1, 24])
-def test_requantize_at_the_ends(acc, shift):
-    ones = torch.ones(1, dtype=torch.int32)
-    result = intmath.requantize(
-        torch.tensor([float(acc)]), 127 * ones, shift * ones, -(2**31), 2**31 - 1
-    )
-    assert result.tolist() == [reference.requantize(acc, 127, shift, -(2**31), 2**31 - 1)]
+    assert result.tolist() == [
+        reference.requantize(a, multiplier, shift, *limits) for a in (acc, -acc)
+    ]
 
 
 def test_residual_saturates():
@@ -88,6 +82,13 @@ def test_integer_sqrt_corrects_a_poor_root(monkeypatch, error):
     assert intmath.integer_sqrt(every).tolist() == [math.isqrt(v) for v in every.tolist()]
 
 
+def assert_layer_norm(residual: list[int], gain: list[int]) -> None:
+    given_as = (torch.tensor(part, dtype=torch.int32) for part in ([residual], gain))
+    result = intmath.layer_norm(*given_as)
+    assert result.dtype == torch.float32
+    assert result[0].tolist() == reference.layer_norm(residual, gain)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_layer_norm(data):
@@ -95,25 +96,16 @@ def test_layer_norm(data):
     bound = data.draw(st.sampled_from([1, 50, 4000, LIMIT]))
     residual = data.draw(st.lists(st.integers(-bound, bound), min_size=dim, max_size=dim))
     gain = data.draw(st.lists(st.integers(-2047, 2047), min_size=dim, max_size=dim))
-    result = intmath.layer_norm(
-        torch.tensor([residual], dtype=torch.int32), torch.tensor(gain, dtype=torch.int32)
-    )
-    assert result.dtype == torch.float32
-    assert result[0].tolist() == reference.layer_norm(residual, gain)
+    assert_layer_norm(residual, gain)
 
 
 @pytest.mark.parametrize("dim", [1, 128, 1024])
 def test_layer_norm_at_the_ends(dim):
     one_out = [-LIMIT] * (dim - 1) + [LIMIT]
     halves = [LIMIT if i % 2 else -LIMIT for i in range(dim)]
-    constant = [LIMIT] * dim
-    for residual in (one_out, halves, constant):
+    for residual in (one_out, halves, [LIMIT] * dim):
         for gain in (-2047, 2047, 1):
-            result = intmath.layer_norm(
-                torch.tensor([residual], dtype=torch.int32),
-                torch.full((dim,), gain, dtype=torch.int32),
-            )
-            assert result[0].tolist() == reference.layer_norm(residual, [gain] * dim)
+            assert_layer_norm(residual, [gain] * dim)
 
 
 def test_lookup():
@@ -147,21 +139,7 @@ def test_softmax_weights(scores, shift, data):
     assert result.tolist() == expected + [0] * len(scores)
 
 
-@given(int8_list(8), st.lists(st.integers(0, 127), min_size=8, max_size=8), st.integers(0, 5))
-def test_attention_mean(values, weights, gain_bits):
-    weights[0] = 127
-    weighted = sum(w * v for w, v in zip(weights, values, strict=True))
-    total = sum(weights)
-    result = intmath.attention_mean(
-        torch.tensor([[float(weighted)]]), torch.tensor([[float(total)]]), gain_bits
-    )
-    assert result.tolist() == [[reference.attention_mean(weighted, total, gain_bits)]]
-
-
-@pytest.mark.parametrize("gain_bits", range(6))
-@pytest.mark.parametrize("total", [127, 1040 * 127, 1040 * 127 - 1])
-def test_attention_mean_at_the_ends(total, gain_bits):
-    weighted = [total * 127, -total * 127, 0, 1, -1, total // 2, -(total // 2), -(total // 2) - 1]
+def assert_attention_mean(weighted: list[int], total: int, gain_bits: int) -> None:
     result = intmath.attention_mean(
         torch.tensor(weighted, dtype=torch.float32)[:, None],
         torch.full((len(weighted), 1), float(total)),
@@ -171,8 +149,19 @@ def test_attention_mean_at_the_ends(total, gain_bits):
     assert result[:, 0].tolist() == expected
 
 
-def test_self_test_passes_here():
-    intmath.self_test()
+@given(int8_list(8), st.lists(st.integers(0, 127), min_size=7, max_size=7), st.integers(0, 5))
+def test_attention_mean(values, weights, gain_bits):
+    weights = [127, *weights]
+    weighted = sum(w * v for w, v in zip(weights, values, strict=True))
+    assert_attention_mean([weighted], sum(weights), gain_bits)
+
+
+@pytest.mark.parametrize("gain_bits", range(6))
+@pytest.mark.parametrize("total", [127, 1040 * 127, 1040 * 127 - 1])
+def test_attention_mean_at_the_ends(total, gain_bits):
+    half = total // 2
+    weighted = [total * 127, -total * 127, 0, 1, -1, half, -half, -half - 1]
+    assert_attention_mean(weighted, total, gain_bits)
 
 
 @pytest.mark.parametrize("name", ["linear", "softmax_weights_"])
@@ -183,9 +172,26 @@ def test_self_test_refuses_what_is_not_exact(monkeypatch, name):
         # What a bfloat16 product or a poor exp2 would do: lose the last bits.
         return exact(*arguments).to(torch.bfloat16).to(torch.float32) * 0.999
 
+    intmath.self_test()
     monkeypatch.setattr(intmath, name, rounded)
     with pytest.raises(RuntimeError, match="not exact"):
         intmath.self_test()
+
+
+NEWER = """
+import torch
+from percov2.entropy.torch import intmath
+for setting in "fp32_precision", "cuda.matmul.fp32_precision":
+    exec(f"torch.backends.{setting} = 'tf32'")
+    try:
+        intmath.require_exact_float32()
+    except RuntimeError as error:
+        assert "call torch.set_float32_matmul_precision('highest')" in str(error), error
+    else:
+        raise AssertionError(f"not refused: {setting}")
+    torch.set_float32_matmul_precision("highest")
+    intmath.require_exact_float32()
+"""
 
 
 def test_reduced_precision_is_refused():
@@ -197,25 +203,6 @@ def test_reduced_precision_is_refused():
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.set_float32_matmul_precision("highest")
     intmath.require_exact_float32()
-
-
-@pytest.mark.skipif(
-    not hasattr(torch.backends, "fp32_precision"), reason="a torch with the older settings only"
-)
-@pytest.mark.parametrize("backend", ["torch.backends", "torch.backends.cuda.matmul"])
-def test_reduced_precision_by_the_newer_settings_is_refused(backend):
-    """In a process of its own: torch does not forget that these were used."""
-    script = f"""
-import torch
-from percov2.entropy.torch import intmath
-{backend}.fp32_precision = "tf32"
-try:
-    intmath.require_exact_float32()
-except RuntimeError as error:
-    assert "call torch.set_float32_matmul_precision('highest')" in str(error), error
-else:
-    raise AssertionError("not refused")
-torch.set_float32_matmul_precision("highest")
-intmath.require_exact_float32()
-"""
-    subprocess.run([sys.executable, "-c", script], check=True)
+    if hasattr(torch.backends, "fp32_precision"):
+        # In a process of its own: torch does not forget that these were used.
+        subprocess.run([sys.executable, "-c", NEWER], check=True)
