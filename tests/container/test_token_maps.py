@@ -13,7 +13,7 @@ from percov2.codec import Codec
 from percov2.training import commands
 from percov2.training.commands import run_entropy, run_tokens
 from percov2.training.data import PhotoCrops
-from tools.photo_store import store_photos
+from tools.photos import store_photos
 
 
 @pytest.fixture

@@ -20,7 +20,8 @@ from percov2.models.storage import save_component
 from percov2.models.tiny.dial import RealismDial
 from percov2.options import DecodeOptions, EncodeOptions
 from tools.command_line import run
-from tools.pictures import noise
+from tools.judging import Means
+from tools.photos import noise
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +116,6 @@ def test_the_command_line_has_the_dial(dialled, random_model, tmp_path, capsys):
 
 
 def test_modes_follow_the_dial(dialled, tmp_path):
-    class Means(torch.nn.Module):
-        num_features = 3
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return images.float().mean((2, 3))
-
     crops = np.stack([np.asarray(noise(32, 32).rotate(90 * i)) for i in range(4)])
     records = operating_modes(
         Codec.from_pretrained(dialled),

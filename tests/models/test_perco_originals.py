@@ -27,7 +27,7 @@ def test_same_weights_give_the_same_outputs_and_indices(grid, tmp_path):
     sizes = {"grid": grid, **PUBLISHED}
     given, wanted = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file({**state, "latents": latents}, given, {k: str(v) for k, v in sizes.items()})
-    script = ROOT / "tests" / "perco_originals.py"
+    script = ROOT / "tests" / "tools" / "perco_originals.py"
     done = subprocess.run(
         [PYTHON, "-W", "ignore", script, given, wanted], capture_output=True, text=True, check=False
     )

@@ -18,7 +18,7 @@ from percov2.training.commands import run_codec, run_entropy, run_export, run_to
 from percov2.training.data import CropPlan, PhotoCrops
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.warm_start import start_from
-from tools.photo_store import store_photos
+from tools.photos import store_photos
 from tools.rate_runs import (
     ALL,
     config_text,

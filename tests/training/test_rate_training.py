@@ -20,7 +20,7 @@ from percov2.training.rates import RateConfig, build_rates, draw_rate
 from percov2.training.stage1 import CodecConfig
 from percov2.training.warm_start import start_from
 from tools.executors import equal
-from tools.photo_store import store_photos
+from tools.photos import store_photos
 from tools.rate_runs import (
     ALEX,
     ALL,
