@@ -93,7 +93,8 @@ def test_the_codec_and_the_command_line_open_saved_pipelines(pipe, saved, pictur
     assert equal(codec.decompress([data])[0], pipe.decompress(data))
     file, out = tmp_path / "p.pcv2", tmp_path / "p.png"
     assert run("compress", picture, file, "--model", f"sd3:{saved}") == 0
-    assert run("decompress", file, out, "--model", saved) == 0
+    assert run("decompress", file, out, "--model", saved, "--offload") == 0
+    assert run("info", file, "--verify", "--model", saved) == 0
 
 
 def test_without_t5_and_in_half_precision(sd3_folder, saved, tmp_path):

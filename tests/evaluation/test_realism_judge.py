@@ -435,5 +435,3 @@ def test_the_command_line_judges_held_out_photos(random_model, photos, tmp_path,
     assert result["crops_with_distances"] == len(list((tmp_path / "originals").iterdir())) == 3
     message = failure(capsys, *common, "--out", tmp_path / "one", "--rate", "coarse")
     assert "eval realism: " in message and "holds another run" in message
-    message = failure(capsys, *common, "--out", tmp_path / "x", "--stride", 33)
-    assert "stride must be 1 to the side of 32, not 33" in message

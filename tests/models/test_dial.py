@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from percov2.codec import Codec
 from percov2.evaluation.modes import operating_modes, plot_modes
@@ -19,7 +18,6 @@ from percov2.models.config import ModelConfig
 from percov2.models.storage import save_component
 from percov2.models.tiny.dial import RealismDial
 from percov2.options import DecodeOptions, EncodeOptions
-from tools.command_line import run
 from tools.judging import Means
 from tools.photos import noise
 
@@ -101,18 +99,6 @@ def test_realism_out_of_range_or_without_a_dial_is_refused(dialled, random_model
     for wrong in ({"realism": 2.0}, {"realism": None}, {"rates": rates}):
         with pytest.raises(ValueError, match="realism"):
             dataclasses.replace(config, **wrong).check()
-
-
-def test_the_command_line_has_the_dial(dialled, random_model, tmp_path, capsys):
-    codec = Codec.from_pretrained(dialled)
-    (file,) = codec.compress([noise(64, 48)])
-    (tmp_path / "photo.pcv2").write_bytes(file)
-    command = ("decompress", tmp_path / "photo.pcv2", tmp_path / "out.png")
-    assert run(*command, "--model", dialled, "--realism", 0.1) == 0
-    with Image.open(tmp_path / "out.png") as restored:
-        assert np.array_equal(np.asarray(restored), pixels(codec, file, realism=0.1))
-    assert run(*command, "--model", random_model, "--realism", 0.1) == 2
-    assert "has no realism dial" in capsys.readouterr().err
 
 
 def test_modes_follow_the_dial(dialled, tmp_path):

@@ -8,11 +8,7 @@ from torch import Tensor
 
 from oracles import reference_perco as reference
 from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.perco.checkpoint import (
-    hyper_encoder_tensors,
-    quantizer_tensors,
-    unet_tensors,
-)
+from percov2.models.perco.checkpoint import hyper_encoder_tensors, quantizer_tensors, unet_tensors
 from percov2.models.quantizer import VectorQuantizer
 
 PUBLISHED = {"n": 192, "m": 320, "codes": 256, "dim": 32}

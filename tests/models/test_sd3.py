@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from PIL import Image
 
 from percov2 import BackboneOptions, Codec
 from percov2.models import hyper_encoder, placement, quantizer, storage
@@ -17,7 +16,6 @@ from percov2.models.config import PAPER_RATES
 from percov2.models.sd3 import base, flow, text
 from percov2.models.sd3.backbone import SD3Model
 from tools import random_sd3
-from tools.command_line import run
 from tools.photos import noise
 
 
@@ -262,16 +260,6 @@ def test_compiling_is_opt_in(sd3_folder, monkeypatch):
 
 
 # Command line, errors ----------------------------------------------------------------------------
-
-
-def test_the_command_line_compresses_and_restores(picture, sd3_folder, tmp_path):
-    model = ("--model", f"sd3:{sd3_folder}")
-    file, out = tmp_path / "p.pcv2", tmp_path / "p.png"
-    assert run("compress", picture, file, *model, "--caption", "a red door", "--rate", "r0938") == 0
-    assert run("decompress", file, out, *model, "--steps", 3, "--guidance", 3, "--offload") == 0
-    with Image.open(out) as image:
-        assert image.size == (70, 50)
-    assert run("info", file, "--verify", *model) == 0
 
 
 def test_the_papers_rates_are_named_after_their_bits():
