@@ -271,4 +271,4 @@ def test_the_entropy_library_loads_numpy_and_itself():
     loaded = modules_after("import percov2.entropy as e; [getattr(e, n) for n in e.__all__]")
     assert not loaded & {"percov2.models", "percov2.codec"}
     roots = {name.partition(".")[0] for name in loaded - modules_after("import numpy")}
-    assert roots - sys.stdlib_module_names == {"percov2"}
+    assert roots - sys.stdlib_module_names <= {"percov2", "numpy"}
