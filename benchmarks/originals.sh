@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment of the layers that PerCo (SD v2.1) is built of: CompressAI's attention block
 # and vector-quantize-pytorch, in .originals/ of the repository or in the folder given. Afterwards
-# tests/models/test_perco_originals.py compares percov2's layers with them.
+# tests/models/test_perco_weights.py compares percov2's layers with them.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 folder="${1:-$root/.originals}"

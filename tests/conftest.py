@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from percov2.entropy import rans
-from tools.photo_store import store_photos
+from tools.photos import noise, store_photos
 
 # Each of pytest's workers has one core. Threads that wait for each other would double the time.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -69,8 +69,6 @@ def codec(random_model) -> Codec:
 @pytest.fixture
 def picture(tmp_path) -> Path:
     """A PNG of 70x50 pixels."""
-    from tools.pictures import noise
-
     noise(70, 50).save(tmp_path / "photo.png")
     return tmp_path / "photo.png"
 

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import math
 import shutil
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -22,14 +21,7 @@ from percov2.container.tokens_file import OpenFile, pack, unpack
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, order, stages
 from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restores the number of threads after a test."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+from tools.executors import torch_threads
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -120,7 +112,7 @@ def test_coder_overhead_is_below_half_a_byte(codec):
     assert max(overhead) < 1.5
 
 
-def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(codec, threads):
+def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(codec):
     rng = np.random.default_rng(1)
     shapes = [(3, 5), (4, 4), (3, 5), (1, 1), (4, 4), (3, 5)]
     maps = [random_tokens(rng, h, w, 64) for h, w in shapes]
@@ -128,45 +120,40 @@ def test_tokens_give_the_same_bytes_alone_in_batches_and_with_threads(codec, thr
     captions = ["", "sea", "", "sand", "", ""]
     results = []
     for count in (1, 2):
-        torch.set_num_threads(count)
-        batch = codec.pack(maps, sizes, caption=captions)
-        results.append(batch)
-        results.append(
-            [
-                codec.pack([m], [s], caption=[c])[0]
-                for m, s, c in zip(maps, sizes, captions, strict=True)
-            ]
-        )
-        for decoded, expected in zip(codec.decode_tokens(batch), maps, strict=True):
-            np.testing.assert_array_equal(decoded, expected)
+        with torch_threads(count):
+            results.append(codec.pack(maps, sizes, caption=captions))
+            alone = zip(maps, sizes, captions, strict=True)
+            results.append([codec.pack([m], [s], caption=[c])[0] for m, s, c in alone])
+            for decoded, expected in zip(codec.decode_tokens(results[-1]), maps, strict=True):
+                np.testing.assert_array_equal(decoded, expected)
     assert all(result == results[0] for result in results)
 
 
-def test_pictures_of_mixed_sizes_round_trip_like_single_ones(codec, threads):
+def test_pictures_of_mixed_sizes_round_trip_like_single_ones(codec):
     images = [photo(65, 40), photo(1, 1), photo(48, 48, 1), photo(65, 40, 2), photo(3, 90)]
     captions = ["a lake", "", "", "two dogs", ""]
     files = codec.compress(images, caption=captions)
     restored = codec.decompress(files, seed=4)
     assert [r.size for r in restored] == [i.size for i in images]
     assert {r.mode for r in restored} == {"RGB"}
-    torch.set_num_threads(2)
-    for image, caption, file, picture in zip(images, captions, files, restored, strict=True):
-        assert codec.compress([image], caption=[caption]) == [file]
-        (again,) = codec.decompress([file], seed=4)
-        np.testing.assert_array_equal(np.asarray(again), np.asarray(picture))
+    with torch_threads(2):
+        for image, caption, file, picture in zip(images, captions, files, restored, strict=True):
+            assert codec.compress([image], caption=[caption]) == [file]
+            (again,) = codec.decompress([file], seed=4)
+            np.testing.assert_array_equal(np.asarray(again), np.asarray(picture))
 
 
-def test_steps_guidance_and_seed_reach_the_flow(codec):
-    files = codec.compress([photo(64, 64)], caption=["a lake"])
+def test_tokens_steps_guidance_and_seed_reach_the_picture(codec):
+    maps = [np.full((4, 4), value, dtype=np.int32) for value in (0, 1)]
+    files = codec.pack(maps, [(64, 64)] * 2, caption=["a lake"] * 2)
 
-    def pixels(**options: float) -> bytes:
-        return codec.decompress(files, **options)[0].tobytes()
+    def pixels(file: bytes = files[0], **options: float) -> bytes:
+        return codec.decompress([file], **options)[0].tobytes()
 
     usual = pixels()
     assert usual == pixels(steps=codec.config.steps, guidance=codec.config.guidance, seed=0)
-    assert usual != pixels(steps=5)
-    assert usual != pixels(guidance=8.0)
-    assert usual != pixels(seed=1)
+    others = [pixels(files[1]), pixels(steps=5), pixels(guidance=8.0), pixels(seed=1)]
+    assert usual not in others
 
 
 def test_a_rate_s_own_steps_are_its_default(codec, monkeypatch):
@@ -198,12 +185,6 @@ def test_the_decoder_s_noise_is_the_seed_s(codec, random_model, tmp_path):
         assert once == again and plain != once != third
     finally:
         codec.model.__dict__.pop("flow")
-
-
-def test_tokens_reach_the_picture(codec):
-    maps = [np.full((4, 4), value, dtype=np.int32) for value in (0, 1)]
-    pictures = codec.decompress(codec.pack(maps, [(64, 64)] * 2))
-    assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
 def certain_model(size: int = 256) -> IntTransformer:
@@ -260,8 +241,7 @@ def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded
 
     with pytest.raises(BitstreamError, match=r"file 3 of 4: .*tokens early"):
         unpack(
-            Counting(coder.model),
-            [OpenFile(data, bitstream.read(data), (60, 60), "file 3 of 4: ")],
+            Counting(coder.model), [OpenFile(data, bitstream.read(data), (60, 60), "file 3 of 4: ")]
         )
     assert stages_begun[-1] > bitstream.DENSE_SLACK
     data = data[:40]
@@ -308,33 +288,21 @@ def test_the_model_id_depends_on_what_tokens_mean(codec):
     assert model_id(*base) == int(hashlib.sha256(hashed).hexdigest()[:4], 16)
 
 
-def test_a_model_with_a_further_rate_reads_old_files(tmp_path):
-    from tools import random_model
-
-    old = Codec.from_pretrained(random_model.build(tmp_path / "old", rates=random_model.RATES[:1]))
-    files = old.compress([photo(40, 40)])
-    new_folder = random_model.build(tmp_path / "new")
-    for part in ("entropy", "quantizer"):
-        for path in (tmp_path / "old" / "fine" / part).iterdir():
-            (new_folder / "fine" / part / path.name).write_bytes(path.read_bytes())
-    new = Codec.from_pretrained(new_folder)
-    np.testing.assert_array_equal(new.decode_tokens(files)[0], old.decode_tokens(files)[0])
-    later = new.compress([photo(40, 40)], rate="coarse")
-    with pytest.raises(BitstreamError, match=f"another model.*{new.model_id('coarse'):04x}"):
-        old.decode(later)
-
-
-def header_only(codec: Codec, **fields: int) -> bytes:
-    header = bitstream.Header(codec.model_id("fine"), height=64, width=64, **fields)
+def header_only(model_id: int, **fields: int) -> bytes:
+    header = bitstream.Header(model_id, height=64, width=64, **fields)
     symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
     return bitstream.prefix(header) + independent_coder.encode(0x5555, symbols)
 
 
 def test_unusable_fields_have_their_own_messages(codec):
-    with pytest.raises(BitstreamError, match="rate 9, but model 'random' has rates 0 to 1"):
-        codec.decode([header_only(codec, rate=9)])
-    with pytest.raises(BitstreamError, match=r"a part of 12 stages, but schedule .* has 12"):
-        codec.decode([header_only(codec, stages_sent=12)])
+    ours = codec.model_id("fine")
+    for model_id, fields, message in (
+        (ours, {"rate": 9}, "rate 9, but model 'random' has rates 0 to 1"),
+        (ours ^ 1, {"rate": 9}, "another model"),
+        (ours, {"stages_sent": 12}, r"a part of 12 stages, but schedule .* has 12"),
+    ):
+        with pytest.raises(BitstreamError, match=message):
+            codec.decode([header_only(model_id, **fields)])
     (data,) = codec.compress([photo(64, 64)])
     with pytest.raises(BitstreamError, match="64x64 = 4096 pixels, more than the limit of 4095"):
         codec.decompress([data], max_pixels=4095)
@@ -346,12 +314,7 @@ def test_wrong_arguments_are_refused(codec, random_model):
     for match, call in [
         ("unknown rate 'r9'.*fine, coarse", lambda: codec.compress([image], rate="r9")),
         ("unknown schedule 'x'", lambda: codec.compress([image], schedule="x")),
-        ("caption must be a list of 1", lambda: codec.compress([image], caption=[])),
-        ("caption must be a list of 1", lambda: codec.compress([image], caption="a")),
         ("limit of 100", lambda: codec.compress([image], max_pixels=100)),
-        ("1 to 1000, not 0", lambda: codec.decompress([], steps=0)),
-        ("guidance must be", lambda: codec.decompress([], guidance=-1.0)),
-        ("seed must be", lambda: codec.decompress([], seed=-1)),
         ("has integers", lambda: codec.pack([grid], [(64, 48)])),
         ("has integers", lambda: codec.pack([grid.astype(float)], [(48, 48)])),
         ("range from 0 to 64", lambda: codec.pack([grid + 64 * np.eye(3, dtype=int)], [(48, 48)])),
@@ -361,8 +324,4 @@ def test_wrong_arguments_are_refused(codec, random_model):
     ]:
         with pytest.raises(ValueError, match=match):
             call()
-
-
-def test_nothing_in_nothing_out(codec):
-    assert codec.compress([]) == []
-    assert codec.decompress([]) == []
+    assert codec.compress([]) == codec.decompress([]) == []

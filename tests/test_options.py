@@ -16,6 +16,7 @@ from percov2 import DecodeOptions, EncodeOptions
 from percov2.cli.faults import in_flags
 from percov2.cli.options import add_options, options_of
 from percov2.options import OptionError, options_from
+from tools.photos import noise
 
 
 @pytest.mark.parametrize(
@@ -28,7 +29,7 @@ from percov2.options import OptionError, options_from
         (EncodeOptions, "max_pixels", [1, 1 << 32], [0, None]),
         (EncodeOptions, "rate", [None, "r031"], [3, b"r031"]),
         (EncodeOptions, "schedule", [None, "qlds5"], [0]),
-        (DecodeOptions, "realism", [None, 0, 1, np.float64(0.5)], [-0.1, 1.1, "1", True]),
+        (DecodeOptions, "realism", [None, 0, 1, np.float64(0.5)], [-0.1, 1.1, math.nan, "1", True]),
         (DecodeOptions, "steps", [None, 1, 1000], [0, 1001, 2.0]),
         (DecodeOptions, "guidance", [None, 0, 100.0], [-1.0, 101, math.nan]),
         (DecodeOptions, "seed", [0, 2**63 - 1, np.uint8(7)], [-1, 2**63, None]),
@@ -100,8 +101,8 @@ def test_messages_name_flags_on_the_command_line():
     assert in_flags(text) == expected + "--target-bytes"
 
 
-def pixels(seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+def pixels() -> np.ndarray:
+    return np.asarray(noise(56, 40))
 
 
 def test_one_picture_gives_one_file_whatever_its_kind(codec, tmp_path):

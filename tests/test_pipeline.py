@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 
 from percov2 import BitstreamError, Codec, PerCoV2Pipeline
+from percov2.models.quantizer import VectorQuantizer
+from percov2.models.storage import save_component
 from percov2.pipeline import TrainedParts
 from tools import random_sd3
 from tools.command_line import run
+from tools.photos import noise
 
 CAPTION = "a red door"
 
 
 def photo(seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 70, 3), np.uint8))
+    return noise(70, 50, seed)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +93,8 @@ def test_the_codec_and_the_command_line_open_saved_pipelines(pipe, saved, pictur
     assert equal(codec.decompress([data])[0], pipe.decompress(data))
     file, out = tmp_path / "p.pcv2", tmp_path / "p.png"
     assert run("compress", picture, file, "--model", f"sd3:{saved}") == 0
-    assert run("decompress", file, out, "--model", saved) == 0
+    assert run("decompress", file, out, "--model", saved, "--offload") == 0
+    assert run("info", file, "--verify", "--model", saved) == 0
 
 
 def test_without_t5_and_in_half_precision(sd3_folder, saved, tmp_path):
@@ -110,37 +114,22 @@ def test_without_t5_and_in_half_precision(sd3_folder, saved, tmp_path):
     assert dropped.decompress(data).size == (70, 50)
 
 
-def test_unfit_folders_are_refused(sd3_folder, random_model, tmp_path):
-    with pytest.raises(ValueError, match="has the backbone 'tiny', not 'sd3'"):
-        PerCoV2Pipeline.from_percov2(random_model)
-    with pytest.raises(ValueError, match="has the backbone 'tiny', not 'sd3'"):
-        TrainedParts(random_model)
-    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
-    model = tmp_path / "copy" / "model"
-    shutil.copytree(model / "flow", model / "r0938" / "flow")
+def test_rates_may_have_their_own_flows_in_folders_but_not_in_pipelines(sd3_copy, random_model):
+    for opened in (PerCoV2Pipeline.from_percov2, TrainedParts):
+        with pytest.raises(ValueError, match="has the backbone 'tiny', not 'sd3'"):
+            opened(random_model)
+    shutil.move(sd3_copy / "flow", sd3_copy / "r0938" / "flow")
     with pytest.raises(ValueError, match="have their own flows"):
-        PerCoV2Pipeline.from_percov2(model)
-
-
-def test_rates_may_have_their_own_flows(sd3_folder, tmp_path):
-    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
-    model = tmp_path / "copy" / "model"
-    shutil.copytree(model / "flow", model / "r0938" / "flow")
-    shutil.rmtree(model / "flow")
-    codec = Codec.from_pretrained(model)
+        PerCoV2Pipeline.from_percov2(sd3_copy)
+    codec = Codec.from_pretrained(sd3_copy)
     assert codec.decompress(codec.compress([photo()], rate="r0938"))[0].size == (70, 50)
     with pytest.raises(ValueError, match="holds no flow"):
         codec.decompress(codec.compress([photo()], rate="r0313"))
 
 
-def test_flow_and_tokens_of_different_trainings_are_refused(sd3_folder, tmp_path):
-    from percov2.models.quantizer import VectorQuantizer
-    from percov2.models.storage import save_component
-
-    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
-    model = tmp_path / "copy" / "model"
-    save_component(VectorQuantizer(16, 256, 8, 12), model / "r0313" / "quantizer", "float32")
-    codec = Codec.from_pretrained(model)
+def test_flow_and_tokens_of_different_trainings_are_refused(sd3_copy):
+    save_component(VectorQuantizer(16, 256, 8, 12), sd3_copy / "r0313" / "quantizer", "float32")
+    codec = Codec.from_pretrained(sd3_copy)
     with pytest.raises(ValueError, match="not of one training"):
         codec.decompress(codec.compress([photo()], rate="r0313"))
 

@@ -21,24 +21,21 @@ def test_expected_errors_are_one_line_about_the_file(picture, file, random_model
     cut.write_bytes(file.read_bytes()[:-2])
     other = tmp_path / "other.pcv2"
     other.write_bytes(file.read_bytes()[:2] + b"\0\0" + file.read_bytes()[4:])
-    none = tmp_path / "none.png"
-    out = tmp_path / "out.png"
+    none, out, before = tmp_path / "none.png", tmp_path / "out.png", picture.read_bytes()
     model = ("--model", random_model)
     for command, message in [
-        (("compress", none, out, *model), f"{none}: No such file or directory"),
         (("compress", text, out, *model), f"{text}: not a picture"),
         (("compress", tmp_path, out, *model), f"{tmp_path}: Is a directory"),
         (
             ("compress", picture, tmp_path / "x/y.pcv2", *model),
             f"there is no folder {tmp_path / 'x'}",
         ),
-        (("compress", picture, out, *model, "--rate", "r9"), "unknown rate 'r9'"),
         (("compress", picture, out, *model, "--max-pixels", 99), "limit of 99"),
         (("compress", picture, out, "--model", "nix"), "model nix: no model 'nix'"),
         (("compress", picture, picture, *model), "photo.png: it is the same file as the input"),
         *(
             (("compress", picture, out, *model, "--device", device), f"unknown device '{device}'")
-            for device in ("abacus", "meta", "xpu", "mps", "")
+            for device in ("meta", "xpu", "mps", "")
         ),
         (("decompress", none, out, *model), f"{none}: No such file or directory"),
         (("decompress", text, out, *model), f"{text}: not a .pcv2 file"),
@@ -54,27 +51,23 @@ def test_expected_errors_are_one_line_about_the_file(picture, file, random_model
         (("roundtrip", picture, "--out", tmp_path, *model), "same file as the input"),
         (("roundtrip", file, "--out", text, *model), f"{text}: File exists"),
         (("eval", "kodak", tmp_path, "--out", tmp_path, *model), "same file as the input"),
-        (("eval", "kodak", none, "--out", tmp_path, *model), f"{none}: No such file"),
         (("roundtrip", text, "--out", tmp_path / "rt", *model), f"{text}: not a picture"),
     ]:
         assert message in failure(capsys, *command), command
     assert not out.exists()
-    assert not list(tmp_path.rglob("*.part"))
+    assert not list(tmp_path.rglob("*.part")) and picture.read_bytes() == before
 
 
-def test_what_is_left_out_is_said(random_model, tmp_path, capsys):
-    path = tmp_path / "clear.png"
-    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path)
-    assert run("compress", path, tmp_path / "o.pcv2", "--model", random_model) == 0
-    assert capsys.readouterr().err == (
-        "percov2: warning: transparency was flattened on white; it is not stored\n"
-    )
-
-
-def test_warnings_name_the_file_where_several_are_given(random_model, tmp_path, capsys):
+def test_what_is_left_out_is_said_of_the_file_where_several_are_given(
+    random_model, tmp_path, capsys
+):
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
     for path in paths:
         Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(path)
+    assert run("compress", paths[0], tmp_path / "o.pcv2", "--model", random_model) == 0
+    assert capsys.readouterr().err == (
+        "percov2: warning: transparency was flattened on white; it is not stored\n"
+    )
     assert run("roundtrip", *paths, "--out", tmp_path / "out", "--model", random_model) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "flattened" in line]
     assert [line.split(": ")[2] for line in lines] == [str(path) for path in paths]
@@ -100,14 +93,6 @@ def test_faults_known_before_loading_load_no_model(file, picture, tmp_path, monk
         ("eval", "kodak", tmp_path, "--out", tmp_path / "o", "--baselines", "gif"),
     ]:
         failure(capsys, *command)
-
-
-def test_originals_survive_every_command(picture, random_model, tmp_path, capsys):
-    before = picture.read_bytes()
-    for command in ("roundtrip", picture), ("eval", "kodak", tmp_path):
-        failure(capsys, *command, "--out", tmp_path, "--model", random_model)
-    assert {path.name for path in tmp_path.iterdir()} == {"photo.png"}
-    assert picture.read_bytes() == before
 
 
 def test_faults_of_torch_while_working_are_one_line(

@@ -13,7 +13,8 @@ from percov2.codec import Codec
 from percov2.photos import PhotoCrops
 from percov2.training import commands
 from percov2.training.commands import run_entropy, run_tokens
-from tools.photo_store import store_photos
+from percov2.training.data import PhotoCrops
+from tools.photos import store_photos
 
 
 @pytest.fixture

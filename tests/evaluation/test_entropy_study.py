@@ -196,14 +196,18 @@ def token_file(tmp_path) -> Path:
     return tmp_path / "tokens.npz"
 
 
-def test_the_command_measures_held_out_maps(token_file, random_model, tmp_path, capsys):
+def test_the_command_measures_held_out_maps(
+    token_file, random_model, tmp_path, capsys, monkeypatch
+):
+    few = {name: STUDY_SCHEDULES[name] for name in ("var", "qlds5_flat", "raster")}
+    monkeypatch.setattr("percov2.evaluation.study.comparison.STUDY_SCHEDULES", few)
     out = tmp_path / "out"
     command = ("eval", "entropy", "--data", token_file, "--model", random_model, "--out", out)
     assert run(*command, "--rate", "fine") == 0
     assert capsys.readouterr().out == f"{out / 'report.md'}\n"
     report = json.loads((out / "report.json").read_text())
     assert report["command"].endswith("--rate fine --data tokens.npz --out out")
-    assert [row["name"] for row in report["methods"]] == ["uniform", *STUDY_SCHEDULES]
+    assert [row["name"] for row in report["methods"]] == ["uniform", *few]
     assert {(row["maps"], row["tokens"]) for row in report["methods"]} == {(2, 45)}
     shared = TokenCoder(IntTransformer.load(random_model / "fine" / "entropy"))
     held_out = [grid(4, 5, 64) + 2, grid(5, 5, 64) + 5]

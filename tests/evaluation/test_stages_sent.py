@@ -13,15 +13,15 @@ from percov2.evaluation.hybrid import stages_sent
 from percov2.evaluation.setting import Setting
 from percov2.options import DecodeOptions, EncodeOptions
 from tools.command_line import run
+from tools.photos import noise
 
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     folder = tmp_path / "pictures"
     folder.mkdir()
-    for i, size in enumerate([(64, 48), (96, 64)]):
-        noise = np.random.default_rng(i).integers(0, 256, (*size, 3), np.uint8)
-        Image.fromarray(noise).save(folder / f"{i}.png")
+    for i, size in enumerate([(48, 64), (64, 96)]):
+        noise(*size, seed=i).save(folder / f"{i}.png")
     return folder
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from percov2.codec import Codec
 from percov2.evaluation.modes import operating_modes, plot_modes
@@ -19,8 +18,8 @@ from percov2.models.config import ModelConfig
 from percov2.models.storage import save_component
 from percov2.models.tiny.dial import RealismDial
 from percov2.options import DecodeOptions, EncodeOptions
-from tools.command_line import run
-from tools.pictures import noise
+from tools.judging import Means
+from tools.photos import noise
 
 
 @pytest.fixture(scope="module")
@@ -102,25 +101,7 @@ def test_realism_out_of_range_or_without_a_dial_is_refused(dialled, random_model
             dataclasses.replace(config, **wrong).check()
 
 
-def test_the_command_line_has_the_dial(dialled, random_model, tmp_path, capsys):
-    codec = Codec.from_pretrained(dialled)
-    (file,) = codec.compress([noise(64, 48)])
-    (tmp_path / "photo.pcv2").write_bytes(file)
-    command = ("decompress", tmp_path / "photo.pcv2", tmp_path / "out.png")
-    assert run(*command, "--model", dialled, "--realism", 0.1) == 0
-    with Image.open(tmp_path / "out.png") as restored:
-        assert np.array_equal(np.asarray(restored), pixels(codec, file, realism=0.1))
-    assert run(*command, "--model", random_model, "--realism", 0.1) == 2
-    assert "has no realism dial" in capsys.readouterr().err
-
-
 def test_modes_follow_the_dial(dialled, tmp_path):
-    class Means(torch.nn.Module):
-        num_features = 3
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return images.float().mean((2, 3))
-
     crops = np.stack([np.asarray(noise(32, 32).rotate(90 * i)) for i in range(4)])
     records = operating_modes(
         Codec.from_pretrained(dialled),

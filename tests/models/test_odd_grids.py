@@ -14,7 +14,7 @@ from percov2.models.config import Rate
 from percov2.models.tiny.backbone import CodecModel
 from percov2.models.token_search import TokenSearch
 from tools import random_model
-from tools.pictures import noise, tensor
+from tools.photos import noise, tensor
 
 SIDES = range(1, 41)
 

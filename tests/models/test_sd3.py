@@ -6,11 +6,9 @@ import math
 import shutil
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from PIL import Image
 
 from percov2 import BackboneOptions, Codec
 from percov2.models import hyper_encoder, placement, quantizer, storage
@@ -18,7 +16,7 @@ from percov2.models.config import PAPER_RATES
 from percov2.models.sd3 import base, flow, text
 from percov2.models.sd3.backbone import SD3Model
 from tools import random_sd3
-from tools.command_line import failure, run
+from tools.photos import noise
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +51,6 @@ def loaded(monkeypatch) -> list[str]:
     return names
 
 
-def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    return Image.fromarray(pixels)
-
-
 def noise_image(height: int, width: int, seed: int = 0, count: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(count, 3, height, width, generator=generator) * 2 - 1
@@ -86,18 +79,13 @@ def test_without_t5_its_part_is_zeros_as_in_diffusers(sd3_folder, original):
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(1, 1.0), (3, 1.0), (4, 5.0)])
-def test_sampling_equals_diffusers_while_z_hat_has_no_weight(
-    steps, guidance, sd3_folder, tmp_path, original
-):
-    shutil.copytree(sd3_folder, tmp_path / "model")
-    shutil.copytree(sd3_folder.parent / "base", tmp_path / "base")
-    tensors, scale = flow.load_delta(tmp_path / "model" / "flow")
+def test_sampling_equals_diffusers_while_z_hat_has_no_weight(steps, guidance, sd3_copy, original):
+    tensors, scale = flow.load_delta(sd3_copy / "flow")
     weight = tensors["pos_embed.proj.weight"]
     weight.zero_()[:, :16] = original.transformer.pos_embed.proj.weight.detach()
-    flow.save_delta(tensors, scale, tmp_path / "model" / "flow")
-    model = SD3Model(tmp_path / "model")
+    flow.save_delta(tensors, scale, sd3_copy / "flow")
     z_hat = torch.randn(1, random_sd3.Z_CHANNELS, 8, 12)
-    latents = model.sample(z_hat, "r0313", ["a red door"], steps, guidance, seed=7)
+    latents = SD3Model(sd3_copy).sample(z_hat, "r0313", ["a red door"], steps, guidance, seed=7)
     expected = original(
         "a red door",
         negative_prompt="",
@@ -125,22 +113,16 @@ def test_latents_are_normalised_posterior_means(model, original):
 # What is loaded ----------------------------------------------------------------------------------
 
 
-def test_compressing_loads_neither_flow_nor_text_encoders(sd3_folder, loaded):
-    Codec.from_pretrained(f"sd3:{sd3_folder}").compress([photo(40, 40)], caption=["a red door"])
+def test_compressing_and_restoring_load_their_own_networks_only(sd3_folder, loaded):
+    codec = Codec.from_pretrained(f"sd3:{sd3_folder}")
+    files = codec.compress([noise(40, 40)], caption=["a red door"])
     assert sorted(loaded) == ["AutoencoderKL", "HyperEncoder", "VectorQuantizer"]
-
-
-def test_decompressing_loads_no_hyper_encoder_and_no_captioner(sd3_folder, loaded):
-    files = Codec.from_pretrained(sd3_folder).compress([photo(40, 40)], caption=["a red door"])
     loaded.clear()
     Codec.from_pretrained(sd3_folder).decompress(files)
     assert sorted(loaded) == [
-        "AutoTokenizer",
-        "AutoTokenizer",
-        "AutoTokenizer",
+        *["AutoTokenizer"] * 3,
         "AutoencoderKL",
-        "CLIPTextModelWithProjection",
-        "CLIPTextModelWithProjection",
+        *["CLIPTextModelWithProjection"] * 2,
         "FlowMatchEulerDiscreteScheduler",
         "SD3Transformer2DModel",
         "T5EncoderModel",
@@ -155,7 +137,7 @@ def test_decompressing_loads_no_hyper_encoder_and_no_captioner(sd3_folder, loade
 @pytest.mark.parametrize("size", [(1, 1), (40, 24), (70, 50)])
 def test_pictures_of_any_size_come_back(rate, size, model):
     codec = Codec(model)
-    file, other = codec.compress([photo(*size), photo(16, 16)], rate=rate, caption=["a door", ""])
+    file, other = codec.compress([noise(*size), noise(16, 16)], rate=rate, caption=["a door", ""])
     first, second = codec.decompress([file, other])
     assert first.size == size and second.size == (16, 16)
     side = codec.config.rate(rate).token_side
@@ -176,18 +158,19 @@ def test_tokens_and_pictures_do_not_depend_on_the_batch(model):
 
 def test_tokens_and_caption_and_seed_matter(model):
     tokens = model.encode_tokens(noise_image(32, 32), "r0313")
-    first = model.reconstruct(tokens, "r0313", ["a red door"], 2, 3.0, 5)
-    assert torch.equal(first, model.reconstruct(tokens, "r0313", ["a red door"], 2, 3.0, 5))
-    for changed in (
-        model.reconstruct((tokens + 100) % 256, "r0313", ["a red door"], 2, 3.0, 5),
-        model.reconstruct(tokens, "r0313", ["zebra"], 2, 3.0, 5),
-        model.reconstruct(tokens, "r0313", ["a red door"], 2, 3.0, 6),
-        model.reconstruct(tokens, "r0313", ["a red door"], 2, 1.0, 5),
-    ):
-        assert (first - changed).abs().max() > 1e-4
+    given = {"tokens": tokens, "captions": ["a red door"], "guidance": 3.0, "seed": 5}
+
+    def painted(**changes: object) -> torch.Tensor:
+        return model.reconstruct(rate="r0313", steps=2, **{**given, **changes})
+
+    first = painted()
+    assert torch.equal(first, painted())
+    others = {"tokens": (tokens + 100) % 256, "captions": ["zebra"], "seed": 6, "guidance": 1.0}
+    for name, value in others.items():
+        assert (first - painted(**{name: value})).abs().max() > 1e-4, name
 
 
-def test_equal_captions_are_embedded_once(sd3_folder, monkeypatch):
+def test_equal_captions_are_embedded_once(sd3_folder):
     model = SD3Model(sd3_folder)
     encoder = model.base.text_networks().encoders[2]
     calls = []
@@ -200,7 +183,7 @@ def test_equal_captions_are_embedded_once(sd3_folder, monkeypatch):
     assert len(model._captions._known) <= 32
 
 
-def test_large_pictures_are_sampled_in_windows(sd3_folder, monkeypatch):
+def test_large_pictures_are_sampled_in_windows(sd3_folder):
     model = SD3Model(sd3_folder)
     object.__setattr__(model.config, "window", 16)
     object.__setattr__(model.config, "overlap", 4)
@@ -223,9 +206,7 @@ def test_half_precision_paints_nearly_the_same(dtype, kind, sd3_folder):
     expected = full.reconstruct(tokens, "r0313", ["a red door"], 2, 2.0, 0)
     got = half.reconstruct(tokens, "r0313", ["a red door"], 2, 2.0, 0)
     assert got.dtype == torch.float32 and (got - expected).abs().mean() < 0.05
-    assert half.base.flow("r0313").dtype == getattr(
-        torch, dtype.replace("fp", "float").replace("bf16", "bfloat16")
-    )
+    assert half.base.flow("r0313").dtype == kind
     assert half.base.autoencoder().use_tiling
 
 
@@ -281,16 +262,6 @@ def test_compiling_is_opt_in(sd3_folder, monkeypatch):
 # Command line, errors ----------------------------------------------------------------------------
 
 
-def test_the_command_line_compresses_and_restores(picture, sd3_folder, tmp_path):
-    model = ("--model", f"sd3:{sd3_folder}")
-    file, out = tmp_path / "p.pcv2", tmp_path / "p.png"
-    assert run("compress", picture, file, *model, "--caption", "a red door", "--rate", "r0938") == 0
-    assert run("decompress", file, out, *model, "--steps", 3, "--guidance", 3, "--offload") == 0
-    with Image.open(out) as image:
-        assert image.size == (70, 50)
-    assert run("info", file, "--verify", *model) == 0
-
-
 def test_the_papers_rates_are_named_after_their_bits():
     for rate in PAPER_RATES:
         bits = math.log2(rate.codebook_size) / rate.token_side**2
@@ -309,50 +280,36 @@ def test_the_papers_rates_are_named_after_their_bits():
         ("base", "there is no folder .*base, and it is no hub id"),
     ],
 )
-def test_missing_parts_are_named(missing, message, sd3_folder, tmp_path):
-    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
-    shutil.rmtree(tmp_path / "copy" / missing)
+def test_missing_parts_are_named(missing, message, sd3_folder, sd3_copy):
+    shutil.rmtree(sd3_copy.parent / missing)
+    files = Codec.from_pretrained(sd3_folder).compress([noise(16, 16)], caption=["a"])
     with pytest.raises(ValueError, match=message):
-        Codec.from_pretrained(tmp_path / "copy" / "model").decompress(
-            Codec.from_pretrained(sd3_folder).compress([photo(16, 16)], caption=["a"])
-        )
+        Codec.from_pretrained(sd3_copy).decompress(files)
 
 
-def test_pickled_weights_are_not_read(sd3_folder, tmp_path):
-    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
-    vae = tmp_path / "copy" / "base" / "vae"
+def test_pickled_weights_are_not_read(sd3_copy):
+    vae = sd3_copy.parent / "base" / "vae"
     random_sd3.autoencoder().save_pretrained(vae, safe_serialization=False)
     (vae / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(ValueError, match="cannot load its vae"):
-        Codec.from_pretrained(tmp_path / "copy" / "model").compress([photo(16, 16)])
+        Codec.from_pretrained(sd3_copy).compress([noise(16, 16)])
 
 
-def test_parts_of_another_rate_are_refused(sd3_folder, tmp_path):
-    shutil.copytree(sd3_folder.parent, tmp_path / "copy")
-    model = tmp_path / "copy" / "model"
-    shutil.rmtree(model / "r0020" / "hyper_encoder")
-    shutil.copytree(model / "r0938" / "hyper_encoder", model / "r0020" / "hyper_encoder")
+def test_parts_of_another_rate_are_refused(sd3_copy):
+    def mix(part: str) -> Codec:
+        shutil.copytree(sd3_copy / "r0938" / part, sd3_copy / "r0020" / part, dirs_exist_ok=True)
+        return Codec.from_pretrained(sd3_copy)
+
     with pytest.raises(ValueError, match="tokens of 8 pixels a side, but rate r0020 has 64"):
-        Codec.from_pretrained(model).compress([photo(16, 16)], rate="r0020")
-    shutil.rmtree(model / "r0020" / "quantizer")
-    shutil.copytree(model / "r0938" / "quantizer", model / "r0020" / "quantizer")
-    damaged = Codec.from_pretrained(model).model
+        mix("hyper_encoder").compress([noise(16, 16)], rate="r0020")
+    tokens = torch.zeros(1, 1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match="a codebook of 64, but rate r0020 one of 256"):
-        damaged.reconstruct(torch.zeros(1, 1, 1, dtype=torch.int32), "r0020", [""], 1, 1, 0)
+        mix("quantizer").model.reconstruct(tokens, "r0020", [""], 1, 1, 0)
 
 
-def test_missing_base_models_are_one_line(picture, sd3_folder, tmp_path, capsys):
-    shutil.copytree(sd3_folder, tmp_path / "model")
-    command = ("compress", picture, tmp_path / "o.pcv2", "--model", f"sd3:{tmp_path / 'model'}")
-    assert "there is no folder" in failure(capsys, *command)
-
-
-@pytest.mark.parametrize("steps", [0, -1])
-def test_too_few_steps_are_refused(steps, model):
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        model.reconstruct(torch.zeros(1, 1, 1, dtype=torch.int32), "r0313", [""], steps, 1.0, 0)
-
-
-def test_images_must_be_whole_tokens(model):
+def test_wrong_arguments_are_refused(model):
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match="steps must be at least 1"):
+            model.reconstruct(torch.zeros(1, 1, 1).int(), "r0313", [""], steps, 1.0, 0)
     with pytest.raises(ValueError, match="multiples of 16"):
         model.encode_tokens(noise_image(24, 32), "r0313")

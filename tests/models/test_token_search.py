@@ -18,7 +18,7 @@ from percov2.models.perceptual import LPIPS
 from percov2.models.tiny.backbone import CodecModel
 from percov2.models.tiny.flow import window_starts
 from percov2.models.token_search import TokenSearch, tiles
-from tools.pictures import noise, tensor
+from tools.photos import noise, tensor
 
 photo = partial(noise, block=8)
 

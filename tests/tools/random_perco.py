@@ -12,14 +12,14 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from oracles import reference_perco as reference
+from tools.random_sd3 import CLIP, VAE, clip_tokenizer
 
 SIZES = {"n": 8, "m": 12, "codes": 256, "dim": 4}
 GRIDS = (64, 32, 8)
 """Tokens per side of 512 pixels at the three published rates."""
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SCHEDULER = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
@@ -35,30 +35,10 @@ SCHEDULER = {
 def save_base(folder: Path, seed: int = 0) -> None:
     """Autoencoder, text encoder, tokenizer and scheduler."""
     torch.manual_seed(seed)
-    AutoencoderKL(
-        sample_size=768,
-        block_out_channels=(4, 4, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    ).save_pretrained(folder / "vae")
-    CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=54,
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    ).save_pretrained(folder / "text_encoder")
-    words = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{c}</w>" for c in LETTERS)]
-    tokenizer = CLIPTokenizer({w: i for i, w in enumerate(words)}, [], model_max_length=77)
-    tokenizer.save_pretrained(folder / "tokenizer")
+    AutoencoderKL(sample_size=768, latent_channels=4, **VAE).save_pretrained(folder / "vae")
+    encoder = CLIPTextModel(CLIPTextConfig(hidden_size=16, **CLIP))
+    encoder.save_pretrained(folder / "text_encoder")
+    clip_tokenizer().save_pretrained(folder / "tokenizer")
     DDIMScheduler(**SCHEDULER).save_pretrained(folder / "scheduler")
 
 

@@ -48,26 +48,23 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer([*words, *((c, -3.0) for c in LETTERS)], extra_ids=0, model_max_length=64)
 
 
+CLIP = {"vocab_size": 54, "intermediate_size": 16, "num_hidden_layers": 2}
+CLIP |= {"num_attention_heads": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+VAE = {"block_out_channels": (4, 4, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
+VAE |= {
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+
+
 def clip_encoder(width: int) -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=54,
-            hidden_size=width,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=width,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    ).eval()
+    config = CLIPTextConfig(hidden_size=width, projection_dim=width, **CLIP)
+    return CLIPTextModelWithProjection(config).eval()
 
 
 def t5_encoder() -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(vocab_size=30, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    ).eval()
+    config = T5Config(vocab_size=30, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval()
 
 
 def transformer() -> SD3Transformer2DModel:
@@ -90,18 +87,9 @@ def transformer() -> SD3Transformer2DModel:
 
 
 def autoencoder() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        latent_channels=16,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ).eval()
+    plain = {"use_quant_conv": False, "use_post_quant_conv": False}
+    numbers = {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609}
+    return AutoencoderKL(**VAE, **numbers, **plain).eval()
 
 
 def pipeline(seed: int = 0) -> StableDiffusion3Pipeline:
@@ -128,17 +116,8 @@ def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES) -> Path:
     base = pipeline(seed)
     base.save_pretrained(folder / "base")
     model = folder / "model"
-    config = ModelConfig(
-        "random-sd3",
-        rates,
-        rates[0].name,
-        steps=2,
-        guidance=2.0,
-        prediction="velocity",
-        backbone="sd3",
-        base="../base",
-    )
-    config.save(model)
+    kind = {"prediction": "velocity", "backbone": "sd3", "base": "../base"}
+    ModelConfig("random-sd3", rates, rates[0].name, steps=2, guidance=2.0, **kind).save(model)
     widened = base.transformer
     widen_patch_embedding(widened, Z_CHANNELS)
     torch.nn.init.normal_(widened.pos_embed.proj.weight, std=0.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tools import random_sd3
-from tools.photo_shards import write_shard
+from tools.photos import write_shard
 
 CONFIG = """
 [sd3]

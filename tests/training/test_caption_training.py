@@ -23,7 +23,7 @@ from percov2.training.captions import (
 )
 from percov2.training.loop import LoopConfig
 from tools.executors import same
-from tools.photo_shards import write_tar
+from tools.photos import write_tar
 
 COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "grey", "pink", "orange"]
 THINGS = ["door", "car", "house", "dog", "boat", "flower", "train", "kite", "plate", "horse"]

@@ -35,7 +35,7 @@ from percov2.training.study.multiscale import (
 )
 from tools.command_line import failure, run
 from tools.executors import random_on
-from tools.photo_store import store_photos
+from tools.photos import store_photos
 from tools.random_model import with_entropy
 
 SIZE = 16

@@ -17,7 +17,7 @@ from percov2.training.shards import (
     read_member,
     shard_members,
 )
-from tools.photo_shards import png, write_shard, write_tar
+from tools.photos import png, write_shard, write_tar
 
 
 @pytest.fixture(scope="module")

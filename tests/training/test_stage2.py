@@ -31,12 +31,7 @@ from percov2.entropy.torch.transformer import (
 from percov2.entropy.torch.window_attention import window_attention
 from percov2.training import checkpoint
 from percov2.training.loop import LoopConfig
-from percov2.training.stage2 import (
-    EntropyConfig,
-    TokenMaps,
-    random_stages,
-    train_entropy,
-)
+from percov2.training.stage2 import EntropyConfig, TokenMaps, random_stages, train_entropy
 from tools.executors import equal, same
 
 SIZES = {"dim": 32, "heads": 2, "head_dim": 16, "layers": 2, "hidden": 64}
