@@ -74,3 +74,11 @@ def test_entropy_reference_names_every_public_module() -> None:
     assert "\n::: percov2.entropy.rans\n" in page
     assert "\n::: percov2.entropy.torch.token_coder" in page
     assert "__init__" not in page
+
+
+def test_architecture_names_files_that_exist() -> None:
+    page = text_of(ROOT / "docs" / "explanation" / "architecture.md")
+    named = re.findall(r"`((?:[\w]+/)+[\w.]*|\w+\.pyi?)`", page)
+    assert len(named) > 50
+    places = (ROOT, ROOT / "python" / "percov2")
+    assert [name for name in named if not any((at / name).exists() for at in places)] == []

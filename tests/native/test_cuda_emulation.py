@@ -1,6 +1,6 @@
 """The CUDA kernels on the CPU: programs of tests/native that emulate CUDA's threads.
 
-docs/how-to/gpu.md says what the emulation is and what it proves.
+docs/explanation/testing.md says what the emulation is and what it proves.
 """
 
 from __future__ import annotations

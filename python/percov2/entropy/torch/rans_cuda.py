@@ -1,7 +1,7 @@
 """Batches of rANS streams on a CUDA device: the bytes and symbols of percov2.entropy.rans.
 
 Everything stays on the device, on torch's current stream. Only ``EncodedStreams.to_host`` (one
-copy), ``finished`` and ``exhausted`` (a few bytes) wait for it. docs/how-to/gpu.md describes the
+copy), ``finished`` and ``exhausted`` (a few bytes) wait for it. docs/explanation/gpu-kernels.md describes the
 kernels. In a build without CUDA every call raises RuntimeError.
 """
 

@@ -36,7 +36,7 @@ class CodecModel(TokenMaker):
     """The float networks of a model folder: images -> tokens, tokens -> images.
 
     Args:
-        folder: see docs/explanation/architecture.md for its layout.
+        folder: see docs/reference/model-folder.md for its layout.
         device: torch device of every network.
         options: the defaults; these networks are small and take no others.
 
