@@ -203,14 +203,16 @@ def test_training_phases_match_the_functions_that_they_call():
         assert {name for name in options if train.OPTIONS[name].get("required")} >= required
 
 
-def test_train_passes_its_options_on(monkeypatch, capsys):
+def test_train_passes_its_options_on(monkeypatch, tmp_path, capsys):
     from percov2.training import commands
 
+    config = tmp_path / "c.toml"
+    config.touch()
     seen: dict[str, object] = {}
     monkeypatch.setattr(commands, "run_autoencoder", lambda **options: seen.update(options))
-    arguments = ("--config", "c.toml", "--data", "d", "--out", "o", "--minutes", "3")
+    arguments = ("--config", config, "--data", "d", "--out", "o", "--minutes", "3")
     assert run("train", "autoencoder", *arguments) == 0
-    expected = {"config": Path("c.toml"), "data": Path("d"), "out": Path("o"), "minutes": 3.0}
+    expected = {"config": config, "data": Path("d"), "out": Path("o"), "minutes": 3.0}
     assert seen == expected
 
     def refuse(**_: object) -> None:
@@ -251,6 +253,13 @@ def test_info_needs_neither_torch_nor_the_compiled_coder(file):
     assert "percov2.container.bitstream" in loaded
     for module in ("torch", "percov2._native", "PIL", "diffusers"):
         assert module not in loaded
+
+
+@pytest.mark.parametrize("flag", ["-V", "--version"])
+def test_the_module_runs_as_the_command(flag: str) -> None:
+    result = subprocess_run("-m percov2", flag)
+    assert result.returncode == 0
+    assert result.stdout.startswith(f"percov2 {percov2.__version__}\n")
 
 
 @pytest.mark.parametrize(

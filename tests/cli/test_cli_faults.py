@@ -220,8 +220,17 @@ def test_wrong_options_are_reported_before_torch_is_loaded(picture, file, random
         ("eval", "realism", none, *folders): f"{none}: No such file or directory",
         ("eval", "modes", tmp_path, *folders, "--realism", "0,1"): "has no realism dial",
         ("eval", "captions", tmp_path, *folders, "--rate", "r9"): "unknown rate 'r9'",
+        ("train", "codec", "--config", none, "--data", tmp_path, *folders): f"{none}: No such file",
         ("eval", "entropy", "--data", none, *folders): f"{none}: No such file or directory",
-        ("eval", "entropy", "--data", none, *folders, "--finetune", 1): "needs --entropy-run",
+        (
+            "eval",
+            "entropy",
+            "--data",
+            none,
+            *folders,
+            "--finetune",
+            1,
+        ): "needs --entropy-run",
     }
     script = tmp_path / "tried.py"
     script.write_text(TRIED)

@@ -106,6 +106,8 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 """Help text and options of each phase."""
+_READ = ("config", "autoencoder_run", "start_from", "codec_run", "pictures")
+"""Options that name one file or folder to read."""
 _ON_SD3 = ("sd3", "sd3-export", "shard-tokens")
 
 
@@ -121,6 +123,11 @@ def add_parser(commands: Any) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Run ``percov2 train PHASE``."""
+    with about(f"train {arguments.phase}"):
+        for option in _READ:
+            path = getattr(arguments, option, None)
+            if path is not None:
+                path.stat()
     from percov2.training import loop
 
     _, options = PHASES[arguments.phase]
