@@ -83,10 +83,6 @@ class Backbone(Protocol):
         """Return the unit vectors before quantization, as ``TokenMaker.directions``."""
         ...
 
-    def token_search(self, rate: str, rounds: int) -> Search:
-        """Return a search for better directions, as ``TokenMaker.token_search``."""
-        ...
-
     def reconstruct(
         self,
         tokens: Tensor,

@@ -13,11 +13,7 @@ from torch import Tensor
 from percov2.models.config import ModelConfig
 from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 
-__all__ = ["Search", "TokenMaker"]
-
-
-Search = Callable[[Tensor, str], Tensor]
-"""Image [1, 3, H, W] in [-1, 1] and caption -> directions, as ``TokenMaker.directions``."""
+__all__ = ["TokenMaker"]
 
 
 class TokenMaker(ABC):
@@ -86,16 +82,3 @@ class TokenMaker(ABC):
             ValueError: H or W is not a multiple of s, or an unknown rate.
         """
         return self.quantizer(rate).nearest(self.directions(images, rate))
-
-    def token_search(self, rate: str, rounds: int) -> Search:
-        """Return a search for better directions than the hyper-encoder's.
-
-        Args:
-            rate: name of a rate.
-            rounds: number of rounds; each costs about three decodings and gains less than the
-                previous one.
-
-        Raises:
-            ValueError: a backbone without a search, or an unknown rate.
-        """
-        raise ValueError("only small models search for tokens; leave effort at 0")

@@ -21,9 +21,6 @@ from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.models.tiny.backbone import CodecModel
 from percov2.models.tiny.flow import whole_patches
 
-if TYPE_CHECKING:
-    from percov2.models.tiny.backbone import CodecModel
-
 __all__ = ["L1_WEIGHT", "LEAST_SIDE", "LPIPS_WEIGHT", "TokenSearch", "tiles"]
 
 
@@ -66,7 +63,7 @@ class TokenSearch:
         rounds: number of rounds per picture.
 
     Raises:
-        ValueError: an unknown rate.
+        ValueError: an unknown rate, or a model of another backbone.
         MetricWeightsMissing: LPIPS's weights are not installed.
     """
 

@@ -195,12 +195,6 @@ class CodecModel(TokenMaker):
         parts = [decode(x.contiguous(memory_format=torch.channels_last)) for x in latents.split(1)]
         return torch.cat(parts)
 
-    def token_search(self, rate: str, rounds: int) -> Search:
-        """Return a search; MetricWeightsMissing without LPIPS's weights."""
-        from percov2.models.token_search import TokenSearch
-
-        return TokenSearch(self, rate, rounds)
-
 
 def _cropped(images: Tensor, height: int, width: int) -> Tensor:
     """Crop images [B, 3, H, W] to height × width latents."""
