@@ -100,7 +100,9 @@ printf 'torch==2.0\\nnumpy==1.0\\ntriton==3.0\\n'
 """
 
 
-def resolve(tmp_path: Path, ci: str, *, online: bool, unresolved: str = "nothing") -> list[str]:
+def resolve(
+    tmp_path: Path, required: str, *, online: bool, unresolved: str = "nothing"
+) -> list[str]:
     """Return what .ci/resolve prints, its exit status last, with stand-ins for pip and uv."""
     if not RESOLVE.exists():
         pytest.skip("an sdist has no .ci")
@@ -114,7 +116,7 @@ def resolve(tmp_path: Path, ci: str, *, online: bool, unresolved: str = "nothing
         "STANDINS": str(tmp_path),
         "UNRESOLVED": unresolved,
         "UV_INDEX_URL": "elsewhere",
-        "CI": ci,
+        "PERCOV2_REQUIRE_INDEX": required,
     }
     done = subprocess.run(
         [RESOLVE], env={**os.environ, **variables}, capture_output=True, text=True, check=False
@@ -123,7 +125,7 @@ def resolve(tmp_path: Path, ci: str, *, online: bool, unresolved: str = "nothing
 
 
 def test_resolve_tries_every_extra_on_every_python(tmp_path: Path) -> None:
-    *lines, status = resolve(tmp_path, "true", online=True)
+    *lines, status = resolve(tmp_path, "1", online=True)
     assert status == "0"
     assert lines == [
         f"Python {python}, percov2{name}: 3 packages, torch==2.0 triton==3.0"
@@ -140,9 +142,9 @@ def test_resolve_fails_where_one_extra_does(tmp_path: Path) -> None:
     assert sum("does not resolve" in line for line in lines) == 1
 
 
-@pytest.mark.parametrize(("ci", "expected"), [("", "0"), ("true", "1")])
-def test_resolve_without_the_index_fails_under_ci_only(
-    tmp_path: Path, ci: str, expected: str
+@pytest.mark.parametrize(("required", "expected"), [("", "0"), ("1", "1")])
+def test_resolve_without_the_index_fails_if_asked_to(
+    tmp_path: Path, required: str, expected: str
 ) -> None:
-    said, status = resolve(tmp_path, ci, online=False)
+    said, status = resolve(tmp_path, required, online=False)
     assert (said, status) == ("index not reachable: not checked", expected)
