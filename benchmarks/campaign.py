@@ -81,7 +81,7 @@ def check(log: dict[str, Any], seconds: float) -> None:
 
 def decode(log: dict[str, Any], shards: Path, cache: Path) -> None:
     """Decode the shards in parallel threads into one cache."""
-    from percov2.training.data import decode_shards, join_caches
+    from percov2.photos import decode_shards, join_caches
 
     started = time.monotonic()
     if not (cache / "photos.json").is_file():
@@ -104,9 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
     work: Path = arguments.work
     decode(log, arguments.shards, work / "photos")
 
+    from percov2.photos import PhotoCrops
     from percov2.training import warm_start
     from percov2.training.commands import codec_stage
-    from percov2.training.data import PhotoCrops
     from percov2.training.loop import train
 
     photos = PhotoCrops(work / "photos")

@@ -45,13 +45,14 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.coarser_rates": ("container models", "", ""),
     "percov2.codec": ("@codec", "numpy PIL torch", ""),
     "percov2.pipeline": ("@codec", "diffusers PIL torch", ""),
+    "percov2.photos": ("", "numpy PIL torch tqdm", "webdataset"),
     "percov2.evaluation": (
-        "@codec evaluation",
+        "@codec evaluation photos",
         "numpy PIL torch tqdm",
         "efficientnet_lite_pytorch imageio_ffmpeg matplotlib skimage torchmetrics",
     ),
     "percov2.training": (
-        "@codec training evaluation",
+        "@codec training evaluation photos",
         "diffusers numpy PIL safetensors torch tqdm",
         "accelerate tensorboard tokenizers transformers webdataset",
     ),
@@ -68,7 +69,7 @@ pipeline tokenizing"""
 # First-party prefixes that a folder may import inside functions.
 LAZY: dict[str, str] = {
     "percov2.bench": "triton_kernels",
-    "percov2.cli": "@codec bench evaluation training",
+    "percov2.cli": "@codec bench evaluation photos training",
     "percov2.entropy": "entropy.torch",
     "percov2.entropy.torch": "triton_kernels",
     "percov2.models": "triton_kernels",

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from percov2.codec import Codec
+from percov2.photos import PhotoCrops
 from percov2.training import commands
 from percov2.training.commands import run_entropy, run_tokens
-from percov2.training.data import PhotoCrops
 from tools.photo_store import store_photos
 
 

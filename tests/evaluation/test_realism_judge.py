@@ -21,7 +21,7 @@ from percov2.evaluation.realism import FrechetDistance, KernelSums, frechet_dist
 from percov2.evaluation.setting import Setting
 from percov2.models.perceptual import MetricWeightsMissing
 from percov2.options import DecodeOptions, EncodeOptions
-from percov2.training.data import PhotoCrops, is_held_out
+from percov2.photos import PhotoCrops, is_held_out
 from tools.command_line import failure, run
 from tools.photo_store import store_photos
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from percov2.entropy.int_transformer import IntTransformer, TransformerConfig
+from percov2.photos import PhotoCrops
 from percov2.training.commands import codec_stage
-from percov2.training.data import PhotoCrops
 from percov2.training.loop import LoopConfig, train
 from percov2.training.stage1 import CodecStage
 

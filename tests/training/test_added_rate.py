@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from percov2.codec import Codec
+from percov2.photos import CropPlan, PhotoCrops
 from percov2.training import checkpoint
 from percov2.training.commands import run_codec, run_entropy, run_export, run_tokens
-from percov2.training.data import CropPlan, PhotoCrops
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.warm_start import start_from
 from tools.photo_store import store_photos

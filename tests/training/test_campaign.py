@@ -10,9 +10,9 @@ from types import ModuleType
 
 import torch
 
+from percov2.photos import decode_shards
 from percov2.training import checkpoint
 from percov2.training.commands import run_export
-from percov2.training.data import decode_shards
 from tools.photo_shards import write_shard
 from tools.rate_runs import PIXELS, config_text, trained
 

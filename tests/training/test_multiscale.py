@@ -20,8 +20,8 @@ from percov2.entropy.torch.scales import scale_plan, scale_shapes
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.evaluation.study.coders import DirectCoder, TokenMap
 from percov2.evaluation.study.schedules import STUDY_SCHEDULES
+from percov2.photos import PhotoCrops, is_held_out
 from percov2.training.commands import run_tokens
-from percov2.training.data import PhotoCrops, is_held_out
 from percov2.training.loop import LoopConfig
 from percov2.training.stage2 import EntropyConfig, TokenMaps, train_entropy
 from percov2.training.study.multiscale import (

@@ -11,9 +11,9 @@ from PIL import Image
 
 from percov2.codec import Codec
 from percov2.models.config import Rate
+from percov2.photos import CropPlan, PhotoCrops
 from percov2.training import checkpoint
 from percov2.training.commands import codec_stage, run_codec, run_export
-from percov2.training.data import CropPlan, PhotoCrops
 from percov2.training.loop import load_averaged, train
 from percov2.training.losses import View, draw_view
 from percov2.training.rates import RateConfig, build_rates, draw_rate

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from percov2.photos import PhotoCrops
 from percov2.training import loop
 from percov2.training.commands import autoencoder_stage
-from percov2.training.data import PhotoCrops
 from percov2.training.loop import LoopConfig, train
 from percov2.training.optimizers import adamw, make_recordable, restore, set_learning_rate
 from percov2.training.recording import Figures, RecordedSteps

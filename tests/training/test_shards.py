@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from percov2.training.data import is_held_out
+from percov2.photos import is_held_out
 from percov2.training.shards import (
     CropFeed,
     Position,

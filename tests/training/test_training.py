@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from percov2.photos import PARTS, PhotoCrops, decode_shards
 from percov2.training import checkpoint
 from percov2.training.autoencoder_stage import AutoencoderStage
 from percov2.training.commands import autoencoder_stage, read_section
-from percov2.training.data import PARTS, PhotoCrops, decode_shards
 from percov2.training.loop import LoopConfig, _learning_rate, load_averaged, train
 from tools.photo_shards import png, write_tar
 from tools.rate_runs import config_text, moved, snapshot, written

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from percov2.models.tiny.backbone import CodecModel
+from percov2.photos import PhotoCrops
 from percov2.training import checkpoint
 from percov2.training.commands import codec_stage, run_codec, run_export
-from percov2.training.data import PhotoCrops
 from percov2.training.loop import train
 from percov2.training.warm_start import start_from
 from tools.rate_runs import ALL, config_text, moved, snapshot, stage_of, written

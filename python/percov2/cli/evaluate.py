@@ -117,7 +117,7 @@ def _held_out(
     """Return fixed crops of held-out photos, uint8 [N, S, S, 3], and their captions."""
     import numpy as np
 
-    from percov2.training.data import PhotoCrops
+    from percov2.photos import PhotoCrops
 
     photos = PhotoCrops(arguments.photos, "held out")
     if captioned:
@@ -224,7 +224,7 @@ def evaluate_realism(arguments: argparse.Namespace) -> None:
     _check(arguments, name, arguments.photos)
     with about(name):
         from percov2.evaluation.judge import Crops, judge_realism
-        from percov2.training.data import PhotoCrops
+        from percov2.photos import PhotoCrops
 
         crops = Crops(arguments.side, arguments.stride, arguments.distances, arguments.limit)
         photos = PhotoCrops(arguments.photos, "held out")

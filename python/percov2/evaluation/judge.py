@@ -42,7 +42,7 @@ from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.images import write_bytes
 
 if TYPE_CHECKING:
-    from percov2.training.data import Photo, PhotoCrops
+    from percov2.photos import Photo, PhotoCrops
 
 _ON_ALL_CROPS = ("psnr", "ms_ssim")
 _BATCH = 8

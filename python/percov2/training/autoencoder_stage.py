@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from percov2.models.tiny.autoencoder import PatchAutoencoder
-from percov2.training.data import CropPlan, PhotoCrops
+from percov2.photos import CropPlan, PhotoCrops
 from percov2.training.losses import LossTerms, PerceptualNetworks, Term, draw_view, weighted
 from percov2.training.stage import Place, TrainingStage
 

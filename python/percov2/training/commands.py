@@ -16,11 +16,11 @@ from percov2.models.config import ModelConfig
 from percov2.models.storage import save_component
 from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.models.tiny.backbone import CodecModel
+from percov2.photos import CropPlan, PhotoCrops, decode_shards, is_held_out
 from percov2.training import warm_start
 from percov2.training.adversary import AdversaryConfig
 from percov2.training.autoencoder_stage import AutoencoderConfig, AutoencoderStage
 from percov2.training.captions import CaptionsConfig, train_captions
-from percov2.training.data import CropPlan, PhotoCrops, decode_shards, is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.losses import LossTerms, Term
 from percov2.training.rates import RateConfig, RateNetworks

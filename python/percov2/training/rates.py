@@ -12,7 +12,7 @@ from percov2.models.config import Rate
 from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.quantizer import Quantized, VectorQuantizer
 from percov2.models.tiny.autoencoder import PatchAutoencoder
-from percov2.training.data import CropPlan
+from percov2.photos import CropPlan
 from percov2.training.losses import LossTerms, least_side
 
 _PATCH_PIXELS = 2 * PatchAutoencoder.stride

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from percov2.images import to_rgb
-from percov2.training.data import is_held_out
+from percov2.photos import is_held_out
 
 _THREADS = 4
 PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")

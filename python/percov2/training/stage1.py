@@ -21,6 +21,7 @@ from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.models.tiny.dial import RealismDial
 from percov2.models.tiny.flow import build_flow, estimate_clean, upsample_z_hat
 from percov2.models.tiny.text_encoder import HashedTextEncoder
+from percov2.photos import PhotoCrops
 from percov2.training.adversary import (
     Adversary,
     AdversaryConfig,
@@ -29,7 +30,6 @@ from percov2.training.adversary import (
     with_force,
 )
 from percov2.training.autoencoder_stage import save_rows
-from percov2.training.data import PhotoCrops
 from percov2.training.losses import (
     FEATURE_CHANNELS,
     FEATURES,

@@ -16,7 +16,7 @@ from percov2.models.backbone import open_backbone
 from percov2.models.config import LATENT_SIDE, ModelConfig, Rate
 from percov2.models.sd3.flow import save_delta
 from percov2.models.storage import save_component
-from percov2.training.data import is_held_out
+from percov2.photos import is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.lora import low_rank_tensors
 from percov2.training.sd3.networks import SD3Config, SD3Networks

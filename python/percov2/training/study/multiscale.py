@@ -23,7 +23,7 @@ from percov2.entropy.torch.int_transformer import IntTransformer
 from percov2.entropy.torch.scales import scale_plan, scale_shapes
 from percov2.entropy.visibility import sixteenth, size_class
 from percov2.models.backbone import Backbone
-from percov2.training.data import PhotoCrops, is_held_out
+from percov2.photos import PhotoCrops, is_held_out
 from percov2.training.stage2 import evenly_spread
 from percov2.training.study.direct_stage import DirectExamples, DirectStage
 from percov2.training.study.runs import SharedRun, digest, finished
