@@ -1,1 +1,1 @@
-"""Networks of the codec: autoencoder, hyper-encoder, quantizer, flow transformer, text encoder."""
+"""The codec's networks: autoencoder, hyper-encoder, quantizer, flow transformer, text encoder."""

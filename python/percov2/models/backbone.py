@@ -1,7 +1,7 @@
-"""What a codec needs of its networks, and how a model's name becomes a backbone.
+"""The interface between the codec and its networks, and the lookup of a backbone by name.
 
-A backbone turns images into tokens and tokens into images; entropy models and files are no concern
-of it. Its module is imported when it is opened, and its networks load when they are first needed.
+A backbone turns images into tokens and tokens into images; it knows no entropy models or files. Its
+module is imported when it is opened, and its networks load on first use.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from torch import Tensor
 from percov2.models.config import ModelConfig, find_model
 from percov2.models.quantizer import VectorQuantizer
 
+__all__ = ["DTYPES", "Backbone", "BackboneOptions", "open_backbone"]
+
+
 _HOME = {
     "tiny": ("tiny.backbone", "CodecModel"),
     "sd3": ("sd3.backbone", "SD3Model"),
@@ -28,19 +31,18 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class BackboneOptions:
-    """How a big backbone runs; none of it changes a file's meaning, and "tiny" takes none.
+    """Options of a big backbone. They never change a file's meaning; "tiny" takes none.
 
     Attributes:
-        dtype: of the base model's networks, "fp32", "bf16" or "fp16"; None: "fp32" on the CPU,
-            "bf16" elsewhere.
+        dtype: dtype of the base model's networks, "fp32", "bf16" or "fp16"; None for "fp32" on the
+            CPU and "bf16" elsewhere.
         offload: keep networks in CPU memory and move each to the device only while it runs.
         vae_tiling: run the base model's autoencoder in tiles, to bound its memory.
-        compile: compile the flow network with ``torch.compile`` (slow first picture).
-        t5: use SD3's third and by far largest text encoder; its part of a caption is zeros
-            without.
+        compile: compile the flow network with ``torch.compile``; this slows the first picture.
+        t5: use SD3's third and largest text encoder; without it, its embeddings are zeros.
 
     Raises:
-        ValueError: for another dtype.
+        ValueError: another dtype.
     """
 
     dtype: str | None = None
@@ -63,22 +65,22 @@ class Backbone(Protocol):
     quantizer: Callable[[str], VectorQuantizer]
 
     def codebook_bytes(self, rate: str) -> bytes:
-        """The stored codebook, float32 little-endian, row after row (part of the model id)."""
+        """Return the stored codebook, float32 little-endian, row after row, for the model id."""
         ...
 
     def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
-        """Tokens int32 [B, H/s, W/s] of images, s = the rate's token side.
+        """Return tokens int32 [B, H/s, W/s] of images, s = the rate's token side.
 
         Args:
             images: float [B, 3, H, W] in [-1, 1]; a batch never changes an image's tokens.
 
         Raises:
-            ValueError: when H or W is not a multiple of s, or the rate is unknown.
+            ValueError: H or W is not a multiple of s, or an unknown rate.
         """
         ...
 
     def directions(self, images: Tensor, rate: str) -> Tensor:
-        """What tokens are the nearest codes of: see ``TokenMaker.directions``."""
+        """Return the unit vectors before quantization, as ``TokenMaker.directions``."""
         ...
 
     def reconstruct(
@@ -91,19 +93,19 @@ class Backbone(Protocol):
         seed: int,
         realism: float | None = None,
     ) -> Tensor:
-        """Images float [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
+        """Return images float [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
 
         Args:
             captions: one per image, "" for none.
             steps: evaluations of the flow, at least 1.
             guidance: classifier-free guidance on captions; 1 turns it off.
-            seed: of the starting noise, the same for every image of the batch.
-            realism: 0 (faithful) to 1 (realistic) for models with a dial; the rate's default if
-                None.
+            seed: seed of the starting noise, which all images of the batch share.
+            realism: 0 (faithful) to 1 (realistic) for models with a dial; None for the rate's
+                default.
 
         Raises:
-            ValueError: for tokens out of range, an unknown rate, steps < 1, or realism outside 0
-                to 1 or for a model without a dial.
+            ValueError: tokens out of range, an unknown rate, steps < 1, realism outside 0 to 1, or
+                any realism for a model without a dial.
         """
         ...
 
@@ -111,17 +113,18 @@ class Backbone(Protocol):
 def open_backbone(
     name_or_path: str | Path, device: str = "cpu", options: BackboneOptions | None = None
 ) -> Backbone:
-    """Open a model by name; networks load when first needed.
+    """Open a model by name; networks load on first use.
 
     Args:
-        name_or_path: an embedded model ("tiny"), a model folder, a saved pipeline, or ``KIND:PATH``
-            with the kind of backbone that it must have ("sd3:PATH", "perco:PATH"); after a kind,
-            PATH may also be a hub id ("owner/name"), which is downloaded.
+        name_or_path: an embedded model ("tiny"), a model folder or a saved pipeline. ``KIND:PATH``
+            ("sd3:PATH", "perco:PATH") requires a kind of backbone; its PATH may also be a hub id
+            ("owner/name"), which is downloaded.
         device: torch device.
-        options: see there; defaults if None.
+        options: backbone options; None for the defaults.
 
     Raises:
-        ValueError: no such model or device, another kind of backbone, or unfit options.
+        ValueError: no such model or device, another kind of backbone, or options that the backbone
+            does not take.
     """
     device = _checked_device(device)
     folder, config = find_model(name_or_path)
@@ -131,9 +134,9 @@ def open_backbone(
 
 
 def _checked_device(device: str) -> str:
-    """The device, "cuda" with the number of the current card: another may be current later.
+    """Return the device, "cuda" with the number of the current card, which may change later.
 
-    Raises ValueError unless there is such a device.
+    Raises ValueError for a missing device.
     """
     try:
         place = torch.device(device)

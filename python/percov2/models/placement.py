@@ -1,4 +1,4 @@
-"""Where a big backbone's networks live and run, and how those of a base model are loaded."""
+"""Placement and loading of a big backbone's networks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from torch import nn
 
 from percov2.models.backbone import BackboneOptions
 
+__all__ = ["Placement", "base_location", "load_part"]
+
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -22,9 +25,9 @@ class Placement:
     """Device and dtype of a base model's networks.
 
     Attributes:
-        device: where they run.
-        dtype: of their weights and of what goes through them.
-        offload: they wait in CPU memory, and only the one at work is on the device.
+        device: device of the running networks.
+        dtype: dtype of weights and activations.
+        offload: networks stay in CPU memory, and only the running one is on the device.
     """
 
     device: str
@@ -33,18 +36,18 @@ class Placement:
 
     @classmethod
     def of(cls, device: str, options: BackboneOptions) -> Placement:
-        """The placement that the options ask for on a device."""
+        """Return the placement that the options ask for on a device."""
         default = "fp32" if torch.device(device).type == "cpu" else "bf16"
         return cls(device, _DTYPES[options.dtype or default], options.offload)
 
     def settle(self, network: nn.Module) -> Any:
-        """A freshly loaded network at the place where it waits, for inference only."""
+        """Prepare a loaded network for inference and move it to where it stays."""
         network.eval().requires_grad_(False)
         return network if self.offload else network.to(self.device)
 
     @contextmanager
     def at_work(self, network: nn.Module) -> Iterator[None]:
-        """Inside, the network is on the device."""
+        """Keep the network on the device inside the context."""
         if not self.offload:
             yield
             return
@@ -56,13 +59,14 @@ class Placement:
 
 
 def base_location(folder: Path, base: str) -> str:
-    """What ``from_pretrained`` is given for the base model of a folder.
+    """Return the location of a folder's base model for ``from_pretrained``.
 
     Args:
+        folder: the percov2 model folder.
         base: a hub id, a folder, or a folder relative to ``folder`` if it starts with a dot.
 
     Raises:
-        ValueError: when it is neither a folder nor could be a hub id.
+        ValueError: neither a folder nor a possible hub id.
     """
     place = folder / base if base.startswith(".") else Path(base)
     if place.is_dir():
@@ -75,23 +79,23 @@ def base_location(folder: Path, base: str) -> str:
     return base
 
 
-# Networks are loaded when first needed, often inside inference mode; their weights must stay
-# ordinary tensors.
+# Networks often load inside inference mode, but their weights must stay ordinary tensors.
 @torch.inference_mode(False)
 def load_part(kind: Any, location: str, subfolder: str, **options: Any) -> Any:
-    """A network, tokenizer or scheduler of a base model.
+    """Load a network, tokenizer or scheduler of a base model.
 
     Args:
         kind: class with ``from_pretrained``.
         location: hub id or folder of the base model.
-        options: for ``from_pretrained``.
+        subfolder: folder of the part in the base model.
+        options: further arguments of ``from_pretrained``.
 
     Raises:
-        ValueError: when it cannot be loaded.
+        ValueError: the part cannot be loaded.
     """
     try:
         return kind.from_pretrained(location, subfolder=subfolder, **options)
     except MemoryError:
         raise
-    except Exception as error:  # the libraries raise whatever they stumble over
+    except Exception as error:  # the libraries raise errors of many types
         raise ValueError(f"base model {location}: cannot load its {subfolder}: {error}") from error

@@ -1,7 +1,7 @@
 """Vector quantizer with cosine similarity (ViT-VQGAN, arXiv 2110.04627), as PerCo uses it.
 
 Hyper-latents are projected to a few dimensions, normalised to unit length and replaced by the
-nearest codebook vector; the vector is projected back for the flow transformer.
+nearest codebook vector. The vector is projected back for the flow transformer.
 """
 
 from __future__ import annotations
@@ -18,27 +18,29 @@ from torch import Tensor, nn
 from percov2.models.config import Rate
 from percov2.models.storage import load_component, load_tensor
 
+__all__ = ["Quantized", "VectorQuantizer", "load_quantizer", "stored_codebook"]
+
 
 def stored_codebook(folder: Path) -> bytes:
-    """Codebook in a saved quantizer's folder, float32 little-endian, row after row.
+    """Return the codebook in a saved quantizer's folder, float32 little-endian, row after row.
 
     Raises:
-        ValueError: when the file is damaged or holds none.
-        OSError: when it cannot be read.
+        ValueError: the file is damaged or has no codebook.
+        OSError: the file cannot be read.
     """
     codebook = load_tensor(folder / "model.safetensors", "codebook")
     return codebook.float().numpy().astype("<f4").tobytes()
 
 
 class Quantized(NamedTuple):
-    """What :meth:`VectorQuantizer.forward` returns.
+    """The results of :meth:`VectorQuantizer.forward`.
 
     Attributes:
         z_hat: float [B, C, h, w], differentiable by straight-through.
         tokens: int32 [B, h, w].
         loss: scalar commitment loss.
-        spread: entropy in nats of the batch's soft code usage, at most log V; training raises it,
-            because a quantizer left alone ends up using a handful of codes.
+        spread: entropy in nats of the batch's soft code usage, at most log V. Training raises it;
+            otherwise a quantizer would use only a few codes.
         directions: float [B·h·w, D], the unit vectors before quantization (detached).
     """
 
@@ -50,7 +52,7 @@ class Quantized(NamedTuple):
 
 
 class VectorQuantizer(ModelMixin, ConfigMixin):
-    """Cosine codebook of ``codebook_size`` unit vectors, learnt by moving averages.
+    """A codebook of ``codebook_size`` unit vectors, learnt by moving averages.
 
     Args:
         hyper_channels: M, channels of the hyper-latents.
@@ -77,20 +79,20 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         self.register_buffer("usage", torch.zeros(codebook_size))
 
     def tokens(self, hyper_latents: Tensor) -> Tensor:
-        """Token int32 [B, h, w] of each hyper-latent; the lowest index wins a tie."""
+        """Return the token int32 [B, h, w] of each hyper-latent; the lowest index wins a tie."""
         return self.nearest(self.directions(hyper_latents))
 
     def directions(self, hyper_latents: Tensor) -> Tensor:
-        """Unit vectors float32 [B, h, w, D] of hyper-latents [B, M, h, w], to be quantized."""
+        """Return unit vectors float32 [B, h, w, D] of hyper-latents [B, M, h, w]."""
         projected = self.project_in(hyper_latents).permute(0, 2, 3, 1)
         return F.normalize(projected.float(), dim=-1)
 
     def nearest(self, directions: Tensor) -> Tensor:
-        """Token int32 [B, h, w] of each direction; the lowest index wins a tie."""
+        """Return the token int32 [B, h, w] of each direction; the lowest index wins a tie."""
         return (directions @ self.codebook.float().T).argmax(-1).to(torch.int32)
 
     def candidates(self, directions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The ``count`` nearest codes of each direction, the nearest first.
+        """Return the ``count`` nearest codes of each direction, the nearest first.
 
         Returns:
             Tokens int32 and cosine similarities float32, both [B, h, w, min(count, V)].
@@ -100,10 +102,10 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         return best.indices.to(torch.int32), best.values
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """z_hat float [B, C, h, w] of tokens int [B, h, w].
+        """Return z_hat float [B, C, h, w] of tokens int [B, h, w].
 
         Raises:
-            ValueError: when a token is outside 0 … V − 1.
+            ValueError: a token outside 0 … V − 1.
         """
         size = self.codebook.shape[0]
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
@@ -111,16 +113,13 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         return self.embed(tokens)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """:meth:`lookup` of tokens that are known to be codes, e.g. from :meth:`tokens`.
-
-        Reads nothing back from a GPU.
-        """
+        """Return z_hat as :meth:`lookup` does, without a check that would wait for a GPU."""
         return self._project(self.codebook[tokens.long()])
 
     def straight_through(self, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """z_hat [B, C, h, w] of the nearest codes, and the codes [B, h, w, D].
+        """Return z_hat [B, C, h, w] of the nearest codes, and the codes [B, h, w, D].
 
-        The gradient of z_hat reaches the directions as if they had not been quantized.
+        The gradient of z_hat reaches the directions as if they were not quantized.
         """
         codes = self.codebook[self.nearest(directions).long()]
         return self._project(directions + (codes - directions).detach()), codes
@@ -138,14 +137,14 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def update_codebook(self, directions: Tensor, tokens: Tensor, decay: float = 0.97) -> None:
-        """Move each code toward its members; restart codes that are hardly used (training).
+        """Move each code toward its members, and restart rarely used codes (training).
 
-        A code whose average count per step falls under a tenth of the uniform count is replaced by
-        a random direction of this step.
+        A random direction of this step replaces a code whose average count per step is below a
+        tenth of the uniform count.
 
         Args:
-            directions: float [N, D] unit vectors of this step.
-            tokens: int [N] their codes.
+            directions: unit vectors of this step, float [N, D].
+            tokens: their codes, int [N].
             decay: moving-average factor.
         """
         size = self.codebook.shape[0]
@@ -170,16 +169,16 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
 
 
 def load_quantizer(folder: Path, rate: Rate, device: str = "cpu") -> VectorQuantizer:
-    """The stored quantizer of a rate.
+    """Load the quantizer of a rate.
 
     Raises:
-        ValueError: when it is damaged, or has a codebook of another size.
+        ValueError: a damaged quantizer, or a codebook of another size.
     """
     model = load_component(VectorQuantizer, folder, device)
     size = len(model.codebook)
     if size != rate.codebook_size:
         raise ValueError(
             f"{folder} has a codebook of {size}, but rate {rate.name} one of "
-            f"{rate.codebook_size}: config.json or the folder is of another model"
+            f"{rate.codebook_size}: config.json or the folder belongs to another model"
         )
     return model

@@ -1,7 +1,7 @@
-"""Small files for small models: one folder per component, float16 or int8-per-row weights.
+"""Storage of a network: one folder with float32, float16 or int8-per-row weights.
 
-``config.json`` is the component's diffusers config; ``model.safetensors`` holds the tensors. An
-int8 matrix ``name`` comes with ``name.scale``, one float32 factor per row.
+``config.json`` is the network's diffusers config; ``model.safetensors`` holds the tensors. An int8
+matrix ``name`` comes with ``name.scale``, one float32 factor per row.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+__all__ = ["FORMATS", "load_component", "load_tensor", "save_component"]
+
+
 Component = TypeVar("Component", bound=ModelMixin)
 
 FORMATS = ("float32", "float16", "int8")
-# Sine tables that a constructor makes again; storing them would cost megabytes.
+# Constructors compute these sine tables; storing them would cost megabytes.
 _REBUILT = ("pos_embed.pos_embed",)
 
 
@@ -30,16 +33,18 @@ def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
-    """Write a component's config and weights.
+    """Write a network's config and weights.
 
-    Tensors that the folder holds already stay as they are stored there: rounding what has been
-    rounded may move its last bits, and with those of an encoder the tokens of its pictures.
+    Tensors that equal those in the folder keep their stored form: rounding them twice may change
+    their last bits, and an encoder's last bits may change tokens.
 
     Args:
+        model: the network.
+        folder: where to write; created if missing.
         weight_format: "float32", "float16", or "int8" (matrices int8 per row, the rest float16).
 
     Raises:
-        ValueError: for another format.
+        ValueError: another format.
     """
     if weight_format not in FORMATS:
         raise ValueError(f"weight_format must be one of {FORMATS}, not {weight_format!r}")
@@ -65,21 +70,20 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
 
 
 def _stored_before(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of an earlier export, none if there was none that can be read."""
+    """Return the tensors of an earlier export, or none if there is no readable one."""
     try:
         return load_file(path) if path.is_file() else {}
     except (SafetensorError, OSError):
         return {}
 
 
-# Networks are loaded when first needed, often inside inference mode; their weights must stay
-# ordinary tensors that can be changed and trained.
+# Networks often load inside inference mode, but their weights must stay ordinary tensors.
 @torch.inference_mode(False)
 def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> Component:
-    """Load a component written by :func:`save_component`, as float32, in evaluation mode.
+    """Load a network written by :func:`save_component`, as float32, in evaluation mode.
 
     Raises:
-        ValueError: when the folder is incomplete or its tensors do not fit the config.
+        ValueError: an incomplete folder, or tensors that do not fit the config.
     """
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder} holds no config.json and model.safetensors")
@@ -88,7 +92,7 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
         model = kind.from_config(config)
     except MemoryError:
         raise
-    except Exception as error:  # a constructor raises whatever its arguments make it stumble over
+    except Exception as error:  # constructors raise errors of many types for wrong arguments
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     path = folder / "model.safetensors"
     try:
@@ -108,7 +112,7 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
 
 
 def _restored(stored: dict[str, Tensor], name: str) -> Tensor:
-    """One tensor as float32, or as it is if it holds integers."""
+    """Return a stored tensor as float32, or unchanged if it holds plain integers."""
     value = stored[name]
     if value.dtype == torch.int8:
         return value.float() * stored[name + ".scale"].view(-1, *[1] * (value.ndim - 1))
@@ -116,11 +120,11 @@ def _restored(stored: dict[str, Tensor], name: str) -> Tensor:
 
 
 def load_tensor(path: Path, name: str) -> Tensor:
-    """One tensor of a safetensors file, as stored.
+    """Return one tensor of a safetensors file as stored.
 
     Raises:
-        ValueError: when the file is damaged or has no such tensor.
-        OSError: when it cannot be read.
+        ValueError: the file is damaged or has no such tensor.
+        OSError: the file cannot be read.
     """
     try:
         with safe_open(path, "pt") as tensors:

@@ -1,9 +1,9 @@
-"""Tokens that suit one picture: better ones than the hyper-encoder's, found by painting.
+"""A search by gradients for the tokens of one picture.
 
-A hyper-encoder guesses tokens at once. Here the picture is painted from them, and the gradient of
-L1 + LPIPS (AlexNet), straight through the quantizer, moves the directions that tokens are nearest
-to; round after round (cf. Yang, Bamler, Mandt 2020, arXiv 2006.04240). Files keep their format and
-decoders their work.
+The hyper-encoder guesses tokens in one pass. Each round of the search paints the picture and moves
+the directions before quantization along the gradient of L1 + LPIPS (AlexNet). Gradients pass
+straight through the quantizer (cf. Yang, Bamler, Mandt 2020, arXiv 2006.04240). Files and decoders
+do not change.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.models.tiny.backbone import CodecModel
 from percov2.models.tiny.flow import whole_patches
 
+__all__ = ["L1_WEIGHT", "LEAST_SIDE", "LPIPS_WEIGHT", "TokenSearch", "tiles"]
+
+
 L1_WEIGHT = 3.0
-"""Beside 1.6 for LPIPS."""
 LPIPS_WEIGHT = 1.6
 _STEP = 0.03
 _SHIFTS = 16
-"""AlexNet's last slices look at every 16th pixel. It meets the picture at a new phase each round,
-as in training, lest tokens please it at one."""
+"""AlexNet's last slices look at every 16th pixel. Each round shifts the picture by a new offset, as
+in training, so that tokens cannot overfit one alignment."""
 LEAST_SIDE = 32 + _SHIFTS - 1
 _WINDOWS = 3
-"""Windows of the flow per tile and direction, at least."""
+"""Least number of flow windows per tile and direction."""
 
 
 def tiles(length: int, window: int, overlap: int, unit: int) -> list[slice]:
-    """Parts of a side that are searched one after the other: they bound the memory.
+    """Split a side into tiles, which bound the memory of a search.
 
-    The flow's windows in a tile are those that it has in the whole picture.
+    A tile contains the same windows of the flow as the whole picture.
 
     Args:
-        length: of the side, in latents.
-        window, overlap: of the flow's windows, in latents.
+        length: length of the side, in latents.
+        window, overlap: sides of the flow's windows, in latents.
         unit: latents per token; tiles begin and end between tokens.
     """
     stride = window - overlap
@@ -53,12 +55,12 @@ def tiles(length: int, window: int, overlap: int, unit: int) -> list[slice]:
 
 
 class TokenSearch:
-    """The search for one rate of a small model; calls are deterministic on a machine.
+    """The search for one rate of a small model, deterministic on one machine.
 
     Args:
-        model: its networks stay as they are.
+        model: the model; its networks do not change.
         rate: name of a rate.
-        rounds: how often a picture is painted and tokens are moved.
+        rounds: number of rounds per picture.
 
     Raises:
         ValueError: an unknown rate, or a model of another backbone.
@@ -73,17 +75,16 @@ class TokenSearch:
         self.lpips = LPIPS("alex").to(model.device)
 
     def __call__(self, image: Tensor, caption: str) -> Tensor:
-        """Directions float32 [1, H/s, W/s, D] for an image and its caption.
+        """Return directions float32 [1, H/s, W/s, D] for an image and its caption.
 
-        The decoder is expected to paint with one step and the default seed; other settings gain
-        too, if less.
+        The search assumes a decoder with one step and the default seed; other settings gain less.
 
         Args:
             image: float [1, 3, H, W] in [-1, 1], sides multiples of the token side.
-            caption: "" for none.
+            caption: the caption, "" for none.
 
         Raises:
-            ValueError: a side of less than 47 pixels, of which AlexNet sees nothing.
+            ValueError: a side below 47 pixels, too few for AlexNet.
         """
         height, width = image.shape[-2:]
         if min(height, width) < LEAST_SIDE:
@@ -93,7 +94,7 @@ class TokenSearch:
             )
         image = image.to(self.model.device)
         realism = self.model.config.chosen_realism(self.rate, None)
-        # Outside of inference mode, where the copies may take part in gradients.
+        # A copy made outside inference mode can take part in gradients.
         directions = self.model.directions(image, self.rate).clone()
         with torch.no_grad():
             text = self.model.conditioning([caption], realism)
@@ -109,7 +110,7 @@ class TokenSearch:
                 *(slice(s.start // self.unit, s.stop // self.unit) for s in (ys, xs)),
             )
             pixels = [slice(s.start * stride, s.stop * stride) for s in (ys, xs)]
-            # As many patches as the flow sees: the noise reaches beyond an odd tile.
+            # Whole patches of the flow: the noise reaches beyond an odd tile.
             rows, columns = (
                 slice(s.start, s.start + whole_patches(s.stop - s.start, self.model.patch))
                 for s in (ys, xs)
@@ -132,7 +133,7 @@ class TokenSearch:
         text: tuple[Tensor, Tensor],
         noises: tuple[Tensor, Tensor],
     ) -> Tensor:
-        """Directions of one tile after all rounds; where ``fixed`` is true they stay."""
+        """Return the directions of one tile after all rounds, unchanged where ``fixed`` is True."""
         quantizer = self.model.quantizer(self.rate)
         moved = directions.clone().requires_grad_()
         optimizer = torch.optim.Adam([moved], lr=_STEP, betas=(0.8, 0.95))

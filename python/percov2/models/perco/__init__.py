@@ -1,1 +1,1 @@
-"""PerCo's Stable Diffusion 2.1 as the painter."""
+"""The backbone with PerCo's Stable Diffusion 2.1."""

@@ -1,9 +1,9 @@
 """The backbone "perco": PerCo (SD v2.1), arXiv 2310.10325 on Stable Diffusion 2.1, imported.
 
-Stable Diffusion's U-Net reads z_hat beside the noisy latents and the caption through the CLIP text
-encoder; it predicts the velocity, and DDIM samples. Autoencoder, text encoder, tokenizer and
-scheduler come from the base model, one U-Net per rate from the folder. Compressing never loads
-U-Net or text encoder, decompressing never the hyper-encoder. docs/reference/perco.md has the facts.
+Stable Diffusion's U-Net reads the noisy latents, z_hat and the CLIP embedding of the caption. It
+predicts the velocity, and DDIM samples. Autoencoder, text encoder, tokenizer and scheduler belong
+to the base model; the folder has one U-Net per rate. Compressing loads no U-Net and no text
+encoder; decompressing loads no hyper-encoder. docs/reference/perco.md has the facts.
 """
 
 from __future__ import annotations
@@ -18,44 +18,42 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from percov2.models.backbone import BackboneOptions
-from percov2.models.config import LATENT_SIDE, ModelConfig
+from percov2.models.config import LATENT_SIDE
 from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.placement import Placement, base_location, load_part
-from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 from percov2.models.tiny.flow import WindowedEstimate, upsample_z_hat
 from percov2.models.token_maker import TokenMaker
+
+__all__ = ["PerCoModel"]
 
 
 class PerCoModel(TokenMaker):
     """The float networks of an imported folder and of its base model.
 
     Args:
-        folder: config.json and, per rate, hyper_encoder/, quantizer/ and unet/. Its ``base`` has
-            the layout of Stable Diffusion 2.1, with weights as safetensors.
+        folder: folder with config.json and, per rate, hyper_encoder/, quantizer/ and unet/. Its
+            ``base`` has the layout of Stable Diffusion 2.1, with weights as safetensors.
         device: torch device of every network.
-        options: see there. Autoencoder, hyper-encoder and quantizer always run as float32.
+        options: backbone options. Autoencoder, hyper-encoder and quantizer always run as float32.
 
     Raises:
-        ValueError: when ``base`` is neither a folder nor could be a hub id.
+        ValueError: ``base`` is neither a folder nor a possible hub id.
     """
 
     def __init__(self, folder: Path, device: str, options: BackboneOptions) -> None:
-        self.folder = Path(folder)
-        self.device = device
+        super().__init__(folder, device)
         self.options = options
-        self.config = ModelConfig.load(self.folder)
         self.place = Placement.of(device, options)
         self._base = base_location(self.folder, self.config.base)
-        self.quantizer = lru_cache(None)(self._load_quantizer)
         self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
-        # Two U-Nets would need twice the memory, and a batch is of one rate.
+        # Two U-Nets would need twice the memory, and a batch has one rate.
         self._unet = lru_cache(1)(self._load_unet)
 
     # Networks ------------------------------------------------------------------------------------
 
     @cached_property
     def autoencoder(self) -> AutoencoderKL:
-        """Stable Diffusion's autoencoder."""
+        """Return Stable Diffusion's autoencoder."""
         vae = load_part(AutoencoderKL, self._base, "vae", use_safetensors=True)
         if self.options.vae_tiling:
             vae.enable_tiling()
@@ -63,30 +61,31 @@ class PerCoModel(TokenMaker):
 
     @cached_property
     def scheduler(self) -> DDIMScheduler:
-        """DDIM with the base model's noise schedule.
+        """Return DDIM with the base model's noise schedule.
 
         Raises:
-            ValueError: when the schedule belongs to networks that do not predict v.
+            ValueError: the schedule of a base model that does not predict v.
         """
         scheduler = load_part(DDIMScheduler, self._base, "scheduler")
         prediction = scheduler.config.prediction_type
         if prediction != "v_prediction":
             raise ValueError(
-                f"base model {self._base}: its networks predict {prediction!r}, PerCo's v; set "
-                f"base in {self.folder / 'config.json'} to Stable Diffusion 2.1 (for 768 pixels)"
+                f"base model {self._base}: its networks predict {prediction!r}, but PerCo's "
+                f"predict v; set base in {self.folder / 'config.json'} to Stable Diffusion 2.1 "
+                "(for 768 pixels)"
             )
         return scheduler
 
     @cached_property
     def tokenizer(self) -> Any:
-        """CLIP's tokenizer."""
+        """Return CLIP's tokenizer."""
         from transformers import CLIPTokenizer
 
         return load_part(CLIPTokenizer, self._base, "tokenizer")
 
     @cached_property
     def text_encoder(self) -> Any:
-        """CLIP's text encoder as Stable Diffusion 2.1 ships it, without CLIP's last layer."""
+        """Return CLIP's text encoder from Stable Diffusion 2.1, without CLIP's last layer."""
         from transformers import CLIPTextModel
 
         return self.place.settle(
@@ -110,18 +109,14 @@ class PerCoModel(TokenMaker):
         words, reads = self.text_encoder.config.hidden_size, unet.config.cross_attention_dim
         if words != reads:
             raise ValueError(
-                f"base model {self._base}: its text encoder gives {words} numbers per word, the "
-                f"network of rate {rate} reads {reads}; set base in {self.folder / 'config.json'} "
-                "to Stable Diffusion 2.1"
+                f"base model {self._base}: its text encoder gives {words} numbers per word, but "
+                f"the network of rate {rate} reads {reads}; set base in "
+                f"{self.folder / 'config.json'} to Stable Diffusion 2.1"
             )
         self.place.settle(unet)
         if self.options.compile:
             unet.compile()
         return unet
-
-    def _load_quantizer(self, rate: str) -> VectorQuantizer:
-        point = self.config.rate(rate)
-        return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
         point = self.config.rate(rate)
@@ -130,18 +125,12 @@ class PerCoModel(TokenMaker):
 
     # Compressing ---------------------------------------------------------------------------------
 
-    def codebook_bytes(self, rate: str) -> bytes:
-        """The stored codebook, float32 little-endian, row after row (part of the model id)."""
-        return stored_codebook(self.folder / self.config.rate(rate).name / "quantizer")
-
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
-        """See :meth:`TokenMaker.hyper_latents`.
+        """Yield hyper-latents, as :meth:`TokenMaker.hyper_latents`.
 
         The latents are the mean of the posterior (the original draws a sample).
         """
-        side = self.config.rate(rate).token_side
-        if images.shape[-1] % side or images.shape[-2] % side:
-            raise ValueError(f"image sides must be multiples of {side}: {tuple(images.shape[-2:])}")
+        self._token_side(images, rate)
         hyper_encoder, vae = self._hyper_encoder(rate), self.autoencoder
         with self.place.at_work(vae):
             means = [vae.encode(x).latent_dist.mode() for x in images.to(self.device).split(1)]
@@ -152,7 +141,7 @@ class PerCoModel(TokenMaker):
     # Decompressing -------------------------------------------------------------------------------
 
     def _words(self, captions: Sequence[str]) -> Tensor:
-        """Embeddings [B, L, d] of captions, padded and cut to CLIP's length."""
+        """Return embeddings [B, L, d] of captions, padded and cut to CLIP's length."""
         rows = self.tokenizer(
             list(captions),
             padding="max_length",
@@ -174,19 +163,17 @@ class PerCoModel(TokenMaker):
         seed: int,
         realism: float | None = None,
     ) -> Tensor:
-        """Images float [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
+        """Paint images from tokens and captions, as ``Backbone.reconstruct``.
 
         Args:
-            captions: one per image, "" for none.
-            steps: DDIM steps; the original takes 20. With few of them the base model's spacing
-                begins late: at time 951 of 1000 with 20, at 801 with 5, at 1 with 1.
-            guidance: classifier-free guidance on captions; 1 turns it off.
-            seed: of the starting noise, the same for every image of the batch.
+            tokens, rate, captions, guidance, seed: as for ``Backbone.reconstruct``.
+            steps: DDIM steps; the original takes 20. The base model's spacing begins at time 951 of
+                1000 with 20 steps, at 801 with 5, at 1 with 1.
             realism: must be None: PerCo's dial is ``steps``.
 
         Raises:
-            ValueError: for tokens out of range, an unknown rate, a number of steps that the
-                schedule does not have, or any realism.
+            ValueError: tokens out of range, an unknown rate, more steps than the schedule has, or
+                any realism.
         """
         self.config.chosen_realism(rate, realism)
         ratio = self.config.rate(rate).token_side // LATENT_SIDE
@@ -223,7 +210,7 @@ class PerCoModel(TokenMaker):
     def _velocity(
         self, unet: UNet2DConditionModel, x: Tensor, z_hat: Tensor, t: Tensor, text: Tensor
     ) -> Tensor:
-        """v at time t, in overlapping windows of the size that the networks were trained on."""
+        """Return v at time t, in overlapping windows of the training size."""
 
         def window(noisy: Tensor, z: Tensor, rows: Tensor) -> Tensor:
             both = torch.cat([noisy, z], 1).to(self.place.dtype)

@@ -1,6 +1,6 @@
-"""The tensors of PerCo (SD v2.1)'s published checkpoints, under our names and shapes.
+"""Conversion of the tensors of PerCo (SD v2.1)'s published checkpoints to our names and shapes.
 
-The names are facts about the published files; docs/reference/perco.md says where each is from.
+docs/reference/perco.md has the sources of the published names.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+__all__ = ["Tensors", "hyper_encoder_tensors", "quantizer_tensors", "unet_tensors"]
+
+
 Tensors = dict[str, Tensor]
 
-# Part of a name there -> here; the order matters.
+# Part of a published name -> ours; the order matters.
 _HYPER_ENCODER = (
     (re.compile(r"^backbone\."), "body."),
     (re.compile(r"\.layers\."), ".body."),
@@ -22,17 +25,17 @@ _HYPER_ENCODER = (
     (re.compile(r"\.conv\."), ".body."),
 )
 _QUANTIZER = "quantizer."
-# State of its training only.
+# Training state.
 _UNUSED = ("_codebook.initted", "_codebook.embed_avg")
 _EXTENDED = "conv_in_extended."
 _ORIGINAL = "conv_in."
 
 
 def hyper_encoder_tensors(state: Mapping[str, Tensor]) -> Tensors:
-    """The hyper-encoder of a ``hyper_enc`` state dict, for ``HyperEncoder``.
+    """Return the tensors of ``HyperEncoder`` from a ``hyper_enc`` state dict.
 
     Raises:
-        ValueError: when there is no ``backbone``, as in the project's first release.
+        ValueError: no ``backbone``, as in the project's first release.
     """
     tensors = {}
     for name, value in state.items():
@@ -43,21 +46,21 @@ def hyper_encoder_tensors(state: Mapping[str, Tensor]) -> Tensors:
         tensors[name] = value
     if not any(name.startswith("body.") for name in tensors):
         raise ValueError(
-            "hyper_enc has no tensors backbone.*; only checkpoints with the hyper-encoder of the "
-            "release of June 2024 or later can be imported, not those of the release before"
+            "hyper_enc has no tensors backbone.*; only checkpoints of the release of June 2024 or "
+            "later can be imported"
         )
     return tensors
 
 
 def quantizer_tensors(state: Mapping[str, Tensor]) -> Tensors:
-    """The vector quantizer of a ``hyper_enc`` state dict, for ``VectorQuantizer``.
+    """Return the tensors of ``VectorQuantizer`` from a ``hyper_enc`` state dict.
 
-    Linear layers become 1×1 convolutions. Ours multiplies a code by sqrt(D) before it is projected,
-    the original does not, so the projection is divided by it.
+    Linear layers become 1×1 convolutions. Our quantizer multiplies a code by sqrt(D) before the
+    projection and the original does not, so the projection is divided by sqrt(D).
 
     Raises:
-        ValueError: a missing or unknown tensor, a wrong shape, or codes that are not of unit length
-            (then the codebook is one for Euclidean distances).
+        ValueError: a missing or unknown tensor, a wrong shape, or codes without unit length, as in
+            a codebook for Euclidean distances.
     """
     found = {n.removeprefix(_QUANTIZER): v for n, v in state.items() if n.startswith(_QUANTIZER)}
     wanted = [f"project_{way}.{part}" for way in ("in", "out") for part in ("weight", "bias")]
@@ -92,18 +95,18 @@ def quantizer_tensors(state: Mapping[str, Tensor]) -> Tensors:
 
 
 def unet_tensors(state: Mapping[str, Tensor]) -> Tensors:
-    """A published ``unet`` state dict, for ``UNet2DConditionModel`` with a widened ``conv_in``.
+    """Return the tensors of ``UNet2DConditionModel`` with a widened ``conv_in`` from a ``unet``.
 
-    The published network carries two first convolutions: the frozen one of Stable Diffusion, which
-    it never uses, and ``conv_in_extended``, which also reads z_hat.
+    The published network has two first convolutions: the unused frozen one of Stable Diffusion, and
+    ``conv_in_extended``, which also reads z_hat.
 
     Raises:
-        ValueError: when there is no ``conv_in_extended``.
+        ValueError: no ``conv_in_extended``.
     """
     if _EXTENDED + "weight" not in state:
         raise ValueError(
-            "unet has no tensor conv_in_extended.weight, so it is a plain Stable Diffusion network "
-            "and none of PerCo's"
+            "unet has no tensor conv_in_extended.weight, so it is a plain Stable Diffusion "
+            "network, not PerCo's"
         )
     return {
         _ORIGINAL + name.removeprefix(_EXTENDED) if name.startswith(_EXTENDED) else name: value

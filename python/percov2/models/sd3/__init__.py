@@ -1,1 +1,1 @@
-"""Stable Diffusion 3 as the painter."""
+"""The backbone with Stable Diffusion 3."""

@@ -1,8 +1,8 @@
 """The backbone "sd3": Stable Diffusion 3 with our hyper-encoder, quantizer and widened flow.
 
-PerCoV2 (arXiv 2503.09368, §3): SD3's autoencoder gives latents, the hyper-encoder and the
-quantizer tokens; decoding samples SD3's flow on the noisy latents beside z_hat, guided by the
-caption. Compressing loads no flow and no text encoder, decompressing no hyper-encoder.
+PerCoV2 (arXiv 2503.09368, §3): SD3's autoencoder gives latents; the hyper-encoder and the quantizer
+turn them into tokens. Decoding samples SD3's flow on the noisy latents and z_hat, guided by the
+caption. Compressing loads no flow and no text encoder; decompressing loads no hyper-encoder.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from percov2.models.backbone import BackboneOptions
-from percov2.models.config import LATENT_SIDE, ModelConfig
+from percov2.models.config import LATENT_SIDE
 from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
-from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 from percov2.models.sd3.base import SD3Base, SD3Folder
 from percov2.models.sd3.latents import decode_latents, encode_latents
 from percov2.models.sd3.text import CaptionEmbedder
 from percov2.models.tiny.flow import WindowedEstimate, upsample_z_hat
 from percov2.models.token_maker import TokenMaker
 
+__all__ = ["SD3Model"]
+
+
 _Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 _PATCH = 2
 """Latent positions per side of a patch; latents are padded to whole patches."""
 _POSITIONS_AT_ONCE = 128 * 128
-"""Latent positions that are sampled together: one picture of 1024×1024 or four of 512×512."""
+"""Latent positions per sampled batch: one picture of 1024×1024 or four of 512×512."""
 
 
 class SD3Model(TokenMaker):
     """The float networks of an "sd3" folder: images -> tokens, tokens -> images.
 
-    Our trained parts run in float32, those of the base model in the dtype of the options.
+    The hyper-encoder and the quantizer run in float32, the base model in the options' dtype.
 
     Args:
-        folder: see docs/reference/sd3.md for its layout.
+        folder: the model folder; docs/reference/sd3.md has its layout.
         device: torch device.
-        options: see there; defaults if None.
-        base: the base model's networks; those that the folder names if None.
+        options: backbone options; None for the defaults.
+        base: the base model's networks; None for those named by the folder.
 
     Raises:
         ValueError: a folder that is no model, or an impossible base.
@@ -54,38 +56,23 @@ class SD3Model(TokenMaker):
         options: BackboneOptions | None = None,
         base: SD3Base | None = None,
     ) -> None:
-        self.folder, self.device = Path(folder), device
-        self.config = ModelConfig.load(self.folder)
+        super().__init__(folder, device)
         options = options or BackboneOptions()
         self.base = base or SD3Folder(self.folder, self.config.base, device, options)
         place = self.base.place
         self._captions = CaptionEmbedder(self.base.text_networks, place.at_work, place.device)
         self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
-        self.quantizer = lru_cache(None)(self._load_quantizer)
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
         point = self.config.rate(rate)
-        return load_hyper_encoder(self._home(rate) / "hyper_encoder", point, self.device)
-
-    def _load_quantizer(self, rate: str) -> VectorQuantizer:
-        point = self.config.rate(rate)
-        return load_quantizer(self._home(rate) / "quantizer", point, self.device)
-
-    def _home(self, rate: str) -> Path:
-        return self.folder / self.config.rate(rate).name
-
-    def codebook_bytes(self, rate: str) -> bytes:
-        """The stored codebook, float32 little-endian, row after row (part of the model id)."""
-        return stored_codebook(self._home(rate) / "quantizer")
+        return load_hyper_encoder(self.folder / point.name / "hyper_encoder", point, self.device)
 
     # Images -> tokens ----------------------------------------------------------------------------
 
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
-        """See :meth:`TokenMaker.hyper_latents`."""
-        side = self.config.rate(rate).token_side
+        """Yield hyper-latents, as :meth:`TokenMaker.hyper_latents`."""
+        side = self._token_side(images, rate)
         height, width = images.shape[-2:]
-        if height % side or width % side:
-            raise ValueError(f"image sides must be multiples of {side}: {(height, width)}")
         hyper_encoder = self._hyper_encoder(rate)
         patch = _PATCH * LATENT_SIDE
         padded = F.pad(images, (0, -width % patch, 0, -height % patch), mode="replicate")
@@ -94,7 +81,7 @@ class SD3Model(TokenMaker):
             yield hyper_latents[..., : height // side, : width // side]
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents float32 [B, 16, H/8, W/8] of about unit variance: the posterior's mean.
+        """Return latents float32 [B, 16, H/8, W/8] of about unit variance: the posterior's mean.
 
         Args:
             images: float [B, 3, H, W] in [-1, 1], sides multiples of 8.
@@ -104,7 +91,7 @@ class SD3Model(TokenMaker):
             return encode_latents(autoencoder, images)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Images float32 [B, 3, 8h, 8w], nominally in [-1, 1], from latents [B, 16, h, w]."""
+        """Return images float32 [B, 3, 8h, 8w], nominally in [-1, 1], of latents [B, 16, h, w]."""
         autoencoder = self.base.autoencoder()
         with self.base.place.at_work(autoencoder):
             return decode_latents(autoencoder, latents)
@@ -122,21 +109,9 @@ class SD3Model(TokenMaker):
         seed: int,
         realism: float | None = None,
     ) -> Tensor:
-        """Paint images from tokens and captions.
+        """Paint images from tokens and captions, as ``Backbone.reconstruct``.
 
-        Args:
-            tokens: int [B, h, w].
-            captions: one per image, "" for none; equal ones are embedded once.
-            steps: flow evaluations, at least 1.
-            guidance: classifier-free guidance on captions; 1 turns it off.
-            seed: of the starting noise, drawn on the CPU, the same for every image of the batch.
-            realism: must be None: the dial of Stable Diffusion 3 is ``steps``.
-
-        Returns:
-            Images float [B, 3, h·s, w·s] in [-1, 1].
-
-        Raises:
-            ValueError: for tokens out of range, an unknown rate, steps < 1, or any realism.
+        ``realism`` must be None: the dial of Stable Diffusion 3 is ``steps``.
         """
         self.config.chosen_realism(rate, realism)
         side = self.config.rate(rate).token_side
@@ -164,14 +139,14 @@ class SD3Model(TokenMaker):
         guidance: float,
         seed: int,
     ) -> Tensor:
-        """Clean latents float32 [B, 16, h, w] by Euler steps of the flow (SD3's own sampler).
+        """Sample clean latents float32 [B, 16, h, w] by SD3's Euler steps of the flow.
 
         Args:
             z_hat: [B, C, h, w] on the latent grid, h and w even.
             captions, steps, guidance, seed: as for ``reconstruct``.
 
         Raises:
-            ValueError: when steps < 1, or a flow that does not fit z_hat.
+            ValueError: steps < 1, or a flow that does not fit z_hat.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
@@ -214,7 +189,7 @@ class SD3Model(TokenMaker):
         return x
 
     def _windowed(self, velocity: _Velocity, x: Tensor, z_hat: Tensor) -> Tensor:
-        """Velocities of latents of any size; those within one window without any blending."""
+        """Return velocities of latents of any size, without blending if one window holds them."""
         window = self.config.window
         if max(x.shape[-2:]) <= window:
             return velocity(x, z_hat, torch.arange(len(x), device=x.device))

@@ -1,4 +1,4 @@
-"""The networks of Stable Diffusion 3 that a percov2 folder builds on, loaded when first needed."""
+"""The networks of Stable Diffusion 3 that a percov2 folder builds on, loaded on first use."""
 
 from __future__ import annotations
 
@@ -13,41 +13,43 @@ from percov2.models.placement import Placement, base_location, load_part
 from percov2.models.sd3.flow import open_flow
 from percov2.models.sd3.text import TextNetworks, load_text_networks
 
+__all__ = ["SD3Base", "SD3Folder"]
+
 
 class SD3Base(Protocol):
-    """Where ``SD3Model`` has its base model's networks from."""
+    """The source of the base model's networks for ``SD3Model``."""
 
     place: Placement
 
     def autoencoder(self) -> AutoencoderKL:
-        """The autoencoder, 16 channels."""
+        """Return the autoencoder with 16 channels."""
         ...
 
     def flow(self, rate: str) -> SD3Transformer2DModel:
-        """The widened transformer of a rate."""
+        """Return the widened transformer of a rate."""
         ...
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """The sampler."""
+        """Return the sampler."""
         ...
 
     def text_networks(self) -> TextNetworks:
-        """The caption's tokenizers and encoders."""
+        """Return the caption's tokenizers and encoders."""
         ...
 
 
 class SD3Folder:
-    """The base model that a percov2 folder names, with the folder's own flow.
+    """The base model named by a percov2 folder, with the folder's own flow.
 
     Args:
-        folder: of the percov2 model. A rate's flow is in ``<rate>/flow`` if it has one of its own,
-            else in ``flow``.
+        folder: the percov2 model folder. A rate's flow is in ``<rate>/flow``, or in ``flow`` if the
+            rate has none.
         base: hub id or folder of the base model in diffusers' layout.
         device: torch device.
-        options: see there.
+        options: backbone options.
 
     Raises:
-        ValueError: when ``base`` can be neither.
+        ValueError: ``base`` is neither a folder nor a possible hub id.
     """
 
     def __init__(self, folder: Path, base: str, device: str, options: BackboneOptions) -> None:
@@ -66,11 +68,11 @@ class SD3Folder:
         return self.place.settle(autoencoder)
 
     def autoencoder(self) -> AutoencoderKL:
-        """The autoencoder; ValueError when it cannot be loaded, as for all others."""
+        """Return the autoencoder; ValueError if it cannot be loaded, as for the other networks."""
         return self._autoencoder
 
     def flow(self, rate: str) -> SD3Transformer2DModel:
-        """The widened transformer; of flows of unlike rates one is kept."""
+        """Return the widened transformer; memory holds one flow at a time."""
         own = self.folder / rate / "flow"
         return self._flow(own if own.is_dir() else self.folder / "flow")
 
@@ -81,7 +83,7 @@ class SD3Folder:
         return flow
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """A new sampler: it has a state."""
+        """Return a new sampler, because samplers have a state."""
         return load_part(FlowMatchEulerDiscreteScheduler, self.location, "scheduler")
 
     @cached_property
@@ -89,5 +91,5 @@ class SD3Folder:
         return load_text_networks(self.location, self.place, self.options.t5)
 
     def text_networks(self) -> TextNetworks:
-        """The caption's tokenizers and encoders, T5 as the options say."""
+        """Return the caption's tokenizers and encoders; the options choose T5."""
         return self._text_networks

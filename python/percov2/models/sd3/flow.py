@@ -1,9 +1,9 @@
-"""The flow transformer of Stable Diffusion 3, widened for z_hat, with what training changed.
+"""The flow transformer of Stable Diffusion 3, widened for z_hat.
 
 A folder ``flow`` holds the whole transformer (``config.json`` and weights, as diffusers saves it)
-or ``delta.safetensors``: the widened patch embedding and, per linear map, a low-rank
-update (LoRA, arXiv 2106.09685), both on top of the base model's transformer. Without such a folder
-the base's transformer must be widened already. Names in a delta:
+or ``delta.safetensors``. A delta is the widened patch embedding and, per linear map, a low-rank
+update (LoRA, arXiv 2106.09685) of the base model's transformer. Without such a folder, the base's
+transformer must itself be widened. Names in a delta:
 
     pos_embed.proj.weight [D, 16 + C, p, p], pos_embed.proj.bias [D]
     <linear>.lora_down [r, in], <linear>.lora_up [out, r]: weight += scale · up @ down
@@ -25,6 +25,9 @@ from torch import Tensor, nn
 from percov2.models.placement import load_part
 from percov2.models.tiny.flow import widen_patch_embedding
 
+__all__ = ["DELTA_FILE", "apply_delta", "load_delta", "open_flow", "save_delta"]
+
+
 DELTA_FILE = "delta.safetensors"
 _EMBEDDING = ("pos_embed.proj.weight", "pos_embed.proj.bias")
 _DOWN, _UP = ".lora_down", ".lora_up"
@@ -34,11 +37,12 @@ def save_delta(tensors: Mapping[str, Tensor], lora_scale: float, folder: Path) -
     """Write ``folder/delta.safetensors``.
 
     Args:
-        tensors: named as this module says; the patch embedding's two must be among them.
+        tensors: tensors with the names of the module docstring; both of the patch embedding.
         lora_scale: factor of all low-rank updates (alpha / r).
+        folder: where to write; created if missing.
 
     Raises:
-        ValueError: for missing or unknown names.
+        ValueError: missing or unknown names.
     """
     _check_names(tensors)
     folder.mkdir(parents=True, exist_ok=True)
@@ -60,10 +64,10 @@ def _check_names(tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_delta(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """Tensors and LoRA scale that ``save_delta`` wrote.
+    """Load the tensors and the LoRA scale written by ``save_delta``.
 
     Raises:
-        ValueError: when the file is damaged or holds something else.
+        ValueError: the file is damaged or no delta.
     """
     path = folder / DELTA_FILE
     try:
@@ -80,10 +84,10 @@ def load_delta(folder: Path) -> tuple[dict[str, Tensor], float]:
 def apply_delta(
     transformer: SD3Transformer2DModel, tensors: Mapping[str, Tensor], lora_scale: float
 ) -> None:
-    """Widen a base transformer in place and add a delta to it; sums run in float32.
+    """Widen a base transformer in place and add a delta to it, with sums in float32.
 
     Raises:
-        ValueError: when a tensor fits no layer.
+        ValueError: a tensor that fits no layer.
     """
     weight, bias = (tensors[name] for name in _EMBEDDING)
     extra = weight.shape[1] - transformer.config["in_channels"]
@@ -123,7 +127,7 @@ def _add_update(
 
 
 def _widened_base(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """The base's own transformer, where it is already a flow, as in a saved pipeline."""
+    """Load the base's own transformer if it is widened, as in a saved pipeline."""
     config = load_part(_TransformerConfig, location, "transformer")
     if config["in_channels"] <= config["out_channels"]:
         raise ValueError(
@@ -140,13 +144,15 @@ class _TransformerConfig:
 
 
 def open_flow(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """The flow transformer of a folder ``flow``.
+    """Open the flow transformer of a folder ``flow``.
 
     Args:
-        location: hub id or folder of the base model; not read if ``folder`` holds a whole one.
+        folder: a whole transformer, a delta, or a missing folder.
+        location: hub id or folder of the base model; not read for a whole transformer.
+        dtype: dtype of the weights.
 
     Raises:
-        ValueError: when there is no flow in any form, or what there is does not fit.
+        ValueError: no flow in any form, or one that does not fit.
     """
     if (folder / "config.json").is_file():
         return load_part(

@@ -6,9 +6,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+__all__ = ["decode_latents", "encode_latents"]
+
 
 def encode_latents(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
-    """Latents float32 [B, 16, H/8, W/8]: the posterior's mean, never a sample of it.
+    """Return latents float32 [B, 16, H/8, W/8], the posterior's mean.
 
     Args:
         images: float [B, 3, H, W] in [-1, 1], sides multiples of 8.
@@ -19,7 +21,7 @@ def encode_latents(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 
 
 def decode_latents(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images float32 [B, 3, 8h, 8w], nominally in [-1, 1], of latents [B, 16, h, w], one by one."""
+    """Return images float32 [B, 3, 8h, 8w], nominally in [-1, 1], of latents [B, 16, h, w]."""
     shift, scale = _normalisation(autoencoder)
     latents = (latents / scale + shift).to(autoencoder.dtype)
     parts = [autoencoder.decode(part, return_dict=False)[0] for part in latents.split(1)]
@@ -27,6 +29,6 @@ def decode_latents(autoencoder: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def _normalisation(autoencoder: AutoencoderKL) -> tuple[float, float]:
-    """Shift and scale between the autoencoder's own latents and those of unit variance."""
+    """Return the shift and scale from the autoencoder's own latents to unit variance."""
     config = autoencoder.config
     return config["shift_factor"] or 0.0, config["scaling_factor"]

@@ -1,7 +1,8 @@
-"""Parameters and memory of the backbone "sd3" at full size, from networks without memory.
+"""Parameters and memory of the backbone "sd3" at full size.
 
 ``python -m percov2.models.sd3.memory`` prints the tables of docs/reference/sd3.md. The networks are
-built on torch's meta device from the base models' published configurations; nothing is downloaded.
+built on torch's meta device from the base models' published configurations, without weights or
+downloads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,18 @@ from percov2.models.config import LATENT_SIDE, PAPER_RATES
 from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.quantizer import VectorQuantizer
 from percov2.models.tiny.flow import widen_patch_embedding
+
+__all__ = [
+    "BYTES",
+    "TRANSFORMERS",
+    "Z_CHANNELS",
+    "networks",
+    "parameters",
+    "rate_parameters",
+    "tables",
+    "transformer",
+]
+
 
 Z_CHANNELS = 320
 """M of the paper: channels of z_hat beside the 16 of the latents."""
@@ -45,13 +58,13 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 
 def transformer(base: str) -> SD3Transformer2DModel:
-    """The transformer of a base model, one of ``TRANSFORMERS``, on the meta device."""
+    """Build the transformer of a base model, one of ``TRANSFORMERS``, on the meta device."""
     with torch.device("meta"):
         return SD3Transformer2DModel(**TRANSFORMERS[base])
 
 
 def networks(base: str) -> dict[str, nn.Module]:
-    """All networks of a base model and the widened flow, on the meta device."""
+    """Build all networks of a base model, with the widened flow, on the meta device."""
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
     flow = transformer(base)
@@ -94,12 +107,12 @@ def networks(base: str) -> dict[str, nn.Module]:
 
 
 def parameters(network: nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters of a network."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 def rate_parameters() -> dict[str, tuple[int, int]]:
-    """Per rate of the paper: parameters of hyper-encoder and quantizer (codebook included)."""
+    """Return parameters of hyper-encoder and quantizer (with codebook) per paper rate."""
     counts = {}
     for rate in PAPER_RATES:
         with torch.device("meta"):
@@ -111,7 +124,7 @@ def rate_parameters() -> dict[str, tuple[int, int]]:
 
 
 def tables() -> str:
-    """The tables of docs/reference/sd3.md, in Markdown."""
+    """Return the tables of docs/reference/sd3.md in Markdown."""
     lines = []
     for base in TRANSFORMERS:
         plain = parameters(transformer(base))

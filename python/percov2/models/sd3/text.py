@@ -1,7 +1,7 @@
 """Captions as Stable Diffusion 3 reads them: CLIP-L, CLIP-G and T5-XXL.
 
-The sequence is [77 CLIP positions | 256 T5 positions]; the two CLIPs stand side by side in its
-channels, filled up with zeros to T5's width. The pooled vector is both CLIPs' projections.
+The sequence is [77 CLIP positions | 256 T5 positions]. The channels of the two CLIPs are
+concatenated and padded with zeros to T5's width. The pooled vector joins both CLIPs' projections.
 """
 
 from __future__ import annotations
@@ -17,24 +17,27 @@ from torch import Tensor, nn
 
 from percov2.models.placement import Placement, load_part
 
+__all__ = ["T5_TOKENS", "CaptionEmbedder", "TextNetworks", "load_text_networks"]
+
+
 T5_TOKENS = 256
 _REMEMBERED = 32
-"""Captions whose embeddings are kept; one takes 2.7 MB in bfloat16 with SD3's sizes."""
+"""Number of cached caption embeddings; one takes 2.7 MB in bfloat16 with SD3's sizes."""
 
 
 @dataclass
 class TextNetworks:
-    """Tokenizers and encoders, in SD3's order: CLIP-L, CLIP-G, T5; T5's two may be None."""
+    """Tokenizers and encoders in SD3's order: CLIP-L, CLIP-G, T5; those of T5 may be None."""
 
     tokenizers: tuple[Any, Any, Any]
     encoders: tuple[Any, Any, Any]
 
 
 def load_text_networks(location: str, place: Placement, t5: bool) -> TextNetworks:
-    """The text encoders of a base model.
+    """Load the text encoders of a base model.
 
     Raises:
-        ValueError: when one cannot be loaded; for T5 the message says how to do without.
+        ValueError: one cannot be loaded; for T5 the message names the option that omits it.
     """
     from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
@@ -53,7 +56,7 @@ def load_text_networks(location: str, place: Placement, t5: bool) -> TextNetwork
             )
         except ValueError as error:
             if i == 2:
-                raise ValueError(f"{error} (to do without it: t5=False, --no-t5)") from error
+                raise ValueError(f"{error} (t5=False or --no-t5 omits it)") from error
             raise
         encoders[i] = place.settle(encoder)
     return TextNetworks(
@@ -62,12 +65,12 @@ def load_text_networks(location: str, place: Placement, t5: bool) -> TextNetwork
 
 
 class CaptionEmbedder:
-    """Embeds captions, each text once.
+    """A cached embedder of captions.
 
     Args:
-        networks: gives the tokenizers and encoders when they are first needed.
+        networks: returns the tokenizers and encoders; called on first use.
         at_work: context in which an encoder is on the device.
-        device: of the encoders at work and of the embeddings.
+        device: device of the running encoders and of the embeddings.
     """
 
     def __init__(
@@ -80,11 +83,12 @@ class CaptionEmbedder:
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, captions: Sequence[str], width: int) -> tuple[Tensor, Tensor]:
-        """Sequence [B, 77 + 256, width] and pooled [B, p] embeddings of captions ("" = none).
+        """Return sequence [B, 77 + 256, width] and pooled [B, p] embeddings of captions.
 
-        Texts are embedded one at a time, so that a caption's embedding has no neighbours.
+        Texts are embedded one at a time, so that an embedding does not depend on its batch.
 
         Args:
+            captions: one per image, "" for none.
             width: channels of the sequence, ``joint_attention_dim`` of the transformer.
         """
         for caption in captions:
@@ -103,7 +107,7 @@ class CaptionEmbedder:
             with self._at_work(encoder):
                 output = encoder(self._ids(tokenizer, caption, length), output_hidden_states=True)
             pooled.append(output[0])
-            # The last but one layer, as SDXL and SD3 read CLIP.
+            # SDXL and SD3 read CLIP's last but one layer.
             sequences.append(output.hidden_states[-2])
         clip = torch.cat(sequences, -1)
         clip = F.pad(clip, (0, width - clip.shape[-1]))

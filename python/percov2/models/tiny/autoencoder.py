@@ -1,7 +1,7 @@
-"""The embedded patch autoencoder: images <-> latents at 1/8 resolution, 16 channels like SD3's VAE.
+"""The embedded patch autoencoder: images <-> latents at 1/8 resolution with 16 channels.
 
-Convolutions only and no normalisation over space, so a latent depends on a bounded neighbourhood
-and any image size works.
+It has only convolutions and no spatial normalisation. So a latent depends on a bounded
+neighbourhood, and any image size works.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+__all__ = ["PatchAutoencoder", "ResidualBlock"]
 
 
 class ResidualBlock(nn.Module):
@@ -29,7 +31,7 @@ class ResidualBlock(nn.Module):
 
 
 class PatchAutoencoder(ModelMixin, ConfigMixin):
-    """Deterministic autoencoder; pixel-unshuffle by 4, then one more halving to 1/8.
+    """A deterministic autoencoder: pixel-unshuffle by 4, then one more halving to 1/8.
 
     Args:
         latent_channels: channels of the latents (16 in SD3).
@@ -72,18 +74,18 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents [B, 16, H/8, W/8] of about unit variance.
+        """Return latents [B, 16, H/8, W/8] of about unit variance.
 
         Args:
             images: float [B, 3, H, W] in [-1, 1], H and W multiples of 8.
 
         Raises:
-            ValueError: when H or W is not a multiple of 8.
+            ValueError: H or W is not a multiple of 8.
         """
         if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
             raise ValueError(f"image sides must be multiples of 8, not {tuple(images.shape[-2:])}")
         return self.encoder(images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images float [B, 3, 8h, 8w], nominally in [-1, 1] (not clamped), from [B, 16, h, w]."""
+        """Return unclamped images float [B, 3, 8h, 8w], nominally in [-1, 1], of [B, 16, h, w]."""
         return self.decoder(latents)

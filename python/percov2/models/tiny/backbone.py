@@ -1,6 +1,6 @@
-"""The backbone "tiny": the small networks of a model folder, loaded when they are first needed.
+"""The backbone "tiny": the small networks of a model folder, loaded on first use.
 
-Compressing never loads the flow transformer, decompressing never loads the hyper-encoder.
+Compressing never loads the flow transformer; decompressing never loads the hyper-encoder.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from percov2.models.backbone import BackboneOptions
-from percov2.models.config import ModelConfig
 from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
-from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 from percov2.models.storage import load_component
 from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.models.tiny.dial import RealismDial
@@ -31,14 +29,16 @@ from percov2.models.tiny.flow import (
 from percov2.models.tiny.text_encoder import HashedTextEncoder
 from percov2.models.token_maker import TokenMaker
 
+__all__ = ["CodecModel"]
+
 
 class CodecModel(TokenMaker):
     """The float networks of a model folder: images -> tokens, tokens -> images.
 
     Args:
-        folder: see docs/reference/model-folder.md for its layout.
+        folder: the model folder; docs/reference/model-folder.md has its layout.
         device: torch device of every network.
-        options: the defaults; these networks are small and take no others.
+        options: None or the defaults.
 
     Raises:
         ValueError: other options, or a folder that is no model.
@@ -49,39 +49,32 @@ class CodecModel(TokenMaker):
     ) -> None:
         if options not in (None, BackboneOptions()):
             raise ValueError(f"{folder} is a small model: it takes no {options}")
-        self.folder = Path(folder)
-        self.device = device
-        self.config = ModelConfig.load(self.folder)
-        self.quantizer = lru_cache(None)(self._load_quantizer)
+        super().__init__(folder, device)
         self.hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
 
     @cached_property
-    @torch.inference_mode(False)  # a search takes gradients through it
+    @torch.inference_mode(False)  # a token search needs gradients through it
     def autoencoder(self) -> PatchAutoencoder:
-        """The autoencoder, channels last on the CPU (twice as fast there)."""
+        """Return the autoencoder, channels last, which is twice as fast on the CPU."""
         model = load_component(PatchAutoencoder, self.folder / "autoencoder", self.device)
         return model.to(memory_format=torch.channels_last)
 
     @cached_property
     def flow(self) -> SD3Transformer2DModel:
-        """The widened flow transformer."""
+        """Return the widened flow transformer."""
         return load_component(SD3Transformer2DModel, self.folder / "flow", self.device)
 
     @cached_property
     def text_encoder(self) -> HashedTextEncoder:
-        """The caption's conditioning network."""
+        """Return the caption's conditioning network."""
         return load_component(HashedTextEncoder, self.folder / "text_encoder", self.device)
 
     @cached_property
     def dial(self) -> RealismDial | None:
-        """The realism dial; None for a model without one."""
+        """Return the realism dial; None for a model without one."""
         if self.config.realism is None:
             return None
         return load_component(RealismDial, self.folder / "dial", self.device)
-
-    def _load_quantizer(self, rate: str) -> VectorQuantizer:
-        point = self.config.rate(rate)
-        return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
         point = self.config.rate(rate)
@@ -89,25 +82,19 @@ class CodecModel(TokenMaker):
         model = load_hyper_encoder(folder, point, self.device)
         return model.to(memory_format=torch.channels_last)
 
-    def codebook_bytes(self, rate: str) -> bytes:
-        """The stored codebook, float32 little-endian, row after row (part of the model id)."""
-        return stored_codebook(self.folder / self.config.rate(rate).name / "quantizer")
-
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
-        """See :meth:`TokenMaker.hyper_latents`."""
-        side = self.config.rate(rate).token_side
-        if images.shape[-1] % side or images.shape[-2] % side:
-            raise ValueError(f"image sides must be multiples of {side}: {tuple(images.shape[-2:])}")
+        """Yield hyper-latents, as :meth:`TokenMaker.hyper_latents`."""
+        self._token_side(images, rate)
         hyper_encoder = self.hyper_encoder(rate)
         for image in images.to(self.device).split(1):
             latents = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
             yield hyper_encoder(latents)
 
     def z_hat(self, tokens: Tensor, rate: str) -> Tensor:
-        """What the flow is given of tokens int [B, h, w]: [B, C, H/8, W/8].
+        """Return the flow's input z_hat [B, C, H/8, W/8] of tokens int [B, h, w].
 
         Raises:
-            ValueError: for tokens out of range or an unknown rate.
+            ValueError: tokens out of range, or an unknown rate.
         """
         ratio = self.config.rate(rate).token_side // PatchAutoencoder.stride
         z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
@@ -124,25 +111,10 @@ class CodecModel(TokenMaker):
         seed: int,
         realism: float | None = None,
     ) -> Tensor:
-        """Paint images from tokens and captions.
+        """Paint images from tokens and captions, as ``Backbone.reconstruct``.
 
-        Where the flow's patches do not divide the latent grid, the picture is painted with its last
-        row and column of z_hat repeated, and cropped.
-
-        Args:
-            tokens: int [B, h, w].
-            captions: one per image, "" for none.
-            steps: flow evaluations, at least 1.
-            guidance: classifier-free guidance on captions; 1 turns it off.
-            seed: of the starting noise, the same for every image of the batch.
-            realism: 0 (faithful) to 1 (realistic); the rate's default if None.
-
-        Returns:
-            Images float [B, 3, h·s, w·s] in [-1, 1].
-
-        Raises:
-            ValueError: for tokens out of range, an unknown rate, steps < 1, or realism outside 0
-                to 1 or for a model without a dial.
+        If the flow's patches do not divide the latent grid, the last row and column of z_hat are
+        repeated, and the picture is cropped.
         """
         z_hat = self.z_hat(tokens, rate)
         height, width = z_hat.shape[-2:]
@@ -167,18 +139,18 @@ class CodecModel(TokenMaker):
 
     @property
     def patch(self) -> int:
-        """Side of the flow's patches, in latent positions."""
+        """Return the side of the flow's patches, in latent positions."""
         return int(self.flow.config["patch_size"])
 
     def conditioning(self, captions: Sequence[str], realism: float) -> tuple[Tensor, Tensor]:
-        """Return what the flow is told of captions and realism: a sequence and a pooled vector."""
+        """Return the flow's conditioning: a sequence and a pooled vector."""
         sequence, pooled = self.text_encoder(captions)
         if self.dial is not None:
             pooled = pooled + self.dial(torch.full((len(pooled),), realism, device=pooled.device))
         return sequence, pooled
 
     def draw_noise(self, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw starting noise and the decoder's, of variance 1, for latents of height × width.
+        """Draw the starting noise and the decoder's noise, of variance 1, for height × width.
 
         Returns:
             [16, h, w] each, height and width rounded up to whole patches of the flow.
@@ -192,15 +164,12 @@ class CodecModel(TokenMaker):
     def paint_once(
         self, z_hat: Tensor, text: tuple[Tensor, Tensor], noise: Tensor, grain: Tensor
     ) -> Tensor:
-        """What one step paints without guidance, before it is clamped; differentiable.
+        """Return images [B, 3, H, W] after one step without guidance, unclamped, differentiable.
 
         Args:
             z_hat: [B, C, H/8, W/8].
             text: embeddings of the captions.
-            noise, grain: as of :meth:`draw_noise`, the latter times ``ModelConfig.grain``.
-
-        Returns:
-            Images [B, 3, H, W].
+            noise, grain: from :meth:`draw_noise`, the latter times ``ModelConfig.grain``.
         """
         height, width = z_hat.shape[-2:]
         z_hat = pad_to_patches(z_hat, self.patch)
@@ -211,7 +180,7 @@ class CodecModel(TokenMaker):
     def _estimate(
         self, noisy: Tensor, z_hat: Tensor, t: float, text: tuple[Tensor, Tensor]
     ) -> Tensor:
-        """Clean latents of all windows at time t."""
+        """Return estimates of the clean latents from those at time t, window by window."""
 
         def window(x: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
             times = torch.full((len(x),), t, device=x.device)
@@ -228,6 +197,6 @@ class CodecModel(TokenMaker):
 
 
 def _cropped(images: Tensor, height: int, width: int) -> Tensor:
-    """The part of images [B, 3, H, W] that height x width latents show."""
+    """Crop images [B, 3, H, W] to height × width latents."""
     stride = PatchAutoencoder.stride
     return images[..., : height * stride, : width * stride]

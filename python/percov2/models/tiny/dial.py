@@ -1,7 +1,7 @@
 """The realism dial: β in [0, 1] as a part of the flow's pooled conditioning.
 
-0 asks for a faithful picture, 1 for a realistic one (Multi-Realism Image Compression, Agustsson et
-al. 2023, arXiv 2212.13824; CRDR, Iwai et al. 2024, arXiv 2306.01150).
+0 gives a faithful picture, 1 a realistic one (Multi-Realism Image Compression, Agustsson et al.
+2023, arXiv 2212.13824; CRDR, Iwai et al. 2024, arXiv 2306.01150).
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+__all__ = ["RealismDial"]
+
 
 class RealismDial(ModelMixin, ConfigMixin):
-    """β -> what is added to the pooled embedding of the caption.
+    """A network from β to an offset of the caption's pooled embedding.
 
-    Sinusoids of β, then two layers of which the last starts at zero: a model that gets a dial is
-    the model without one until it is trained.
+    Sinusoids of β pass two layers. The last one starts at zero, so a new dial does not change a
+    model before training.
 
     Args:
-        frequencies: sinusoids of π/2, π, 2π, …, one pair each. Few keep the picture smooth in β.
-        width: of the layer between.
+        frequencies: number of sinusoid pairs, of π/2, π, 2π, …; a few keep the picture smooth in β.
+        width: channels of the hidden layer.
         pooled: channels of the pooled embedding.
     """
 

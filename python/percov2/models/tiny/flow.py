@@ -17,14 +17,26 @@ from torch import Tensor, nn
 
 from percov2.models.config import PREDICTIONS
 
+__all__ = [
+    "WindowedEstimate",
+    "build_flow",
+    "estimate_clean",
+    "pad_to_patches",
+    "sample",
+    "upsample_z_hat",
+    "whole_patches",
+    "widen_patch_embedding",
+    "window_starts",
+]
+
 
 def widen_patch_embedding(transformer: SD3Transformer2DModel, extra_channels: int) -> None:
     """Widen the patch embedding in place by ``extra_channels`` zero-initialised input channels.
 
-    The widened transformer equals the original bit for bit until it is trained.
+    The widened transformer equals the original bit for bit before training.
 
     Raises:
-        ValueError: when ``extra_channels`` is not positive.
+        ValueError: extra_channels below 1.
     """
     if extra_channels < 1:
         raise ValueError(f"extra_channels must be at least 1, not {extra_channels}")
@@ -42,17 +54,17 @@ def widen_patch_embedding(transformer: SD3Transformer2DModel, extra_channels: in
 
 
 def build_flow(extra_channels: int, **config: Any) -> SD3Transformer2DModel:
-    """A randomly initialised SD3 transformer of the given config, widened by ``extra_channels``."""
+    """Return a randomly initialised SD3 transformer, widened by ``extra_channels``."""
     transformer = SD3Transformer2DModel(**config)
     widen_patch_embedding(transformer, extra_channels)
     return transformer
 
 
 def upsample_z_hat(z_hat: Tensor, height: int, width: int) -> Tensor:
-    """Nearest-upsample z_hat [B, C, h', w'] to the latent grid [B, C, height, width].
+    """Upsample z_hat [B, C, h', w'] to the nearest values on the latent grid [B, C, height, width].
 
     Raises:
-        ValueError: when the latent grid is no whole multiple of the token grid.
+        ValueError: the latent grid is not a multiple of the token grid.
     """
     rows, columns = z_hat.shape[-2:]
     if height % rows or width % columns or height // rows != width // columns:
@@ -82,18 +94,18 @@ def estimate_clean(
     text: tuple[Tensor, Tensor],
     prediction: str,
 ) -> Tensor:
-    """One-step estimate of the clean latents x_0.
+    """Return a one-step estimate of the clean latents x_0.
 
     Args:
         noisy: x_t [B, 16, h, w].
         z_hat: [B, C, h, w], already on the latent grid.
         t: [B] in [0, 1].
         text: sequence [B, L, d] and pooled [B, p] embeddings.
-        prediction: "velocity" (SD3: x_0 = x_t − t·v) or "sample" (the network returns x_0; better
-            for a small model, which need not reproduce the noise it is given).
+        prediction: "velocity" (SD3: x_0 = x_t − t·v) or "sample" (the network returns x_0, so a
+            small model need not reproduce the noise).
 
     Raises:
-        ValueError: for another prediction name.
+        ValueError: another prediction.
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {PREDICTIONS}, not {prediction!r}")
@@ -110,7 +122,7 @@ def estimate_clean(
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Starts of windows that cover 0 … length − 1; the last one is moved back to fit."""
+    """Return starts of windows that cover 0 … length − 1; the last one may overlap more."""
     if length <= window:
         return [0]
     starts = list(range(0, length - window, stride))
@@ -118,20 +130,20 @@ def window_starts(length: int, window: int, stride: int) -> list[int]:
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
-    """Blending weights [length]: rising over ``overlap`` entries at both ends, never zero."""
+    """Return positive blending weights [length] that rise over ``overlap`` entries at both ends."""
     distance = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1
     return (distance / (overlap + 1)).clamp(max=1.0)
 
 
 class WindowedEstimate:
-    """Clean-latent estimates of latents of any size, by overlapping windows of bounded size.
+    """An estimator of clean latents of any size in overlapping windows.
 
     Args:
         estimate: maps (noisy, z_hat, index of the batch row per window) to clean latents, all of at
             most ``window``×``window`` latent positions.
         window: side of a window in latent positions.
         overlap: latent positions shared by neighbours; their estimates are blended linearly.
-        batch: windows evaluated at once (bounds memory).
+        batch: windows per call of ``estimate``, which bound the memory.
     """
 
     def __init__(
@@ -146,7 +158,7 @@ class WindowedEstimate:
         self.estimate, self.window, self.overlap, self.batch = estimate, window, overlap, batch
 
     def __call__(self, noisy: Tensor, z_hat: Tensor) -> Tensor:
-        """Estimates of x_0 for noisy [B, 16, h, w] and z_hat [B, C, h, w]."""
+        """Return estimates of x_0 for noisy [B, 16, h, w] and z_hat [B, C, h, w]."""
         count, _, height, width = noisy.shape
         stride = self.window - self.overlap
         rows, columns = min(self.window, height), min(self.window, width)
@@ -182,7 +194,7 @@ def sample(
     steps: int,
     shift: float = 3.0,
 ) -> Tensor:
-    """Euler sampling of the flow from t = 1 to 0.
+    """Sample the flow by Euler steps from t = 1 to 0.
 
     Args:
         estimate: maps (x_t, z_hat, t) to an estimate of the clean latents (guidance included).
@@ -192,7 +204,7 @@ def sample(
         shift: SD3's timestep shift; larger spends more steps near t = 1.
 
     Raises:
-        ValueError: when steps < 1.
+        ValueError: steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")

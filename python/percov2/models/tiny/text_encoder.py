@@ -1,8 +1,7 @@
 """Small text conditioning of the embedded model: hashed words, no vocabulary file.
 
 A caption is lower-cased and split into words; each word's CRC-32 picks a row of an embedding table.
-It offers the flow transformer the two inputs that CLIP and T5 give SD3: a sequence and a pooled
-vector.
+The outputs are those of CLIP and T5 for SD3: a sequence and a pooled vector.
 """
 
 from __future__ import annotations
@@ -16,16 +15,19 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+__all__ = ["HashedTextEncoder"]
+
+
 _WORD = re.compile(r"\w+")
 
 
 class HashedTextEncoder(ModelMixin, ConfigMixin):
-    """Captions -> (sequence [B, length, dim], pooled [B, dim]).
+    """A network from captions to (sequence [B, length, dim], pooled [B, dim]).
 
     Args:
-        buckets: rows of the table; row 0 is padding, the empty caption is all padding.
+        buckets: rows of the table; row 0 is padding, and the empty caption is all padding.
         dim: embedding dimension.
-        length: words used of a caption; the rest is ignored.
+        length: most words of a caption; further words are ignored.
     """
 
     @register_to_config
@@ -36,7 +38,7 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
         nn.init.normal_(self.words.weight, std=0.3)
 
     def rows(self, captions: Sequence[str]) -> Tensor:
-        """Table rows int64 [B, length] of the captions' words."""
+        """Return table rows int64 [B, length] of the captions' words."""
         buckets, length = self.words.num_embeddings, self.positions.shape[0]
         rows = []
         for caption in captions:
@@ -46,11 +48,11 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
         return torch.tensor(rows, dtype=torch.long).view(len(captions), length)
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Sequence [B, length, dim] and pooled [B, dim] embeddings of captions ("" = none)."""
+        """Return sequence [B, length, dim] and pooled [B, dim] embeddings of captions."""
         return self.embed(self.rows(captions).to(self.words.weight.device))
 
     def embed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of table rows int64 [B, length], on the table's device."""
+        """Return the embeddings of table rows int64 [B, length], on the table's device."""
         embedded = self.words(rows)
         present = (rows > 0)[..., None]
         pooled = (embedded * present).sum(1) / present.sum(1).clamp_min(1)
