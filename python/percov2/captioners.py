@@ -15,6 +15,9 @@ from PIL import Image
 from percov2.container.captions import Captioner, NoCaptioner, TextCaptioner, check_captioner
 from percov2.images import to_rgb
 
+__all__ = ["Blip2Captioner", "Molmo2Captioner", "open_captioner", "tidy"]
+
+
 MAX_TOKENS = 32
 """Largest length of a caption in the captioner's own tokens, as in the paper."""
 

@@ -9,6 +9,8 @@ from percov2.container import tokens_file
 from percov2.container.tokens_file import TooFewBytes
 from percov2.models.config import Rate
 
+__all__ = ["CoarserRateWarning", "encode_bounded"]
+
 
 class CoarserRateWarning(UserWarning):
     """Warning that a file has a coarser rate than the requested one."""

@@ -22,6 +22,16 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+__all__ = [
+    "PARTS",
+    "CropPlan",
+    "Photo",
+    "PhotoCrops",
+    "decode_shards",
+    "is_held_out",
+    "join_caches",
+]
+
 
 @dataclass(frozen=True)
 class Photo:

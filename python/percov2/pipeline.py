@@ -32,6 +32,8 @@ from percov2.models.sd3.backbone import SD3Model
 from percov2.models.sd3.text import TextNetworks
 from percov2.options import EncodeOptions
 
+__all__ = ["PerCoV2Pipeline", "TrainedParts"]
+
 
 # Among the component kinds of diffusers, only a scheduler has no weights in memory. These parts
 # stay in their folder until they are used.

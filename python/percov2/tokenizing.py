@@ -18,6 +18,9 @@ from percov2.models.backbone import Backbone
 from percov2.models.config import Rate
 from percov2.models.token_search import TokenSearch
 
+__all__ = ["CaptionedSearch", "TokenChoice", "token_maps"]
+
+
 _CANDIDATES = 16
 """Number of nearest codes that a position may choose from."""
 

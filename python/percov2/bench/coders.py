@@ -16,6 +16,27 @@ from percov2.bench.timing import Effort, measure
 from percov2.entropy import rans
 from percov2.entropy.torch import cdf
 
+__all__ = [
+    "GIVEN",
+    "INTERVALS",
+    "LOGITS",
+    "LOGITS_AT_ONCE",
+    "NAME",
+    "Intervals",
+    "Mismatch",
+    "Record",
+    "Streams",
+    "encode",
+    "long_stream",
+    "parts_of",
+    "peer_streams",
+    "push",
+    "require",
+    "short_streams",
+    "timed",
+]
+
+
 NAME = "percov2"
 INTERVALS = "intervals / CDF rows"
 LOGITS = ("float32 logits", "bfloat16 logits", "int16 logits")

@@ -23,6 +23,21 @@ from percov2.bench.timing import Effort
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
 
+__all__ = [
+    "FULL_PLAN",
+    "QUICK_PLAN",
+    "SCHEMA",
+    "Names",
+    "Plan",
+    "Record",
+    "Shapes",
+    "Step",
+    "middle",
+    "run",
+    "take",
+]
+
+
 SCHEMA = 1
 Record = dict[str, Any]
 Step = tuple[str, Callable[[], list[Record]]]

@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+__all__ = ["STATUS", "cold", "memory"]
+
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SCHEDULE = "qlds12"
 

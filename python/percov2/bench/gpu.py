@@ -32,6 +32,19 @@ from percov2.entropy.torch import int_transformer as placed_model
 from percov2.entropy.torch import token_coder as placed_coder
 from percov2.entropy.transformer_config import TransformerConfig
 
+__all__ = [
+    "FULL_PLAN",
+    "NO_TRITON",
+    "QUICK_PLAN",
+    "SIZES",
+    "Bench",
+    "Plan",
+    "Record",
+    "find",
+    "run",
+]
+
+
 SCHEMA = 1
 MEASUREMENT, MISSING = "measurement", "missing"
 NO_DEVICE = "torch finds no CUDA device: see docs/how-to/gpu.md for the requirements"

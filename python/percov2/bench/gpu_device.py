@@ -12,6 +12,9 @@ import torch
 
 from percov2.bench.timing import Effort, Timing, repeat
 
+__all__ = ["WARM_UP", "Gpu", "launches"]
+
+
 WARM_UP = 3
 """Number of untimed calls that compile, allocate and raise the clock."""
 _COPIED = 2**28

@@ -27,6 +27,9 @@ from percov2.entropy.torch.int_transformer import to_tensors
 from percov2.entropy.torch.reader_plan import plan_readers
 from percov2.entropy.transformer_config import TransformerConfig
 
+__all__ = ["SCHEDULE", "Arrays", "Job", "Size", "coder_jobs", "host", "layer_jobs", "nearest_jobs"]
+
+
 SCHEDULE = "qlds12"
 LATENT = 32
 """Length of the quantizer's vectors (percov2.models.quantizer)."""

@@ -26,6 +26,24 @@ from percov2.entropy.torch.int_transformer import to_tensors
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import START_ENTRIES, Entries
 
+__all__ = [
+    "AttentionCase",
+    "FloatLayer",
+    "FloatTransformer",
+    "Record",
+    "Streams",
+    "attention",
+    "decode",
+    "draw_tokens",
+    "encode",
+    "encode_and_decode",
+    "float_pass",
+    "pass_entries",
+    "random_streams",
+    "torch_threads",
+]
+
+
 FLOAT_CHUNKS = (8, 64)
 """Numbers of images per torch call; the faster one counts."""
 Streams = tuple[Any, Any]

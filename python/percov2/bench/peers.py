@@ -15,6 +15,9 @@ import numpy as np
 from percov2.bench.cases import Case
 from percov2.bench.timing import Effort
 
+__all__ = ["Peers", "Record"]
+
+
 Record = dict[str, Any]
 _TIMING = Path(__file__).with_name("timing.py")
 

@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+__all__ = ["Record", "require_matplotlib", "write_plots"]
+
+
 Record = dict[str, Any]
 
 

@@ -17,6 +17,9 @@ import torch
 from percov2 import __version__
 from percov2.entropy import rans
 
+__all__ = ["Record", "Table", "environment", "number", "page", "tables"]
+
+
 Record = dict[str, Any]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+__all__ = ["Record", "line", "summarize"]
+
+
 Record = dict[str, Any]
 
 # Input of both coders, as named in the records of percov2 and of constriction; then, per codebook,

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+__all__ = ["Effort", "Timing", "measure", "repeat"]
+
 
 @dataclass(frozen=True)
 class Effort:

@@ -12,6 +12,8 @@ from percov2.cli.options import add_command, add_options, options_of
 from percov2.container import bitstream
 from percov2.options import EncodeOptions
 
+__all__ = ["add_parser", "compress"]
+
 
 def add_parser(commands: Any) -> None:
     """Add ``compress`` to the commands."""

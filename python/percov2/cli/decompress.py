@@ -13,6 +13,8 @@ from percov2.cli.options import add_command, add_options, options_of
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
 
+__all__ = ["add_parser", "decompress"]
+
 
 def add_parser(commands: Any) -> None:
     """Add ``decompress`` to the commands."""

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from percov2.evaluation.study.comparison import Method
     from percov2.models.backbone import Backbone
 
+__all__ = ["add_parser", "chosen_setting"]
+
 
 _SWEPT = ("target_bytes", "stages", "draw_seed", "slack", "effort", "max_pixels")
 """Encode options that ``eval stages`` does not take."""

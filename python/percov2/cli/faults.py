@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+__all__ = ["Fault", "about", "in_flags", "report_faults"]
+
 
 class Fault(Exception):
     """An expected error, with a message of one line that names the file and the problem."""

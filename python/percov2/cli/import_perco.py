@@ -9,6 +9,8 @@ from typing import Any
 from percov2.cli.faults import about
 from percov2.cli.options import add_command
 
+__all__ = ["add_parser", "import_perco"]
+
 
 def add_parser(commands: Any) -> None:
     """Add ``import-perco`` to the commands."""

@@ -22,6 +22,9 @@ from percov2.cli import (
 from percov2.cli.faults import report_faults
 from percov2.cli.version import VersionAction
 
+__all__ = ["build_parser", "main"]
+
+
 COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco, bench)
 
 

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from percov2.codec import Codec
     from percov2.container.captions import Captioner
 
+__all__ = [
+    "DEFAULT_MODEL",
+    "add_captioner",
+    "add_model",
+    "check_choices",
+    "chosen_captioner",
+    "open_codec",
+]
+
 
 DEFAULT_MODEL = "tiny"
 

@@ -14,6 +14,8 @@ from percov2.cli.models import add_captioner, add_model, check_choices, open_cod
 from percov2.cli.options import add_command, add_options, options_of
 from percov2.options import DecodeOptions, EncodeOptions
 
+__all__ = ["add_parser", "roundtrip"]
+
 
 def add_parser(commands: Any) -> None:
     """Add ``roundtrip`` to the commands."""

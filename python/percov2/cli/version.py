@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+__all__ = ["VersionAction"]
+
 
 class VersionAction(argparse.Action):
     """Flag that prints the version and exits. Only its use loads the compiled module."""

@@ -10,6 +10,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from percov2.images import write_image
 
+__all__ = ["Cell", "half_size", "page", "write_page"]
+
+
 Cell = tuple[str, Image.Image]
 """Label and picture."""
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont

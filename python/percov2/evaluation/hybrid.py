@@ -20,6 +20,9 @@ from percov2.evaluation.report import round_trip
 from percov2.evaluation.setting import Setting, described
 from percov2.images import read_image, write_bytes, write_image
 
+__all__ = ["plot_stages", "stages_sent"]
+
+
 STAGE_METRICS = ("psnr", "lpips_alex")
 _SHOWN = 6
 

@@ -44,6 +44,9 @@ from percov2.images import write_bytes
 if TYPE_CHECKING:
     from percov2.photos import Photo, PhotoCrops
 
+__all__ = ["Crops", "judge_realism"]
+
+
 _ON_ALL_CROPS = ("psnr", "ms_ssim")
 _BATCH = 8
 """Number of crops per call of the judge."""

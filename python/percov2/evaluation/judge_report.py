@@ -13,6 +13,9 @@ from percov2.evaluation.metrics import METRICS
 from percov2.evaluation.photo_bootstrap import Estimate, PhotoBootstrap
 from percov2.evaluation.realism import Features
 
+__all__ = ["JudgedCrops", "as_json", "differences", "estimates", "page"]
+
+
 MEASURES = ("bpp", *METRICS, "frechet", "kernel")
 _LABELS = {
     "bpp": ("bpp", "{:.5f}"),

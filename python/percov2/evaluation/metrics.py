@@ -18,6 +18,20 @@ from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from percov2.models.perceptual import DISTS, INSTALL_HINT, LPIPS, MetricWeightsMissing
 
+__all__ = [
+    "EVAL_HINT",
+    "HIGHER_IS_BETTER",
+    "METRICS",
+    "NotMeasured",
+    "Original",
+    "Pixels",
+    "measure",
+    "measure_batch",
+    "ms_ssim",
+    "psnr",
+]
+
+
 METRICS: tuple[str, ...] = ("psnr", "ms_ssim", "lpips_alex", "lpips_vgg", "dists")
 HIGHER_IS_BETTER = frozenset({"psnr", "ms_ssim"})
 

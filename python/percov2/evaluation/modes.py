@@ -21,6 +21,9 @@ from percov2.evaluation.metrics import measure
 from percov2.evaluation.realism import FrechetDistance
 from percov2.images import write_bytes
 
+__all__ = ["operating_modes", "plot_modes"]
+
+
 MODE_METRICS = ("psnr", "lpips_alex")
 _BATCH = 16
 

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 
 from percov2.evaluation.realism import Features, KernelSums, frechet_distance
 
+__all__ = ["Estimate", "PhotoBootstrap", "Values"]
+
+
 Values = NDArray[np.float64]
 
 

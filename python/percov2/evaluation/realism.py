@@ -20,6 +20,16 @@ from torch import Tensor, nn
 from percov2.evaluation.metrics import EVAL_HINT
 from percov2.models.perceptual import MetricWeightsMissing
 
+__all__ = [
+    "Features",
+    "FrechetDistance",
+    "KernelSums",
+    "LiteFeatures",
+    "frechet_distance",
+    "lite_features",
+]
+
+
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _SIDE = 224
 """Side of the network's input; pictures are resized to it."""

@@ -24,6 +24,24 @@ from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
 from percov2.options import EncodeOptions
 
+__all__ = [
+    "RoundTrip",
+    "evaluate",
+    "markdown",
+    "means",
+    "pictures_in",
+    "plan_evaluation",
+    "plan_outputs",
+    "round_trip",
+    "sentence",
+    "side_by_side",
+    "table",
+    "warm_up",
+    "wins",
+    "write_round_trip",
+]
+
+
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
 

@@ -11,6 +11,8 @@ from percov2.codec import Codec
 from percov2.container.captions import Captioner, NoCaptioner
 from percov2.options import DecodeOptions, EncodeOptions
 
+__all__ = ["Setting", "compress", "described", "restore"]
+
 
 @dataclass(frozen=True)
 class Setting:

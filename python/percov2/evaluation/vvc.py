@@ -9,6 +9,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+__all__ = ["available", "decode", "encode"]
+
+
 _GRAIN, _LEAST_SIDE = 8, 32
 """Sides are padded to multiples of 8 and to at least 32; the decoder gets the true size."""
 _WORST_QP, _BEST_QP = 63, 16

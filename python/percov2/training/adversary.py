@@ -18,6 +18,14 @@ from torch.nn.utils.parametrizations import spectral_norm
 from percov2.training.optimizers import adamw, make_recordable, restore
 from percov2.training.stage import Place
 
+__all__ = [
+    "Adversary",
+    "AdversaryConfig",
+    "FeatureDiscriminator",
+    "PixelDiscriminator",
+    "with_force",
+]
+
 
 @dataclass(frozen=True)
 class AdversaryConfig:

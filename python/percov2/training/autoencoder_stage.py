@@ -15,6 +15,8 @@ from percov2.photos import CropPlan, PhotoCrops
 from percov2.training.losses import LossTerms, PerceptualNetworks, Term, draw_view, weighted
 from percov2.training.stage import Place, TrainingStage
 
+__all__ = ["AutoencoderConfig", "AutoencoderStage", "save_rows"]
+
 
 def save_rows(path: Path, rows: list[Tensor]) -> None:
     """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG."""

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+__all__ = ["AveragedWeights"]
+
 
 class AveragedWeights:
     """Moving averages of trained parameters, and copies of buffers.

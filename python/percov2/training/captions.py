@@ -36,6 +36,19 @@ from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.stage import Place
 from percov2.training.stage2 import RoundedStage
 
+__all__ = [
+    "WORDS",
+    "CaptionLines",
+    "CaptionStage",
+    "CaptionsConfig",
+    "is_held_out",
+    "learn_pieces",
+    "measure",
+    "read_lines",
+    "train_captions",
+]
+
+
 _HELD_OUT_EVERY = 20
 _WIDTH_STEP = 4
 """Captions share a batch if their lengths round up to the same multiple of this."""

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+__all__ = ["gather_draws", "kept", "read", "restore", "restore_draws", "write"]
+
 
 def write(path: Path, state: dict[str, Any]) -> None:
     """Store a checkpoint atomically."""

@@ -28,6 +28,18 @@ from percov2.training.settings import build_config, read_recipe, read_section, w
 from percov2.training.stage1 import CodecConfig, CodecStage
 from percov2.training.stage2 import EntropyConfig, train_entropy
 
+__all__ = [
+    "autoencoder_stage",
+    "codec_stage",
+    "run_autoencoder",
+    "run_captions",
+    "run_codec",
+    "run_data",
+    "run_entropy",
+    "run_export",
+    "run_tokens",
+]
+
 
 def _losses(values: dict[str, Any]) -> LossTerms:
     return build_config(LossTerms, {k: build_config(Term, v) for k, v in values.items()})

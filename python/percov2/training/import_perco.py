@@ -30,6 +30,9 @@ from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.perco.checkpoint import hyper_encoder_tensors, quantizer_tensors, unet_tensors
 from percov2.models.quantizer import VectorQuantizer
 
+__all__ = ["GRIDS", "Checkpoint", "find_checkpoints", "import_perco"]
+
+
 STEPS, GUIDANCE = 20, 3.0
 """Settings of the original."""
 WINDOW, OVERLAP = 64, 16

@@ -7,6 +7,9 @@ import threading
 from types import FrameType
 from typing import Any
 
+__all__ = ["StopSignals"]
+
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

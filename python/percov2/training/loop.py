@@ -24,6 +24,9 @@ from percov2.training.optimizers import adamw, make_recordable, restore, set_lea
 from percov2.training.recording import CudaRecorder, Figures, RecordedSteps
 from percov2.training.stage import Draw, Place, TrainingStage
 
+__all__ = ["SCHEDULES", "LoopConfig", "leave_processes", "load_averaged", "train"]
+
+
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("no", "bf16")
 

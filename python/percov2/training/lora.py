@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+__all__ = ["LowRankLinear", "add_low_rank", "low_rank_tensors"]
+
+
 DOWN, UP = "lora_down", "lora_up"
 
 

@@ -20,6 +20,20 @@ from torch import Tensor, nn
 
 from percov2.models.perceptual import LPIPS
 
+__all__ = [
+    "FEATURES",
+    "FEATURE_CHANNELS",
+    "Comparison",
+    "LossTerms",
+    "PerceptualNetworks",
+    "Term",
+    "View",
+    "draw_view",
+    "least_side",
+    "weighted",
+]
+
+
 _STRIDE = 16
 """Stride of the last slices of AlexNet and VGG16 in pixels."""
 _LEAST_SIDE = 32

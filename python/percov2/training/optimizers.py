@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["adamw", "make_recordable", "restore", "set_learning_rate"]
+
+
 _SETTINGS = ("lr", "capturable", "fused")
 
 

@@ -15,6 +15,9 @@ from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.photos import CropPlan
 from percov2.training.losses import LossTerms, least_side
 
+__all__ = ["RateConfig", "RateNetworks", "build_rates", "draw_rate", "perplexity"]
+
+
 _PATCH_PIXELS = 2 * PatchAutoencoder.stride
 """Side in pixels of the flow's patches; training does not pad crops."""
 

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from percov2.training.stage import Draw
 
+__all__ = ["CudaRecorder", "Figures", "RecordedSteps", "Recorder"]
+
+
 Figures = dict[str, Tensor]
 Recorder = Callable[[Callable[[], Figures]], tuple[Figures, Callable[[], None]]]
 """Function that records work without running it; it returns the results' tensors and the replay."""

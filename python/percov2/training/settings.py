@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 from percov2.codec import Codec
 
+__all__ = ["build_config", "read_recipe", "read_section", "write_model_ids"]
+
+
 Config = TypeVar("Config")
 
 

@@ -26,6 +26,19 @@ from PIL import Image
 from percov2.images import to_rgb
 from percov2.photos import is_held_out
 
+__all__ = [
+    "PHOTO_ENDINGS",
+    "CropFeed",
+    "Member",
+    "Position",
+    "Sample",
+    "ShardStreams",
+    "read_member",
+    "shard_members",
+    "shard_photos",
+]
+
+
 _THREADS = 4
 PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")
 

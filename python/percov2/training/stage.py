@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+__all__ = ["Draw", "Place", "TrainingStage"]
+
 
 @dataclass(frozen=True)
 class Place:

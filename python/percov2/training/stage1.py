@@ -41,6 +41,8 @@ from percov2.training.losses import (
 from percov2.training.rates import RateConfig, RateNetworks, build_rates, draw_rate
 from percov2.training.stage import Draw, Place, TrainingStage
 
+__all__ = ["CodecConfig", "CodecStage"]
+
 
 @dataclass
 class CodecConfig:

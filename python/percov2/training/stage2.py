@@ -37,6 +37,20 @@ from percov2.entropy.visibility import size_class
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.stage import Place, TrainingStage
 
+__all__ = [
+    "EntropyConfig",
+    "EntropyStage",
+    "RoundedStage",
+    "TokenMaps",
+    "evenly_spread",
+    "integer_bits",
+    "random_stages",
+    "report",
+    "train_entropy",
+    "trained_model",
+]
+
+
 _MAX_HELD_OUT = 48
 _OBSERVE_EVERY = 4
 

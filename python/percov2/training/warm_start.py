@@ -12,6 +12,9 @@ from percov2.models.tiny.backbone import CodecModel
 from percov2.training.rates import RateNetworks
 from percov2.training.stage1 import CodecStage
 
+__all__ = ["start_from", "stored_state"]
+
+
 _SHARED = ("autoencoder", "flow", "text_encoder")
 _DIAL = "dial"
 _OWN = ("codebook", "usage")

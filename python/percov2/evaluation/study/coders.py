@@ -18,6 +18,18 @@ from percov2.entropy.torch.int_transformer import IntTransformer
 from percov2.entropy.uniform import uniform_model
 from percov2.evaluation.study.schedules import Order, one_stage
 
+__all__ = [
+    "CHECK_BITS",
+    "DirectCoder",
+    "OrderCoder",
+    "StudyCoder",
+    "TokenMap",
+    "token_check",
+    "token_map",
+    "uniform_coder",
+]
+
+
 CHECK_BITS = 16
 """Size of the check in every payload, as in a file."""
 

@@ -19,6 +19,8 @@ from percov2.evaluation.study.page import draw_stages, page, panels
 from percov2.evaluation.study.schedules import STUDY_SCHEDULES, Order
 from percov2.images import write_bytes
 
+__all__ = ["Method", "compare", "measure", "order_methods"]
+
 
 def measure(
     coder: StudyCoder, maps: Sequence[TokenMap], label: str, progress: bool = True

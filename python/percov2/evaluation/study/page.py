@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = ["draw_stages", "page", "panels", "saved"]
+
+
 _MOST_STAGES = 16
 """Largest number of stages that the page lists one by one."""
 _PANELS = 12

@@ -25,6 +25,9 @@ from percov2.training.sd3.stage import SD3Stage
 from percov2.training.settings import build_config, read_recipe, write_model_ids
 from percov2.training.shards import shard_photos
 
+__all__ = ["run_sd3", "run_sd3_export", "run_shard_tokens", "sd3_config"]
+
+
 _GUIDANCE = 3.0
 """Default guidance, as in PerCo."""
 

@@ -18,6 +18,8 @@ from percov2.models.sd3.base import SD3Folder
 from percov2.models.sd3.latents import decode_latents, encode_latents
 from percov2.models.sd3.text import CaptionEmbedder
 
+__all__ = ["FrozenNetworks"]
+
 
 class FrozenNetworks:
     """Frozen networks on the base's device, each loaded at its first use.

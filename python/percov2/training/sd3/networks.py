@@ -19,6 +19,9 @@ from percov2.models.sd3.base import SD3Folder
 from percov2.models.tiny.flow import upsample_z_hat, widen_patch_embedding
 from percov2.training.lora import add_low_rank
 
+__all__ = ["SD3Config", "SD3Networks"]
+
+
 MODES = ("full", "lora", "patch_embedding")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
 

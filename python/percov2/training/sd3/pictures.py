@@ -21,6 +21,9 @@ from percov2.training.sd3.frozen import FrozenNetworks
 from percov2.training.sd3.networks import SD3Networks
 from percov2.training.shards import PHOTO_ENDINGS
 
+__all__ = ["STEPS", "Pictures"]
+
+
 STEPS = 20
 _TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 

@@ -28,6 +28,9 @@ from percov2.training.sd3.pictures import Pictures
 from percov2.training.shards import CropFeed, Sample, ShardStreams
 from percov2.training.stage import Place, TrainingStage
 
+__all__ = ["SD3Stage", "shifted"]
+
+
 _LATENT_CHANNELS = 16
 
 

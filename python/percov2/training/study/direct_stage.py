@@ -20,6 +20,8 @@ from percov2.entropy.torch.transformer import TokenBatch, TokenTransformer, Tran
 from percov2.training.stage2 import EntropyConfig, RoundedStage, TokenMaps
 from percov2.training.study.runs import SharedRun, digest, finished
 
+__all__ = ["DirectExamples", "DirectStage", "DrawExamples", "masked_examples", "masked_model"]
+
 
 class DirectExamples(NamedTuple):
     """Batch of entries with targets and weights.

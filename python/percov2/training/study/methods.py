@@ -26,6 +26,9 @@ from percov2.training.study.multiscale import (
 )
 from percov2.training.study.runs import SharedRun, fine_tuned
 
+__all__ = ["fine_tuned_methods", "masked_methods", "multiscale_methods"]
+
+
 _SAME_PHOTOS = 0.9
 """Smallest share of equal tokens for photos of the maps; bfloat16 changes a few tokens."""
 _SLOWER = (

@@ -28,6 +28,18 @@ from percov2.training.stage2 import evenly_spread
 from percov2.training.study.direct_stage import DirectExamples, DirectStage
 from percov2.training.study.runs import SharedRun, digest, finished
 
+__all__ = [
+    "PhotoDirections",
+    "ScaleMaps",
+    "ScaleQuantizer",
+    "k_means",
+    "mean_cosines",
+    "multiscale_model",
+    "photo_directions",
+    "same_tokens",
+]
+
+
 _FIT_VECTORS = 200_000
 """Approximate number of tokens for fitting codebooks; k-means sees half of these vectors."""
 _ROUNDS = 25

@@ -24,6 +24,9 @@ from percov2.training.stage2 import (
     trained_model,
 )
 
+__all__ = ["OneOrder", "SharedRun", "digest", "fine_tuned", "finished", "shared_run"]
+
+
 _FINE_RATE = 0.25
 """Peak learning rate of fine-tuning relative to the shared run's."""
 
