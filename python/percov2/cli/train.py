@@ -10,6 +10,8 @@ from typing import Any
 from percov2.cli.faults import about
 from percov2.cli.options import add_command
 
+__all__ = ["OPTIONS", "PHASES", "add_parser", "home", "train"]
+
 
 def _option(help_: str, kind: Any = str, **more: Any) -> dict[str, Any]:
     return {"help": help_, "type": kind, **more}
