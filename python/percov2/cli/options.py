@@ -9,7 +9,7 @@ from typing import Any
 
 from percov2.options import DecodeOptions, EncodeOptions, Options
 
-__all__ = ["add_command", "add_options", "model_choices", "number", "options_of"]
+__all__ = ["add_command", "add_flag", "add_options", "model_choices", "number", "options_of"]
 
 
 def add_command(commands: Any, name: str, run: Any, help_: str) -> argparse.ArgumentParser:

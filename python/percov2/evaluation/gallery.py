@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from percov2.images import write_image
 
-__all__ = ["Cell", "half_size", "page", "write_page"]
+__all__ = ["Cell", "half_size", "page", "plot_quality", "write_page"]
 
 
 Cell = tuple[str, Image.Image]

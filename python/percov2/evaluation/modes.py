@@ -21,7 +21,7 @@ from percov2.evaluation.metrics import measure
 from percov2.evaluation.realism import FrechetDistance
 from percov2.images import write_bytes
 
-__all__ = ["operating_modes", "plot_modes"]
+__all__ = ["operating_modes", "plot_modes", "require_captioned"]
 
 
 MODE_METRICS = ("psnr", "lpips_alex")
