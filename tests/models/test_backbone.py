@@ -65,7 +65,7 @@ def test_hub_ids_are_downloaded_after_a_kind_only(random_model, tmp_path, monkey
 def test_small_models_take_no_options(random_model, picture, tmp_path, capsys):
     for option in ("--offload", "--dtype=bf16", "--vae-tiling", "--compile"):
         command = ("compress", picture, tmp_path / "o", "--model", random_model, option)
-        assert "small model does not take" in failure(capsys, *command)
+        assert "this small model does not take" in failure(capsys, *command)
     with pytest.raises(ValueError, match="dtype must be one of"):
         BackboneOptions(dtype="int8")
 
