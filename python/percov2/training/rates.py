@@ -147,7 +147,7 @@ def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
 
     Raises:
         ValueError: no rate, a share that is not positive, crops that do not fit the tokens, or
-            different numbers of channels in z_hat, which enters the shared flow.
+            different numbers of channels in z_hat.
     """
     if not configs:
         raise ValueError("give at least one rate, e.g. a table [codec.rates.r031]")
