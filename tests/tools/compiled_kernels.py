@@ -28,13 +28,13 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def compare_on(device: str, subject: str) -> None:
-    """Run the script of this folder that compares kernels with their oracles, in its own process.
+def compare_on(device: str, *subjects: str) -> None:
+    """Compare kernels with their oracles: run scripts compare_*.py of this folder in a process.
 
     On "cpu" with interpreted kernels (triton must learn that before it is imported), or on a card.
     """
     result = subprocess.run(
-        [sys.executable, "-m", f"tools.compare_{subject}", device],
+        [sys.executable, "-c", "".join(f"import tools.compare_{s}\n" for s in subjects), device],
         env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -42,7 +42,7 @@ def compare_on(device: str, subject: str) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "agreed"
+    assert result.stdout.splitlines() == ["agreed"] * len(subjects)
 
 
 # Reading what the compilers made -----------------------------------------------------------------
