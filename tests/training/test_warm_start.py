@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from percov2.codec import Codec
 from percov2.models.tiny.backbone import CodecModel
-from percov2.photos import PhotoCrops
+from percov2.photos import CropPlan, PhotoCrops
 from percov2.training import checkpoint
-from percov2.training.commands import codec_stage, run_codec, run_export
+from percov2.training.commands import codec_stage, run_codec, run_entropy, run_export, run_tokens
 from percov2.training.loop import train
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.warm_start import start_from
