@@ -200,18 +200,15 @@ class Codec:
         self, pictures: Sequence[Any], captions: Sequence[str], options: EncodeOptions
     ) -> list[bytes]:
         point, name = self._rate(options.rate), self._schedule(options.schedule)
-        model = self._captions() if any(captions) else None
-        coded = [encode_caption(text, model.bits if model else None) for text in captions]
+        coded = self._coded(captions)
         arrays = [rgb_array(picture, options.max_pixels) for picture in pictures]
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
 
         def encode(rate: Rate, chosen: Sequence[int]) -> list[bytes]:
             """Encode the pictures with these indices at a rate."""
-            coder, common = self._entropy(rate.name), self._common(rate, name)
+            coder = self._entropy(rate.name)
             picked, coded_here = [sizes[i] for i in chosen], [coded[i] for i in chosen]
-            headers = tokens_file.headers(
-                common, picked, rate.token_side, coded_here, options.stages, options.draw_seed
-            )
+            headers = self._headers(rate, name, picked, coded_here, options)
             choice = TokenChoice(coder, name, options.slack) if options.slack else None
             search = None
             if options.effort:
@@ -273,13 +270,7 @@ class Codec:
             tokens_file.checked_tokens(grid, size, point.token_side, point.codebook_size)
             for grid, size in zip(tokens, sizes, strict=True)
         ]
-        model = self._captions() if any(texts) else None
-        coded = [encode_caption(text, model.bits if model else None) for text in texts]
-        common = self._common(point, name)
-        headers = tokens_file.headers(
-            common, sizes, point.token_side, coded, options.stages, options.draw_seed
-        )
-        return self._pack(headers, maps)
+        return self._pack(self._headers(point, name, sizes, self._coded(texts), options), maps)
 
     def _pack(self, headers: Sequence[Header], tokens: Sequence[Tokens]) -> list[bytes]:
         if not headers:
@@ -300,10 +291,23 @@ class Codec:
         check_name(chosen)
         return chosen
 
-    def _common(self, rate: Rate, schedule: str) -> Header:
-        """Return a header with the fields that all files of a rate and schedule share."""
+    def _coded(self, captions: Sequence[str]) -> list[tuple[int, bytes]]:
+        """Return the codec and the bytes of every caption."""
+        model = self._captions() if any(captions) else None
+        return [encode_caption(text, model.bits if model else None) for text in captions]
+
+    def _headers(
+        self,
+        rate: Rate,
+        schedule: str,
+        sizes: Sequence[tuple[int, int]],
+        captions: Sequence[tuple[int, bytes]],
+        options: EncodeOptions,
+    ) -> list[Header]:
         index = self.config.rates.index(rate)
-        return Header(self.model_id(rate.name), 1, 1, index, SCHEDULES.index(schedule))
+        common = Header(self.model_id(rate.name), 1, 1, index, SCHEDULES.index(schedule))
+        stages, seed = options.stages, options.draw_seed
+        return tokens_file.headers(common, sizes, rate.token_side, captions, stages, seed)
 
     # Decompressing -------------------------------------------------------------------------------
 
