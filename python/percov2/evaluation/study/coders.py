@@ -142,7 +142,7 @@ class DirectCoder:
         plan = self._plan(*tokens.shape)
         for stage in range(1, int(plan.stage.max()) + 1):
             here, logits = self._stage(plan, tokens.tokens, tokens.shape, stage)
-            yield rans.intervals(logits.cpu(), tokens.tokens[here], self._prob_bits)
+            yield rans.intervals(logits.cpu().numpy(), tokens.tokens[here], self._prob_bits)
 
     def stage_bits(self, tokens: TokenMap) -> list[NDArray[np.float64]]:
         return [self._prob_bits - np.log2(freqs) for _, freqs in self._intervals(tokens)]
