@@ -69,25 +69,29 @@ def host_streams(
     ("size", "symbols", "prob_bits"),
     [(0, 5, 8), (1, 0, 8), (1, 1, 20), (3, 33, 12), (5, 100, 16), (2, 70, 20)],
 )
-def test_streams_are_those_of_the_cpu(
+def test_streams_are_those_of_the_cpu_and_the_host_goes_on(
     device: torch.device, size: int, symbols: int, prob_bits: int
 ) -> None:
     rng = np.random.default_rng(size * 100 + symbols)
     starts, freqs = random_intervals(rng, (size, symbols), prob_bits)
+    starts[3:4], freqs[3:4] = 0, 1 << prob_bits  # cost nothing: the state never leaves the check
     checks = rng.integers(0, 65536, size, dtype=np.int32)
+    on_top = random_intervals(rng, (size, 9), 12)
     for counts in (None, rng.integers(0, symbols + 1, size, dtype=np.int32)):
-        encoded = rans_cuda.encode(
-            on(device, starts),
-            on(device, freqs),
-            on(device, checks),
-            prob_bits,
-            None if counts is None else on(device, counts),
-        )
-        buffer, offsets, quiet = encoded.to_host()
+        given = [on(device, array) for array in (starts, freqs, checks)]
+        lengths = None if counts is None else on(device, counts)
+        buffer, offsets, quiet = rans_cuda.encode(*given, prob_bits, lengths).to_host()
         expected = host_streams(starts, freqs, checks, prob_bits, counts)
         assert buffer.tobytes() == expected.finish()[0].tobytes()
         assert offsets.tolist() == expected.finish()[1].tolist()
         assert quiet.tolist() == expected.symbols_before_output.tolist()
+        # Tokens on the device, then caption and header on the host.
+        resumed = rans.RansEncoder.resumed(buffer, offsets, quiet)
+        for encoder in (resumed, expected):
+            encoder.encode(on_top[0].ravel(), on_top[1].ravel(), [9] * size, 12)
+        assert resumed.symbols_before_output.tolist() == expected.symbols_before_output.tolist()
+        for got, wanted in zip(resumed.finish(), expected.finish(), strict=True):
+            assert got.tolist() == wanted.tolist()
 
 
 def test_streams_longer_than_the_first_copy(device: torch.device) -> None:
@@ -98,25 +102,6 @@ def test_streams_longer_than_the_first_copy(device: torch.device) -> None:
     buffer, offsets, _ = encoded.to_host()
     assert offsets[-1] > encoded.likely
     assert buffer.tobytes() == host_streams(*given, 16).finish()[0].tobytes()
-
-
-def test_the_host_goes_on(device: torch.device) -> None:
-    """Tokens on the device, then caption and header on the host."""
-    rng = np.random.default_rng(3)
-    starts, freqs = random_intervals(rng, (4, 50), 16)
-    freqs[3] = 1 << 16  # costs nothing: the state never leaves the check
-    starts[3] = 0
-    checks = rng.integers(0, 65536, 4, dtype=np.int32)
-    on_top = random_intervals(rng, (4, 9), 12)
-    encoded = rans_cuda.encode(*(on(device, array) for array in (starts, freqs, checks)), 16)
-    resumed = rans.RansEncoder.resumed(*encoded.to_host())
-    expected = host_streams(starts, freqs, checks, 16)
-    assert resumed.symbols_before_output.tolist() == expected.symbols_before_output.tolist()
-    for encoder in (resumed, expected):
-        encoder.encode(on_top[0].ravel(), on_top[1].ravel(), [9] * 4, 12)
-    assert resumed.symbols_before_output.tolist() == expected.symbols_before_output.tolist()
-    for got, wanted in zip(resumed.finish(), expected.finish(), strict=True):
-        assert got.tolist() == wanted.tolist()
 
 
 @pytest.mark.parametrize(

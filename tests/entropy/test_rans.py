@@ -419,86 +419,78 @@ def test_exactly_the_invalid_intervals_are_refused(prob_bits: int) -> None:
             assert encoder.symbols_before_output.tolist() == [0, 0]
 
 
-class TestRefusals:
-    """Every wrong argument is a ValueError that names the value, and nothing has happened."""
+# Every wrong argument is a ValueError that names the value, and nothing has happened.
 
-    @pytest.mark.parametrize(
-        ("starts", "freqs", "counts", "bits", "message"),
-        [
-            ([2**33], [1], [1], 8, "8589934592"),
-            ([0.5], [1], [1], 8, "float64"),
-            ([0], [1, 1], [1], 8, "freqs has 2"),
-            ([0], [1], [2], 8, r"counts\[0\] is 2"),
-            ([0], [1], [0], 8, "sum to 0"),
-            ([0], [1], [-1], 8, r"counts\[0\] is -1"),
-            ([0], [1], [2**63 - 1], 8, "9223372036854775807"),
-            ([0], [1], [1, 0], 8, "counts has 2"),
-            ([0], [1], [1], 7, "prob_bits is 7"),
-            ([0], [1], [1], 21, "prob_bits is 21"),
-            ([[0]], [[1]], [1], 8, "axes"),
-        ],
-    )
-    def test_push(self, starts: list, freqs: list, counts: list, bits: int, message: str) -> None:
-        encoder = RansEncoder([300])
+
+def test_wrong_symbols_are_refused() -> None:
+    encoder = RansEncoder([300])
+    for starts, freqs, counts, bits, message in (
+        ([2**33], [1], [1], 8, "8589934592"),
+        ([0.5], [1], [1], 8, "float64"),
+        ([0], [1, 1], [1], 8, "freqs has 2"),
+        ([0], [1], [2], 8, r"counts\[0\] is 2"),
+        ([0], [1], [0], 8, "sum to 0"),
+        ([0], [1], [-1], 8, r"counts\[0\] is -1"),
+        ([0], [1], [2**63 - 1], 8, "9223372036854775807"),
+        ([0], [1], [1, 0], 8, "counts has 2"),
+        ([0], [1], [1], 7, "prob_bits is 7"),
+        ([0], [1], [1], 21, "prob_bits is 21"),
+        ([[0]], [[1]], [1], 8, "axes"),
+    ):
         with pytest.raises(ValueError, match=message):
             encoder.encode(starts, freqs, counts, bits)
-        assert encoder.finish()[0].tobytes() == b"\x01\x2c"
+    with pytest.raises(ValueError, match="threads is 0"):
+        encoder.encode([], [], [0], 8, 0)
+    assert encoder.finish()[0].tobytes() == b"\x01\x2c"
+    for checks in ([65536], [-1], [2**40], [1.5]):
+        with pytest.raises(ValueError, match="check"):
+            RansEncoder(checks)
 
-    def test_encoder(self) -> None:
-        for checks in ([65536], [-1], [2**40], [1.5]):
-            with pytest.raises(ValueError, match="check"):
-                RansEncoder(checks)
-        with pytest.raises(ValueError, match="threads is 0"):
-            RansEncoder([1]).encode([], [], [0], 8, 0)
 
-    @pytest.mark.parametrize(
-        ("buffer", "offsets", "states", "positions", "message"),
-        [
-            (b"ab", [], None, None, "offsets is empty"),
-            (b"ab", [0, 3], None, None, r"offsets\[1\] is 3"),
-            (b"ab", [-1, 2], None, None, r"offsets\[0\] is -1"),
-            (b"ab", [2, 1], None, None, r"offsets\[1\] is 1"),
-            (b"ab", [0, 2], [1], None, "both or neither"),
-            (b"ab", [0, 2], None, [0], "both or neither"),
-            (b"ab", [0, 2], [2**31], [0], "2147483648"),
-            (b"ab", [0, 2], [1], [3], r"positions\[0\] is 3"),
-            (b"ab", [0, 2], [1], [-1], r"positions\[0\] is -1"),
-            (b"ab", [0, 2], [1, 1], [0, 0], "for 1 streams"),
-            (b"ab", [0, 2], [], [], "0 numbers"),
-            ([256], [0, 1], None, None, "buffer ranges"),
-        ],
-    )
-    def test_decoder(
-        self, buffer: bytes, offsets: list, states: list, positions: list, message: str
-    ) -> None:
+def test_wrong_streams_are_refused() -> None:
+    for *given_as, message in (
+        (b"ab", [], None, None, "offsets is empty"),
+        (b"ab", [0, 3], None, None, r"offsets\[1\] is 3"),
+        (b"ab", [-1, 2], None, None, r"offsets\[0\] is -1"),
+        (b"ab", [2, 1], None, None, r"offsets\[1\] is 1"),
+        (b"ab", [0, 2], [1], None, "both or neither"),
+        (b"ab", [0, 2], None, [0], "both or neither"),
+        (b"ab", [0, 2], [2**31], [0], "2147483648"),
+        (b"ab", [0, 2], [1], [3], r"positions\[0\] is 3"),
+        (b"ab", [0, 2], [1], [-1], r"positions\[0\] is -1"),
+        (b"ab", [0, 2], [1, 1], [0, 0], "for 1 streams"),
+        (b"ab", [0, 2], [], [], "0 numbers"),
+        ([256], [0, 1], None, None, "buffer ranges"),
+    ):
         with pytest.raises(ValueError, match=message):
-            RansDecoder(buffer, offsets, states, positions)
+            RansDecoder(*given_as)
 
-    def test_decode(self) -> None:
-        decoder = RansDecoder(b"abcdefgh", [0, 4, 8])
-        before = decoder.states.tolist()
-        logits = np.zeros((2, 1, 4), np.int16)
-        table = np.array([[[0, 100, 256]]] * 2, np.int32)
-        for call, message in [
-            (lambda: decoder.decode(logits[0], 16), "axes"),
-            (lambda: decoder.decode(logits[:1], 16), "streams has 2"),
-            (lambda: decoder.decode(logits, 16, [0, 0]), "twice"),
-            (lambda: decoder.decode(logits, 16, [0, 2]), r"streams\[1\] is 2"),
-            (lambda: decoder.decode(logits, 16, [-1, 1]), r"streams\[0\] is -1"),
-            (lambda: decoder.decode(logits.astype(np.float64), 16), "float64"),
-            (lambda: decoder.decode(torch.zeros(2, 1, 4).half(), 16), "float16"),
-            (lambda: decoder.decode([[[1, 2]]], 16), "numpy"),
-            (lambda: decoder.decode(np.zeros((2, 1, 129), np.int16), 8), "twice"),
-            (lambda: decoder.decode(np.zeros((2, 1, 1), np.int16), 8), "1 entries"),
-            (lambda: decoder.decode_cdf(table + 1, 8), "increase strictly"),
-            (lambda: decoder.decode_cdf(table, 9), "512"),
-            (lambda: decoder.decode_cdf(table[..., ::-1], 8), "increase strictly"),
-            (lambda: decoder.decode_cdf(table[..., :0], 8), "at least 2"),
-            (lambda: decoder.decode_cdf(table[..., :1], 8), "at least 2"),
-            (lambda: decoder.decode_cdf(table, 8, threads=-1), "threads is -1"),
-            (lambda: decoder.finished([1]), "checks has 1"),
-        ]:
-            with pytest.raises(ValueError, match=message):
-                call()
-        assert decoder.states.tolist() == before
-        assert decoder.decode_cdf(table, 8).shape == (2, 1)
+
+def test_wrong_decoding_is_refused() -> None:
+    decoder = RansDecoder(b"abcdefgh", [0, 4, 8])
+    before = decoder.states.tolist()
+    logits = np.zeros((2, 1, 4), np.int16)
+    table = np.array([[[0, 100, 256]]] * 2, np.int32)
+    for call, message in [
+        (lambda: decoder.decode(logits[0], 16), "axes"),
+        (lambda: decoder.decode(logits[:1], 16), "streams has 2"),
+        (lambda: decoder.decode(logits, 16, [0, 0]), "twice"),
+        (lambda: decoder.decode(logits, 16, [0, 2]), r"streams\[1\] is 2"),
+        (lambda: decoder.decode(logits, 16, [-1, 1]), r"streams\[0\] is -1"),
+        (lambda: decoder.decode(logits.astype(np.float64), 16), "float64"),
+        (lambda: decoder.decode(torch.zeros(2, 1, 4).half(), 16), "float16"),
+        (lambda: decoder.decode([[[1, 2]]], 16), "numpy"),
+        (lambda: decoder.decode(np.zeros((2, 1, 129), np.int16), 8), "twice"),
+        (lambda: decoder.decode(np.zeros((2, 1, 1), np.int16), 8), "1 entries"),
+        (lambda: decoder.decode_cdf(table + 1, 8), "increase strictly"),
+        (lambda: decoder.decode_cdf(table, 9), "512"),
+        (lambda: decoder.decode_cdf(table[..., ::-1], 8), "increase strictly"),
+        (lambda: decoder.decode_cdf(table[..., :0], 8), "at least 2"),
+        (lambda: decoder.decode_cdf(table[..., :1], 8), "at least 2"),
+        (lambda: decoder.decode_cdf(table, 8, threads=-1), "threads is -1"),
+        (lambda: decoder.finished([1]), "checks has 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert decoder.states.tolist() == before
+    assert decoder.decode_cdf(table, 8).shape == (2, 1)

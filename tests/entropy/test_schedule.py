@@ -92,18 +92,6 @@ def test_quincunx_of_the_paper() -> None:
     assert ((stage_map == 5) == ((rows + columns) % 2 == 1)).all()
 
 
-@pytest.mark.parametrize("exponent", [1, 2, 3, 4, 5, 6])
-def test_stage_counts_on_squares(exponent: int) -> None:
-    side = 2**exponent
-    assert stages("quincunx", side, side).max() == 2 * exponent - 1
-    var_sizes = np.bincount(stages("var", side, side).reshape(-1))[1:]
-    assert np.cumsum(var_sizes).tolist() == [4**e for e in range(exponent + 1)]
-    assert stages("checkerboard", side, side).max() == 2
-    assert stages("raster", side, side).max() == side * side
-    for count in (5, 8, 12):
-        assert stages(f"qlds{count}", side, side).max() == min(count, side * side)
-
-
 @pytest.mark.parametrize(
     ("name", "height", "width", "message"),
     [

@@ -55,20 +55,6 @@ def test_golden_streams():
     assert [stream.hex() for stream in streams] == GOLDEN
 
 
-def test_a_step_may_depend_on_what_was_read():
-    table = np.random.default_rng(2).integers(-1500, 1500, (40, 1, 40)).astype(np.int16)
-    encoder = SymbolEncoder(3)
-    before = np.zeros(3, np.int64)
-    for n in range(SYMBOLS.shape[1]):
-        encoder.encode(table[before], SYMBOLS[:, n : n + 1])
-        before = SYMBOLS[:, n]
-    decoder, read = SymbolDecoder(encoder.finish()), [np.zeros((3, 1), np.int32)]
-    for _ in range(SYMBOLS.shape[1]):
-        read.append(decoder.decode(table[read[-1][:, 0]]))
-    decoder.finish()
-    assert np.array_equal(np.concatenate(read[1:], axis=1), SYMBOLS)
-
-
 @pytest.mark.parametrize("bits", [None, 20])
 def test_codebooks_may_change_from_step_to_step(bits):
     random = np.random.default_rng(3)
@@ -137,11 +123,6 @@ def test_float_logits_are_coded_as_their_rounding(dtype):
     assert np.array_equal(decode(streams, logits), SYMBOLS)
     with pytest.raises(ValueError, match="NaN"):
         encode(logits.detach().index_fill(2, torch.tensor([3]), float("nan")), SYMBOLS)
-
-
-def test_no_symbols_are_a_stream_too():
-    assert encode(LOGITS[:, :0], SYMBOLS[:, :0]) == [b"\xff\xff"] * 3 == SymbolEncoder(3).finish()
-    SymbolDecoder([b"\xff\xff"]).finish()
 
 
 def test_wrong_use_is_refused_and_leaves_no_trace():

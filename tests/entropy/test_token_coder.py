@@ -1,22 +1,20 @@
-"""Tokens to payload bytes and back; golden values of a frozen model."""
+"""Tokens to payload bytes and back, of a frozen model and of uniform ones; golden values."""
 
 from __future__ import annotations
 
 import hashlib
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from percov2.entropy import schedule
-from percov2.entropy.cdf import default_prob_bits
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import RansDecoder, RansEncoder
-from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.token_coder import TokenCoder
-from percov2.entropy.torch import cdf
-from percov2.entropy.transformer_config import TransformerConfig
+from percov2.entropy.uniform import uniform_model
 from tools.executors import FROZEN, coder_of, model_on, same
 
 FINGERPRINT = "31b1e9760d8e6f24faff3d672c253ffc9dbac3cbdae798227705e1b75032cd46"
@@ -106,24 +104,6 @@ def test_round_trip_alone_and_in_a_batch(coder, name, shape):
     assert remaining == list(sizes[::-1].cumsum()[::-1])
 
 
-@pytest.mark.parametrize("size", [2, 16, 300])
-def test_intervals_equal_those_of_the_logits(size):
-    model = IntTransformer.random(
-        TransformerConfig(codebook_size=size, dim=16, heads=2, head_dim=8, layers=1, hidden=24), 5
-    )
-    coder = TokenCoder(model)
-    assert coder.prob_bits == default_prob_bits(size)
-    generator = torch.Generator().manual_seed(size)
-    tokens = torch.randint(0, size, (2, 7, 11), generator=generator).to(torch.int32)
-    stages = schedule.stages("qlds5", 7, 11)
-    logits = one_pass_logits(model, tokens, stages)
-    symbols = tokens.flatten(1)[:, torch.from_numpy(schedule.order(stages))]
-    starts, freqs = cdf.intervals(torch.from_numpy(logits), symbols, coder.prob_bits)
-    ours = coder.intervals(tokens, "qlds5")
-    assert np.array_equal(ours[0], starts.numpy())
-    assert np.array_equal(ours[1], freqs.numpy())
-
-
 def test_logits_in_pieces_give_the_same_intervals_and_tokens(coder, monkeypatch):
     whole = coder.intervals(picture(9, 8), "qlds8")
     monkeypatch.setattr("percov2.entropy.token_coder._LOGITS_AT_ONCE", 16 * 7)
@@ -157,3 +137,40 @@ def test_tokens_outside_the_codebook_are_refused(coder):
         coder.intervals(torch.full((1, 2, 2), 16, dtype=torch.int32), "qlds12")
     with pytest.raises(ValueError, match="unknown schedule"):
         coder.intervals(picture(2, 2), "spiral")
+
+
+@pytest.mark.parametrize("bits", range(1, 14))
+def test_a_uniform_token_costs_exactly_log2_of_the_codebook(bits: int) -> None:
+    coder = TokenCoder(uniform_model(1 << bits))
+    tokens = torch.randint(1 << bits, (2, 3, 5), dtype=torch.int32)
+    _, freqs = coder.intervals(tokens, "qlds12")
+    assert (freqs == 1 << (coder.prob_bits - bits)).all()
+
+
+@pytest.mark.parametrize("size", [3, 100, 300, 1025])
+def test_other_uniform_codebooks_differ_by_one_slot(size: int) -> None:
+    coder = TokenCoder(uniform_model(size))
+    _, freqs = coder.intervals(torch.arange(size, dtype=torch.int32)[None, None], "qlds5")
+    assert freqs.sum() == 1 << coder.prob_bits and freqs.max() - freqs.min() <= 1
+
+
+@pytest.mark.parametrize("name", schedule.SCHEDULES)
+def test_uniform_tokens_come_back_and_take_their_bytes(name: str) -> None:
+    coder = TokenCoder(uniform_model(256))
+    tokens = torch.randint(256, (1, 8, 8), dtype=torch.int32)
+    (payload,) = encode(coder, tokens, name, 7)
+    assert 64 <= len(payload) <= 67
+    assert same(coder.decode(decoder_of([payload]), name, 8, 8), tokens)
+
+
+def test_a_uniform_model_is_small_and_its_identity_never_changes(tmp_path: Path) -> None:
+    uniform_model(256).save(tmp_path)
+    fingerprint = IntTransformer.load(tmp_path).fingerprint().hex()
+    assert fingerprint.startswith("39118ff62a58af83")  # files depend on these integers
+    assert (tmp_path / "model.safetensors").stat().st_size < 12_000
+
+
+@pytest.mark.parametrize("size", [1, 8193])
+def test_impossible_uniform_codebooks_are_refused(size: int) -> None:
+    with pytest.raises(ValueError, match="codebook_size"):
+        uniform_model(size)

@@ -1,4 +1,4 @@
-"""A decoder of `.pcv2` files up to the tokens, written from the documents alone.
+"""A decoder of `.pcv2` files up to the tokens, and a writer, from the documents alone.
 
 docs/reference/bitstream.md, schedules.md and entropy-model.md claim to suffice for such a decoder.
 This one is plain, slow Python without numpy, written without the package's source, and shares no
@@ -15,7 +15,7 @@ from binascii import crc_hqx
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from oracles.independent_coder import LOWER, Coder
+from oracles.independent_coder import LOWER, Coder, Interval, Symbol, encode, symbol_of
 from oracles.independent_model import (
     Grid,
     Model,
@@ -240,3 +240,47 @@ def decode_cut(
         return _decode(data, model_of, caption_model, lenient=True)
     except Broken:
         return _decode(data, model_of, caption_model, lenient=True, cut=True)
+
+
+# --------------------------------------------------------------------------- the other way
+
+
+def chosen(logits: Sequence[Sequence[int]], symbols: Sequence[int]) -> list[Symbol]:
+    """The symbols of rows of logits."""
+    tables = (intervals(row) for row in logits)
+    return [symbol_of(starts, i, bits) for (starts, bits), i in zip(tables, symbols, strict=True)]
+
+
+def number(exponents: Sequence[int], value: int) -> list[Symbol]:
+    """A number >= 1 as exponent and the bits below its leading one, 12 at a time from the end."""
+    binary = f"{value - 1:b}" if value > 1 else ""
+    symbols = [symbol_of(exponents, len(binary))]
+    below = binary[1:]
+    while below:
+        width = len(below) % 12 or 12
+        chunk, below = below[:width], below[width:]
+        symbols.append(Symbol(int(chunk, 2) * 2 ** (12 - width), 2 ** (12 - width)))
+    return symbols
+
+
+def header_symbols(head: Header, caption: bytes = b"") -> list[Symbol]:
+    """All symbols of header and caption in decoding order."""
+    symbols = [symbol_of(RATE, head.rate), symbol_of(SCHEDULE, head.schedule)]
+    symbols.append(symbol_of(ALL_STAGES, int(head.stages_sent > 0)))
+    if head.stages_sent:
+        symbols += number(STAGES_EXPONENT, head.stages_sent)
+        symbols += number(SEED_EXPONENT, head.seed + 1)
+    sides = head.height, head.width
+    symbols.append(symbol_of(STANDARD_SIZE, int(sides != (512, 512))))
+    if sides != (512, 512):
+        symbols += [symbol for side in sides for symbol in number(SIDE_EXPONENT, side)]
+    symbols += [symbol_of(DENSE, head.dense), symbol_of(CAPTION_CODEC, head.caption_codec)]
+    if head.caption_codec in (1, 2):
+        symbols += number(CAPTION_EXPONENT, len(caption))
+        symbols += [Symbol(16 * byte, 16) for byte in caption]
+    return symbols
+
+
+def write(head: Header, caption: bytes, symbols: Sequence[Interval], check: int) -> bytes:
+    """A whole file; ``symbols`` in coding order: pieces of a caption with codec 3, then tokens."""
+    return prefix(head) + encode(check, [*header_symbols(head, caption), *symbols])

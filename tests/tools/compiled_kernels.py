@@ -5,6 +5,7 @@ cuobjdump, from triton or the CUDA toolkit, prints registers, stack and shared m
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -28,13 +30,13 @@ needs_triton = pytest.mark.skipif(
 )
 
 
-def compare_on(device: str, subject: str) -> None:
-    """Run the script of this folder that compares kernels with their oracles, in its own process.
+def compare_on(device: str, *subjects: str) -> None:
+    """Compare kernels with their oracles: run scripts compare_*.py of this folder in a process.
 
     On "cpu" with interpreted kernels (triton must learn that before it is imported), or on a card.
     """
     result = subprocess.run(
-        [sys.executable, "-m", f"tools.compare_{subject}", device],
+        [sys.executable, "-c", "".join(f"import tools.compare_{s}\n" for s in subjects), device],
         env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
         cwd=Path(__file__).parents[1],
         capture_output=True,
@@ -42,7 +44,7 @@ def compare_on(device: str, subject: str) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "agreed"
+    assert result.stdout.splitlines() == ["agreed"] * len(subjects)
 
 
 # Reading what the compilers made -----------------------------------------------------------------
@@ -189,110 +191,25 @@ def cuobjdump(*arguments: str) -> str:
 
 # How launches compile the kernels ----------------------------------------------------------------
 
-_LOGITS = {"INT16": "*i16", "BFLOAT16": "*i16", "FLOAT32": "*fp32"}
-_ENDS = {
-    "int8": ("STORE", 127, "*i8", "*i8"),
-    "int16": ("STORE", 2**15 - 1, "*i8", "*i16"),
-    "table": ("TABLE", 127, "*i8", "*i8"),
-    "residual": ("RESIDUAL", 2**20, "*i32", "*i32"),
-}
-ENDS = tuple(_ENDS)
-"""What may follow a linear map."""
+_POINTERS = {"torch.int8": "*i8", "torch.int16": "*i16", "torch.int32": "*i32"}
+_POINTERS["torch.float32"] = "*fp32"
 
 
-def symbol_intervals_source(codebook: int, kind: str = "INT16") -> Source:
-    """Logits of a kind ("INT16", "BFLOAT16", "FLOAT32") to intervals, for any number of rows."""
-    from percov2.triton_kernels import intervals
-
-    rows, columns, warps = intervals.block_sizes(codebook)
-    pointers = dict.fromkeys(("symbols", "table", "starts", "freqs"), "*i32")
-    return Source(
-        intervals.intervals_kernel,
-        {"logits": _LOGITS[kind], **pointers, "rows": "i32", "spread": "i32"},
-        {
-            "SIZE": codebook,
-            "KIND": getattr(intervals, kind),
-            "BLOCK_ROWS": rows,
-            "BLOCK_SIZE": columns,
-        },
-        ("logits", *pointers),
-        warps,
-    )
-
-
-def layer_norm_source(dim: int) -> Source:
-    """LayerNorm of a width, for any number of rows."""
-    from percov2.triton_kernels import int_layernorm
-
-    rows, columns = int_layernorm.block_sizes(dim)
-    return Source(
-        int_layernorm.int_layernorm_kernel,
-        {"residual": "*i32", "gain": "*i16", "out": "*i8", "rows": "i32"},
-        {"DIM": dim, "BLOCK_ROWS": rows, "BLOCK_DIM": columns},
-        ("residual", "gain", "out"),
-    )
-
-
-def linear_source(rows: int, terms: int, end: str) -> Source:
-    """A linear map of ``terms`` inputs with one of ``ENDS``, for few or many rows."""
-    from percov2.triton_kernels import int_linear
-
-    block_rows, block_outputs, block_terms, warps = int_linear.block_sizes(rows, terms)
-    what, limit, extra, out = _ENDS[end]
-    pointers = {"x": "*i8", "weight": "*i8", "bias": "*i32", "multiplier": "*i8", "shift": "*i8"}
-    pointers |= {"extra": extra, "out": out}
-    return Source(
-        int_linear.int_linear_kernel,
-        {**pointers, "rows": "i32", "outputs": "i32"},
-        {
-            "TERMS": terms,
-            "LIMIT": limit,
-            "END": getattr(int_linear, what),
-            "BLOCK_ROWS": block_rows,
-            "BLOCK_OUTPUTS": block_outputs,
-            "BLOCK_TERMS": block_terms,
-        },
-        (*pointers, "outputs"),
-        warps,
-    )
-
-
-def attention_source(head_dim: int) -> Source:
-    """Attention with heads of a width that is a power of two from 32 on."""
-    from percov2.triton_kernels import stage_attention
-
-    pointers = dict.fromkeys(("queries", "keys", "values", "out", "shifts", "weights"), "*i8")
-    places = ("reader_places", "readers", "first_keys", "listed_keys")
-    pointers |= {**dict.fromkeys(places, "*i32"), "biases": "*i16"}
-    strides = ("query_batch", "query_stride", "key_batch", "key_stride")
-    return Source(
-        stage_attention.stage_attention_kernel,
-        {**pointers, **dict.fromkeys(("reader_count", "list_size", *strides), "i32")},
-        {
-            "GAIN_BITS": 2,
-            "HEAD_DIM": head_dim,
-            "BLOCK_DIM": head_dim,
-            "BLOCK": stage_attention.BLOCK,
-            "GROUP": stage_attention.GROUP,
-        },
-        (*pointers, "list_size", *strides),
-    )
-
-
-def nearest_codes_source() -> Source:
-    """The nearest codebook vector, for vectors whose length is a multiple of 16."""
-    from percov2.triton_kernels import nearest
-
-    return Source(
-        nearest.nearest_kernel,
-        {
-            "vectors": "*fp32",
-            "codebook": "*fp32",
-            "indices": "*i32",
-            "rows": "i32",
-            "codes": "i32",
-            "dim": "i32",
-        },
-        {"BLOCK_N": nearest.BLOCK_N, "BLOCK_K": nearest.BLOCK_K, "BLOCK_D": nearest.BLOCK_D},
-        ("vectors", "codebook", "indices", "dim"),
-    )
+def launched(module: str, *arguments: Any) -> Source:
+    """Return the kernel that ``launch`` of a module queues, as it would be compiled for a GPU."""
+    kernels = importlib.import_module(f"percov2.triton_kernels.{module}")
+    with (
+        mock.patch.object(kernels, "queue") as queue,
+        mock.patch.object(kernels, "require_runnable"),
+    ):
+        kernels.launch(*arguments)
+    kernel, _, *given = queue.call_args.args
+    constants = dict(queue.call_args.kwargs)
+    types, divisible = {}, []
+    for name, value in zip(kernel.arg_names, given, strict=False):
+        pointer = hasattr(value, "data_ptr")
+        types[name] = _POINTERS[str(value.dtype)] if pointer else "i32"
+        if (value.data_ptr() if pointer else value) % 16 == 0:
+            divisible.append(name)
+    warps = constants.pop("num_warps", 4)
+    return Source(kernel, types, constants, tuple(divisible), warps)
