@@ -23,7 +23,7 @@ from transformers import (
 from percov2.captioners import Blip2Captioner, Molmo2Captioner, open_captioner, tidy
 from percov2.container.captions import NoCaptioner, TextCaptioner
 from tools import random_blip2
-from tools.command_line import failure, run
+from tools.command_line import failure, output, run
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,8 @@ def test_molmo2_answers_for_every_picture(tmp_path, monkeypatch):
     assert len(set(captions)) > 1
     # The answer alone, not the question before it.
     model = Molmo2ForConditionalGeneration.from_pretrained(tmp_path)
-    inputs = processor.apply_chat_template(
-        [captioner._conversation(photos(1)[0])],
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-    )
+    options = dict.fromkeys(("tokenize", "add_generation_prompt", "return_dict"), True)
+    inputs = processor.apply_chat_template([captioner._conversation(photos(1)[0])], **options)
     first = int(model(**inputs).logits[0, -1].argmax())
     assert captions[0].split()[0] == random_blip2.VOCABULARY[first]
 
@@ -171,9 +167,7 @@ def test_the_command_line_and_round_trips_caption(blip2, picture, random_model, 
         expected = Blip2Captioner(str(blip2))([image])
     for done, file in ((command, out), (trip, tmp_path / "trip" / "photo.pcv2")):
         assert run(*done, *options) == 0
-        capsys.readouterr()
-        assert run("info", "--json", file) == 0
-        assert [json.loads(capsys.readouterr().out)["caption"]] == expected
+        assert [json.loads(output(capsys, "info", "--json", file))["caption"]] == expected
     said = failure(capsys, *command, "--captioner=blip2", "--caption=a")
     assert "does not take a caption" in said
     broken = tmp_path / "broken"

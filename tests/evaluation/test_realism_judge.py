@@ -22,7 +22,7 @@ from percov2.evaluation.setting import Setting
 from percov2.models.perceptual import MetricWeightsMissing
 from percov2.options import DecodeOptions, EncodeOptions
 from percov2.photos import PhotoCrops, is_held_out
-from tools.command_line import failure, run
+from tools.command_line import failure, output
 from tools.judging import Means
 from tools.photos import store_photos
 
@@ -39,7 +39,7 @@ def sets(photos: int = 6, features: int = 4) -> tuple[np.ndarray, np.ndarray, np
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 9), (21, 33), (40, 16)])
-@pytest.mark.parametrize("stride", [1, 3, 4, 8])
+@pytest.mark.parametrize("stride", [1, 3, 8])
 def test_crops_cover_every_pixel_at_the_stride(size, stride):
     corners = Crops(8, stride).corners(*size)
     seen = np.zeros(size, int)
@@ -57,27 +57,21 @@ def test_crops_cover_every_pixel_at_the_stride(size, stride):
     np.testing.assert_array_equal(Crops(8, stride).cut(pixels)[-1], pixels[top:, left:])
 
 
-def test_crops_with_distances_are_fixed_and_nested():
+def test_crops_with_distances_are_fixed_and_nested_and_in_range():
     chosen = [Crops(8, 4, n).with_distances("a photo", 9) for n in range(1, 12)]
     assert [len(part) for part in chosen] == [1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 9]
     assert all(set(few) <= set(more) for few, more in pairwise(chosen))
     assert Crops(8, 4).with_distances("a photo", 9) == chosen[-1] == list(range(9))
     firsts = {Crops(8, 4, 1).with_distances(f"photo {i}", 9)[0] for i in range(60)}
     assert firsts == set(range(9))
-
-
-@pytest.mark.parametrize(
-    ("numbers", "match"),
-    [
+    for numbers, match in (
         ({"side": 8, "stride": 9}, "stride must be 1 to the side of 8, not 9"),
         ({"stride": 0}, "stride"),
         ({"distances": 0}, "distances must be at least 1"),
         ({"limit": 1}, "limit must be at least 2"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(numbers, match):
-    with pytest.raises(ValueError, match=match):
-        Crops(**numbers)
+    ):
+        with pytest.raises(ValueError, match=match):
+            Crops(**numbers)
 
 
 # Distances between sets ---------------------------------------------------------------------------
@@ -105,13 +99,17 @@ def test_equal_sets_have_no_distance():
 def test_frechet_distance_agrees_with_torchmetrics():
     fid = pytest.importorskip("torchmetrics.image.fid")
     theirs, ours = fid.FrechetInceptionDistance(feature=Means()), FrechetDistance(Means())
+    alone = FrechetDistance(Means())
     random = torch.Generator().manual_seed(0)
     for real in (True, False):
         for count in (30, 17):
             images = torch.randint(0, 256 if real else 200, (count, 3, 4, 4), generator=random)
             ours.add(images.byte(), real)
             theirs.update(images.byte(), real)
+        alone.add(images[:1].byte(), real)
     assert ours.value() == pytest.approx(float(theirs.compute()), rel=1e-4)
+    with pytest.raises(ValueError, match="more pictures"):
+        alone.value()
 
 
 def kernel_by_loops(a: np.ndarray, b: np.ndarray, photo: np.ndarray, counts: np.ndarray) -> float:
@@ -423,13 +421,12 @@ def test_missing_weights_give_no_value_and_the_way_to_get_them(
 
 def test_the_command_line_judges_held_out_photos(random_model, photos, tmp_path, fast, capsys):
     common = ("eval", "realism", photos, "--model", random_model, "--side", 32, "--stride", 16)
-    assert run(*common, "--out", tmp_path / "one", "--rate", "fine", "--distances", 1) == 0
-    printed = capsys.readouterr().out
+    one = ("--out", tmp_path / "one", "--rate", "fine", "--distances", 1)
+    printed = output(capsys, *common, *one)
     assert printed == (tmp_path / "one" / "realism.md").read_text(encoding="utf-8")
     options = ("--rate", "coarse", "--distances", 1, "--steps", 1, "--seed", 5)
     again = (*common, "--out", tmp_path / "two", *options, "--against", tmp_path / "one")
-    assert run(*again, "--cache", tmp_path / "originals") == 0
-    assert "**difference**" in capsys.readouterr().out
+    assert "**difference**" in output(capsys, *again, "--cache", tmp_path / "originals")
     result = json.loads((tmp_path / "two" / "realism.json").read_text())
     assert (result["rate"], result["steps"], result["seed"]) == ("coarse", 1, 5)
     assert result["crops_with_distances"] == len(list((tmp_path / "originals").iterdir())) == 3

@@ -12,7 +12,6 @@ import torch
 from percov2 import BackboneOptions, Codec
 from percov2.models.backbone import open_backbone
 from percov2.models.config import ModelConfig, Rate
-from tools.command_line import failure
 
 
 def test_old_folders_are_tiny_ones(random_model, tmp_path):
@@ -38,6 +37,8 @@ def test_base_models_belong_to_big_backbones(backbone, base, tmp_path):
     ModelConfig("m", rates, "r", backbone=backbone, base=base).save(tmp_path)
     with pytest.raises(ValueError, match=r"base is|backbone must be"):
         ModelConfig.load(tmp_path)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        BackboneOptions(dtype="int8")
 
 
 def test_hub_ids_are_downloaded_after_a_kind_only(random_model, tmp_path, monkeypatch):
@@ -60,14 +61,6 @@ def test_hub_ids_are_downloaded_after_a_kind_only(random_model, tmp_path, monkey
         with pytest.raises(ValueError, match="give a model folder or one of"):
             open_backbone(name)
     assert len(asked) == 3
-
-
-def test_small_models_take_no_options(random_model, picture, tmp_path, capsys):
-    for option in ("--offload", "--dtype=bf16", "--vae-tiling", "--compile"):
-        command = ("compress", picture, tmp_path / "o", "--model", random_model, option)
-        assert "this small model does not take" in failure(capsys, *command)
-    with pytest.raises(ValueError, match="dtype must be one of"):
-        BackboneOptions(dtype="int8")
 
 
 def test_a_model_stays_on_the_card_that_was_current(monkeypatch, random_model):

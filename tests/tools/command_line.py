@@ -16,6 +16,13 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that succeeds prints."""
+    capsys.readouterr()
+    assert run(*arguments) == 0
+    return capsys.readouterr().out
+
+
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The only line that a failing command prints."""
     capsys.readouterr()
