@@ -14,6 +14,7 @@ from oracles import independent_model as reference
 from percov2 import _native
 from percov2.entropy import rans
 from percov2.entropy.cdf import WEIGHT_TABLE, check_precision, default_prob_bits
+from percov2.entropy.cdf import weights as plain_weights
 from percov2.entropy.torch import cdf
 
 
@@ -39,7 +40,7 @@ def test_weight_table_is_frozen_and_exact() -> None:
 def test_weights_at_the_extremes() -> None:
     row = [32767, 32766, 32767 - 256, 32767 - 22 * 256 + 1, 32767 - 22 * 256, -32768]
     got = cdf.weights(torch.tensor(row, dtype=torch.int16)).tolist()
-    assert got == reference.weights(row)
+    assert got == reference.weights(row) == plain_weights(np.array(row, np.int16)).tolist()
     assert got[0] == (1 << 22) - 1
     assert got[3] == 1
     assert got[4] == got[5] == 0
@@ -164,8 +165,15 @@ def test_precision_is_refused_by_every_form(size: int, prob_bits: int, message: 
 def test_wrong_arguments_are_refused() -> None:
     logits = np.zeros((2, 8), np.int16)
     symbols = np.zeros(2, np.int32)
-    with pytest.raises(ValueError, match="dtype"):
-        cdf.weights(torch.zeros(4))
+    for weights, zeros, int16 in (
+        (cdf.weights, torch.zeros, torch.int16),
+        (plain_weights, np.zeros, np.int16),
+    ):
+        with pytest.raises(ValueError, match="dtype"):
+            weights(zeros(4))
+        for shape in ((), (2, 0)):
+            with pytest.raises(ValueError, match="the last axis is the codebook"):
+                weights(zeros(shape, dtype=int16))
     with pytest.raises(ValueError, match="int16"):
         rans.cdf(logits.astype(np.int32), 12)
     with pytest.raises(ValueError, match="int16"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from oracles import independent_coder as reference
 from percov2.entropy.cdf import default_prob_bits
-from percov2.entropy.rans import RansDecoder, RansEncoder, cdf, intervals
+from percov2.entropy.rans import RansDecoder, RansEncoder, cdf, default_threads, intervals
 
 
 def random_logits(seed: int, shape: tuple[int, ...], spread: float = 500) -> np.ndarray:
@@ -385,3 +387,11 @@ class TestRefusals:
                 call()
         assert decoder.states.tolist() == before
         assert decoder.decode_cdf(table, 8).shape == (2, 1)
+
+
+@pytest.mark.parametrize("asked", ["3", "0", "", "all"])
+def test_threads_without_torch_are_those_asked_for_or_the_cores(monkeypatch, asked) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert default_threads() == {"3": 3, "0": 1}.get(asked, 5)
