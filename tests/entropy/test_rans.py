@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
+import os
 import sys
 
 import numpy as np
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracles import independent_coder as reference
 from percov2 import _native
 from percov2.entropy.cdf import default_prob_bits
-from percov2.entropy.rans import RansDecoder, RansEncoder, cdf, intervals
+from percov2.entropy.rans import RansDecoder, RansEncoder, cdf, default_threads, intervals
 
 Rows = list[list[tuple[int, int]]]  # per stream (start, freq)
 Pushes = list[tuple[int, Rows]]  # prob_bits, in the order of pushing
@@ -465,32 +465,39 @@ def test_wrong_streams_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             RansDecoder(*given_as)
 
+    def test_decode(self) -> None:
+        decoder = RansDecoder(b"abcdefgh", [0, 4, 8])
+        before = decoder.states.tolist()
+        logits = np.zeros((2, 1, 4), np.int16)
+        table = np.array([[[0, 100, 256]]] * 2, np.int32)
+        for call, message in [
+            (lambda: decoder.decode(logits[0], 16), "axes"),
+            (lambda: decoder.decode(logits[:1], 16), "streams has 2"),
+            (lambda: decoder.decode(logits, 16, [0, 0]), "twice"),
+            (lambda: decoder.decode(logits, 16, [0, 2]), r"streams\[1\] is 2"),
+            (lambda: decoder.decode(logits, 16, [-1, 1]), r"streams\[0\] is -1"),
+            (lambda: decoder.decode(logits.astype(np.float64), 16), "float64"),
+            (lambda: decoder.decode(torch.zeros(2, 1, 4).half(), 16), "float16"),
+            (lambda: decoder.decode([[[1, 2]]], 16), "numpy"),
+            (lambda: decoder.decode(np.zeros((2, 1, 129), np.int16), 8), "twice"),
+            (lambda: decoder.decode(np.zeros((2, 1, 1), np.int16), 8), "1 entries"),
+            (lambda: decoder.decode_cdf(table + 1, 8), "increase strictly"),
+            (lambda: decoder.decode_cdf(table, 9), "512"),
+            (lambda: decoder.decode_cdf(table[..., ::-1], 8), "increase strictly"),
+            (lambda: decoder.decode_cdf(table[..., :0], 8), "at least 2"),
+            (lambda: decoder.decode_cdf(table[..., :1], 8), "at least 2"),
+            (lambda: decoder.decode_cdf(table, 8, threads=-1), "threads is -1"),
+            (lambda: decoder.finished([1]), "checks has 1"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                call()
+        assert decoder.states.tolist() == before
+        assert decoder.decode_cdf(table, 8).shape == (2, 1)
 
-def test_wrong_decoding_is_refused() -> None:
-    decoder = RansDecoder(b"abcdefgh", [0, 4, 8])
-    before = decoder.states.tolist()
-    logits = np.zeros((2, 1, 4), np.int16)
-    table = np.array([[[0, 100, 256]]] * 2, np.int32)
-    for call, message in [
-        (lambda: decoder.decode(logits[0], 16), "axes"),
-        (lambda: decoder.decode(logits[:1], 16), "streams has 2"),
-        (lambda: decoder.decode(logits, 16, [0, 0]), "twice"),
-        (lambda: decoder.decode(logits, 16, [0, 2]), r"streams\[1\] is 2"),
-        (lambda: decoder.decode(logits, 16, [-1, 1]), r"streams\[0\] is -1"),
-        (lambda: decoder.decode(logits.astype(np.float64), 16), "float64"),
-        (lambda: decoder.decode(torch.zeros(2, 1, 4).half(), 16), "float16"),
-        (lambda: decoder.decode([[[1, 2]]], 16), "numpy"),
-        (lambda: decoder.decode(np.zeros((2, 1, 129), np.int16), 8), "twice"),
-        (lambda: decoder.decode(np.zeros((2, 1, 1), np.int16), 8), "1 entries"),
-        (lambda: decoder.decode_cdf(table + 1, 8), "increase strictly"),
-        (lambda: decoder.decode_cdf(table, 9), "512"),
-        (lambda: decoder.decode_cdf(table[..., ::-1], 8), "increase strictly"),
-        (lambda: decoder.decode_cdf(table[..., :0], 8), "at least 2"),
-        (lambda: decoder.decode_cdf(table[..., :1], 8), "at least 2"),
-        (lambda: decoder.decode_cdf(table, 8, threads=-1), "threads is -1"),
-        (lambda: decoder.finished([1]), "checks has 1"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            call()
-    assert decoder.states.tolist() == before
-    assert decoder.decode_cdf(table, 8).shape == (2, 1)
+
+@pytest.mark.parametrize("asked", ["3", "0", "", "all"])
+def test_threads_without_torch_are_those_asked_for_or_the_cores(monkeypatch, asked) -> None:
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(5), raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert default_threads() == {"3": 3, "0": 1}.get(asked, 5)

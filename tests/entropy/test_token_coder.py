@@ -114,14 +114,16 @@ def test_logits_in_pieces_give_the_same_intervals_and_tokens(coder, monkeypatch)
     assert decoder.finished([5]).all()
 
 
-def test_decoding_ends_when_the_caller_says_so(coder):
+@pytest.mark.parametrize("sent", [0, 5])
+def test_decoding_ends_when_the_caller_says_so(coder, sent):
     decoder = decoder_of([b"\x01\x02"])
+    held = np.count_nonzero(schedule.stages("qlds12", 50, 60) <= (sent or 12))
 
     def refuse(remaining: int) -> None:
         raise ValueError(f"{remaining} tokens cannot be in two bytes")
 
-    with pytest.raises(ValueError, match="3000 tokens"):
-        coder.decode(decoder, "qlds12", 50, 60, on_stage=refuse)
+    with pytest.raises(ValueError, match=f"^{held} tokens"):
+        coder.decode(decoder, "qlds12", 50, 60, on_stage=refuse, sent=sent)
 
 
 @pytest.mark.parametrize("executor", ["cpu", "torch"])
