@@ -54,6 +54,17 @@ def test_mentioned_pages_exist() -> None:
     assert not missing
 
 
+def test_pages_name_files_that_exist() -> None:
+    named = re.compile(r"`((?:tests|benchmarks|csrc|triton_kernels)/[\w/.*-]+\.[a-z]+)[`:]")
+    missing = [
+        f"{page.relative_to(ROOT)} names {name}"
+        for page in PAGES
+        for name in named.findall(text_of(page))
+        if not any(ROOT.glob(name))
+    ]
+    assert not missing
+
+
 def hooks() -> ModuleType:
     spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
     assert spec and spec.loader
