@@ -12,6 +12,7 @@ from oracles import independent_model as reference
 from percov2 import _native
 from percov2.entropy import rans
 from percov2.entropy.cdf import WEIGHT_TABLE, check_precision, default_prob_bits
+from percov2.entropy.cdf import weights as plain_weights
 from percov2.entropy.torch import cdf
 
 SIZES = (2, 3, 15, 16, 17, 33, 63, 64, 65, 129, 255, 256, 257, 300, 777, 1024, 1025, 4097, 8192)
@@ -59,7 +60,7 @@ def test_weight_table_is_frozen_and_exact() -> None:
 def test_weights_at_the_extremes() -> None:
     row = [32767, 32766, 32767 - 256, 32767 - 22 * 256 + 1, 32767 - 22 * 256, -32768]
     got = cdf.weights(torch.tensor(row, dtype=torch.int16)).tolist()
-    assert got == reference.weights(row)
+    assert got == reference.weights(row) == plain_weights(np.array(row, np.int16)).tolist()
     assert got[0] == (1 << 22) - 1
     assert got[3] == 1
     assert got[4] == got[5] == 0
@@ -233,6 +234,10 @@ def test_wrong_arguments_are_refused() -> None:
     tensor = torch.from_numpy(logits)
     for call, message in (
         (lambda: cdf.weights(torch.zeros(4)), "dtype"),
+        (lambda: plain_weights(np.zeros(4)), "dtype"),
+        (lambda: cdf.weights(tensor[:, :0]), "the last axis is the codebook"),
+        (lambda: plain_weights(logits[:, :0]), "the last axis is the codebook"),
+        (lambda: plain_weights(np.int16(0)), "the last axis is the codebook"),
         (lambda: rans.cdf(logits.astype(np.int32), 12), "int16"),
         (lambda: rans.cdf(torch.zeros(2, 8, dtype=torch.float64), 12), "int16"),
         (lambda: rans.intervals(logits, symbols + 8, 12), "symbol 8"),
