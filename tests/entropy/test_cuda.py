@@ -104,47 +104,36 @@ def test_streams_longer_than_the_first_copy(device: torch.device) -> None:
     assert buffer.tobytes() == host_streams(*given, 16).finish()[0].tobytes()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"freqs": 0}, "stream 1: an interval is empty"),
-        ({"starts": -1}, "stream 1: an interval is empty"),
-        ({"checks": 65536}, "stream 1: its check does not fit"),
-        ({"counts": 6}, "stream 1: its count"),
-    ],
-)
-def test_what_the_device_finds_wrong(
-    device: torch.device, change: dict[str, int], message: str
-) -> None:
-    given = {
-        "starts": np.zeros((2, 5), np.int32),
-        "freqs": np.ones((2, 5), np.int32),
-        "checks": np.zeros(2, np.int32),
-        "counts": np.full(2, 5, np.int32),
-    }
-    for name, value in change.items():
-        given[name][1, ...] = value
-    tensors = {name: on(device, array) for name, array in given.items()}
-    encoded = rans_cuda.encode(prob_bits=8, **tensors)
-    with pytest.raises(ValueError, match=message):
-        encoded.to_host()
+def test_wrong_arguments_of_an_encoding_are_refused(device: torch.device) -> None:
+    numbers = torch.zeros(2, 5, dtype=torch.int32, device=device)
+    good = {"starts": numbers, "freqs": numbers + 1, "checks": numbers[:, 0].contiguous()}
+    good["counts"] = good["checks"] + 5
 
+    def spoilt(name: str, value: int) -> dict[str, torch.Tensor]:
+        changed = good[name].clone()
+        changed[1, ...] = value
+        return {name: changed}
 
-def test_what_the_host_finds_wrong(device: torch.device) -> None:
-    starts = torch.zeros(2, 5, dtype=torch.int32, device=device)
-    freqs, checks = torch.ones_like(starts), torch.zeros(2, dtype=torch.int32, device=device)
-    for arguments, message in (
-        ((starts[0], freqs, checks, 8), r"it must be \[B, n\]"),
-        ((starts, freqs[:, :4], checks, 8), r"freqs is torch.int32 \(2, 4\)"),
-        ((starts, freqs.long(), checks, 8), "freqs is torch.int64"),
-        ((starts, freqs, checks, 7), "prob_bits is 7"),
-        ((starts, freqs, checks, 21), "prob_bits is 21"),
+    for change, message in (
+        ({"starts": numbers[0]}, r"it must be \[B, n\]"),
+        ({"freqs": good["freqs"][:, :4]}, r"freqs is torch.int32 \(2, 4\)"),
+        ({"freqs": good["freqs"].long()}, "freqs is torch.int64"),
+        ({"prob_bits": 7}, "prob_bits is 7"),
+        ({"prob_bits": 21}, "prob_bits is 21"),
+        ({"starts": numbers.to("meta")}, "starts is on meta"),
     ):
         with pytest.raises(ValueError, match=message):
-            rans_cuda.encode(*arguments)
-    elsewhere = torch.empty_like(starts, device="meta")
-    with pytest.raises(ValueError, match="starts is on meta"):
-        rans_cuda.encode(elsewhere, freqs, checks, 8)
+            rans_cuda.encode(**{"prob_bits": 8, **good, **change})
+    # What the device finds wrong is told with the streams.
+    for name, value, message in (
+        ("freqs", 0, "stream 1: an interval is empty"),
+        ("starts", -1, "stream 1: an interval is empty"),
+        ("checks", 65536, "stream 1: its check does not fit"),
+        ("counts", 6, "stream 1: its count"),
+    ):
+        encoded = rans_cuda.encode(prob_bits=8, **{**good, **spoilt(name, value)})
+        with pytest.raises(ValueError, match=message):
+            encoded.to_host()
 
 
 @pytest.mark.parametrize("codebook", [2, 100, 256, 1000, 1024, 3000, 8192])

@@ -120,7 +120,8 @@ def test_golden(name: str) -> None:
 def test_names_keep_their_index_and_the_document_holds_the_golden_hashes() -> None:
     assert tuple(GOLDEN) == SCHEDULES  # names are the index in the file
     assert SCHEDULES[0] == DEFAULT_SCHEDULE
-    document = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text(encoding="utf-8")
+    page = Path(__file__).parents[2] / "docs" / "reference" / "schedules.md"
+    document = page.read_text(encoding="utf-8")
     for index, name in enumerate(SCHEDULES):
         assert f"| `{name}` | `{GOLDEN[name]}` |" in document
         assert re.search(rf"^\| {index}( \(default\))? \| `{name}` \|", document, re.MULTILINE)
