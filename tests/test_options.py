@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from percov2 import DecodeOptions, EncodeOptions
-from percov2.cli.faults import in_flags
 from percov2.cli.options import add_options, options_of
 from percov2.options import OptionError, options_from
 from tools.photos import noise
@@ -93,12 +92,6 @@ def test_flags_give_the_options_back(kind):
     assert options_of(kind, part.parse_args([])) == kind()
     with pytest.raises(SystemExit):
         part.parse_args([f"--{names[0].replace('_', '-')}", "x"])
-
-
-def test_messages_name_flags_on_the_command_line():
-    text = "the picture is 9x9, more than max_pixels; draw_seed needs stages or target_bytes"
-    expected = "the picture is 9x9, more than --max-pixels; --draw-seed needs stages or "
-    assert in_flags(text) == expected + "--target-bytes"
 
 
 def pixels() -> np.ndarray:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from PIL import Image
 
 import percov2
 from percov2 import Codec
-from percov2.cli import info
+from percov2.cli import info, train
 from percov2.entropy import SCHEDULES, rans
 from tools.command_line import failure, output, run, subprocess_run
 
@@ -167,11 +170,6 @@ def test_eval_writes_a_report(picture, random_model, tmp_path, capsys):
 
 
 def test_training_phases_match_the_functions_that_they_call():
-    import importlib
-    import inspect
-
-    from percov2.cli import train
-
     assert {"data", "autoencoder", "codec", "tokens", "export"} <= set(train.PHASES)
     for phase, (_, options) in train.PHASES.items():
         module, name = train.home(phase)
@@ -247,26 +245,21 @@ def test_the_module_runs_as_the_command(flag: str) -> None:
 @pytest.mark.parametrize(
     ("built", "devices", "said"),
     [
-        (False, (), "CUDA: not built"),
-        (True, (), "CUDA: built, no device"),
-        (True, ("NVIDIA H100", "NVIDIA A100"), "CUDA: built, NVIDIA H100, NVIDIA A100"),
-        (True, None, "CUDA: built, the driver is asleep"),
+        (False, {"return_value": ()}, "not built"),
+        (True, {"return_value": ()}, "built, no device"),
+        (True, {"return_value": ("NVIDIA H100", "NVIDIA A100")}, "built, NVIDIA H100, NVIDIA A100"),
+        (True, {"side_effect": RuntimeError("no driver")}, "built, no driver"),
     ],
 )
 def test_version_says_which_kernels_are_installed(built, devices, said, monkeypatch, capsys):
-    def found() -> tuple[str, ...]:
-        if devices is None:
-            raise RuntimeError("the driver is asleep")
-        return devices
-
     monkeypatch.setattr(rans, "cuda_built", lambda: built)
-    monkeypatch.setattr(rans, "cuda_devices", found)
+    monkeypatch.setattr(rans, "cuda_devices", Mock(**devices))
     with pytest.raises(SystemExit) as stop:
         run("--version")
     assert stop.value.code == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"percov2 {percov2.__version__}"
-    assert second == f"compiled kernels: {rans.instruction_set()}; {said}"
+    assert second == f"compiled kernels: {rans.instruction_set()}; CUDA: {said}"
 
 
 def test_text_that_the_terminal_lacks_is_escaped(picture, codec, tmp_path):

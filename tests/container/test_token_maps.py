@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tools.photo_store import store_photos
 
 from percov2.codec import Codec
 from percov2.photos import PhotoCrops
 from percov2.training import commands
 from percov2.training.commands import run_entropy, run_tokens
+from tools.photos import store_photos
 
 
 @pytest.fixture

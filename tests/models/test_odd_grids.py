@@ -16,8 +16,6 @@ from percov2.models.token_search import TokenSearch
 from tools import random_model
 from tools.photos import noise, tensor
 
-SIDES = range(1, 41)
-
 
 @pytest.fixture(scope="module")
 def fine(tmp_path_factory) -> Codec:
@@ -40,16 +38,7 @@ def paint(model: CodecModel, tokens: Tensor, steps: int = 1) -> Tensor:
     return model.reconstruct(tokens, "r125", ["a red door"] * len(tokens), steps, 1.0, 0)
 
 
-@pytest.mark.parametrize("form", ["row", "column", "square"])
-def test_every_side_paints(model, form):
-    for n in SIDES:
-        h, w = {"row": (1, n), "column": (n, 1), "square": (n, n)}[form]
-        painted = paint(model, some_tokens(h, w))
-        assert painted.shape == (1, 3, 8 * h, 8 * w)
-        assert bool(painted.isfinite().all())
-
-
-@pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 40), (40, 1), (3, 6), (6, 3), (21, 37), (4, 6)])
+@pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 40), (40, 1), (3, 6), (6, 3), (15, 17), (21, 37)])
 def test_a_grid_paints_as_it_does_padded_by_hand(model, h, w):
     tokens = torch.cat([some_tokens(h, w), some_tokens(h, w).flip(1, 2)])
     rows, columns = (torch.arange(n + n % 2).clamp(max=n - 1) for n in (h, w))

@@ -91,7 +91,7 @@ def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     return {name for name, value in after.items() if not torch.equal(value, before[name])}
 
 
-def entropy_models(folder: Path, rates: Sequence[str]) -> list[str]:
+def entropies(folder: Path, rates: Sequence[str]) -> list[str]:
     """Random entropy models, as arguments of ``percov2 train export``."""
     for i, name in enumerate(rates):
         sizes = TransformerConfig(RATES[name][1], dim=16, heads=1, head_dim=16, layers=1, hidden=16)

@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from tools.photo_shards import write_shard
 
 from percov2.photos import decode_shards
 from percov2.training import checkpoint
 from percov2.training.commands import run_export
+from tools.photos import write_shard
 from tools.rate_runs import PIXELS, config_text, trained
 
 

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from oracles import independent_model
 from percov2.codec import Codec
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.entropy.torch.direct import UNKNOWN, int_direct_logits
+from percov2.entropy.torch.direct import int_direct_logits
 from percov2.entropy.torch.scales import scale_plan, scale_shapes
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.evaluation.study.coders import DirectCoder, TokenMap
@@ -120,20 +120,6 @@ def test_maps_are_decoded_as_they_were(model, height, width):
     bits = coder.stage_bits(tokens)
     assert [len(part) for part in bits] == [h * w for h, w in scale_shapes(height, width)]
     assert abs(len(payload) - (sum(part.sum() for part in bits) + 16) / 8) < 1.5
-
-
-def test_no_scale_knows_itself_or_finer_ones(model):
-    plan = scale_plan(6, 7, SIZE)
-    tokens = random_tokens(6, 7)
-    before = int_direct_logits(model, plan.entries, plan.payload(tokens), (6, 7))
-    for scale in range(1, int(plan.stage.max()) + 1):
-        changed = np.where(plan.stage == scale, (tokens + 5) % SIZE, tokens)
-        after = int_direct_logits(model, plan.entries, plan.payload(changed), (6, 7))
-        same = (before == after).all(1).numpy()
-        assert same[plan.stage <= scale].all() and not same[plan.stage > scale].any()
-    # What is not decoded yet is no payload.
-    known = np.where(plan.stage < 3, tokens, UNKNOWN)
-    assert ((plan.payload(known) == UNKNOWN) == ((plan.stage == 1) | (plan.stage > 3))).all()
 
 
 def test_k_means_finds_clusters():

@@ -27,7 +27,7 @@ from tools.rate_runs import (
     FEATURES,
     PIXELS,
     config_text,
-    entropy_models,
+    entropies,
     moved,
     snapshot,
     stage_of,
@@ -210,7 +210,7 @@ def test_export_of_three_rates_compresses_and_restores(first, photo_cache, tmp_p
     text = text.replace("[codec.rates.r002]", "[codec.rates.r002]\nsteps = 2")
     config, run, model = written(tmp_path, text), tmp_path / "run", tmp_path / "model"
     run_codec(config, photo_cache, run, start_from=first[1])
-    entropy = entropy_models(tmp_path, ALL)
+    entropy = entropies(tmp_path, ALL)
     # Two exports into one folder: entropy models come when their tokens are frozen.
     run_export(config, photo_cache, run, model, [str(tmp_path / "r031")])
     assert len((model / "model_id").read_text().splitlines()) == 1

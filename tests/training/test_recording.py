@@ -22,17 +22,7 @@ from percov2.training.optimizers import adamw, make_recordable, restore, set_lea
 from percov2.training.recording import Figures, RecordedSteps
 from percov2.training.stage import Draw
 from percov2.training.stage1 import CodecStage
-from tools.rate_runs import (
-    ALEX,
-    ALL,
-    FEATURES,
-    PIXELS,
-    config_text,
-    moved,
-    snapshot,
-    stage_of,
-    written,
-)
+from tools.rate_runs import ALEX, ALL, FEATURES, PIXELS, config_text, moved, snapshot, stage_of
 
 
 class Toy:
@@ -151,7 +141,7 @@ def test_only_what_can_be_recorded_is(photo_cache, tmp_path):
     text = config_text(["r031"], "frozen_tokens = true", losses=FEATURES)
     stage, _ = stage_of(tmp_path, photo_cache, text)
     assert stage.recordable
-    first, _ = autoencoder_stage(written(tmp_path, text), PhotoCrops(photo_cache))
+    first, _ = autoencoder_stage(tmp_path / "config.toml", PhotoCrops(photo_cache))
     with pytest.raises(ValueError, match="AutoencoderStage cannot be recorded"):
         train(first, LoopConfig(steps=1, record=True), tmp_path / "first")
     with pytest.raises(ValueError, match="accumulate = 2"):

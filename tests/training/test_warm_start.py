@@ -21,16 +21,7 @@ from percov2.training.loop import train
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.warm_start import start_from
 from tools.photos import store_photos
-from tools.rate_runs import (
-    ALL,
-    config_text,
-    entropy_models,
-    moved,
-    snapshot,
-    stage_of,
-    trained,
-    written,
-)
+from tools.rate_runs import ALL, config_text, entropies, moved, snapshot, stage_of, trained, written
 
 
 @pytest.mark.parametrize("old_names", [False, True])
@@ -187,7 +178,7 @@ def finished(photo_cache, tmp_path_factory) -> Path:
     """A model folder of three rates; the run lies beside it."""
     folder = tmp_path_factory.mktemp("finished")
     trained(folder, photo_cache, config_text(ALL, steps=2))
-    entropy = entropy_models(folder, ALL)
+    entropy = entropies(folder, ALL)
     run_export(folder / "config.toml", photo_cache, folder / "run", folder / "model", entropy)
     return folder / "model"
 
@@ -241,7 +232,7 @@ def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(
     picture = photo_of(photo_cache, 2)
     files = [Codec.from_pretrained(model).compress([picture], rate=name)[0] for name in ALL]
     tokens = Codec.from_pretrained(model).decode_tokens(files)
-    entropy = entropy_models(tmp_path, ["r125"])
+    entropy = entropies(tmp_path, ["r125"])
     run_export(longer / "config.toml", photo_cache, longer / "run", model, entropy)
 
     after = contents(model)
@@ -271,7 +262,7 @@ def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(
 def test_export_keeps_rates_that_the_run_does_not_have(finished, model, photo_cache, tmp_path):
     config = written(tmp_path, config_text(["r125", "r010"], steps=2))
     run_codec(config, photo_cache, tmp_path / "run", start_from=model)
-    run_export(config, photo_cache, tmp_path / "run", model, entropy_models(tmp_path, ["r125"]))
+    run_export(config, photo_cache, tmp_path / "run", model, entropies(tmp_path, ["r125"]))
     stored = json.loads((model / "config.json").read_text())
     assert [rate["name"] for rate in stored["rates"]] == [*ALL, "r125"]
     assert stored["default_rate"] == "r031"
