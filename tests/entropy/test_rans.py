@@ -183,7 +183,7 @@ def batches(draw: st.DrawFn) -> tuple[list[int], Pushes]:
     return checks, pushes
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(batches(), st.integers(1, 3))
 def test_mixed_ragged_pushes_equal_the_oracle(
     batch: tuple[list[int], Pushes], threads: int

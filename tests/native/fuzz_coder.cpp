@@ -49,7 +49,7 @@ Subject subjects[] = {
     {"transformer parameters", fuzz_transformer_parameters, {}, 0},
 #endif
 };
-constexpr std::int64_t kLeastCases = 1000;
+constexpr std::int64_t kLeastCases = 200;
 constexpr std::uint64_t kSubjects = sizeof subjects / sizeof subjects[0];
 
 void run_case(std::uint64_t seed, std::uint64_t number, const std::vector<percov2::Isa>& sets) {
