@@ -23,7 +23,7 @@ def test_pictures_stand_in_rows_below_their_labels():
         assert pixels[top : top + strip, left : left + 60].min() < 100  # the label's ink
 
 
-def test_long_labels_are_broken_and_stay_above_their_pictures():
+def test_long_labels_are_broken_and_stay_above_their_pictures(tmp_path):
     pixels = np.asarray(page([[("three words here", RED), ("x", BLUE)]]))
     lines = (pixels.shape[0] - 40 - 12) // 16
     assert pixels.shape[1] == 126 and lines >= 2
@@ -32,9 +32,6 @@ def test_long_labels_are_broken_and_stay_above_their_pictures():
     pixels = np.asarray(page([[("w" * 40, RED), ("", BLUE)]]))
     assert pixels.shape[0] == 40 + 12 + 16
     assert (pixels[:20, 60:] == 255).all()
-
-
-def test_scale_and_file(tmp_path):
     write_page([[("a", half_size(RED)), ("b", half_size(BLUE))]], tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as image:
         assert image.size == (2 * 30 + 6, 16 + 12 + 20)

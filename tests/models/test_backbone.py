@@ -25,10 +25,12 @@ def test_old_folders_are_tiny_ones(random_model, tmp_path):
     assert old.model_id("fine") == new.model_id("fine")
 
 
-def test_a_kind_must_be_that_of_the_folder(random_model):
+def test_kind_and_options_must_be_those_of_the_folder(random_model):
     assert type(open_backbone(f"tiny:{random_model}")) is type(open_backbone(random_model))
     with pytest.raises(ValueError, match="holds a 'tiny' model, not a 'sd3' one"):
         open_backbone(f"sd3:{random_model}")
+    with pytest.raises(ValueError, match="small model"):
+        Codec.from_pretrained(random_model, options=BackboneOptions(offload=True))
 
 
 @pytest.mark.parametrize(("backbone", "base"), [("sd3", ""), ("tiny", "a/b"), ("sd4", "a/b")])

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from percov2 import triton_kernels
+from tools.command_line import subprocess_run
 from tools.compiled_kernels import CAPABILITIES, compile_kernel, launched, needs_triton
-
-TOOLS = Path(__file__).parents[1] / "tools"
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 @needs_triton
 def test_interpreted_kernel_agrees_with_torch():
-    result = run(str(TOOLS / "interpreted_nearest.py"), TRITON_INTERPRET="1")
+    script = Path(__file__).parents[1] / "tools" / "interpreted_nearest.py"
+    result = subprocess_run(str(script), TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "agreed"
 
@@ -45,12 +32,12 @@ def test_kernel_compiles_without_spills(capability):
 
 def test_missing_triton_is_explained_at_the_call(tmp_path):
     (tmp_path / "triton.py").write_text("raise ModuleNotFoundError('no', name='triton')\n")
-    code = (
+    script = tmp_path / "asks.py"  # its folder is the first that is searched
+    script.write_text(
         "import torch; from percov2.triton_kernels import nearest_codes\n"
         "nearest_codes(torch.ones(1, 2), torch.ones(3, 2))"
     )
-    search = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    result = run("-c", code, PYTHONPATH=search)
+    result = subprocess_run(str(script))
     assert result.returncode == 1
     assert "RuntimeError" in result.stderr
     assert "pip install 'percov2[gpu]'" in result.stderr

@@ -37,38 +37,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def build(folder: Path) -> Path:
     """Write model and processor; returns the folder."""
     torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_attention_heads": 2}
+    vision = {"intermediate_size": 16, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    qformer = {"vocab_size": 30, "num_hidden_layers": 2, "intermediate_size": 16}
+    text = {"vocab_size": len(VOCABULARY), "num_hidden_layers": 1, "ffn_dim": 16}
+    text |= {"max_position_embeddings": 80, "word_embed_proj_dim": 16, "init_std": 0.5}
+    text |= {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
     config = Blip2Config(
-        vision_config=Blip2VisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=28,
-            patch_size=14,
-            initializer_range=0.2,
-        ),
+        vision_config=Blip2VisionConfig(initializer_range=0.2, **sizes, **vision),
         qformer_config=Blip2QFormerConfig(
-            vocab_size=30,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=16,
-            encoder_hidden_size=16,
-            initializer_range=0.3,
+            encoder_hidden_size=16, initializer_range=0.3, **sizes, **qformer
         ),
-        text_config=OPTConfig(
-            vocab_size=len(VOCABULARY),
-            hidden_size=16,
-            num_hidden_layers=1,
-            ffn_dim=16,
-            num_attention_heads=2,
-            max_position_embeddings=80,
-            word_embed_proj_dim=16,
-            bos_token_id=0,
-            pad_token_id=1,
-            eos_token_id=2,
-            init_std=0.5,
-        ),
+        text_config=OPTConfig(**sizes, **text),
         num_query_tokens=4,
         image_token_index=4,
         initializer_range=0.3,

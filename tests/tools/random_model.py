@@ -18,6 +18,11 @@ from percov2.models.tiny.flow import build_flow
 from percov2.models.tiny.text_encoder import HashedTextEncoder
 
 RATES = (Rate("fine", 16, 64), Rate("coarse", 32, 300))
+FLOW = {"sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16}
+FLOW |= {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}
+FLOW |= {"joint_attention_dim": 8, "caption_projection_dim": 16}
+FLOW |= {"pooled_projection_dim": 8, "pos_embed_max_size": 16}
+"""The smallest flow transformer that trains."""
 
 
 def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES, layers: int = 2) -> Path:
@@ -27,21 +32,8 @@ def build(folder: Path, seed: int = 0, rates: tuple[Rate, ...] = RATES, layers: 
     config.save(folder)
     autoencoder = PatchAutoencoder(16, (8, 16), (1, 1), (1, 1))
     save_component(autoencoder, folder / "autoencoder", "float16")
-    flow = build_flow(
-        8,
-        sample_size=16,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=8,
-        caption_projection_dim=16,
-        pooled_projection_dim=8,
-        pos_embed_max_size=32,
-        qk_norm="rms_norm",
-    )
+    sizes = {**FLOW, "sample_size": 16, "pos_embed_max_size": 32}
+    flow = build_flow(8, **sizes, qk_norm="rms_norm")
     # A new flow ignores z_hat; here the tokens must have a say in the picture.
     torch.nn.init.normal_(flow.pos_embed.proj.weight, std=0.2)
     save_component(flow, folder / "flow", "int8")

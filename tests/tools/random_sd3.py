@@ -30,6 +30,7 @@ from percov2.models.quantizer import VectorQuantizer
 from percov2.models.sd3.flow import save_delta
 from percov2.models.storage import save_component
 from percov2.models.tiny.flow import widen_patch_embedding
+from tools.random_model import FLOW
 
 RATES = (Rate("r0313", 16, 256), Rate("r0938", 8, 64), Rate("r0020", 64, 256))
 Z_CHANNELS = 8
@@ -68,19 +69,8 @@ def t5_encoder() -> T5EncoderModel:
 
 
 def transformer() -> SD3Transformer2DModel:
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=16,
-        out_channels=16,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=20,
-        pos_embed_max_size=24,
-    )
+    sizes = {"num_layers": 2, "joint_attention_dim": 32, "pooled_projection_dim": 20}
+    model = SD3Transformer2DModel(**FLOW | sizes | {"pos_embed_max_size": 24})
     # A new one ends in zeros; here what goes in must come out.
     torch.nn.init.normal_(model.proj_out.weight, std=0.2)
     return model.eval()

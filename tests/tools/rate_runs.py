@@ -13,6 +13,7 @@ from percov2.photos import PhotoCrops
 from percov2.training.commands import codec_stage
 from percov2.training.loop import LoopConfig, train
 from percov2.training.stage1 import CodecStage
+from tools.random_model import FLOW
 
 ALL = ["r031", "r010", "r002"]
 RATES = {"r031": (2, 16, 48), "r010": (4, 32, 64), "r002": (8, 16, 64), "r125": (1, 16, 48)}
@@ -34,6 +35,7 @@ crops = {{ sides = [{RATES[name][2]}], counts = [2] }}
 """  # noqa: E501
         for i, name in enumerate(rates)
     )
+    flow = "\n".join(f"{name} = {size}" for name, size in FLOW.items())
     return f"""
 [autoencoder]
 autoencoder = {{ widths = [8, 16] }}
@@ -50,17 +52,7 @@ adversary = {{ pixel_widths = [4, 4, 8], feature_width = 4 }}
 {losses}
 {tables}
 [codec.flow]
-sample_size = 8
-patch_size = 2
-in_channels = 16
-out_channels = 16
-num_layers = 1
-attention_head_dim = 8
-num_attention_heads = 2
-joint_attention_dim = 8
-caption_projection_dim = 16
-pooled_projection_dim = 8
-pos_embed_max_size = 16
+{flow}
 """
 
 

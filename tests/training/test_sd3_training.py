@@ -27,6 +27,7 @@ from percov2.training.settings import build_config, read_section
 from percov2.training.shards import CropFeed, Sample, ShardStreams
 from percov2.training.stage2 import EntropyConfig, EntropyStage, TokenMaps
 from tools.executors import equal
+from tools.photos import noise
 from tools.sd3_training import build, write_config
 
 PROMPT = torch.randn(1, 9, 32), torch.randn(1, 20)
@@ -239,7 +240,7 @@ def test_settings_that_cannot_work_are_refused_before_training(changes, message,
 def test_from_a_run_to_files(trained, folder, tmp_path):
     path = write_config(tmp_path / "c.toml", folder / "base", trained, steps="2", ema="0.01")
     (tmp_path / "pictures").mkdir()
-    photo = Image.fromarray(np.random.default_rng(5).integers(0, 256, (40, 60, 3), np.uint8))
+    photo = noise(60, 40, seed=5)
     photo.save(tmp_path / "pictures" / "a.png")
     (tmp_path / "pictures" / "a.txt").write_text("a door")
     run, out = tmp_path / "run", tmp_path / "model"
