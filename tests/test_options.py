@@ -25,7 +25,8 @@ from tools.photos import noise
         (EncodeOptions, "effort", [0, 1000, np.int64(3)], [-1, 1001, 1.0, "1", True, None]),
         (EncodeOptions, "stages", [None, 1, 65536], [0, 65537, 1.5, False]),
         (EncodeOptions, "target_bytes", [None, 1, 1 << 26], [0, (1 << 26) + 1]),
-        (EncodeOptions, "max_pixels", [1, 1 << 32], [0, None]),
+        (EncodeOptions, "draw_seed", [0, np.int32(0)], [-1, 65536, None]),
+        (EncodeOptions, "max_pixels", [1, 1 << 32], [0, (1 << 32) + 1, None]),
         (EncodeOptions, "rate", [None, "r031"], [3, b"r031"]),
         (EncodeOptions, "schedule", [None, "qlds5"], [0]),
         (DecodeOptions, "realism", [None, 0, 1, np.float64(0.5)], [-0.1, 1.1, math.nan, "1", True]),
@@ -33,6 +34,7 @@ from tools.photos import noise
         (DecodeOptions, "guidance", [None, 0, 100.0], [-1.0, 101, math.nan]),
         (DecodeOptions, "seed", [0, 2**63 - 1, np.uint8(7)], [-1, 2**63, None]),
         (DecodeOptions, "allow_truncated", [True, False], [1, "yes", None]),
+        (DecodeOptions, "max_pixels", [1, 1 << 32], [0, (1 << 32) + 1, None]),
     ],
 )
 def test_every_option_has_its_type_and_range(kind, name, good, bad):
