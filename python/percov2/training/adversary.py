@@ -18,39 +18,35 @@ from torch.nn.utils.parametrizations import spectral_norm
 from percov2.training.optimizers import adamw, make_recordable, restore
 from percov2.training.stage import Place
 
-__all__ = [
-    "Adversary",
-    "AdversaryConfig",
-    "FeatureDiscriminator",
-    "PixelDiscriminator",
-    "with_force",
-]
+__all__ = ["Adversary", "AdversaryConfig", "FeatureDiscriminator", "PixelDiscriminator"]
+__all__ += ["with_force"]
 
 
 @dataclass(frozen=True)
 class AdversaryConfig:
     """Settings of the discriminators; their weights are in ``losses.LossTerms``.
 
-    Attributes:
-        learning_rate: constant learning rate of AdamW.
-        pixel_widths: channels of the pixel discriminator at 1/2, 1/4 and 1/8 resolution.
-        feature_width: channels of the heads on features.
-
     Raises:
         ValueError: a setting is out of range.
     """
 
-    learning_rate: float = 2e-4
-    pixel_widths: tuple[int, int, int] = (48, 96, 192)
-    feature_width: int = 64
+    learning_rate: float = 2e-4  # constant learning rate of AdamW
+    pixel_widths: tuple[int, int, int] = (48, 96, 192)  # channels at 1/2, 1/4, 1/8 resolution
+    feature_width: int = 64  # channels of the heads on features
 
     def __post_init__(self) -> None:
         if not self.learning_rate > 0 or min(*self.pixel_widths, self.feature_width) < 1:
             raise ValueError(f"learning_rate and widths must be positive: {self}")
 
 
-def _layer(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Module:
-    return spectral_norm(nn.Conv2d(inputs, outputs, size, stride, padding=size // 2 - (size == 4)))
+def _layers(*sizes: tuple[int, int, int, int]) -> list[nn.Module]:
+    """Return convolutions of (inputs, outputs, size, stride), with an activation between them."""
+    layers: list[nn.Module] = []
+    for inputs, outputs, size, stride in sizes:
+        padding = size // 2 - (size == 4)
+        convolution = nn.Conv2d(inputs, outputs, size, stride, padding=padding)
+        layers += [spectral_norm(convolution), nn.LeakyReLU(0.2)]
+    return layers[:-1]
 
 
 class PixelDiscriminator(nn.Module):
@@ -62,17 +58,8 @@ class PixelDiscriminator(nn.Module):
     def __init__(self, widths: tuple[int, int, int]) -> None:
         super().__init__()
         half, quarter, eighth = widths
-        self.body = nn.Sequential(
-            _layer(3, half, 4, 2),
-            nn.LeakyReLU(0.2),
-            _layer(half, quarter, 4, 2),
-            nn.LeakyReLU(0.2),
-            _layer(quarter, eighth, 4, 2),
-            nn.LeakyReLU(0.2),
-            _layer(eighth, eighth, 3),
-            nn.LeakyReLU(0.2),
-            _layer(eighth, 1, 3),
-        )
+        strided = (3, half, 4, 2), (half, quarter, 4, 2), (quarter, eighth, 4, 2)
+        self.body = nn.Sequential(*_layers(*strided, (eighth, eighth, 3, 1), (eighth, 1, 3, 1)))
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
         """Return one map of scores, float [B, 1, H/8, W/8]; high means real."""
@@ -92,11 +79,7 @@ class FeatureDiscriminator(nn.Module):
         self.heads = nn.ModuleList(
             nn.Sequential(
                 nn.BatchNorm2d(count, affine=False),
-                _layer(count, width, 1),
-                nn.LeakyReLU(0.2),
-                _layer(width, width, 3),
-                nn.LeakyReLU(0.2),
-                _layer(width, 1, 3),
+                *_layers((count, width, 1, 1), (width, width, 3, 1), (width, 1, 3, 1)),
             )
             for count in channels
         )
@@ -182,10 +165,8 @@ class Adversary:
         share = realism / realism.mean().clamp_min(1e-6)
         losses = []
         with torch.autocast(reals[0].device.type, torch.bfloat16, enabled=autocast):
-            both = [
-                torch.cat([x, y.to(x.dtype)]).contiguous(memory_format=torch.channels_last)
-                for x, y in zip(reals, fakes, strict=True)
-            ]
+            both = [torch.cat([x, y.to(x.dtype)]) for x, y in zip(reals, fakes, strict=True)]
+            both = [views.contiguous(memory_format=torch.channels_last) for views in both]
             for scores in self.network(both):
                 real, fake = scores.float().chunk(2)
                 doubt = F.relu(1 + fake).mean((1, 2, 3)) * share
@@ -205,7 +186,6 @@ class Adversary:
         try:
             self.network.load_state_dict(state["network"])
         except RuntimeError as error:
-            raise ValueError(
-                f"the run's discriminator has other widths than the configuration: {error}"
-            ) from error
+            what = "the run's discriminator has other widths than the configuration"
+            raise ValueError(f"{what}: {error}") from error
         restore(self.optimizer, state["optimizer"])

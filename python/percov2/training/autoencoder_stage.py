@@ -13,16 +13,16 @@ from torch import Tensor
 from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.photos import CropPlan, PhotoCrops
 from percov2.training.losses import LossTerms, PerceptualNetworks, Term, draw_view, weighted
-from percov2.training.stage import Place, TrainingStage
+from percov2.training.stage import Figures, Place, TrainingStage
 
 __all__ = ["AutoencoderConfig", "AutoencoderStage", "save_rows"]
 
 
 def save_rows(path: Path, rows: list[Tensor]) -> None:
     """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG."""
-    strips = [torch.cat(list(r), 2) for r in rows]
-    grid = torch.cat(strips, 1).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    Image.fromarray(grid.permute(1, 2, 0).contiguous().cpu().numpy()).save(path)
+    grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
+    levels = grid.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
+    Image.fromarray(levels.contiguous().cpu().numpy()).save(path)
 
 
 @dataclass
@@ -38,44 +38,31 @@ class AutoencoderConfig:
 class AutoencoderStage(TrainingStage):
     """Phase A: an autoencoder whose latents stay near unit variance."""
 
+    frozen_parts = ("perceptual.",)
+
     def __init__(self, config: AutoencoderConfig, data: PhotoCrops) -> None:
         super().__init__()
         self.config, self.data = config, data
         self.autoencoder = PatchAutoencoder(**config.autoencoder)
         self.autoencoder.to(memory_format=torch.channels_last)
         self.perceptual = PerceptualNetworks({"alex", "vgg"} & set(config.losses.named()))
-        self._step = 0
 
     def start_run(self, place: Place) -> None:
+        super().start_run(place)
         self.data = self.data.on(place.device)
 
-    def stored_keys(self) -> set[str]:
-        """Return all keys except those of the losses' networks."""
-        return {key for key in self.state_dict() if not key.startswith("perceptual.")}
-
-    def start_step(self, step: int, total: int) -> None:
-        self._step = step
-
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, Figures]:
         images, _ = self.config.crops.draw(self.data, generator)
         latents = self.autoencoder.encode(images).float()
         noisy = latents + self.config.latent_noise * torch.randn_like(latents)
-        side = images.shape[-1]
-        weights = self.config.losses.at(self._step)
-        compared = self.perceptual.compare(
-            self.autoencoder.decode(noisy),
-            images,
-            draw_view(side, 0.0, 0.0, side),
-            frozenset(weights),
-        )
-        loss, figures = weighted(
-            compared,
-            torch.ones(len(images), device=images.device),
-            {name: torch.tensor(weight) for name, weight in weights.items()},
-        )
+        rebuilt, side = self.autoencoder.decode(noisy), images.shape[-1]
+        weights = {k: torch.tensor(v) for k, v in self.config.losses.at(self.step).items()}
+        view = draw_view(side, 0.0, 0.0, side)
+        compared = self.perceptual.compare(rebuilt, images, view, frozenset(weights))
+        realism = torch.ones(len(images), device=images.device)
+        loss, figures = weighted(compared, realism, weights)
         power = latents.square().mean((0, 2, 3))
-        mean = latents.mean((0, 2, 3))
-        spread = ((power - 1).square() + mean.square()).mean()
+        spread = ((power - 1).square() + latents.mean((0, 2, 3)).square()).mean()
         return loss + 0.02 * spread, {**figures, "power": power.mean().detach()}
 
     def draw_samples(self, folder: Path, step: int) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from percov2.training.checkpoint import kept
+
 __all__ = ["AveragedWeights"]
 
 
@@ -22,26 +24,21 @@ class AveragedWeights:
     """
 
     def __init__(self, module: nn.Module, decay: float, keys: set[str]) -> None:
-        self.decay = decay
-        self.keys = keys
-        self.state = {k: v.clone() for k, v in self._values(module).items()}
+        self.decay, self.keys = decay, keys
+        self.state = {k: v.clone() for k, v in kept(module, keys).items()}
         parameters = dict(module.named_parameters())
         self._averaged = [k for k in self.state if k in parameters and parameters[k].requires_grad]
         self._copied = [k for k in self.state if k not in parameters]
-
-    def _values(self, module: nn.Module) -> dict[str, Tensor]:
-        return {k: v.detach() for k, v in module.state_dict().items() if k in self.keys}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         """Update the averages after step ``step``, counted from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        values = self._values(module)
+        values = kept(module, self.keys)
         # On a GPU, a call per tensor would take longer than the arithmetic.
         if self._averaged:
-            get_ema_multi_avg_fn(decay)(
-                [self.state[k] for k in self._averaged], [values[k] for k in self._averaged], None
-            )
+            averages = [self.state[k] for k in self._averaged]
+            get_ema_multi_avg_fn(decay)(averages, [values[k] for k in self._averaged], None)
         for key in self._copied:
             self.state[key].copy_(values[key])
 
@@ -54,7 +51,7 @@ class AveragedWeights:
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
         """Put the averages into ``module`` temporarily."""
-        live = {k: v.clone() for k, v in self._values(module).items()}
+        live = {k: v.clone() for k, v in kept(module, self.keys).items()}
         module.load_state_dict(self.state, strict=False)
         try:
             yield

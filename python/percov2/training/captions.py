@@ -23,31 +23,14 @@ from tqdm import tqdm
 
 from percov2.container.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
 from percov2.entropy.schedule import stages
-from percov2.entropy.torch.export import export
-from percov2.entropy.torch.transformer import (
-    Crop,
-    TokenBatch,
-    TokenTransformer,
-    TransformerConfig,
-    crop_batch,
-)
+from percov2.entropy.torch.transformer import Crop, TokenBatch, crop_batch
 from percov2.entropy.visibility import size_class
-from percov2.training.loop import LoopConfig, load_averaged, train
-from percov2.training.stage import Place
-from percov2.training.stage2 import RoundedStage
+from percov2.training.loop import LoopConfig
+from percov2.training.stage import ALONE, Figures, Place
+from percov2.training.stage2 import RoundedStage, trained_model
 
-__all__ = [
-    "WORDS",
-    "CaptionLines",
-    "CaptionStage",
-    "CaptionsConfig",
-    "is_held_out",
-    "learn_pieces",
-    "measure",
-    "read_lines",
-    "train_captions",
-]
-
+__all__ = ["WORDS", "CaptionLines", "CaptionStage", "CaptionsConfig", "is_held_out"]
+__all__ += ["learn_pieces", "measure", "read_lines", "train_captions"]
 
 _HELD_OUT_EVERY = 20
 _WIDTH_STEP = 4
@@ -60,21 +43,13 @@ _SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    """Configuration of the captions phase.
+    """Configuration of the captions phase."""
 
-    Attributes:
-        model: sizes of the transformer (``TransformerConfig`` without codebook_size).
-        pieces: number of learned pieces, without the end and the single bytes.
-        captions_per_step: captions in a batch, over all processes.
-        round_from: share of the steps before rounding starts.
-        observe_until: share of the steps before the scales are fixed.
-    """
-
-    model: dict
-    pieces: int = 3839
-    captions_per_step: int = 256
-    round_from: float = 0.7
-    observe_until: float = 0.9
+    model: dict  # sizes of the transformer (``TransformerConfig`` without codebook_size)
+    pieces: int = 3839  # learned pieces, without the end and the single bytes
+    captions_per_step: int = 256  # captions in a batch, over all processes
+    round_from: float = 0.7  # share of the steps before rounding starts
+    observe_until: float = 0.9  # share of the steps before the scales are fixed
 
 
 def is_held_out(line: str) -> bool:
@@ -91,18 +66,16 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
     """
     from percov2.container.captions import encode_caption
 
-    def texts() -> Iterator[bytes]:
-        for source in sources:
-            if source.suffix != ".tar":
-                yield source.read_bytes()
-                continue
-            with tarfile.open(source) as tar:
-                for member in tar:
-                    if member.isfile() and member.name.endswith(".txt"):
-                        file = tar.extractfile(member)
-                        yield file.read() if file else b""
+    def texts(source: Path) -> Iterator[bytes]:
+        if source.suffix != ".tar":
+            yield source.read_bytes()
+            return
+        with tarfile.open(source) as tar:
+            members = [m for m in tar if m.isfile() and m.name.endswith(".txt")]
+            yield from (file.read() for m in members if (file := tar.extractfile(m)))
 
-    found = [line.strip() for text in texts() for line in text.decode().splitlines()]
+    every = [text for source in sources for text in texts(source)]
+    found = [line.strip() for text in every for line in text.decode().splitlines()]
     lines = [line for line in found if line]
     if not lines:
         raise ValueError(f"no captions in {[str(source) for source in sources]}")
@@ -119,16 +92,11 @@ def learn_pieces(lines: Sequence[str], count: int) -> list[bytes]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always"),
-            pre_tokenizers.Punctuation("isolated"),
-        ]
-    )
-    letters = {letter for line in lines for letter in line}
-    trainer = trainers.BpeTrainer(
-        vocab_size=count + len(letters) + 1, min_frequency=3, show_progress=False
-    )
+    spaces = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="always")
+    words = [spaces, pre_tokenizers.Punctuation("isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(words)
+    size = count + len({letter for line in lines for letter in line}) + 1
+    trainer = trainers.BpeTrainer(vocab_size=size, min_frequency=3, show_progress=False)
     tokenizer.train_from_iterator(lines, trainer)
     ranked = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     pieces = [piece.replace(_SPACE, " ").encode("utf-8") for piece, _ in ranked]
@@ -137,10 +105,6 @@ def learn_pieces(lines: Sequence[str], count: int) -> list[bytes]:
 
 class CaptionLines:
     """Captions split into pieces.
-
-    Args:
-        lines: all captions.
-        alphabet: alphabet that splits them.
 
     Attributes:
         held_out: pieces of the held-out captions.
@@ -177,14 +141,12 @@ class CaptionLines:
         every = [piece for group in self._by_width.values() for line in group for piece in line]
         return np.bincount(every, minlength=len(self.alphabet))
 
-    def draw(
-        self, generator: np.random.Generator, count: int, process: int = 0, processes: int = 1
-    ) -> TokenBatch:
+    def draw(self, generator: np.random.Generator, count: int, place: Place = ALONE) -> TokenBatch:
         """Draw ``count`` captions of about the same length; return this process's part."""
         width = self._widths[int(generator.choice(len(self._widths), p=self._shares))]
         group = self._by_width[width]
-        picks = generator.integers(len(group), size=count + -count % processes)
-        return self.batch([group[pick] for pick in picks[process::processes]], width)
+        picks = generator.integers(len(group), size=count + -count % place.processes)
+        return self.batch([group[pick] for pick in picks[place.process :: place.processes]], width)
 
     def batch(self, lines: Sequence[list[int]], width: int) -> TokenBatch:
         """Return captions as a batch of the first ``width`` positions of their grids."""
@@ -200,17 +162,11 @@ class CaptionStage(RoundedStage):
     """Training of the transformer on bits per piece of captions."""
 
     def __init__(self, config: CaptionsConfig, data: CaptionLines) -> None:
-        super().__init__()
-        self.config, self.data = config, data
-        sizes = TransformerConfig(codebook_size=len(data.alphabet), **config.model)
-        self.transformer = TokenTransformer(sizes)
-        self.transformer.set_frequencies(torch.from_numpy(data.counts()))
+        super().__init__(config, data.counts())
+        self.data = data
 
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        place = self.place
-        batch = self.data.draw(
-            generator, self.config.captions_per_step, place.process, place.processes
-        )
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, Figures]:
+        batch = self.data.draw(generator, self.config.captions_per_step, self.place)
         bits, coded = self._bits(batch)
         loss = bits / coded
         return loss, {"bits_per_piece": loss.detach()}
@@ -298,14 +254,11 @@ def train_captions(
     pieces = json.loads(stored.read_text(encoding="utf-8"))
     data = CaptionLines(lines, Alphabet([piece.encode() for piece in pieces]))
     stage = CaptionStage(config, data)
-    if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps or stage.place.process:
+    sizes = {size_class(1)}, {size_class(MAX_PIECES)}
+    trained = trained_model(stage, sizes, loop, out, minutes)
+    if trained is None:
         return None
-    stage.place = Place(torch.device("cpu"))
-    stage.cpu()
-    load_averaged(out, stage)
-    width = size_class(MAX_PIECES)
-    stage.transformer.fill_unseen_sizes({size_class(1)}, {width})
-    model = CaptionModel(data.alphabet, export(stage.transformer))
+    model = CaptionModel(data.alphabet, trained)
     model.save(out / "captions")
     report = {
         "fingerprint": model.fingerprint().hex(),

@@ -45,10 +45,7 @@ def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:
     """Return the random state of every process, in their order (collective)."""
     from accelerate.utils import gather_object
 
-    own: dict[str, Any] = {
-        "generator": generator.bit_generator.state,
-        "torch_rng": torch.get_rng_state(),
-    }
+    own = {"generator": generator.bit_generator.state, "torch_rng": torch.get_rng_state()}
     if torch.cuda.is_available():
         own["cuda_rng"] = torch.cuda.get_rng_state()
     return gather_object([own])
@@ -60,13 +57,14 @@ def restore_draws(
     """Restore a process's random state; raise ValueError for another number of processes."""
     # Older checkpoints hold only the first process's state, so it is stored apart.
     draws = [state, *state.get("other_processes", [])]
-    if len(draws) != processes:
+    if (count := len(draws)) != processes:
         raise ValueError(
-            f"{path} is from a run with {len(draws)} processes, each with its own batches; resume "
-            f"it with {len(draws)} processes, not {processes}"
+            f"{path} is from a run with {count} processes, each with its own batches; resume it "
+            f"with {count} processes, not {processes}"
         )
-    generator.bit_generator.state = draws[process]["generator"]
-    torch.set_rng_state(draws[process]["torch_rng"])
+    own = draws[process]
+    generator.bit_generator.state = own["generator"]
+    torch.set_rng_state(own["torch_rng"])
     # A run may resume on a machine with or without a GPU.
-    if torch.cuda.is_available() and "cuda_rng" in draws[process]:
-        torch.cuda.set_rng_state(draws[process]["cuda_rng"])
+    if torch.cuda.is_available() and "cuda_rng" in own:
+        torch.cuda.set_rng_state(own["cuda_rng"])

@@ -24,48 +24,42 @@ from percov2.training.captions import CaptionsConfig, train_captions
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.losses import LossTerms, Term
 from percov2.training.rates import RateConfig, RateNetworks
-from percov2.training.settings import build_config, read_recipe, read_section, write_model_ids
+from percov2.training.settings import (
+    build_config,
+    build_phase,
+    read_recipe,
+    read_section,
+    write_model_ids,
+)
+from percov2.training.shards import image_batch
 from percov2.training.stage1 import CodecConfig, CodecStage
 from percov2.training.stage2 import EntropyConfig, train_entropy
 
-__all__ = [
-    "autoencoder_stage",
-    "codec_stage",
-    "run_autoencoder",
-    "run_captions",
-    "run_codec",
-    "run_data",
-    "run_entropy",
-    "run_export",
-    "run_tokens",
-]
+__all__ = ["autoencoder_stage", "codec_stage", "run_autoencoder", "run_captions", "run_codec"]
+__all__ += ["run_data", "run_entropy", "run_export", "run_tokens"]
 
 
 def _losses(values: dict[str, Any]) -> LossTerms:
     return build_config(LossTerms, {k: build_config(Term, v) for k, v in values.items()})
 
 
-def _rate_values(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _rate(common: dict[str, Any], own: dict[str, Any]) -> RateConfig:
     """Merge a rate's settings over the phase's; its losses are merged one by one."""
-    losses = {**common.get("losses", {}), **own.get("losses", {})}
+    losses = _losses({**common.get("losses", {}), **own.get("losses", {})})
     crops = build_config(CropPlan, own.get("crops", {}))
-    return {**common, **own, "losses": _losses(losses), "crops": crops}
+    return build_config(RateConfig, {**common, **own, "losses": losses, "crops": crops})
 
 
 def autoencoder_stage(config: Path, data: PhotoCrops) -> tuple[AutoencoderStage, LoopConfig]:
     """Return the autoencoder phase of a configuration file, initialised with the run's seed."""
     values = read_section(config, "autoencoder")
-    loop = build_config(LoopConfig, values.pop("loop", {}))
     if "crops" in values:
         values["crops"] = build_config(CropPlan, values["crops"])
     if "losses" in values:
         values["losses"] = _losses(values["losses"])
+    settings, loop = build_phase(AutoencoderConfig, values)
     torch.manual_seed(loop.seed)
-    return AutoencoderStage(build_config(AutoencoderConfig, values), data), loop
-
-
-_COMMON = ("losses", "aligned", "frozen_tokens")
-"""Settings of the joint phase that a rate may replace."""
+    return AutoencoderStage(settings, data), loop
 
 
 def codec_stage(
@@ -80,18 +74,18 @@ def codec_stage(
         ValueError: no such recipe, or settings do not fit.
     """
     values = read_recipe(config, "codec", recipe)
-    loop = build_config(LoopConfig, values.pop("loop", {}))
-    common: dict[str, Any] = {key: values.pop(key) for key in _COMMON if key in values}
-    values["rates"] = {
-        name: build_config(RateConfig, _rate_values(common, rate))
-        for name, rate in values.get("rates", {}).items()
-    }
+    # Settings of the phase that a rate may replace.
+    names = {"losses", "aligned", "frozen_tokens"} & values.keys()
+    common = {key: values.pop(key) for key in names}
+    rates = values.get("rates", {})
+    values["rates"] = {name: _rate(common, rate) for name, rate in rates.items()}
     values["adversary"] = build_config(AdversaryConfig, values.get("adversary", {}))
     data = data.weighing(values.pop("sources", {}))
     sizes = read_section(config, "autoencoder").get("autoencoder", {})
+    sizes |= values.pop("decoder", {})
+    settings, loop = build_phase(CodecConfig, values)
     torch.manual_seed(loop.seed)
-    autoencoder = PatchAutoencoder(**{**sizes, **values.pop("decoder", {})})
-    return CodecStage(build_config(CodecConfig, values), autoencoder, data), loop
+    return CodecStage(settings, PatchAutoencoder(**sizes), data), loop
 
 
 def run_data(data: Path, out: Path) -> None:
@@ -167,16 +161,15 @@ def run_export(
     """
     stage, _ = codec_stage(config, PhotoCrops(data), recipe)
     first = next(iter(stage.rates))
-    folders = dict(_rate_and_folder(text, first) for text in entropy or ())
-    unknown = sorted(set(folders) - set(stage.rates))
-    if unknown:
+    pairs = [text.partition("=") if "=" in text else (first, "=", text) for text in entropy or ()]
+    folders = {name: Path(folder) for name, _, folder in pairs}
+    if unknown := sorted(set(folders) - set(stage.rates)):
         raise ValueError(f"unknown rates {unknown}; {config.name} has {list(stage.rates)}")
     load_averaged(codec_run, stage)
     old = ModelConfig.load(out) if (out / "config.json").is_file() else None
     points = {rate.name: rate for rate in old.rates} if old else {}
-    save_component(stage.autoencoder, out / "autoencoder", "int8")
-    save_component(stage.flow, out / "flow", "int8")
-    save_component(stage.text_encoder, out / "text_encoder", "int8")
+    for part in ("autoencoder", "flow", "text_encoder"):
+        save_component(stage.get_submodule(part), out / part, "int8")
     if stage.dial is not None:
         save_component(stage.dial, out / "dial", "float16")
     for name, networks in stage.rates.items():
@@ -197,11 +190,6 @@ def run_export(
     write_model_ids(out)
 
 
-def _rate_and_folder(text: str, first: str) -> tuple[str, Path]:
-    name, equals, folder = text.partition("=")
-    return (name, Path(folder)) if equals else (first, Path(text))
-
-
 def _token_views(
     pixels: NDArray[np.uint8], side: int, views: int, generator: np.random.Generator
 ) -> Iterator[NDArray[np.uint8]]:
@@ -209,9 +197,8 @@ def _token_views(
     height, width = pixels.shape[:2]
     for view in range(views):
         # The shift is below a token, and leaves at least one token.
-        top, left = (
-            int(generator.integers(min(side, n - side + 1))) if view else 0 for n in (height, width)
-        )
+        room = [min(side, length - side + 1) for length in (height, width)]
+        top, left = (int(generator.integers(most)) if view else 0 for most in room)
         bottom = top + (height - top) // side * side
         right = left + (width - left) // side * side
         cut = pixels[top:bottom, left:right]
@@ -253,17 +240,13 @@ def run_tokens(
     for photo in tqdm(large, desc="tokens", unit="photo"):
         held = is_held_out(photo.key)
         for cut in _token_views(photos.pixels(photo), side, 1 if held else views, generator):
-            image = torch.from_numpy(cut.copy()).permute(2, 0, 1)[None]
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-                tokens = codec.encode_tokens(image.float().div(127.5).sub(1.0), point.name)
+                tokens = codec.encode_tokens(image_batch(cut), point.name)
             maps[f"tokens_{len(maps)}"] = tokens[0].numpy()
             held_out.append(held)
-    if len(large) < len(photos.photos):
-        left_out = len(photos.photos) - len(large)
+    if left_out := len(photos.photos) - len(large):
         print(f"{left_out} photos are smaller than a token of {side} pixels and were left out")
-    maps["codebook_size"] = np.int32(point.codebook_size)
-    maps["held_out"] = np.array(held_out)
-    np.savez(out, **maps)
+    np.savez(out, **maps, codebook_size=np.int32(point.codebook_size), held_out=held_out)
 
 
 def run_entropy(
@@ -278,13 +261,11 @@ def run_entropy(
     Raises:
         ValueError: there is no such table, or settings do not fit.
     """
-    table = read_recipe(config, "entropy", rate, "rates")
-    loop = build_config(LoopConfig, table.pop("loop", {}))
-    train_entropy(build_config(EntropyConfig, table), loop, data, out, minutes=minutes)
+    values = read_recipe(config, "entropy", rate, "rates")
+    train_entropy(*build_phase(EntropyConfig, values), data, out, minutes=minutes)
 
 
 def run_captions(config: Path, texts: list[Path], out: Path, minutes: float | None = None) -> None:
     """Run `percov2 train captions`: train on lines of text and write ``out/captions``."""
-    table = read_section(config, "captions")
-    loop = build_config(LoopConfig, table.pop("loop", {}))
-    train_captions(build_config(CaptionsConfig, table), loop, texts, out, minutes=minutes)
+    phase = build_phase(CaptionsConfig, read_section(config, "captions"))
+    train_captions(*phase, texts, out, minutes=minutes)

@@ -5,12 +5,15 @@ A stage is a :class:`stage.TrainingStage`. Accelerate handles precision, devices
 
 from __future__ import annotations
 
-import csv
 import math
+import signal
+import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,67 +22,46 @@ from tqdm import tqdm
 
 from percov2.training import checkpoint
 from percov2.training.averaging import AveragedWeights
-from percov2.training.interrupts import StopSignals
 from percov2.training.optimizers import adamw, make_recordable, restore, set_learning_rate
-from percov2.training.recording import CudaRecorder, Figures, RecordedSteps
-from percov2.training.stage import Draw, Place, TrainingStage
+from percov2.training.recording import CudaRecorder, RecordedSteps
+from percov2.training.stage import Draw, Figures, Place, TrainingStage, append_row
 
-__all__ = ["SCHEDULES", "LoopConfig", "leave_processes", "load_averaged", "train"]
-
-
-SCHEDULES = ("cosine", "constant")
-PRECISIONS = ("no", "bf16")
+__all__ = ["LoopConfig", "leave_processes", "load_averaged", "train"]
 
 
 @dataclass(frozen=True)
 class LoopConfig:
     """Settings of a run.
 
-    Attributes:
-        steps: length of the run and its learning-rate schedule.
-        minutes: length in minutes, if that comes first.
-        learning_rate: peak learning rate, after a linear warm-up.
-        warmup: warm-up steps.
-        schedule: "cosine" falls to 2 % of the peak after the warm-up, "constant" stays.
-        weight_decay: AdamW's decay of weights with two or more dimensions.
-        beta2: AdamW's decay of squared gradients.
-        clip: limit of the gradient norm.
-        ema: decay of the averaged weights.
-        seed: seed of initialisation, batches and noise.
-        precision: "no" or "bf16" (autocast).
-        accumulate: forward passes per step.
-        checkpoint_seconds: time between checkpoints.
-        log_every: steps between CSV lines.
-        record: repeat recorded steps on a GPU (``recording``), which is faster for steps of many
-            small kernels. It needs a ``recordable`` stage and a single process.
-
     Raises:
         ValueError: an unknown schedule or precision, accumulate or log_every < 1, or ``record``
             with more than one pass per step.
     """
 
-    steps: int
-    minutes: float = math.inf
-    learning_rate: float = 5e-4
-    warmup: int = 200
-    schedule: str = "cosine"
-    weight_decay: float = 0.01
-    beta2: float = 0.98
-    clip: float = 1.0
-    ema: float = 0.999
-    seed: int = 0
-    precision: str = "no"
-    accumulate: int = 1
-    checkpoint_seconds: float = 180.0
-    log_every: int = 50
+    steps: int  # length of the run and of its learning-rate schedule
+    minutes: float = math.inf  # length in minutes, if that comes first
+    learning_rate: float = 5e-4  # peak, after a linear warm-up
+    warmup: int = 200  # steps of the warm-up
+    schedule: str = "cosine"  # falls to 2 % of the peak after the warm-up; "constant" stays
+    weight_decay: float = 0.01  # AdamW's decay of weights with two or more dimensions
+    beta2: float = 0.98  # AdamW's decay of squared gradients
+    clip: float = 1.0  # limit of the gradient norm
+    ema: float = 0.999  # decay of the averaged weights
+    seed: int = 0  # of initialisation, batches and noise
+    precision: str = "no"  # or "bf16" (autocast)
+    accumulate: int = 1  # forward passes per step
+    checkpoint_seconds: float = 180.0  # time between checkpoints
+    log_every: int = 50  # steps between CSV lines
+    # Repeat recorded steps on a GPU (``recording``), which is faster for steps of many small
+    # kernels. It needs a ``recordable`` stage and a single process.
     record: bool = False
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {SCHEDULES}, not {self.schedule!r}")
         # fp16 would need a loss scale, which checkpoints do not hold.
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {PRECISIONS}, not {self.precision!r}")
+        known = {"schedule": ("cosine", "constant"), "precision": ("no", "bf16")}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {values}, not {getattr(self, name)!r}")
         if not self.minutes > 0:
             raise ValueError(f"minutes must be above 0, not {self.minutes}")
         for name in ("accumulate", "log_every"):
@@ -87,6 +69,28 @@ class LoopConfig:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.record and self.accumulate > 1:
             raise ValueError(f"recorded steps have one pass, not accumulate = {self.accumulate}")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Yield a list that the first Ctrl-C or SIGTERM fills; a second one acts as usual."""
+    noticed: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore_handlers() -> None:
+        while before:
+            signal.signal(*before.popitem())
+
+    def notice(number: int, _: object) -> None:
+        noticed.append(number)
+        restore_handlers()
+
+    if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+        before.update({n: signal.signal(n, notice) for n in (signal.SIGINT, signal.SIGTERM)})
+    try:
+        yield noticed
+    finally:
+        restore_handlers()
 
 
 def _mean(values: list[float]) -> float:
@@ -115,11 +119,9 @@ def _optimizer(stage: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
 
 
 def _check_recordable(stage: TrainingStage, on_cpu: bool, processes: int) -> None:
-    """Raise ValueError if steps cannot be recorded."""
+    kind = type(stage).__name__
     if not stage.recordable:
-        raise ValueError(
-            f"steps of this {type(stage).__name__} cannot be recorded; set record to false"
-        )
+        raise ValueError(f"steps of this {kind} cannot be recorded; set record to false")
     if processes > 1:
         raise ValueError(f"record = true needs a single process, not {processes}")
     if on_cpu:
@@ -143,27 +145,20 @@ class _Run:
         from accelerate import Accelerator
 
         on_cpu = not torch.cuda.is_available()
-        self.accelerator = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
-        if self.accelerator.distributed_type.endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
-            kind = self.accelerator.distributed_type.value
+        self.accelerator = whole = Accelerator(mixed_precision=config.precision, cpu=on_cpu)
+        if whole.distributed_type.endswith(("FSDP", "DEEPSPEED", "MEGATRON_LM")):
+            kind = whole.distributed_type.value
             raise ValueError(f"{kind} is not supported; every process holds the whole model")
         self.stage, self.config, self.out = stage, config, out
         self.path = out / "checkpoint.pt"
-        self.main = self.accelerator.is_main_process
         if config.record:
-            _check_recordable(stage, on_cpu, self.accelerator.num_processes)
-        process = 0 if stage.whole_batches else self.accelerator.process_index
-        self.generator = np.random.default_rng([config.seed, process])
-        torch.manual_seed(config.seed + process)
-        self.model, self.optimizer = self.accelerator.prepare(stage, _optimizer(stage, config))
-        place = Place(
-            self.accelerator.device,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            config.accumulate,
-            config.seed,
-            config.record,
-        )
+            _check_recordable(stage, on_cpu, whole.num_processes)
+        index, count = whole.process_index, whole.num_processes
+        self.draws_of = (0, 1) if stage.whole_batches else (index, count)
+        self.generator = np.random.default_rng([config.seed, self.draws_of[0]])
+        torch.manual_seed(config.seed + self.draws_of[0])
+        self.model, self.optimizer = whole.prepare(stage, _optimizer(stage, config))
+        place = Place(whole.device, index, count, config.accumulate, config.seed, config.record)
         if config.record:
             make_recordable(self.optimizer, place.device)
         stage.start_run(place)
@@ -171,9 +166,7 @@ class _Run:
         self.averaged = AveragedWeights(stage, config.ema, self.keys)
         self.recorded = RecordedSteps(self._whole_step, CudaRecorder()) if config.record else None
         self.losses: list[Tensor] = []
-        self.step = 0
-        self.earlier = 0.0
-        self.started = time.monotonic()
+        self.step, self.earlier, self.started = 0, 0.0, time.monotonic()
         if self.path.is_file():
             self._restore()
 
@@ -182,10 +175,9 @@ class _Run:
         checkpoint.restore(self.stage, state["model"], self.keys, self.path)
         restore(self.optimizer, state["optimizer"])
         self.averaged.load(state["ema"])
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
         if self.stage.whole_batches:
-            process, processes = 0, 1
             state.pop("other_processes", None)
+        process, processes = self.draws_of
         checkpoint.restore_draws(state, self.generator, process, processes, self.path)
         self.stage.load_side_state(state.get("side", {}))
         self.step = int(state["step"])
@@ -201,20 +193,18 @@ class _Run:
         self.check()
         draws = checkpoint.gather_draws(self.generator)
         side = self.stage.side_state()
-        if self.main:
-            checkpoint.write(
-                self.path,
-                {
-                    "model": checkpoint.kept(self.stage, self.keys),
-                    "ema": self.averaged.state,
-                    "optimizer": self.optimizer.state_dict(),
-                    "side": side,
-                    **draws[0],
-                    "other_processes": draws[1:],
-                    "step": self.step,
-                    "minutes": self.minutes,
-                },
-            )
+        if self.accelerator.is_main_process:
+            state = {
+                "model": checkpoint.kept(self.stage, self.keys),
+                "ema": self.averaged.state,
+                "optimizer": self.optimizer.state_dict(),
+                "side": side,
+                **draws[0],
+                "other_processes": draws[1:],
+                "step": self.step,
+                "minutes": self.minutes,
+            }
+            checkpoint.write(self.path, state)
             rng = torch.get_rng_state()
             self.stage.eval()
             with self.averaged.applied_to(self.stage), torch.no_grad():
@@ -223,7 +213,7 @@ class _Run:
             torch.set_rng_state(rng)
         self.accelerator.wait_for_everyone()
 
-    def do_step(self) -> dict[str, Tensor]:
+    def do_step(self) -> Figures:
         """Do an optimiser step; return the figures of its last forward pass."""
         self.stage.start_step(self.step, self.config.steps)
         set_learning_rate(self.optimizer, _learning_rate(self.config, self.step, self.minutes))
@@ -253,10 +243,8 @@ class _Run:
         """Raise FloatingPointError if a loss since the last call was not finite."""
         losses, self.losses = self.losses, []
         if losses and not torch.isfinite(torch.stack(losses)).all():
-            raise FloatingPointError(
-                f"a loss was not finite in the {len(losses)} steps before {self.step}; lower the "
-                "learning rate"
-            )
+            where = f"in the {len(losses)} steps before {self.step}"
+            raise FloatingPointError(f"a loss was not finite {where}; lower the learning rate")
 
     def _step_by_passes(self) -> Figures:
         """Do a step of one or more passes, without averaging; return the last figures."""
@@ -267,9 +255,8 @@ class _Run:
                 with self.accelerator.autocast():
                     loss, figures = self.model(self.generator)
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"loss is {loss.item()} at step {self.step}; lower the learning rate"
-                    )
+                    found = f"loss is {loss.item()} at step {self.step}"
+                    raise FloatingPointError(f"{found}; lower the learning rate")
                 self.accelerator.backward(loss / self.config.accumulate)
         self.accelerator.clip_grad_norm_(self.stage.parameters(), self.config.clip)
         self.optimizer.step()
@@ -280,10 +267,8 @@ class _Run:
         """Return, for each wish, True if at least one process has it (collective)."""
         if self.accelerator.num_processes == 1:
             return list(wishes)
-        counts = self.accelerator.reduce(
-            torch.tensor(wishes, dtype=torch.int32, device=self.accelerator.device), "sum"
-        )
-        return [count > 0 for count in counts.tolist()]
+        own = torch.tensor(wishes, dtype=torch.int32, device=self.accelerator.device)
+        return (self.accelerator.reduce(own, "sum") > 0).tolist()
 
     def means(self, recent: dict[str, list[Tensor]]) -> dict[str, float]:
         """Return the means of the figures over steps and processes (collective)."""
@@ -323,39 +308,29 @@ def train(
     """
     # The default stream does not allow recording.
     recording = config.record and torch.cuda.is_available()
+    minutes = math.inf if stop_after_minutes is None else stop_after_minutes
     with torch.cuda.stream(torch.cuda.Stream()) if recording else nullcontext():
-        step = _train(stage, config, out, stop_after_steps, stop_after_minutes)
+        step = _train(stage, config, out, stop_after_steps, minutes)
     if recording:
         torch.cuda.synchronize()
     return step
 
 
 def _train(
-    stage: TrainingStage,
-    config: LoopConfig,
-    out: Path,
-    stop_after_steps: int | None,
-    stop_after_minutes: float | None,
+    stage: TrainingStage, config: LoopConfig, out: Path, most_steps: int | None, minutes: float
 ) -> int:
     """Train on the current stream."""
     out.mkdir(parents=True, exist_ok=True)
+    (out / "log.csv").touch()
     run = _Run(stage, config, out)
+    main = run.accelerator.is_main_process
     started = saved = time.monotonic()
-    last = config.steps
-    if stop_after_steps is not None:
-        last = min(last, run.step + stop_after_steps)
+    last = config.steps if most_steps is None else min(config.steps, run.step + most_steps)
     stage.train()
     recent: dict[str, list[Tensor]] = {}
-    bar = tqdm(
-        total=config.steps,
-        initial=run.step,
-        desc=out.name,
-        unit="step",
-        mininterval=5.0,
-        disable=not run.main,
-    )
-    with StopSignals() as signals, open(out / "log.csv", "a", newline="") as log:
-        writer = csv.writer(log)
+    look = {"desc": out.name, "unit": "step", "mininterval": 5.0, "disable": not main}
+    bar = tqdm(total=config.steps, initial=run.step, **look)
+    with _stop_signals() as noticed:
         while run.step < last:
             # Values are read only for a log line, because reading waits for the device.
             for key, value in run.do_step().items():
@@ -364,17 +339,15 @@ def _train(
             if run.step % config.log_every == 0:
                 means = run.means(recent)
                 recent = {}
-                if run.main:
-                    if log.tell() == 0:
-                        writer.writerow(["step", "seconds", *means])
-                    figures = (f"{value:.5g}" for value in means.values())
-                    writer.writerow([run.step, round(time.time()), *figures])
-                    log.flush()
+                if main:
+                    figures = {key: f"{value:.5g}" for key, value in means.items()}
+                    row = {"step": run.step, "seconds": round(time.time()), **figures}
+                    append_row(out / "log.csv", row)
                     bar.set_postfix({k: f"{v:.3f}" for k, v in means.items()}, refresh=False)
             now = time.monotonic()
-            late = stop_after_minutes is not None and now - started > stop_after_minutes * 60
-            late = late or run.minutes >= config.minutes
-            stop, due = run.agreed(late or signals.noticed, now - saved > config.checkpoint_seconds)
+            late = now - started > minutes * 60 or run.minutes >= config.minutes
+            wishes = late or bool(noticed), now - saved > config.checkpoint_seconds
+            stop, due = run.agreed(*wishes)
             if stop:
                 break
             if due:

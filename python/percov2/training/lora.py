@@ -11,9 +11,6 @@ from torch import Tensor, nn
 __all__ = ["LowRankLinear", "add_low_rank", "low_rank_tensors"]
 
 
-DOWN, UP = "lora_down", "lora_up"
-
-
 class LowRankLinear(nn.Module):
     """Linear map base(x) + scale · up(down(x)); ``up`` starts at zero.
 
@@ -50,11 +47,9 @@ def add_low_rank(model: nn.Module, layers: tuple[str, ...], rank: int, alpha: fl
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, not {rank}")
-    names = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.endswith(tuple("." + layer for layer in layers))
-    ]
+    ends = tuple(f".{layer}" for layer in layers)
+    linear = (name for name, part in model.named_modules() if isinstance(part, nn.Linear))
+    names = [name for name in linear if name.endswith(ends)]
     if not names:
         raise ValueError(f"no linear map is named {' or '.join(layers)}")
     for name in names:
@@ -71,5 +66,5 @@ def low_rank_tensors(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{part}": getattr(module, part).detach()
         for name, module in model.named_modules()
         if isinstance(module, LowRankLinear)
-        for part in (DOWN, UP)
+        for part in ("lora_down", "lora_up")
     }

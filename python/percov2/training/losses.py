@@ -12,7 +12,7 @@ Image Compression (Agustsson et al. 2023, arXiv 2212.13824) and CRDR (Iwai et al
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -20,19 +20,8 @@ from torch import Tensor, nn
 
 from percov2.models.perceptual import LPIPS
 
-__all__ = [
-    "FEATURES",
-    "FEATURE_CHANNELS",
-    "Comparison",
-    "LossTerms",
-    "PerceptualNetworks",
-    "Term",
-    "View",
-    "draw_view",
-    "least_side",
-    "weighted",
-]
-
+__all__ = ["FEATURES", "FEATURE_CHANNELS", "Comparison", "LossTerms", "PerceptualNetworks", "Term"]
+__all__ += ["View", "draw_view", "least_side", "weighted"]
 
 _STRIDE = 16
 """Stride of the last slices of AlexNet and VGG16 in pixels."""
@@ -41,20 +30,11 @@ _LEAST_SIDE = 32
 
 @dataclass(frozen=True)
 class Term:
-    """Weight of a loss over the steps of a run.
+    """Weight of a loss over the steps of a run; raise ValueError for a value below 0."""
 
-    Attributes:
-        weight: final weight.
-        from_step: first step with a weight above 0.
-        warmup: number of steps of a linear rise after ``from_step``.
-
-    Raises:
-        ValueError: a value is below 0.
-    """
-
-    weight: float = 0.0
-    from_step: int = 0
-    warmup: int = 0
+    weight: float = 0.0  # final weight
+    from_step: int = 0  # first step with a weight above 0
+    warmup: int = 0  # steps of a linear rise after ``from_step``
 
     def __post_init__(self) -> None:
         if not min(self.weight, self.from_step, self.warmup) >= 0:
@@ -68,22 +48,14 @@ class Term:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Weights of the losses at one rate, relative to L1.
+    """Weights of the losses at one rate, relative to L1."""
 
-    Attributes:
-        mse: weight of the mean squared error at realism 0.
-        alex: weight of LPIPS (AlexNet).
-        vgg: weight of LPIPS (VGG16).
-        pixels: root mean square of the pixel discriminator's gradient at the picture, relative to
-            that of L1.
-        features: weight of the feature discriminator's hinge loss.
-    """
-
-    mse: Term = field(default_factory=Term)
-    alex: Term = field(default_factory=Term)
-    vgg: Term = field(default_factory=Term)
-    pixels: Term = field(default_factory=Term)
-    features: Term = field(default_factory=Term)
+    mse: Term = Term()  # mean squared error at realism 0
+    alex: Term = Term()  # LPIPS (AlexNet)
+    vgg: Term = Term()  # LPIPS (VGG16)
+    # Root mean square of the pixel discriminator's gradient at the picture, relative to L1's.
+    pixels: Term = Term()
+    features: Term = Term()  # hinge loss of the feature discriminator
 
     def at(self, step: int) -> dict[str, float]:
         """Return the nonzero weights at a step, by name."""
@@ -115,19 +87,12 @@ class View:
     The strides of AlexNet's slices are 4, 8 and 16 pixels, like the blocks of decoder (4×4) and
     flow (16×16). At a fixed alignment, both would learn patterns that fit one network only. So
     every batch draws the position of its view.
-
-    Attributes:
-        shift: row and column, int64 [2], 0 to 15, of AlexNet's first pixel; None for whole
-            pictures.
-        window: row and column, int64 [2], of the first pixel of VGG16's window.
-        window_side: side of that window in pixels.
-        coarse: True if AlexNet sees means of 2×2 pixels.
     """
 
-    shift: Tensor | None
-    window: Tensor
-    window_side: int
-    coarse: bool = False
+    shift: Tensor | None  # row, column of AlexNet's first pixel, int64 [2], 0 to 15; None for all
+    window: Tensor  # row, column of the first pixel of VGG16's window, int64 [2]
+    window_side: int  # in pixels
+    coarse: bool = False  # True if AlexNet sees means of 2×2 pixels
 
 
 def _drawn(share: float) -> bool:
@@ -153,20 +118,14 @@ def draw_view(side: int, aligned: float, coarse: float, window_side: int) -> Vie
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences between a batch of pictures and its photos.
-
-    Attributes:
-        l1, mse, alex, vgg: a value per sample, float [B]; None for a term without weight.
-        found, wanted: responses of frozen networks to the pictures and to the photos, for the
-            feature discriminator.
-    """
+    """Differences between a batch of pictures and its photos, a value per sample: float [B]."""
 
     l1: Tensor
     mse: Tensor
-    alex: Tensor | None
+    alex: Tensor | None  # None without weight
     vgg: Tensor | None
-    found: list[Tensor]
-    wanted: list[Tensor]
+    found: list[Tensor]  # responses of frozen networks to the pictures, for a discriminator
+    wanted: list[Tensor]  # the same for the photos
 
 
 FEATURES = (("alex", 2), ("vgg", 1), ("vgg", 2), ("vgg", 3))
@@ -208,10 +167,8 @@ class PerceptualNetworks(nn.Module):
         """
         least = least_side(view.coarse)
         if min(images.shape[-2:]) < least:
-            raise ValueError(
-                f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS; sides "
-                f"must be at least {least} pixels"
-            )
+            small = f"crops of {images.shape[-1]}x{images.shape[-2]} are too small for LPIPS"
+            raise ValueError(f"{small}; sides must be at least {least} pixels")
         error = images.float() - references
         distances: dict[str, Tensor] = {}
         found: dict[str, list[Tensor]] = {}
@@ -225,9 +182,8 @@ class PerceptualNetworks(nn.Module):
                 wanted[name] = network.responses(theirs)
             found[name] = network.responses(ours)
             if name in active:
-                distances[name] = network.distance(
-                    network.normalized(found[name]), network.normalized(wanted[name])
-                )
+                pair = network.normalized(found[name]), network.normalized(wanted[name])
+                distances[name] = network.distance(*pair)
         judged = FEATURES if "features" in active else ()
         return Comparison(
             error.abs().mean((1, 2, 3)),

@@ -17,7 +17,6 @@ from percov2.training.losses import LossTerms, least_side
 
 __all__ = ["RateConfig", "RateNetworks", "build_rates", "draw_rate", "perplexity"]
 
-
 _PATCH_PIXELS = 2 * PatchAutoencoder.stride
 """Side in pixels of the flow's patches; training does not pad crops."""
 
@@ -26,32 +25,24 @@ _PATCH_PIXELS = 2 * PatchAutoencoder.stride
 class RateConfig:
     """Settings of one rate.
 
-    Attributes:
-        share: share of the training steps; shares need not sum to 1.
-        crops: crops, with sides that are multiples of the token side.
-        codebook_decay: decay of the codebook's moving averages, nearer to 1 for few tokens per code
-            and step. With 1, the hyper-encoder learns, but codebook and model id stay.
-        frozen_tokens: freeze hyper-encoder and codebook, so that files and entropy models stay
-            valid while flow and decoder improve.
-        losses: weights of the losses.
-        aligned: share of the batches in which LPIPS (AlexNet) is aligned with the tokens
-            (``losses.View``).
-        coarse: share of the batches in which LPIPS (AlexNet) sees pictures of half the size.
-        steps, realism, decoder_noise: defaults of decoding at this rate; None for the model's.
-
     Raises:
         ValueError: ``aligned`` or ``coarse`` is outside 0 to 1, or crops are too small for LPIPS.
     """
 
     hyper_encoder: dict = field(default_factory=dict)
     quantizer: dict = field(default_factory=dict)
-    crops: CropPlan = field(default_factory=CropPlan)
-    share: float = 1.0
+    crops: CropPlan = field(default_factory=CropPlan)  # sides are multiples of the token side
+    share: float = 1.0  # of the training steps; shares need not sum to 1
+    # Decay of the codebook's moving averages, nearer to 1 for few tokens per code and step. With 1,
+    # the hyper-encoder learns, but codebook and model id stay.
     codebook_decay: float = 0.97
+    # Freeze hyper-encoder and codebook, so that files and entropy models stay valid while flow and
+    # decoder improve.
     frozen_tokens: bool = False
     losses: LossTerms = field(default_factory=LossTerms)
-    aligned: float = 0.0
-    coarse: float = 0.0
+    aligned: float = 0.0  # share of batches with LPIPS (AlexNet) aligned to tokens (``View``)
+    coarse: float = 0.0  # share of batches in which LPIPS (AlexNet) sees pictures of half the size
+    # Defaults of decoding at this rate; None for the model's.
     steps: int | None = None
     realism: float | None = None
     decoder_noise: float | None = None
@@ -62,10 +53,8 @@ class RateConfig:
                 raise ValueError(f"{name} must be 0 to 1, not {getattr(self, name)}")
         least = least_side(self.coarse > 0)
         if min(self.crops.sides) < least:
-            raise ValueError(
-                f"crops of {min(self.crops.sides)} pixels are too small for LPIPS; sides must be "
-                f"at least {least} pixels"
-            )
+            small = f"crops of {min(self.crops.sides)} pixels are too small for LPIPS"
+            raise ValueError(f"{small}; sides must be at least {least} pixels")
 
 
 def perplexity(usage: Tensor) -> Tensor:
@@ -92,8 +81,7 @@ class RateNetworks(nn.Module):
         self.hyper_encoder.to(memory_format=torch.channels_last)
         self.quantizer = VectorQuantizer(**config.quantizer)
         unit = max(self.token_side, _PATCH_PIXELS)
-        odd = [side for side in config.crops.sides if side % unit]
-        if odd:
+        if odd := [side for side in config.crops.sides if side % unit]:
             raise ValueError(
                 f"crop sides {odd} are not multiples of {unit} pixels, the larger of this rate's "
                 "token side and the side of the flow's patches"
@@ -110,8 +98,7 @@ class RateNetworks(nn.Module):
 
     def point(self, name: str) -> Rate:
         """Return the rate for the configuration of a model folder."""
-        size = int(self.quantizer.config["codebook_size"])
-        own = self.config
+        size, own = int(self.quantizer.config["codebook_size"]), self.config
         return Rate(name, self.token_side, size, own.steps, own.realism, own.decoder_noise)
 
     def forward(self, latents: Tensor) -> Quantized:
@@ -120,15 +107,16 @@ class RateNetworks(nn.Module):
         With frozen tokens, both losses are 0 and nothing is kept.
         """
         if self.config.frozen_tokens:
-            with torch.no_grad():
-                tokens = self.quantizer.tokens(self.hyper_encoder(latents))
-            nothing = latents.new_zeros(())
-            return Quantized(
-                self.quantizer.embed(tokens), tokens, nothing, nothing, latents.new_zeros(0)
-            )
-        quantized: Quantized = self.quantizer(self.hyper_encoder(latents))
-        self._last = quantized
+            tokens, no_loss = self.tokens(latents), latents.new_zeros(())
+            z_hat, no_directions = self.quantizer.embed(tokens), latents.new_zeros(0)
+            return Quantized(z_hat, tokens, no_loss, no_loss, no_directions)
+        quantized = self._last = self.quantizer(self.hyper_encoder(latents))
         return quantized
+
+    @torch.no_grad()
+    def tokens(self, latents: Tensor) -> Tensor:
+        """Return the tokens, int32 [B, h', w'], of latents."""
+        return self.quantizer.tokens(self.hyper_encoder(latents))
 
     def move_codebook(self) -> None:
         """Move the codes towards the last step's hyper-latents, once."""
@@ -151,8 +139,7 @@ def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
     """
     if not configs:
         raise ValueError("give at least one rate, e.g. a table [codec.rates.r031]")
-    bad = {name: c.share for name, c in configs.items() if not c.share > 0}
-    if bad:
+    if bad := {name: c.share for name, c in configs.items() if not c.share > 0}:
         raise ValueError(f"shares of the steps must be positive, not {bad}")
     rates = {name: RateNetworks(config) for name, config in configs.items()}
     channels = {n: int(r.quantizer.config["output_channels"]) for n, r in rates.items()}

@@ -9,18 +9,17 @@ their workspaces.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from percov2.training.stage import Draw
+from percov2.training.stage import Draw, Figures
 
 __all__ = ["CudaRecorder", "Figures", "RecordedSteps", "Recorder"]
 
-
-Figures = dict[str, Tensor]
 Recorder = Callable[[Callable[[], Figures]], tuple[Figures, Callable[[], None]]]
 """Function that records work without running it; it returns the results' tensors and the replay."""
 
@@ -39,8 +38,7 @@ class CudaRecorder:
     def __call__(self, work: Callable[[], Figures]) -> tuple[Figures, Callable[[], None]]:
         """Record ``work``, which must not wait for the device."""
         graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
             results = work()
         return results, graph.replay
 
@@ -66,7 +64,7 @@ class RecordedSteps:
 
     def __init__(self, step: Callable[[Draw], Figures], recorder: Recorder) -> None:
         self._step, self._recorder = step, recorder
-        self._seen: dict[Hashable, int] = {}
+        self._seen: Counter[Hashable] = Counter()
         self._recorded: dict[Hashable, _Recorded] = {}
 
     def __call__(self, draw: Draw) -> Figures:
@@ -74,9 +72,8 @@ class RecordedSteps:
         shapes = tuple((name, tuple(value.shape)) for name, value in draw.tensors.items())
         kind = draw.kind, shapes
         if kind not in self._recorded:
-            seen = self._seen.get(kind, 0)
-            self._seen[kind] = seen + 1
-            if seen < _AS_USUAL:
+            self._seen[kind] += 1
+            if self._seen[kind] <= _AS_USUAL:
                 return self._step(draw)
             self._recorded[kind] = self._record(draw)
         recorded = self._recorded[kind]
@@ -84,10 +81,7 @@ class RecordedSteps:
             recorded.inputs[name].copy_(value)
         recorded.repeat()
         values = iter(recorded.values.clone())
-        return {
-            name: next(values) if value is None else value
-            for name, value in recorded.constants.items()
-        }
+        return {k: next(values) if v is None else v for k, v in recorded.constants.items()}
 
     def _record(self, draw: Draw) -> _Recorded:
         inputs = {name: value.clone() for name, value in draw.tensors.items()}
@@ -99,9 +93,6 @@ class RecordedSteps:
             return {**figures, "": torch.stack(moving)}
 
         results, repeat = self._recorder(work)
-        constants = {
-            name: None if value.device in devices else value
-            for name, value in results.items()
-            if name
-        }
-        return _Recorded(inputs, repeat, constants, results[""])
+        values = results.pop("")
+        constants = {k: None if v.device in devices else v for k, v in results.items()}
+        return _Recorded(inputs, repeat, constants, values)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from percov2.codec import Codec
+from percov2.training.loop import LoopConfig
 
-__all__ = ["build_config", "read_recipe", "read_section", "write_model_ids"]
-
+__all__ = ["build_config", "build_phase", "read_recipe", "read_section", "write_model_ids"]
 
 Config = TypeVar("Config")
+Values = dict[str, Any]
 
 
-def read_section(path: Path, section: str) -> dict[str, Any]:
+def read_section(path: Path, section: str) -> Values:
     """Return a phase's table of a TOML file; raise ValueError if there is none."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     if section not in tables:
@@ -23,9 +24,7 @@ def read_section(path: Path, section: str) -> dict[str, Any]:
     return tables[section]
 
 
-def read_recipe(
-    path: Path, section: str, chosen: str | None, table: str = "recipes"
-) -> dict[str, Any]:
+def read_recipe(path: Path, section: str, chosen: str | None, table: str = "recipes") -> Values:
     """Return a phase's table with the chosen recipes merged over it, in order.
 
     Recipe ``NAME`` is the table ``[SECTION.recipes.NAME]``, which holds differences to the section.
@@ -47,7 +46,7 @@ def read_recipe(
     return values
 
 
-def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+def _merged(values: Values, own: Values) -> Values:
     """Merge ``own`` over ``values``, table by table."""
     merged = {**values, **own}
     for key in values.keys() & own.keys():
@@ -56,17 +55,22 @@ def _merged(values: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def build_config(kind: type[Config], values: dict[str, Any]) -> Config:
+def build_config(kind: type[Config], values: Values) -> Config:
     """Return a dataclass for a TOML table; raise ValueError if it does not fit."""
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - names)
-    if unknown:
+    if unknown := sorted(set(values) - names):
         raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
     try:
         # Settings are tuples, but TOML and JSON have lists.
         return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except TypeError as error:  # a missing setting, or a text instead of a number
         raise ValueError(f"{error}; the settings are {sorted(names)}") from error
+
+
+def build_phase(kind: type[Config], values: Values) -> tuple[Config, LoopConfig]:
+    """Return a phase's settings, and those of its loop from the table "loop" in ``values``."""
+    loop = build_config(LoopConfig, values.pop("loop", {}))
+    return build_config(kind, values), loop
 
 
 def write_model_ids(folder: Path) -> None:
@@ -77,5 +81,5 @@ def write_model_ids(folder: Path) -> None:
     codec = Codec.from_pretrained(folder)
     names = [rate.name for rate in codec.config.rates]
     able = [name for name in names if (folder / name / "entropy" / "config.json").is_file()]
-    lines = [f"{codec.model_id(name):04x} {name}\n" for name in able]
-    (folder / "model_id").write_text("".join(lines), encoding="utf-8")
+    text = "".join(f"{codec.model_id(name):04x} {name}\n" for name in able)
+    (folder / "model_id").write_text(text, encoding="utf-8")

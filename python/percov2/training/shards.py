@@ -15,29 +15,21 @@ import tarfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from percov2.images import to_rgb
 from percov2.photos import is_held_out
 
-__all__ = [
-    "PHOTO_ENDINGS",
-    "CropFeed",
-    "Member",
-    "Position",
-    "Sample",
-    "ShardStreams",
-    "read_member",
-    "shard_members",
-    "shard_photos",
-]
-
+__all__ = ["PHOTO_ENDINGS", "CropFeed", "Member", "Position", "Sample", "ShardStreams"]
+__all__ += ["image_batch", "read_member", "shard_members", "shard_photos"]
 
 _THREADS = 4
 PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")
@@ -62,12 +54,10 @@ def shard_members(shard: Path) -> tuple[Member, ...]:
             for member in tar:
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, ending = name.partition(".")
-                key = folder + slash + stem
-                place = (member.offset_data, member.size)
-                if member.isfile() and ending.lower() in PHOTO_ENDINGS:
-                    photos[key] = place
-                elif member.isfile() and ending == "txt":
-                    captions[key] = place
+                photo = ending.lower() in PHOTO_ENDINGS
+                if member.isfile() and (photo or ending == "txt"):
+                    place = (member.offset_data, member.size)
+                    (photos if photo else captions)[folder + slash + stem] = place
     except tarfile.TarError as error:
         raise ValueError(f"{shard} is not an uncompressed tar file: {error}") from error
     if not photos:
@@ -104,19 +94,18 @@ def shard_photos(shard: Path, side: int, longest: int) -> Iterator[tuple[str, ND
             yield member.key, pixels[: height - height % side, : width - width % side]
 
 
+def image_batch(pixels: NDArray[np.uint8]) -> Tensor:
+    """Return pixels [H, W, 3] as a batch of one image, float32 [1, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().div(127.5).sub(1.0)
+
+
 @dataclass(frozen=True)
 class Sample:
-    """One training sample.
+    """One training sample."""
 
-    Attributes:
-        pixels: uint8 [S, S, 3].
-        caption: one of the photo's captions, "" if it has none.
-        randomness: generator for further draws, the same for any number of processes.
-    """
-
-    pixels: NDArray[np.uint8]
-    caption: str
-    randomness: np.random.Generator
+    pixels: NDArray[np.uint8]  # [S, S, 3]
+    caption: str  # one of the photo's captions, "" if it has none
+    randomness: np.random.Generator  # for further draws, the same for any number of processes
 
 
 @dataclass(frozen=True)
@@ -151,8 +140,8 @@ class ShardStreams:
             raise ValueError("no .tar shards; give a folder that holds WebDataset shards")
         if longest < side:
             raise ValueError(f"longest must be at least the crops' side of {side}, not {longest}")
-        self.shards, self.streams, self.side, self.longest = shards, streams, side, longest
-        self.seed = seed
+        self.shards, self.streams, self.seed = shards, streams, seed
+        self.side, self.longest = side, longest
 
     def next(self, stream: int, position: Position) -> tuple[Sample, Position]:
         """Return a stream's first usable sample from a position on, and the next position.
@@ -166,13 +155,12 @@ class ShardStreams:
         while position.rounds <= first_round + 1:
             shard, members, more = self._shard(stream, position)
             if position.samples >= len(members):
-                position = Position(
-                    position.rounds + (not more), position.shards + 1 if more else 0
-                )
+                done = (position.rounds, position.shards + 1) if more else (position.rounds + 1, 0)
+                position = Position(*done)
                 continue
             random = self._random(0, stream, *vars(position).values())
             sample = self._crop(shard, members[position.samples], random)
-            position = Position(position.rounds, position.shards, position.samples + 1)
+            position = replace(position, samples=position.samples + 1)
             if sample is not None:
                 return sample, position
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Hashable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,38 +12,30 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Draw", "Place", "TrainingStage"]
+__all__ = ["ALONE", "Draw", "Figures", "Place", "TrainingStage", "append_row"]
+
+Figures = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Facts of a process in a run.
+    """Facts of a process in a run."""
 
-    Attributes:
-        device: device of the stage's weights in this process.
-        process: index of this process.
-        processes: number of processes.
-        accumulate: forward passes per step.
-        seed: seed of the run.
-        recorded: True if steps are recorded (``recording.RecordedSteps``).
-    """
-
-    device: torch.device
-    process: int = 0
+    device: torch.device  # of the stage's weights in this process
+    process: int = 0  # index of this process
     processes: int = 1
-    accumulate: int = 1
-    seed: int = 0
-    recorded: bool = False
+    accumulate: int = 1  # forward passes per step
+    seed: int = 0  # of the run
+    recorded: bool = False  # True if steps are recorded (``recording.RecordedSteps``)
+
+
+ALONE = Place(torch.device("cpu"))
+"""Place outside a run."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Input of a step.
-
-    Attributes:
-        kind: everything that decides the operations of the step.
-        tensors: operands on the device.
-    """
+    """Input of a step: everything that decides its operations, and operands on the device."""
 
     kind: Hashable
     tensors: dict[str, Tensor]
@@ -56,20 +49,24 @@ class TrainingStage(nn.Module):
             number of processes affects only rounding, and may change when a run resumes.
         recordable: True if :meth:`compute` and :meth:`after_step` may be recorded: they read
             nothing back from a GPU, and the state that they keep has a fixed address.
+        frozen_parts: prefixes of the keys of ``state_dict()`` that checkpoints leave out.
     """
 
     whole_batches = False
     recordable = False
+    frozen_parts: tuple[str, ...] = ()
+    place = ALONE
+    step = 0
 
     def draw(self, generator: np.random.Generator) -> Draw:
         """Draw a batch for :meth:`compute`. A stage may define ``forward`` instead."""
         raise TypeError(f"{type(self).__name__} must define draw or forward")
 
-    def compute(self, draw: Draw) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute(self, draw: Draw) -> tuple[Tensor, Figures]:
         """Return the loss and the figures of a batch."""
         raise TypeError(f"{type(self).__name__} must define compute or forward")
 
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, Figures]:
         """Draw a batch and return the loss and figures to log.
 
         Figures are scalars with the same names at every step; a missing one is NaN.
@@ -77,14 +74,16 @@ class TrainingStage(nn.Module):
         return self.compute(self.draw(generator))
 
     def stored_keys(self) -> set[str]:
-        """Return the keys of ``state_dict()`` for checkpoints (e.g. without frozen networks)."""
-        return set(self.state_dict())
+        """Return the keys of ``state_dict()`` for checkpoints."""
+        return {key for key in self.state_dict() if not key.startswith(self.frozen_parts)}
 
     def start_run(self, place: Place) -> None:
         """Prepare a run, after the weights moved to their device and before a restore."""
+        self.place = place
 
     def start_step(self, step: int, total: int) -> None:
         """Prepare a step (e.g. switch fake quantization on)."""
+        self.step = step
 
     def after_step(self) -> None:
         """Finish an optimiser step (e.g. move the codebook)."""
@@ -98,3 +97,12 @@ class TrainingStage(nn.Module):
 
     def load_side_state(self, state: dict[str, Any]) -> None:
         """Restore the result of :meth:`side_state`, or {} from a run without one."""
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a CSV file, whose first line holds the names."""
+    with open(path, "a", newline="") as log:
+        writer = csv.DictWriter(log, row)
+        if log.tell() == 0:
+            writer.writeheader()
+        writer.writerow(row)

@@ -8,7 +8,6 @@ integer form is exported, and both forms are measured on held-out maps.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.random import Generator
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -26,59 +26,36 @@ from percov2.entropy.schedule import DEFAULT_SCHEDULE, SCHEDULES, stages
 from percov2.entropy.token_coder import TokenCoder
 from percov2.entropy.torch.export import export
 from percov2.entropy.torch.quantization import ActivationRange
-from percov2.entropy.torch.transformer import (
-    Crop,
-    TokenBatch,
-    TokenTransformer,
-    TransformerConfig,
-    crop_batch,
-)
+from percov2.entropy.torch.transformer import Crop, TokenBatch, TokenTransformer, crop_batch
+from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import size_class
 from percov2.training.loop import LoopConfig, load_averaged, train
-from percov2.training.stage import Place, TrainingStage
+from percov2.training.stage import ALONE, Figures, Place, TrainingStage, append_row
 
-__all__ = [
-    "EntropyConfig",
-    "EntropyStage",
-    "RoundedStage",
-    "TokenMaps",
-    "evenly_spread",
-    "integer_bits",
-    "random_stages",
-    "report",
-    "train_entropy",
-    "trained_model",
-]
-
+__all__ = ["EntropyConfig", "EntropyStage", "RoundedStage", "TokenMaps", "evenly_spread"]
+__all__ += ["integer_bits", "random_stages", "train_entropy", "trained_model"]
 
 _MAX_HELD_OUT = 48
 _OBSERVE_EVERY = 4
+Shape = tuple[int, int]
+Map = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class EntropyConfig:
-    """Configuration of the entropy phase.
+    """Configuration of the entropy phase."""
 
-    Attributes:
-        model: sizes of the transformer (``TransformerConfig`` without codebook_size).
-        shapes: crop heights and widths in tokens; a step draws one shape.
-        tokens_per_step: approximate number of tokens in a batch, over all processes.
-        real_orders: share of crops with a schedule of the format; the others have random orders.
-        default_orders: share of the former with the default schedule.
-        round_from: share of the steps before rounding starts.
-        observe_until: share of the steps before the scales are fixed.
-    """
-
-    model: dict = field(default_factory=dict)
-    shapes: tuple[tuple[int, int], ...] = ((16, 16), (14, 14), (12, 20), (20, 28), (24, 32))
-    tokens_per_step: int = 4096
-    real_orders: float = 0.6
-    default_orders: float = 0.6
-    round_from: float = 0.6
-    observe_until: float = 0.85
+    model: dict = field(default_factory=dict)  # ``TransformerConfig`` without codebook_size
+    # Crop heights and widths in tokens; a step draws one shape.
+    shapes: tuple[Shape, ...] = ((16, 16), (14, 14), (12, 20), (20, 28), (24, 32))
+    tokens_per_step: int = 4096  # approximate number of tokens in a batch, over all processes
+    real_orders: float = 0.6  # share of crops with a schedule of the format; others are random
+    default_orders: float = 0.6  # share of the former with the default schedule
+    round_from: float = 0.6  # share of the steps before rounding starts
+    observe_until: float = 0.85  # share of the steps before the scales are fixed
 
 
-def _read_maps(path: Path) -> tuple[int, list[tuple[NDArray[np.int32], bool]]]:
+def _read_maps(path: Path) -> tuple[int, list[tuple[Map, bool]]]:
     """Return the codebook size of a file, and its token maps with their held-out flags."""
     with np.load(path, allow_pickle=False) as stored:
         for name in ("codebook_size", "held_out"):
@@ -90,10 +67,8 @@ def _read_maps(path: Path) -> tuple[int, list[tuple[NDArray[np.int32], bool]]]:
         held = stored["held_out"].tolist()
     for i, tokens in enumerate(maps):
         if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= codebook_size:
-            raise ValueError(
-                f"{path}: tokens_{i} of shape {tokens.shape} must be [h, w] with tokens below "
-                f"{codebook_size}"
-            )
+            found = f"{path}: tokens_{i} of shape {tokens.shape}"
+            raise ValueError(f"{found} must be [h, w] with tokens below {codebook_size}")
     return codebook_size, list(zip(maps, held, strict=True))
 
 
@@ -129,11 +104,9 @@ class TokenMaps:
         others = [tokens for _, part in stored for tokens, held in part if held]
         self.held_out = evenly_spread(others)
         if not self.maps or not self.held_out:
-            raise ValueError(
-                f"{path} holds {len(self.maps)} maps to train on and {len(others)} held out; "
-                "both are needed"
-            )
-        self._stages: dict[tuple[str, int, int], NDArray[np.int32]] = {}
+            found = f"{len(self.maps)} maps to train on and {len(others)} held out"
+            raise ValueError(f"{path} holds {found}; both are needed")
+        self._stages: dict[tuple[str, int, int], Map] = {}
 
     def counts(self) -> NDArray[np.int64]:
         """Return the number of times that each token occurs in training: int64 [V]."""
@@ -145,7 +118,7 @@ class TokenMaps:
         shapes = {tokens.shape for tokens in self.maps}
         return {size_class(h) for h, _ in shapes}, {size_class(w) for _, w in shapes}
 
-    def stages(self, name: str, height: int, width: int) -> NDArray[np.int32]:
+    def stages(self, name: str, height: int, width: int) -> Map:
         """Return ``schedule.stages``, cached."""
         key = (name, height, width)
         if key not in self._stages:
@@ -154,11 +127,10 @@ class TokenMaps:
 
     def draw(
         self,
-        generator: np.random.Generator,
-        shape: tuple[int, int],
+        generator: Generator,
+        shape: Shape,
         config: EntropyConfig,
-        process: int = 0,
-        processes: int = 1,
+        place: Place = ALONE,
     ) -> TokenBatch:
         """Return this process's part of a batch of crops of ``shape``, or less for small maps.
 
@@ -170,29 +142,26 @@ class TokenMaps:
         fitting = [t for t in fitting if t.shape[1] >= width]
         area = np.array([tokens.size for tokens in fitting], dtype=np.float64)
         count = max(1, round(config.tokens_per_step / (height * width)))
-        count += -count % processes  # equal parts: gradients are averaged over processes
+        count += -count % place.processes  # equal parts: gradients are averaged over processes
         crops = []
         for pick in generator.choice(len(fitting), size=count, p=area / area.sum()):
             tokens = fitting[pick]
-            order = self._order(generator, tokens.shape, config)
+            order = self._order(generator, config, *tokens.shape)
             top = int(generator.integers(tokens.shape[0] - height + 1))
             left = int(generator.integers(tokens.shape[1] - width + 1))
             crops.append(Crop(tokens, order, top, left))
-        return crop_batch(crops[process::processes], height, width)
+        return crop_batch(crops[place.process :: place.processes], height, width)
 
-    def _order(
-        self, generator: np.random.Generator, shape: tuple[int, ...], config: EntropyConfig
-    ) -> NDArray[np.int32]:
+    def _order(self, generator: Generator, config: EntropyConfig, height: int, width: int) -> Map:
         """Draw the stages of a whole map: a schedule of the format, or a random order."""
-        if generator.random() < config.real_orders:
-            name = DEFAULT_SCHEDULE
-            if generator.random() >= config.default_orders:
-                name = str(generator.choice(SCHEDULES))
-            return self.stages(name, shape[0], shape[1])
-        return random_stages(generator, shape[0], shape[1])
+        if generator.random() >= config.real_orders:
+            return random_stages(generator, height, width)
+        default = generator.random() < config.default_orders
+        name = DEFAULT_SCHEDULE if default else str(generator.choice(SCHEDULES))
+        return self.stages(name, height, width)
 
 
-def random_stages(generator: np.random.Generator, height: int, width: int) -> NDArray[np.int32]:
+def random_stages(generator: Generator, height: int, width: int) -> Map:
     """Draw a random order, int32 [height, width], in groups that grow by a power law."""
     size = height * width
     groups = min(size, int(np.exp(generator.uniform(np.log(2), np.log(40)))))
@@ -207,21 +176,19 @@ def random_stages(generator: np.random.Generator, height: int, width: int) -> ND
 class RoundedStage(TrainingStage):
     """Base of stages with a token transformer that is rounded in the later part of a run.
 
-    Attributes:
-        config: settings with ``round_from`` and ``observe_until``.
-        transformer: transformer to train.
+    Args:
+        config: settings with ``model``, ``round_from`` and ``observe_until``.
+        counts: number of times that each token occurs in training, int64 [V].
     """
 
     whole_batches = True
-    config: Any
-    transformer: TokenTransformer
 
-    def __init__(self) -> None:
+    def __init__(self, config: Any, counts: NDArray[np.int64]) -> None:
         super().__init__()
-        self.place = Place(torch.device("cpu"))
-
-    def start_run(self, place: Place) -> None:
-        self.place = place
+        self.config = config
+        sizes = TransformerConfig(codebook_size=len(counts), **config.model)
+        self.transformer = TokenTransformer(sizes)
+        self.transformer.set_frequencies(torch.from_numpy(counts))
 
     def start_step(self, step: int, total: int) -> None:
         self.transformer.quantized = step >= self.config.round_from * total
@@ -249,17 +216,12 @@ class EntropyStage(RoundedStage):
     """Training of the transformer on bits per token."""
 
     def __init__(self, config: EntropyConfig, data: TokenMaps) -> None:
-        super().__init__()
-        self.config, self.data = config, data
-        sizes = TransformerConfig(codebook_size=data.codebook_size, **config.model)
-        self.transformer = TokenTransformer(sizes)
-        self.transformer.set_frequencies(torch.from_numpy(data.counts()))
+        super().__init__(config, data.counts())
+        self.data = data
 
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, generator: Generator) -> tuple[Tensor, Figures]:
         shape = self.config.shapes[int(generator.integers(len(self.config.shapes)))]
-        place = self.place
-        batch = self.data.draw(generator, shape, self.config, place.process, place.processes)
-        loss = self._bits(batch)
+        loss = self._bits(self.data.draw(generator, shape, self.config, self.place))
         return loss, {"bits": loss.detach()}
 
     def _bits(self, batch: TokenBatch) -> Tensor:
@@ -288,14 +250,10 @@ class EntropyStage(RoundedStage):
     def draw_samples(self, folder: Path, step: int) -> None:
         """Append bits per token of the held-out maps to held_out.csv."""
         bits = self.held_out_bits(DEFAULT_SCHEDULE, self.transformer.quantized)
-        with open(folder / "held_out.csv", "a", newline="") as log:
-            writer = csv.writer(log)
-            if log.tell() == 0:
-                writer.writerow(["step", "bits"])
-            writer.writerow([step, f"{bits:.5f}"])
+        append_row(folder / "held_out.csv", {"step": step, "bits": f"{bits:.5f}"})
 
 
-def integer_bits(coder: TokenCoder, maps: list[NDArray[np.int32]], schedule: str) -> float:
+def integer_bits(coder: TokenCoder, maps: list[Map], schedule: str) -> float:
     """Return the bits per token of whole maps from the coded intervals."""
     bits = tokens = 0.0
     for grid in maps:
@@ -305,7 +263,7 @@ def integer_bits(coder: TokenCoder, maps: list[NDArray[np.int32]], schedule: str
     return bits / tokens
 
 
-def report(stage: EntropyStage, coder: TokenCoder, schedules: tuple[str, ...]) -> dict[str, Any]:
+def _report(stage: EntropyStage, coder: TokenCoder, schedules: tuple[str, ...]) -> dict[str, Any]:
     """Return the bits per token of held-out maps: float form, rounded form, coded intervals."""
     counts = stage.data.counts()
     share = counts[counts > 0] / counts.sum()
@@ -316,14 +274,13 @@ def report(stage: EntropyStage, coder: TokenCoder, schedules: tuple[str, ...]) -
         "order_0_bits": float(-(share * np.log2(share)).sum()),
     }
     for name in schedules:
-        float_bits = stage.held_out_bits(name, quantized=False)
-        coded = integer_bits(coder, stage.data.held_out, name)
-        result[name] = {
-            "float": float_bits,
+        figures = {
+            "float": stage.held_out_bits(name, quantized=False),
             "rounded": stage.held_out_bits(name, quantized=True),
-            "integer": coded,
-            "integer_over_float_percent": 100 * (coded / float_bits - 1),
+            "integer": integer_bits(coder, stage.data.held_out, name),
         }
+        above = figures["integer"] / figures["float"] - 1
+        result[name] = {**figures, "integer_over_float_percent": 100 * above}
     return result
 
 
@@ -334,7 +291,7 @@ def trained_model(
     out: Path,
     minutes: float | None = None,
 ) -> IntTransformer | None:
-    """Train a stage to its last step, then export its averaged weights to ``out/entropy``.
+    """Train a stage to its last step, then export its averaged weights.
 
     The same call resumes an interrupted run.
 
@@ -346,13 +303,11 @@ def trained_model(
     """
     if train(stage, loop, out, stop_after_minutes=minutes) < loop.steps or stage.place.process:
         return None
-    stage.place = Place(torch.device("cpu"))
+    stage.place = ALONE
     stage.cpu()
     load_averaged(out, stage)
     stage.transformer.fill_unseen_sizes(*size_classes)
-    model = export(stage.transformer)
-    model.save(out / "entropy")
-    return model
+    return export(stage.transformer)
 
 
 def train_entropy(
@@ -385,12 +340,12 @@ def train_entropy(
     model = trained_model(stage, stage.data.size_classes(), loop, out, minutes)
     if model is None:
         return None
-    coder = TokenCoder(model)
+    model.save(out / "entropy")
     result = {
-        "model": coder.model.config.to_dict(),
-        "fingerprint": coder.model.fingerprint().hex(),
+        "model": model.config.to_dict(),
+        "fingerprint": model.fingerprint().hex(),
         "settings": {**asdict(config), "loop": asdict(loop)},
-        **report(stage, coder, schedules),
+        **_report(stage, TokenCoder(model), schedules),
     }
     (out / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result

@@ -14,27 +14,25 @@ from percov2.training.stage1 import CodecStage
 
 __all__ = ["start_from", "stored_state"]
 
-
 _SHARED = ("autoencoder", "flow", "text_encoder")
-_DIAL = "dial"
-_OWN = ("codebook", "usage")
+_OWN = ("quantizer.codebook", "quantizer.usage")
+State = dict[str, Tensor]
 
 
-def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    start = prefix + "."
-    return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+def _part(state: State, prefix: str) -> State:
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def _stored_rates(state: dict[str, Tensor], first: str) -> dict[str, dict[str, Tensor]]:
+def _stored_rates(state: State, first: str) -> dict[str, State]:
     """Return the weights of every rate of a run; the oldest runs have one rate without a name."""
     if any(key.startswith("hyper_encoder.") for key in state):
         own = ("hyper_encoder.", "quantizer.")
         return {first: {k: v for k, v in state.items() if k.startswith(own)}}
     names = dict.fromkeys(key.split(".")[1] for key in state if key.startswith("rates."))
-    return {name: _part(state, f"rates.{name}") for name in names}
+    return {name: _part(state, f"rates.{name}.") for name in names}
 
 
-def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
+def _inherit(networks: RateNetworks, donor: State) -> list[str]:
     """Copy fitting tensors from another rate; return the names of those that keep their start.
 
     A strided 5×5 convolution gets a donor's 1×1 convolution, averaged over 2×2 latents. So the new
@@ -44,12 +42,10 @@ def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
     fresh = []
     for name, value in networks.state_dict().items():
         old = donor.get(name)
-        if old is None or name.removeprefix("quantizer.") in _OWN:
+        if old is None or name in _OWN or old.shape[:2] != value.shape[:2]:
             fresh.append(name)
         elif old.shape == value.shape:
             value.copy_(old)
-        elif old.shape[:2] != value.shape[:2]:
-            fresh.append(name)
         elif (old.shape[2:], value.shape[2:]) == ((1, 1), (5, 5)):
             # With padding 2 and stride 2, taps 2 and 3 of output i are at latents 2i and 2i + 1.
             value.zero_()
@@ -61,7 +57,7 @@ def _inherit(networks: RateNetworks, donor: dict[str, Tensor]) -> list[str]:
     return fresh
 
 
-def _places(state: dict[str, Tensor]) -> dict[tuple[int, int], str]:
+def _places(state: State) -> dict[tuple[int, int], str]:
     """Return the prefixes of a decoder's layers by (number of plain layers so far, block).
 
     A plain layer is block 0.
@@ -78,7 +74,7 @@ def _places(state: dict[str, Tensor]) -> dict[tuple[int, int], str]:
     return places
 
 
-def _fitted(fresh: dict[str, Tensor], stored: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+def _fitted(fresh: State, stored: State) -> tuple[State, int]:
     """Return weights for a decoder of another depth or width, and the number of new tensors.
 
     New blocks start as the identity, so a deeper decoder starts as the stored one. A smaller or
@@ -87,29 +83,27 @@ def _fitted(fresh: dict[str, Tensor], stored: dict[str, Tensor]) -> tuple[dict[s
     fitted = {k: v for k, v in stored.items() if not k.startswith("decoder.")}
     old, new = _places(stored), 0
     for place, prefix in _places(fresh).items():
-        for key, value in fresh.items():
-            if not key.startswith(prefix):
-                continue
-            known = stored.get(old[place] + key.removeprefix(prefix)) if place in old else None
-            fits = known is not None and known.shape == value.shape
-            fitted[key] = known if known is not None and fits else value
-            new += place in old and not fits
+        for name, value in _part(fresh, prefix).items():
+            known = stored.get(old[place] + name, value[:0]) if place in old else value
+            fits = known.shape == value.shape
+            fitted[prefix + name] = known if fits else value
+            new += not fits
     return fitted, new
 
 
-def _model_state(folder: Path) -> dict[str, Tensor]:
+def _model_state(folder: Path) -> State:
     """Return the weights of a model folder under their names in a codec run."""
     model = CodecModel(folder)
     parts: dict[str, torch.nn.Module] = {name: getattr(model, name) for name in _SHARED}
     if model.dial is not None:
-        parts[_DIAL] = model.dial
+        parts["dial"] = model.dial
     for rate in model.config.rates:
         parts[f"rates.{rate.name}.hyper_encoder"] = model.hyper_encoder(rate.name)
         parts[f"rates.{rate.name}.quantizer"] = model.quantizer(rate.name)
     return {f"{k}.{n}": v for k, part in parts.items() for n, v in part.state_dict().items()}
 
 
-def stored_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+def stored_state(run: Path) -> tuple[State, dict[str, Any], Path]:
     """Return weights, discriminators and path of a codec run or a model folder."""
     path = run / "checkpoint.pt"
     if path.is_file():
@@ -117,10 +111,8 @@ def stored_state(run: Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
         return stored["ema"], stored.get("side", {}), path
     if (run / "config.json").is_file():
         return _model_state(run), {}, run
-    raise ValueError(
-        f"{run} holds neither checkpoint.pt nor config.json; give the folder of a codec run or of "
-        "a model"
-    )
+    wanted = "give the folder of a codec run or of a model"
+    raise ValueError(f"{run} holds neither checkpoint.pt nor config.json; {wanted}")
 
 
 @torch.no_grad()
@@ -147,19 +139,18 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
     origins = {}
     try:
         for name in _SHARED:
-            part, module = _part(state, name), stage.get_submodule(name)
+            part, module = _part(state, f"{name}."), stage.get_submodule(name)
             if name == "autoencoder":
                 part, new = _fitted(module.state_dict(), part)
                 if new:
                     origins["decoder"] = f"from the run, except for {new} new tensors"
             module.load_state_dict(part)
-        dial = _part(state, _DIAL)
+        dial = _part(state, "dial.")
         # A new dial has no effect, so it fits a model without one.
         if stage.dial is not None and dial:
             stage.dial.load_state_dict(dial)
-        for name, adversary in stage.adversaries.items():
-            if name in side:
-                adversary.network.load_state_dict(side[name]["network"])
+        for name in stage.adversaries.keys() & side.keys():
+            stage.adversaries[name].network.load_state_dict(side[name]["network"])
         donor_name, donor = next(iter(stored.items()))
         for name, networks in stage.rates.items():
             assert isinstance(networks, RateNetworks)

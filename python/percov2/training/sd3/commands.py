@@ -22,11 +22,10 @@ from percov2.training.lora import low_rank_tensors
 from percov2.training.sd3.networks import SD3Config, SD3Networks
 from percov2.training.sd3.pictures import STEPS, Pictures
 from percov2.training.sd3.stage import SD3Stage
-from percov2.training.settings import build_config, read_recipe, write_model_ids
-from percov2.training.shards import shard_photos
+from percov2.training.settings import build_config, build_phase, read_recipe, write_model_ids
+from percov2.training.shards import image_batch, shard_photos
 
 __all__ = ["run_sd3", "run_sd3_export", "run_shard_tokens", "sd3_config"]
-
 
 _GUIDANCE = 3.0
 """Default guidance, as in PerCo."""
@@ -44,9 +43,8 @@ def sd3_config(path: Path, recipe: str | None = None) -> tuple[SD3Config, LoopCo
     values = read_recipe(path, "sd3", recipe)
     if "rate" not in values:
         raise ValueError(f"[sd3] of {path.name} has no rate; choose a recipe with a rate")
-    loop = build_config(LoopConfig, values.pop("loop", {}))
     values["rate"] = build_config(Rate, values["rate"])
-    return build_config(SD3Config, values), loop
+    return build_phase(SD3Config, values)
 
 
 def run_sd3(
@@ -117,18 +115,10 @@ def _with_rate(out: Path, settings: SD3Config, location: str) -> ModelConfig:
     base = str(Path(location).resolve()) if Path(location).is_dir() else location
     window = settings.crop // LATENT_SIDE
     if not (out / "config.json").is_file():
-        return ModelConfig(
-            out.name,
-            (settings.rate,),
-            settings.rate.name,
-            steps=STEPS,
-            guidance=_GUIDANCE,
-            prediction="velocity",
-            window=window,
-            overlap=window // 4,
-            backbone="sd3",
-            base=base,
-        )
+        sampling: dict[str, Any] = {"steps": STEPS, "guidance": _GUIDANCE, "prediction": "velocity"}
+        sampling |= {"window": window, "overlap": window // 4}
+        first = settings.rate.name
+        return ModelConfig(out.name, (settings.rate,), first, backbone="sd3", base=base, **sampling)
     model = ModelConfig.load(out)
     if (model.backbone, model.base) != ("sd3", base):
         raise ValueError(f"{out} has the base {model.base or model.backbone}, not {base}")
@@ -171,8 +161,7 @@ def run_shard_tokens(
         maps: dict[str, Any] = {}
         held_out: list[bool] = []
         for key, pixels in shard_photos(shard, point.token_side, longest):
-            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-            tokens = backbone.encode_tokens(image.float().div(127.5).sub(1.0), point.name)
+            tokens = backbone.encode_tokens(image_batch(pixels), point.name)
             maps[f"tokens_{len(held_out)}"] = tokens[0].cpu().numpy().astype(np.uint16)
             held_out.append(is_held_out(key))
         part = path.with_suffix(".part")

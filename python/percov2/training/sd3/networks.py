@@ -21,7 +21,6 @@ from percov2.training.lora import add_low_rank
 
 __all__ = ["SD3Config", "SD3Networks"]
 
-
 MODES = ("full", "lora", "patch_embedding")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -30,61 +29,41 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 class SD3Config:
     """Configuration of stage 1 on SD3.
 
-    Attributes:
-        base: hub id or folder of the base model.
-        rate: name, token_side in pixels, codebook_size.
-        trained: trained part of the transformer: "full", "lora" (with the patch embedding), or
-            "patch_embedding". Hyper-encoder and quantizer always learn.
-        lora_rank, lora_alpha: rank and alpha of the low-rank updates, with factor alpha / rank.
-        lora_layers: last parts of the names of the updated linear maps.
-        hyper_encoder: sizes of the HyperEncoder, which has CompressAI's attention blocks.
-        quantizer: arguments of VectorQuantizer except ``codebook_size``.
-        batch: samples per optimiser step, over all processes and forward passes.
-        crop: side of the square crops in pixels.
-        longest: largest shorter side of a scaled photo, which is drawn from crop to longest.
-        caption_dropout: share of captions replaced by "".
-        shift: SD3's timestep shift; a larger shift puts more samples near t = 1.
-        lpips_weight: weight of LPIPS on the one-step estimate; 0 skips autoencoder and LPIPS.
-        vq_weight: weight of the commitment loss.
-        spread_weight: weight of the entropy of the soft code usage, which training increases. It is
-            computed per forward pass and process, so the number of processes matters.
-        codebook_decay: decay of the codebook's moving averages.
-        t5: condition on T5 too; without it, its part of the sequence is zero.
-        gradient_checkpointing: recompute activations in the backward pass.
-
     Raises:
         ValueError: a setting is outside its range.
     """
 
-    base: str
-    rate: Rate
+    base: str  # hub id or folder of the base model
+    rate: Rate  # name, token_side in pixels, codebook_size
+    # Trained part of the transformer: "full", "lora" (with the patch embedding), or
+    # "patch_embedding". Hyper-encoder and quantizer always learn.
     trained: str = "full"
     lora_rank: int = 32
-    lora_alpha: float = 32.0
-    lora_layers: tuple[str, ...] = ATTENTION
-    hyper_encoder: dict[str, Any] = field(default_factory=dict)
-    quantizer: dict[str, Any] = field(default_factory=dict)
-    batch: int = 64
-    crop: int = 512
-    longest: int = 768
-    caption_dropout: float = 0.1
-    shift: float = 3.0
-    lpips_weight: float = 0.0
-    vq_weight: float = 0.25
+    lora_alpha: float = 32.0  # low-rank updates have the factor alpha / rank
+    lora_layers: tuple[str, ...] = ATTENTION  # last parts of the names of the updated linear maps
+    hyper_encoder: dict[str, Any] = field(default_factory=dict)  # sizes of the HyperEncoder
+    quantizer: dict[str, Any] = field(default_factory=dict)  # without ``codebook_size``
+    batch: int = 64  # samples per optimiser step, over all processes and forward passes
+    crop: int = 512  # side of the square crops in pixels
+    longest: int = 768  # a photo's shorter side is scaled to crop … longest, at random
+    caption_dropout: float = 0.1  # share of captions replaced by ""
+    shift: float = 3.0  # SD3's timestep shift; a larger one puts more samples near t = 1
+    lpips_weight: float = 0.0  # of LPIPS on the one-step estimate; 0 skips autoencoder and LPIPS
+    vq_weight: float = 0.25  # weight of the commitment loss
+    # Weight of the entropy of the soft code usage, which training increases. It is computed per
+    # forward pass and process, so the number of processes matters.
     spread_weight: float = 0.0
-    codebook_decay: float = 0.97
-    t5: bool = True
-    gradient_checkpointing: bool = True
+    codebook_decay: float = 0.97  # decay of the codebook's moving averages
+    t5: bool = True  # condition on T5 too; without it, its part of the sequence is zero
+    gradient_checkpointing: bool = True  # recompute activations in the backward pass
 
     def __post_init__(self) -> None:
         if self.trained not in MODES:
             raise ValueError(f"trained must be one of {MODES}, not {self.trained!r}")
         self.rate.check()  # now, because the export after training would refuse it
         if self.crop % self.rate.token_side or self.crop % (2 * LATENT_SIDE):
-            raise ValueError(
-                f"crop must be a multiple of 16 and of the token side {self.rate.token_side}, not "
-                f"{self.crop}"
-            )
+            both = f"16 and of the token side {self.rate.token_side}"
+            raise ValueError(f"crop must be a multiple of {both}, not {self.crop}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be 0 to 1, not {self.caption_dropout}")
         if self.batch < 1:
@@ -107,26 +86,15 @@ class SD3Networks(nn.Module):
         super().__init__()
         self.config, self.precision, self.folder = config, precision, folder
         location = self.open_base("cpu").location
-        stride = config.rate.token_side // LATENT_SIDE
+        stride, codes = config.rate.token_side // LATENT_SIDE, config.rate.codebook_size
+        # With CompressAI's attention blocks.
         self.hyper_encoder = HyperEncoder(
             stride=stride, rectified_attention=True, **config.hyper_encoder
         )
-        self.quantizer = VectorQuantizer(
-            codebook_size=config.rate.codebook_size, **config.quantizer
-        )
-        self.flow = load_part(
-            SD3Transformer2DModel,
-            location,
-            "transformer",
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-        )
-        self._prepare_flow(precision)
-
-    def _prepare_flow(self, precision: str) -> None:
-        config = self.config
-        full = config.trained == "full"
-        if not full:
+        self.quantizer = VectorQuantizer(codebook_size=codes, **config.quantizer)
+        stored = {"torch_dtype": torch.float32, "use_safetensors": True}
+        self.flow = load_part(SD3Transformer2DModel, location, "transformer", **stored)
+        if config.trained != "full":
             self.flow.requires_grad_(False)
             if precision == "bf16":
                 self.flow.to(torch.bfloat16)
@@ -140,9 +108,8 @@ class SD3Networks(nn.Module):
     def open_base(self, device: str) -> SD3Folder:
         """Return the base model's frozen networks on a device, in the dtype of frozen weights."""
         dtype = "bf16" if self.precision == "bf16" else "fp32"
-        return SD3Folder(
-            self.folder, self.config.base, device, BackboneOptions(dtype, t5=self.config.t5)
-        )
+        options = BackboneOptions(dtype, t5=self.config.t5)
+        return SD3Folder(self.folder, self.config.base, device, options)
 
     def stored_keys(self) -> set[str]:
         """Return the keys of ``state_dict()`` that training changes."""

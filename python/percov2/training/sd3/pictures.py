@@ -5,7 +5,6 @@ The pictures must not be among the training photos.
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +19,9 @@ from percov2.training.autoencoder_stage import save_rows
 from percov2.training.sd3.frozen import FrozenNetworks
 from percov2.training.sd3.networks import SD3Networks
 from percov2.training.shards import PHOTO_ENDINGS
+from percov2.training.stage import append_row
 
 __all__ = ["STEPS", "Pictures"]
-
 
 STEPS = 20
 _TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -68,9 +67,8 @@ class Pictures:
         device = frozen.device
         images = self.images.to(device)
         latents = frozen.latents(images)
-        z_hat = networks.quantizer.lookup(
-            networks.quantizer.tokens(networks.hyper_encoder(latents))
-        )
+        quantizer = networks.quantizer
+        z_hat = quantizer.lookup(quantizer.tokens(networks.hyper_encoder(latents)))
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(device)
         text = frozen.text(self.captions)
         bf16 = networks.precision == "bf16"
@@ -87,13 +85,9 @@ class Pictures:
             (velocity((1 - t) * latents + t * noise, z_hat, t) - (noise - latents)).square().mean()
             for t in _TIMES
         ]
-        with open(folder / "validation.csv", "a", newline="") as log:
-            writer = csv.writer(log)
-            if log.tell() == 0:
-                writer.writerow(["step", "flow"])
-            writer.writerow([step, f"{float(torch.stack(errors).mean()):.5g}"])
+        flow = f"{float(torch.stack(errors).mean()):.5g}"
+        append_row(folder / "validation.csv", {"step": step, "flow": flow})
         shift = networks.config.shift
         restored = [frozen.images(sample(clean, z_hat, noise, n, shift)) for n in (1, STEPS)]
         (folder / "samples").mkdir(exist_ok=True)
-        rows = [row.cpu() for row in (images, *restored)]
-        save_rows(folder / "samples" / f"{step:07}.png", rows)
+        save_rows(folder / "samples" / f"{step:07}.png", [images, *restored])

@@ -11,9 +11,8 @@ processes and forward passes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,10 +25,9 @@ from percov2.training.sd3.frozen import FrozenNetworks
 from percov2.training.sd3.networks import SD3Networks
 from percov2.training.sd3.pictures import Pictures
 from percov2.training.shards import CropFeed, Sample, ShardStreams
-from percov2.training.stage import Place, TrainingStage
+from percov2.training.stage import ALONE, Figures, Place, TrainingStage
 
 __all__ = ["SD3Stage", "shifted"]
-
 
 _LATENT_CHANNELS = 16
 
@@ -58,27 +56,21 @@ class SD3Stage(TrainingStage):
         self.config = config = networks.config
         self.streams = ShardStreams(shards, config.batch, config.crop, config.longest, seed)
         self.pictures = pictures
-        self._step = 0
         self._seen: list[Quantized] = []
-        self.start_run(Place(torch.device("cpu")))
+        self.start_run(ALONE)
 
     def stored_keys(self) -> set[str]:
         """Return the keys that training changes."""
         return {f"networks.{key}" for key in self.networks.stored_keys()}
 
     def start_run(self, place: Place) -> None:
-        self.place = place
-        self.frozen = FrozenNetworks(
-            self.networks.open_base(str(place.device)),
-            int(self.networks.flow.config["joint_attention_dim"]),
-            self.config.gradient_checkpointing,
-        )
+        super().start_run(place)
+        base = self.networks.open_base(str(place.device))
+        width = int(self.networks.flow.config["joint_attention_dim"])
+        self.frozen = FrozenNetworks(base, width, self.config.gradient_checkpointing)
         self.feed = CropFeed(self.streams, place.process, place.processes, place.accumulate)
 
-    def start_step(self, step: int, total: int) -> None:
-        self._step = step
-
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, Figures]:
         """Return loss and figures of the next samples of the shards; ignore the generator."""
         config, networks, device = self.config, self.networks, self.place.device
         samples = self.feed.take()
@@ -118,12 +110,11 @@ class SD3Stage(TrainingStage):
         directions = torch.cat([q.directions.view(*q.tokens.flatten(1).shape, -1) for q in seen])
         tokens = torch.cat([q.tokens.flatten(1) for q in seen])
         directions, tokens = self._all_places(directions), self._all_places(tokens)
-        seed = np.random.default_rng([self.place.seed, self._step]).integers(2**63)
+        directions, decay = directions.flatten(0, 1), self.config.codebook_decay
+        seed = np.random.default_rng([self.place.seed, self.step]).integers(2**63)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed))
-            self.networks.quantizer.update_codebook(
-                directions.flatten(0, 1), tokens, decay=self.config.codebook_decay
-            )
+            self.networks.quantizer.update_codebook(directions, tokens, decay=decay)
 
     def _all_places(self, own: Tensor) -> Tensor:
         """Return all processes' rows in the order of the batch (collective)."""
@@ -138,10 +129,8 @@ class SD3Stage(TrainingStage):
         """Return the positions of the streams of all processes (collective)."""
         from accelerate.utils import gather_object
 
-        merged: dict[int, list[int]] = {}
-        for part in gather_object([self.feed.positions()]):
-            merged.update(part)
-        return {"positions": merged}
+        parts = gather_object([self.feed.positions()])
+        return {"positions": {place: at for part in parts for place, at in part.items()}}
 
     def load_side_state(self, state: dict[str, Any]) -> None:
         self.feed.go_to(state["positions"])
@@ -152,8 +141,7 @@ class SD3Stage(TrainingStage):
             self.pictures.restore(self.networks, self.frozen, folder, step)
 
 
-@dataclass(frozen=True)
-class _Drawn:
+class _Drawn(NamedTuple):
     """Random draws of a sample: time before the shift, caption or "", noise."""
 
     time: float

@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from percov2.entropy.torch.direct import UNKNOWN, DirectBatch, direct_logits, masked_plan
 from percov2.entropy.torch.int_transformer import IntTransformer
-from percov2.entropy.torch.transformer import TokenBatch, TokenTransformer, TransformerConfig
+from percov2.entropy.torch.transformer import TokenBatch
+from percov2.training.stage import Figures
 from percov2.training.stage2 import EntropyConfig, RoundedStage, TokenMaps
 from percov2.training.study.runs import SharedRun, digest, finished
 
@@ -24,18 +25,14 @@ __all__ = ["DirectExamples", "DirectStage", "DrawExamples", "masked_examples", "
 
 
 class DirectExamples(NamedTuple):
-    """Batch of entries with targets and weights.
-
-    Attributes:
-        targets: tokens of the entries, int64 [B, E].
-        weights: weights in the loss, float32 [B, E]; 0 for known tokens, with a sum of 1.
-    """
+    """Batch of entries with targets and weights."""
 
     batch: DirectBatch
-    targets: Tensor
-    weights: Tensor
+    targets: Tensor  # tokens of the entries, int64 [B, E]
+    weights: Tensor  # weights in the loss, float32 [B, E]; 0 for known tokens, with a sum of 1
 
 
+Counts = NDArray[np.int64]
 DrawExamples = Callable[[np.random.Generator], DirectExamples]
 
 
@@ -48,16 +45,11 @@ class DirectStage(RoundedStage):
         draw: draws a batch.
     """
 
-    def __init__(
-        self, config: EntropyConfig, counts: NDArray[np.int64], draw: DrawExamples
-    ) -> None:
-        super().__init__()
-        self.config, self.draw_examples = config, draw
-        sizes = TransformerConfig(codebook_size=len(counts), **config.model)
-        self.transformer = TokenTransformer(sizes)
-        self.transformer.set_frequencies(torch.from_numpy(counts))
+    def __init__(self, config: EntropyConfig, counts: Counts, draw: DrawExamples) -> None:
+        super().__init__(config, counts)
+        self.draw_examples = draw
 
-    def forward(self, generator: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, generator: np.random.Generator) -> tuple[Tensor, Figures]:
         batch, targets, weights = self.draw_examples(generator)
         with self.precision():
             logits = direct_logits(self.transformer, batch)

@@ -15,15 +15,8 @@ from percov2.evaluation.study.coders import DirectCoder, OrderCoder, TokenMap
 from percov2.evaluation.study.comparison import Method, order_methods
 from percov2.evaluation.study.schedules import Order
 from percov2.models.backbone import Backbone
+from percov2.training.study import multiscale
 from percov2.training.study.direct_stage import masked_model
-from percov2.training.study.multiscale import (
-    ScaleMaps,
-    ScaleQuantizer,
-    mean_cosines,
-    multiscale_model,
-    photo_directions,
-    same_tokens,
-)
 from percov2.training.study.runs import SharedRun, fine_tuned
 
 __all__ = ["fine_tuned_methods", "masked_methods", "multiscale_methods"]
@@ -84,19 +77,17 @@ def multiscale_methods(
     Raises:
         ValueError: other photos, or too many scales and codes for one transformer.
     """
-    found = photo_directions(model, rate, photos)
+    found = multiscale.photo_directions(model, rate, photos)
     size = model.config.rate(rate).codebook_size
     grids = [tokens.tokens.reshape(tokens.shape) for tokens in maps]
-    equal = same_tokens(model, rate, found, grids)
+    equal = multiscale.same_tokens(model, rate, found, grids)
     if equal < _SAME_PHOTOS:
-        raise ValueError(
-            f"{photos} holds other photos than the token maps: {100 * equal:.1f} % of the held-out "
-            "tokens are equal"
-        )
-    quantizer = ScaleQuantizer.stored(out / "codebooks.npy", found, size)
-    scales = ScaleMaps(quantizer, found)
-    single, several = mean_cosines(model, rate, quantizer, found)
-    transformer = multiscale_model(shared, scales, out)
+        share = f"{100 * equal:.1f} % of the held-out tokens are equal"
+        raise ValueError(f"{photos} holds other photos than the token maps: {share}")
+    quantizer = multiscale.ScaleQuantizer.stored(out / "codebooks.npy", found, size)
+    scales = multiscale.ScaleMaps(quantizer, found)
+    single, several = multiscale.mean_cosines(model, rate, quantizer, found)
+    transformer = multiscale.multiscale_model(shared, scales, out)
     coder = DirectCoder(transformer, lambda h, w: scale_plan(h, w, size), size)
 
     def panels(height: int, width: int) -> list[NDArray[np.int64]]:

@@ -24,25 +24,18 @@ from percov2.entropy.torch.scales import scale_plan, scale_shapes
 from percov2.entropy.visibility import sixteenth, size_class
 from percov2.models.backbone import Backbone
 from percov2.photos import PhotoCrops, is_held_out
+from percov2.training.shards import image_batch
 from percov2.training.stage2 import evenly_spread
 from percov2.training.study.direct_stage import DirectExamples, DirectStage
 from percov2.training.study.runs import SharedRun, digest, finished
 
-__all__ = [
-    "PhotoDirections",
-    "ScaleMaps",
-    "ScaleQuantizer",
-    "k_means",
-    "mean_cosines",
-    "multiscale_model",
-    "photo_directions",
-    "same_tokens",
-]
-
+__all__ = ["PhotoDirections", "ScaleMaps", "ScaleQuantizer", "k_means", "mean_cosines"]
+__all__ += ["multiscale_model", "photo_directions", "same_tokens"]
 
 _FIT_VECTORS = 200_000
 """Approximate number of tokens for fitting codebooks; k-means sees half of these vectors."""
 _ROUNDS = 25
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -73,8 +66,7 @@ def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections
     directions = []
     for photo in tqdm(large, desc="directions", unit="photo"):
         height, width = photo.height // side * side, photo.width // side * side
-        pixels = torch.from_numpy(photos.pixels(photo)[:height, :width].copy())
-        image = pixels.permute(2, 0, 1)[None].float().div(127.5).sub(1.0)
+        image = image_batch(photos.pixels(photo)[:height, :width])
         directions.append(model.directions(image, rate)[0].cpu().clone())
     return PhotoDirections(directions, [is_held_out(photo.key) for photo in large])
 
@@ -103,16 +95,16 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _shrunk(grid: Tensor, shape: tuple[int, int]) -> Tensor:
+def _shrunk(grid: Tensor, shape: Shape) -> Tensor:
     """Return the cell means, [n, D] in raster order, of [h, w, D] on a coarser grid."""
     small = functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="area")
     return small[0].flatten(1).T
 
 
-def _grown(codes: Tensor, shape: tuple[int, int], whole: tuple[int, int]) -> Tensor:
+def _grown(codes: Tensor, shape: Shape, whole: Sequence[int]) -> Tensor:
     """Interpolate codes [n, D] of a grid of ``shape`` to [h, w, D]."""
     grid = codes.T.view(1, -1, *shape)
-    return functional.interpolate(grid, whole, mode="bilinear")[0].permute(1, 2, 0)
+    return functional.interpolate(grid, list(whole), mode="bilinear")[0].permute(1, 2, 0)
 
 
 class ScaleQuantizer:
@@ -142,13 +134,11 @@ class ScaleQuantizer:
             having = [i for i, s in enumerate(shapes) if len(s) > scale]
             small = {i: _shrunk(left[i], shapes[i][scale]) for i in having}
             vectors = torch.cat(list(small.values()))
-            books.append(
-                k_means(vectors[:: 1 + len(vectors) // (_FIT_VECTORS // 2)], codebook_size, seed)
-            )
+            step = 1 + len(vectors) // (_FIT_VECTORS // 2)
+            books.append(k_means(vectors[::step], codebook_size, seed))
             for i in having:
                 codes = books[-1][nearest_codes(small[i], books[-1])]
-                whole = (left[i].shape[0], left[i].shape[1])
-                left[i] = left[i] - _grown(codes, shapes[i][scale], whole)
+                left[i] = left[i] - _grown(codes, shapes[i][scale], left[i].shape[:2])
         return cls(torch.stack(books))
 
     def tokens(self, directions: Tensor) -> NDArray[np.int32]:
@@ -160,17 +150,15 @@ class ScaleQuantizer:
         height, width = directions.shape[:2]
         shapes = scale_shapes(height, width)
         if len(shapes) > len(self.codebooks):
-            raise ValueError(
-                f"a grid of {height}x{width} has {len(shapes)} scales; the training photos had "
-                f"{len(self.codebooks)}"
-            )
+            found = f"a grid of {height}x{width} has {len(shapes)} scales"
+            raise ValueError(f"{found}; the training photos had {len(self.codebooks)}")
         parts = []
         for shape, book in zip(shapes, self.codebooks, strict=False):
             parts.append(nearest_codes(_shrunk(directions, shape), book))
             directions = directions - _grown(book[parts[-1]], shape, (height, width))
         return torch.cat(parts).numpy().astype(np.int32)
 
-    def restored(self, tokens: NDArray[np.int32], shape: tuple[int, int]) -> Tensor:
+    def restored(self, tokens: NDArray[np.int32], shape: Shape) -> Tensor:
         """Return the unit vectors, float32 [h, w, D], of tokens int32 [E]."""
         total = torch.zeros(*shape, self.codebooks.shape[2])
         begin = 0
@@ -194,7 +182,7 @@ class ScaleMaps:
     def __init__(self, quantizer: ScaleQuantizer, photos: PhotoDirections) -> None:
         self.scales, self.codebook_size = quantizer.codebooks.shape[:2]
         by_shape = defaultdict(list)
-        self.held_out: list[tuple[tuple[int, int], NDArray[np.int32]]] = []
+        self.held_out: list[tuple[Shape, NDArray[np.int32]]] = []
         pairs = zip(photos.directions, photos.held_out, strict=True)
         for grid, held in tqdm(list(pairs), desc="scales", unit="photo"):
             shape, tokens = (grid.shape[0], grid.shape[1]), quantizer.tokens(grid)
@@ -227,13 +215,10 @@ class ScaleMaps:
         tokens = self.maps[shape][generator.integers(len(self.maps[shape]), size=count)]
         rows = sixteenth(plan.entries.row.astype(np.int64), shape[0])
         columns = sixteenth(plan.entries.column.astype(np.int64), shape[1])
-        batch = DirectBatch(
-            plan.entries,
-            torch.from_numpy(plan.payload(tokens)),
-            torch.from_numpy(rows).expand(count, -1),
-            torch.from_numpy(columns).expand(count, -1),
-            torch.tensor([[size_class(side) for side in shape]]).expand(count, -1),
-        )
+        classes = torch.tensor([[size_class(side) for side in shape]])
+        places = (torch.from_numpy(rows), torch.from_numpy(columns), classes)
+        payload = torch.from_numpy(plan.payload(tokens))
+        batch = DirectBatch(plan.entries, payload, *(part.expand(count, -1) for part in places))
         weights = torch.full(tokens.shape, 1 / tokens.size)
         return DirectExamples(batch, torch.from_numpy(tokens + plan.first), weights)
 
@@ -283,8 +268,8 @@ def mean_cosines(
     sums, count = torch.zeros(2), 0
     for grid in evenly_spread(photos.part(True)):
         codes = single.codebook[single.nearest(grid.to(model.device)).long()].float().cpu()
-        shape = (grid.shape[0], grid.shape[1])
-        restored = quantizer.restored(quantizer.tokens(grid), shape)
+        height, width = grid.shape[:2]
+        restored = quantizer.restored(quantizer.tokens(grid), (height, width))
         sums += torch.stack([(grid * codes).sum(), (grid * restored).sum()])
-        count += shape[0] * shape[1]
+        count += height * width
     return float(sums[0]) / count, float(sums[1]) / count

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.images import write_bytes
 from percov2.training.loop import LoopConfig, load_averaged
-from percov2.training.settings import build_config
+from percov2.training.settings import build_phase
 from percov2.training.stage2 import (
     EntropyConfig,
     EntropyStage,
@@ -26,23 +26,20 @@ from percov2.training.stage2 import (
 
 __all__ = ["OneOrder", "SharedRun", "digest", "fine_tuned", "finished", "shared_run"]
 
-
+Map = NDArray[np.int32]
+OrderOf = Callable[[int, int], Map]
 _FINE_RATE = 0.25
 """Peak learning rate of fine-tuning relative to the shared run's."""
 
 
 @dataclass(frozen=True)
 class SharedRun:
-    """Finished run of ``percov2 train entropy``, whose weights serve every schedule.
-
-    Attributes:
-        fingerprint: hexadecimal fingerprint of its model.
-    """
+    """Finished run of ``percov2 train entropy``, whose weights serve every schedule."""
 
     folder: Path
     config: EntropyConfig
     loop: LoopConfig
-    fingerprint: str
+    fingerprint: str  # of its model, hexadecimal
 
 
 def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
@@ -58,14 +55,11 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
     if not path.is_file():
         raise ValueError(f"{folder} holds no report.json; finish `percov2 train entropy` there")
     report = json.loads(path.read_text(encoding="utf-8"))
-    if report["fingerprint"] != fingerprint.hex():
-        raise ValueError(
-            f"{folder} made the model {report['fingerprint'][:8]}, not {fingerprint.hex()[:8]}: "
-            "give the run of the rate's entropy model"
-        )
-    settings = report["settings"]
-    loop = build_config(LoopConfig, settings.pop("loop"))
-    return SharedRun(folder, build_config(EntropyConfig, settings), loop, fingerprint.hex())
+    made, wanted = report["fingerprint"], fingerprint.hex()
+    if made != wanted:
+        found = f"{folder} made the model {made[:8]}, not {wanted[:8]}"
+        raise ValueError(f"{found}: give the run of the rate's entropy model")
+    return SharedRun(folder, *build_phase(EntropyConfig, report["settings"]), wanted)
 
 
 class OneOrder(TokenMaps):
@@ -76,11 +70,11 @@ class OneOrder(TokenMaps):
         order: maps rows and columns to a stage map int32 [h, w].
     """
 
-    def __init__(self, path: Path, order: Callable[[int, int], NDArray[np.int32]]) -> None:
+    def __init__(self, path: Path, order: OrderOf) -> None:
         super().__init__(path)
         self._order_of = order
 
-    def stages(self, name: str, height: int, width: int) -> NDArray[np.int32]:
+    def stages(self, name: str, height: int, width: int) -> Map:
         """Return the order's stage map for any name."""
         key = ("", height, width)
         if key not in self._stages:
@@ -88,7 +82,7 @@ class OneOrder(TokenMaps):
         return self._stages[key]
 
 
-def digest(maps: Iterable[NDArray[np.int32]]) -> str:
+def digest(maps: Iterable[Map]) -> str:
     """Return the hexadecimal SHA-256 of token maps and their shapes."""
     found = hashlib.sha256()
     for tokens in maps:
@@ -120,20 +114,19 @@ def finished(
         out.mkdir(parents=True, exist_ok=True)
         write_bytes(path, text.encode())
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        raise ValueError(
-            f"{out} holds a run of other data, weights or settings; remove it or choose another "
-            "folder"
-        )
+        other = f"{out} holds a run of other data, weights or settings"
+        raise ValueError(f"{other}; remove it or choose another folder")
     model = trained_model(stage, size_classes, loop, out)
     if model is None:
         raise RuntimeError(f"{out} was interrupted before step {loop.steps}; start it again")
+    model.save(out / "entropy")
     return model
 
 
 def fine_tuned(
     shared: SharedRun,
     data: Path,
-    order: Callable[[int, int], NDArray[np.int32]],
+    order: OrderOf,
     steps: int,
     out: Path,
 ) -> IntTransformer:
@@ -150,15 +143,10 @@ def fine_tuned(
         ValueError: token maps or a run in ``out`` do not fit.
         RuntimeError: training was interrupted.
     """
-    config = replace(
-        shared.config, real_orders=1.0, default_orders=1.0, round_from=0.0, observe_until=0.5
-    )
-    loop = replace(
-        shared.loop,
-        steps=steps,
-        warmup=steps // 10,
-        learning_rate=shared.loop.learning_rate * _FINE_RATE,
-    )
+    config = replace(shared.config, real_orders=1.0, round_from=0.0, observe_until=0.5)
+    config = replace(config, default_orders=1.0)
+    loop = replace(shared.loop, steps=steps, warmup=steps // 10)
+    loop = replace(loop, learning_rate=loop.learning_rate * _FINE_RATE)
     torch.manual_seed(loop.seed)
     maps = OneOrder(data, order)
     stage = EntropyStage(config, maps)
