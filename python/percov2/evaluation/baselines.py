@@ -19,7 +19,6 @@ from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, meas
 
 __all__ = ["BASELINES", "Attempt", "Baseline", "attempts_within", "best_of"]
 
-
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 LEVELS = 100
 """Highest quality; the lowest is 0."""

@@ -21,7 +21,6 @@ from percov2.models.tiny.flow import estimate_clean
 
 __all__ = ["caption_effect", "caption_pictures", "other_captions", "paired_interval"]
 
-
 TIMES = (0.25, 0.5, 0.75, 1.0)
 """Noise levels of the flow loss; 1 is pure noise."""
 _BATCH = 8

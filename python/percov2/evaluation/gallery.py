@@ -12,7 +12,6 @@ from percov2.images import write_image
 
 __all__ = ["Cell", "half_size", "page", "plot_quality", "write_page"]
 
-
 Cell = tuple[str, Image.Image]
 """Label and picture."""
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont

@@ -22,7 +22,6 @@ from percov2.images import read_image, write_bytes, write_image
 
 __all__ = ["plot_stages", "stages_sent"]
 
-
 STAGE_METRICS = ("psnr", "lpips_alex")
 _SHOWN = 6
 

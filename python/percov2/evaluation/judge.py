@@ -28,13 +28,7 @@ from tqdm import tqdm
 
 from percov2 import __version__
 from percov2.codec import Codec
-from percov2.evaluation.judge_report import (
-    JudgedCrops,
-    as_json,
-    differences,
-    estimates,
-    page,
-)
+from percov2.evaluation.judge_report import JudgedCrops, as_json, differences, estimates, page
 from percov2.evaluation.metrics import METRICS, measure_batch
 from percov2.evaluation.photo_bootstrap import PhotoBootstrap
 from percov2.evaluation.realism import lite_features
@@ -45,7 +39,6 @@ if TYPE_CHECKING:
     from percov2.photos import Photo, PhotoCrops
 
 __all__ = ["Crops", "judge_realism"]
-
 
 _ON_ALL_CROPS = ("psnr", "ms_ssim")
 _BATCH = 8

@@ -15,7 +15,6 @@ from percov2.evaluation.realism import Features
 
 __all__ = ["JudgedCrops", "as_json", "differences", "estimates", "page"]
 
-
 MEASURES = ("bpp", *METRICS, "frechet", "kernel")
 _LABELS = {
     "bpp": ("bpp", "{:.5f}"),

@@ -31,7 +31,6 @@ __all__ = [
     "psnr",
 ]
 
-
 METRICS: tuple[str, ...] = ("psnr", "ms_ssim", "lpips_alex", "lpips_vgg", "dists")
 HIGHER_IS_BETTER = frozenset({"psnr", "ms_ssim"})
 

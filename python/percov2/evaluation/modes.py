@@ -23,7 +23,6 @@ from percov2.images import write_bytes
 
 __all__ = ["operating_modes", "plot_modes", "require_captioned"]
 
-
 MODE_METRICS = ("psnr", "lpips_alex")
 _BATCH = 16
 

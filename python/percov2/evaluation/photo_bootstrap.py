@@ -15,7 +15,6 @@ from percov2.evaluation.realism import Features, KernelSums, frechet_distance
 
 __all__ = ["Estimate", "PhotoBootstrap", "Values"]
 
-
 Values = NDArray[np.float64]
 
 

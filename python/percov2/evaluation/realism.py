@@ -29,7 +29,6 @@ __all__ = [
     "lite_features",
 ]
 
-
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _SIDE = 224
 """Side of the network's input; pictures are resized to it."""

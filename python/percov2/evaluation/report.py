@@ -41,7 +41,6 @@ __all__ = [
     "write_round_trip",
 ]
 
-
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
 

@@ -11,7 +11,6 @@ from PIL import Image
 
 __all__ = ["available", "decode", "encode"]
 
-
 _GRAIN, _LEAST_SIDE = 8, 32
 """Sides are padded to multiples of 8 and to at least 32; the decoder gets the true size."""
 _WORST_QP, _BEST_QP = 63, 16

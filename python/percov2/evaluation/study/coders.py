@@ -29,7 +29,6 @@ __all__ = [
     "uniform_coder",
 ]
 
-
 CHECK_BITS = 16
 """Size of the check in every payload, as in a file."""
 
@@ -117,10 +116,7 @@ class DirectCoder:
     """
 
     def __init__(
-        self,
-        model: IntTransformer,
-        plan: Callable[[int, int], DirectPlan],
-        codebook_size: int,
+        self, model: IntTransformer, plan: Callable[[int, int], DirectPlan], codebook_size: int
     ) -> None:
         self._model, self._plan, self._size = model, plan, codebook_size
         self._prob_bits = default_prob_bits(codebook_size)

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 __all__ = ["draw_stages", "page", "panels", "saved"]
 
-
 _MOST_STAGES = 16
 """Largest number of stages that the page lists one by one."""
 _PANELS = 12
