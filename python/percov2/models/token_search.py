@@ -95,11 +95,13 @@ class TokenSearch:
         for ys, xs in product(*sides):
             both = [(s.start, s.stop) for s in (ys, xs)]
             places = (slice(None), *[slice(a // self.unit, b // self.unit) for a, b in both])
-            pixels = (..., *[slice(a * stride, b * stride) for a, b in both])
+            down, across = (slice(a * stride, b * stride) for a, b in both)
             # Whole patches of the flow: the noise reaches beyond an odd tile.
-            cut = (..., *[slice(a, a + whole_patches(b - a, self.model.patch)) for a, b in both])
+            rows, columns = (slice(a, a + whole_patches(b - a, self.model.patch)) for a, b in both)
+            noises = (noise[:, rows, columns], grain[:, rows, columns])
+            tile = image[..., down, across]
             directions[places] = self._improve(
-                directions[places], searched[places], image[pixels], text, (noise[cut], grain[cut])
+                directions[places], searched[places], tile, text, noises
             )
             searched[places] = True
         return directions
