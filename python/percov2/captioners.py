@@ -17,7 +17,6 @@ from percov2.images import to_rgb
 
 __all__ = ["Blip2Captioner", "Molmo2Captioner", "open_captioner", "tidy"]
 
-
 MAX_TOKENS = 32
 """Largest length of a caption in the captioner's own tokens, as in the paper."""
 

@@ -37,7 +37,6 @@ __all__ = [
     "write_image",
 ]
 
-
 _DIRECT = ("L", "RGB", "CMYK")
 """Modes that colour management reads directly."""
 _PROFILE_SPACE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}

@@ -12,7 +12,6 @@ from percov2.cli.options import add_command
 
 __all__ = ["SECTIONS", "add_parser"]
 
-
 SECTIONS = ("coder", "logits", "overhead", "model", "attention", "cold")
 PEERS = Path(".peers/bin/python")
 ENTROPY_MODEL = Path(__file__).parent.parent / "pretrained" / "tiny" / "r031" / "entropy"

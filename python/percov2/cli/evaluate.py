@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser", "chosen_setting"]
 
-
 _SWEPT = ("target_bytes", "stages", "draw_seed", "slack", "effort", "max_pixels")
 """Encode options that ``eval stages`` does not take."""
 _PHOTOS = "folder made by `percov2 train data`"

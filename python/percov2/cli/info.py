@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["EMBEDDED", "add_parser", "info", "read_file"]
 
-
 EMBEDDED = Path(__file__).parent.parent / "pretrained"
 MAX_FILE_BYTES = 1 << 26
 """Upper bound on the length of a ``.pcv2`` file within the largest pixel limit."""

@@ -9,21 +9,11 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from percov2.cli import (
-    bench,
-    compress,
-    decompress,
-    evaluate,
-    import_perco,
-    info,
-    roundtrip,
-    train,
-)
+from percov2.cli import bench, compress, decompress, evaluate, import_perco, info, roundtrip, train
 from percov2.cli.faults import report_faults
 from percov2.cli.version import VersionAction
 
 __all__ = ["build_parser", "main"]
-
 
 COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco, bench)
 

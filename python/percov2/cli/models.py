@@ -23,7 +23,6 @@ __all__ = [
     "open_codec",
 ]
 
-
 DEFAULT_MODEL = "tiny"
 
 

@@ -49,9 +49,7 @@ def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[
 
 
 def add_options(
-    parser: argparse.ArgumentParser,
-    kind: type[EncodeOptions] | type[DecodeOptions],
-    *left_out: str,
+    parser: argparse.ArgumentParser, kind: type[EncodeOptions] | type[DecodeOptions], *left_out: str
 ) -> None:
     """Add a flag for every field of the options, except for those left out."""
     shown = [one for one in dataclasses.fields(kind) if one.name not in left_out]

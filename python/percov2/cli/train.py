@@ -84,10 +84,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Train the entropy model on token maps and export its integer form.",
         ("config", "data", "out", "rate", "minutes"),
     ),
-    "captions": (
-        "Train the model that codes captions.",
-        ("config", "texts", "out", "minutes"),
-    ),
+    "captions": ("Train the model that codes captions.", ("config", "texts", "out", "minutes")),
     "sd3": (
         "Train stage 1 on Stable Diffusion 3; accelerate launch may run this.",
         ("config", "recipe", "data", "out", "pictures", "minutes"),

@@ -7,6 +7,7 @@ every scale of ``SCALES`` is tried, at the highest quality that fits.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,6 @@ from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, meas
 
 __all__ = ["BASELINES", "Attempt", "Baseline", "attempts_within", "best_of"]
 
-
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 LEVELS = 100
 """Highest quality; the lowest is 0."""
@@ -27,13 +27,9 @@ LEVELS = 100
 
 @dataclass(frozen=True)
 class Attempt:
-    """Picture restored by a classical codec.
+    """Picture restored, at the original's size, by a classical codec from ``size`` bytes.
 
-    Attributes:
-        restored: picture at the original's size.
-        size: length of the file in bytes.
-        scale: side of the coded picture relative to the original.
-        level: quality, 0..LEVELS.
+    The side of the coded picture is ``scale`` times the original's; the quality is ``level``.
     """
 
     restored: Image.Image
@@ -46,10 +42,8 @@ class Attempt:
 class Baseline:
     """Functions of a classical codec.
 
-    Attributes:
-        encode: takes a picture (RGB) and a quality 0..LEVELS; returns the file.
-        decode: takes a file and (width, height); returns the picture.
-        available: returns True if the codec works on this machine.
+    ``encode`` takes a picture (RGB) and a quality 0..LEVELS, ``decode`` a file and (width, height).
+    ``available`` returns True if the codec works on this machine.
     """
 
     encode: Callable[[Image.Image, int], bytes]
@@ -92,16 +86,13 @@ BASELINES: dict[str, Baseline] = {
 def attempts_within(name: str, image: Image.Image, size: int) -> list[Attempt]:
     """Code ``image`` (RGB) in at most ``size`` bytes; return one picture per scale that fits.
 
-    Returns an empty list if nothing fits or the codec is not available.
-
-    Raises:
-        ValueError: the name is not in ``BASELINES``.
+    Returns an empty list if nothing fits or the codec is not available. Raises ValueError for a
+    name that is not in ``BASELINES``.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; choose from {', '.join(BASELINES)}")
-    if not BASELINES[name].available():
-        return []
-    found = (_at_scale(BASELINES[name], image, size, scale) for scale in SCALES)
+    scales = SCALES if BASELINES[name].available() else ()
+    found = (_at_scale(BASELINES[name], image, size, scale) for scale in scales)
     return [attempt for attempt in found if attempt is not None]
 
 
@@ -116,10 +107,8 @@ def best_of(
     for attempt in attempts:
         values, _ = measure(original, np.asarray(attempt.restored), names)
         for metric, value in values.items():
-            if value is None:
-                continue
             sign = 1 if metric in HIGHER_IS_BETTER else -1
-            if metric not in best or sign * value > sign * best[metric][0]:
+            if value is not None and sign * value > sign * best.get(metric, (-sign * math.inf,))[0]:
                 best[metric] = (value, attempt)
     return best
 
@@ -128,19 +117,18 @@ def _at_scale(baseline: Baseline, image: Image.Image, size: int, scale: float) -
     """Find the highest quality that fits at one scale, by bisection."""
     sides = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     small = image if scale == 1 else image.resize(sides, Image.Resampling.LANCZOS)
-    fitting: tuple[int, bytes] | None = None
+    best: tuple[int, bytes] | None = None
     low, high = 0, LEVELS
     while low <= high:
         level = (low + high) // 2
         data = baseline.encode(small, level)
         if len(data) <= size:
-            fitting, low = (level, data), level + 1
+            best, low = (level, data), level + 1
         else:
             high = level - 1
-    if fitting is None:
+    if best is None:
         return None
-    level, data = fitting
-    restored = baseline.decode(data, small.size)
+    restored = baseline.decode(best[1], small.size)
     if restored.size != image.size:
         restored = restored.resize(image.size, Image.Resampling.LANCZOS)
-    return Attempt(restored, len(data), scale, level)
+    return Attempt(restored, len(best[1]), scale, best[0])

@@ -21,7 +21,6 @@ from percov2.models.tiny.flow import estimate_clean
 
 __all__ = ["caption_effect", "caption_pictures", "other_captions", "paired_interval"]
 
-
 TIMES = (0.25, 0.5, 0.75, 1.0)
 """Noise levels of the flow loss; 1 is pure noise."""
 _BATCH = 8
@@ -31,10 +30,8 @@ _RESAMPLES = 10_000
 def paired_interval(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
     """Return the mean of paired differences and its 95 % interval: (mean, low, high).
 
-    The interval holds the percentiles of 10,000 bootstrap resamples.
-
-    Raises:
-        ValueError: fewer than two numbers.
+    The interval holds the percentiles of 10,000 bootstrap resamples. Raises ValueError for fewer
+    than two numbers.
 
     >>> paired_interval(np.full(9, 0.5))
     (0.5, 0.5, 0.5)
@@ -73,7 +70,7 @@ def caption_effect(
         captions: one non-empty caption per crop.
 
     Returns:
-        rate, crops, and, for flow_loss and lpips_vgg: the means "right" and "shuffled", and the
+        The settings and, for flow_loss and lpips_vgg: the means "right" and "shuffled", and the
         mean "gain" of shuffled - right with its 95 % "interval" [low, high].
 
     Raises:
@@ -86,40 +83,42 @@ def caption_effect(
     require_captioned(crops, captions)
     if len(crops) < 2 or not all(captions):
         raise ValueError("give at least two crops, each with a caption")
-    count = len(crops)
     shuffled = other_captions(captions)
-    evaluations = codec.config.default_steps(rate) if steps is None else steps
-    strength = codec.config.guidance if guidance is None else guidance
+    steps, guidance = _sampling(codec, rate, steps, guidance)
     network = LPIPS("vgg")
-    found: dict[str, list[Tensor]] = {f"{m}_{k}": [] for m in ("flow", "lpips") for k in "rs"}
-    photos = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
-    for begin in tqdm(range(0, count, _BATCH), desc=rate, disable=not progress):
+    found: dict[str, list[list[Tensor]]] = {"flow_loss": [[], []], "lpips_vgg": [[], []]}
+    photos = _normalised(crops)
+    for begin in tqdm(range(0, len(crops), _BATCH), desc=rate, disable=not progress):
         part = slice(begin, begin + _BATCH)
         tokens = model.encode_tokens(photos[part], rate)
         with torch.inference_mode():
             target = network.features(photos[part])
-            for kind, texts in (("r", captions[part]), ("s", shuffled[part])):
-                found[f"flow_{kind}"].append(_flow_loss(model, photos[part], tokens, rate, texts))
-                pixels = model.reconstruct(tokens, rate, texts, evaluations, strength, begin)
+            for i, texts in enumerate((captions[part], shuffled[part])):
+                loss = _flow_loss(model, photos[part], tokens, rate, texts)
+                found["flow_loss"][i].append(loss)
+                pixels = model.reconstruct(tokens, rate, texts, steps, guidance, begin)
                 distance = network.distance(network.features(pixels.cpu().float()), target)
-                found[f"lpips_{kind}"].append(distance)
-    result: dict[str, Any] = {
-        "rate": rate,
-        "crops": count,
-        "side": crops.shape[1],
-        "steps": evaluations,
-        "guidance": strength,
-    }
-    for name, key in (("flow_loss", "flow"), ("lpips_vgg", "lpips")):
-        right, other = (torch.cat(found[f"{key}_{k}"]).double().numpy() for k in "rs")
+                found["lpips_vgg"][i].append(distance)
+    sizes = {"crops": len(crops), "side": crops.shape[1]}
+    result: dict[str, Any] = {"rate": rate, **sizes, "steps": steps, "guidance": guidance}
+    for name, parts in found.items():
+        right, other = (torch.cat(kind).double().numpy() for kind in parts)
         mean, low, high = paired_interval(other - right)
-        result[name] = {
-            "right": float(right.mean()),
-            "shuffled": float(other.mean()),
-            "gain": mean,
-            "interval": [low, high],
-        }
+        means = {"right": float(right.mean()), "shuffled": float(other.mean())}
+        result[name] = {**means, "gain": mean, "interval": [low, high]}
     return result
+
+
+def _sampling(
+    codec: Codec, rate: str, steps: int | None, guidance: float | None
+) -> tuple[int, float]:
+    """Return steps and guidance, those of the rate and the model if None."""
+    steps = codec.config.default_steps(rate) if steps is None else steps
+    return steps, codec.config.guidance if guidance is None else guidance
+
+
+def _normalised(crops: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def caption_pictures(
@@ -136,16 +135,13 @@ def caption_pictures(
     The captions are none, the crop's own and one of ``others``. See ``caption_effect`` for the
     arguments; one crop is enough.
     """
-    model = codec.model
-    evaluations = codec.config.default_steps(rate) if steps is None else steps
-    strength = codec.config.guidance if guidance is None else guidance
+    steps, guidance = _sampling(codec, rate, steps, guidance)
     rows = []
     for crop, right, other in zip(crops, captions, others, strict=True):
-        image = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
-        tokens = model.encode_tokens(image, rate)
+        tokens = codec.model.encode_tokens(_normalised(crop[None].copy()), rate)
         row: list[Cell] = [("original", Image.fromarray(crop))]
         for text in ("", right, other):
-            pixels = model.reconstruct(tokens, rate, [text], evaluations, strength, 0)[0]
+            pixels = codec.model.reconstruct(tokens, rate, [text], steps, guidance, 0)[0]
             levels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
             row.append((text or "no caption", Image.fromarray(levels.cpu().numpy())))
         rows.append(row)
@@ -156,9 +152,8 @@ def _flow_loss(
     model: CodecModel, photos: Tensor, tokens: Tensor, rate: str, captions: Sequence[str]
 ) -> Tensor:
     """Return the error of the estimated clean latents, [B], averaged over TIMES."""
-    latents = model.autoencoder.encode(
-        photos.to(model.device).contiguous(memory_format=torch.channels_last)
-    ).float()
+    photos = photos.to(model.device).contiguous(memory_format=torch.channels_last)
+    latents = model.autoencoder.encode(photos).float()
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     z_hat = model.z_hat(tokens, rate)

@@ -12,7 +12,6 @@ from percov2.images import write_image
 
 __all__ = ["Cell", "half_size", "page", "plot_quality", "write_page"]
 
-
 Cell = tuple[str, Image.Image]
 """Label and picture."""
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -24,13 +23,9 @@ _MOST = 65_000
 
 
 def page(rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """Return a white page with rows of pictures under their labels.
+    """Return a white page with rows of pictures, of any sizes, under their labels.
 
-    Args:
-        rows: at least one row of at least one cell; pictures of a row may differ in size.
-
-    Raises:
-        ValueError: no row, a row without cells, or a side of the page over 65,000 pixels.
+    Raises ValueError for no row, a row without cells, or a side of the page over 65,000 pixels.
     """
     if not rows or not all(rows):
         raise ValueError("a page needs at least one row, and every row needs a picture")
@@ -90,10 +85,9 @@ def plot_quality(
 ) -> None:
     """Plot PSNR and LPIPS (AlexNet) over another measure as PNG.
 
-    Args:
-        lines: records of each line by its label, "" for a single line without a legend.
-        x: key and label of the other measure.
-        number: key of the number that orders the points of a line and labels them.
+    ``lines`` has the records of each line by its label, "" for a single line without a legend.
+    ``x`` is the key and the label of the other measure. ``number`` is the key of the number that
+    orders the points of a line and labels them.
     """
     import matplotlib as mpl
 

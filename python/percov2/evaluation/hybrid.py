@@ -18,10 +18,10 @@ from percov2.entropy.schedule import stage_count
 from percov2.evaluation.gallery import plot_quality
 from percov2.evaluation.report import round_trip
 from percov2.evaluation.setting import Setting, described
-from percov2.images import read_image, write_bytes, write_image
+from percov2.evaluation.writers import write_json
+from percov2.images import read_image, write_image
 
 __all__ = ["plot_stages", "stages_sent"]
-
 
 STAGE_METRICS = ("psnr", "lpips_alex")
 _SHOWN = 6
@@ -37,7 +37,7 @@ def stages_sent(
     Args:
         paths: pictures; the one with the fewest stages limits the number of stages.
         out: folder for stages.json and NAME_stages.jpg, which shows the first picture restored.
-        setting: setting whose ``stages`` and ``target_bytes`` are ignored.
+        setting: its ``stages`` and ``target_bytes`` are ignored.
 
     Returns:
         A record per number of stages: stages, of (the largest number), and the means of bytes, psnr
@@ -61,10 +61,8 @@ def stages_sent(
             raise ValueError(f"{path} holds {kept['of']}, not {of}; choose another folder")
         records = kept["records"]
     total = min(_stage_count(codec, p, whole) for p in paths)
-    shown: list[Image.Image] = []
-    for k in range(1, total + 1):
-        if any(record["stages"] == k for record in records):
-            continue
+    known = [record["stages"] for record in records]
+    for k in (k for k in range(1, total + 1) if k not in known):
         held = replace(whole, encode=replace(encode, stages=k))
         trips = [
             round_trip(codec, p, held, STAGE_METRICS)
@@ -73,20 +71,12 @@ def stages_sent(
         notes = sorted({note for trip in trips for note in trip.notes})
         if notes:
             raise ValueError("; ".join(notes))
-        records.append(
-            {
-                "stages": k,
-                "of": total,
-                "pictures": len(paths),
-                **{
-                    key: float(np.mean([trip.record[key] for trip in trips]))
-                    for key in ("bytes", *STAGE_METRICS)
-                },
-            }
-        )
+        keys = ("bytes", *STAGE_METRICS)
+        means = {key: float(np.mean([trip.record[key] for trip in trips])) for key in keys}
+        records.append({"stages": k, "of": total, "pictures": len(paths), **means})
         write_image(trips[0].restored, out / f"{paths[0].stem}_{k:02}.png")
-        text = json.dumps({"of": of, "records": records}, indent=2) + "\n"
-        write_bytes(path, text.encode())
+        write_json(path, {"of": of, "records": records})
+    shown = []
     for k in np.linspace(1, total, min(_SHOWN, total)).round().astype(int):
         with Image.open(out / f"{paths[0].stem}_{k:02}.png") as picture:
             shown.append(picture.convert("RGB"))

@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +29,12 @@ from tqdm import tqdm
 
 from percov2 import __version__
 from percov2.codec import Codec
-from percov2.evaluation.judge_report import (
-    JudgedCrops,
-    as_json,
-    differences,
-    estimates,
-    page,
-)
+from percov2.evaluation.judge_report import JudgedCrops, as_json, differences, estimates, page
 from percov2.evaluation.metrics import METRICS, measure_batch
 from percov2.evaluation.photo_bootstrap import PhotoBootstrap
 from percov2.evaluation.realism import lite_features
 from percov2.evaluation.setting import Setting, compress, described, restore
+from percov2.evaluation.writers import write_json
 from percov2.images import write_bytes
 
 if TYPE_CHECKING:
@@ -46,8 +42,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Crops", "judge_realism"]
 
-
 _ON_ALL_CROPS = ("psnr", "ms_ssim")
+_PHOTOS, _SETTINGS = "photos", "settings.json"
+"""Folder and file of a run's results."""
+_CROPS = ("side", "stride")
 _BATCH = 8
 """Number of crops per call of the judge."""
 
@@ -64,8 +62,7 @@ class Crops:
             the SHA-256 of the photo's key and the crop's number are chosen.
         limit: number of photos, the first ones by the SHA-256 of their keys; None for all.
 
-    Raises:
-        ValueError: a number is out of range.
+    Raises ValueError for a number out of range.
     """
 
     side: int = 256
@@ -83,17 +80,12 @@ class Crops:
 
     def corners(self, height: int, width: int) -> list[tuple[int, int]]:
         """Return the (top, left) corners of a photo's crops, row by row."""
-        rows, columns = self._starts(height), self._starts(width)
-        return [(top, left) for top in rows for left in columns]
-
-    def _starts(self, length: int) -> list[int]:
-        last = length - self.side
-        return [*range(0, last, self.stride), last]
+        ends = (height - self.side, width - self.side)
+        return list(product(*([*range(0, end, self.stride), end] for end in ends)))
 
     def cut(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the crops [N, side, side, 3] of a photo [H, W, 3]."""
-        side = self.side
-        corners = self.corners(*pixels.shape[:2])
+        side, corners = self.side, self.corners(*pixels.shape[:2])
         return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
 
     def with_distances(self, key: str, count: int) -> list[int]:
@@ -133,7 +125,6 @@ def judge_realism(
     The networks run on the codec's device.
 
     Args:
-        photos: held-out photos.
         out: folder of the results of one run, made if missing. Measures that it holds are kept.
             Only ``limit`` may change between calls, not the setting, model or photos.
         setting: options of compression and restoration; the model's defaults if None.
@@ -152,7 +143,10 @@ def judge_realism(
     setting, crops = setting or Setting(), crops or Crops()
     large = crops.photos(photos)
     judge = (lite_features() if features is None else features).eval().to(codec.model.device)
-    names = [_photo_name(photo, photos.pixels(photo)) for photo in large]
+    names = [
+        _digest(p.key.encode(), f"{p.height}x{p.width}".encode(), photos.pixels(p).tobytes())
+        for p in large
+    ]
     facts = _facts(codec, setting, crops, judge, names)
     chosen = list(zip(large, names, strict=True))[: crops.limit]
     taken = [name for _, name in chosen]
@@ -197,7 +191,7 @@ def judge_realism(
         theirs = estimates(other, seen, bootstrap)
         found = differences(run, other, own, theirs, bootstrap)
         result["against"] = {**rival, "against": None, "differences": as_json(found)}
-    write_bytes(out / "realism.json", (json.dumps(result, indent=2) + "\n").encode())
+    write_json(out / "realism.json", result)
     write_bytes(out / "realism.md", page(result).encode())
     return result
 
@@ -240,13 +234,6 @@ def _seen(judge: nn.Module, crops: NDArray[np.uint8], device: str) -> NDArray[np
     return torch.cat(parts).numpy()
 
 
-# Identity and files of a run ----------------------------------------------------------------------
-
-_PHOTOS = "photos"
-_SETTINGS = "settings.json"
-_CROPS = ("side", "stride")
-
-
 def _facts(
     codec: Codec, setting: Setting, crops: Crops, judge: nn.Module, names: Sequence[str]
 ) -> dict[str, Any]:
@@ -254,10 +241,13 @@ def _facts(
 
     A captioner is identified only by its class.
     """
-    described_setting = described(codec, setting)
+    try:
+        torchmetrics = metadata.version("torchmetrics")
+    except metadata.PackageNotFoundError:
+        torchmetrics = None
     return {
-        **described_setting,
-        "weights": _weights(codec, described_setting["rate"]),
+        **described(codec, setting),
+        "weights": _weights(codec, setting.rate(codec)),
         "side": crops.side,
         "stride": crops.stride,
         "distances": crops.distances,
@@ -267,15 +257,8 @@ def _facts(
         "device": str(codec.model.device),
         "percov2": __version__,
         "torch": torch.__version__,
-        "torchmetrics": _version("torchmetrics"),
+        "torchmetrics": torchmetrics,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _weights(codec: Codec, rate: str) -> str:
@@ -291,12 +274,6 @@ def _weights(codec: Codec, rate: str) -> str:
         if path.suffix in (".json", ".safetensors") and inside.parts[0] not in others:
             parts += [inside.as_posix().encode(), path.read_bytes()]
     return _digest(*parts)
-
-
-def _photo_name(photo: Photo, pixels: NDArray[np.uint8]) -> str:
-    """Return a digest of a photo's key, size and pixels, the file name of its results."""
-    size = f"{photo.height}x{photo.width}"
-    return _digest(photo.key.encode(), size.encode(), pixels.tobytes())
 
 
 def _digest(*parts: bytes) -> str:
@@ -315,17 +292,13 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         _compare(f"{out} holds another run", json.loads(path.read_text("utf-8")), facts, facts)
         return
     (out / _PHOTOS).mkdir(parents=True, exist_ok=True)
-    write_bytes(path, (json.dumps(facts, indent=2) + "\n").encode())
+    write_json(path, facts)
 
 
 def _finished(
     folder: Path, facts: dict[str, Any], names: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return realism.json and the stored photos of a finished run.
-
-    Raises:
-        ValueError: the run is not finished, or its crops are not those of ``facts``.
-    """
+    """Return realism.json and the stored photos of a finished run; ValueError for an unfit one."""
     path = folder / "realism.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no finished run: it has no realism.json")

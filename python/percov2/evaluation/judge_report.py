@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from percov2.evaluation.metrics import METRICS
 from percov2.evaluation.photo_bootstrap import Estimate, PhotoBootstrap
 from percov2.evaluation.realism import Features
+from percov2.evaluation.writers import markdown_table
 
 __all__ = ["JudgedCrops", "as_json", "differences", "estimates", "page"]
 
-
-MEASURES = ("bpp", *METRICS, "frechet", "kernel")
 _LABELS = {
     "bpp": ("bpp", "{:.5f}"),
     "psnr": ("PSNR, dB", "{:.3f}"),
@@ -31,13 +30,9 @@ _LABELS = {
 
 @dataclass(frozen=True)
 class JudgedCrops:
-    """Measures of a run.
+    """Measures of a run: file bytes and pixels of each photo, [P], values and features of crops.
 
-    Attributes:
-        file_bytes: length of each photo's file, [P].
-        pixels: number of pixels of each photo, [P].
-        values: values of each crop, [N], by the name of the metric; nan if not measured.
-        features: features of each restored crop, [N, D].
+    ``values`` are [N] by the name of the metric, nan if not measured; ``features`` are [N, D].
     """
 
     file_bytes: NDArray[np.int64]
@@ -105,45 +100,13 @@ def as_json(found: Mapping[str, Estimate | None]) -> dict[str, Any]:
 
 def page(result: Mapping[str, Any]) -> str:
     """Return realism.md: a table of the run and of the run compared with, if there is one."""
-    rows = [_row(result, result["measures"])]
+    rows = [_row(result)]
     if result["against"]:
-        rows.append(_row(result["against"], result["against"]["measures"]))
         empty = ["**difference**", *[""] * 3, str(result["crops"])]
-        rows.append([*empty, *_cells(result["against"]["differences"])])
+        rows += [_row(result["against"]), [*empty, *_cells(result["against"]["differences"])]]
     head = ["model", "rate", "setting", "photos", "crops", *(x for x, _ in _LABELS.values())]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
-    return "\n".join(lines) + f"\n\n{_notes(result)}\n"
-
-
-def _row(run: Mapping[str, Any], measures: Mapping[str, Any]) -> list[str]:
-    setting = [
-        f"realism {run['realism']:g}",
-        f"{run['steps']} steps",
-        f"guidance {run['guidance']:g}",
-        f"seed {run['seed']}",
-    ]
-    for name in ("effort", "slack", "stages", "target_bytes"):
-        if run[name]:
-            setting.append(f"{name} {run[name]}")
-    facts = [run["model"], run["rate"], ", ".join(setting), str(run["photos"])]
-    return [*facts, str(run["crops"]), *_cells(measures)]
-
-
-def _cells(measures: Mapping[str, Any]) -> list[str]:
-    cells = []
-    for name in MEASURES:
-        found, (_, form) = measures[name], _LABELS[name]
-        if found is None:
-            cells.append("–")
-        else:
-            low, high = (form.format(bound) for bound in found["interval"])
-            cells.append(f"{form.format(found['value'])} [{low}, {high}]")
-    return cells
-
-
-def _notes(result: Mapping[str, Any]) -> str:
     limit = "" if result["limit"] is None else f" (limit {result['limit']})"
-    lines = [
+    notes = [
         f"{result['photos']} of {result['photos_large_enough']} photos{limit}, crops of "
         f"{result['side']}×{result['side']} every {result['stride']} pixels. LPIPS and DISTS "
         f"cover {result['crops_with_distances']} of {result['crops']} crops, the others all.",
@@ -155,4 +118,24 @@ def _notes(result: Mapping[str, Any]) -> str:
         f"{result['torchmetrics']}, {result['device']}, {result['threads']} threads.",
         *result["notes"],
     ]
-    return "\n".join(f"- {line}" for line in lines)
+    return "\n".join([markdown_table(head, rows), "", *(f"- {note}" for note in notes)]) + "\n"
+
+
+def _row(run: Mapping[str, Any]) -> list[str]:
+    setting = f"realism {run['realism']:g}, {run['steps']} steps, guidance {run['guidance']:g}"
+    setting += f", seed {run['seed']}"
+    for name in ("effort", "slack", "stages", "target_bytes"):
+        setting += f", {name} {run[name]}" if run[name] else ""
+    facts = [run["model"], run["rate"], setting, str(run["photos"]), str(run["crops"])]
+    return [*facts, *_cells(run["measures"])]
+
+
+def _cells(measures: Mapping[str, Any]) -> list[str]:
+    cells = []
+    for name, (_, form) in _LABELS.items():
+        if found := measures[name]:
+            value, *bounds = (form.format(x) for x in (found["value"], *found["interval"]))
+            cells.append(f"{value} [{bounds[0]}, {bounds[1]}]")
+        else:
+            cells.append("–")
+    return cells

@@ -31,7 +31,6 @@ __all__ = [
     "psnr",
 ]
 
-
 METRICS: tuple[str, ...] = ("psnr", "ms_ssim", "lpips_alex", "lpips_vgg", "dists")
 HIGHER_IS_BETTER = frozenset({"psnr", "ms_ssim"})
 
@@ -46,11 +45,7 @@ Pixels = NDArray[np.uint8]
 
 
 class Original:
-    """Original of several restored pictures; each network sees it only once.
-
-    Args:
-        pixels: uint8 [H, W, 3], sRGB.
-    """
+    """Original, uint8 [H, W, 3] sRGB, of several restored pictures; each network sees it once."""
 
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
@@ -70,18 +65,10 @@ class NotMeasured(Exception):
 def measure(
     original: Pixels | Original, restored: Pixels, names: Sequence[str] = METRICS
 ) -> tuple[dict[str, float | None], list[str]]:
-    """Measure a restored picture.
+    """Measure a restored picture, uint8 [H, W, 3] sRGB, by a selection of ``METRICS``.
 
-    Args:
-        original: uint8 [H, W, 3], sRGB, or an ``Original`` of it.
-        restored: picture of the same shape.
-        names: selection of ``METRICS``.
-
-    Returns:
-        Values by name, with None for a missing one, and one note for each None.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit, or a name is unknown.
+    Returns values by name, with None for a missing one, and one note for each None. Raises
+    ValueError if shapes or dtypes do not fit, or if a name is unknown.
     """
     known = original if isinstance(original, Original) else Original(original)
     for pixels in (known.pixels, restored):
@@ -108,36 +95,27 @@ def measure_batch(
     names: Sequence[str] = METRICS,
     device: str | torch.device = "cpu",
 ) -> tuple[dict[str, NDArray[np.float64]], list[str]]:
-    """Measure restored pictures of one size, several at a time.
+    """Measure restored pictures, uint8 [N, H, W, 3] sRGB, with the networks on a device.
 
-    Args:
-        originals: uint8 [N, H, W, 3], sRGB.
-        restored: pictures of the same shape.
-        names: selection of ``METRICS``.
-        device: torch device of the networks.
-
-    Returns:
-        Values float64 [N] by name, with nan for missing ones, and the reasons for these.
-
-    Raises:
-        ValueError: shapes or dtypes do not fit, or a name is unknown.
+    Returns values float64 [N] by name, with nan for missing ones, and the reasons for these. Raises
+    the errors of ``measure``.
     """
     if originals.ndim != 4 or originals.shape != restored.shape:
         raise ValueError(f"pictures of {restored.shape} cannot match those of {originals.shape}")
     values = {name: np.full(len(originals), np.nan) for name in names}
     notes: set[str] = set()
-    networks = [name for name in names if name in _NETWORKS]
     others = [name for name in names if name not in _NETWORKS]
     for i, (original, picture) in enumerate(zip(originals, restored, strict=True)):
         found, reasons = measure(original, picture, others)
         notes.update(reasons)
         for name in others:
             values[name][i] = np.nan if found[name] is None else found[name]
-    for name in networks:
-        try:
-            values[name][:] = _distances(name, originals, restored, device)
-        except NotMeasured as reason:
-            notes.add(f"{name} was not measured: {reason}")
+    for name in _NETWORKS:
+        if name in names:
+            try:
+                values[name][:] = _distances(name, originals, restored, device)
+            except NotMeasured as reason:
+                notes.add(f"{name} was not measured: {reason}")
     return values, sorted(notes)
 
 
@@ -177,12 +155,8 @@ def ms_ssim(original: Pixels, restored: Pixels) -> float:
         )
     except ImportError:
         raise NotMeasured(f"torchmetrics is missing; {EVAL_HINT}") from None
-    # float [1, 3, H, W] in [0, 1]
-    one, other = (
-        torch.from_numpy(np.array(x)).permute(2, 0, 1)[None].float() / 255
-        for x in (restored, original)
-    )
-    return float(compute(one, other, data_range=1.0))
+    pair = (_levels(x[None]) for x in (restored, original))
+    return float(compute(*pair, data_range=1.0))
 
 
 def _distance(name: str, original: Original, restored: Pixels) -> float:
@@ -206,10 +180,14 @@ def _require_side(pixels: Pixels, least: int) -> None:
         raise NotMeasured(f"it needs sides of {least} pixels, but the picture is {width}x{height}")
 
 
+def _levels(pixels: Pixels) -> Tensor:
+    """Return float [B, 3, H, W] in [0, 1], channels last, of pixels uint8 [B, H, W, 3]."""
+    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
+
+
 def _seen(name: str, pixels: Pixels) -> Tensor:
-    """Return a network's input float [B, 3, H, W], channels last, from uint8 [B, H, W, 3]."""
-    levels = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
-    return levels if name == "dists" else levels * 2 - 1
+    """Return a network's input of pixels."""
+    return _levels(pixels) if name == "dists" else _levels(pixels) * 2 - 1
 
 
 def _features(name: str, pixels: Pixels) -> list[Tensor]:

@@ -19,10 +19,9 @@ from percov2.codec import Codec
 from percov2.evaluation.gallery import plot_quality
 from percov2.evaluation.metrics import measure
 from percov2.evaluation.realism import FrechetDistance
-from percov2.images import write_bytes
+from percov2.evaluation.writers import write_json
 
 __all__ = ["operating_modes", "plot_modes", "require_captioned"]
-
 
 MODE_METRICS = ("psnr", "lpips_alex")
 _BATCH = 16
@@ -90,8 +89,7 @@ def operating_modes(
         asked = None if codec.config.realism is None else realism
         distance = FrechetDistance(features)
         values: list[list[float]] = []
-        started = time.perf_counter()
-        spent = 0.0
+        started, spent = time.perf_counter(), 0.0
         label = f"realism {realism:g}, {count} steps, guidance {guidance:g}"
         for i, part in enumerate(tqdm(parts, desc=label, disable=not progress)):
             before = time.perf_counter()
@@ -103,22 +101,13 @@ def operating_modes(
             distance.add(photos[part], real=True)
             distance.add(restored, real=False)
             values += _measured(crops[part], restored)
-        means = np.mean(values, 0)
-        records.append(
-            {
-                "rate": name,
-                "realism": realism,
-                "steps": count,
-                "guidance": guidance,
-                "crops": len(crops),
-                "side": crops.shape[1],
-                **dict(zip(MODE_METRICS, means.tolist(), strict=True)),
-                "frechet": distance.value(),
-                "seconds_per_crop": spent / len(crops),
-                "seconds": time.perf_counter() - started,
-            }
-        )
-        write_bytes(path, (json.dumps(records, indent=2) + "\n").encode())
+        mode = {"rate": name, "realism": realism, "steps": count, "guidance": guidance}
+        sizes = {"crops": len(crops), "side": crops.shape[1]}
+        means = dict(zip(MODE_METRICS, np.mean(values, 0).tolist(), strict=True))
+        frechet = distance.value()
+        times = {"seconds_per_crop": spent / len(crops), "seconds": time.perf_counter() - started}
+        records.append({**mode, **sizes, **means, "frechet": frechet, **times})
+        write_json(path, records)
     return records
 
 

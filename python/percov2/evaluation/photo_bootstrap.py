@@ -15,18 +15,12 @@ from percov2.evaluation.realism import Features, KernelSums, frechet_distance
 
 __all__ = ["Estimate", "PhotoBootstrap", "Values"]
 
-
 Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Measure with its values in resamples.
-
-    Attributes:
-        value: value over all photos; nan if there is none.
-        resampled: value of each resample.
-    """
+    """Measure over all photos (nan if there is none), and its value in each resample."""
 
     value: float
     resampled: Values
@@ -56,8 +50,7 @@ class PhotoBootstrap:
         frechet_resamples: number of resamples, the first ones, for a Fréchet distance.
         seed: seed of the draws.
 
-    Raises:
-        ValueError: fewer than two photos.
+    Raises ValueError for fewer than two photos.
     """
 
     def __init__(
@@ -97,10 +90,8 @@ class PhotoBootstrap:
 
     def frechet(self, originals: Features, restored: Features) -> Estimate:
         """Return the Fréchet distance between features of the crops, [N, D] each."""
-        resampled = [
-            frechet_distance(originals, restored, counts[self._photo])
-            for counts in self.counts[: self._frechet_resamples]
-        ]
+        chosen = self.counts[: self._frechet_resamples, self._photo]
+        resampled = [frechet_distance(originals, restored, counts) for counts in chosen]
         return Estimate(frechet_distance(originals, restored), np.array(resampled))
 
     def kernel(self, originals: Features, restored: Features) -> Estimate:

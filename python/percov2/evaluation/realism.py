@@ -29,7 +29,6 @@ __all__ = [
     "lite_features",
 ]
 
-
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _SIDE = 224
 """Side of the network's input; pictures are resized to it."""
@@ -42,10 +41,7 @@ class LiteFeatures(nn.Module):
     """Features of EfficientNet-Lite0: the last block's 320 channels, averaged over positions.
 
     The next layer has 1,280 channels, too many for a covariance of full rank from a few thousand
-    pictures.
-
-    Raises:
-        MetricWeightsMissing: one of the two packages is not installed.
+    pictures. Raises MetricWeightsMissing if one of the two packages is not installed.
     """
 
     title = "EfficientNet-Lite0"
@@ -89,8 +85,7 @@ def frechet_distance(
     roots by eigendecomposition.
 
     Args:
-        photos: [N, D].
-        restored: [M, D].
+        photos, restored: [N, D] and [M, D].
         weights: number of times that each picture counts, [N] for both sets (M = N); 1 if None.
 
     Raises:
@@ -134,13 +129,9 @@ class KernelSums:
     photos. Crops of one photo are not independent and would bias the means. The estimate is 0 for
     equal sets, and may be negative for similar sets.
 
-    Args:
-        originals: [N, D].
-        restored: [N, D], for the same crops.
-        photo: number of each crop's photo, [N], ascending from 0 without gaps.
-
-    Raises:
-        ValueError: fewer than two photos.
+    ``originals`` and ``restored`` are features of the same crops, [N, D]. ``photo`` is the number
+    of each crop's photo, [N], ascending from 0 without gaps. Raises ValueError for fewer than two
+    photos.
     """
 
     def __init__(self, originals: Features, restored: Features, photo: NDArray[np.int64]) -> None:
@@ -203,7 +194,6 @@ class FrechetDistance:
     def value(self) -> float:
         """Return the distance; raise ValueError if a set has fewer than two pictures."""
         photos, restored = (
-            np.concatenate([np.empty((0, found[0].shape[1] if found else 0)), *found])
-            for found in (self._found[True], self._found[False])
+            np.concatenate(self._found[real] or [np.empty((0, 0))]) for real in (True, False)
         )
         return frechet_distance(photos, restored)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, be
 from percov2.evaluation.gallery import Cell, half_size, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
 from percov2.evaluation.setting import Setting, compress, described, restore
+from percov2.evaluation.writers import cell, markdown_table, write_json
 from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
 from percov2.options import EncodeOptions
 
@@ -41,22 +41,16 @@ __all__ = [
     "write_round_trip",
 ]
 
-
 ROUNDTRIP_METRICS = ("psnr", "ms_ssim", "lpips_alex")
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm")
 
 
 @dataclass
 class RoundTrip:
-    """One picture, compressed and restored.
+    """One picture, as given to the codec in sRGB, compressed and restored.
 
-    Attributes:
-        original: sRGB picture given to the codec.
-        measured: the original, for further measurements.
-        restored: restored picture of the same size.
-        file: compressed file.
-        record: image, bytes, bpp, the measures, encode_s and decode_s (seconds).
-        notes: reasons for missing measures.
+    ``measured`` is the original for further measurements. ``record`` has image, bytes, bpp, the
+    measures, and encode_s and decode_s (seconds); ``notes`` has the reasons for missing measures.
     """
 
     original: Image.Image
@@ -64,15 +58,14 @@ class RoundTrip:
     restored: Image.Image
     file: bytes
     record: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 def warm_up(codec: Codec, setting: Setting) -> None:
     """Load every network of a setting, so that times do not include loading."""
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
     whole = EncodeOptions(rate=setting.encode.rate, schedule=setting.encode.schedule)
-    file = compress(codec, grey, replace(setting, encode=whole))
-    restore(codec, file, setting)
+    restore(codec, compress(codec, grey, replace(setting, encode=whole)), setting)
 
 
 def round_trip(
@@ -80,9 +73,7 @@ def round_trip(
 ) -> RoundTrip:
     """Compress and restore one picture file; warnings of ``to_rgb`` name its path.
 
-    Raises:
-        ValueError: the file is not a picture.
-        OSError: the file cannot be read.
+    Raises ValueError for a file that is no picture, OSError for one that cannot be read.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -94,17 +85,11 @@ def round_trip(
     file = compress(codec, picture, setting)
     encoded = time.perf_counter()
     restored = restore(codec, file, setting)
-    decoded = time.perf_counter()
+    times = {"encode_s": encoded - started, "decode_s": time.perf_counter() - encoded}
     measured = Original(pixels)
     values, notes = measure(measured, np.asarray(restored), metrics)
-    record: dict[str, Any] = {
-        "image": str(path),
-        "bytes": len(file),
-        "bpp": 8 * len(file) / (pixels.shape[0] * pixels.shape[1]),
-        **values,
-        "encode_s": encoded - started,
-        "decode_s": decoded - encoded,
-    }
+    size = {"bytes": len(file), "bpp": 8 * len(file) / (picture.width * picture.height)}
+    record: dict[str, Any] = {"image": str(path), **size, **values, **times}
     return RoundTrip(picture, measured, restored, file, record, notes)
 
 
@@ -135,14 +120,8 @@ def write_round_trip(trip: RoundTrip, folder: Path, stem: str) -> None:
 def plan_outputs(paths: Sequence[Path], out: Path, reports: Sequence[str] = ()) -> list[str]:
     """Return the pictures' names without folder and ending, for their results in ``out``.
 
-    Args:
-        paths: picture files.
-        out: an existing folder.
-        reports: names of further files to write there.
-
-    Raises:
-        ValueError: two pictures share a name, or a result would overwrite a picture or another
-            result.
+    ``reports`` names further files to write there. Raises ValueError if two pictures share a name,
+    or if a result would overwrite a picture or another result.
     """
     stems = [path.stem for path in paths]
     for path, stem in zip(paths, stems, strict=True):
@@ -166,9 +145,8 @@ def plan_evaluation(
 ) -> tuple[list[Path], list[str]]:
     """Return the pictures of a folder and their names in ``out``; make ``out`` if missing.
 
-    Raises:
-        ValueError: no picture, an unknown baseline, or a result would overwrite a file.
-        OSError: a folder cannot be read or made.
+    Raises ValueError for no picture, an unknown baseline or a result that would overwrite a file,
+    and OSError for a folder that cannot be read or made.
     """
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
@@ -234,7 +212,14 @@ def evaluate(
             row.append(shown[name][1].restored)
         if shown:
             write_image(side_by_side(row), out / f"{stem}_compare.png")
-            gallery.append(_gallery_row(stem, trip, shown))
+            name = min(shown, key=lambda codec: shown[codec][0])
+            rival = shown[name][1]
+            cells = [
+                (stem, trip.original),
+                (f"percov2, {len(trip.file):,} bytes", trip.restored),
+                (f"{name}, {rival.size:,} bytes", rival.restored),
+            ]
+            gallery.append([(label, half_size(picture)) for label, picture in cells])
     report = {
         "percov2": __version__,
         "torch": torch.__version__,
@@ -248,32 +233,18 @@ def evaluate(
         },
         "notes": sorted(set(notes)),
     }
-    write_bytes(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_json(out / "report.json", report)
     write_bytes(out / "report.md", markdown(report, stems).encode(errors="backslashreplace"))
     if gallery:
         write_page(gallery, out / "gallery.jpg")
     return report
 
 
-def _gallery_row(stem: str, trip: RoundTrip, shown: dict[str, tuple[float, Attempt]]) -> list[Cell]:
-    """Return the original, the restored picture and the rival with the lowest value."""
-    name = min(shown, key=lambda codec: shown[codec][0])
-    rival = shown[name][1]
-    return [
-        (stem, half_size(trip.original)),
-        (f"percov2, {len(trip.file):,} bytes", half_size(trip.restored)),
-        (f"{name}, {rival.size:,} bytes", half_size(rival.restored)),
-    ]
-
-
 def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """Return the mean of every numeric column, or None if a value is missing."""
-    columns = [key for key in (records[0] if records else {}) if key != "image"]
-    result: dict[str, float | None] = {}
-    for key in columns:
-        values = [record[key] for record in records]
-        result[key] = None if None in values else float(np.mean(values))
-    return result
+    columns = {key: [record[key] for record in records] for key in (records[0] if records else {})}
+    columns.pop("image", None)
+    return {key: None if None in x else float(np.mean(x)) for key, x in columns.items()}
 
 
 def wins(
@@ -310,66 +281,52 @@ _FORMATS = {
 
 def table(rows: Sequence[dict[str, Any]], first: str) -> str:
     """Return records as a Markdown table, with dashes for missing values."""
-    columns = [key for key in _FORMATS if any(key in row for row in rows)]
-    lines = ["| " + " | ".join([first, *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        cells = ["–" if row.get(key) is None else _FORMATS[key].format(row[key]) for key in columns]
-        lines.append("| " + " | ".join([str(row["image"]), *cells]) + " |")
-    return "\n".join(lines)
+    columns = {key: form for key, form in _FORMATS.items() if any(key in row for row in rows)}
+    cells = (
+        [str(row["image"]), *(cell(form, row.get(key)) for key, form in columns.items())]
+        for row in rows
+    )
+    return markdown_table([first, *columns], cells)
 
 
 def sentence(record: dict[str, Any]) -> str:
     """Return the record of a round trip as one line."""
-
-    def shown(name: str, form: str) -> str:
-        return "–" if record[name] is None else form.format(record[name])
-
     return (
         f"{record['image']}: {record['bytes']} bytes, {record['bpp']:.4f} bpp, "
-        f"PSNR {shown('psnr', '{:.2f} dB')}, MS-SSIM {shown('ms_ssim', '{:.4f}')}, "
-        f"LPIPS {shown('lpips_alex', '{:.3f}')}, "
+        f"PSNR {cell('{:.2f} dB', record['psnr'])}, MS-SSIM {cell('{:.4f}', record['ms_ssim'])}, "
+        f"LPIPS {cell('{:.3f}', record['lpips_alex'])}, "
         f"encode {record['encode_s']:.2f} s, decode {record['decode_s']:.2f} s"
     )
-
-
-def _wins_table(report: dict[str, Any]) -> str:
-    """Return a table of wins by codec and metric."""
-    lines = ["| percov2 is better than | " + " | ".join(METRICS) + " |", "|---" * 6 + "|"]
-    for name, entry in report["baselines"].items():
-        cells = ["–" if entry["wins"][m] is None else str(entry["wins"][m]) for m in METRICS]
-        lines.append(f"| {name}, on … of {len(report['images'])} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _held(report: dict[str, Any]) -> str:
-    if report["target_bytes"]:
-        return f"stages for {report['target_bytes']} bytes"
-    return f"{report['stages'] or 'all'} stages sent"
 
 
 def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
     """Return the report as a page with tables and pictures."""
     images = [*report["images"], {"image": "**mean**", **report["mean"]}]
+    held = f"{report['stages'] or 'all'} stages sent"
+    if report["target_bytes"]:
+        held = f"stages for {report['target_bytes']} bytes"
     parts = [
         f"# {report['model']} {report['rate']}, {len(stems)} pictures",
         f"percov2 {report['percov2']}, model id {report['model_id']}, schedule "
         f"{report['schedule']}, {report['steps']} steps, guidance {report['guidance']}, seed "
-        f"{report['seed']}, effort {report['effort']}, slack {report['slack']}, {_held(report)}; "
+        f"{report['seed']}, effort {report['effort']}, slack {report['slack']}, {held}; "
         f"torch {report['torch']}, {report['threads']} threads. bpp counts the whole file.",
         table(images, "image"),
     ]
-    rivals = [
-        {"image": name, **entry["mean"]}
-        for name, entry in report["baselines"].items()
-        if entry["images"]
-    ]
+    baselines = report["baselines"].items()
+    rivals = [{"image": name, **entry["mean"]} for name, entry in baselines if entry["images"]]
     if rivals:
+        counts = [
+            [f"{name}, on … of {len(report['images'])}"]
+            + [cell("{}", entry["wins"][metric]) for metric in METRICS]
+            for name, entry in baselines
+        ]
         own = {key: report["mean"][key] for key in ("bytes", *METRICS)}
         parts += [
             "## At the same number of bytes",
             table([{"image": f"percov2 {report['rate']}", **own}, *rivals], "codec"),
             "For a classical codec, each metric takes the scale that is best by it.",
-            _wins_table(report),
+            markdown_table(["percov2 is better than", *METRICS], counts),
         ]
     if report["notes"]:
         parts.append("\n".join(f"- {note}" for note in report["notes"]))

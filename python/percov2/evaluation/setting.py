@@ -28,13 +28,13 @@ class Setting:
 
 
 def compress(codec: Codec, picture: Image.Image, setting: Setting) -> bytes:
-    """Compress a picture, mode RGB; raise the errors of ``Codec.compress``."""
+    """Compress a picture, mode RGB, as ``Codec.compress`` does."""
     (caption,) = setting.captioner([picture])
     return codec.compress(picture, setting.encode, caption=caption)
 
 
 def restore(codec: Codec, file: bytes, setting: Setting) -> Image.Image:
-    """Restore a file's picture; raise the errors of ``Codec.decompress``."""
+    """Restore a file's picture, as ``Codec.decompress`` does."""
     return codec.decompress(file, setting.decode)
 
 

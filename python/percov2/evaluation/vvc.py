@@ -11,7 +11,6 @@ from PIL import Image
 
 __all__ = ["available", "decode", "encode"]
 
-
 _GRAIN, _LEAST_SIDE = 8, 32
 """Sides are padded to multiples of 8 and to at least 32; the decoder gets the true size."""
 _WORST_QP, _BEST_QP = 63, 16
@@ -46,15 +45,11 @@ def _padded(size: tuple[int, int]) -> tuple[int, int]:
 def encode(image: Image.Image, level: int) -> bytes:
     """Encode a picture (RGB) as a raw VVC stream, preset medium, 4:2:0 with 10 bits.
 
-    The quality ``level``, 0..100, maps to QP 63..16.
-
-    Raises:
-        RuntimeError: ffmpeg fails.
+    The quality ``level``, 0..100, maps to QP 63..16. Raises RuntimeError if ffmpeg fails.
     """
     width, height = _padded(image.size)
-    pixels = np.asarray(image)
     margin = ((0, height - image.height), (0, width - image.width), (0, 0))
-    raw = np.pad(pixels, margin, mode="edge").tobytes()
+    raw = np.pad(np.asarray(image), margin, mode="edge").tobytes()
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-i", "-"]
     qp = round(_WORST_QP + (_BEST_QP - _WORST_QP) * level / 100)
     coding = ["-c:v", "libvvenc", "-preset", "medium", "-qp", str(qp), "-pix_fmt", "yuv420p10le"]

@@ -1,4 +1,4 @@
-"""The interface between the codec and its networks, and the lookup of a backbone by name.
+"""The base of all backbones, between the codec and its networks, and their lookup by name.
 
 A backbone turns images into tokens and tokens into images; it knows no entropy models or files. Its
 module is imported when it is opened, and its networks load on first use.
@@ -7,25 +7,22 @@ module is imported when it is opened, and its networks load on first use.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from percov2.models.config import ModelConfig, find_model
-from percov2.models.quantizer import VectorQuantizer
+from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
+from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
 
 __all__ = ["DTYPES", "Backbone", "BackboneOptions", "open_backbone"]
 
-
-_HOME = {
-    "tiny": ("tiny.backbone", "CodecModel"),
-    "sd3": ("sd3.backbone", "SD3Model"),
-    "perco": ("perco.backbone", "PerCoModel"),
-}
+_HOME = {"tiny": "CodecModel", "sd3": "SD3Model", "perco": "PerCoModel"}
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -56,18 +53,57 @@ class BackboneOptions:
             raise ValueError(f"dtype must be one of {DTYPES}, not {self.dtype!r}")
 
 
-class Backbone(Protocol):
-    """The float networks of a model folder: images -> tokens, tokens -> images."""
+class Backbone(ABC):
+    """The float networks of a model folder: images -> tokens, tokens -> images.
 
-    folder: Path
-    device: str
-    config: ModelConfig
-    quantizer: Callable[[str], VectorQuantizer]
+    ``config`` is the folder's ``config.json``. ``quantizer`` and ``hyper_encoder`` return the
+    network of a rate by name, loaded once. Raises ValueError for a folder that is no model.
+    """
+
+    def __init__(self, folder: Path, device: str) -> None:
+        self.folder, self.device = Path(folder), device
+        self.config = ModelConfig.load(self.folder)
+        self.quantizer = lru_cache(None)(self._load_quantizer)
+        self.hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
+
+    def _load_quantizer(self, rate: str) -> VectorQuantizer:
+        point = self.config.rate(rate)
+        return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
+
+    def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
+        point = self.config.rate(rate)
+        return load_hyper_encoder(self.folder / point.name / "hyper_encoder", point, self.device)
 
     def codebook_bytes(self, rate: str) -> bytes:
         """Return the stored codebook, float32 little-endian, row after row, for the model id."""
-        ...
+        return stored_codebook(self.folder / self.config.rate(rate).name / "quantizer")
 
+    def _token_side(self, images: Tensor, rate: str) -> int:
+        """Return a rate's token side; ValueError unless it divides the sides of images."""
+        side = self.config.rate(rate).token_side
+        if images.shape[-1] % side or images.shape[-2] % side:
+            raise ValueError(f"image sides must be multiples of {side}: {tuple(images.shape[-2:])}")
+        return side
+
+    @abstractmethod
+    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
+        """Yield hyper-latents [1, M, H/s, W/s] of one image after the other.
+
+        Images never share a batch: convolution libraries choose their summation order by batch
+        size, and an image's tokens must not depend on its neighbours. Arguments and errors as for
+        ``encode_tokens``.
+        """
+
+    @torch.inference_mode()
+    def directions(self, images: Tensor, rate: str) -> Tensor:
+        """Return the unit vectors before quantization, float32 [B, H/s, W/s, D].
+
+        Arguments and errors as for ``encode_tokens``.
+        """
+        quantizer = self.quantizer(rate)
+        return torch.cat([quantizer.directions(z) for z in self.hyper_latents(images, rate)])
+
+    @torch.inference_mode()
     def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
         """Return tokens int32 [B, H/s, W/s] of images, s = the rate's token side.
 
@@ -77,12 +113,9 @@ class Backbone(Protocol):
         Raises:
             ValueError: H or W is not a multiple of s, or an unknown rate.
         """
-        ...
+        return self.quantizer(rate).nearest(self.directions(images, rate))
 
-    def directions(self, images: Tensor, rate: str) -> Tensor:
-        """Return the unit vectors before quantization, as ``TokenMaker.directions``."""
-        ...
-
+    @abstractmethod
     def reconstruct(
         self,
         tokens: Tensor,
@@ -107,7 +140,6 @@ class Backbone(Protocol):
             ValueError: tokens out of range, an unknown rate, steps < 1, realism outside 0 to 1, or
                 any realism for a model without a dial.
         """
-        ...
 
 
 def open_backbone(
@@ -119,33 +151,23 @@ def open_backbone(
         name_or_path: an embedded model ("tiny"), a model folder or a saved pipeline. ``KIND:PATH``
             ("sd3:PATH", "perco:PATH") requires a kind of backbone; its PATH may also be a hub id
             ("owner/name"), which is downloaded.
-        device: torch device.
+        device: torch device; "cuda" is the card that is current now.
         options: backbone options; None for the defaults.
 
     Raises:
         ValueError: no such model or device, another kind of backbone, or options that the backbone
             does not take.
     """
-    device = _checked_device(device)
-    folder, config = find_model(name_or_path)
-    module, name = _HOME[config.backbone]
-    kind_of_model = getattr(importlib.import_module(f"percov2.models.{module}"), name)
-    return kind_of_model(folder, device, options or BackboneOptions())
-
-
-def _checked_device(device: str) -> str:
-    """Return the device, "cuda" with the number of the current card, which may change later.
-
-    Raises ValueError for a missing device.
-    """
     try:
         place = torch.device(device)
     except RuntimeError:
-        place = None
-    if place is None or place.type not in ("cpu", "cuda"):
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {device!r}; use cpu or cuda")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} is not available on this machine; use cpu")
     if place.type == "cuda" and place.index is None:
-        return f"cuda:{torch.cuda.current_device()}"
-    return device
+        device = f"cuda:{torch.cuda.current_device()}"
+    folder, config = find_model(name_or_path)
+    module = importlib.import_module(f"percov2.models.{config.backbone}.backbone")
+    return getattr(module, _HOME[config.backbone])(folder, device, options or BackboneOptions())

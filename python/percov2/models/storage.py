@@ -18,7 +18,6 @@ from torch import Tensor
 
 __all__ = ["FORMATS", "load_component", "load_tensor", "save_component"]
 
-
 Component = TypeVar("Component", bound=ModelMixin)
 
 FORMATS = ("float32", "float16", "int8")
@@ -39,19 +38,19 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
     their last bits, and an encoder's last bits may change tokens.
 
     Args:
-        model: the network.
-        folder: where to write; created if missing.
-        weight_format: "float32", "float16", or "int8" (matrices int8 per row, the rest float16).
-
-    Raises:
-        ValueError: another format.
+        weight_format: "float32", "float16", or "int8" (matrices int8 per row, the rest float16);
+            ValueError for others.
     """
     if weight_format not in FORMATS:
         raise ValueError(f"weight_format must be one of {FORMATS}, not {weight_format!r}")
     folder.mkdir(parents=True, exist_ok=True)
     assert isinstance(model, ConfigMixin)
     model.save_config(folder)
-    before = _stored_before(folder / "model.safetensors")
+    path = folder / "model.safetensors"
+    try:
+        before = load_file(path) if path.is_file() else {}
+    except (SafetensorError, OSError):
+        before = {}
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if name in _REBUILT:
@@ -65,16 +64,7 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
             tensors[name] = value.half()
         else:
             tensors[name] = value.clone()
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    save_file(tensors, folder / "model.safetensors")
-
-
-def _stored_before(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of an earlier export, or none if there is no readable one."""
-    try:
-        return load_file(path) if path.is_file() else {}
-    except (SafetensorError, OSError):
-        return {}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 # Networks often load inside inference mode, but their weights must stay ordinary tensors.
@@ -82,26 +72,21 @@ def _stored_before(path: Path) -> dict[str, Tensor]:
 def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> Component:
     """Load a network written by :func:`save_component`, as float32, in evaluation mode.
 
-    Raises:
-        ValueError: an incomplete folder, or tensors that do not fit the config.
+    Raises ValueError for an incomplete folder and for tensors that do not fit the config.
     """
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+    path = folder / "model.safetensors"
+    if not (folder / "config.json").is_file() or not path.is_file():
         raise ValueError(f"{folder} holds no config.json and model.safetensors")
     try:
-        config: Any = kind.load_config(folder)
-        model = kind.from_config(config)
+        model: Any = kind.from_config(kind.load_config(folder))
     except MemoryError:
         raise
     except Exception as error:  # constructors raise errors of many types for wrong arguments
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    path = folder / "model.safetensors"
     try:
         stored = load_file(path)
-        state = {
-            name: _restored(stored, name)
-            for name in stored
-            if not (name.endswith(".scale") and name.removesuffix(".scale") in stored)
-        }
+        scales = {name + ".scale" for name in stored}
+        state = {name: _restored(stored, name) for name in stored if name not in scales}
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is damaged or does not fit its config: {error}") from error
@@ -122,9 +107,7 @@ def _restored(stored: dict[str, Tensor], name: str) -> Tensor:
 def load_tensor(path: Path, name: str) -> Tensor:
     """Return one tensor of a safetensors file as stored.
 
-    Raises:
-        ValueError: the file is damaged or has no such tensor.
-        OSError: the file cannot be read.
+    Raises ValueError if the file is damaged or lacks the tensor, OSError if it cannot be read.
     """
     try:
         with safe_open(path, "pt") as tensors:

@@ -23,7 +23,6 @@ from percov2.models.tiny.flow import whole_patches
 
 __all__ = ["L1_WEIGHT", "LEAST_SIDE", "LPIPS_WEIGHT", "TokenSearch", "tiles"]
 
-
 L1_WEIGHT = 3.0
 LPIPS_WEIGHT = 1.6
 _STEP = 0.03
@@ -40,10 +39,8 @@ def tiles(length: int, window: int, overlap: int, unit: int) -> list[slice]:
 
     A tile contains the same windows of the flow as the whole picture.
 
-    Args:
-        length: length of the side, in latents.
-        window, overlap: sides of the flow's windows, in latents.
-        unit: latents per token; tiles begin and end between tokens.
+    ``length`` and the flow's ``window`` and ``overlap`` count latents, ``unit`` those per token.
+    Tiles begin and end between tokens.
     """
     stride = window - overlap
     multiple = unit // gcd(stride, unit)
@@ -57,14 +54,8 @@ def tiles(length: int, window: int, overlap: int, unit: int) -> list[slice]:
 class TokenSearch:
     """The search for one rate of a small model, deterministic on one machine.
 
-    Args:
-        model: the model; its networks do not change.
-        rate: name of a rate.
-        rounds: number of rounds per picture.
-
-    Raises:
-        ValueError: an unknown rate, or a model of another backbone.
-        MetricWeightsMissing: LPIPS's weights are not installed.
+    Raises ValueError for an unknown rate or a model of another backbone, and MetricWeightsMissing
+    if LPIPS's weights are not installed.
     """
 
     def __init__(self, model: Backbone, rate: str, rounds: int) -> None:
@@ -75,16 +66,13 @@ class TokenSearch:
         self.lpips = LPIPS("alex").to(model.device)
 
     def __call__(self, image: Tensor, caption: str) -> Tensor:
-        """Return directions float32 [1, H/s, W/s, D] for an image and its caption.
+        """Return directions float32 [1, H/s, W/s, D] for an image and its caption, "" for none.
 
         The search assumes a decoder with one step and the default seed; other settings gain less.
 
         Args:
-            image: float [1, 3, H, W] in [-1, 1], sides multiples of the token side.
-            caption: the caption, "" for none.
-
-        Raises:
-            ValueError: a side below 47 pixels, too few for AlexNet.
+            image: float [1, 3, H, W] in [-1, 1], sides multiples of the token side. ValueError for
+                a side below 47 pixels, too few for AlexNet.
         """
         height, width = image.shape[-2:]
         if min(height, width) < LEAST_SIDE:
@@ -105,22 +93,15 @@ class TokenSearch:
         searched = torch.zeros(directions.shape[:-1], dtype=torch.bool, device=directions.device)
         sides = [tiles(n, config.window, config.overlap, self.unit) for n in latents]
         for ys, xs in product(*sides):
-            places = (
-                slice(None),
-                *(slice(s.start // self.unit, s.stop // self.unit) for s in (ys, xs)),
-            )
-            pixels = [slice(s.start * stride, s.stop * stride) for s in (ys, xs)]
+            both = [(s.start, s.stop) for s in (ys, xs)]
+            places = (slice(None), *[slice(a // self.unit, b // self.unit) for a, b in both])
+            down, across = (slice(a * stride, b * stride) for a, b in both)
             # Whole patches of the flow: the noise reaches beyond an odd tile.
-            rows, columns = (
-                slice(s.start, s.start + whole_patches(s.stop - s.start, self.model.patch))
-                for s in (ys, xs)
-            )
+            rows, columns = (slice(a, a + whole_patches(b - a, self.model.patch)) for a, b in both)
+            noises = (noise[:, rows, columns], grain[:, rows, columns])
+            tile = image[..., down, across]
             directions[places] = self._improve(
-                directions[places],
-                searched[places],
-                image[..., pixels[0], pixels[1]],
-                text,
-                (noise[:, rows, columns], grain[:, rows, columns]),
+                directions[places], searched[places], tile, text, noises
             )
             searched[places] = True
         return directions
@@ -137,9 +118,8 @@ class TokenSearch:
         quantizer = self.model.quantizer(self.rate)
         moved = directions.clone().requires_grad_()
         optimizer = torch.optim.Adam([moved], lr=_STEP, betas=(0.8, 0.95))
-        shifts = torch.randint(
-            _SHIFTS, (self.rounds, 2), generator=torch.Generator().manual_seed(0)
-        )
+        generator = torch.Generator().manual_seed(0)
+        shifts = torch.randint(_SHIFTS, (self.rounds, 2), generator=generator)
         for down, right in shifts.tolist():
             z_hat, _ = quantizer.straight_through(self._kept(directions, fixed, moved))
             z_hat = z_hat.repeat_interleave(self.unit, -2).repeat_interleave(self.unit, -1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import binascii
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,18 +30,12 @@ __all__ = [
     "uniform_coder",
 ]
 
-
 CHECK_BITS = 16
 """Size of the check in every payload, as in a file."""
 
 
 class TokenMap(NamedTuple):
-    """Tokens of one photo.
-
-    Attributes:
-        shape: rows and columns of its finest grid.
-        tokens: int32 [n], scale by scale, row by row.
-    """
+    """Tokens int32 [n] of one photo, scale by scale, row by row; ``shape`` of its finest grid."""
 
     shape: tuple[int, int]
     tokens: NDArray[np.int32]
@@ -51,20 +46,27 @@ def token_map(grid: NDArray[np.int32]) -> TokenMap:
     return TokenMap((grid.shape[0], grid.shape[1]), grid.reshape(-1))
 
 
-class StudyCoder(Protocol):
+class StudyCoder(ABC):
     """Coder of the tokens of a map in stages."""
 
+    @abstractmethod
     def stage_bits(self, tokens: TokenMap) -> list[NDArray[np.float64]]:
         """Return the cost in bits of each token's interval, one array per stage."""
-        ...
 
+    @abstractmethod
     def encode(self, tokens: TokenMap) -> bytes:
         """Return the payload with all tokens and the check of ``token_check``."""
-        ...
+
+    @abstractmethod
+    def _decoded(self, decoder: rans.RansDecoder, shape: tuple[int, int]) -> NDArray[np.int32]: ...
 
     def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
         """Return the tokens of a payload; raise ValueError if the check does not match."""
-        ...
+        decoder = rans.RansDecoder(payload, np.array([0, len(payload)]))
+        tokens = self._decoded(decoder, shape)
+        if not decoder.finished([token_check(tokens)]).all():
+            raise ValueError(f"the check of a payload of {len(payload)} bytes does not hold")
+        return tokens
 
 
 def token_check(tokens: NDArray[np.int32]) -> int:
@@ -72,7 +74,7 @@ def token_check(tokens: NDArray[np.int32]) -> int:
     return binascii.crc_hqx(tokens.astype("<i4").tobytes(), 0xFFFF)
 
 
-class OrderCoder:
+class OrderCoder(StudyCoder):
     """Coder of a single grid in the stages of an order, with an integer transformer."""
 
     def __init__(self, coder: TokenCoder, order: Order) -> None:
@@ -80,26 +82,17 @@ class OrderCoder:
 
     def stage_bits(self, tokens: TokenMap) -> list[NDArray[np.float64]]:
         stages = self._order(*tokens.shape)
-        _, freqs = self._coder.intervals(_grids(tokens), stages)
+        _, freqs = self._coder.intervals(tokens.tokens.reshape(1, *tokens.shape), stages)
         ends = np.bincount(stages.reshape(-1))[1:].cumsum()
         return np.split(self._coder.prob_bits - np.log2(freqs[0]), ends[:-1])
 
     def encode(self, tokens: TokenMap) -> bytes:
-        checks = [token_check(tokens.tokens)]
-        encoder = self._coder.encode(_grids(tokens), self._order(*tokens.shape), checks)
-        return encoder.finish()[0].tobytes()
+        grids, checks = tokens.tokens.reshape(1, *tokens.shape), [token_check(tokens.tokens)]
+        return self._coder.encode(grids, self._order(*tokens.shape), checks).finish()[0].tobytes()
 
-    def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
-        decoder = self._coder.decoder(payload, np.array([0, len(payload)]))
+    def _decoded(self, decoder: rans.RansDecoder, shape: tuple[int, int]) -> NDArray[np.int32]:
         grids = self._coder.decode(decoder, self._order(*shape), *shape)
-        tokens = rans.as_array(grids).reshape(-1)
-        if not decoder.finished([token_check(tokens)]).all():
-            raise ValueError(f"the check of a payload of {len(payload)} bytes does not hold")
-        return tokens
-
-
-def _grids(tokens: TokenMap) -> NDArray[np.int32]:
-    return tokens.tokens.reshape(1, *tokens.shape)
+        return rans.as_array(grids).reshape(-1)
 
 
 def uniform_coder(codebook_size: int) -> OrderCoder:
@@ -107,20 +100,15 @@ def uniform_coder(codebook_size: int) -> OrderCoder:
     return OrderCoder(TokenCoder(uniform_model(codebook_size)), one_stage)
 
 
-class DirectCoder:
+class DirectCoder(StudyCoder):
     """Coder whose entries are keys, readers and outputs at once; a stage takes one pass.
 
-    Args:
-        model: integer model, run by the executor "torch".
-        plan: maps rows and columns of a grid to the plan of its tokens.
-        codebook_size: size of each codebook.
+    The executor "torch" runs the model. ``plan`` maps rows and columns of a grid to the plan of its
+    tokens.
     """
 
     def __init__(
-        self,
-        model: IntTransformer,
-        plan: Callable[[int, int], DirectPlan],
-        codebook_size: int,
+        self, model: IntTransformer, plan: Callable[[int, int], DirectPlan], codebook_size: int
     ) -> None:
         self._model, self._plan, self._size = model, plan, codebook_size
         self._prob_bits = default_prob_bits(codebook_size)
@@ -154,13 +142,10 @@ class DirectCoder:
         encoder.encode(np.concatenate(starts), np.concatenate(freqs), counts, self._prob_bits)
         return encoder.finish()[0].tobytes()
 
-    def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
+    def _decoded(self, decoder: rans.RansDecoder, shape: tuple[int, int]) -> NDArray[np.int32]:
         plan = self._plan(*shape)
-        decoder = rans.RansDecoder(payload, np.array([0, len(payload)]))
         tokens = np.full(len(plan.stage), UNKNOWN, dtype=np.int32)
         for stage in range(1, int(plan.stage.max()) + 1):
             here, logits = self._stage(plan, tokens, shape, stage)
             tokens[here] = decoder.decode(logits[None].cpu(), self._prob_bits)[0]
-        if not decoder.finished([token_check(tokens)]).all():
-            raise ValueError(f"the check of a payload of {len(payload)} bytes does not hold")
         return tokens

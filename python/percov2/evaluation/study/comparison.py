@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from percov2.evaluation.study.coders import CHECK_BITS, StudyCoder, TokenMap, uniform_coder
 from percov2.evaluation.study.page import draw_stages, page, panels
 from percov2.evaluation.study.schedules import STUDY_SCHEDULES, Order
+from percov2.evaluation.writers import write_json
 from percov2.images import write_bytes
 
 __all__ = ["Method", "compare", "measure", "order_methods"]
@@ -30,15 +31,12 @@ def measure(
     Returns:
         maps, tokens: their numbers.
         stages, most_stages: mean and largest number of decoding passes.
-        bytes: mean length of a payload with its check.
-        ideal_bytes: mean cost of the intervals and the check.
+        bytes, ideal_bytes: mean length of a payload, and mean cost of its intervals and check.
         bits_per_token: mean cost of an interval.
         stage_bits, stage_tokens: bits per token and number of tokens of each stage.
         encode_s, decode_s: mean seconds per map.
 
-    Raises:
-        ValueError: no maps.
-        RuntimeError: a map is decoded wrongly.
+    Raises ValueError for no maps, RuntimeError if a map is decoded wrongly.
     """
     if not maps:
         raise ValueError("no token maps to measure")
@@ -77,13 +75,10 @@ def measure(
 
 
 class Method(NamedTuple):
-    """Row of the table: a coder and its maps.
+    """Row of the table: a coder, the training of its weights, and its maps.
 
-    Attributes:
-        name: name of the method, also in file names.
-        weights: training of the coder.
-        panels: maps a grid's shape to the panels for ``page.draw_stages``; None for no picture.
-        note: Markdown for the page, "" for none.
+    File names have ``name``. ``panels`` maps a grid's shape to the panels for ``page.draw_stages``;
+    None for no picture. ``note`` is Markdown for the page, "" for none.
     """
 
     name: str
@@ -103,11 +98,12 @@ def order_methods(
 ) -> Iterator[Method]:
     """Yield a method for every order of ``STUDY_SCHEDULES``, with ``coder_of(name, order)``."""
     for name, (title, order) in STUDY_SCHEDULES.items():
+        shown = partial(_panels, order) if draw else None
+        yield Method(name, title, weights, coder_of(name, order), maps, shown)
 
-        def shown(height: int, width: int, order: Order = order) -> list[NDArray[np.int64]]:
-            return panels(order(height, width))
 
-        yield Method(name, title, weights, coder_of(name, order), maps, shown if draw else None)
+def _panels(order: Order, height: int, width: int) -> list[NDArray[np.int64]]:
+    return panels(order(height, width))
 
 
 def compare(
@@ -125,12 +121,7 @@ def compare(
         facts: rate, codebook_size, token_side (pixels) and command.
         out: folder for report.json, report.md and schedule_NAME.png of the largest map.
 
-    Returns:
-        The report, for ``page.page``.
-
-    Raises:
-        ValueError: no maps.
-        RuntimeError: a map is decoded wrongly.
+    Returns the report, for ``page.page``. Raises the errors of ``measure``.
     """
     out.mkdir(parents=True, exist_ok=True)
     report = {**facts, "threads": torch.get_num_threads(), "methods": [], "notes": []}
@@ -142,7 +133,7 @@ def compare(
         head = {"name": method.name, "title": method.title, "weights": method.weights}
         picture = _draw(method, facts["token_side"], out)
         report["methods"].append({**head, **record, "picture": picture})
-        write_bytes(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+        write_json(out / "report.json", report)
         write_bytes(out / "report.md", page(report).encode())
     return report
 
@@ -154,11 +145,7 @@ def _draw(method: Method, token_side: int, out: Path) -> str | None:
     largest = max(method.maps, key=lambda tokens: len(tokens.tokens))
     height, width = largest.shape
     name = f"schedule_{method.name}.png"
-    draw_stages(
-        method.panels(height, width),
-        method.coder.stage_bits(largest),
-        height * width * token_side**2,
-        f"{method.title}, {method.weights} weights, {height}x{width} tokens",
-        out / name,
-    )
+    title = f"{method.title}, {method.weights} weights, {height}x{width} tokens"
+    bits, pixels = method.coder.stage_bits(largest), height * width * token_side**2
+    draw_stages(method.panels(height, width), bits, pixels, title, out / name)
     return name

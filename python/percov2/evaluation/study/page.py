@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["draw_stages", "page", "panels", "saved"]
+from percov2.evaluation.writers import markdown_table
 
+__all__ = ["draw_stages", "page", "panels", "saved"]
 
 _MOST_STAGES = 16
 """Largest number of stages that the page lists one by one."""
@@ -38,51 +39,40 @@ def page(report: dict[str, Any]) -> str:
             None) and the results of ``comparison.measure``.
     """
     rows = report["methods"]
-    lines = [
+    table = []
+    for row in rows:
+        by_bytes, by_bits = saved(row, rows[0])
+        stages = f"{row['stages']:.1f} / {row['most_stages']}"
+        cells = [row["title"], row["weights"], stages, f"{row['bytes']:.2f}", f"{by_bytes:.1f} %"]
+        cells += [f"{row['bits_per_token']:.3f}", f"{by_bits:.1f} %"]
+        table.append([*cells, *(f"{row[key]:.4f} s" for key in ("encode_s", "decode_s"))])
+    head = ["method", "weights", "stages", "bytes", "saved", "bits per token", "bits saved"]
+    shown = [row for row in rows if row["most_stages"] <= _MOST_STAGES]
+    most = max(row["most_stages"] for row in shown)
+    by_stage = []
+    for row in shown:
+        bits = [f"{bits:.2f}" for bits in row["stage_bits"]]
+        by_stage.append([row["title"], row["weights"], *bits, *[""] * (most - len(bits))])
+    numbers = map(str, range(1, most + 1))
+    parts = [
         f"# Entropy schedules at {report['rate']}",
-        "",
         f"{rows[0]['maps']} held-out token maps with {rows[0]['tokens']} tokens, codebook "
         f"{report['codebook_size']}. Every map was coded with rANS, decoded stage by stage and "
         "compared. Bytes count a payload with its 16-bit check, without header and caption. "
         "Uniform coding is also measured by real coding. Stages are decoding passes: the mean, and "
         f"those of the largest map. Seconds are per map, on {report['threads']} threads.",
-        "",
-        "```",
-        report["command"],
-        "```",
-        "",
-        "| method | weights | stages | bytes | saved | bits per token | bits saved | encode | "
-        "decode |",
-        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
-    for row in rows:
-        by_bytes, by_bits = saved(row, rows[0])
-        lines.append(
-            f"| {row['title']} | {row['weights']} | {row['stages']:.1f} / {row['most_stages']} "
-            f"| {row['bytes']:.2f} | {by_bytes:.1f} % | {row['bits_per_token']:.3f} "
-            f"| {by_bits:.1f} % | {row['encode_s']:.4f} s | {row['decode_s']:.4f} s |"
-        )
-    for note in report["notes"]:
-        lines += ["", note]
-    lines += ["", "## Bits per token of each stage", ""]
-    lines += [f"For methods with more than {_MOST_STAGES} stages, see report.json.", ""]
-    shown = [row for row in rows if row["most_stages"] <= _MOST_STAGES]
-    most = max(row["most_stages"] for row in shown)
-    lines.append(f"| method | weights | {' | '.join(map(str, range(1, most + 1)))} |")
-    lines.append("|---|---|" + "--:|" * most)
-    for row in shown:
-        cells = [f"{bits:.2f}" for bits in row["stage_bits"]]
-        cells += [""] * (most - len(cells))
-        lines.append(f"| {row['title']} | {row['weights']} | {' | '.join(cells)} |")
-    lines += ["", "## Known tokens after each stage", ""]
-    lines.append(
+        f"```\n{report['command']}\n```",
+        markdown_table([*head, "encode", "decode"], table, 2),
+        *report["notes"],
+        "## Bits per token of each stage",
+        f"For methods with more than {_MOST_STAGES} stages, see report.json.",
+        markdown_table(["method", "weights", *numbers], by_stage, 2),
+        "## Known tokens after each stage",
         "The photo with the most tokens: red tokens are new, blue ones known before. The bpp count "
-        "the intervals of all known tokens, without header, caption and check."
-    )
-    for row in rows:
-        if row["picture"]:
-            lines += ["", f"![{row['title']}]({row['picture']})"]
-    return "\n".join(lines) + "\n"
+        "the intervals of all known tokens, without header, caption and check.",
+        *(f"![{row['title']}]({row['picture']})" for row in rows if row["picture"]),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def draw_stages(
@@ -98,7 +88,6 @@ def draw_stages(
         stages: panel of each stage, [h, w]: 0 unknown, 1 known before, 2 new.
         bits: bits of the tokens of each stage; a panel's label shows the sum so far as bpp.
         pixels: number of pixels of the photo.
-        title: title of the figure.
         path: file for at most 12 stages, including the last.
     """
     import matplotlib as mpl

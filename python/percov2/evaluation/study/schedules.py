@@ -14,7 +14,6 @@ from percov2.entropy.schedule import nested_grids, qlds, stages
 
 __all__ = ["STUDY_SCHEDULES", "Order", "StudySchedule", "one_stage"]
 
-
 Order = Callable[[int, int], NDArray[np.int32]]
 """Function from rows and columns of a grid to its stage map int32 [h, w], stages 1..S."""
 

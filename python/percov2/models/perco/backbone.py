@@ -17,27 +17,24 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from percov2.models.backbone import BackboneOptions
+from percov2.models.backbone import Backbone, BackboneOptions
 from percov2.models.config import LATENT_SIDE
 from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.placement import Placement, base_location, load_part
 from percov2.models.tiny.flow import WindowedEstimate, upsample_z_hat
-from percov2.models.token_maker import TokenMaker
 
 __all__ = ["PerCoModel"]
 
 
-class PerCoModel(TokenMaker):
+class PerCoModel(Backbone):
     """The float networks of an imported folder and of its base model.
 
     Args:
         folder: folder with config.json and, per rate, hyper_encoder/, quantizer/ and unet/. Its
-            ``base`` has the layout of Stable Diffusion 2.1, with weights as safetensors.
+            ``base`` has the layout of Stable Diffusion 2.1, with weights as safetensors; ValueError
+            unless it is a folder or a possible hub id.
         device: torch device of every network.
         options: backbone options. Autoencoder, hyper-encoder and quantizer always run as float32.
-
-    Raises:
-        ValueError: ``base`` is neither a folder nor a possible hub id.
     """
 
     def __init__(self, folder: Path, device: str, options: BackboneOptions) -> None:
@@ -45,15 +42,12 @@ class PerCoModel(TokenMaker):
         self.options = options
         self.place = Placement.of(device, options)
         self._base = base_location(self.folder, self.config.base)
-        self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
         # Two U-Nets would need twice the memory, and a batch has one rate.
         self._unet = lru_cache(1)(self._load_unet)
 
-    # Networks ------------------------------------------------------------------------------------
-
     @cached_property
     def autoencoder(self) -> AutoencoderKL:
-        """Return Stable Diffusion's autoencoder."""
+        """Stable Diffusion's autoencoder."""
         vae = load_part(AutoencoderKL, self._base, "vae", use_safetensors=True)
         if self.options.vae_tiling:
             vae.enable_tiling()
@@ -61,11 +55,7 @@ class PerCoModel(TokenMaker):
 
     @cached_property
     def scheduler(self) -> DDIMScheduler:
-        """Return DDIM with the base model's noise schedule.
-
-        Raises:
-            ValueError: the schedule of a base model that does not predict v.
-        """
+        """DDIM with the base model's noise schedule; ValueError if that does not predict v."""
         scheduler = load_part(DDIMScheduler, self._base, "scheduler")
         prediction = scheduler.config.prediction_type
         if prediction != "v_prediction":
@@ -78,34 +68,23 @@ class PerCoModel(TokenMaker):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Return CLIP's tokenizer."""
+        """CLIP's tokenizer."""
         from transformers import CLIPTokenizer
 
         return load_part(CLIPTokenizer, self._base, "tokenizer")
 
     @cached_property
     def text_encoder(self) -> Any:
-        """Return CLIP's text encoder from Stable Diffusion 2.1, without CLIP's last layer."""
+        """CLIP's text encoder from Stable Diffusion 2.1, without CLIP's last layer."""
         from transformers import CLIPTextModel
 
-        return self.place.settle(
-            load_part(
-                CLIPTextModel,
-                self._base,
-                "text_encoder",
-                use_safetensors=True,
-                dtype=self.place.dtype,
-            )
-        )
+        form = {"use_safetensors": True, "dtype": self.place.dtype}
+        return self.place.settle(load_part(CLIPTextModel, self._base, "text_encoder", **form))
 
     def _load_unet(self, rate: str) -> UNet2DConditionModel:
-        unet = load_part(
-            UNet2DConditionModel,
-            str(self.folder / self.config.rate(rate).name),
-            "unet",
-            use_safetensors=True,
-            torch_dtype=self.place.dtype,
-        )
+        folder = str(self.folder / self.config.rate(rate).name)
+        form = {"use_safetensors": True, "torch_dtype": self.place.dtype}
+        unet = load_part(UNet2DConditionModel, folder, "unet", **form)
         words, reads = self.text_encoder.config.hidden_size, unet.config.cross_attention_dim
         if words != reads:
             raise ValueError(
@@ -123,34 +102,26 @@ class PerCoModel(TokenMaker):
         folder = self.folder / point.name / "hyper_encoder"
         return self.place.settle(load_hyper_encoder(folder, point))
 
-    # Compressing ---------------------------------------------------------------------------------
-
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
-        """Yield hyper-latents, as :meth:`TokenMaker.hyper_latents`.
+        """Yield hyper-latents, as ``Backbone.hyper_latents``.
 
         The latents are the mean of the posterior (the original draws a sample).
         """
         self._token_side(images, rate)
-        hyper_encoder, vae = self._hyper_encoder(rate), self.autoencoder
+        hyper_encoder, vae = self.hyper_encoder(rate), self.autoencoder
         with self.place.at_work(vae):
             means = [vae.encode(x).latent_dist.mode() for x in images.to(self.device).split(1)]
         with self.place.at_work(hyper_encoder):
             for mean in means:
                 yield hyper_encoder(mean * vae.config.scaling_factor)
 
-    # Decompressing -------------------------------------------------------------------------------
-
     def _words(self, captions: Sequence[str]) -> Tensor:
         """Return embeddings [B, L, d] of captions, padded and cut to CLIP's length."""
-        rows = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
+        form = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        length = self.tokenizer.model_max_length
+        rows = self.tokenizer(list(captions), max_length=length, **form).input_ids
         with self.place.at_work(self.text_encoder):
-            return self.text_encoder(rows.input_ids.to(self.device))[0]
+            return self.text_encoder(rows.to(self.device))[0]
 
     @torch.inference_mode()
     def reconstruct(
@@ -165,20 +136,18 @@ class PerCoModel(TokenMaker):
     ) -> Tensor:
         """Paint images from tokens and captions, as ``Backbone.reconstruct``.
 
-        Args:
-            tokens, rate, captions, guidance, seed: as for ``Backbone.reconstruct``.
-            steps: DDIM steps; the original takes 20. The base model's spacing begins at time 951 of
-                1000 with 20 steps, at 801 with 5, at 1 with 1.
-            realism: must be None: PerCo's dial is ``steps``.
-
-        Raises:
-            ValueError: tokens out of range, an unknown rate, more steps than the schedule has, or
-                any realism.
+        ``steps`` counts DDIM steps, at most those of the schedule; the original takes 20. The base
+        model's spacing begins at time 951 of 1000 with 20 steps, at 801 with 5, at 1 with 1.
+        ``realism`` must be None: PerCo's dial is ``steps``.
         """
         self.config.chosen_realism(rate, realism)
         ratio = self.config.rate(rate).token_side // LATENT_SIDE
         height, width = tokens.shape[-2] * ratio, tokens.shape[-1] * ratio
-        times = self._times(steps)
+        scheduler = self.scheduler
+        most = scheduler.config.num_train_timesteps - scheduler.config.steps_offset
+        if not 1 <= steps <= most:
+            raise ValueError(f"steps must be 1 to {most} with this model, not {steps}")
+        scheduler.set_timesteps(steps)
         z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
         z_hat = upsample_z_hat(z_hat, height, width)
         words = [self._words(captions)]
@@ -189,23 +158,15 @@ class PerCoModel(TokenMaker):
         noise = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed))
         x = noise.to(self.device).expand(len(tokens), -1, -1, -1)
         with self.place.at_work(unet):
-            for t in times:
+            for t in scheduler.timesteps:
                 velocity, *without = (self._velocity(unet, x, z_hat, t, text) for text in words)
                 if without:
                     velocity = without[0] + guidance * (velocity - without[0])
-                x = self.scheduler.step(velocity, t, x, return_dict=False)[0]
+                x = scheduler.step(velocity, t, x, return_dict=False)[0]
         x = x / vae.config.scaling_factor
         with self.place.at_work(vae):
             pictures = [vae.decode(y, return_dict=False)[0] for y in x.split(1)]
         return torch.cat(pictures).clamp(-1, 1)
-
-    def _times(self, steps: int) -> Tensor:
-        scheduler = self.scheduler
-        most = scheduler.config.num_train_timesteps - scheduler.config.steps_offset
-        if not 1 <= steps <= most:
-            raise ValueError(f"steps must be 1 to {most} with this model, not {steps}")
-        scheduler.set_timesteps(steps)
-        return scheduler.timesteps
 
     def _velocity(
         self, unet: UNet2DConditionModel, x: Tensor, z_hat: Tensor, t: Tensor, text: Tensor

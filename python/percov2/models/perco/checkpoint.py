@@ -13,16 +13,15 @@ from torch import Tensor
 
 __all__ = ["Tensors", "hyper_encoder_tensors", "quantizer_tensors", "unet_tensors"]
 
-
 Tensors = dict[str, Tensor]
 
 # Part of a published name -> ours; the order matters.
 _HYPER_ENCODER = (
-    (re.compile(r"^backbone\."), "body."),
-    (re.compile(r"\.layers\."), ".body."),
-    (re.compile(r"\.conv_a\."), ".trunk."),
-    (re.compile(r"\.conv_b\."), ".mask."),
-    (re.compile(r"\.conv\."), ".body."),
+    (r"^backbone\.", "body."),
+    (r"\.layers\.", ".body."),
+    (r"\.conv_a\.", ".trunk."),
+    (r"\.conv_b\.", ".mask."),
+    (r"\.conv\.", ".body."),
 )
 _QUANTIZER = "quantizer."
 # Training state.
@@ -34,16 +33,14 @@ _ORIGINAL = "conv_in."
 def hyper_encoder_tensors(state: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors of ``HyperEncoder`` from a ``hyper_enc`` state dict.
 
-    Raises:
-        ValueError: no ``backbone``, as in the project's first release.
+    Raises ValueError if it has no ``backbone``, as in the project's first release.
     """
     tensors = {}
     for name, value in state.items():
-        if name.startswith(_QUANTIZER):
-            continue
-        for pattern, replacement in _HYPER_ENCODER:
-            name = pattern.sub(replacement, name)
-        tensors[name] = value
+        if not name.startswith(_QUANTIZER):
+            for pattern, replacement in _HYPER_ENCODER:
+                name = re.sub(pattern, replacement, name)
+            tensors[name] = value
     if not any(name.startswith("body.") for name in tensors):
         raise ValueError(
             "hyper_enc has no tensors backbone.*; only checkpoints of the release of June 2024 or "
@@ -56,11 +53,9 @@ def quantizer_tensors(state: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors of ``VectorQuantizer`` from a ``hyper_enc`` state dict.
 
     Linear layers become 1×1 convolutions. Our quantizer multiplies a code by sqrt(D) before the
-    projection and the original does not, so the projection is divided by sqrt(D).
-
-    Raises:
-        ValueError: a missing or unknown tensor, a wrong shape, or codes without unit length, as in
-            a codebook for Euclidean distances.
+    projection and the original does not, so the projection is divided by sqrt(D). Raises ValueError
+    for a missing or unknown tensor, a wrong shape, or codes without unit length, as in a codebook
+    for Euclidean distances.
     """
     found = {n.removeprefix(_QUANTIZER): v for n, v in state.items() if n.startswith(_QUANTIZER)}
     wanted = [f"project_{way}.{part}" for way in ("in", "out") for part in ("weight", "bias")]
@@ -98,10 +93,7 @@ def unet_tensors(state: Mapping[str, Tensor]) -> Tensors:
     """Return the tensors of ``UNet2DConditionModel`` with a widened ``conv_in`` from a ``unet``.
 
     The published network has two first convolutions: the unused frozen one of Stable Diffusion, and
-    ``conv_in_extended``, which also reads z_hat.
-
-    Raises:
-        ValueError: no ``conv_in_extended``.
+    ``conv_in_extended``, which also reads z_hat; ValueError without it.
     """
     if _EXTENDED + "weight" not in state:
         raise ValueError(

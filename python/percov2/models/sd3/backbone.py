@@ -7,34 +7,30 @@ caption. Compressing loads no flow and no text encoder; decompressing loads no h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, partial
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from percov2.models.backbone import BackboneOptions
+from percov2.models.backbone import Backbone, BackboneOptions
 from percov2.models.config import LATENT_SIDE
-from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.sd3.base import SD3Base, SD3Folder
 from percov2.models.sd3.latents import decode_latents, encode_latents
 from percov2.models.sd3.text import CaptionEmbedder
 from percov2.models.tiny.flow import WindowedEstimate, upsample_z_hat
-from percov2.models.token_maker import TokenMaker
 
 __all__ = ["SD3Model"]
 
-
-_Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 _PATCH = 2
 """Latent positions per side of a patch; latents are padded to whole patches."""
 _POSITIONS_AT_ONCE = 128 * 128
 """Latent positions per sampled batch: one picture of 1024×1024 or four of 512×512."""
 
 
-class SD3Model(TokenMaker):
+class SD3Model(Backbone):
     """The float networks of an "sd3" folder: images -> tokens, tokens -> images.
 
     The hyper-encoder and the quantizer run in float32, the base model in the options' dtype.
@@ -43,10 +39,8 @@ class SD3Model(TokenMaker):
         folder: the model folder; docs/reference/sd3.md has its layout.
         device: torch device.
         options: backbone options; None for the defaults.
-        base: the base model's networks; None for those named by the folder.
-
-    Raises:
-        ValueError: a folder that is no model, or an impossible base.
+        base: the base model's networks; None for those named by the folder. ValueError for an
+            impossible base, as for a folder that is no model.
     """
 
     def __init__(
@@ -59,21 +53,13 @@ class SD3Model(TokenMaker):
         super().__init__(folder, device)
         options = options or BackboneOptions()
         self.base = base or SD3Folder(self.folder, self.config.base, device, options)
-        place = self.base.place
-        self._captions = CaptionEmbedder(self.base.text_networks, place.at_work, place.device)
-        self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
-
-    def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
-        point = self.config.rate(rate)
-        return load_hyper_encoder(self.folder / point.name / "hyper_encoder", point, self.device)
-
-    # Images -> tokens ----------------------------------------------------------------------------
+        self._captions = CaptionEmbedder(self.base.text_networks, self.base.place)
 
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
-        """Yield hyper-latents, as :meth:`TokenMaker.hyper_latents`."""
+        """Yield hyper-latents, as ``Backbone.hyper_latents``."""
         side = self._token_side(images, rate)
         height, width = images.shape[-2:]
-        hyper_encoder = self._hyper_encoder(rate)
+        hyper_encoder = self.hyper_encoder(rate)
         patch = _PATCH * LATENT_SIDE
         padded = F.pad(images, (0, -width % patch, 0, -height % patch), mode="replicate")
         for image in padded.to(self.device).split(1):
@@ -81,22 +67,16 @@ class SD3Model(TokenMaker):
             yield hyper_latents[..., : height // side, : width // side]
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Return latents float32 [B, 16, H/8, W/8] of about unit variance: the posterior's mean.
-
-        Args:
-            images: float [B, 3, H, W] in [-1, 1], sides multiples of 8.
-        """
+        """Return latents of about unit variance, as ``latents.encode_latents``."""
         autoencoder = self.base.autoencoder()
         with self.base.place.at_work(autoencoder):
             return encode_latents(autoencoder, images)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Return images float32 [B, 3, 8h, 8w], nominally in [-1, 1], of latents [B, 16, h, w]."""
+        """Return images of latents, as ``latents.decode_latents``."""
         autoencoder = self.base.autoencoder()
         with self.base.place.at_work(autoencoder):
             return decode_latents(autoencoder, latents)
-
-    # Tokens -> images ----------------------------------------------------------------------------
 
     @torch.inference_mode()
     def reconstruct(
@@ -114,12 +94,10 @@ class SD3Model(TokenMaker):
         ``realism`` must be None: the dial of Stable Diffusion 3 is ``steps``.
         """
         self.config.chosen_realism(rate, realism)
-        side = self.config.rate(rate).token_side
-        rows, columns = tokens.shape[-2:]
-        ratio = side // LATENT_SIDE
+        ratio = self.config.rate(rate).token_side // LATENT_SIDE
+        height, width = tokens.shape[-2] * ratio, tokens.shape[-1] * ratio
         z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
-        z_hat = upsample_z_hat(z_hat, rows * ratio, columns * ratio)
-        height, width = z_hat.shape[-2:]
+        z_hat = upsample_z_hat(z_hat, height, width)
         z_hat = F.pad(z_hat, (0, -width % _PATCH, 0, -height % _PATCH), mode="replicate")
         at_once = max(1, _POSITIONS_AT_ONCE // (z_hat.shape[-2] * z_hat.shape[-1]))
         latents = [
@@ -127,7 +105,7 @@ class SD3Model(TokenMaker):
             for i, part in enumerate(z_hat.split(at_once))
         ]
         images = self.decode_latents(torch.cat(latents)).clamp(-1, 1)
-        return images[..., : rows * side, : columns * side]
+        return images[..., : height * LATENT_SIDE, : width * LATENT_SIDE]
 
     @torch.inference_mode()
     def sample(
@@ -141,12 +119,8 @@ class SD3Model(TokenMaker):
     ) -> Tensor:
         """Sample clean latents float32 [B, 16, h, w] by SD3's Euler steps of the flow.
 
-        Args:
-            z_hat: [B, C, h, w] on the latent grid, h and w even.
-            captions, steps, guidance, seed: as for ``reconstruct``.
-
-        Raises:
-            ValueError: steps < 1, or a flow that does not fit z_hat.
+        z_hat is [B, C, h, w] on the latent grid, h and w even; the rest is as for ``reconstruct``.
+        Raises ValueError for steps < 1 and for a flow that does not fit z_hat.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")
@@ -178,19 +152,17 @@ class SD3Model(TokenMaker):
 
         scheduler = self.base.scheduler()
         scheduler.set_timesteps(steps, device=place.device)
-        noise = torch.randn(
-            1, channels, *z_hat.shape[-2:], generator=torch.Generator().manual_seed(seed)
-        )
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(1, channels, *z_hat.shape[-2:], generator=generator)
         x = noise.to(place.device).expand(len(z_hat), -1, -1, -1)
+        window, every_row = self.config.window, torch.arange(len(x), device=x.device)
         with place.at_work(flow):
             for time in scheduler.timesteps:
-                estimate = self._windowed(partial(velocity, time), x, z_hat)
+                now = partial(velocity, time)
+                if max(x.shape[-2:]) <= window:  # one window needs no blending
+                    estimate = now(x, z_hat, every_row)
+                else:
+                    blended = WindowedEstimate(now, window, self.config.overlap, batch=1)
+                    estimate = blended(x, z_hat)
                 x = scheduler.step(estimate, time, x, return_dict=False)[0]
         return x
-
-    def _windowed(self, velocity: _Velocity, x: Tensor, z_hat: Tensor) -> Tensor:
-        """Return velocities of latents of any size, without blending if one window holds them."""
-        window = self.config.window
-        if max(x.shape[-2:]) <= window:
-            return velocity(x, z_hat, torch.arange(len(x), device=x.device))
-        return WindowedEstimate(velocity, window, self.config.overlap, batch=1)(x, z_hat)

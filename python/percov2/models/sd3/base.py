@@ -22,15 +22,15 @@ class SD3Base(Protocol):
     place: Placement
 
     def autoencoder(self) -> AutoencoderKL:
-        """Return the autoencoder with 16 channels."""
+        """Return the autoencoder with 16 channels; ValueError if a network cannot be loaded."""
         ...
 
     def flow(self, rate: str) -> SD3Transformer2DModel:
-        """Return the widened transformer of a rate."""
+        """Return the widened transformer of a rate; memory may hold one flow at a time."""
         ...
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """Return the sampler."""
+        """Return a new sampler, because samplers have a state."""
         ...
 
     def text_networks(self) -> TextNetworks:
@@ -38,18 +38,16 @@ class SD3Base(Protocol):
         ...
 
 
-class SD3Folder:
+class SD3Folder(SD3Base):
     """The base model named by a percov2 folder, with the folder's own flow.
 
     Args:
         folder: the percov2 model folder. A rate's flow is in ``<rate>/flow``, or in ``flow`` if the
             rate has none.
-        base: hub id or folder of the base model in diffusers' layout.
+        base: hub id or folder of the base model in diffusers' layout; ValueError unless it is a
+            folder or a possible hub id.
         device: torch device.
         options: backbone options.
-
-    Raises:
-        ValueError: ``base`` is neither a folder nor a possible hub id.
     """
 
     def __init__(self, folder: Path, base: str, device: str, options: BackboneOptions) -> None:
@@ -60,19 +58,16 @@ class SD3Folder:
 
     @cached_property
     def _autoencoder(self) -> AutoencoderKL:
-        autoencoder = load_part(
-            AutoencoderKL, self.location, "vae", torch_dtype=self.place.dtype, use_safetensors=True
-        )
+        form = {"torch_dtype": self.place.dtype, "use_safetensors": True}
+        autoencoder = load_part(AutoencoderKL, self.location, "vae", **form)
         if self.options.vae_tiling:
             autoencoder.enable_tiling()
         return self.place.settle(autoencoder)
 
     def autoencoder(self) -> AutoencoderKL:
-        """Return the autoencoder; ValueError if it cannot be loaded, as for the other networks."""
         return self._autoencoder
 
     def flow(self, rate: str) -> SD3Transformer2DModel:
-        """Return the widened transformer; memory holds one flow at a time."""
         own = self.folder / rate / "flow"
         return self._flow(own if own.is_dir() else self.folder / "flow")
 
@@ -83,7 +78,6 @@ class SD3Folder:
         return flow
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
-        """Return a new sampler, because samplers have a state."""
         return load_part(FlowMatchEulerDiscreteScheduler, self.location, "scheduler")
 
     @cached_property
@@ -91,5 +85,4 @@ class SD3Folder:
         return load_text_networks(self.location, self.place, self.options.t5)
 
     def text_networks(self) -> TextNetworks:
-        """Return the caption's tokenizers and encoders; the options choose T5."""
         return self._text_networks

@@ -27,22 +27,16 @@ from percov2.models.tiny.flow import widen_patch_embedding
 
 __all__ = ["DELTA_FILE", "apply_delta", "load_delta", "open_flow", "save_delta"]
 
-
 DELTA_FILE = "delta.safetensors"
 _EMBEDDING = ("pos_embed.proj.weight", "pos_embed.proj.bias")
-_DOWN, _UP = ".lora_down", ".lora_up"
+_PAIR = _DOWN, _UP = ".lora_down", ".lora_up"
 
 
 def save_delta(tensors: Mapping[str, Tensor], lora_scale: float, folder: Path) -> None:
-    """Write ``folder/delta.safetensors``.
+    """Write ``folder/delta.safetensors``; the folder is created if missing.
 
-    Args:
-        tensors: tensors with the names of the module docstring; both of the patch embedding.
-        lora_scale: factor of all low-rank updates (alpha / r).
-        folder: where to write; created if missing.
-
-    Raises:
-        ValueError: missing or unknown names.
+    The tensors have the names of the module docstring, with both of the patch embedding; ValueError
+    for missing or unknown ones. ``lora_scale`` is the factor of all low-rank updates (alpha / r).
     """
     _check_names(tensors)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,24 +45,16 @@ def save_delta(tensors: Mapping[str, Tensor], lora_scale: float, folder: Path) -
 
 
 def _check_names(tensors: Mapping[str, Tensor]) -> None:
-    missing = [name for name in _EMBEDDING if name not in tensors]
-    rest = [name for name in tensors if name not in _EMBEDDING]
-    partner = {_DOWN: _UP, _UP: _DOWN}
-    for name in rest:
-        for kind, other in partner.items():
-            if name.endswith(kind) and name.removesuffix(kind) + other not in tensors:
-                missing.append(name.removesuffix(kind) + other)
-    unknown = [name for name in rest if not name.endswith((_DOWN, _UP))]
+    layers = {name.removesuffix(kind) for kind in _PAIR for name in tensors if name.endswith(kind)}
+    wanted = [*_EMBEDDING, *(layer + kind for layer in sorted(layers) for kind in _PAIR)]
+    missing = [name for name in wanted if name not in tensors]
+    unknown = [name for name in tensors if name not in wanted]
     if missing or unknown:
         raise ValueError(f"missing tensors {missing}, unexpected tensors {unknown}")
 
 
 def load_delta(folder: Path) -> tuple[dict[str, Tensor], float]:
-    """Load the tensors and the LoRA scale written by ``save_delta``.
-
-    Raises:
-        ValueError: the file is damaged or no delta.
-    """
+    """Load the tensors and the LoRA scale of ``save_delta``; ValueError if there is no delta."""
     path = folder / DELTA_FILE
     try:
         with safe_open(path, "pt") as file:
@@ -86,8 +72,7 @@ def apply_delta(
 ) -> None:
     """Widen a base transformer in place and add a delta to it, with sums in float32.
 
-    Raises:
-        ValueError: a tensor that fits no layer.
+    Raises ValueError for a tensor that fits no layer.
     """
     weight, bias = (tensors[name] for name in _EMBEDDING)
     extra = weight.shape[1] - transformer.config["in_channels"]
@@ -105,38 +90,18 @@ def apply_delta(
         )
     projection.weight.copy_(weight)
     projection.bias.copy_(bias)
-    for name in tensors:
-        if name.endswith(_DOWN):
-            layer = name.removesuffix(_DOWN)
-            _add_update(transformer, layer, tensors[name], tensors[layer + _UP], lora_scale)
-
-
-def _add_update(
-    transformer: nn.Module, layer: str, down: Tensor, up: Tensor, lora_scale: float
-) -> None:
-    try:
-        linear = transformer.get_submodule(layer)
-        assert isinstance(linear, nn.Linear)
-        update = lora_scale * (up.float() @ down.float())
-        linear.weight.copy_(linear.weight.float() + update.to(linear.weight.device))
-    except (AttributeError, AssertionError, RuntimeError) as error:
-        raise ValueError(
-            f"the delta's update of {layer} ({tuple(up.shape)} by {tuple(down.shape)}) fits no "
-            "linear map of this base model: is it a delta of another base?"
-        ) from error
-
-
-def _widened_base(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer2DModel:
-    """Load the base's own transformer if it is widened, as in a saved pipeline."""
-    config = load_part(_TransformerConfig, location, "transformer")
-    if config["in_channels"] <= config["out_channels"]:
-        raise ValueError(
-            f"{folder} holds no flow: neither config.json and weights of a transformer nor "
-            f"{DELTA_FILE}, and the transformer of {location} has no input channels for z_hat"
-        )
-    return load_part(
-        SD3Transformer2DModel, location, "transformer", torch_dtype=dtype, use_safetensors=True
-    )
+    for layer in (name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN)):
+        down, up = tensors[layer + _DOWN], tensors[layer + _UP]
+        try:
+            linear = transformer.get_submodule(layer)
+            assert isinstance(linear, nn.Linear)
+            update = lora_scale * (up.float() @ down.float())
+            linear.weight.copy_(linear.weight.float() + update.to(linear.weight.device))
+        except (AttributeError, AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"the delta's update of {layer} ({tuple(up.shape)} by {tuple(down.shape)}) fits no "
+                "linear map of this base model: is it a delta of another base?"
+            ) from error
 
 
 class _TransformerConfig:
@@ -154,20 +119,20 @@ def open_flow(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer
     Raises:
         ValueError: no flow in any form, or one that does not fit.
     """
+    form = {"torch_dtype": dtype, "use_safetensors": True}
     if (folder / "config.json").is_file():
-        return load_part(
-            SD3Transformer2DModel,
-            str(folder.parent),
-            folder.name,
-            torch_dtype=dtype,
-            use_safetensors=True,
-        )
+        return load_part(SD3Transformer2DModel, str(folder.parent), folder.name, **form)
     if not (folder / DELTA_FILE).is_file():
-        return _widened_base(folder, location, dtype)
+        # The base's own transformer may be widened, as in a saved pipeline.
+        config = load_part(_TransformerConfig, location, "transformer")
+        if config["in_channels"] <= config["out_channels"]:
+            raise ValueError(
+                f"{folder} holds no flow: neither config.json and weights of a transformer nor "
+                f"{DELTA_FILE}, and the transformer of {location} has no input channels for z_hat"
+            )
+        return load_part(SD3Transformer2DModel, location, "transformer", **form)
     tensors, scale = load_delta(folder)
-    transformer = load_part(
-        SD3Transformer2DModel, location, "transformer", torch_dtype=dtype, use_safetensors=True
-    )
+    transformer = load_part(SD3Transformer2DModel, location, "transformer", **form)
     try:
         with torch.inference_mode(False):
             apply_delta(transformer, tensors, scale)

@@ -12,8 +12,7 @@ __all__ = ["decode_latents", "encode_latents"]
 def encode_latents(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
     """Return latents float32 [B, 16, H/8, W/8], the posterior's mean.
 
-    Args:
-        images: float [B, 3, H, W] in [-1, 1], sides multiples of 8.
+    Images are float [B, 3, H, W] in [-1, 1], with sides that are multiples of 8.
     """
     shift, scale = _normalisation(autoencoder)
     encoded = autoencoder.encode(images.to(autoencoder.dtype)).latent_dist.mode()

@@ -18,17 +18,7 @@ from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.quantizer import VectorQuantizer
 from percov2.models.tiny.flow import widen_patch_embedding
 
-__all__ = [
-    "BYTES",
-    "TRANSFORMERS",
-    "Z_CHANNELS",
-    "networks",
-    "parameters",
-    "rate_parameters",
-    "tables",
-    "transformer",
-]
-
+__all__ = ["Z_CHANNELS", "networks", "parameters", "tables", "transformer"]
 
 Z_CHANNELS = 320
 """M of the paper: channels of z_hat beside the 16 of the latents."""
@@ -48,12 +38,8 @@ _MEDIUM: dict[str, Any] = {
 }
 TRANSFORMERS: dict[str, dict[str, Any]] = {
     "stable-diffusion-3-medium": _MEDIUM,
-    "stable-diffusion-3.5-medium": {
-        **_MEDIUM,
-        "pos_embed_max_size": 384,
-        "qk_norm": "rms_norm",
-        "dual_attention_layers": tuple(range(13)),
-    },
+    "stable-diffusion-3.5-medium": _MEDIUM
+    | {"pos_embed_max_size": 384, "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))},
 }
 
 
@@ -82,21 +68,10 @@ def networks(base: str) -> dict[str, nn.Module]:
         clip_l = CLIPTextConfig(
             hidden_size=768, intermediate_size=3072, num_attention_heads=12, projection_dim=768
         )
-        clip_g = CLIPTextConfig(
-            hidden_size=1280,
-            intermediate_size=5120,
-            num_hidden_layers=32,
-            num_attention_heads=20,
-            projection_dim=1280,
-        )
-        t5 = T5Config(
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_layers=24,
-            num_heads=64,
-            feed_forward_proj="gated-gelu",
-        )
+        sizes = {"num_hidden_layers": 32, "num_attention_heads": 20, "projection_dim": 1280}
+        clip_g = CLIPTextConfig(hidden_size=1280, intermediate_size=5120, **sizes)
+        sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+        t5 = T5Config(**sizes, feed_forward_proj="gated-gelu")
         return {
             "autoencoder": autoencoder,
             "flow transformer, widened": flow,
@@ -111,45 +86,35 @@ def parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def rate_parameters() -> dict[str, tuple[int, int]]:
-    """Return parameters of hyper-encoder and quantizer (with codebook) per paper rate."""
-    counts = {}
-    for rate in PAPER_RATES:
-        with torch.device("meta"):
-            hyper_encoder = HyperEncoder(16, 192, Z_CHANNELS, rate.token_side // LATENT_SIDE)
-            quantizer = VectorQuantizer(Z_CHANNELS, rate.codebook_size, 32, Z_CHANNELS)
-        codes = quantizer.codebook.numel()
-        counts[rate.name] = (parameters(hyper_encoder), parameters(quantizer) + codes)
-    return counts
-
-
 def tables() -> str:
     """Return the tables of docs/reference/sd3.md in Markdown."""
     lines = []
+
+    def cells(count: int) -> str:
+        return f"{count:,} | " + " | ".join(f"{count * size / 1e9:.2f}" for size in BYTES.values())
+
     for base in TRANSFORMERS:
         plain = parameters(transformer(base))
         lines += [f"Base model {base} (its own transformer: {plain:,} parameters):", ""]
         lines += ["| network | parameters | " + " | ".join(f"{name}, GB" for name in BYTES) + " |"]
         lines += ["|---|" + "---:|" * (1 + len(BYTES))]
         counts = {name: parameters(network) for name, network in networks(base).items()}
-        t5 = counts["T5-XXL text encoder"]
+        every = sum(counts.values())
         sums = {
             **counts,
-            "**all**": sum(counts.values()),
-            "**all without T5-XXL**": sum(counts.values()) - t5,
+            "**all**": every,
+            "**all without T5-XXL**": every - counts["T5-XXL text encoder"],
             "**largest network (with offload)**": max(counts.values()),
         }
-        lines += [f"| {name} | {_cells(count)} |" for name, count in sums.items()]
-        lines.append("")
+        lines += [*(f"| {name} | {cells(count)} |" for name, count in sums.items()), ""]
     lines += ["| rate | hyper-encoder | quantizer | both in fp32, MB |", "|---|---:|---:|---:|"]
-    for name, (hyper_encoder, quantizer) in rate_parameters().items():
-        size = 4 * (hyper_encoder + quantizer) / 1e6
-        lines.append(f"| {name} | {hyper_encoder:,} | {quantizer:,} | {size:.1f} |")
+    for rate in PAPER_RATES:
+        with torch.device("meta"):
+            hyper_encoder = HyperEncoder(16, 192, Z_CHANNELS, rate.token_side // LATENT_SIDE)
+            quantizer = VectorQuantizer(Z_CHANNELS, rate.codebook_size, 32, Z_CHANNELS)
+        one, two = parameters(hyper_encoder), parameters(quantizer) + quantizer.codebook.numel()
+        lines.append(f"| {rate.name} | {one:,} | {two:,} | {4 * (one + two) / 1e6:.1f} |")
     return "\n".join(lines)
-
-
-def _cells(count: int) -> str:
-    return f"{count:,} | " + " | ".join(f"{count * size / 1e9:.2f}" for size in BYTES.values())
 
 
 if __name__ == "__main__":

@@ -7,26 +7,22 @@ concatenated and padded with zeros to T5's width. The pooled vector joins both C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from percov2.models.placement import Placement, load_part
 
 __all__ = ["T5_TOKENS", "CaptionEmbedder", "TextNetworks", "load_text_networks"]
-
 
 T5_TOKENS = 256
 _REMEMBERED = 32
 """Number of cached caption embeddings; one takes 2.7 MB in bfloat16 with SD3's sizes."""
 
 
-@dataclass
-class TextNetworks:
+class TextNetworks(NamedTuple):
     """Tokenizers and encoders in SD3's order: CLIP-L, CLIP-G, T5; those of T5 may be None."""
 
     tokenizers: tuple[Any, Any, Any]
@@ -34,62 +30,39 @@ class TextNetworks:
 
 
 def load_text_networks(location: str, place: Placement, t5: bool) -> TextNetworks:
-    """Load the text encoders of a base model.
-
-    Raises:
-        ValueError: one cannot be loaded; for T5 the message names the option that omits it.
-    """
+    """Load the text encoders of a base model; ValueError if one cannot be loaded."""
     from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
-    kinds = (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel)
-    tokenizers: list[Any] = [None] * 3
-    encoders: list[Any] = [None] * 3
-    for i, (kind, suffix) in enumerate(zip(kinds, ("", "_2", "_3"), strict=True)):
-        if i == 2 and not t5:
-            break
-        try:
-            tokenizers[i] = load_part(
-                AutoTokenizer, location, "tokenizer" + suffix, trust_remote_code=False
-            )
-            encoder = load_part(
-                kind, location, "text_encoder" + suffix, dtype=place.dtype, use_safetensors=True
-            )
-        except ValueError as error:
-            if i == 2:
-                raise ValueError(f"{error} (t5=False or --no-t5 omits it)") from error
-            raise
-        encoders[i] = place.settle(encoder)
-    return TextNetworks(
-        (tokenizers[0], tokenizers[1], tokenizers[2]), (encoders[0], encoders[1], encoders[2])
-    )
+    def load(kind: Any, suffix: str) -> tuple[Any, Any]:
+        tokenizer = load_part(
+            AutoTokenizer, location, "tokenizer" + suffix, trust_remote_code=False
+        )
+        form = {"dtype": place.dtype, "use_safetensors": True}
+        return tokenizer, place.settle(load_part(kind, location, "text_encoder" + suffix, **form))
+
+    pairs = [load(CLIPTextModelWithProjection, suffix) for suffix in ("", "_2")]
+    try:
+        pairs.append(load(T5EncoderModel, "_3") if t5 else (None, None))
+    except ValueError as error:
+        raise ValueError(f"{error} (t5=False or --no-t5 omits it)") from error
+    return TextNetworks(*zip(*pairs, strict=True))
 
 
 class CaptionEmbedder:
     """A cached embedder of captions.
 
-    Args:
-        networks: returns the tokenizers and encoders; called on first use.
-        at_work: context in which an encoder is on the device.
-        device: device of the running encoders and of the embeddings.
+    ``networks`` returns the tokenizers and encoders; it is called on first use.
     """
 
-    def __init__(
-        self,
-        networks: Callable[[], TextNetworks],
-        at_work: Callable[[nn.Module], AbstractContextManager[None]],
-        device: torch.device | str,
-    ) -> None:
-        self._networks, self._at_work, self._device = networks, at_work, device
+    def __init__(self, networks: Callable[[], TextNetworks], place: Placement) -> None:
+        self._networks, self._place = networks, place
         self._known: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, captions: Sequence[str], width: int) -> tuple[Tensor, Tensor]:
         """Return sequence [B, 77 + 256, width] and pooled [B, p] embeddings of captions.
 
         Texts are embedded one at a time, so that an embedding does not depend on its batch.
-
-        Args:
-            captions: one per image, "" for none.
-            width: channels of the sequence, ``joint_attention_dim`` of the transformer.
+        ``width`` is the transformer's ``joint_attention_dim``.
         """
         for caption in captions:
             if caption not in self._known:
@@ -102,28 +75,18 @@ class CaptionEmbedder:
     def _embed(self, caption: str, width: int) -> tuple[Tensor, Tensor]:
         networks = self._networks()
         length = networks.tokenizers[0].model_max_length
-        sequences, pooled = [], []
-        for tokenizer, encoder in zip(networks.tokenizers[:2], networks.encoders[:2], strict=True):
-            with self._at_work(encoder):
-                output = encoder(self._ids(tokenizer, caption, length), output_hidden_states=True)
-            pooled.append(output[0])
-            # SDXL and SD3 read CLIP's last but one layer.
-            sequences.append(output.hidden_states[-2])
-        clip = torch.cat(sequences, -1)
+        *clips, t5_networks = zip(*networks, strict=True)
+        outputs = [self._run(*clip, caption, length, output_hidden_states=True) for clip in clips]
+        # SDXL and SD3 read CLIP's last but one layer.
+        clip = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         clip = F.pad(clip, (0, width - clip.shape[-1]))
         t5 = clip.new_zeros(1, T5_TOKENS, width)
-        tokenizer, encoder = networks.tokenizers[2], networks.encoders[2]
-        if encoder is not None:
-            with self._at_work(encoder):
-                t5 = encoder(self._ids(tokenizer, caption, T5_TOKENS))[0].to(clip)
-        return torch.cat([clip, t5], -2), torch.cat(pooled, -1)
+        if networks.encoders[2] is not None:
+            t5 = self._run(*t5_networks, caption, T5_TOKENS)[0].to(clip)
+        return torch.cat([clip, t5], -2), torch.cat([output[0] for output in outputs], -1)
 
-    def _ids(self, tokenizer: Any, caption: str, length: int) -> Tensor:
-        words = tokenizer(
-            [caption],
-            padding="max_length",
-            max_length=length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return words.input_ids.to(self._device)
+    def _run(self, tokenizer: Any, encoder: Any, caption: str, length: int, **options: Any) -> Any:
+        form = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        ids = tokenizer([caption], max_length=length, **form).input_ids.to(self._place.device)
+        with self._place.at_work(encoder):
+            return encoder(ids, **options)

@@ -21,9 +21,8 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
-        assert self.conv2.bias is not None
-        nn.init.zeros_(self.conv2.bias)
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to the same shape."""
@@ -36,8 +35,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     Args:
         latent_channels: channels of the latents (16 in SD3).
         widths: channels at 1/4 and at 1/8 resolution.
-        encoder_blocks: residual blocks at 1/4 and at 1/8 in the encoder.
-        decoder_blocks: residual blocks at 1/8 and at 1/4 in the decoder.
+        encoder_blocks, decoder_blocks: residual blocks at 1/4 and 1/8, and at 1/8 and 1/4.
         decoder_widths: channels of the decoder at 1/4 and at 1/8; None for ``widths``.
     """
 
@@ -76,11 +74,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     def encode(self, images: Tensor) -> Tensor:
         """Return latents [B, 16, H/8, W/8] of about unit variance.
 
-        Args:
-            images: float [B, 3, H, W] in [-1, 1], H and W multiples of 8.
-
-        Raises:
-            ValueError: H or W is not a multiple of 8.
+        Images are float [B, 3, H, W] in [-1, 1]; ValueError unless H and W are multiples of 8.
         """
         if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
             raise ValueError(f"image sides must be multiples of 8, not {tuple(images.shape[-2:])}")

@@ -6,42 +6,31 @@ Compressing never loads the flow transformer; decompressing never loads the hype
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from percov2.models.backbone import BackboneOptions
-from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
+from percov2.models.backbone import Backbone, BackboneOptions
+from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.storage import load_component
+from percov2.models.tiny import flow as flows
 from percov2.models.tiny.autoencoder import PatchAutoencoder
 from percov2.models.tiny.dial import RealismDial
-from percov2.models.tiny.flow import (
-    WindowedEstimate,
-    estimate_clean,
-    pad_to_patches,
-    sample,
-    upsample_z_hat,
-    whole_patches,
-)
 from percov2.models.tiny.text_encoder import HashedTextEncoder
-from percov2.models.token_maker import TokenMaker
 
 __all__ = ["CodecModel"]
 
 
-class CodecModel(TokenMaker):
+class CodecModel(Backbone):
     """The float networks of a model folder: images -> tokens, tokens -> images.
 
     Args:
         folder: the model folder; docs/reference/model-folder.md has its layout.
         device: torch device of every network.
-        options: None or the defaults.
-
-    Raises:
-        ValueError: other options, or a folder that is no model.
+        options: None or the defaults; ValueError for others, as for a folder that is no model.
     """
 
     def __init__(
@@ -50,40 +39,41 @@ class CodecModel(TokenMaker):
         if options not in (None, BackboneOptions()):
             raise ValueError(f"{folder} is a small model: it takes no {options}")
         super().__init__(folder, device)
-        self.hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
 
     @cached_property
     @torch.inference_mode(False)  # a token search needs gradients through it
     def autoencoder(self) -> PatchAutoencoder:
-        """Return the autoencoder, channels last, which is twice as fast on the CPU."""
+        """The autoencoder, channels last, which is twice as fast on the CPU."""
         model = load_component(PatchAutoencoder, self.folder / "autoencoder", self.device)
         return model.to(memory_format=torch.channels_last)
 
     @cached_property
     def flow(self) -> SD3Transformer2DModel:
-        """Return the widened flow transformer."""
+        """The widened flow transformer."""
         return load_component(SD3Transformer2DModel, self.folder / "flow", self.device)
 
     @cached_property
     def text_encoder(self) -> HashedTextEncoder:
-        """Return the caption's conditioning network."""
+        """The caption's conditioning network."""
         return load_component(HashedTextEncoder, self.folder / "text_encoder", self.device)
 
     @cached_property
     def dial(self) -> RealismDial | None:
-        """Return the realism dial; None for a model without one."""
+        """The realism dial; None for a model without one."""
         if self.config.realism is None:
             return None
         return load_component(RealismDial, self.folder / "dial", self.device)
 
+    @property
+    def patch(self) -> int:
+        """The side of the flow's patches, in latent positions."""
+        return int(self.flow.config["patch_size"])
+
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
-        point = self.config.rate(rate)
-        folder = self.folder / point.name / "hyper_encoder"
-        model = load_hyper_encoder(folder, point, self.device)
-        return model.to(memory_format=torch.channels_last)
+        return super()._load_hyper_encoder(rate).to(memory_format=torch.channels_last)
 
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
-        """Yield hyper-latents, as :meth:`TokenMaker.hyper_latents`."""
+        """Yield hyper-latents, as ``Backbone.hyper_latents``."""
         self._token_side(images, rate)
         hyper_encoder = self.hyper_encoder(rate)
         for image in images.to(self.device).split(1):
@@ -93,12 +83,11 @@ class CodecModel(TokenMaker):
     def z_hat(self, tokens: Tensor, rate: str) -> Tensor:
         """Return the flow's input z_hat [B, C, H/8, W/8] of tokens int [B, h, w].
 
-        Raises:
-            ValueError: tokens out of range, or an unknown rate.
+        Raises ValueError for tokens out of range and an unknown rate.
         """
         ratio = self.config.rate(rate).token_side // PatchAutoencoder.stride
         z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
-        return upsample_z_hat(z_hat, tokens.shape[-2] * ratio, tokens.shape[-1] * ratio)
+        return flows.upsample_z_hat(z_hat, tokens.shape[-2] * ratio, tokens.shape[-1] * ratio)
 
     @torch.inference_mode()
     def reconstruct(
@@ -118,7 +107,7 @@ class CodecModel(TokenMaker):
         """
         z_hat = self.z_hat(tokens, rate)
         height, width = z_hat.shape[-2:]
-        z_hat = pad_to_patches(z_hat, self.patch)
+        z_hat = flows.pad_to_patches(z_hat, self.patch)
         noise, grain = self.draw_noise(height, width, seed)
         realism = self.config.chosen_realism(rate, realism)
         grain = self.config.grain(rate, realism) * grain
@@ -133,14 +122,8 @@ class CodecModel(TokenMaker):
             unconditional = self._estimate(noisy, z, t, empty)
             return unconditional + guidance * (conditional - unconditional)
 
-        noise = noise.expand(len(tokens), -1, -1, -1)
-        images = self._decode(sample(estimate, z_hat, noise, steps), grain).clamp(-1, 1)
-        return _cropped(images, height, width)
-
-    @property
-    def patch(self) -> int:
-        """Return the side of the flow's patches, in latent positions."""
-        return int(self.flow.config["patch_size"])
+        latents = flows.sample(estimate, z_hat, noise.expand(len(tokens), -1, -1, -1), steps)
+        return self._decode(latents + grain, height, width).clamp(-1, 1)
 
     def conditioning(self, captions: Sequence[str], realism: float) -> tuple[Tensor, Tensor]:
         """Return the flow's conditioning: a sequence and a pooled vector."""
@@ -152,12 +135,11 @@ class CodecModel(TokenMaker):
     def draw_noise(self, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
         """Draw the starting noise and the decoder's noise, of variance 1, for height × width.
 
-        Returns:
-            [16, h, w] each, height and width rounded up to whole patches of the flow.
+        Both are [16, h, w], height and width rounded up to whole patches of the flow.
         """
-        channels = int(self.flow.config["out_channels"])
-        sides = (whole_patches(height, self.patch), whole_patches(width, self.patch))
+        sides = [flows.whole_patches(side, self.patch) for side in (height, width)]
         generator = torch.Generator().manual_seed(seed)
+        channels = int(self.flow.config["out_channels"])
         noise, grain = torch.randn(2, channels, *sides, generator=generator)
         return noise.to(self.device), grain.to(self.device)
 
@@ -172,31 +154,26 @@ class CodecModel(TokenMaker):
             noise, grain: from :meth:`draw_noise`, the latter times ``ModelConfig.grain``.
         """
         height, width = z_hat.shape[-2:]
-        z_hat = pad_to_patches(z_hat, self.patch)
-        noise = noise.expand(len(z_hat), -1, -1, -1)
-        images = self._decode(self._estimate(noise, z_hat, 1.0, text), grain)
-        return _cropped(images, height, width)
+        z_hat = flows.pad_to_patches(z_hat, self.patch)
+        clean = self._estimate(noise.expand(len(z_hat), -1, -1, -1), z_hat, 1.0, text)
+        return self._decode(clean + grain, height, width)
 
     def _estimate(
         self, noisy: Tensor, z_hat: Tensor, t: float, text: tuple[Tensor, Tensor]
     ) -> Tensor:
         """Return estimates of the clean latents from those at time t, window by window."""
+        config = self.config
 
         def window(x: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
             times = torch.full((len(x),), t, device=x.device)
             picked = (text[0][rows], text[1][rows])
-            return estimate_clean(self.flow, x, cut, times, picked, self.config.prediction)
+            return flows.estimate_clean(self.flow, x, cut, times, picked, config.prediction)
 
-        return WindowedEstimate(window, self.config.window, self.config.overlap)(noisy, z_hat)
+        return flows.WindowedEstimate(window, config.window, config.overlap)(noisy, z_hat)
 
-    def _decode(self, latents: Tensor, grain: Tensor) -> Tensor:
-        latents = latents + grain
-        decode = self.autoencoder.decode
-        parts = [decode(x.contiguous(memory_format=torch.channels_last)) for x in latents.split(1)]
-        return torch.cat(parts)
-
-
-def _cropped(images: Tensor, height: int, width: int) -> Tensor:
-    """Crop images [B, 3, H, W] to height × width latents."""
-    stride = PatchAutoencoder.stride
-    return images[..., : height * stride, : width * stride]
+    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Return unclamped images of height × width latents."""
+        parts = (x.contiguous(memory_format=torch.channels_last) for x in latents.split(1))
+        stride = self.autoencoder.stride
+        images = torch.cat([self.autoencoder.decode(x) for x in parts])
+        return images[..., : height * stride, : width * stride]

@@ -34,10 +34,8 @@ class RealismDial(ModelMixin, ConfigMixin):
         self.layers = nn.Sequential(
             nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, pooled)
         )
-        last = self.layers[-1]
-        assert isinstance(last, nn.Linear)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, realism: Tensor) -> Tensor:
         """Return offsets float [B, pooled] of β, float [B] in [0, 1]."""

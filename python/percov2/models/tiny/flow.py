@@ -7,7 +7,7 @@ noisy latents. Flow matching: x_t = (1 − t)·x_0 + t·noise, velocity v = nois
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -33,17 +33,14 @@ __all__ = [
 def widen_patch_embedding(transformer: SD3Transformer2DModel, extra_channels: int) -> None:
     """Widen the patch embedding in place by ``extra_channels`` zero-initialised input channels.
 
-    The widened transformer equals the original bit for bit before training.
-
-    Raises:
-        ValueError: extra_channels below 1.
+    The widened transformer equals the original bit for bit before training. Raises ValueError for
+    fewer than one extra channel.
     """
     if extra_channels < 1:
         raise ValueError(f"extra_channels must be at least 1, not {extra_channels}")
     old = transformer.pos_embed.proj
-    new = nn.Conv2d(
-        old.in_channels + extra_channels, old.out_channels, old.kernel_size, old.stride
-    ).to(old.weight)
+    channels = old.in_channels + extra_channels
+    new = nn.Conv2d(channels, old.out_channels, old.kernel_size, old.stride).to(old.weight)
     with torch.no_grad():
         new.weight.zero_()
         new.weight[:, : old.in_channels] = old.weight
@@ -63,8 +60,7 @@ def build_flow(extra_channels: int, **config: Any) -> SD3Transformer2DModel:
 def upsample_z_hat(z_hat: Tensor, height: int, width: int) -> Tensor:
     """Upsample z_hat [B, C, h', w'] to the nearest values on the latent grid [B, C, height, width].
 
-    Raises:
-        ValueError: the latent grid is not a multiple of the token grid.
+    Raises ValueError if the latent grid is not a multiple of the token grid.
     """
     rows, columns = z_hat.shape[-2:]
     if height % rows or width % columns or height // rows != width // columns:
@@ -102,10 +98,7 @@ def estimate_clean(
         t: [B] in [0, 1].
         text: sequence [B, L, d] and pooled [B, p] embeddings.
         prediction: "velocity" (SD3: x_0 = x_t − t·v) or "sample" (the network returns x_0, so a
-            small model need not reproduce the noise).
-
-    Raises:
-        ValueError: another prediction.
+            small model need not reproduce the noise); ValueError for another one.
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"prediction must be one of {PREDICTIONS}, not {prediction!r}")
@@ -116,23 +109,18 @@ def estimate_clean(
         timestep=t * 1000,
         return_dict=False,
     )[0]
-    if prediction == "sample":
-        return output
-    return noisy - t.view(-1, 1, 1, 1).to(noisy) * output
+    return output if prediction == "sample" else noisy - t.view(-1, 1, 1, 1).to(noisy) * output
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
     """Return starts of windows that cover 0 … length − 1; the last one may overlap more."""
-    if length <= window:
-        return [0]
-    starts = list(range(0, length - window, stride))
-    return [*starts, length - window]
+    return [*range(0, length - window, stride), max(0, length - window)]
 
 
 def _ramp(length: int, overlap: int) -> Tensor:
     """Return positive blending weights [length] that rise over ``overlap`` entries at both ends."""
-    distance = torch.minimum(torch.arange(length), torch.arange(length).flip(0)) + 1
-    return (distance / (overlap + 1)).clamp(max=1.0)
+    place = torch.arange(length)
+    return ((torch.minimum(place, place.flip(0)) + 1) / (overlap + 1)).clamp(max=1.0)
 
 
 class WindowedEstimate:
@@ -162,21 +150,19 @@ class WindowedEstimate:
         count, _, height, width = noisy.shape
         stride = self.window - self.overlap
         rows, columns = min(self.window, height), min(self.window, width)
+        tops = window_starts(height, self.window, stride)
+        lefts = window_starts(width, self.window, stride)
         places = [
-            (b, y, x)
-            for b in range(count)
-            for y in window_starts(height, self.window, stride)
-            for x in window_starts(width, self.window, stride)
+            (b, slice(y, y + rows), slice(x, x + columns))
+            for b, y, x in product(range(count), tops, lefts)
         ]
-        weight = _ramp(rows, self.overlap)[:, None] * _ramp(columns, self.overlap)[None, :]
-        weight = weight.to(noisy)
+        weight = (_ramp(rows, self.overlap)[:, None] * _ramp(columns, self.overlap)).to(noisy)
         total = torch.zeros_like(noisy)
-        norm = torch.zeros(1, 1, height, width, dtype=noisy.dtype, device=noisy.device)
-        for _, y, x in places[: len(places) // count]:
-            norm[..., y : y + rows, x : x + columns] += weight
+        norm = noisy.new_zeros(1, 1, height, width)
+        for _, ys, xs in places[: len(tops) * len(lefts)]:
+            norm[..., ys, xs] += weight
         for first in range(0, len(places), self.batch):
-            group = places[first : first + self.batch]
-            cut = [(b, slice(y, y + rows), slice(x, x + columns)) for b, y, x in group]
+            cut = places[first : first + self.batch]
             clean = self.estimate(
                 torch.stack([noisy[b, :, ys, xs] for b, ys, xs in cut]),
                 torch.stack([z_hat[b, :, ys, xs] for b, ys, xs in cut]),
@@ -200,11 +186,8 @@ def sample(
         estimate: maps (x_t, z_hat, t) to an estimate of the clean latents (guidance included).
         z_hat: [B, C, h, w], on the latent grid.
         noise: x_1 [B, 16, h, w].
-        steps: number of evaluations, at least 1. One step returns the estimate at t = 1.
+        steps: number of evaluations. One returns the estimate at t = 1; ValueError for none.
         shift: SD3's timestep shift; larger spends more steps near t = 1.
-
-    Raises:
-        ValueError: steps < 1.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")

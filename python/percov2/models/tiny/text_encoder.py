@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 __all__ = ["HashedTextEncoder"]
 
-
 _WORD = re.compile(r"\w+")
 
 
@@ -45,7 +44,7 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
             words = _WORD.findall(caption.lower())[:length]
             row = [1 + zlib.crc32(word.encode("utf-8")) % (buckets - 1) for word in words]
             rows.append(row + [0] * (length - len(words)))
-        return torch.tensor(rows, dtype=torch.long).view(len(captions), length)
+        return torch.tensor(rows, dtype=torch.long).view(-1, length)
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return sequence [B, length, dim] and pooled [B, dim] embeddings of captions."""

@@ -33,7 +33,7 @@ class FrozenNetworks:
     def __init__(self, base: SD3Folder, text_width: int, checkpointing: bool) -> None:
         self.base, self.text_width, self.checkpointing = base, text_width, checkpointing
         self.device = torch.device(base.place.device)
-        self._captions = CaptionEmbedder(base.text_networks, base.place.at_work, self.device)
+        self._captions = CaptionEmbedder(base.text_networks, base.place)
 
     @cached_property
     def _autoencoder(self) -> AutoencoderKL:
