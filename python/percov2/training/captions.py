@@ -64,8 +64,8 @@ class CaptionsConfig:
 
     Attributes:
         model: sizes of the transformer (``TransformerConfig`` without codebook_size).
-        pieces: number of learned pieces, without the end and the single bytes.
-        captions_per_step: captions in a batch, over all processes.
+        pieces: number of learned pieces, excluding the end piece and the single-byte pieces.
+        captions_per_step: captions per batch, summed over all processes.
         round_from: share of the steps before rounding starts.
         observe_until: share of the steps before the scales are fixed.
     """

@@ -62,7 +62,7 @@ class EntropyConfig:
     Attributes:
         model: sizes of the transformer (``TransformerConfig`` without codebook_size).
         shapes: crop heights and widths in tokens; a step draws one shape.
-        tokens_per_step: approximate number of tokens in a batch, over all processes.
+        tokens_per_step: approximate number of tokens per batch, summed over all processes.
         real_orders: share of crops with a schedule of the format; the others have random orders.
         default_orders: share of the former with the default schedule.
         round_from: share of the steps before rounding starts.
@@ -98,7 +98,7 @@ def _read_maps(path: Path) -> tuple[int, list[tuple[NDArray[np.int32], bool]]]:
 
 
 def evenly_spread(held_out: list[Any]) -> list[Any]:
-    """Return at most 48 held-out items, evenly spread, because neighbours share a shard."""
+    """Return at most 48 held-out items, evenly spaced: neighbours come from the same shard."""
     return held_out[:: max(1, len(held_out) // _MAX_HELD_OUT)][:_MAX_HELD_OUT]
 
 

@@ -27,8 +27,9 @@ class DirectExamples(NamedTuple):
     """Batch of entries with targets and weights.
 
     Attributes:
+        batch: entries that the transformer reads.
         targets: tokens of the entries, int64 [B, E].
-        weights: weights in the loss, float32 [B, E]; 0 for known tokens, with a sum of 1.
+        weights: weights in the loss, float32 [B, E]. They sum to 1 and are 0 for known tokens.
     """
 
     batch: DirectBatch
