@@ -18,7 +18,7 @@ enum CudaStatus : std::int32_t {
   kOk = 0,
   kBadInterval = 1,  // an interval is empty or not inside 0 .. 2^prob_bits; the stream is empty
   kBadCount = 2,     // counts[b] is not in 0 .. symbols; the stream is empty
-  kBadCheck = 3,     // the check does not fit 16 bits; the stream is empty
+  kBadCheck = 3,     // the check exceeds 16 bits; the stream is empty
   kBufferFull = 4,   // the stream ends beyond the capacity; the offsets have the needed size
   kBadOffsets = 5,   // the stream does not lie in the buffer; its symbols are 0
   kBadState = 6,     // the state is not below 2^31; its symbols are 0

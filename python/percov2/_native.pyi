@@ -80,7 +80,7 @@ def cuda_decode(
     """
 
 def resume_encoder(buffer: _Bytes, offsets: _Array, quiet: _Array) -> BatchEncoder:
-    """buffer uint8 [n]; offsets int64 [B + 1]; quiet int64 [B]: finished streams, to go on with."""
+    """buffer uint8 [n]; offsets int64 [B + 1]; quiet int64 [B]: finished streams to continue."""
 
 class BatchEncoder:
     def __init__(self, checks: _Array) -> None:

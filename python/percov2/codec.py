@@ -91,10 +91,10 @@ class Codec:
     ) -> Codec:
         """Open a model ("tiny", a folder, "sd3:PATH", …); networks load on first use.
 
-        Arguments as for ``percov2.models.backbone.open_backbone``.
+        See ``percov2.models.backbone.open_backbone`` for the arguments.
 
         Raises:
-            ValueError: no such model or device, or options that the model does not take.
+            ValueError: the model or the device does not exist, or the model rejects an option.
         """
         return cls(open_backbone(name_or_path, device, options))
 

@@ -81,9 +81,9 @@ class EncodeOptions:
     Attributes:
         rate: name of a rate of the model; None for the model's default.
         schedule: name of an entropy schedule; None for the model's default.
-        target_bytes: most bytes of a file, which holds as many stages as fit, 1 to 67,108,864. A
-            picture with too many tokens for an incomplete file takes the finest coarser rate whose
-            complete file fits.
+        target_bytes: largest size of a file in bytes, 1 to 67,108,864. The file holds as many
+            stages as fit. A picture with too many tokens for an incomplete file uses the finest
+            coarser rate whose complete file fits.
         stages: number of stages in the file, 1 to 65,536; the decoder draws the others (the paper's
             hybrid mode). None, or the number of all stages, gives a complete file.
         draw_seed: seed of the decoder's draws for incomplete files, 0 to 65,535; values above 0
@@ -92,7 +92,7 @@ class EncodeOptions:
             nearest codes whose similarity is at most this below the nearest one's.
         effort: rounds of a search for better tokens, 0 to 1,000. Each takes about as long as
             decoding the picture three times; 16 bring most of the gain.
-        max_pixels: most pixels of a picture, 1 to 2^32.
+        max_pixels: largest number of pixels of a picture, 1 to 2^32.
 
     Raises:
         OptionError: a value of another type or outside its range, both stages and target_bytes, or
@@ -105,11 +105,14 @@ class EncodeOptions:
     rate: str | None = _option(None, "rate of the model, e.g. r031 (default: the model's)")
     schedule: str | None = _option(None, "entropy schedule, e.g. qlds12 (default: the model's)")
     target_bytes: int | None = _option(
-        None, "most bytes of the file, which holds as many stages as fit (default: all)", 1, 1 << 26
+        None,
+        "largest size of the file in bytes; as many stages as fit are sent (default: no limit)",
+        1,
+        1 << 26,
     )
     stages: int | None = _option(
         None,
-        "number of stages in the file; the decoder draws the others (default: all)",
+        "number of entropy stages in the file; the decoder draws the others (default: all)",
         1,
         bitstream.MAX_STAGES_SENT,
     )
@@ -134,7 +137,7 @@ class EncodeOptions:
     )
     max_pixels: int = _option(
         bitstream.MAX_PIXELS,
-        f"most pixels of a picture (default: {bitstream.MAX_PIXELS})",
+        f"largest number of pixels of a picture (default: {bitstream.MAX_PIXELS})",
         1,
         bitstream.MAX_SIDE**2,
     )
@@ -154,11 +157,12 @@ class DecodeOptions:
     Attributes:
         realism: 0 (faithful) to 1 (realistic), for models with a dial; None for the rate's default.
         steps: number of flow evaluations, 1 to 1,000; None for the rate's default.
-        guidance: classifier-free guidance on the caption, 0 to 100; None for the model's default.
+        guidance: scale of the classifier-free guidance on the caption, 0 to 100; 1 disables it, and
+            None is the model's default.
         seed: seed of the starting noise, 0 to 2^63 - 1.
         allow_truncated: restore the intact stages of a truncated file and draw the others. Nothing
             detects damage in such a file.
-        max_pixels: most pixels that a file may declare, 1 to 2^32.
+        max_pixels: largest number of pixels that a file may declare, 1 to 2^32.
 
     Raises:
         OptionError: a value of another type or outside its range.
@@ -168,17 +172,27 @@ class DecodeOptions:
     """
 
     realism: float | None = _option(
-        None, "0 paints a faithful picture, 1 a realistic one (default: the rate's)", 0, 1
+        None,
+        "setting of the realism dial, from 0 (faithful) to 1 (realistic) (default: the rate's)",
+        0,
+        1,
     )
-    steps: int | None = _option(None, "number of flow evaluations (default: the rate's)", 1, 1000)
+    steps: int | None = _option(
+        None, "number of flow evaluations, 1 to 1000 (default: the rate's)", 1, 1000
+    )
     guidance: float | None = _option(
-        None, "weight of the caption; 1 turns it off (default: the model's)", 0, 100
+        None,
+        "guidance scale of the caption, 0 to 100; 1 disables guidance (default: the model's)",
+        0,
+        100,
     )
     seed: int = _option(0, "seed of the starting noise (default: 0)", 0, 2**63 - 1)
-    allow_truncated: bool = _option(False, "restore the intact part of a truncated file")
+    allow_truncated: bool = _option(
+        False, "restore the intact part of a truncated file (default: refuse the file)"
+    )
     max_pixels: int = _option(
         bitstream.MAX_PIXELS,
-        f"most pixels that a file may declare (default: {bitstream.MAX_PIXELS})",
+        f"largest number of pixels that a file may declare (default: {bitstream.MAX_PIXELS})",
         1,
         bitstream.MAX_SIDE**2,
     )

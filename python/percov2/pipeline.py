@@ -188,7 +188,7 @@ class PerCoV2Pipeline(DiffusionPipeline):
 
     @property
     def codec(self) -> Codec:
-        """The codec with this pipeline's networks, on their current device."""
+        """Return the codec with this pipeline's networks, on their current device."""
         place = Placement(str(self._execution_device), self.transformer.dtype, False)
         if self._codec is None or self._codec[0] != place:
             base = _PipelineBase(self, place)

@@ -64,7 +64,7 @@ def test_a_part_of_the_stages_goes_through_every_command(picture, random_model, 
 
     (whole,) = codec.compress([image], schedule="qlds5")
     out.write_bytes(whole[:-3])
-    assert "check does not fit" in failure(capsys, "decompress", out, restored, *model)
+    assert "check does not match" in failure(capsys, "decompress", out, restored, *model)
     printed = output(capsys, "decompress", out, restored, *model, "--allow-truncated")
     (cut,) = codec.decode([whole[:-3]], allow_truncated=True)
     assert 0 < cut.stages < 5

@@ -264,7 +264,7 @@ def test_a_caption_model_is_needed_and_named(describing: Codec, codec: Codec, fo
     other = Alphabet([*LEARNED[:-1], b"er"])
     transformer = CaptionModel.load(folder)._coder.model
     CaptionModel(other, transformer).save(folder.parent / "other")
-    with pytest.raises(BitstreamError, match="check does not fit"):
+    with pytest.raises(BitstreamError, match="check does not match"):
         Codec(codec.model, folder.parent / "other").decode([data])
     with pytest.raises(ValueError, match="its alphabet has 263"):
         CaptionModel(Alphabet(LEARNED[:-1]), transformer)

@@ -128,7 +128,7 @@ def test_wrong_arguments_of_an_encoding_are_refused(device: torch.device) -> Non
     for name, value, message in (
         ("freqs", 0, "stream 1: an interval is empty"),
         ("starts", -1, "stream 1: an interval is empty"),
-        ("checks", 65536, "stream 1: its check does not fit"),
+        ("checks", 65536, "stream 1: its check exceeds"),
         ("counts", 6, "stream 1: its count"),
     ):
         encoded = rans_cuda.encode(prob_bits=8, **{**good, **spoilt(name, value)})

@@ -34,7 +34,7 @@ class Shape:
 
     @property
     def symbols(self) -> int:
-        """Number of symbols in all images."""
+        """Return the number of symbols in all images."""
         return self.tokens * self.images
 
 
@@ -49,12 +49,12 @@ class Case:
 
     @property
     def prob_bits(self) -> int:
-        """Precision that percov2 uses for this codebook."""
+        """Return the precision that percov2 uses for this codebook."""
         return default_prob_bits(self.shape.codebook)
 
     @property
     def counts(self) -> NDArray[np.int64]:
-        """Number of symbols in each stream, int64 [B]."""
+        """Return the number of symbols in each stream, int64 [B]."""
         return np.full(self.shape.images, self.shape.tokens, dtype=np.int64)
 
     def first(self, images: int) -> Case:

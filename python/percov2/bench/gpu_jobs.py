@@ -48,12 +48,12 @@ class Size:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in an image."""
+        """Return the number of tokens in an image."""
         return self.side**2
 
     @property
     def symbols(self) -> int:
-        """Number of tokens in all images."""
+        """Return the number of tokens in all images."""
         return self.images * self.tokens
 
 

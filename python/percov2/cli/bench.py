@@ -23,27 +23,35 @@ def add_parser(commands: Any) -> None:
     added = benches.add_subparsers(dest="bench", required=True, metavar="BENCHMARK")
     help_ = "Measure the entropy engine, alone or beside other coders."
     parser = add_command(added, "entropy", bench_entropy, help_)
-    _add_outputs(parser, "run few and small cases, for a few seconds")
-    help_ = f"run these sections (default: {','.join(SECTIONS)})"
+    _add_outputs(parser, "run few and small cases, for a few seconds (default: run all)")
+    help_ = f"comma-separated sections to run (default: {','.join(SECTIONS)})"
     parser.add_argument("--only", type=_sections, default=SECTIONS, metavar="SECTIONS", help=help_)
-    help_ = f"also time the coders that benchmarks/peers.sh installs (PYTHON: {PEERS})"
+    help_ = (
+        "also time the coders that benchmarks/peers.sh installs, with their interpreter PYTHON "
+        f"(without a value: {PEERS}; default: time percov2 alone)"
+    )
     parser.add_argument("--peers", type=Path, nargs="?", const=PEERS, metavar="PYTHON", help=help_)
-    help_ = "write plots as PNG files into DIR (needs matplotlib)"
+    help_ = "folder for plots as PNG files; needs matplotlib (default: no plots)"
     parser.add_argument("--plots", type=Path, metavar="DIR", help=help_)
     help_ = "folder of an integer entropy model (default: rate r031 of tiny)"
     parser.add_argument(
         "--entropy-model", type=Path, default=ENTROPY_MODEL, metavar="DIR", help=help_
     )
-    help_ = "instruction set, such as scalar or avx2 (default: the fastest available)"
+    help_ = "instruction set of the CPU engine, e.g. scalar or avx2 (default: the fastest)"
     parser.add_argument("--instruction-set", metavar="NAME", help=help_)
     help_ = "Measure the GPU kernels and compare their results with the CPU engine."
-    _add_outputs(add_command(added, "gpu", bench_gpu, help_), "measure for a shorter time")
+    _add_outputs(
+        add_command(added, "gpu", bench_gpu, help_),
+        "repeat each measurement less often (default: for minutes)",
+    )
 
 
 def _add_outputs(parser: argparse.ArgumentParser, quick: str) -> None:
     parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE")
+    help_ = "JSON file for all figures (default: none)"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=help_)
+    help_ = "Markdown file for the printed tables (default: none)"
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help=help_)
 
 
 def _sections(text: str) -> tuple[str, ...]:

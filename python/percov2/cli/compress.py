@@ -17,9 +17,9 @@ __all__ = ["add_parser", "compress"]
 
 def add_parser(commands: Any) -> None:
     """Add ``compress`` to the commands."""
-    added = add_command(commands, "compress", compress, "Compress a picture into a .pcv2 file.")
-    added.add_argument("input", type=Path, metavar="IN", help="image file to compress")
-    added.add_argument("output", type=Path, metavar="OUT.pcv2", help="file to write")
+    added = add_command(commands, "compress", compress, "Compress a photo into a .pcv2 file.")
+    added.add_argument("input", type=Path, metavar="IN", help="photo to compress, an image file")
+    added.add_argument("output", type=Path, metavar="OUT.pcv2", help=".pcv2 file to write")
     add_model(added)
     add_options(added, EncodeOptions)
     add_captioner(added)

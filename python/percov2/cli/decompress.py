@@ -18,8 +18,8 @@ __all__ = ["add_parser", "decompress"]
 
 def add_parser(commands: Any) -> None:
     """Add ``decompress`` to the commands."""
-    added = add_command(commands, "decompress", decompress, "Restore the picture of a .pcv2 file.")
-    added.add_argument("input", type=Path, metavar="IN.pcv2", help="file to restore")
+    added = add_command(commands, "decompress", decompress, "Restore the photo of a .pcv2 file.")
+    added.add_argument("input", type=Path, metavar="IN.pcv2", help=".pcv2 file to restore")
     added.add_argument("output", type=Path, metavar="OUT.png", help="image file to write")
     add_model(added)
     add_options(added, DecodeOptions)

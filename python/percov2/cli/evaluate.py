@@ -44,43 +44,48 @@ def add_parser(commands: Any) -> None:
     def command(name: str, run: Any, help_: str) -> argparse.ArgumentParser:
         one = add_command(added, name, run, help_)
         add_model(one)
-        one.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
+        help_ = "folder for the report and its files (required)"
+        one.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_)
         return one
 
-    one = command("kodak", evaluate_kodak, "Measure the pictures of a folder and write a report.")
-    one.add_argument("folder", type=Path, metavar="DIR", help="folder of pictures")
-    help_ = "codecs to compare at equal bytes, from jpeg,webp,avif,jpeg2000,vvc"
+    one = command("kodak", evaluate_kodak, "Measure the photos of a folder and write a report.")
+    one.add_argument("folder", type=Path, metavar="DIR", help="folder of photos to measure")
+    help_ = "comma-separated codecs to compare at equal bytes: jpeg, webp, avif, jpeg2000, vvc"
     add_flag(one, "--baselines", help_, default="")
     add_options(one, EncodeOptions, "max_pixels")
     add_captioner(one)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     one = command("stages", evaluate_stages, "Measure quality and bytes per number of stages sent.")
-    one.add_argument("folder", type=Path, metavar="DIR", help="folder of pictures")
+    help_ = "folder of photos, each sent with every number of stages"
+    one.add_argument("folder", type=Path, metavar="DIR", help=help_)
     add_options(one, EncodeOptions, *_SWEPT)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
         one.add_argument("photos", type=Path, help=_PHOTOS)
         add_flag(one, "--rate", model_choices()["rate"])
-        add_flag(one, "--crops", "number of crops", number(int, 2, 10**6), count)
+        add_flag(one, "--crops", "number of held-out crops", number(int, 2, 10**6), count)
         add_flag(one, "--side", "side of a crop in pixels", number(int, 2, 4096), side)
 
     help_ = "Measure distortion and realism per setting of the dial, steps and guidance."
     one = command("modes", evaluate_modes, help_)
     crops(one, 2000, 128)
-    add_flag(one, "--steps", "numbers of flow evaluations", default="1,2,4,8,20")
-    add_flag(one, "--guidance", "weights of the caption", default="1,2")
-    add_flag(one, "--realism", "settings of the dial, e.g. 0,0.5,1 (default: the rate's)")
+    add_flag(one, "--steps", "comma-separated numbers of flow evaluations", default="1,2,4,8,20")
+    help_ = "comma-separated guidance scales of the caption, each 0 to 100"
+    add_flag(one, "--guidance", help_, default="1,2")
+    help_ = "comma-separated settings of the dial, 0 to 1, e.g. 0,0.5,1 (default: the rate's)"
+    add_flag(one, "--realism", help_)
 
     help_ = "Compare the right captions with captions of other photos."
     one = command("captions", evaluate_captions, help_)
     crops(one, 500, 192)
-    add_flag(one, "--steps", "flow evaluations (default: the rate's)", number(int, 1, 1000))
-    add_flag(
-        one, "--guidance", "weight of the caption (default: the model's)", number(float, 0, 100)
-    )
-    add_flag(one, "--pictures", "number of crops to show restored", number(int, 0, 100), 8)
+    help_ = "number of flow evaluations, 1 to 1000 (default: the rate's)"
+    add_flag(one, "--steps", help_, number(int, 1, 1000))
+    help_ = "guidance scale of the caption, 0 to 100; 1 disables guidance (default: the model's)"
+    add_flag(one, "--guidance", help_, number(float, 0, 100))
+    help_ = "number of restored crops to show, 0 to 100"
+    add_flag(one, "--pictures", help_, number(int, 0, 100), 8)
 
     one = command("realism", evaluate_realism, "Measure quality and realism on held-out crops.")
     one.add_argument("photos", type=Path, help=_PHOTOS)
@@ -98,18 +103,23 @@ def add_parser(commands: Any) -> None:
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
     one = command("entropy", evaluate_entropy, "Compare entropy schedules on held-out tokens.")
-    add_flag(one, "--data", "token maps made by `percov2 train tokens`", Path, required=True)
+    help_ = ".npz file of token maps made by `percov2 train tokens` (required)"
+    add_flag(one, "--data", help_, Path, required=True)
     add_flag(one, "--rate", "rate of the token maps, e.g. r031 (default: the model's)")
-    help_ = "folder of the `percov2 train entropy` that trained the model; training needs it"
+    help_ = (
+        "folder made by the `percov2 train entropy` that trained the model; --finetune and "
+        "--baselines need it (default: none)"
+    )
     add_flag(one, "--entropy-run", help_, Path)
-    help_ = "fine-tune for each schedule and measure again; needs --entropy-run"
+    help_ = "number of fine-tuning steps for each schedule before it is measured again"
     add_flag(one, "--finetune", help_, number(int, 0, 10**6), 0, metavar="STEPS")
     help_ = (
-        "baselines to train as long as the shared weights, from masked (the paper's masked model) "
-        "and multiscale (explicit VAR); needs --entropy-run"
+        "comma-separated baselines to train as long as the shared weights: masked (the paper's "
+        "masked model), multiscale (explicit VAR)"
     )
     add_flag(one, "--baselines", help_, default="")
-    add_flag(one, "--photos", f"{_PHOTOS}, source of the token maps; multiscale needs it", Path)
+    help_ = f"{_PHOTOS}, source of the token maps; multiscale needs it (default: none)"
+    add_flag(one, "--photos", help_, Path)
 
 
 def _held_out(

@@ -16,9 +16,9 @@ def add_parser(commands: Any) -> None:
     """Add ``import-perco`` to the commands."""
     help_ = "Make a model folder from published PerCo (SD) weights."
     added = add_command(commands, "import-perco", import_perco, help_)
-    help_ = "folder of checkpoints, or one checkpoint"
+    help_ = "folder of one PerCo (SD) checkpoint or of several"
     added.add_argument("folder", type=Path, metavar="FOLDER", help=help_)
-    added.add_argument("out", type=Path, metavar="OUT", help="model folder to make")
+    added.add_argument("out", type=Path, metavar="OUT", help="model folder to write")
     help_ = "folder or hub id of Stable Diffusion 2.1 (default: the one named in the checkpoint)"
     added.add_argument("--base", help=help_)
 

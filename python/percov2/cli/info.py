@@ -27,11 +27,11 @@ _UNUSED = ("realism", "steps", "guidance", "seed", "allow_truncated")
 def add_parser(commands: Any) -> None:
     """Add ``info`` to the commands."""
     added = add_command(commands, "info", info, "Describe a .pcv2 file.")
-    added.add_argument("input", type=Path, metavar="FILE", help="file to describe")
-    added.add_argument("--json", action="store_true", help="print one JSON object")
-    added.add_argument(
-        "--verify", action="store_true", help="decode the tokens and print their SHA-256"
-    )
+    added.add_argument("input", type=Path, metavar="FILE", help=".pcv2 file to describe")
+    help_ = "print one JSON object (default: print lines of text)"
+    added.add_argument("--json", action="store_true", help=help_)
+    help_ = "decode the tokens and print their SHA-256 (default: read the header only)"
+    added.add_argument("--verify", action="store_true", help=help_)
     add_model(added)
     add_options(added, DecodeOptions, *_UNUSED)
 

@@ -33,7 +33,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_MODEL,
         help="embedded model, model folder, sd3:FOLDER or perco:FOLDER (default: tiny)",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="device of the networks: cpu, cuda or cuda:N (default: cpu)",
+    )
     group = parser.add_argument_group("options of large models (sd3, perco)")
     group.add_argument(
         "--dtype",
@@ -41,16 +45,25 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="number format of the networks (default: fp32 on cpu, bf16 on cuda)",
     )
     group.add_argument(
-        "--offload", action="store_true", help="keep each network on the device only while it runs"
+        "--offload",
+        action="store_true",
+        help="keep each network on the device only while it runs (default: keep all there)",
     )
     group.add_argument(
-        "--vae-tiling", action="store_true", help="run the autoencoder in tiles to save memory"
+        "--vae-tiling",
+        action="store_true",
+        help="run the autoencoder in tiles to save memory (default: in one piece)",
     )
     group.add_argument(
-        "--compile", action="store_true", help="compile the flow network (slow first picture)"
+        "--compile",
+        action="store_true",
+        help="compile the flow network, which slows the first picture (default: do not)",
     )
     group.add_argument(
-        "--no-t5", dest="t5", action="store_false", help="run sd3 without its largest text encoder"
+        "--no-t5",
+        dest="t5",
+        action="store_false",
+        help="run sd3 without its largest text encoder (default: with it)",
     )
 
 
@@ -76,7 +89,7 @@ def check_choices(
             check_captioner(name, arguments.caption, arguments.captioner_model)
     with about(f"model {arguments.model}"):
         if not re.fullmatch(r"(cpu|cuda)(:\d+)?", arguments.device):
-            raise ValueError(f"unknown device {arguments.device!r}; use cpu or cuda")
+            raise ValueError(f"unknown device {arguments.device!r}; use cpu, cuda or cuda:N")
         _, config = find_model(arguments.model)
         given = [flag for flag, is_given in _big_options(arguments).items() if is_given]
         if config.backbone == "tiny" and given:
@@ -122,7 +135,9 @@ def open_codec(arguments: argparse.Namespace) -> Codec:
 def add_captioner(parser: argparse.ArgumentParser) -> None:
     """Add ``--caption``, ``--captioner`` and ``--captioner-model``."""
     parser.add_argument(
-        "--caption", default="", help="text that guides the decoder, stored in the file"
+        "--caption",
+        default="",
+        help="caption that guides the decoder; stored in the file (default: none)",
     )
     parser.add_argument(
         "--captioner",

@@ -19,10 +19,12 @@ __all__ = ["add_parser", "roundtrip"]
 
 def add_parser(commands: Any) -> None:
     """Add ``roundtrip`` to the commands."""
-    added = add_command(commands, "roundtrip", roundtrip, "Compress, restore and measure pictures.")
-    added.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="image files")
-    added.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write")
-    added.add_argument("--json", action="store_true", help="print a JSON list of records")
+    added = add_command(commands, "roundtrip", roundtrip, "Compress, restore and measure photos.")
+    added.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="photos, as image files")
+    help_ = "folder for the .pcv2 files and the restored photos (required)"
+    added.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_)
+    help_ = "print a JSON list of records (default: print sentences)"
+    added.add_argument("--json", action="store_true", help=help_)
     add_model(added)
     add_options(added, EncodeOptions, "max_pixels")
     add_captioner(added)

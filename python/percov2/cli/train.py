@@ -18,36 +18,37 @@ def _option(help_: str, kind: Any = str, **more: Any) -> dict[str, Any]:
 
 
 OPTIONS = {
-    "config": _option("TOML file with a section per phase", Path, required=True),
+    "config": _option("TOML file with a section per phase (required)", Path, required=True),
     "recipe": _option(
-        "replace settings of [codec] by those of [codec.recipes.NAME] (sd3: [sd3])",
+        "recipes [codec.recipes.NAME] whose settings replace those of [codec] (default: none)",
         metavar="NAME[,NAME]",
     ),
-    "data": _option("photos, shards or token maps", Path, required=True),
-    "out": _option("file or folder to write", Path, required=True),
+    "data": _option("folder made by `train data` (required)", Path, required=True),
+    "out": _option("run folder to write (required)", Path, required=True),
     "minutes": _option(
         "stop after this time in minutes; the same command resumes (default: no limit)", float
     ),
-    "autoencoder_run": _option("folder made by `train autoencoder`, for the first weights", Path),
-    "start_from": _option(
-        "folder made by `train codec` (its averaged weights), or model folder, for the first "
-        "weights instead; a rate that it lacks starts from its first rate",
+    "autoencoder_run": _option(
+        "folder made by `train autoencoder`, for the first weights; needed without --start-from "
+        "(default: none)",
         Path,
     ),
-    "codec_run": _option("folder made by `train codec` or `train sd3`", Path, required=True),
+    "start_from": _option(
+        "start from a folder made by `train codec` (averaged weights) or a model folder (default: "
+        "start from --autoencoder-run)",
+        Path,
+    ),
+    "codec_run": _option("folder made by `train codec` (required)", Path, required=True),
     "texts": _option(
-        ".txt files with a caption per line, or shards with such members",
+        ".txt files with a caption per line, or .tar shards with such members (required)",
         Path,
         nargs="+",
         required=True,
     ),
-    "model": _option("model folder", Path, required=True),
-    "rate": _option(
-        "rate of the model (default: its default), or of the configuration (default: its common "
-        "settings)"
-    ),
+    "model": _option("model folder that makes the tokens (required)", Path, required=True),
+    "rate": _option("rate of the model, e.g. r031 (default: the model's)"),
     "views": _option(
-        "maps per photo; the second and later ones are mirrored and shifted (default: 1)",
+        "number of token maps per photo; all but the first are mirrored and shifted (default: 1)",
         int,
         default=1,
     ),
@@ -57,14 +58,17 @@ OPTIONS = {
         choices=["no", "bf16"],
         default="no",
     ),
-    "pictures": _option("folder of validation pictures to restore at checkpoints", Path),
+    "pictures": _option(
+        "folder of validation photos to restore at checkpoints (default: none)", Path
+    ),
     "longest": _option(
-        "largest shorter side of a photo in pixels; larger ones are scaled down (default: 768)",
+        "limit of a photo's shorter side in pixels; larger photos are scaled down (default: 768)",
         int,
         default=768,
     ),
     "entropy": _option(
-        "`entropy` folders made by `train entropy`; FOLDER alone is for the first rate",
+        "`entropy` folders made by `train entropy`; FOLDER alone is for the first rate (default: "
+        "none)",
         nargs="+",
         metavar="RATE=FOLDER",
     ),
@@ -103,6 +107,32 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
 }
 """Help text and options of each phase."""
+_SHARDS = "folder of photo shards, .tar files (required)"
+_SD3_RECIPE = "recipes [sd3.recipes.NAME] whose settings replace those of [sd3] (default: none)"
+_OWN_HELP = {
+    ("data", "data"): _SHARDS,
+    ("data", "out"): "folder to write, the cache of decoded photos (required)",
+    ("tokens", "out"): ".npz file to write (required)",
+    (
+        "entropy",
+        "data",
+    ): "token maps: .npz file of `train tokens`, or folder of such files (required)",
+    (
+        "entropy",
+        "rate",
+    ): "rate of the configuration, [entropy.rates.NAME] (default: [entropy] alone)",
+    ("sd3", "data"): _SHARDS,
+    ("sd3", "recipe"): _SD3_RECIPE,
+    ("sd3-export", "recipe"): _SD3_RECIPE,
+    ("sd3-export", "codec_run"): "folder made by `train sd3` (required)",
+    ("sd3-export", "out"): "model folder to write or to extend (required)",
+    ("sd3-export", "entropy"): "`entropy` folder made by `train entropy` (default: uniform coding)",
+    ("shard-tokens", "model"): "model that makes the tokens: folder or name (required)",
+    ("shard-tokens", "data"): _SHARDS,
+    ("shard-tokens", "out"): "folder to write, one .npz file per shard (required)",
+    ("export", "out"): "model folder to write or to extend (required)",
+}
+"""Help of an option in one phase, where that of OPTIONS is not exact."""
 _READ = ("config", "autoencoder_run", "start_from", "codec_run", "pictures")
 """Options that name one file or folder to read."""
 _ON_SD3 = ("sd3", "sd3-export", "shard-tokens")
@@ -115,7 +145,9 @@ def add_parser(commands: Any) -> None:
     for phase, (text, options) in PHASES.items():
         one = add_command(added, phase, train, text)
         for option in options:
-            one.add_argument("--" + option.replace("_", "-"), **OPTIONS[option])
+            help_ = _OWN_HELP.get((phase, option), OPTIONS[option]["help"])
+            name = "--" + option.replace("_", "-")
+            one.add_argument(name, **{**OPTIONS[option], "help": help_})
 
 
 def train(arguments: argparse.Namespace) -> None:

@@ -241,7 +241,7 @@ def write_within(
     totals = [picture.stage_count for picture in pictures]
 
     def parts(counts: dict[int, int]) -> list[bytes]:
-        """Write pictures, given as index -> number of stages."""
+        """Return one file per picture; ``counts`` maps a picture's index to its stages."""
         return write([pictures[i].part(k, seed) for i, k in counts.items()])
 
     # Bisect between the most stages known to fit and the fewest known to fail, with their bytes.
@@ -607,7 +607,7 @@ def _unpack_equal(
     checks = [_check_of(f.parsed.header, g, captions) for f, g in zip(files, tokens, strict=True)]
     for i, valid in enumerate(decoder.finished(checks)):
         if not valid and not trusting:
-            raise files[i].fault("the file is damaged or cut: its check does not fit")
+            raise files[i].fault("the file is damaged or cut: its check does not match")
         tokens[i] = tokens[i] if valid else None
     return tokens
 

@@ -160,7 +160,7 @@ class SymbolDecoder:
                     "more symbols"
                 )
             raise ValueError(
-                f"{name} does not fit its check: it is damaged or cut, or was made with other "
+                f"{name} does not match its check: it is damaged or cut, or was made with other "
                 "logits or another number of symbols"
             )
 

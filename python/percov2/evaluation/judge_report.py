@@ -52,7 +52,7 @@ class JudgedCrops:
 
     @property
     def bpp(self) -> NDArray[np.float64]:
-        """Bits per pixel of each photo's whole file, [P]."""
+        """Return the bits per pixel of each photo's whole file, [P]."""
         return 8 * self.file_bytes / self.pixels
 
 

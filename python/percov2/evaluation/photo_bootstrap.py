@@ -27,12 +27,12 @@ class Estimate:
 
     @property
     def bias(self) -> float:
-        """Mean of the resamples minus the value. A Fréchet distance grows with copies."""
+        """Return the mean of the resamples minus the value. Copies raise a Fréchet distance."""
         return float(np.nanmean(self.resampled)) - self.value
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval: percentiles of the resamples minus their bias."""
+        """Return the 95 % interval: percentiles of the resamples minus their bias."""
         low, high = np.nanpercentile(self.resampled, [2.5, 97.5]) - self.bias
         return float(low), float(high)
 
@@ -69,7 +69,7 @@ class PhotoBootstrap:
 
     @cached_property
     def counts(self) -> NDArray[np.int64]:
-        """Number of times that each resample holds each photo, [resamples, photos]."""
+        """Return how often each resample contains each photo, [resamples, photos]."""
         random = np.random.default_rng(self._seed)
         picks = random.integers(0, self._photos, self._shape)
         return np.stack([np.bincount(row, minlength=self._photos) for row in picks])

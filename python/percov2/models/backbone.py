@@ -28,7 +28,7 @@ DTYPES = ("fp32", "bf16", "fp16")
 
 @dataclass(frozen=True)
 class BackboneOptions:
-    """Options of a big backbone. They never change a file's meaning; "tiny" takes none.
+    """Options of a large backbone. They never change a file's meaning; "tiny" accepts none.
 
     Attributes:
         dtype: dtype of the base model's networks, "fp32", "bf16" or "fp16"; None for "fp32" on the
@@ -36,10 +36,10 @@ class BackboneOptions:
         offload: keep networks in CPU memory and move each to the device only while it runs.
         vae_tiling: run the base model's autoencoder in tiles, to bound its memory.
         compile: compile the flow network with ``torch.compile``; this slows the first picture.
-        t5: use SD3's third and largest text encoder; without it, its embeddings are zeros.
+        t5: use SD3's third and largest text encoder; False replaces its embeddings with zeros.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: an unknown dtype.
     """
 
     dtype: str | None = None
@@ -158,12 +158,24 @@ def open_backbone(
         ValueError: no such model or device, another kind of backbone, or options that the backbone
             does not take.
     """
+    device = _checked_device(device)
+    folder, config = find_model(name_or_path)
+    module, name = _HOME[config.backbone]
+    kind_of_model = getattr(importlib.import_module(f"percov2.models.{module}"), name)
+    return kind_of_model(folder, device, options or BackboneOptions())
+
+
+def _checked_device(device: str) -> str:
+    """Return the device, "cuda" with the number of the current GPU, which may change later.
+
+    Raises ValueError for a missing device.
+    """
     try:
         place = torch.device(device)
     except RuntimeError:
-        place = torch.device("meta")
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {device!r}; use cpu or cuda")
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} is not available on this machine; use cpu")
     if place.type == "cuda" and place.index is None:

@@ -84,7 +84,7 @@ class ModelConfig:
         prediction: output of the flow transformer, "velocity" or "sample".
         window, overlap: sides of the sampling windows, in latent positions.
         backbone: kind of the networks, one of ``BACKBONES``.
-        base: hub id or folder of a big backbone's base model; "" for "tiny".
+        base: hub id or folder of a large backbone's base model; "" for "tiny".
         decoder_noise: standard deviation at realism 1 of the noise that "tiny" adds to the sampled
             latents; its decoder turns the noise into textures that do not repeat.
         realism: default of the realism dial, 0 to 1; None for a model without a dial, which paints

@@ -1,4 +1,4 @@
-"""Placement and loading of a big backbone's networks."""
+"""Placement and loading of a large backbone's networks."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ class _Run:
 
     @property
     def minutes(self) -> float:
-        """Minutes of training so far, including earlier calls."""
+        """Return the minutes of training so far, including earlier calls."""
         return self.earlier + (time.monotonic() - self.started) / 60
 
     def save(self) -> None:

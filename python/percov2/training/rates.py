@@ -93,7 +93,7 @@ class RateNetworks(nn.Module):
 
     @property
     def token_side(self) -> int:
-        """Pixels per token side."""
+        """Return the side of a token in pixels."""
         return PatchAutoencoder.stride * int(self.hyper_encoder.config["stride"])
 
     def point(self, name: str) -> Rate:

@@ -121,7 +121,7 @@ class CodecStage(TrainingStage):
 
     @property
     def recordable(self) -> bool:  # type: ignore[override]
-        """True if every rate has frozen tokens."""
+        """Return True if every rate has frozen tokens."""
         return all(rate.frozen_tokens for rate in self.config.rates.values())
 
     def draw(self, generator: np.random.Generator) -> Draw:

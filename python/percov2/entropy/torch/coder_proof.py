@@ -1,7 +1,7 @@
 """A trial of coding on a device: its intervals, bytes and symbols must equal those of the CPU.
 
 A wrong encoder would silently write unreadable files. Emulations prove the kernels, but not the
-compiler, the driver and the card.
+compiler, the driver and the GPU.
 """
 
 from __future__ import annotations

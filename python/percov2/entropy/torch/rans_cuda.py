@@ -25,7 +25,7 @@ CAPABILITY = (8, 0)
 _FAULTS = {
     1: "an interval is empty or not inside 0 .. 2^prob_bits",
     2: "its count is negative or exceeds the intervals given",
-    3: "its check does not fit 16 bits",
+    3: "its check exceeds 16 bits",
     5: "it does not lie in the buffer",
     6: "its state is not below 2^31",
     7: "its position is not in the stream",
@@ -59,11 +59,12 @@ class EncodedStreams:
     """Finished streams, still on the device.
 
     Attributes:
-        packed: uint8: offsets int64 [B + 1], status int32 [B], quiet int32 [B], padding up to a
-            multiple of 16 bytes, and the streams one after another.
-        size: B.
-        head: bytes before the first stream.
-        likely: bytes of streams in the first copy.
+        packed: one uint8 buffer with offsets int64 [B + 1], status int32 [B], quiet int32 [B] (the
+            symbols before a stream's first output), padding up to a multiple of 16 bytes, and the
+            streams one after another.
+        size: number of streams B.
+        head: number of bytes before the first stream.
+        likely: number of stream bytes that the first copy takes.
     """
 
     packed: torch.Tensor

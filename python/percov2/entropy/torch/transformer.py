@@ -177,7 +177,7 @@ class TransformerLayer(nn.Module):
         return mean_gain_bits(float(self.v_range.amax), float(self.mean_range.amax))
 
     def mean_scale(self) -> float:
-        """Return the value of one step of the attention output."""
+        """Return the quantization step of the attention output."""
         return float(self.v_range.scale) / 2 ** self.gain_bits()
 
     def kv_scale(self) -> Tensor:

@@ -25,7 +25,13 @@ __all__ = ["DirectExamples", "DirectStage", "DrawExamples", "masked_examples", "
 
 
 class DirectExamples(NamedTuple):
-    """Batch of entries with targets and weights."""
+    """Batch of entries with targets and weights.
+
+    Attributes:
+        batch: entries that the transformer reads.
+        targets: tokens of the entries, int64 [B, E].
+        weights: weights in the loss, float32 [B, E]. They sum to 1 and are 0 for known tokens.
+    """
 
     batch: DirectBatch
     targets: Tensor  # tokens of the entries, int64 [B, E]
