@@ -43,7 +43,7 @@ _SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    """Configuration of the captions phase."""
+    """Configuration of the captions phase.
 
     Attributes:
         model: sizes of the transformer (``TransformerConfig`` without codebook_size).

@@ -43,7 +43,7 @@ Map = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class EntropyConfig:
-    """Configuration of the entropy phase."""
+    """Configuration of the entropy phase.
 
     Attributes:
         model: sizes of the transformer (``TransformerConfig`` without codebook_size).
