@@ -38,6 +38,13 @@ def paint(model: CodecModel, tokens: Tensor, steps: int = 1) -> Tensor:
     return model.reconstruct(tokens, "r125", ["a red door"] * len(tokens), steps, 1.0, 0)
 
 
+def test_every_side_paints(model):
+    for n in range(1, 41):
+        for h, w in ((1, n), (n, 1), (n, n)):
+            painted = paint(model, some_tokens(h, w))
+            assert painted.shape == (1, 3, 8 * h, 8 * w) and painted.isfinite().all()
+
+
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 40), (40, 1), (3, 6), (6, 3), (15, 17), (21, 37)])
 def test_a_grid_paints_as_it_does_padded_by_hand(model, h, w):
     tokens = torch.cat([some_tokens(h, w), some_tokens(h, w).flip(1, 2)])
