@@ -19,27 +19,13 @@ from percov2.bench.cases import Shape, make_case
 from percov2.bench.peers import Peers
 from percov2.bench.report import environment
 from percov2.bench.summary import summarize
-from percov2.bench.timing import Effort
+from percov2.bench.timing import Effort, Record
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
 
-__all__ = [
-    "FULL_PLAN",
-    "QUICK_PLAN",
-    "SCHEMA",
-    "Names",
-    "Plan",
-    "Record",
-    "Shapes",
-    "Step",
-    "middle",
-    "run",
-    "take",
-]
-
+__all__ = ["FULL_PLAN", "QUICK_PLAN", "SCHEMA", "Plan", "Step", "middle", "run", "take"]
 
 SCHEMA = 1
-Record = dict[str, Any]
 Step = tuple[str, Callable[[], list[Record]]]
 Shapes = tuple[tuple[int, int, int], ...]
 Names = tuple[str, ...]

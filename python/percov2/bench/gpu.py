@@ -23,7 +23,7 @@ from percov2.bench.gpu_device import Gpu, launches
 from percov2.bench.gpu_jobs import SCHEDULE, Job, Size
 from percov2.bench.report import environment
 from percov2.bench.summary import line
-from percov2.bench.timing import Effort, measure
+from percov2.bench.timing import Effort, Record, measure
 from percov2.entropy import rans
 from percov2.entropy.int_transformer import IntTransformer, random_tensors
 from percov2.entropy.rans import as_array
@@ -32,18 +32,7 @@ from percov2.entropy.torch import int_transformer as placed_model
 from percov2.entropy.torch import token_coder as placed_coder
 from percov2.entropy.transformer_config import TransformerConfig
 
-__all__ = [
-    "FULL_PLAN",
-    "NO_TRITON",
-    "QUICK_PLAN",
-    "SIZES",
-    "Bench",
-    "Plan",
-    "Record",
-    "find",
-    "run",
-]
-
+__all__ = ["FULL_PLAN", "NO_TRITON", "QUICK_PLAN", "SIZES", "Bench", "Plan", "find", "run"]
 
 SCHEMA = 1
 MEASUREMENT, MISSING = "measurement", "missing"
@@ -55,8 +44,6 @@ NO_CUDA = (
 )
 BYTES_TO_FLOOR, MOST_LAUNCHES, COPIES_TO_HOST = 1.1, 3, 1
 """Goals of the summary."""
-Record = dict[str, Any]
-
 SIZES = tuple(Size(256, 32, TransformerConfig(codebook_size=size)) for size in (256, 1024))
 
 

@@ -29,7 +29,6 @@ from percov2.entropy.transformer_config import TransformerConfig
 
 __all__ = ["SCHEDULE", "Arrays", "Job", "Size", "coder_jobs", "host", "layer_jobs", "nearest_jobs"]
 
-
 SCHEDULE = "qlds12"
 LATENT = 32
 """Length of the quantizer's vectors (percov2.models.quantizer)."""

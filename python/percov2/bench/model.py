@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from percov2.bench.coders import require
-from percov2.bench.timing import Effort, Timing, measure
+from percov2.bench.timing import Effort, Record, Timing, measure
 from percov2.entropy import ranges, rans, schedule, visibility
 from percov2.entropy.int_transformer import random_tensors
 from percov2.entropy.token_coder import TokenCoder
@@ -26,28 +26,12 @@ from percov2.entropy.torch.int_transformer import to_tensors
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import START_ENTRIES, Entries
 
-__all__ = [
-    "AttentionCase",
-    "FloatLayer",
-    "FloatTransformer",
-    "Record",
-    "Streams",
-    "attention",
-    "decode",
-    "draw_tokens",
-    "encode",
-    "encode_and_decode",
-    "float_pass",
-    "pass_entries",
-    "random_streams",
-    "torch_threads",
-]
-
+__all__ = ["AttentionCase", "FloatTransformer", "attention", "decode", "draw_tokens", "encode"]
+__all__ += ["encode_and_decode", "float_pass", "pass_entries", "random_streams", "torch_threads"]
 
 FLOAT_CHUNKS = (8, 64)
 """Numbers of images per torch call; the faster one counts."""
 Streams = tuple[Any, Any]
-Record = dict[str, Any]
 
 
 @contextmanager

@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from percov2.bench.cases import Case
-from percov2.bench.timing import Effort
+from percov2.bench.timing import Effort, Record
 
-__all__ = ["Peers", "Record"]
+__all__ = ["Peers"]
 
-
-Record = dict[str, Any]
 _TIMING = Path(__file__).with_name("timing.py")
 
 
