@@ -118,20 +118,18 @@ def short_streams(shape: Shape) -> Record:
     The ideal of ``above_ideal`` is the float softmax of the logits. The ideal of
     ``above_intervals`` is the width of the coded intervals.
     """
-    lengths, ideals, intervals = [], [], []
+    rows = []
     for case in parts_of(shape):
         integers, bits = integer_logits(case.logits), case.prob_bits
         found = rans.intervals(integers, case.symbols, bits)
         buffer, offsets = push(case, found, bits).finish()
         decoder = rans.RansDecoder(buffer, offsets)
         _check_decoded(case, decoder, decoder.decode(integers, bits))
-        lengths.append(np.diff(offsets))
-        ideals.append(cases.ideal_bytes(case.logits, case.symbols))
-        intervals.append(cases.interval_bytes(found[1], bits))
-    written = np.concatenate(lengths)
-    record = _overhead(shape, NAME, CHECK_BYTES, written, np.concatenate(ideals))
-    above = written - np.concatenate(intervals) - CHECK_BYTES
-    return {**record, "above_intervals": float(above.mean())}
+        ideal = cases.ideal_bytes(case.logits, case.symbols)
+        rows.append((np.diff(offsets), ideal, cases.interval_bytes(found[1], bits)))
+    lengths, ideals, intervals = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    record = _overhead(shape, NAME, CHECK_BYTES, lengths, ideals)
+    return {**record, "above_intervals": float((lengths - intervals - CHECK_BYTES).mean())}
 
 
 def parts_of(shape: Shape) -> Iterator[Case]:

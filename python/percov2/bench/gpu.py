@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -164,26 +163,23 @@ class Bench:
             for name in placed_coder.CODERS
         }
         coders["CPU engine"] = plain
-        case = f"{size.images} x {size.tokens} tokens, V = {size.config.codebook_size}"
+        case = f"{size.images} x {size.side**2} tokens, V = {size.config.codebook_size}"
         shared = {"kind": MEASUREMENT, "section": "paths", "case": case, "threads": threads}
         records = []
         with model.torch_threads(threads):
             streams = model.encode(plain, tokens, SCHEDULE, threads)
-            works: dict[str, dict[str, Callable[[], Any]]] = {
-                who: {
-                    "encode": partial(model.encode, coder, tokens, SCHEDULE, threads),
-                    "decode": partial(model.decode, coder, streams, SCHEDULE, size.side, threads),
-                }
-                for who, coder in coders.items()
-            }
-            for who, ways in works.items():
-                same = all(map(np.array_equal, ways["encode"](), streams))
+            works: dict[tuple[str, str], Callable[[], Any]] = {}
+            for who, coder in coders.items():
+                encode = partial(model.encode, coder, tokens, SCHEDULE, threads)
+                decode = partial(model.decode, coder, streams, SCHEDULE, size.side, threads)
+                same = all(map(np.array_equal, encode(), streams))
                 require(same, f"{who}: the bytes differ from those of the CPU")
-                same = np.array_equal(as_array(ways["decode"]()), tokens)
+                same = np.array_equal(as_array(decode()), tokens)
                 require(same, f"{who}: the tokens differ from those of the CPU")
-            for who, what in itertools.product(works, ("encode", "decode")):
+                works |= {(who, "encode"): encode, (who, "decode"): decode}
+            for (who, what), work in works.items():
                 # Each call ends with a copy to the host, so that wall time includes the kernels.
-                work, here = works[who][what], coders[who] is plain
+                here = coders[who] is plain
                 wall = measure(work, self.plan.cpu_effort if here else self.plan.effort)
                 record = {**shared, "what": what, "who": who, "coder": coders[who].coder_name}
                 record |= {"bytes": len(streams[0]), "wall": wall.rate(size.symbols)}

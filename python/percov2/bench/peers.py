@@ -39,12 +39,11 @@ class Peers:
     def _environment(self) -> dict[str, str]:
         folder = self.python.parent
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        kept |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         return kept | {
             "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, for torchac
             "CXX": str(folder / "optimizing-c++"),  # torchac would compile without optimisation
             "TORCH_EXTENSIONS_DIR": str(folder.parent / "torch_extensions"),
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
         }
 
     def _ask(self, case: Case | None, sections: tuple[str, ...], effort: Any) -> Record:
