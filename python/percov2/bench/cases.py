@@ -15,7 +15,6 @@ from percov2.entropy.cdf import default_prob_bits
 
 __all__ = ["Case", "Shape", "ideal_bytes", "integer_logits", "interval_bytes", "make_case"]
 
-
 SPREAD = 1.9
 UNITS_PER_NAT = np.float32(256 / np.log(2.0))
 """Integer logits are base-2 logarithms in units of 1/256."""

@@ -12,30 +12,13 @@ from numpy.typing import NDArray
 
 from percov2.bench import cases
 from percov2.bench.cases import Case, Shape, integer_logits, make_case
-from percov2.bench.timing import Effort, measure
+from percov2.bench.timing import Effort, Record, measure
 from percov2.entropy import rans
 from percov2.entropy.torch import cdf
 
-__all__ = [
-    "GIVEN",
-    "INTERVALS",
-    "LOGITS",
-    "LOGITS_AT_ONCE",
-    "NAME",
-    "Intervals",
-    "Mismatch",
-    "Record",
-    "Streams",
-    "encode",
-    "long_stream",
-    "parts_of",
-    "peer_streams",
-    "push",
-    "require",
-    "short_streams",
-    "timed",
-]
-
+__all__ = ["GIVEN", "INTERVALS", "LOGITS", "LOGITS_AT_ONCE", "NAME", "Intervals", "Mismatch"]
+__all__ += ["Streams", "encode", "long_stream", "parts_of", "peer_streams", "push", "require"]
+__all__ += ["short_streams", "timed"]
 
 NAME = "percov2"
 INTERVALS = "intervals / CDF rows"
@@ -48,7 +31,6 @@ LOGITS_AT_ONCE = 2**26
 """Largest number of logits in one case; larger cases are made in parts."""
 _ORACLE_LOGITS = 2**20
 """Number of logits of a case that are compared with the torch oracle."""
-Record = dict[str, Any]
 Intervals = tuple[NDArray[np.int32], NDArray[np.int32]]
 Streams = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
@@ -111,14 +93,12 @@ def timed(case: Case, given: str, effort: Effort) -> Record:
         ideal = cases.ideal_bytes(case.logits, case.symbols)
 
     def encoded() -> Streams:
-        if given == INTERVALS:
-            return push(case, intervals, bits).finish()
-        return encode(case, logits, bits)
+        known = given == INTERVALS
+        return push(case, intervals, bits).finish() if known else encode(case, logits, bits)
 
     def decoded(decoder: rans.RansDecoder) -> NDArray[np.int32]:
-        if given == INTERVALS:
-            return decoder.decode_cdf(tables, bits)
-        return decoder.decode(logits, bits)
+        known = given == INTERVALS
+        return decoder.decode_cdf(tables, bits) if known else decoder.decode(logits, bits)
 
     streams = encoded()
     decoder = rans.RansDecoder(*streams)
@@ -138,20 +118,18 @@ def short_streams(shape: Shape) -> Record:
     The ideal of ``above_ideal`` is the float softmax of the logits. The ideal of
     ``above_intervals`` is the width of the coded intervals.
     """
-    lengths, ideals, intervals = [], [], []
+    rows = []
     for case in parts_of(shape):
         integers, bits = integer_logits(case.logits), case.prob_bits
         found = rans.intervals(integers, case.symbols, bits)
         buffer, offsets = push(case, found, bits).finish()
         decoder = rans.RansDecoder(buffer, offsets)
         _check_decoded(case, decoder, decoder.decode(integers, bits))
-        lengths.append(np.diff(offsets))
-        ideals.append(cases.ideal_bytes(case.logits, case.symbols))
-        intervals.append(cases.interval_bytes(found[1], bits))
-    written = np.concatenate(lengths)
-    record = _overhead(shape, NAME, CHECK_BYTES, written, np.concatenate(ideals))
-    above = written - np.concatenate(intervals) - CHECK_BYTES
-    return {**record, "above_intervals": float(above.mean())}
+        ideal = cases.ideal_bytes(case.logits, case.symbols)
+        rows.append((np.diff(offsets), ideal, cases.interval_bytes(found[1], bits)))
+    lengths, ideals, intervals = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    record = _overhead(shape, NAME, CHECK_BYTES, lengths, ideals)
+    return {**record, "above_intervals": float((lengths - intervals - CHECK_BYTES).mean())}
 
 
 def parts_of(shape: Shape) -> Iterator[Case]:

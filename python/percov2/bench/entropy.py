@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,27 +18,13 @@ from percov2.bench.cases import Shape, make_case
 from percov2.bench.peers import Peers
 from percov2.bench.report import environment
 from percov2.bench.summary import summarize
-from percov2.bench.timing import Effort
+from percov2.bench.timing import Effort, Record
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
 
-__all__ = [
-    "FULL_PLAN",
-    "QUICK_PLAN",
-    "SCHEMA",
-    "Names",
-    "Plan",
-    "Record",
-    "Shapes",
-    "Step",
-    "middle",
-    "run",
-    "take",
-]
-
+__all__ = ["FULL_PLAN", "QUICK_PLAN", "SCHEMA", "Plan", "Step", "middle", "run", "take"]
 
 SCHEMA = 1
-Record = dict[str, Any]
 Step = tuple[str, Callable[[], list[Record]]]
 Shapes = tuple[tuple[int, int, int], ...]
 Names = tuple[str, ...]
@@ -173,13 +158,13 @@ def middle(rounds: Iterable[list[Record]]) -> list[Record]:
     """
     merged = []
     for same in zip(*rounds, strict=True):
-        record = dict(same[0])
         if len({(r["coder"], r["given"], r["bytes"]) for r in same}) > 1:
             raise ValueError("the rounds of a measurement do not hold the same records")
+        ways = {}
         for way in ("encode", "decode"):
-            wanted = statistics.median_low([r[way]["median_s"] for r in same])
-            record[way] = next(r[way] for r in same if r[way]["median_s"] == wanted)
-        merged.append(record)
+            ordered = sorted((r[way] for r in same), key=lambda timing: timing["median_s"])
+            ways[way] = ordered[(len(ordered) - 1) // 2]
+        merged.append({**same[0], **ways})
     return merged
 
 
@@ -208,9 +193,8 @@ def _model_steps(plan: Plan, coder: TokenCoder) -> Iterator[Step]:
         yield both(schedule, main, schedule)
     if (os.cpu_count() or 1) > 1:
         yield both("2 threads", main, default, 2)
-    for images in plan.batches:
-        if images != plan.batch:
-            yield both(f"{images} images", tokens[:images], default)
+    for images in (count for count in plan.batches if count != plan.batch):
+        yield both(f"{images} images", tokens[:images], default)
     for side, schedule in ((plan.large_grid, default), (plan.raster_grid, "raster")):
         if side:
             yield both(f"{schedule}, {side}x{side}", model.draw_tokens(coder, 1, side), schedule)

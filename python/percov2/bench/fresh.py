@@ -18,7 +18,6 @@ from typing import Any
 
 __all__ = ["STATUS", "cold", "memory"]
 
-
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SCHEDULE = "qlds12"
 
@@ -116,8 +115,7 @@ def _megabytes(name: str) -> float:
 
 
 if __name__ == "__main__":
-    what, folder, *sizes = sys.argv[1:]
-    answer = (
-        _cold(Path(folder)) if what == "cold" else _memory(what, Path(folder), *map(int, sizes))
-    )
+    what, home, *sizes = sys.argv[1:]
+    folder = Path(home)
+    answer = _memory(what, folder, *map(int, sizes)) if sizes else _cold(folder)
     print(json.dumps(answer))

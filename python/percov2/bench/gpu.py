@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from percov2.bench.gpu_device import Gpu, launches
 from percov2.bench.gpu_jobs import SCHEDULE, Job, Size
 from percov2.bench.report import environment
 from percov2.bench.summary import line
-from percov2.bench.timing import Effort, measure
+from percov2.bench.timing import Effort, Record, measure
 from percov2.entropy import rans
 from percov2.entropy.int_transformer import IntTransformer, random_tensors
 from percov2.entropy.rans import as_array
@@ -32,18 +31,7 @@ from percov2.entropy.torch import int_transformer as placed_model
 from percov2.entropy.torch import token_coder as placed_coder
 from percov2.entropy.transformer_config import TransformerConfig
 
-__all__ = [
-    "FULL_PLAN",
-    "NO_TRITON",
-    "QUICK_PLAN",
-    "SIZES",
-    "Bench",
-    "Plan",
-    "Record",
-    "find",
-    "run",
-]
-
+__all__ = ["FULL_PLAN", "NO_TRITON", "QUICK_PLAN", "SIZES", "Bench", "Plan", "find", "run"]
 
 SCHEMA = 1
 MEASUREMENT, MISSING = "measurement", "missing"
@@ -55,8 +43,6 @@ NO_CUDA = (
 )
 BYTES_TO_FLOOR, MOST_LAUNCHES, COPIES_TO_HOST = 1.1, 3, 1
 """Goals of the summary."""
-Record = dict[str, Any]
-
 SIZES = tuple(Size(256, 32, TransformerConfig(codebook_size=size)) for size in (256, 1024))
 
 
@@ -177,26 +163,23 @@ class Bench:
             for name in placed_coder.CODERS
         }
         coders["CPU engine"] = plain
-        case = f"{size.images} x {size.tokens} tokens, V = {size.config.codebook_size}"
+        case = f"{size.images} x {size.side**2} tokens, V = {size.config.codebook_size}"
         shared = {"kind": MEASUREMENT, "section": "paths", "case": case, "threads": threads}
         records = []
         with model.torch_threads(threads):
             streams = model.encode(plain, tokens, SCHEDULE, threads)
-            works: dict[str, dict[str, Callable[[], Any]]] = {
-                who: {
-                    "encode": partial(model.encode, coder, tokens, SCHEDULE, threads),
-                    "decode": partial(model.decode, coder, streams, SCHEDULE, size.side, threads),
-                }
-                for who, coder in coders.items()
-            }
-            for who, ways in works.items():
-                same = all(map(np.array_equal, ways["encode"](), streams))
+            works: dict[tuple[str, str], Callable[[], Any]] = {}
+            for who, coder in coders.items():
+                encode = partial(model.encode, coder, tokens, SCHEDULE, threads)
+                decode = partial(model.decode, coder, streams, SCHEDULE, size.side, threads)
+                same = all(map(np.array_equal, encode(), streams))
                 require(same, f"{who}: the bytes differ from those of the CPU")
-                same = np.array_equal(as_array(ways["decode"]()), tokens)
+                same = np.array_equal(as_array(decode()), tokens)
                 require(same, f"{who}: the tokens differ from those of the CPU")
-            for who, what in itertools.product(works, ("encode", "decode")):
+                works |= {(who, "encode"): encode, (who, "decode"): decode}
+            for (who, what), work in works.items():
                 # Each call ends with a copy to the host, so that wall time includes the kernels.
-                work, here = works[who][what], coders[who] is plain
+                here = coders[who] is plain
                 wall = measure(work, self.plan.cpu_effort if here else self.plan.effort)
                 record = {**shared, "what": what, "who": who, "coder": coders[who].coder_name}
                 record |= {"bytes": len(streams[0]), "wall": wall.rate(size.symbols)}

@@ -103,14 +103,13 @@ class Gpu:
         source = torch.zeros(min(_COPIED, self._flood.numel()), dtype=torch.uint8).to(self.place)
         goal = torch.empty_like(source)
         copied = 2 * source.numel() / self.time(lambda: goal.copy_(source), effort).median_s
-        name, peak, told = self.properties.name, copied, "a copy within the device"
-        known = [speed for card, speed in _DATA_SHEETS.items() if card in name]
+        name = self.properties.name
+        known = [(speed, "its data sheet") for card, speed in _DATA_SHEETS.items() if card in name]
         clock = getattr(self.properties, "memory_clock_rate", None)
         width = getattr(self.properties, "memory_bus_width", None)
         if clock and width:
-            peak, told = 2e3 * clock * width / 8, "the device's memory clock and bus"
-        elif known:
-            peak, told = known[0], "its data sheet"
+            known = [(2e3 * clock * width / 8, "the device's memory clock and bus")]
+        peak, told = known[0] if known else (copied, "a copy within the device")
         speeds = {"copy_bytes_per_s": copied, "peak_bytes_per_s": peak, "peak_from": told}
         return {"kind": "measurement", "section": "bandwidth", "card": name, **speeds}
 

@@ -29,7 +29,6 @@ from percov2.entropy.transformer_config import TransformerConfig
 
 __all__ = ["SCHEDULE", "Arrays", "Job", "Size", "coder_jobs", "host", "layer_jobs", "nearest_jobs"]
 
-
 SCHEDULE = "qlds12"
 LATENT = 32
 """Length of the quantizer's vectors (percov2.models.quantizer)."""
@@ -47,14 +46,9 @@ class Size:
     config: TransformerConfig
 
     @property
-    def tokens(self) -> int:
-        """Return the number of tokens in an image."""
-        return self.side**2
-
-    @property
     def symbols(self) -> int:
-        """Return the number of tokens in all images."""
-        return self.images * self.tokens
+        """Number of tokens in all images."""
+        return self.images * self.side**2
 
 
 def host(*tensors: Tensor) -> Arrays:
@@ -64,28 +58,17 @@ def host(*tensors: Tensor) -> Arrays:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for the GPU, with its reference.
-
-    Attributes:
-        kernel, case: name of the kernel and its sizes.
-        bytes: bytes that must cross the memory bus, with every operand and result once.
-        work: queues the kernels without waiting.
-        reference: computes the result on the CPU.
-        result: copies the result of ``work`` to the host.
-        engine: time ``reference`` too, because it is percov2's CPU engine.
-        before: restores the inputs that ``work`` changes.
-        unfused: the same computation on the GPU with torch's operators.
-    """
+    """Work for the GPU, with its reference."""
 
     kernel: str
-    case: str
-    bytes: float
-    work: Callable[[], Any]
-    reference: Callable[[], Arrays]
-    result: Callable[[Any], Arrays] = host
-    engine: bool = False
-    before: Callable[[], object] | None = None
-    unfused: Callable[[], Any] | None = None
+    case: str  # sizes
+    bytes: float  # that must cross the memory bus, with every operand and result once
+    work: Callable[[], Any]  # queues the kernels without waiting
+    reference: Callable[[], Arrays]  # computes the result on the CPU
+    result: Callable[[Any], Arrays] = host  # copies the result of ``work`` to the host
+    engine: bool = False  # time ``reference`` too, because it is percov2's CPU engine
+    before: Callable[[], object] | None = None  # restores the inputs that ``work`` changes
+    unfused: Callable[[], Any] | None = None  # the same on the GPU with torch's operators
 
 
 def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
@@ -93,7 +76,7 @@ def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
     from percov2.triton_kernels import symbol_intervals
 
     codebook, symbols = size.config.codebook_size, size.symbols
-    case = make_case(Shape(codebook, size.tokens, size.images))
+    case = make_case(Shape(codebook, size.side**2, size.images))
     bits, name, integers = case.prob_bits, f"V = {codebook}", integer_logits(case.logits)
     # An upper bound for a good model: every symbol costs log2(V) bits.
     stream_bytes = symbols * math.log2(codebook) / 8
@@ -180,13 +163,9 @@ def layer_jobs(place: torch.device, size: Size) -> Iterator[Job]:
     def plain_norm(rows: Tensor) -> Tensor:
         return intmath.layer_norm(rows, gain.to(torch.int32)).to(torch.int8)
 
-    yield Job(
-        "layer_norm",
-        f"d = {dim}",
-        5 * dim * size.symbols,
-        partial(layer_norm, residual.to(place), gain.to(place)),
-        lambda: _in_parts(plain_norm, residual),
-    )
+    norm = partial(layer_norm, residual.to(place), gain.to(place))
+    plain = partial(_in_parts, plain_norm, residual)
+    yield Job("layer_norm", f"d = {dim}", 5 * dim * size.symbols, norm, plain)
     yield linear_job(place, size, "q", dim, inner, "int8")
     yield linear_job(place, size, "kv", dim, 2 * inner, "int8")
     yield linear_job(place, size, "out", inner, dim, "residual")
@@ -199,7 +178,7 @@ def layer_jobs(place: torch.device, size: Size) -> Iterator[Job]:
     weights = torch.tensor(ranges.WEIGHT_TABLE, dtype=torch.int8)
     made = (torch.from_numpy(case.q), torch.from_numpy(case.kv), case.bias, case.shift, weights)
     q, both, bias, shift, table = (t.to(place) for t in made)
-    k, v = both[..., :inner], both[..., inner:]
+    k, v = both.chunk(2, -1)
     yield Job(
         "attention",
         f"{config.heads} heads of {config.head_dim}, {SCHEDULE}",
@@ -239,8 +218,7 @@ def linear_job(
     prefix = name if name == "head" else f"layers.0.{name}"
     tensors, (low, high, moved) = to_tensors(random_tensors(size.config, 0)), _ENDS[end]
     kinds = ("weight", "bias", "multiplier", "shift")
-    parameters = [tensors[f"{prefix}.{kind}"] for kind in kinds]
-    weight, bias, multiplier, shift = parameters
+    weight, bias, multiplier, shift = parameters = [tensors[f"{prefix}.{kind}"] for kind in kinds]
     x = _integers(127, (size.symbols, terms), torch.int8)
     width = outputs if end == "residual" else 1
     added = _integers(2**17, (size.symbols, width), torch.int32)
@@ -258,13 +236,10 @@ def linear_job(
             return intmath.residual_add(residual.clone(), result)
         return result.to(dtype or torch.int8)
 
-    return Job(
-        "linear",
-        f"{name}, {terms} -> {outputs}, {end}",
-        size.symbols * (terms + outputs * moved) + outputs * (terms + 9),
-        lambda: linear(*placed, **more, dtype=dtype),
-        lambda: _in_parts(plain, x, added),
-    )
+    case = f"{name}, {terms} -> {outputs}, {end}"
+    total = size.symbols * (terms + outputs * moved) + outputs * (terms + 9)
+    work = partial(linear, *placed, **more, dtype=dtype)
+    return Job("linear", case, total, work, partial(_in_parts, plain, x, added))
 
 
 def nearest_jobs(place: torch.device, size: Size) -> Iterator[Job]:
@@ -283,4 +258,4 @@ def nearest_jobs(place: torch.device, size: Size) -> Iterator[Job]:
 
     moved = size.symbols * (4 * LATENT + 4) + 4 * LATENT * codes
     case, work = f"{codes} codes of {LATENT}", partial(nearest_codes, *placed)
-    yield Job("nearest_codes", case, moved, work, lambda: _in_parts(plain, vectors))
+    yield Job("nearest_codes", case, moved, work, partial(_in_parts, plain, vectors))

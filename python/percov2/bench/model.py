@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from percov2.bench.coders import require
-from percov2.bench.timing import Effort, Timing, measure
+from percov2.bench.timing import Effort, Record, Timing, measure
 from percov2.entropy import ranges, rans, schedule, visibility
 from percov2.entropy.int_transformer import random_tensors
 from percov2.entropy.token_coder import TokenCoder
@@ -26,28 +26,12 @@ from percov2.entropy.torch.int_transformer import to_tensors
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import START_ENTRIES, Entries
 
-__all__ = [
-    "AttentionCase",
-    "FloatLayer",
-    "FloatTransformer",
-    "Record",
-    "Streams",
-    "attention",
-    "decode",
-    "draw_tokens",
-    "encode",
-    "encode_and_decode",
-    "float_pass",
-    "pass_entries",
-    "random_streams",
-    "torch_threads",
-]
-
+__all__ = ["AttentionCase", "FloatTransformer", "attention", "decode", "draw_tokens", "encode"]
+__all__ += ["encode_and_decode", "float_pass", "pass_entries", "random_streams", "torch_threads"]
 
 FLOAT_CHUNKS = (8, 64)
 """Numbers of images per torch call; the faster one counts."""
 Streams = tuple[Any, Any]
-Record = dict[str, Any]
 
 
 @contextmanager
@@ -96,20 +80,14 @@ def encode_and_decode(
     coder: TokenCoder, tokens: NDArray[np.int32], name: str, threads: int, effort: Effort
 ) -> list[Record]:
     """Measure encoding and decoding of tokens int32 [B, side, side] under one schedule."""
-    case = (name, tokens.shape[1], threads)
+    works: dict[str, Callable[[], Any]] = {"encode": partial(encode, coder, tokens, name, threads)}
     with torch_threads(threads):
-        streams = encode(coder, tokens, name, threads)
-        same = np.array_equal(decode(coder, streams, *case), tokens)
-        require(same, f"{name} decoded other tokens")
-        works: dict[str, Callable[[], object]] = {
-            "encode": lambda: encode(coder, tokens, name, threads),
-            "decode": lambda: decode(coder, streams, *case),
-        }
-        size = {"bytes": len(streams[0])}
-        return [
-            _record(what, name, tokens, threads, measure(work, effort)) | size
-            for what, work in works.items()
-        ]
+        streams = works["encode"]()
+        works["decode"] = partial(decode, coder, streams, name, tokens.shape[1], threads)
+        require(np.array_equal(works["decode"](), tokens), f"{name} decoded other tokens")
+        timings = {what: measure(work, effort) for what, work in works.items()}
+    size = {"bytes": len(streams[0])}
+    return [_record(what, name, tokens, threads, t) | size for what, t in timings.items()]
 
 
 def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries, Entries]:
@@ -133,9 +111,8 @@ class FloatLayer(nn.Module):
         super().__init__()
         dim, inner, hidden = config.dim, config.inner, config.hidden
         self.heads, self.norm = config.heads, nn.LayerNorm(dim)
-        self.q, self.kv, self.out = (
-            nn.Linear(*sizes) for sizes in ((dim, inner), (dim, 2 * inner), (inner, dim))
-        )
+        self.q, self.kv = nn.Linear(dim, inner), nn.Linear(dim, 2 * inner)
+        self.out = nn.Linear(inner, dim)
         up, down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.mlp = nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
 
@@ -166,9 +143,8 @@ class FloatTransformer(nn.Module):
         self.mask = torch.from_numpy(visibility.visible(readers, keys))
         self.coding = torch.from_numpy(coding)
         self.token = nn.Embedding(config.codebook_size, dim)
-        self.query, self.start, self.place = (
-            nn.Parameter(torch.randn(rows, dim)) for rows in (1, START_ENTRIES, len(coding))
-        )
+        rows = (1, START_ENTRIES, len(coding))
+        self.query, self.start, self.place = (nn.Parameter(torch.randn(n, dim)) for n in rows)
         self.layers = nn.ModuleList(FloatLayer(config) for _ in range(config.layers))
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, config.codebook_size))
 
@@ -176,9 +152,8 @@ class FloatTransformer(nn.Module):
         """Return logits float32 [B, h * w, V] in coding order for tokens int64 [B, h, w]."""
         known = self.keys - START_ENTRIES
         contents = self.token(tokens.flatten(1)[:, self.coding[:known]]) + self.place[:known]
-        start, queries = (
-            part.expand(len(tokens), -1, -1) for part in (self.start, self.query + self.place)
-        )
+        parts = (self.start, self.query + self.place)
+        start, queries = (part.expand(len(tokens), -1, -1) for part in parts)
         x = torch.cat([start, contents, queries], 1)
         for layer in self.layers:
             first = self.keys if layer is self.layers[-1] else 0  # the head reads only queries
@@ -207,10 +182,8 @@ def float_pass(coder: TokenCoder, tokens: NDArray[np.int32], name: str, effort: 
 class AttentionCase:
     """Random activations for all entries of one pass.
 
-    Attributes:
-        q: int8 [B, E, inner].
-        kv: int8 [B, K, 2 * inner], keys first.
-        index: int64 [E, K], the relative position of each pair.
+    They are q, int8 [B, E, inner], and kv, int8 [B, K, 2 * inner], with the keys first. ``index``,
+    int64 [E, K], is the relative position of each pair.
     """
 
     def __init__(self, config: TransformerConfig, name: str, side: int, images: int) -> None:
@@ -221,17 +194,14 @@ class AttentionCase:
         rng = np.random.default_rng(0)
         sizes = (images, len(readers), inner), (images, len(keys), 2 * inner)
         self.q, self.kv = (rng.integers(-127, 128, size, dtype=np.int8) for size in sizes)
-        tensors = to_tensors(random_tensors(config, 0))
-        self.bias, self.shift, gain = (
-            tensors[f"layers.0.attention.{name}"] for name in ("bias", "shift", "gain_bits")
-        )
-        self.gain_bits = int(gain)
+        prefix, tensors = "layers.0.attention", to_tensors(random_tensors(config, 0))
+        self.bias, self.shift = tensors[f"{prefix}.bias"], tensors[f"{prefix}.shift"]
+        self.gain_bits = int(tensors[f"{prefix}.gain_bits"])
 
     def compiled(self) -> NDArray[np.int8]:
         """Return the kernel's result: int8 [B, E, inner]."""
-        return rans.stage_attention(
-            self.stages, self.bias.numpy(), self.shift.numpy(), self.gain_bits, self.q, self.kv
-        )
+        bias, shift = self.bias.numpy(), self.shift.numpy()
+        return rans.stage_attention(self.stages, bias, shift, self.gain_bits, self.q, self.kv)
 
     def split(self, images: slice) -> list[Tensor]:
         """Return q, k and v as float32 [images, heads, entries, head_dim]."""
@@ -269,7 +239,5 @@ def attention(
         timings = {"percov2": compiled, "float32 torch": _fastest(images, by_torch, effort)}
     readers, keys = case.index.shape
     sizes = {"schedule": name, "grid": side, "images": images, "entries": readers, "keys": keys}
-    return [
-        {"section": "attention", "coder": who, **sizes, **timing.per_image(images)}
-        for who, timing in timings.items()
-    ]
+    names = {who: {"section": "attention", "coder": who} for who in timings}
+    return [{**names[who], **sizes, **t.per_image(images)} for who, t in timings.items()]

