@@ -158,23 +158,11 @@ def open_backbone(
         ValueError: no such model or device, another kind of backbone, or options that the backbone
             does not take.
     """
-    device = _checked_device(device)
-    folder, config = find_model(name_or_path)
-    module, name = _HOME[config.backbone]
-    kind_of_model = getattr(importlib.import_module(f"percov2.models.{module}"), name)
-    return kind_of_model(folder, device, options or BackboneOptions())
-
-
-def _checked_device(device: str) -> str:
-    """Return the device, "cuda" with the number of the current GPU, which may change later.
-
-    Raises ValueError for a missing device.
-    """
     try:
         place = torch.device(device)
     except RuntimeError:
-        place = None
-    if place is None or place.type not in ("cpu", "cuda"):
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
     if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r} is not available on this machine; use cpu")
