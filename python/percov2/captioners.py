@@ -137,10 +137,8 @@ def open_captioner(
         text: caption, only for "text".
         location: hub id or folder of the network, only for "blip2" and "molmo2"; the published
             weights if None.
-        device: torch device of the network.
 
-    Raises:
-        ValueError: an unknown name, or an argument that this captioner does not take.
+    Raises ValueError for an unknown name, and for an argument that this captioner does not take.
     """
     check_captioner(name, text, location)
     if name in ("none", "text"):

@@ -46,13 +46,10 @@ class ImageWarning(UserWarning):
 
 
 def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture file and decode it completely (the first frame of an animation).
+    """Read a picture file, of any format of Pillow, and decode it (an animation's first frame).
 
-    Args:
-        path: a file in any format that Pillow reads.
-        max_pixels: most pixels of a picture; larger ones are refused before decoding.
-
-    Returns the picture as stored; ``to_rgb`` makes it sRGB.
+    Pictures of more than ``max_pixels`` are refused before decoding. Returns the picture as stored;
+    ``to_rgb`` makes it sRGB.
 
     Raises:
         ValueError: no regular file, no picture, or a truncated, damaged or too large one.
