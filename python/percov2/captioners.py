@@ -5,8 +5,9 @@ The networks load at the first call. Only compression runs them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -21,7 +22,55 @@ MAX_TOKENS = 32
 """Largest length of a caption in the captioner's own tokens, as in the paper."""
 
 
-class Blip2Captioner:
+class _NetworkCaptioner(ABC):
+    """A captioner whose network, at ``location``, decodes greedily."""
+
+    default_location: str
+    kind: str
+
+    def __init__(self, location: str, device: str, batch: int) -> None:
+        self.location, self.device, self.batch = location, torch.device(device), batch
+        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+
+    @cached_property
+    @torch.inference_mode(False)
+    def _networks(self) -> tuple[Any, Any]:
+        import transformers
+
+        kind, form = (
+            getattr(transformers, self.kind),
+            {"dtype": self.dtype, "use_safetensors": True},
+        )
+        try:
+            # Without trust_remote_code, the library asks the user.
+            prepare = transformers.AutoProcessor.from_pretrained
+            processor = prepare(self.location, trust_remote_code=False)
+            network = kind.from_pretrained(self.location, **form)
+            return processor, network.to(self.device).eval()
+        except MemoryError:
+            raise
+        except Exception as error:  # the library raises exceptions of many types
+            raise ValueError(f"cannot load the captioner {self.location}: {error}") from error
+
+    @torch.inference_mode()
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        """Return a caption of at most 32 tokens per image; raise ValueError if loading fails."""
+        processor, network = self._networks
+        form = {"do_sample": False, "num_beams": 1, "max_new_tokens": MAX_TOKENS}
+        generate = partial(network.generate, **form)
+        pictures = [Image.fromarray(to_rgb(image)) for image in images]
+        captions: list[str] = []
+        for i in range(0, len(pictures), self.batch):
+            words = self._words(processor, generate, pictures[i : i + self.batch])
+            captions += processor.tokenizer.batch_decode(words, skip_special_tokens=True)
+        return [tidy(caption) for caption in captions]
+
+    @abstractmethod
+    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> torch.Tensor:
+        """Return the tokens of a caption per picture."""
+
+
+class Blip2Captioner(_NetworkCaptioner):
     """Captioner that decodes BLIP-2 (arXiv 2301.12597) greedily.
 
     Args:
@@ -31,47 +80,26 @@ class Blip2Captioner:
     """
 
     default_location = "Salesforce/blip2-opt-2.7b-coco"
+    kind = "Blip2ForConditionalGeneration"
 
     def __init__(
         self, location: str = default_location, device: str = "cpu", batch: int = 8
     ) -> None:
-        self.location, self.device, self.batch = location, torch.device(device), batch
-        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        super().__init__(location, device, batch)
 
-    @cached_property
-    def _networks(self) -> tuple[Any, Any]:
-        from transformers import AutoProcessor, Blip2ForConditionalGeneration
-
-        return _load(AutoProcessor, Blip2ForConditionalGeneration, self)
-
-    @torch.inference_mode()
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """Return a caption of at most 32 tokens per image; raise ValueError if loading fails."""
-        processor, model = self._networks
-        captions = []
-        for group in _groups(images, self.batch):
-            pixels = processor.image_processor(group, return_tensors="pt").pixel_values
-            words = model.generate(
-                pixel_values=pixels.to(self.device, self.dtype),
-                do_sample=False,
-                num_beams=1,
-                max_new_tokens=MAX_TOKENS,
-            )
-            captions += processor.tokenizer.batch_decode(words, skip_special_tokens=True)
-        return [tidy(caption) for caption in captions]
+    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> torch.Tensor:
+        pixels = processor.image_processor(pictures, return_tensors="pt").pixel_values
+        return generate(pixel_values=pixels.to(self.device, self.dtype))
 
 
-class Molmo2Captioner:
-    """Captioner that decodes Molmo2's answer to a question greedily.
+class Molmo2Captioner(_NetworkCaptioner):
+    """Captioner that decodes Molmo2's answer to a ``question`` about each picture greedily.
 
-    Args:
-        location: hub id or folder of a ``Molmo2ForConditionalGeneration`` with its processor.
-        device: torch device; weights are float32 on the CPU and bfloat16 elsewhere.
-        batch: number of pictures per network call (bounds memory).
-        question: question about each picture.
+    ``location`` is that of a ``Molmo2ForConditionalGeneration``; the rest is as for BLIP-2.
     """
 
     default_location = "allenai/Molmo2-8B"
+    kind = "Molmo2ForConditionalGeneration"
 
     def __init__(
         self,
@@ -80,36 +108,19 @@ class Molmo2Captioner:
         batch: int = 4,
         question: str = "Describe this image in one short sentence.",
     ) -> None:
-        self.location, self.device, self.batch = location, torch.device(device), batch
-        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        super().__init__(location, device, batch)
         self.question = question
 
-    @cached_property
-    def _networks(self) -> tuple[Any, Any]:
-        from transformers import AutoProcessor, Molmo2ForConditionalGeneration
-
-        return _load(AutoProcessor, Molmo2ForConditionalGeneration, self)
-
-    @torch.inference_mode()
-    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """Return a caption of at most 32 tokens per image; raise ValueError if loading fails."""
-        processor, model = self._networks
-        captions = []
-        for group in _groups(images, self.batch):
-            inputs = processor.apply_chat_template(
-                [self._conversation(image) for image in group],
-                tokenize=True,
-                add_generation_prompt=True,
-                return_dict=True,
-                return_tensors="pt",
-                processor_kwargs={"padding": True, "padding_side": "left"},
-            ).to(self.device, self.dtype)
-            words = model.generate(
-                **inputs, do_sample=False, num_beams=1, max_new_tokens=MAX_TOKENS
-            )
-            answers = words[:, inputs["input_ids"].shape[1] :]
-            captions += processor.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return [tidy(caption) for caption in captions]
+    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> torch.Tensor:
+        inputs = processor.apply_chat_template(
+            [self._conversation(picture) for picture in pictures],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        ).to(self.device, self.dtype)
+        return generate(**inputs)[:, inputs["input_ids"].shape[1] :]
 
     def _conversation(self, image: Image.Image) -> list[dict[str, Any]]:
         content = [{"type": "image", "image": image}, {"type": "text", "text": self.question}]
@@ -126,10 +137,8 @@ def open_captioner(
         text: caption, only for "text".
         location: hub id or folder of the network, only for "blip2" and "molmo2"; the published
             weights if None.
-        device: torch device of the network.
 
-    Raises:
-        ValueError: an unknown name, or an argument that this captioner does not take.
+    Raises ValueError for an unknown name, and for an argument that this captioner does not take.
     """
     check_captioner(name, text, location)
     if name in ("none", "text"):
@@ -142,24 +151,3 @@ def tidy(caption: str) -> str:
     """Return a text on one line, without control characters and repeated spaces."""
     printable = "".join(c if c.isprintable() else " " for c in caption)
     return " ".join(printable.split())
-
-
-def _groups(images: Sequence[Any], size: int) -> list[list[Any]]:
-    pictures = [Image.fromarray(to_rgb(image)) for image in images]
-    return [pictures[i : i + size] for i in range(0, len(pictures), size)]
-
-
-@torch.inference_mode(False)
-def _load(
-    processor: Any, model: Any, captioner: Blip2Captioner | Molmo2Captioner
-) -> tuple[Any, Any]:
-    location = captioner.location
-    try:
-        # Without trust_remote_code, the library asks the user.
-        prepare = processor.from_pretrained(location, trust_remote_code=False)
-        network = model.from_pretrained(location, dtype=captioner.dtype, use_safetensors=True)
-        return prepare, network.to(captioner.device).eval()
-    except MemoryError:
-        raise
-    except Exception as error:  # the library raises exceptions of many types
-        raise ValueError(f"cannot load the captioner {location}: {error}") from error

@@ -37,9 +37,8 @@ __all__ = [
     "write_image",
 ]
 
-_DIRECT = ("L", "RGB", "CMYK")
-"""Modes that colour management reads directly."""
 _PROFILE_SPACE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
+"""Modes that colour management reads directly, and the colour space of their profiles."""
 
 
 class ImageWarning(UserWarning):
@@ -47,14 +46,10 @@ class ImageWarning(UserWarning):
 
 
 def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture file and decode it completely (the first frame of an animation).
+    """Read a picture file, of any format of Pillow, and decode it (an animation's first frame).
 
-    Args:
-        path: a file in any format that Pillow reads.
-        max_pixels: most pixels of a picture; larger ones are refused before decoding.
-
-    Returns:
-        The picture as stored; ``to_rgb`` makes it sRGB.
+    Pictures of more than ``max_pixels`` are refused before decoding. Returns the picture as stored;
+    ``to_rgb`` makes it sRGB.
 
     Raises:
         ValueError: no regular file, no picture, or a truncated, damaged or too large one.
@@ -131,8 +126,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         ImageWarning: transparency was flattened, or a damaged or unfitting profile or orientation
             was ignored.
 
-    Raises:
-        ValueError: numbers outside the range that the mode implies.
+    Raises ValueError for numbers outside the range that the mode implies.
     """
     try:
         image = ImageOps.exif_transpose(image)
@@ -143,8 +137,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     rgb = _to_srgb(colour, profile)
     if alpha is not None and np.asarray(alpha).min() < 255:
         _warn("transparency was flattened on white; it is not stored")
-        white = Image.new("RGB", rgb.size, "white")
-        rgb = Image.composite(rgb, white, alpha)
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     return np.array(rgb, dtype=np.uint8)
 
 
@@ -174,20 +167,17 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Return colours in a mode of ``_DIRECT`` or "LAB", and transparency as "L" or None."""
+    """Return colours in a mode of ``_PROFILE_SPACE`` or "LAB", and transparency as "L" or None."""
     if image.mode == "PA" or "transparency" in image.info or image.mode in ("RGBa", "La"):
         # Grey pictures stay grey, so that their profile fits.
         image = image.convert("LA" if image.mode in ("1", "L", "La") else "RGBA")
     if image.mode in ("RGBA", "LA"):
-        alpha = image.getchannel("A")
-        if image.mode == "LA":
-            return image.getchannel("L"), alpha
-        return Image.merge("RGB", image.split()[:3]), alpha
+        *colours, alpha = image.split()
+        return colours[0] if image.mode == "LA" else Image.merge("RGB", colours), alpha
     if image.mode == "1":
         return image.convert("L"), None
-    if image.mode in _DIRECT or image.mode == "LAB":
-        return image, None
-    return image.convert("RGB"), None
+    known = image.mode in _PROFILE_SPACE or image.mode == "LAB"
+    return image if known else image.convert("RGB"), None
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
@@ -204,14 +194,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
                 image = image.convert("RGB")  # a grey picture with a colour profile
             if space != _PROFILE_SPACE[image.mode]:
                 raise ImageCms.PyCMSError(f"a {space} profile in a {image.mode} picture")
-            transform = ImageCms.buildTransform(
-                source,
-                srgb,
-                image.mode,
-                "RGB",
-                ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                ImageCms.Flags.BLACKPOINTCOMPENSATION,
-            )
+            how = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
+            transform = ImageCms.buildTransform(source, srgb, image.mode, "RGB", *how)
             return _converted(image, transform)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             _warn(f"ignored a damaged or unfitting colour profile ({error})")
@@ -238,9 +222,7 @@ def reflected(length: int, padded: int) -> NDArray[np.int64]:
 
 def pad(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """Extend uint8 [H, W, 3] by reflection at the bottom and right to multiples of ``side``."""
-    height, width = rgb.shape[:2]
-    rows = reflected(height, -(-height // side) * side)
-    columns = reflected(width, -(-width // side) * side)
+    rows, columns = (reflected(n, -(-n // side) * side) for n in rgb.shape[:2])
     return rgb[rows][:, columns]
 
 
@@ -264,9 +246,8 @@ def picture_format(path: Path | str) -> tuple[str, dict[str, Any]]:
     """
     suffix = Path(path).suffix.lower()
     if suffix not in _FORMATS:
-        raise ValueError(
-            f"no picture format for the ending {suffix!r}; use one of {', '.join(_FORMATS)}"
-        )
+        known = ", ".join(_FORMATS)
+        raise ValueError(f"no picture format for the ending {suffix!r}; use one of {known}")
     return _FORMATS[suffix]
 
 
@@ -287,12 +268,7 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
 
 def write_image(image: Image.Image, path: Path | str) -> None:
-    """Write a picture atomically, in the format of the name's ending.
-
-    Raises:
-        ValueError: an ending without a picture format.
-        OSError: the file cannot be written.
-    """
+    """Write a picture atomically, in the format of the name's ending; ValueError without one."""
     name, options = picture_format(path)
     encoded = io.BytesIO()
     image.save(encoded, format=name, **options)

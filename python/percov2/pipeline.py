@@ -29,10 +29,14 @@ from percov2.models.backbone import BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig
 from percov2.models.placement import Placement
 from percov2.models.sd3.backbone import SD3Model
+from percov2.models.sd3.base import SD3Base
 from percov2.models.sd3.text import TextNetworks
 from percov2.options import EncodeOptions
 
 __all__ = ["PerCoV2Pipeline", "TrainedParts"]
+
+_TEXT_KINDS, _TEXT_SUFFIXES = ("tokenizer", "text_encoder"), ("", "_2", "_3")
+"""Parts of the names of the text networks, in the order of ``TextNetworks``."""
 
 
 # Among the component kinds of diffusers, only a scheduler has no weights in memory. These parts
@@ -40,11 +44,7 @@ __all__ = ["PerCoV2Pipeline", "TrainedParts"]
 class TrainedParts(SchedulerMixin):
     """Folder with the hyper-encoders, quantizers and entropy models of all rates.
 
-    Args:
-        folder: percov2 model folder with backbone "sd3".
-
-    Raises:
-        ValueError: another backbone, or no model folder.
+    Raises ValueError unless it is a percov2 model folder with backbone "sd3".
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -68,8 +68,8 @@ class TrainedParts(SchedulerMixin):
                 shutil.copytree(source, target / rate.name / part, dirs_exist_ok=True)
 
 
-class _PipelineBase:
-    """The base model's networks in a pipeline (an ``SD3Base``)."""
+class _PipelineBase(SD3Base):
+    """The base model's networks in a pipeline."""
 
     def __init__(self, pipeline: PerCoV2Pipeline, place: Placement) -> None:
         self.pipeline, self.place = pipeline, place
@@ -84,11 +84,9 @@ class _PipelineBase:
         return FlowMatchEulerDiscreteScheduler.from_config(self.pipeline.scheduler.config)
 
     def text_networks(self) -> TextNetworks:
-        pipe = self.pipeline
-        return TextNetworks(
-            (pipe.tokenizer, pipe.tokenizer_2, pipe.tokenizer_3),
-            (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3),
-        )
+        parts = self.pipeline.components
+        triples = [tuple(parts[kind + suffix] for suffix in _TEXT_SUFFIXES) for kind in _TEXT_KINDS]
+        return TextNetworks(*triples)
 
 
 class PerCoV2Pipeline(DiffusionPipeline):
@@ -138,11 +136,7 @@ class PerCoV2Pipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> PerCoV2Pipeline:
-        """Load a saved pipeline as diffusers does, but only from safetensors files.
-
-        Raises:
-            ValueError, OSError: as in diffusers.
-        """
+        """Load a saved pipeline as diffusers does, but only from safetensors files."""
         return super().from_pretrained(path, **{"use_safetensors": True, **options})
 
     @classmethod
@@ -162,9 +156,8 @@ class PerCoV2Pipeline(DiffusionPipeline):
         """
         model = open_backbone(name_or_path, "cpu", BackboneOptions(dtype=dtype, t5=t5))
         if not isinstance(model, SD3Model):
-            raise ValueError(
-                f"{name_or_path} has the backbone {model.config.backbone!r}, not 'sd3'"
-            )
+            kind = model.config.backbone
+            raise ValueError(f"{name_or_path} has the backbone {kind!r}, not 'sd3'")
         rates = [rate.name for rate in model.config.rates]
         own = [rate for rate in rates if (model.folder / rate / "flow").is_dir()]
         if own and len(rates) > 1:
@@ -172,19 +165,15 @@ class PerCoV2Pipeline(DiffusionPipeline):
                 f"{model.folder}: the rates {own} have their own flows, but a pipeline has one "
                 "transformer; make one folder per rate"
             )
-        text = model.base.text_networks()
-        return cls(
-            vae=model.base.autoencoder(),
-            transformer=model.base.flow(model.config.default_rate),
-            scheduler=model.base.scheduler(),
-            text_encoder=text.encoders[0],
-            tokenizer=text.tokenizers[0],
-            text_encoder_2=text.encoders[1],
-            tokenizer_2=text.tokenizers[1],
-            text_encoder_3=text.encoders[2],
-            tokenizer_3=text.tokenizers[2],
-            percov2=TrainedParts(model.folder),
-        )
+        base = model.base
+        texts = {
+            kind + suffix: network
+            for kind, networks in zip(_TEXT_KINDS, base.text_networks(), strict=True)
+            for suffix, network in zip(_TEXT_SUFFIXES, networks, strict=True)
+        }
+        flow = base.flow(model.config.default_rate)
+        parts = TrainedParts(model.folder)
+        return cls(base.autoencoder(), flow, base.scheduler(), percov2=parts, **texts)
 
     @property
     def codec(self) -> Codec:
@@ -192,8 +181,7 @@ class PerCoV2Pipeline(DiffusionPipeline):
         place = Placement(str(self._execution_device), self.transformer.dtype, False)
         if self._codec is None or self._codec[0] != place:
             base = _PipelineBase(self, place)
-            model = SD3Model(self.percov2.folder, place.device, base=base)
-            self._codec = place, Codec(model)
+            self._codec = place, Codec(SD3Model(self.percov2.folder, place.device, base=base))
         return self._codec[1]
 
     def compress(

@@ -44,8 +44,6 @@ def decompress(arguments: argparse.Namespace) -> None:
         (image,) = codec.paint(decoded, options)
     with about(arguments.output):
         write_image(image, arguments.output)
-    drawn = ""
-    total = decoded[0].stage_count
-    if decoded[0].stages < total:
-        drawn = f", {decoded[0].stages} of {total} stages from the file, the others drawn"
+    sent, total = decoded[0].stages, decoded[0].stage_count
+    drawn = f", {sent} of {total} stages from the file, the others drawn" if sent < total else ""
     print(f"{arguments.output}: {image.width}x{image.height}{drawn}")

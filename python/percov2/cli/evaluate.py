@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ def add_parser(commands: Any) -> None:
     added = parser.add_subparsers(dest="benchmark", required=True, metavar="EVALUATION")
 
     def command(name: str, run: Any, help_: str) -> argparse.ArgumentParser:
-        one = add_command(added, name, run, help_)
+        one = add_command(added, name, partial(_evaluate, f"eval {name}", run), help_)
         add_model(one)
         help_ = "folder for the report and its files (required)"
         one.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_)
@@ -122,6 +123,32 @@ def add_parser(commands: Any) -> None:
     add_flag(one, "--photos", help_, Path)
 
 
+def _evaluate(
+    name: str, run: Callable[[argparse.Namespace], str], arguments: argparse.Namespace
+) -> None:
+    """Run an evaluation and print the text that it returns."""
+    with about(name):
+        text = run(arguments)
+    print(text)
+
+
+def _check(arguments: argparse.Namespace, folder: Path) -> None:
+    """Raise an error for wrong options or folders, before torch is loaded."""
+    encode, decode = options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
+    folder.stat()
+    check_choices(arguments, encode, decode)
+
+
+def chosen_setting(arguments: argparse.Namespace) -> Setting:
+    """Return the setting of a command line; captioner flags are optional."""
+    from percov2.container.captions import NoCaptioner
+    from percov2.evaluation.setting import Setting
+
+    captioner = chosen_captioner(arguments) if hasattr(arguments, "captioner") else NoCaptioner()
+    options = options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
+    return Setting(*options, captioner)
+
+
 def _held_out(
     arguments: argparse.Namespace, captioned: bool
 ) -> tuple[NDArray[np.uint8], list[str]]:
@@ -145,189 +172,128 @@ def _numbers(text: str, kind: type) -> list[Any]:
         raise ValueError(f"{text!r} is not a list of numbers like 1,2,4") from error
 
 
-def evaluate_stages(arguments: argparse.Namespace) -> None:
+def evaluate_kodak(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval kodak``."""
+    _check(arguments, arguments.folder)
+    from percov2.evaluation import report
+
+    folder, out = arguments.folder, arguments.out
+    baselines = [name for name in arguments.baselines.split(",") if name]
+    report.plan_evaluation(folder, out, baselines)
+    codec = open_codec(arguments)
+    result = report.evaluate(codec, folder, out, chosen_setting(arguments), baselines)
+    mean = report.table([{"image": "mean", **result["mean"]}], "kodak")
+    return f"{mean}\n{out / 'report.md'}"
+
+
+def evaluate_stages(arguments: argparse.Namespace) -> str:
     """Run ``percov2 eval stages``."""
-    _check(arguments, "eval stages", arguments.folder)
+    _check(arguments, arguments.folder)
     codec = open_codec(arguments)
-    with about("eval stages"):
-        from percov2.evaluation.hybrid import plot_stages, stages_sent
-        from percov2.evaluation.report import pictures_in
+    from percov2.evaluation.hybrid import plot_stages, stages_sent
+    from percov2.evaluation.report import pictures_in
 
-        setting = chosen_setting(arguments)
-        paths = pictures_in(arguments.folder)
-        records = stages_sent(codec, paths, arguments.out, setting)
-        plot_stages(records, arguments.out / "stages.png")
-    for record in records:
-        print(
-            f"{record['stages']:3} of {record['of']} stages: {record['bytes']:.1f} bytes, PSNR "
-            f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}"
-        )
-
-
-def evaluate_modes(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 eval modes``."""
-    with about("eval modes"):
-        steps, guidances = _numbers(arguments.steps, int), _numbers(arguments.guidance, float)
-        realisms = _numbers(arguments.realism, float) if arguments.realism else [None]
-        arguments.photos.stat()
-    for realism in realisms:
-        with about("eval modes"):
-            decode = DecodeOptions(realism=realism)
-        check_choices(arguments, EncodeOptions(rate=arguments.rate), decode)
-    with about("eval modes"):
-        crops, captions = _held_out(arguments, captioned=False)
-    codec = open_codec(arguments)
-    with about("eval modes"):
-        from percov2.evaluation.modes import operating_modes, plot_modes
-
-        records = operating_modes(
-            codec, crops, captions, arguments.out, arguments.rate, steps, guidances, realisms
-        )
-        plot_modes(records, arguments.out / "modes.png")
-    for record in records:
-        print(
-            f"realism {record['realism']:g}, {record['steps']} steps, guidance "
-            f"{record['guidance']:g}: PSNR "
-            f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}, Fréchet distance "
-            f"{record['frechet']:.3f} (EfficientNet-Lite0, {record['crops']} crops)"
-        )
-
-
-def evaluate_captions(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 eval captions``."""
-    check_choices(arguments, EncodeOptions(rate=arguments.rate))
-    with about("eval captions"):
-        arguments.photos.stat()
-        crops, captions = _held_out(arguments, captioned=True)
-    codec = open_codec(arguments)
-    with about("eval captions"):
-        from percov2.evaluation.caption_effect import (
-            caption_effect,
-            caption_pictures,
-            other_captions,
-        )
-        from percov2.evaluation.gallery import write_page
-        from percov2.images import write_bytes
-
-        rate = arguments.rate or codec.config.default_rate
-        result = caption_effect(codec, crops, captions, rate, arguments.steps, arguments.guidance)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=2) + "\n"
-        write_bytes(arguments.out / f"captions_{rate}.json", text.encode())
-        if arguments.pictures:
-            shown = slice(arguments.pictures)
-            rows = caption_pictures(
-                codec,
-                crops[shown],
-                captions[shown],
-                other_captions(captions)[shown],
-                rate,
-                arguments.steps,
-                arguments.guidance,
-            )
-            write_page(rows, arguments.out / f"captions_{rate}.jpg")
-    print(text, end="")
-
-
-def evaluate_realism(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 eval realism``."""
-    name = "eval realism"
-    _check(arguments, name, arguments.photos)
-    with about(name):
-        from percov2.evaluation.judge import Crops, judge_realism
-        from percov2.photos import PhotoCrops
-
-        crops = Crops(arguments.side, arguments.stride, arguments.distances, arguments.limit)
-        photos = PhotoCrops(arguments.photos, "held out")
-    codec = open_codec(arguments)
-    with about(name):
-        judge_realism(
-            codec,
-            photos,
-            arguments.out,
-            chosen_setting(arguments),
-            crops,
-            arguments.cache,
-            arguments.against,
-        )
-    print((arguments.out / "realism.md").read_text(encoding="utf-8"), end="")
-
-
-def _check(arguments: argparse.Namespace, name: str, folder: Path) -> None:
-    """Raise a Fault for wrong options or folders, before torch is loaded."""
-    with about(name):
-        encode, decode = options_of(EncodeOptions, arguments), options_of(DecodeOptions, arguments)
-        folder.stat()
-    check_choices(arguments, encode, decode)
-
-
-def chosen_setting(arguments: argparse.Namespace) -> Setting:
-    """Return the setting of a command line; captioner flags are optional."""
-    from percov2.container.captions import NoCaptioner
-    from percov2.evaluation.setting import Setting
-
-    return Setting(
-        options_of(EncodeOptions, arguments),
-        options_of(DecodeOptions, arguments),
-        chosen_captioner(arguments) if hasattr(arguments, "captioner") else NoCaptioner(),
+    paths = pictures_in(arguments.folder)
+    records = stages_sent(codec, paths, arguments.out, chosen_setting(arguments))
+    plot_stages(records, arguments.out / "stages.png")
+    return "\n".join(
+        f"{record['stages']:3} of {record['of']} stages: {record['bytes']:.1f} bytes, PSNR "
+        f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}"
+        for record in records
     )
 
 
-def evaluate_kodak(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 eval kodak``."""
-    _check(arguments, "eval kodak", arguments.folder)
-    from percov2.evaluation import report
-
-    baselines = [name for name in arguments.baselines.split(",") if name]
-    name = "eval kodak"
-    with about(name):
-        report.plan_evaluation(arguments.folder, arguments.out, baselines)
+def evaluate_modes(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval modes``."""
+    steps, guidances = _numbers(arguments.steps, int), _numbers(arguments.guidance, float)
+    realisms = _numbers(arguments.realism, float) if arguments.realism else [None]
+    arguments.photos.stat()
+    for realism in realisms:
+        decode = DecodeOptions(realism=realism)
+        check_choices(arguments, EncodeOptions(rate=arguments.rate), decode)
+    crops, captions = _held_out(arguments, captioned=False)
     codec = open_codec(arguments)
-    with about(name):
-        result = report.evaluate(
-            codec, arguments.folder, arguments.out, chosen_setting(arguments), baselines
-        )
-    print(report.table([{"image": "mean", **result["mean"]}], "kodak"))
-    print(arguments.out / "report.md")
+    from percov2.evaluation.modes import operating_modes, plot_modes
+
+    modes = arguments.rate, steps, guidances, realisms
+    records = operating_modes(codec, crops, captions, arguments.out, *modes)
+    plot_modes(records, arguments.out / "modes.png")
+    return "\n".join(
+        f"realism {record['realism']:g}, {record['steps']} steps, guidance "
+        f"{record['guidance']:g}: PSNR "
+        f"{record['psnr']:.2f} dB, LPIPS {record['lpips_alex']:.3f}, Fréchet distance "
+        f"{record['frechet']:.3f} (EfficientNet-Lite0, {record['crops']} crops)"
+        for record in records
+    )
 
 
-def evaluate_entropy(arguments: argparse.Namespace) -> None:
-    """Run ``percov2 eval entropy``."""
-    name = "eval entropy"
+def evaluate_captions(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval captions``."""
     check_choices(arguments, EncodeOptions(rate=arguments.rate))
-    with about(name):
-        baselines = [part for part in arguments.baselines.split(",") if part]
-        unknown = sorted(set(baselines) - {"masked", "multiscale"})
-        if unknown:
-            raise ValueError(f"unknown baselines {unknown}; choose from masked and multiscale")
-        if (arguments.finetune or baselines) and arguments.entropy_run is None:
-            raise ValueError("training needs --entropy-run, the run that trained the model")
-        if "multiscale" in baselines and arguments.photos is None:
-            raise ValueError("multiscale needs --photos, the photos of the token maps")
-        arguments.data.stat()
-        from percov2.evaluation.study.coders import token_map
-        from percov2.evaluation.study.comparison import compare
-        from percov2.training.stage2 import TokenMaps
-
-        data = TokenMaps(arguments.data)
+    arguments.photos.stat()
+    crops, captions = _held_out(arguments, captioned=True)
     codec = open_codec(arguments)
-    with about(name):
-        rate = codec.config.rate(arguments.rate or codec.config.default_rate)
-        if data.codebook_size != rate.codebook_size:
-            raise ValueError(
-                f"{arguments.data} has a codebook of {data.codebook_size} entries, but rate "
-                f"{rate.name} has {rate.codebook_size}; choose the --rate of the token maps"
-            )
-        facts = {
-            "rate": rate.name,
-            "codebook_size": rate.codebook_size,
-            "token_side": rate.token_side,
-            "command": _entropy_command(arguments, rate.name),
-        }
-        maps = [token_map(grid) for grid in data.held_out]
-        methods = _entropy_methods(arguments, baselines, codec.model, rate.name, maps)
-        compare(maps, methods, facts, arguments.out)
-    print(arguments.out / "report.md")
+    from percov2.evaluation import caption_effect as effect
+    from percov2.evaluation.gallery import write_page
+    from percov2.images import write_bytes
+
+    rate = arguments.rate or codec.config.default_rate
+    sampling = rate, arguments.steps, arguments.guidance
+    text = json.dumps(effect.caption_effect(codec, crops, captions, *sampling), indent=2)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_bytes(arguments.out / f"captions_{rate}.json", (text + "\n").encode())
+    if arguments.pictures:
+        few, others = slice(arguments.pictures), effect.other_captions(captions)
+        shown = crops[few], captions[few], others[few]
+        rows = effect.caption_pictures(codec, *shown, *sampling)
+        write_page(rows, arguments.out / f"captions_{rate}.jpg")
+    return text
+
+
+def evaluate_realism(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval realism``."""
+    _check(arguments, arguments.photos)
+    from percov2.evaluation.judge import Crops, judge_realism
+    from percov2.photos import PhotoCrops
+
+    crops = Crops(arguments.side, arguments.stride, arguments.distances, arguments.limit)
+    photos = PhotoCrops(arguments.photos, "held out")
+    codec = open_codec(arguments)
+    setting, folders = chosen_setting(arguments), (arguments.cache, arguments.against)
+    judge_realism(codec, photos, arguments.out, setting, crops, *folders)
+    return (arguments.out / "realism.md").read_text(encoding="utf-8").removesuffix("\n")
+
+
+def evaluate_entropy(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval entropy``."""
+    check_choices(arguments, EncodeOptions(rate=arguments.rate))
+    baselines = [part for part in arguments.baselines.split(",") if part]
+    unknown = sorted(set(baselines) - {"masked", "multiscale"})
+    if unknown:
+        raise ValueError(f"unknown baselines {unknown}; choose from masked and multiscale")
+    if (arguments.finetune or baselines) and arguments.entropy_run is None:
+        raise ValueError("training needs --entropy-run, the run that trained the model")
+    if "multiscale" in baselines and arguments.photos is None:
+        raise ValueError("multiscale needs --photos, the photos of the token maps")
+    arguments.data.stat()
+    from percov2.evaluation.study.coders import token_map
+    from percov2.evaluation.study.comparison import compare
+    from percov2.training.stage2 import TokenMaps
+
+    data = TokenMaps(arguments.data)
+    codec = open_codec(arguments)
+    rate = codec.config.rate(arguments.rate or codec.config.default_rate)
+    if data.codebook_size != rate.codebook_size:
+        raise ValueError(
+            f"{arguments.data} has a codebook of {data.codebook_size} entries, but rate "
+            f"{rate.name} has {rate.codebook_size}; choose the --rate of the token maps"
+        )
+    sizes = {"codebook_size": rate.codebook_size, "token_side": rate.token_side}
+    facts = {"rate": rate.name, **sizes, "command": _entropy_command(arguments, rate.name)}
+    maps = [token_map(grid) for grid in data.held_out]
+    methods = _entropy_methods(arguments, baselines, codec.model, rate.name, maps)
+    compare(maps, methods, facts, arguments.out)
+    return str(arguments.out / "report.md")
 
 
 def _entropy_command(arguments: argparse.Namespace, rate: str) -> str:
@@ -355,19 +321,16 @@ def _entropy_methods(
     from percov2.training.study.runs import shared_run
 
     coder = open_coder(model.folder / rate / "entropy", arguments.device)
-    runs = arguments.out / "runs"
-    run = None
+    runs, data, run = arguments.out / "runs", arguments.data, None
     if arguments.entropy_run is not None:
         run = shared_run(arguments.entropy_run, coder.model.fingerprint())
     yield from order_methods("shared", lambda _, order: OrderCoder(coder, order), maps, draw=True)
     if run is None:
         return
-    data = arguments.data
     if arguments.finetune:
         yield from methods.fine_tuned_methods(run, data, maps, arguments.finetune, runs)
     if "masked" in baselines:
         yield from methods.masked_methods(run, data, maps, runs / "masked")
     if "multiscale" in baselines:
-        yield from methods.multiscale_methods(
-            run, model, rate, arguments.photos, maps, runs / "multiscale"
-        )
+        photos, out = arguments.photos, runs / "multiscale"
+        yield from methods.multiscale_methods(run, model, rate, photos, maps, out)

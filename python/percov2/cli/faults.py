@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any
 
 __all__ = ["Fault", "about", "in_flags", "report_faults"]
 
@@ -84,17 +84,10 @@ def _show_own_warnings() -> None:
     """Print each warning of percov2 on one line."""
     default = warnings.showwarning
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if category.__module__.startswith("percov2."):
             print(f"percov2: warning: {in_flags(str(message))}", file=sys.stderr)
         else:
-            default(message, category, filename, lineno, file, line)
+            default(message, category, *place, **more)
 
     warnings.showwarning = show

@@ -73,14 +73,14 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
     from percov2.container.captions import CAPTION_CODECS, decode_caption
     from percov2.entropy.schedule import SCHEDULES
 
-    header = parsed.header
-    model, rate = _embedded_model(header.model_id)
+    header, model_id = parsed.header, f"{parsed.header.model_id:04x}"
+    model, rate = _embedded_model(model_id)
     unread = header.caption_codec == bitstream.CAPTION_MODEL  # needs the model: --verify
     return {
         "file": str(path),
         "width": header.width,
         "height": header.height,
-        "model_id": f"{header.model_id:04x}",
+        "model_id": model_id,
         "model": model,
         "rate": rate,
         "rate_index": header.rate,
@@ -107,7 +107,7 @@ def _parts(data: bytes, bits: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _embedded_model(model_id: int) -> tuple[str | None, str | None]:
+def _embedded_model(model_id: str) -> tuple[str | None, str | None]:
     """Return the names of the embedded model and rate with this id, or (None, None).
 
     Each line of a ``model_id`` file holds the hexadecimal id of a rate, a space and its name.
@@ -115,28 +115,25 @@ def _embedded_model(model_id: int) -> tuple[str | None, str | None]:
     for path in sorted(EMBEDDED.glob("*/model_id")):
         for line in path.read_text(encoding="utf-8").splitlines():
             known, _, rate = line.partition(" ")
-            if known == f"{model_id:04x}":
+            if known == model_id:
                 config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
                 return config["name"], rate
     return None, None
 
 
-def _quoted(record: dict[str, Any]) -> str:
-    if record["caption"] is None:
-        return "coded by the caption model, among the tokens; --verify decodes it"
-    return f"{record['caption']!r} ({record['caption_codec']})" if record["caption"] else "none"
-
-
 def _print_info(record: dict[str, Any]) -> None:
     parts = record["bytes"]
     model = record["model"] or "not an embedded model"
+    caption = f"{record['caption']!r} ({record['caption_codec']})" if record["caption"] else "none"
+    if record["caption"] is None:
+        caption = "coded by the caption model, among the tokens; --verify decodes it"
     lines = {
         "image": f"{record['width']}x{record['height']}",
         "model": f"{record['model_id']} ({model})",
         "rate": record["rate"] or f"number {record['rate_index']}",
         "schedule": f"{record['schedule']}, stages sent: {record['stages_sent']}"
         + (f", draw seed {record['draw_seed']}" if record["draw_seed"] else ""),
-        "caption": _quoted(record),
+        "caption": caption,
         "size": f"{parts['total']} bytes, {record['bpp']:.4f} bpp",
         "of that": f"header {parts['header']:.2f} (with {bitstream.PREFIX_BYTES} plain), check "
         f"{parts['check']:.0f}, caption {parts['caption']:.2f}, tokens {parts['tokens']:.2f}",

@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from percov2.cli.faults import about
+from percov2.cli.options import add_flag
 from percov2.container.captions import CAPTIONERS, check_captioner
 from percov2.options import DecodeOptions, EncodeOptions
 
@@ -24,47 +25,25 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "tiny"
+_SWITCHES = {
+    "offload": "keep each network on the device only while it runs (default: keep all there)",
+    "vae-tiling": "run the autoencoder in tiles to save memory (default: in one piece)",
+    "compile": "compile the flow network, which slows the first picture (default: do not)",
+    "no-t5": "run sd3 without its largest text encoder (default: with it)",
+}
+"""Flags of large models that take no value."""
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add ``--model``, ``--device`` and the flags of large backbones."""
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help="embedded model, model folder, sd3:FOLDER or perco:FOLDER (default: tiny)",
-    )
-    parser.add_argument(
-        "--device",
-        default="cpu",
-        help="device of the networks: cpu, cuda or cuda:N (default: cpu)",
-    )
+    help_ = "embedded model, model folder, sd3:FOLDER or perco:FOLDER"
+    add_flag(parser, "--model", help_, default=DEFAULT_MODEL)
+    add_flag(parser, "--device", "device of the networks: cpu, cuda or cuda:N", default="cpu")
     group = parser.add_argument_group("options of large models (sd3, perco)")
-    group.add_argument(
-        "--dtype",
-        choices=["fp32", "bf16", "fp16"],
-        help="number format of the networks (default: fp32 on cpu, bf16 on cuda)",
-    )
-    group.add_argument(
-        "--offload",
-        action="store_true",
-        help="keep each network on the device only while it runs (default: keep all there)",
-    )
-    group.add_argument(
-        "--vae-tiling",
-        action="store_true",
-        help="run the autoencoder in tiles to save memory (default: in one piece)",
-    )
-    group.add_argument(
-        "--compile",
-        action="store_true",
-        help="compile the flow network, which slows the first picture (default: do not)",
-    )
-    group.add_argument(
-        "--no-t5",
-        dest="t5",
-        action="store_false",
-        help="run sd3 without its largest text encoder (default: with it)",
-    )
+    help_ = "number format of the networks (default: fp32 on cpu, bf16 on cuda)"
+    group.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=help_)
+    for name, help_ in _SWITCHES.items():
+        group.add_argument("--" + name, action="store_true", help=help_)
 
 
 def check_choices(
@@ -74,11 +53,8 @@ def check_choices(
 ) -> None:
     """Raise a Fault for wrong choices, before torch or a network is loaded.
 
-    Args:
-        arguments: arguments with the flags of ``add_model``; those of ``add_captioner`` are
-            optional.
-        encode: options whose rate and schedule must exist.
-        decode: options whose realism must fit the model.
+    The arguments have the flags of ``add_model``; those of ``add_captioner`` are optional. The rate
+    and schedule of ``encode`` must exist, and the realism of ``decode`` must fit the model.
     """
     from percov2.entropy import schedule
     from percov2.models.config import find_model
@@ -91,7 +67,8 @@ def check_choices(
         if not re.fullmatch(r"(cpu|cuda)(:\d+)?", arguments.device):
             raise ValueError(f"unknown device {arguments.device!r}; use cpu, cuda or cuda:N")
         _, config = find_model(arguments.model)
-        given = [flag for flag, is_given in _big_options(arguments).items() if is_given]
+        flags = ("dtype", *_SWITCHES)
+        given = [f"--{flag}" for flag in flags if getattr(arguments, flag.replace("-", "_"))]
         if config.backbone == "tiny" and given:
             raise ValueError(f"this small model does not take {', '.join(given)}")
         rate = config.default_rate
@@ -102,30 +79,14 @@ def check_choices(
             config.chosen_realism(rate, decode.realism)
 
 
-def _big_options(arguments: argparse.Namespace) -> dict[str, bool]:
-    """Return, for each flag of large models, True if it is given."""
-    return {
-        "--dtype": arguments.dtype is not None,
-        "--offload": arguments.offload,
-        "--vae-tiling": arguments.vae_tiling,
-        "--compile": arguments.compile,
-        "--no-t5": not arguments.t5,
-    }
-
-
 def open_codec(arguments: argparse.Namespace) -> Codec:
     """Return the codec of the chosen model, with the entropy models of all rates loaded."""
     from percov2.codec import Codec
     from percov2.models.backbone import BackboneOptions
 
     with about(f"model {arguments.model}"):
-        options = BackboneOptions(
-            arguments.dtype,
-            arguments.offload,
-            arguments.vae_tiling,
-            arguments.compile,
-            arguments.t5,
-        )
+        given = (arguments.dtype, arguments.offload, arguments.vae_tiling, arguments.compile)
+        options = BackboneOptions(*given, t5=not arguments.no_t5)
         codec = Codec.from_pretrained(arguments.model, arguments.device, options)
         for rate in codec.config.rates:
             codec.model_id(rate.name)
@@ -134,21 +95,12 @@ def open_codec(arguments: argparse.Namespace) -> Codec:
 
 def add_captioner(parser: argparse.ArgumentParser) -> None:
     """Add ``--caption``, ``--captioner`` and ``--captioner-model``."""
-    parser.add_argument(
-        "--caption",
-        default="",
-        help="caption that guides the decoder; stored in the file (default: none)",
-    )
-    parser.add_argument(
-        "--captioner",
-        choices=CAPTIONERS,
-        help="source of the caption (default: text with --caption, else none)",
-    )
-    parser.add_argument(
-        "--captioner-model",
-        metavar="MODEL",
-        help="hub id or folder of the captioner's weights (default: the published ones)",
-    )
+    help_ = "caption that guides the decoder; stored in the file (default: none)"
+    parser.add_argument("--caption", default="", help=help_)
+    help_ = "source of the caption (default: text with --caption, else none)"
+    parser.add_argument("--captioner", choices=CAPTIONERS, help=help_)
+    help_ = "hub id or folder of the captioner's weights (default: the published ones)"
+    parser.add_argument("--captioner-model", metavar="MODEL", help=help_)
 
 
 def chosen_captioner(arguments: argparse.Namespace) -> Captioner:

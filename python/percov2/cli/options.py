@@ -20,12 +20,7 @@ def add_command(commands: Any, name: str, run: Any, help_: str) -> argparse.Argu
 
 
 def add_flag(
-    parser: argparse.ArgumentParser,
-    name: str,
-    help_: str,
-    kind: Any = str,
-    default: Any = None,
-    **more: Any,
+    parser: Any, name: str, help_: str, kind: Any = str, default: Any = None, **more: Any
 ) -> None:
     """Add a flag; its help ends with the default if there is one, which is none for ""."""
     if default is not None:
@@ -58,15 +53,12 @@ def add_options(
     if any(one.name == "stages" for one in shown):
         either = parser.add_mutually_exclusive_group()
     for one in shown:
-        settings: dict[str, Any] = {
-            "default": one.default,
-            "help": choices.get(one.name, one.metadata["help"]),
-        }
+        help_, low, high = (one.metadata[key] for key in ("help", "low", "high"))
+        settings: dict[str, Any] = {"default": one.default, "help": choices.get(one.name, help_)}
         if one.type == "bool":
             settings["action"] = "store_true"
-        elif one.metadata["low"] is not None:
-            whole = int if "int" in str(one.type) else float
-            settings["type"] = number(whole, one.metadata["low"], one.metadata["high"])
+        elif low is not None:
+            settings["type"] = number(int if "int" in str(one.type) else float, low, high)
         group = either if one.name in ("target_bytes", "stages") else parser
         group.add_argument(f"--{one.name.replace('_', '-')}", **settings)
 
@@ -88,10 +80,6 @@ def model_choices() -> dict[str, str]:
 
 
 def options_of(kind: type[Options], arguments: argparse.Namespace) -> Options:
-    """Return the options of a command line; a field without a flag has its default.
-
-    Raises:
-        OptionError: values do not fit together.
-    """
+    """Return the options of a command line; a field without a flag has its default."""
     names = [one.name for one in dataclasses.fields(kind) if hasattr(arguments, one.name)]
     return kind(**{name: getattr(arguments, name) for name in names})

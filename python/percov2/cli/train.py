@@ -12,67 +12,48 @@ from percov2.cli.options import add_command
 
 __all__ = ["OPTIONS", "PHASES", "add_parser", "home", "train"]
 
-
-def _option(help_: str, kind: Any = str, **more: Any) -> dict[str, Any]:
-    return {"help": help_, "type": kind, **more}
-
-
-OPTIONS = {
-    "config": _option("TOML file with a section per phase (required)", Path, required=True),
-    "recipe": _option(
-        "recipes [codec.recipes.NAME] whose settings replace those of [codec] (default: none)",
-        metavar="NAME[,NAME]",
-    ),
-    "data": _option("folder made by `train data` (required)", Path, required=True),
-    "out": _option("run folder to write (required)", Path, required=True),
-    "minutes": _option(
-        "stop after this time in minutes; the same command resumes (default: no limit)", float
-    ),
-    "autoencoder_run": _option(
-        "folder made by `train autoencoder`, for the first weights; needed without --start-from "
-        "(default: none)",
-        Path,
-    ),
-    "start_from": _option(
-        "start from a folder made by `train codec` (averaged weights) or a model folder (default: "
-        "start from --autoencoder-run)",
-        Path,
-    ),
-    "codec_run": _option("folder made by `train codec` (required)", Path, required=True),
-    "texts": _option(
-        ".txt files with a caption per line, or .tar shards with such members (required)",
-        Path,
-        nargs="+",
-        required=True,
-    ),
-    "model": _option("model folder that makes the tokens (required)", Path, required=True),
-    "rate": _option("rate of the model, e.g. r031 (default: the model's)"),
-    "views": _option(
-        "number of token maps per photo; all but the first are mirrored and shifted (default: 1)",
-        int,
-        default=1,
-    ),
-    "precision": _option(
-        "mixed precision; bf16 halves the time, but a few tokens near a tie may differ from the "
-        "codec's (default: no)",
-        choices=["no", "bf16"],
-        default="no",
-    ),
-    "pictures": _option(
-        "folder of validation photos to restore at checkpoints (default: none)", Path
-    ),
-    "longest": _option(
-        "limit of a photo's shorter side in pixels; larger photos are scaled down (default: 768)",
-        int,
-        default=768,
-    ),
-    "entropy": _option(
-        "`entropy` folders made by `train entropy`; FOLDER alone is for the first rate (default: "
-        "none)",
-        nargs="+",
-        metavar="RATE=FOLDER",
-    ),
+_HELP = {
+    "config": "TOML file with a section per phase (required)",
+    "recipe": "recipes [codec.recipes.NAME] whose settings replace those of [codec] (default: "
+    "none)",
+    "data": "folder made by `train data` (required)",
+    "out": "run folder to write (required)",
+    "minutes": "stop after this time in minutes; the same command resumes (default: no limit)",
+    "autoencoder_run": "folder made by `train autoencoder`, for the first weights; needed "
+    "without --start-from (default: none)",
+    "start_from": "start from a folder made by `train codec` (averaged weights) or a model "
+    "folder (default: start from --autoencoder-run)",
+    "codec_run": "folder made by `train codec` (required)",
+    "texts": ".txt files with a caption per line, or .tar shards with such members (required)",
+    "model": "model folder that makes the tokens (required)",
+    "rate": "rate of the model, e.g. r031 (default: the model's)",
+    "views": "number of token maps per photo; all but the first are mirrored and shifted "
+    "(default: 1)",
+    "precision": "mixed precision; bf16 halves the time, but a few tokens near a tie may differ "
+    "from the codec's (default: no)",
+    "pictures": "folder of validation photos to restore at checkpoints (default: none)",
+    "longest": "limit of a photo's shorter side in pixels; larger photos are scaled down "
+    "(default: 768)",
+    "entropy": "`entropy` folders made by `train entropy`; FOLDER alone is for the first rate "
+    "(default: none)",
 }
+_REQUIRED = ("config", "data", "out", "codec_run", "texts", "model")
+_PATHS = (*_REQUIRED, "autoencoder_run", "start_from", "pictures")
+_FORMS: dict[str, dict[str, Any]] = {
+    "recipe": {"metavar": "NAME[,NAME]"},
+    "minutes": {"type": float},
+    "texts": {"nargs": "+"},
+    "views": {"type": int, "default": 1},
+    "precision": {"choices": ["no", "bf16"], "default": "no"},
+    "longest": {"type": int, "default": 768},
+    "entropy": {"nargs": "+", "metavar": "RATE=FOLDER"},
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    name: {"help": help_, "type": Path if name in _PATHS else str, "required": name in _REQUIRED}
+    | _FORMS.get(name, {})
+    for name, help_ in _HELP.items()
+}
+"""Arguments of ``add_argument`` by option."""
 PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "data": ("Decode photo shards into a memory-mapped cache.", ("data", "out")),
     "autoencoder": ("Train the autoencoder.", ("config", "data", "out", "minutes")),

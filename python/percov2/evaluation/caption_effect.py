@@ -73,9 +73,8 @@ def caption_effect(
         The settings and, for flow_loss and lpips_vgg: the means "right" and "shuffled", and the
         mean "gain" of shuffled - right with its 95 % "interval" [low, high].
 
-    Raises:
-        ValueError: crops or captions do not fit, or the backbone is not "tiny".
-        MetricWeightsMissing: the weights of LPIPS are not installed.
+    Raises ValueError if crops or captions do not fit or the backbone is not "tiny", and
+    MetricWeightsMissing without the weights of LPIPS.
     """
     model = codec.model
     if not isinstance(model, CodecModel):

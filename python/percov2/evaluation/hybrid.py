@@ -43,9 +43,8 @@ def stages_sent(
         A record per number of stages: stages, of (the largest number), and the means of bytes, psnr
         and lpips_alex.
 
-    Raises:
-        ValueError: no pictures, weights of a metric are not installed, or ``out`` holds records of
-            another model, setting or set of pictures.
+    Raises ValueError for no pictures, missing weights of a metric, and an ``out`` with records of
+    another model, setting or set of pictures.
     """
     if not paths:
         raise ValueError("no pictures to measure")

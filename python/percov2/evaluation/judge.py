@@ -133,12 +133,8 @@ def judge_realism(
         against: ``out`` of a finished run on the same crops, for a paired comparison.
         features: judge that maps uint8 [B, 3, H, W] to [B, D]; EfficientNet-Lite0 if None.
 
-    Returns:
-        The contents of realism.json.
-
-    Raises:
-        ValueError: too few photos, ``out`` holds another run, or ``against`` does not fit.
-        MetricWeightsMissing: the judge's weights are not installed.
+    Returns the contents of realism.json. Raises ValueError for too few photos and if ``out`` or
+    ``against`` holds an unfit run, and MetricWeightsMissing without the judge's weights.
     """
     setting, crops = setting or Setting(), crops or Crops()
     large = crops.photos(photos)

@@ -64,9 +64,8 @@ def operating_modes(
         A record per mode: realism, steps, guidance, crops, the means of psnr and lpips_alex,
         frechet, and seconds per crop.
 
-    Raises:
-        ValueError: crops, captions, steps, guidance or realism do not fit.
-        MetricWeightsMissing: a network's weights are not installed.
+    Raises ValueError if crops, captions, steps, guidance or realism do not fit, and
+    MetricWeightsMissing if a network's weights are not installed.
     """
     require_captioned(crops, captions)
     name = codec.config.rate(codec.config.default_rate if rate is None else rate).name

@@ -44,13 +44,8 @@ class Estimate:
 class PhotoBootstrap:
     """Resamples of photos, shared by all measures.
 
-    Args:
-        photo: number of each crop's photo, [N], ascending from 0 without gaps.
-        resamples: number of resamples.
-        frechet_resamples: number of resamples, the first ones, for a Fréchet distance.
-        seed: seed of the draws.
-
-    Raises ValueError for fewer than two photos.
+    ``photo`` is the number of each crop's photo, [N], ascending from 0 without gaps; ValueError for
+    fewer than two photos. A Fréchet distance takes only the first ``frechet_resamples``.
     """
 
     def __init__(

@@ -84,12 +84,9 @@ def frechet_distance(
     float64. The trace of the root is the sum of the singular values of C^½ C'^½, with symmetric
     roots by eigendecomposition.
 
-    Args:
-        photos, restored: [N, D] and [M, D].
-        weights: number of times that each picture counts, [N] for both sets (M = N); 1 if None.
-
-    Raises:
-        ValueError: a set has fewer than two pictures, or the features do not fit.
+    The sets are [N, D] and [M, D]; ``weights`` is the number of times that each picture counts, [N]
+    for both sets (M = N), 1 if None. Raises ValueError if a set has fewer than two pictures or if
+    the features do not fit.
     """
     if photos.ndim != 2 or restored.ndim != 2 or photos.shape[1] != restored.shape[1]:
         raise ValueError(f"features {photos.shape} and {restored.shape} do not fit each other")

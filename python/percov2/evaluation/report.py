@@ -179,9 +179,7 @@ def evaluate(
         The contents of report.json: setting, images, means, notes and baselines. The "wins" of a
         baseline count the pictures on which percov2 is better, by metric.
 
-    Raises:
-        ValueError: as in ``plan_evaluation``, or a picture cannot be decoded.
-        OSError: a file cannot be read or written.
+    Raises the errors of ``plan_evaluation`` and ``round_trip``.
     """
     paths, stems = plan_evaluation(folder, out, baselines)
     warm_up(codec, setting)

@@ -9,21 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "BACKBONES",
-    "EMBEDDED",
-    "IN_PIPELINE",
-    "LATENT_SIDE",
-    "PAPER_RATES",
-    "PREDICTIONS",
-    "ModelConfig",
-    "Rate",
-    "find_model",
-]
+__all__ = ["LATENT_SIDE", "PAPER_RATES", "PREDICTIONS", "ModelConfig", "Rate", "find_model"]
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
-BACKBONES = ("tiny", "sd3", "perco")
-IN_PIPELINE = "percov2"
+_EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
+_BACKBONES = ("tiny", "sd3", "perco")
+_IN_PIPELINE = "percov2"
 """The folder of our parts in a saved ``PerCoV2Pipeline``."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTIONS = ("velocity", "sample")
@@ -83,7 +73,7 @@ class ModelConfig:
         steps, guidance: default sampling; a rate may have its own steps.
         prediction: output of the flow transformer, "velocity" or "sample".
         window, overlap: sides of the sampling windows, in latent positions.
-        backbone: kind of the networks, one of ``BACKBONES``.
+        backbone: kind of the networks, one of ``_BACKBONES``.
         base: hub id or folder of a large backbone's base model; "" for "tiny".
         decoder_noise: standard deviation at realism 1 of the noise that "tiny" adds to the sampled
             latents; its decoder turns the noise into textures that do not repeat.
@@ -136,8 +126,8 @@ class ModelConfig:
             if any(rate.realism is not None for rate in self.rates):
                 raise ValueError("a rate has a realism, but the model has none")
         _check_ranges(self, "", **ranges)
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone must be one of {BACKBONES}, not {self.backbone!r}")
+        if self.backbone not in _BACKBONES:
+            raise ValueError(f"backbone must be one of {_BACKBONES}, not {self.backbone!r}")
         if (self.backbone == "tiny") != (self.base == ""):
             needed = "none" if self.backbone == "tiny" else "a hub id or a folder"
             raise ValueError(f"base is {self.base!r}; backbone {self.backbone} needs {needed}")
@@ -200,13 +190,13 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
         ValueError: no such model, a damaged configuration, or another kind of backbone.
     """
     kind, colon, path = str(name_or_path).partition(":")
-    if not colon or kind not in BACKBONES:
+    if not colon or kind not in _BACKBONES:
         kind, path = "", str(name_or_path)
-    folder = _first_model(Path(path), Path(path) / IN_PIPELINE, EMBEDDED / path)
+    folder = _first_model(Path(path), Path(path) / _IN_PIPELINE, _EMBEDDED / path)
     if folder is None and kind and _HUB_ID.fullmatch(path) and not Path(path).exists():
         folder = _download(path)
     if folder is None:
-        known = sorted(p.parent.name for p in EMBEDDED.glob("*/config.json"))
+        known = sorted(p.parent.name for p in _EMBEDDED.glob("*/config.json"))
         raise ValueError(f"no model {path!r}: give a model folder or one of {known}")
     config = ModelConfig.load(folder)
     if kind not in ("", config.backbone):
@@ -226,7 +216,7 @@ def _download(hub_id: str) -> Path:
     except Exception as error:  # the hub raises errors of many types; the message has the reason
         text = f"no model {hub_id!r}: no such folder, and the hub says: {error}"
         raise ValueError(text) from error
-    if (found := _first_model(folder, folder / IN_PIPELINE)) is None:
+    if (found := _first_model(folder, folder / _IN_PIPELINE)) is None:
         raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")
     return found
 

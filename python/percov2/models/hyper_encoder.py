@@ -17,24 +17,20 @@ from torch import Tensor, nn
 from percov2.models.config import LATENT_SIDE, Rate
 from percov2.models.storage import load_component
 
-__all__ = [
-    "TOKEN_STRIDES",
-    "AttentionBlock",
-    "HyperEncoder",
-    "RectifiedBottleneck",
-    "ResidualBottleneck",
-    "load_hyper_encoder",
-]
+__all__ = ["AttentionBlock", "HyperEncoder", "load_hyper_encoder"]
 
-TOKEN_STRIDES = (1, 2, 4, 8)
+_STRIDES = (1, 2, 4, 8)
 
 
-class ResidualBottleneck(nn.Module):
-    """x + (1×1 -> 3×3 -> 1×1) with ReLU between, at half the channels."""
+class _ResidualBottleneck(nn.Module):
+    """x + (1×1 -> 3×3 -> 1×1) with ReLU between, at half the channels.
 
-    def __init__(self, channels: int) -> None:
+    With ``rectified``, a last ReLU: the residual unit inside CompressAI's attention.
+    """
+
+    def __init__(self, channels: int, rectified: bool = False) -> None:
         super().__init__()
-        half = channels // 2
+        self.rectified, half = rectified, channels // 2
         self.body = nn.Sequential(
             nn.Conv2d(channels, half, 1),
             nn.ReLU(),
@@ -45,15 +41,8 @@ class ResidualBottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, h, w] to the same shape."""
-        return x + self.body(x)
-
-
-class RectifiedBottleneck(ResidualBottleneck):
-    """relu(x + body(x)): the residual unit inside CompressAI's attention."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, h, w] to the same shape."""
-        return F.relu(super().forward(x))
+        x = x + self.body(x)
+        return F.relu(x) if self.rectified else x
 
 
 class AttentionBlock(nn.Module):
@@ -64,9 +53,8 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, rectified: bool = False) -> None:
         super().__init__()
-        unit = RectifiedBottleneck if rectified else ResidualBottleneck
-        self.trunk = nn.Sequential(*[unit(channels) for _ in range(3)])
-        parts = [unit(channels) for _ in range(3)]
+        self.trunk = nn.Sequential(*[_ResidualBottleneck(channels, rectified) for _ in range(3)])
+        parts = [_ResidualBottleneck(channels, rectified) for _ in range(3)]
         self.mask = nn.Sequential(*parts, nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,15 +83,15 @@ class HyperEncoder(ModelMixin, ConfigMixin):
         rectified_attention: bool = False,
     ) -> None:
         super().__init__()
-        if stride not in TOKEN_STRIDES:
-            raise ValueError(f"stride must be one of {TOKEN_STRIDES}, not {stride}")
+        if stride not in _STRIDES:
+            raise ValueError(f"stride must be one of {_STRIDES}, not {stride}")
 
         def step(inputs: int, halve: bool) -> nn.Conv2d:
             kernel, stride, padding = (5, 2, 2) if halve else (1, 1, 0)
             return nn.Conv2d(inputs, channels, kernel, stride, padding)
 
         def bottlenecks() -> list[nn.Module]:
-            return [ResidualBottleneck(channels) for _ in range(3)]
+            return [_ResidualBottleneck(channels) for _ in range(3)]
 
         self.body = nn.Sequential(
             step(latent_channels, stride >= 8),

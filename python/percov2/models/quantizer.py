@@ -33,30 +33,21 @@ def stored_codebook(folder: Path) -> bytes:
 class Quantized(NamedTuple):
     """The results of :meth:`VectorQuantizer.forward`.
 
-    Attributes:
-        z_hat: float [B, C, h, w], differentiable by straight-through.
-        tokens: int32 [B, h, w].
-        loss: scalar commitment loss.
-        spread: entropy in nats of the batch's soft code usage, at most log V. Training raises it;
-            otherwise a quantizer would use only a few codes.
-        directions: float [B·h·w, D], the unit vectors before quantization (detached).
+    ``spread`` is the entropy in nats of the batch's soft code usage, at most log V. Training raises
+    it; otherwise a quantizer would use only a few codes.
     """
 
-    z_hat: Tensor
-    tokens: Tensor
-    loss: Tensor
+    z_hat: Tensor  # float [B, C, h, w], differentiable by straight-through
+    tokens: Tensor  # int32 [B, h, w]
+    loss: Tensor  # scalar commitment loss
     spread: Tensor
-    directions: Tensor
+    directions: Tensor  # float [B·h·w, D], unit vectors before quantization (detached)
 
 
 class VectorQuantizer(ModelMixin, ConfigMixin):
-    """A codebook of ``codebook_size`` unit vectors, learnt by moving averages.
+    """A codebook of V unit vectors of D dimensions, learnt by moving averages.
 
-    Args:
-        hyper_channels: M, channels of the hyper-latents.
-        codebook_size: V.
-        code_dim: D, dimension of the codebook vectors.
-        output_channels: C, channels of z_hat given to the flow transformer.
+    It maps M channels of hyper-latents to C channels of z_hat for the flow transformer.
     """
 
     codebook: Tensor
@@ -65,10 +56,10 @@ class VectorQuantizer(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        hyper_channels: int = 320,
-        codebook_size: int = 256,
-        code_dim: int = 32,
-        output_channels: int = 320,
+        hyper_channels: int = 320,  # M
+        codebook_size: int = 256,  # V
+        code_dim: int = 32,  # D
+        output_channels: int = 320,  # C
     ) -> None:
         super().__init__()
         self.project_in = nn.Conv2d(hyper_channels, code_dim, 1)

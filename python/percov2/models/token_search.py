@@ -68,11 +68,9 @@ class TokenSearch:
     def __call__(self, image: Tensor, caption: str) -> Tensor:
         """Return directions float32 [1, H/s, W/s, D] for an image and its caption, "" for none.
 
-        The search assumes a decoder with one step and the default seed; other settings gain less.
-
-        Args:
-            image: float [1, 3, H, W] in [-1, 1], sides multiples of the token side. ValueError for
-                a side below 47 pixels, too few for AlexNet.
+        The image is float [1, 3, H, W] in [-1, 1], its sides multiples of the token side. Raises
+        ValueError for a side below 47 pixels, too few for AlexNet. The search assumes a decoder
+        with one step and the default seed; other settings gain less.
         """
         height, width = image.shape[-2:]
         if min(height, width) < LEAST_SIDE:

@@ -45,19 +45,11 @@ _SPACE = "\u2581"
 class CaptionsConfig:
     """Configuration of the captions phase.
 
-    Attributes:
-        model: sizes of the transformer (``TransformerConfig`` without codebook_size).
-        pieces: number of learned pieces, excluding the end piece and the single-byte pieces.
-        captions_per_step: captions per batch, summed over all processes.
-        round_from: share of the steps before rounding starts.
-        observe_until: share of the steps before the scales are fixed.
-    """
-
-    model: dict
-    pieces: int = 3839
-    captions_per_step: int = 256
-    round_from: float = 0.7
-    observe_until: float = 0.9
+    model: dict  # sizes of the transformer (``TransformerConfig`` without codebook_size)
+    pieces: int = 3839  # learned pieces, without the end and the single bytes
+    captions_per_step: int = 256  # captions in a batch, over all processes
+    round_from: float = 0.7  # share of the steps before rounding starts
+    observe_until: float = 0.9  # share of the steps before the scales are fixed
 
 
 def is_held_out(line: str) -> bool:

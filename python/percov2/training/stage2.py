@@ -45,23 +45,14 @@ Map = NDArray[np.int32]
 class EntropyConfig:
     """Configuration of the entropy phase.
 
-    Attributes:
-        model: sizes of the transformer (``TransformerConfig`` without codebook_size).
-        shapes: crop heights and widths in tokens; a step draws one shape.
-        tokens_per_step: approximate number of tokens per batch, summed over all processes.
-        real_orders: share of crops with a schedule of the format; the others have random orders.
-        default_orders: share of the former with the default schedule.
-        round_from: share of the steps before rounding starts.
-        observe_until: share of the steps before the scales are fixed.
-    """
-
-    model: dict = field(default_factory=dict)
-    shapes: tuple[tuple[int, int], ...] = ((16, 16), (14, 14), (12, 20), (20, 28), (24, 32))
-    tokens_per_step: int = 4096
-    real_orders: float = 0.6
-    default_orders: float = 0.6
-    round_from: float = 0.6
-    observe_until: float = 0.85
+    model: dict = field(default_factory=dict)  # ``TransformerConfig`` without codebook_size
+    # Crop heights and widths in tokens; a step draws one shape.
+    shapes: tuple[Shape, ...] = ((16, 16), (14, 14), (12, 20), (20, 28), (24, 32))
+    tokens_per_step: int = 4096  # approximate number of tokens in a batch, over all processes
+    real_orders: float = 0.6  # share of crops with a schedule of the format; others are random
+    default_orders: float = 0.6  # share of the former with the default schedule
+    round_from: float = 0.6  # share of the steps before rounding starts
+    observe_until: float = 0.85  # share of the steps before the scales are fixed
 
 
 def _read_maps(path: Path) -> tuple[int, list[tuple[Map, bool]]]:

@@ -29,12 +29,9 @@ __all__ = ["PerCoModel"]
 class PerCoModel(Backbone):
     """The float networks of an imported folder and of its base model.
 
-    Args:
-        folder: folder with config.json and, per rate, hyper_encoder/, quantizer/ and unet/. Its
-            ``base`` has the layout of Stable Diffusion 2.1, with weights as safetensors; ValueError
-            unless it is a folder or a possible hub id.
-        device: torch device of every network.
-        options: backbone options. Autoencoder, hyper-encoder and quantizer always run as float32.
+    The folder holds config.json and, per rate, hyper_encoder/, quantizer/ and unet/. Its ``base``
+    has the layout of Stable Diffusion 2.1, with weights as safetensors; ValueError unless it is a
+    folder or a possible hub id. Autoencoder, hyper-encoder and quantizer always run as float32.
     """
 
     def __init__(self, folder: Path, device: str, options: BackboneOptions) -> None:

@@ -35,12 +35,9 @@ class SD3Model(Backbone):
 
     The hyper-encoder and the quantizer run in float32, the base model in the options' dtype.
 
-    Args:
-        folder: the model folder; docs/reference/sd3.md has its layout.
-        device: torch device.
-        options: backbone options; None for the defaults.
-        base: the base model's networks; None for those named by the folder. ValueError for an
-            impossible base, as for a folder that is no model.
+    docs/reference/sd3.md has the layout of the folder. ``base`` gives the base model's networks;
+    None for those named by the folder. Raises ValueError for an impossible base, as for a folder
+    that is no model.
     """
 
     def __init__(

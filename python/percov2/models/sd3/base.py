@@ -41,13 +41,8 @@ class SD3Base(Protocol):
 class SD3Folder(SD3Base):
     """The base model named by a percov2 folder, with the folder's own flow.
 
-    Args:
-        folder: the percov2 model folder. A rate's flow is in ``<rate>/flow``, or in ``flow`` if the
-            rate has none.
-        base: hub id or folder of the base model in diffusers' layout; ValueError unless it is a
-            folder or a possible hub id.
-        device: torch device.
-        options: backbone options.
+    A rate's flow is in ``<rate>/flow``, or in ``flow`` if the rate has none. ``base`` is the hub id
+    or folder of the base model in diffusers' layout; ValueError unless it can be one.
     """
 
     def __init__(self, folder: Path, base: str, device: str, options: BackboneOptions) -> None:

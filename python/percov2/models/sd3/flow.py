@@ -111,13 +111,9 @@ class _TransformerConfig:
 def open_flow(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer2DModel:
     """Open the flow transformer of a folder ``flow``.
 
-    Args:
-        folder: a whole transformer, a delta, or a missing folder.
-        location: hub id or folder of the base model; not read for a whole transformer.
-        dtype: dtype of the weights.
-
-    Raises:
-        ValueError: no flow in any form, or one that does not fit.
+    The folder holds a whole transformer or a delta, or is missing. ``location`` is the hub id or
+    folder of the base model, which is not read for a whole transformer. Raises ValueError for no
+    flow in any form, and for one that does not fit.
     """
     form = {"torch_dtype": dtype, "use_safetensors": True}
     if (folder / "config.json").is_file():

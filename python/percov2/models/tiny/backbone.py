@@ -25,12 +25,9 @@ __all__ = ["CodecModel"]
 
 
 class CodecModel(Backbone):
-    """The float networks of a model folder: images -> tokens, tokens -> images.
+    """The small networks of a model folder, whose layout is in docs/reference/model-folder.md.
 
-    Args:
-        folder: the model folder; docs/reference/model-folder.md has its layout.
-        device: torch device of every network.
-        options: None or the defaults; ValueError for others, as for a folder that is no model.
+    Raises ValueError for options other than the defaults, as for a folder that is no model.
     """
 
     def __init__(
@@ -148,10 +145,8 @@ class CodecModel(Backbone):
     ) -> Tensor:
         """Return images [B, 3, H, W] after one step without guidance, unclamped, differentiable.
 
-        Args:
-            z_hat: [B, C, H/8, W/8].
-            text: embeddings of the captions.
-            noise, grain: from :meth:`draw_noise`, the latter times ``ModelConfig.grain``.
+        z_hat is [B, C, H/8, W/8]; noise and grain are those of :meth:`draw_noise`, the latter times
+        ``ModelConfig.grain``.
         """
         height, width = z_hat.shape[-2:]
         z_hat = flows.pad_to_patches(z_hat, self.patch)

@@ -22,19 +22,16 @@ class RealismDial(ModelMixin, ConfigMixin):
     Sinusoids of β pass two layers. The last one starts at zero, so a new dial does not change a
     model before training.
 
-    Args:
-        frequencies: number of sinusoid pairs, of π/2, π, 2π, …; a few keep the picture smooth in β.
-        width: channels of the hidden layer.
-        pooled: channels of the pooled embedding.
+    There are ``frequencies`` sinusoid pairs, of π/2, π, 2π, …; a few keep the picture smooth in β.
+    ``width`` and ``pooled`` are the channels of the hidden layer and of the pooled embedding.
     """
 
     @register_to_config
     def __init__(self, frequencies: int = 4, width: int = 64, pooled: int = 64) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, pooled)
-        )
-        for parameter in self.layers[-1].parameters():
+        first, last = nn.Linear(2 * frequencies, width), nn.Linear(width, pooled)
+        self.layers = nn.Sequential(first, nn.SiLU(), last)
+        for parameter in last.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, realism: Tensor) -> Tensor:

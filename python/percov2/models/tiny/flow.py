@@ -93,8 +93,7 @@ def estimate_clean(
     """Return a one-step estimate of the clean latents x_0.
 
     Args:
-        noisy: x_t [B, 16, h, w].
-        z_hat: [B, C, h, w], already on the latent grid.
+        noisy, z_hat: x_t [B, 16, h, w] and [B, C, h, w], both on the latent grid.
         t: [B] in [0, 1].
         text: sequence [B, L, d] and pooled [B, p] embeddings.
         prediction: "velocity" (SD3: x_0 = x_t − t·v) or "sample" (the network returns x_0, so a
@@ -129,7 +128,6 @@ class WindowedEstimate:
     Args:
         estimate: maps (noisy, z_hat, index of the batch row per window) to clean latents, all of at
             most ``window``×``window`` latent positions.
-        window: side of a window in latent positions.
         overlap: latent positions shared by neighbours; their estimates are blended linearly.
         batch: windows per call of ``estimate``, which bound the memory.
     """

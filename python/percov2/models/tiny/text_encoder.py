@@ -23,10 +23,8 @@ _WORD = re.compile(r"\w+")
 class HashedTextEncoder(ModelMixin, ConfigMixin):
     """A network from captions to (sequence [B, length, dim], pooled [B, dim]).
 
-    Args:
-        buckets: rows of the table; row 0 is padding, and the empty caption is all padding.
-        dim: embedding dimension.
-        length: most words of a caption; further words are ignored.
+    The table has ``buckets`` rows; row 0 is padding, and the empty caption is all padding. Words
+    after the first ``length`` are ignored.
     """
 
     @register_to_config
