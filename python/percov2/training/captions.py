@@ -43,7 +43,7 @@ _SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    """Configuration of the captions phase.
+    """Configuration of the captions phase."""
 
     model: dict  # sizes of the transformer (``TransformerConfig`` without codebook_size)
     pieces: int = 3839  # learned pieces, without the end and the single bytes
