@@ -43,7 +43,7 @@ Map = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class EntropyConfig:
-    """Configuration of the entropy phase.
+    """Configuration of the entropy phase."""
 
     model: dict = field(default_factory=dict)  # ``TransformerConfig`` without codebook_size
     # Crop heights and widths in tokens; a step draws one shape.
