@@ -147,8 +147,8 @@ def test_captioners_have_names_and_missing_networks_are_named(tmp_path):
     for wrong, message in (
         ({"name": "gpt"}, "unknown captioner"),
         ({"name": "text"}, "needs a caption"),
-        ({"name": "blip2", "text": "a"}, "does not take a caption"),
-        ({"name": "none", "text": "a"}, "does not take a caption"),
+        ({"name": "blip2", "text": "a"}, "does not accept a caption"),
+        ({"name": "none", "text": "a"}, "does not accept a caption"),
         ({"name": "none", "location": "a/b"}, "has no network"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -169,7 +169,7 @@ def test_the_command_line_and_round_trips_caption(blip2, picture, random_model, 
         assert run(*done, *options) == 0
         assert [json.loads(output(capsys, "info", "--json", file))["caption"]] == expected
     said = failure(capsys, *command, "--captioner=blip2", "--caption=a")
-    assert "does not take a caption" in said
+    assert "does not accept a caption" in said
     broken = tmp_path / "broken"
     shutil.copytree(blip2, broken)
     (broken / "config.json").write_text("{")

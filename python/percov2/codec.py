@@ -259,7 +259,7 @@ class Codec:
             caption, changes: as for ``compress``.
 
         Raises:
-            ValueError: tokens that do not fit, or as for ``compress``.
+            ValueError: tokens that do not match, or as for ``compress``.
         """
         options = options_from(EncodeOptions, options, changes)
         point, name = self._rate(options.rate), self._schedule(options.schedule)

@@ -198,7 +198,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             transform = ImageCms.buildTransform(source, srgb, image.mode, "RGB", *how)
             return _converted(image, transform)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-            _warn(f"ignored a damaged or unfitting colour profile ({error})")
+            _warn(f"ignored a damaged or unsuitable colour profile ({error})")
     return image.convert("RGB")
 
 

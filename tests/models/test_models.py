@@ -86,7 +86,7 @@ def test_upsampling_repeats_each_token():
     up = upsample_z_hat(z_hat, 4, 6)
     assert up.shape == (1, 1, 4, 6)
     assert torch.equal(up[..., ::2, ::2], z_hat) and torch.equal(up[..., 1::2, 1::2], z_hat)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="do not match"):
         upsample_z_hat(z_hat, 5, 6)
 
 
@@ -186,7 +186,7 @@ def test_damaged_components_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="no tensor 'codebook'"):
         load_tensor(weights, "codebook")
     config.write_text(text.replace('"channels": 32', '"channels": 16'))
-    with pytest.raises(ValueError, match=r"model\.safetensors .*does not fit"):
+    with pytest.raises(ValueError, match=r"model\.safetensors .*does not match"):
         load_component(HyperEncoder, tmp_path)
     for wrong in ('"wide"', "-1", "null", "1e400"):
         config.write_text(text.replace('"channels": 32', f'"channels": {wrong}'))

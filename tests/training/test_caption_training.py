@@ -22,6 +22,7 @@ from percov2.training.captions import (
     train_captions,
 )
 from percov2.training.loop import LoopConfig
+from percov2.training.stage import Place
 from tools.executors import same
 from tools.photos import write_tar
 
@@ -94,7 +95,10 @@ def test_batches_hold_whole_captions_of_training_lines_only():
         assert text in LINES
         assert not is_held_out(text)
         assert set(row[row.index(END) :]) == {END}
-    halves = [data.draw(np.random.default_rng(0), 8, i, 2).tokens for i in range(2)]
+    halves = [
+        data.draw(np.random.default_rng(0), 8, Place(torch.device("cpu"), i, 2)).tokens
+        for i in range(2)
+    ]
     assert same(torch.stack(halves, 1).flatten(0, 1), batch.tokens)
 
 

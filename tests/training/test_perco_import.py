@@ -1,4 +1,4 @@
-"""``percov2 import-perco`` on incomplete and unfit checkpoints: helpful errors."""
+"""``percov2 import-perco`` on incomplete and unsuitable checkpoints: helpful errors."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_tensors_that_do_not_fit(published, capsys):
     path.write_bytes(whole)
     wrong, right = torch.zeros(5), torch.zeros(4)
     for part, changes, message in (
-        ("unet", {"conv_out__bias": None}, "unet: the renamed tensors do not fit"),
+        ("unet", {"conv_out__bias": None}, "unet: the renamed tensors do not match"),
         ("unet", {"conv_out__bias": wrong}, "conv_out.bias has shape (5,) instead of (4,)"),
         ("unet", {"conv_out__bias": right, "more": torch.ones(1)}, "unexpected more"),
         ("unet", {"conv_in_extended__weight": None}, "plain Stable Diffusion network"),

@@ -302,5 +302,5 @@ def test_a_folder_takes_further_rates_of_the_same_base(folder, tmp_path):
     assert not stale.exists()
     rate = '{ name = "r0508", token_side = 16, codebook_size = 32 }'
     other = write_config(tmp_path / "c.toml", folder / "base", "patch_embedding", rate=rate)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not match"):
         commands.run_sd3_export(other, tmp_path / "r0508", out, None)

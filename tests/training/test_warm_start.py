@@ -100,7 +100,7 @@ def test_warm_start_refusals(first, photo_cache, tmp_path):
     with pytest.raises(ValueError, match="codec run or of a model"):
         start_from(stage, tmp_path)
     wide = text.replace("widths = [8, 16]", "widths = [8, 24]")
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="does not match"):
         start_from(stage_of(tmp_path, photo_cache, wide)[0], first[1])
     run = shutil.copytree(first[1], tmp_path / "first")
     state = checkpoint.read(run / "checkpoint.pt")

@@ -35,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands, which set ``run`` to a function of the arguments."""
-    parser = _Parser(prog="percov2", description="Photographs in a few hundred bytes.")
+    help_ = "Compress photos into a few hundred bytes, and restore them."
+    parser = _Parser(prog="percov2", description=help_)
     help_ = "print the version and exit"
     parser.add_argument("-V", "--version", action=VersionAction, nargs=0, help=help_)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

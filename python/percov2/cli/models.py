@@ -70,7 +70,7 @@ def check_choices(
         flags = ("dtype", *_SWITCHES)
         given = [f"--{flag}" for flag in flags if getattr(arguments, flag.replace("-", "_"))]
         if config.backbone == "tiny" and given:
-            raise ValueError(f"this small model does not take {', '.join(given)}")
+            raise ValueError(f"this small model does not accept {', '.join(given)}")
         rate = config.default_rate
         if encode is not None:
             rate = config.rate(encode.rate or rate).name

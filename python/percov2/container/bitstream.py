@@ -339,7 +339,7 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
             raise BitstreamError("impossible header field: size 512x512 in its long form")
     if height * width > max_pixels:
         raise BitstreamError(
-            f"the file declares an image of {width}x{height} = {width * height} pixels, more than "
+            f"the file declares a picture of {width}x{height} = {width * height} pixels, more than "
             f"the limit of {max_pixels}; raise max_pixels if you trust the file"
         )
     dense = not decoder.symbol(_DENSE)

@@ -92,7 +92,7 @@ def check_captioner(name: str, text: str = "", location: str | None = None) -> N
         raise ValueError(
             "captioner 'text' needs a caption"
             if name == "text"
-            else f"captioner {name!r} does not take a caption: leave out {text!r}"
+            else f"captioner {name!r} does not accept a caption; leave out {text!r}"
         )
     if location is not None and name in ("none", "text"):
         raise ValueError(f"captioner {name!r} has no network: leave out {location!r}")

@@ -320,7 +320,7 @@ def _partial_fault(header: Header, grid: tuple[int, ...]) -> str:
         return ""
     if reason := whole_only(header.schedule, grid):
         return (
-            f"{header.stages_sent} stages of an image of {header.width}x{header.height}: {reason}"
+            f"{header.stages_sent} stages of a picture of {header.width}x{header.height}: {reason}"
         )
     name = SCHEDULES[header.schedule]
     total = stage_count(name, grid[0], grid[1])
@@ -410,7 +410,7 @@ def checked_tokens(
     expected = token_grid(size, token_side)
     if array.dtype.kind not in "iu" or array.shape != expected:
         raise ValueError(
-            f"tokens are {array.dtype} {array.shape}; an image of {size[1]}x{size[0]} pixels with "
+            f"tokens are {array.dtype} {array.shape}; a picture of {size[1]}x{size[0]} pixels with "
             f"{token_side}-pixel tokens has integers {expected}"
         )
     if array.min() < 0 or array.max() >= codebook_size:
@@ -448,7 +448,7 @@ class OpenFile:
         if header.dense and not _is_dense(self.data, count, 0):
             raise self.fault(
                 f"the file is damaged or cut: {len(self.data)} bytes cannot hold the {count} "
-                f"tokens of an image of {header.width}x{header.height}"
+                f"tokens of a picture of {header.width}x{header.height}"
             )
         if not header.dense and _too_many_stages(header.schedule, self.grid):
             raise self.fault(

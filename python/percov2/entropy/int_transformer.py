@@ -159,7 +159,7 @@ class IntTransformer:
         tensors: arrays or tensors, as ``tensor_layout(config)`` lists them.
 
     Raises:
-        ValueError: tensors that do not fit the config or the ranges of the program.
+        ValueError: tensors that do not match the config or the ranges of the program.
         RuntimeError: this machine does not compute exactly.
 
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)

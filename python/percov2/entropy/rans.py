@@ -23,8 +23,8 @@ try:
     from percov2 import _native
 except ImportError as error:  # pragma: no cover - only in a tree that was never built
     raise ImportError(
-        "percov2's compiled coder is missing or does not fit this Python; install the package with "
-        "pip, or build it in place as CONTRIBUTING.md says"
+        "percov2's compiled coder is missing or does not match this Python; install the package "
+        "with pip, or build it in place as CONTRIBUTING.md says"
     ) from error
 
 __all__ = [

@@ -101,7 +101,7 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
     if height * width > MAX_POSITIONS:
         raise ValueError(
             f"a token grid of {height}x{width} has more than {MAX_POSITIONS} positions; "
-            "split the image into smaller ones"
+            "split the picture into smaller ones"
         )
     if name in _QLDS_STAGES:
         result = qlds(height, width, _QLDS_STAGES[name])

@@ -145,7 +145,7 @@ class SymbolDecoder:
         return symbols
 
     def finish(self, checks: ArrayLike | None = None) -> None:
-        """Raise ValueError unless every stream has been read to its end and fits its check.
+        """Raise ValueError unless every stream has been read to its end and matches its check.
 
         Args:
             checks: as for the encoder's ``finish``.

@@ -79,7 +79,7 @@ def _tensor(data: bytes, entry: dict[str, Any]) -> NDArray[Any]:
     begin, end = (int(offset) for offset in entry["data_offsets"])
     size = math.prod(shape) * np.dtype(code).itemsize
     if min(shape, default=1) < 0 or not 0 <= begin <= end <= len(data) or end - begin != size:
-        raise ValueError(f"shape {shape} does not fit the bytes {begin} to {end}")
+        raise ValueError(f"shape {shape} does not match the bytes {begin} to {end}")
     array = np.frombuffer(data[begin:end], dtype=code).reshape(shape)
     return array.astype(array.dtype.newbyteorder("="))
 

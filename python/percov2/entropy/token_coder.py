@@ -203,7 +203,7 @@ class TokenCoder:
             seed: seed of the draws (``sampling.draw``).
 
         Raises:
-            ValueError: a schedule, stages or seed that do not fit, or a grid that is too large.
+            ValueError: a schedule, stages or seed that do not match, or a grid that is too large.
         """
         stages = schedule.stage_map(scheduled, height, width)
         last = self._sent(stages, sent)

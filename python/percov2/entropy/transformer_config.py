@@ -86,4 +86,4 @@ class TransformerConfig:
         try:
             return cls(**fields)
         except TypeError as error:
-            raise ValueError(f"the entropy model's config.json does not fit: {error}") from error
+            raise ValueError(f"the entropy model's config.json is invalid: {error}") from error

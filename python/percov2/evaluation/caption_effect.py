@@ -73,7 +73,7 @@ def caption_effect(
         The settings and, for flow_loss and lpips_vgg: the means "right" and "shuffled", and the
         mean "gain" of shuffled - right with its 95 % "interval" [low, high].
 
-    Raises ValueError if crops or captions do not fit or the backbone is not "tiny", and
+    Raises ValueError if crops or captions do not match or the backbone is not "tiny", and
     MetricWeightsMissing without the weights of LPIPS.
     """
     model = codec.model

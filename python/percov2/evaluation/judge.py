@@ -294,7 +294,7 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
 def _finished(
     folder: Path, facts: dict[str, Any], names: Sequence[str]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return realism.json and the stored photos of a finished run; ValueError for an unfit one."""
+    """Return realism.json and the stored photos of a finished run, or raise ValueError."""
     path = folder / "realism.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no finished run: it has no realism.json")

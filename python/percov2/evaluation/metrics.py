@@ -68,7 +68,7 @@ def measure(
     """Measure a restored picture, uint8 [H, W, 3] sRGB, by a selection of ``METRICS``.
 
     Returns values by name, with None for a missing one, and one note for each None. Raises
-    ValueError if shapes or dtypes do not fit, or if a name is unknown.
+    ValueError if shapes or dtypes do not match, or if a name is unknown.
     """
     known = original if isinstance(original, Original) else Original(original)
     for pixels in (known.pixels, restored):

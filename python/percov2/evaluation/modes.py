@@ -64,7 +64,7 @@ def operating_modes(
         A record per mode: realism, steps, guidance, crops, the means of psnr and lpips_alex,
         frechet, and seconds per crop.
 
-    Raises ValueError if crops, captions, steps, guidance or realism do not fit, and
+    Raises ValueError if crops, captions, steps, guidance or realism do not match, and
     MetricWeightsMissing if a network's weights are not installed.
     """
     require_captioned(crops, captions)

@@ -86,10 +86,10 @@ def frechet_distance(
 
     The sets are [N, D] and [M, D]; ``weights`` is the number of times that each picture counts, [N]
     for both sets (M = N), 1 if None. Raises ValueError if a set has fewer than two pictures or if
-    the features do not fit.
+    the features do not match.
     """
     if photos.ndim != 2 or restored.ndim != 2 or photos.shape[1] != restored.shape[1]:
-        raise ValueError(f"features {photos.shape} and {restored.shape} do not fit each other")
+        raise ValueError(f"features {photos.shape} and {restored.shape} do not match")
     mean, root, trace = _gaussian(photos, weights)
     other_mean, other_root, other_trace = _gaussian(restored, weights)
     shared = np.linalg.svd(root @ other_root, compute_uv=False).sum()

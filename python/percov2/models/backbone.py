@@ -82,7 +82,9 @@ class Backbone(ABC):
         """Return a rate's token side; ValueError unless it divides the sides of images."""
         side = self.config.rate(rate).token_side
         if images.shape[-1] % side or images.shape[-2] % side:
-            raise ValueError(f"image sides must be multiples of {side}: {tuple(images.shape[-2:])}")
+            raise ValueError(
+                f"picture sides must be multiples of {side}: {tuple(images.shape[-2:])}"
+            )
         return side
 
     @abstractmethod

@@ -97,7 +97,7 @@ class ModelConfig:
 
     @classmethod
     def load(cls, folder: Path) -> ModelConfig:
-        """Read ``folder/config.json``; ValueError if it is missing or its values do not fit."""
+        """Read ``folder/config.json``; ValueError if it is missing or its values do not match."""
         path = folder / "config.json"
         if not path.is_file():
             raise ValueError(f"{folder} is not a model folder: it has no config.json")

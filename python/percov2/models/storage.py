@@ -72,7 +72,7 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
 def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> Component:
     """Load a network written by :func:`save_component`, as float32, in evaluation mode.
 
-    Raises ValueError for an incomplete folder and for tensors that do not fit the config.
+    Raises ValueError for an incomplete folder and for tensors that do not match the config.
     """
     path = folder / "model.safetensors"
     if not (folder / "config.json").is_file() or not path.is_file():
@@ -89,7 +89,7 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
         state = {name: _restored(stored, name) for name in stored if name not in scales}
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (SafetensorError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or does not fit its config: {error}") from error
+        raise ValueError(f"{path} is damaged or does not match its config: {error}") from error
     missing = [name for name in missing if name not in _REBUILT]
     if missing or unexpected:
         raise ValueError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}")

@@ -242,7 +242,7 @@ def train_captions(
         The report, or None if steps remain or this is not the first process.
 
     Raises:
-        ValueError: captions or settings do not fit.
+        ValueError: captions or settings are invalid.
     """
     torch.manual_seed(loop.seed)
     lines = read_lines(texts)

@@ -38,7 +38,7 @@ def restore(module: nn.Module, state: dict[str, Tensor], keys: set[str], path: P
     try:
         module.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the configuration: {error}") from error
+        raise ValueError(f"{path} does not match the configuration: {error}") from error
 
 
 def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:

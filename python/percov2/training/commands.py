@@ -71,7 +71,7 @@ def codec_stage(
         recipe: names, joined by commas; each ``[codec.recipes.NAME]`` replaces earlier settings.
 
     Raises:
-        ValueError: no such recipe, or settings do not fit.
+        ValueError: no such recipe, or settings are invalid.
     """
     values = read_recipe(config, "codec", recipe)
     # Settings of the phase that a rate may replace.
@@ -259,7 +259,7 @@ def run_entropy(
             ``[entropy]``.
 
     Raises:
-        ValueError: there is no such table, or settings do not fit.
+        ValueError: there is no such table, or settings are invalid.
     """
     values = read_recipe(config, "entropy", rate, "rates")
     train_entropy(*build_phase(EntropyConfig, values), data, out, minutes=minutes)

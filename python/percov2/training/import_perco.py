@@ -67,7 +67,7 @@ def import_perco(folder: Path, out: Path, base: str | None = None) -> list[Check
         The imported checkpoints, highest rate first, as in the model folder.
 
     Raises:
-        ValueError: something is missing or does not fit.
+        ValueError: something is missing or does not match.
         OSError: a file cannot be read or written.
     """
     if out.exists():
@@ -243,7 +243,7 @@ def _write(
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
         first = "; ".join(faults[:3])
-        raise ValueError(f"{source}: the renamed tensors do not fit config.json: {first}{more}")
+        raise ValueError(f"{source}: the renamed tensors do not match config.json: {first}{more}")
     out.parent.mkdir(parents=True)
     model.save_config(out.parent)
     save_file({k: v.contiguous() for k, v in tensors.items()}, f"{out}.safetensors")

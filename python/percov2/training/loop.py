@@ -129,7 +129,7 @@ def _check_recordable(stage: TrainingStage, on_cpu: bool, processes: int) -> Non
 
 
 def load_averaged(out: Path, stage: TrainingStage) -> int:
-    """Load a run's averaged weights and return their step; raise ValueError if they do not fit."""
+    """Load a run's averaged weights and return their step; ValueError if they do not match."""
     path = out / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{out} holds no checkpoint.pt; train this stage first")

@@ -134,7 +134,7 @@ def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
     """Return the networks of every rate, in the order of the rates in a model folder.
 
     Raises:
-        ValueError: no rate, a share that is not positive, crops that do not fit the tokens, or
+        ValueError: no rate, a share that is not positive, crops that do not match the tokens, or
             different numbers of channels in z_hat.
     """
     if not configs:

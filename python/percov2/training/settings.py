@@ -56,7 +56,7 @@ def _merged(values: Values, own: Values) -> Values:
 
 
 def build_config(kind: type[Config], values: Values) -> Config:
-    """Return a dataclass for a TOML table; raise ValueError if it does not fit."""
+    """Return a dataclass for a TOML table; raise ValueError if it does not match."""
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - names):
         raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")

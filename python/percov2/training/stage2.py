@@ -332,7 +332,7 @@ def train_entropy(
         The report, or None if steps remain or this is not the first process.
 
     Raises:
-        ValueError: token maps or settings do not fit.
+        ValueError: token maps or settings are invalid.
         FloatingPointError: the loss is not finite.
     """
     torch.manual_seed(loop.seed)

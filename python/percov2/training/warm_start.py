@@ -161,5 +161,5 @@ def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
                 fresh = _inherit(networks, donor)
                 origins[name] = f"from {donor_name}, except for new {', '.join(fresh)}"
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the configuration: {error}") from error
+        raise ValueError(f"{path} does not match the configuration: {error}") from error
     return origins

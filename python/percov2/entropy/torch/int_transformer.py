@@ -106,8 +106,8 @@ class IntTransformer(int_transformer.IntTransformer):
             ``default_executor(device)``. ``executor_name`` holds the choice.
 
     Raises:
-        ValueError: tensors that do not fit the config or the ranges of the program, or an executor
-            that does not fit the device.
+        ValueError: tensors that do not match the config or the ranges of the program, or an
+            executor that does not run on the device.
         RuntimeError: the device or the executor does not compute exactly, or the executor "triton"
             lacks triton.
 

@@ -117,7 +117,7 @@ class SD3Model(Backbone):
         """Sample clean latents float32 [B, 16, h, w] by SD3's Euler steps of the flow.
 
         z_hat is [B, C, h, w] on the latent grid, h and w even; the rest is as for ``reconstruct``.
-        Raises ValueError for steps < 1 and for a flow that does not fit z_hat.
+        Raises ValueError for steps < 1 and for a flow that does not match z_hat.
         """
         if steps < 1:
             raise ValueError(f"steps must be at least 1, not {steps}")

@@ -113,7 +113,7 @@ def open_flow(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer
 
     The folder holds a whole transformer or a delta, or is missing. ``location`` is the hub id or
     folder of the base model, which is not read for a whole transformer. Raises ValueError for no
-    flow in any form, and for one that does not fit.
+    flow in any form, and for one that does not match.
     """
     form = {"torch_dtype": dtype, "use_safetensors": True}
     if (folder / "config.json").is_file():

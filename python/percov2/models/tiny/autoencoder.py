@@ -77,7 +77,9 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         Images are float [B, 3, H, W] in [-1, 1]; ValueError unless H and W are multiples of 8.
         """
         if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
-            raise ValueError(f"image sides must be multiples of 8, not {tuple(images.shape[-2:])}")
+            raise ValueError(
+                f"picture sides must be multiples of 8, not {tuple(images.shape[-2:])}"
+            )
         return self.encoder(images)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ class CodecModel(Backbone):
         self, folder: Path, device: str = "cpu", options: BackboneOptions | None = None
     ) -> None:
         if options not in (None, BackboneOptions()):
-            raise ValueError(f"{folder} is a small model: it takes no {options}")
+            raise ValueError(f"{folder} is a small model: it accepts no {options}")
         super().__init__(folder, device)
 
     @cached_property

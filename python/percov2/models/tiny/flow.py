@@ -64,7 +64,7 @@ def upsample_z_hat(z_hat: Tensor, height: int, width: int) -> Tensor:
     """
     rows, columns = z_hat.shape[-2:]
     if height % rows or width % columns or height // rows != width // columns:
-        raise ValueError(f"latents {height}x{width} do not fit a token grid {rows}x{columns}")
+        raise ValueError(f"latents {height}x{width} do not match a token grid {rows}x{columns}")
     ratio = height // rows
     spread = z_hat[..., :, None, :, None].expand(*z_hat.shape[:-1], ratio, columns, ratio)
     return spread.reshape(*z_hat.shape[:-2], height, width)

@@ -38,7 +38,7 @@ def sd3_config(path: Path, recipe: str | None = None) -> tuple[SD3Config, LoopCo
         recipe: names, joined by commas.
 
     Raises:
-        ValueError: no such recipe, no rate, or settings are unknown or do not fit.
+        ValueError: no such recipe, no rate, or settings are unknown or invalid.
     """
     values = read_recipe(path, "sd3", recipe)
     if "rate" not in values:

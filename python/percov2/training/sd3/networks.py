@@ -79,7 +79,7 @@ class SD3Networks(nn.Module):
         folder: folder that a relative ``config.base`` starts from.
 
     Raises:
-        ValueError: the base model cannot be loaded, or settings do not fit it.
+        ValueError: the base model cannot be loaded, or settings do not match it.
     """
 
     def __init__(self, config: SD3Config, precision: str, folder: Path) -> None:

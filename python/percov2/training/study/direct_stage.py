@@ -100,7 +100,7 @@ def masked_model(shared: SharedRun, data: Path, out: Path) -> IntTransformer:
         The integer form, run by the executor "torch".
 
     Raises:
-        ValueError: token maps or a run in ``out`` do not fit.
+        ValueError: token maps or a run in ``out`` do not match.
         RuntimeError: training was interrupted.
     """
     maps = TokenMaps(data)

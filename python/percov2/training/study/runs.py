@@ -140,7 +140,7 @@ def fine_tuned(
             it resumes, or is used if finished.
 
     Raises:
-        ValueError: token maps or a run in ``out`` do not fit.
+        ValueError: token maps or a run in ``out`` do not match.
         RuntimeError: training was interrupted.
     """
     config = replace(shared.config, real_orders=1.0, round_from=0.0, observe_until=0.5)
