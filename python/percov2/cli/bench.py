@@ -40,10 +40,8 @@ def add_parser(commands: Any) -> None:
     help_ = "instruction set of the CPU engine, e.g. scalar or avx2 (default: the fastest)"
     parser.add_argument("--instruction-set", metavar="NAME", help=help_)
     help_ = "Measure the GPU kernels and compare their results with the CPU engine."
-    _add_outputs(
-        add_command(added, "gpu", bench_gpu, help_),
-        "repeat each measurement less often (default: for minutes)",
-    )
+    parser = add_command(added, "gpu", bench_gpu, help_)
+    _add_outputs(parser, "repeat each measurement less often (default: for minutes)")
 
 
 def _add_outputs(parser: argparse.ArgumentParser, quick: str) -> None:

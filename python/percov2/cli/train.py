@@ -12,10 +12,10 @@ from percov2.cli.options import add_command
 
 __all__ = ["OPTIONS", "PHASES", "add_parser", "home", "train"]
 
+_RECIPE = "recipes [{0}.recipes.NAME] whose settings replace those of [{0}] (default: none)"
 _HELP = {
     "config": "TOML file with a section per phase (required)",
-    "recipe": "recipes [codec.recipes.NAME] whose settings replace those of [codec] (default: "
-    "none)",
+    "recipe": _RECIPE.format("codec"),
     "data": "folder made by `train data` (required)",
     "out": "run folder to write (required)",
     "minutes": "stop after this time in minutes; the same command resumes (default: no limit)",
@@ -89,29 +89,22 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """Help text and options of each phase."""
 _SHARDS = "folder of photo shards, .tar files (required)"
-_SD3_RECIPE = "recipes [sd3.recipes.NAME] whose settings replace those of [sd3] (default: none)"
 _OWN_HELP = {
-    ("data", "data"): _SHARDS,
-    ("data", "out"): "folder to write, the cache of decoded photos (required)",
-    ("tokens", "out"): ".npz file to write (required)",
-    (
-        "entropy",
-        "data",
-    ): "token maps: .npz file of `train tokens`, or folder of such files (required)",
-    (
-        "entropy",
-        "rate",
-    ): "rate of the configuration, [entropy.rates.NAME] (default: [entropy] alone)",
-    ("sd3", "data"): _SHARDS,
-    ("sd3", "recipe"): _SD3_RECIPE,
-    ("sd3-export", "recipe"): _SD3_RECIPE,
-    ("sd3-export", "codec_run"): "folder made by `train sd3` (required)",
-    ("sd3-export", "out"): "model folder to write or to extend (required)",
-    ("sd3-export", "entropy"): "`entropy` folder made by `train entropy` (default: uniform coding)",
-    ("shard-tokens", "model"): "model that makes the tokens: folder or name (required)",
-    ("shard-tokens", "data"): _SHARDS,
-    ("shard-tokens", "out"): "folder to write, one .npz file per shard (required)",
-    ("export", "out"): "model folder to write or to extend (required)",
+    "data --data": _SHARDS,
+    "data --out": "folder to write, the cache of decoded photos (required)",
+    "tokens --out": ".npz file to write (required)",
+    "entropy --data": "token maps: .npz file of `train tokens`, or folder of such files (required)",
+    "entropy --rate": "rate of the configuration, [entropy.rates.NAME] (default: [entropy] alone)",
+    "sd3 --data": _SHARDS,
+    "sd3 --recipe": _RECIPE.format("sd3"),
+    "sd3-export --recipe": _RECIPE.format("sd3"),
+    "sd3-export --codec-run": "folder made by `train sd3` (required)",
+    "sd3-export --out": "model folder to write or to extend (required)",
+    "sd3-export --entropy": "`entropy` folder made by `train entropy` (default: uniform coding)",
+    "shard-tokens --model": "model that makes the tokens: folder or name (required)",
+    "shard-tokens --data": _SHARDS,
+    "shard-tokens --out": "folder to write, one .npz file per shard (required)",
+    "export --out": "model folder to write or to extend (required)",
 }
 """Help of an option in one phase, where that of OPTIONS is not exact."""
 _READ = ("config", "autoencoder_run", "start_from", "codec_run", "pictures")
@@ -126,8 +119,8 @@ def add_parser(commands: Any) -> None:
     for phase, (text, options) in PHASES.items():
         one = add_command(added, phase, train, text)
         for option in options:
-            help_ = _OWN_HELP.get((phase, option), OPTIONS[option]["help"])
             name = "--" + option.replace("_", "-")
+            help_ = _OWN_HELP.get(f"{phase} {name}", OPTIONS[option]["help"])
             one.add_argument(name, **{**OPTIONS[option], "help": help_})
 
 

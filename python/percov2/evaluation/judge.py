@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from percov2 import __version__
 from percov2.codec import Codec
-from percov2.evaluation.judge_report import JudgedCrops, as_json, differences, estimates, page
+from percov2.evaluation.judge_report import as_json, differences, estimates, joined, page
 from percov2.evaluation.metrics import METRICS, measure_batch
 from percov2.evaluation.photo_bootstrap import PhotoBootstrap
 from percov2.evaluation.realism import lite_features
@@ -163,7 +163,7 @@ def judge_realism(
         if not path.is_file():
             _save(path, _measured(codec, setting, crops, judge, photo.key, pixels, cut))
     stored = [_load(out / _PHOTOS / f"{name}.npz") for name in taken]
-    run, notes = JudgedCrops.of_photos(stored), [str(n) for photo in stored for n in photo["notes"]]
+    run, notes = joined(stored), [str(note) for photo in stored for note in photo["notes"]]
     seen = np.concatenate(originals)
     bootstrap = PhotoBootstrap(np.repeat(np.arange(len(originals)), [len(x) for x in originals]))
     own = estimates(run, seen, bootstrap)
@@ -177,13 +177,13 @@ def judge_realism(
         "crops": len(seen),
         "crops_with_distances": sum(len(photo["with_distances"]) for photo in stored),
         "crops_digest": _digest(*(name.encode() for name in taken)),
-        "mean_bytes": float(run.file_bytes.mean()),
+        "mean_bytes": float(np.mean([int(photo["file_bytes"]) for photo in stored])),
         "measures": as_json(own),
         "against": None,
         "notes": sorted(set(notes)),
     }
     if against is not None:
-        other = JudgedCrops.of_photos(rival_photos)
+        other = joined(rival_photos)
         theirs = estimates(other, seen, bootstrap)
         found = differences(run, other, own, theirs, bootstrap)
         result["against"] = {**rival, "against": None, "differences": as_json(found)}
@@ -244,9 +244,7 @@ def _facts(
     return {
         **described(codec, setting),
         "weights": _weights(codec, setting.rate(codec)),
-        "side": crops.side,
-        "stride": crops.stride,
-        "distances": crops.distances,
+        **{name: getattr(crops, name) for name in (*_CROPS, "distances")},
         "judge": getattr(judge, "title", type(judge).__name__),
         "judge_weights": _digest(*(v.cpu().numpy().tobytes() for v in judge.state_dict().values())),
         "photos_digest": _digest(*(name.encode() for name in names)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from percov2.evaluation.photo_bootstrap import Estimate, PhotoBootstrap
 from percov2.evaluation.realism import Features
 from percov2.evaluation.writers import markdown_table
 
-__all__ = ["JudgedCrops", "as_json", "differences", "estimates", "page"]
+__all__ = ["as_json", "differences", "estimates", "joined", "page"]
 
 _LABELS = {
     "bpp": ("bpp", "{:.5f}"),
@@ -28,49 +27,36 @@ _LABELS = {
 }
 
 
-@dataclass(frozen=True)
-class JudgedCrops:
-    """Measures of a run: file bytes and pixels of each photo, [P], values and features of crops.
+Run = Mapping[str, NDArray[np.float64]]
+"""Arrays of ``joined``."""
 
-    ``values`` are [N] by the name of the metric, nan if not measured; ``features`` are [N, D].
+
+def joined(photos: Sequence[Mapping[str, NDArray[Any]]]) -> Run:
+    """Join the stored arrays of photos: bpp [P], and the measures [N] and features [N, D] of crops.
+
+    A missing measure is nan; bpp counts the whole file.
     """
-
-    file_bytes: NDArray[np.int64]
-    pixels: NDArray[np.int64]
-    values: dict[str, NDArray[np.float64]]
-    features: Features
-
-    @classmethod
-    def of_photos(cls, photos: Sequence[Mapping[str, NDArray[Any]]]) -> JudgedCrops:
-        """Join the stored arrays of all photos."""
-        return cls(
-            np.array([int(photo["file_bytes"]) for photo in photos]),
-            np.array([int(photo["pixels"]) for photo in photos]),
-            {name: np.concatenate([photo[name] for photo in photos]) for name in METRICS},
-            np.concatenate([photo["features"] for photo in photos]).astype(np.float64),
-        )
-
-    @property
-    def bpp(self) -> NDArray[np.float64]:
-        """Return the bits per pixel of each photo's whole file, [P]."""
-        return 8 * self.file_bytes / self.pixels
+    size, pixels = (np.array([int(p[key]) for p in photos]) for key in ("file_bytes", "pixels"))
+    names = (*METRICS, "features")
+    crops = {name: np.concatenate([photo[name] for photo in photos]) for name in names}
+    return {"bpp": 8 * size / pixels, **{name: crops[name].astype(np.float64) for name in names}}
 
 
 def estimates(
-    run: JudgedCrops, originals: Features, bootstrap: PhotoBootstrap
+    run: Run, originals: Features, bootstrap: PhotoBootstrap
 ) -> dict[str, Estimate | None]:
     """Return all measures of a run: the mean of bpp over photos, the others over crops."""
     return {
-        "bpp": bootstrap.photo_mean(run.bpp),
-        **{name: bootstrap.mean(run.values[name]) for name in METRICS},
-        "frechet": bootstrap.frechet(originals, run.features),
-        "kernel": bootstrap.kernel(originals, run.features),
+        "bpp": bootstrap.photo_mean(run["bpp"]),
+        **{name: bootstrap.mean(run[name]) for name in METRICS},
+        "frechet": bootstrap.frechet(originals, run["features"]),
+        "kernel": bootstrap.kernel(originals, run["features"]),
     }
 
 
 def differences(
-    run: JudgedCrops,
-    rival: JudgedCrops,
+    run: Run,
+    rival: Run,
     own: Mapping[str, Estimate | None],
     other: Mapping[str, Estimate | None],
     bootstrap: PhotoBootstrap,
@@ -79,9 +65,8 @@ def differences(
 
     Means cover the crops with a value in both runs.
     """
-    found: dict[str, Estimate | None] = {"bpp": bootstrap.photo_mean(run.bpp - rival.bpp)}
-    for name in METRICS:
-        found[name] = bootstrap.mean(run.values[name] - rival.values[name])
+    found: dict[str, Estimate | None] = {"bpp": bootstrap.photo_mean(run["bpp"] - rival["bpp"])}
+    found |= {name: bootstrap.mean(run[name] - rival[name]) for name in METRICS}
     for name in ("frechet", "kernel"):
         one, two = own[name], other[name]
         assert one is not None and two is not None
