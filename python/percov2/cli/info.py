@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     added.add_argument("input", type=Path, metavar="FILE", help=".pcv2 file to describe")
     help_ = "print one JSON object (default: print lines of text)"
     added.add_argument("--json", action="store_true", help=help_)
-    help_ = "decode the tokens and print their SHA-256 (default: read the header only)"
+    help_ = "decode the tokens, refuse a damaged file, print their SHA-256 (default: header only)"
     added.add_argument("--verify", action="store_true", help=help_)
     add_model(added)
     add_options(added, DecodeOptions, *_UNUSED)
