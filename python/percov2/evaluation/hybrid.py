@@ -34,14 +34,10 @@ def stages_sent(
 
     An interrupted run resumes, because the records in out/stages.json are kept.
 
-    Args:
-        paths: pictures; the one with the fewest stages limits the number of stages.
-        out: folder for stages.json and NAME_stages.jpg, which shows the first picture restored.
-        setting: its ``stages`` and ``target_bytes`` are ignored.
-
-    Returns:
-        A record per number of stages: stages, of (the largest number), and the means of bytes, psnr
-        and lpips_alex.
+    The picture with the fewest stages limits their number. ``out`` gets stages.json and
+    NAME_stages.jpg, which shows the first picture restored. The setting's ``stages`` and
+    ``target_bytes`` are ignored. Returns a record per number of stages: stages, of (the largest
+    number), and the means of bytes, psnr and lpips_alex.
 
     Raises ValueError for no pictures, missing weights of a metric, and an ``out`` with records of
     another model, setting or set of pictures.
