@@ -73,10 +73,9 @@ class _NetworkCaptioner(ABC):
 class Blip2Captioner(_NetworkCaptioner):
     """Captioner that decodes BLIP-2 (arXiv 2301.12597) greedily.
 
-    Args:
-        location: hub id or folder of a ``Blip2ForConditionalGeneration`` with its processor.
-        device: torch device; weights are float32 on the CPU and bfloat16 elsewhere.
-        batch: number of pictures per network call (bounds memory).
+    ``location`` is the hub id or folder of a ``Blip2ForConditionalGeneration`` with its processor.
+    Weights are float32 on the CPU and bfloat16 elsewhere. ``batch`` pictures share a network call,
+    which bounds the memory.
     """
 
     default_location = "Salesforce/blip2-opt-2.7b-coco"

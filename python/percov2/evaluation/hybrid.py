@@ -34,14 +34,10 @@ def stages_sent(
 
     An interrupted run resumes, because the records in out/stages.json are kept.
 
-    Args:
-        paths: pictures; the one with the fewest stages limits the number of stages.
-        out: folder for stages.json and NAME_stages.jpg, which shows the first picture restored.
-        setting: its ``stages`` and ``target_bytes`` are ignored.
-
-    Returns:
-        A record per number of stages: stages, of (the largest number), and the means of bytes, psnr
-        and lpips_alex.
+    The picture with the fewest stages limits their number. ``out`` gets stages.json and
+    NAME_stages.jpg, which shows the first picture restored. The setting's ``stages`` and
+    ``target_bytes`` are ignored. Returns a record per number of stages: stages, of (the largest
+    number), and the means of bytes, psnr and lpips_alex.
 
     Raises ValueError for no pictures, missing weights of a metric, and an ``out`` with records of
     another model, setting or set of pictures.
@@ -59,7 +55,9 @@ def stages_sent(
         if kept["of"] != of:
             raise ValueError(f"{path} holds {kept['of']}, not {of}; choose another folder")
         records = kept["records"]
-    total = min(_stage_count(codec, p, whole) for p in paths)
+    schedule, side = of["schedule"], codec.config.rate(of["rate"]).token_side
+    sizes = [(picture.height, picture.width) for picture in map(read_image, paths)]
+    total = min(stage_count(schedule, *token_grid(size, side)) for size in sizes)
     known = [record["stages"] for record in records]
     for k in (k for k in range(1, total + 1) if k not in known):
         held = replace(whole, encode=replace(encode, stages=k))
@@ -81,13 +79,6 @@ def stages_sent(
             shown.append(picture.convert("RGB"))
     _page(shown).save(out / f"{paths[0].stem}_stages.jpg", quality=90)
     return records
-
-
-def _stage_count(codec: Codec, path: Path, setting: Setting) -> int:
-    rate = codec.config.rate(setting.rate(codec))
-    picture = read_image(path)
-    grid = token_grid((picture.height, picture.width), rate.token_side)
-    return stage_count(setting.encode.schedule or codec.config.default_schedule, *grid)
 
 
 def _page(pictures: Sequence[Image.Image], columns: int = 3, gap: int = 8) -> Image.Image:

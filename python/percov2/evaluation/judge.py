@@ -127,8 +127,7 @@ def judge_realism(
     Args:
         out: folder of the results of one run, made if missing. Measures that it holds are kept.
             Only ``limit`` may change between calls, not the setting, model or photos.
-        setting: options of compression and restoration; the model's defaults if None.
-        crops: choice of crops; the defaults if None.
+        setting, crops: options of the codec and choice of crops; the defaults if None.
         cache: folder of the originals' features, which runs may share; OUT/originals if None.
         against: ``out`` of a finished run on the same crops, for a paired comparison.
         features: judge that maps uint8 [B, 3, H, W] to [B, D]; EfficientNet-Lite0 if None.

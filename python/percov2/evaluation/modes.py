@@ -56,13 +56,11 @@ def operating_modes(
     Args:
         crops: crops of held-out photos, uint8 [N, S, S, 3]; S is a multiple of the token side.
         captions: one per crop, "" for none.
-        out: folder for modes.json, made if missing.
         realisms: settings of the dial; None for the rate's default.
         features: network of the Fréchet distance; EfficientNet-Lite0 if None.
 
-    Returns:
-        A record per mode: realism, steps, guidance, crops, the means of psnr and lpips_alex,
-        frechet, and seconds per crop.
+    Returns a record per mode: realism, steps, guidance, crops, the means of psnr and lpips_alex,
+    frechet, and seconds per crop.
 
     Raises ValueError if crops, captions, steps, guidance or realism do not match, and
     MetricWeightsMissing if a network's weights are not installed.

@@ -6,7 +6,6 @@ Crops of one photo resemble each other, so resamples of crops would give too sho
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +45,7 @@ class PhotoBootstrap:
 
     ``photo`` is the number of each crop's photo, [N], ascending from 0 without gaps; ValueError for
     fewer than two photos. A Fréchet distance takes only the first ``frechet_resamples``.
+    ``counts`` is how often each resample contains each photo, [resamples, photos].
     """
 
     def __init__(
@@ -59,15 +59,9 @@ class PhotoBootstrap:
         self._photos = int(photo.max(initial=-1)) + 1
         if self._photos < 2:
             raise ValueError(f"intervals need at least two photos, not {self._photos}")
-        self._shape = (resamples, self._photos)
-        self._seed, self._frechet_resamples = seed, frechet_resamples
-
-    @cached_property
-    def counts(self) -> NDArray[np.int64]:
-        """Return how often each resample contains each photo, [resamples, photos]."""
-        random = np.random.default_rng(self._seed)
-        picks = random.integers(0, self._photos, self._shape)
-        return np.stack([np.bincount(row, minlength=self._photos) for row in picks])
+        picks = np.random.default_rng(seed).integers(0, self._photos, (resamples, self._photos))
+        self.counts = np.stack([np.bincount(row, minlength=self._photos) for row in picks])
+        self._frechet_resamples = frechet_resamples
 
     def mean(self, values: Values) -> Estimate | None:
         """Return the mean over crops, [N], that are not nan; None if all are nan."""

@@ -69,10 +69,8 @@ class LiteFeatures(nn.Module):
         return x.mean((2, 3))
 
 
-@lru_cache(maxsize=1)
-def lite_features() -> LiteFeatures:
-    """Return the network, loaded once, or raise MetricWeightsMissing."""
-    return LiteFeatures()
+lite_features = lru_cache(maxsize=1)(LiteFeatures)
+"""Return the network, loaded once."""
 
 
 def frechet_distance(
@@ -164,8 +162,7 @@ def _kernel(a: Features, b: Features) -> NDArray[np.float64]:
 class FrechetDistance:
     """Fréchet distance between photos and restored pictures given in batches.
 
-    Args:
-        features: maps uint8 [B, 3, H, W] to [B, D]; ``lite_features()`` if None.
+    ``features`` maps uint8 [B, 3, H, W] to [B, D]; ``lite_features()`` if None.
 
     >>> import torch
     >>> class Means(torch.nn.Module):

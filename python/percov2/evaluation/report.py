@@ -170,16 +170,13 @@ def evaluate(
     (original | restored | baselines). With baselines, gallery.jpg shows all pictures at half size:
     original | restored | the baseline that is best by LPIPS-VGG.
 
-    Args:
-        baselines: names from ``baselines.BASELINES``, each given as many bytes as percov2 used.
-            Each metric takes the scale that is best by it, and the bytes of the largest file. The
-            picture shown is the best by LPIPS-VGG, or by PSNR if that is missing.
+    Each of ``baselines`` (names from ``BASELINES``) gets as many bytes as percov2 used. Each metric
+    takes the scale that is best by it, and the bytes of the largest file. The picture shown is the
+    best by LPIPS-VGG, or by PSNR if that is missing.
 
-    Returns:
-        The contents of report.json: setting, images, means, notes and baselines. The "wins" of a
-        baseline count the pictures on which percov2 is better, by metric.
-
-    Raises the errors of ``plan_evaluation`` and ``round_trip``.
+    Returns the contents of report.json: setting, images, means, notes and baselines. The "wins" of
+    a baseline count the pictures on which percov2 is better, by metric. Raises the errors of
+    ``plan_evaluation`` and ``round_trip``.
     """
     paths, stems = plan_evaluation(folder, out, baselines)
     warm_up(codec, setting)
@@ -264,22 +261,14 @@ def wins(
     return result
 
 
-_FORMATS = {
-    "bytes": "{:.0f}",
-    "bpp": "{:.4f}",
-    "psnr": "{:.2f}",
-    "ms_ssim": "{:.4f}",
-    "lpips_alex": "{:.3f}",
-    "lpips_vgg": "{:.3f}",
-    "dists": "{:.3f}",
-    "encode_s": "{:.2f}",
-    "decode_s": "{:.2f}",
-}
+_DIGITS = {"bytes": 0, "bpp": 4, "psnr": 2, "ms_ssim": 4, "lpips_alex": 3, "lpips_vgg": 3}
+_DIGITS |= {"dists": 3, "encode_s": 2, "decode_s": 2}
+"""Decimals of each column."""
 
 
 def table(rows: Sequence[dict[str, Any]], first: str) -> str:
     """Return records as a Markdown table, with dashes for missing values."""
-    columns = {key: form for key, form in _FORMATS.items() if any(key in row for row in rows)}
+    columns = {key: f"{{:.{n}f}}" for key, n in _DIGITS.items() if any(key in row for row in rows)}
     cells = (
         [str(row["image"]), *(cell(form, row.get(key)) for key, form in columns.items())]
         for row in rows

@@ -109,11 +109,8 @@ class Backbone(ABC):
     def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
         """Return tokens int32 [B, H/s, W/s] of images, s = the rate's token side.
 
-        Args:
-            images: float [B, 3, H, W] in [-1, 1]; a batch never changes an image's tokens.
-
-        Raises:
-            ValueError: H or W is not a multiple of s, or an unknown rate.
+        Images are float [B, 3, H, W] in [-1, 1]; a batch never changes an image's tokens. Raises
+        ValueError if H or W is not a multiple of s, and for an unknown rate.
         """
         return self.quantizer(rate).nearest(self.directions(images, rate))
 

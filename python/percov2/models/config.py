@@ -144,8 +144,12 @@ class ModelConfig:
 
     def default_steps(self, rate: str | None = None) -> int:
         """Return the default number of flow evaluations at a rate; None for the default rate."""
-        own = self.rate(rate or self.default_rate).steps
-        return self.steps if own is None else own
+        return self._own(rate or self.default_rate, "steps")
+
+    def _own(self, rate: str, setting: str) -> Any:
+        """Return a setting of a rate, or the model's if the rate has none."""
+        own = getattr(self.rate(rate), setting)
+        return getattr(self, setting) if own is None else own
 
     def chosen_realism(self, rate: str, realism: float | None) -> float:
         """Return ``realism``, or the default at a rate if it is None.
@@ -153,8 +157,7 @@ class ModelConfig:
         Raises ValueError outside 0 to 1, and for any realism if the model has no dial.
         """
         if realism is None:
-            own = self.rate(rate).realism
-            default = self.realism if own is None else own
+            default = self._own(rate, "realism")
             return 1.0 if default is None else float(default)
         if self.realism is None:
             raise ValueError(f"model {self.name} has no realism dial; leave realism out")
@@ -163,8 +166,7 @@ class ModelConfig:
 
     def grain(self, rate: str, realism: float) -> float:
         """Return the standard deviation of the decoder's noise at a rate and a realism."""
-        own = self.rate(rate).decoder_noise
-        return realism * (self.decoder_noise if own is None else own)
+        return realism * self._own(rate, "decoder_noise")
 
     def coarser(self, than: Rate) -> list[Rate]:
         """Return the rates with larger tokens than a rate's, the finest first."""
@@ -173,11 +175,10 @@ class ModelConfig:
 
     def rate(self, name: str) -> Rate:
         """Return a rate by name; the ValueError for an unknown one lists the rates."""
-        for rate in self.rates:
-            if rate.name == name:
-                return rate
-        known = ", ".join(r.name for r in self.rates)
-        raise ValueError(f"unknown rate {name!r}; model {self.name} has {known}")
+        rates = {rate.name: rate for rate in self.rates}
+        if name not in rates:
+            raise ValueError(f"unknown rate {name!r}; model {self.name} has {', '.join(rates)}")
+        return rates[name]
 
 
 def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:

@@ -25,21 +25,12 @@ FORMATS = ("float32", "float16", "int8")
 _REBUILT = ("pos_embed.pos_embed",)
 
 
-def _quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    rows = weight.float().flatten(1)
-    scale = rows.abs().amax(1).clamp_min(1e-12) / 127
-    return (rows / scale[:, None]).round().to(torch.int8).view(weight.shape), scale
-
-
 def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
     """Write a network's config and weights.
 
     Tensors that equal those in the folder keep their stored form: rounding them twice may change
-    their last bits, and an encoder's last bits may change tokens.
-
-    Args:
-        weight_format: "float32", "float16", or "int8" (matrices int8 per row, the rest float16);
-            ValueError for others.
+    their last bits, and an encoder's last bits may change tokens. ``weight_format`` is "float32",
+    "float16" or "int8" (matrices int8 per row, the rest float16); ValueError for others.
     """
     if weight_format not in FORMATS:
         raise ValueError(f"weight_format must be one of {FORMATS}, not {weight_format!r}")
@@ -59,7 +50,9 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
             kept = (name, name + ".scale") if before[name].dtype == torch.int8 else (name,)
             tensors.update({key: before[key] for key in kept})
         elif weight_format == "int8" and value.ndim >= 2 and value.numel() >= 1024:
-            tensors[name], tensors[name + ".scale"] = _quantize_rows(value)
+            rows = value.float().flatten(1)
+            scale = tensors[name + ".scale"] = rows.abs().amax(1).clamp_min(1e-12) / 127
+            tensors[name] = (rows / scale[:, None]).round().to(torch.int8).view(value.shape)
         elif value.is_floating_point() and weight_format != "float32":
             tensors[name] = value.half()
         else:

@@ -113,14 +113,10 @@ def compare(
     out: Path,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure uniform coding and every method; rewrite the report after each.
+    """Measure uniform coding of single grids and every method; rewrite the report after each.
 
-    Args:
-        maps: single grids, for uniform coding.
-        methods: methods with maps of the same photos.
-        facts: rate, codebook_size, token_side (pixels) and command.
-        out: folder for report.json, report.md and schedule_NAME.png of the largest map.
-
+    The methods have maps of the same photos. ``facts`` are rate, codebook_size, token_side (pixels)
+    and command. ``out`` gets report.json, report.md and schedule_NAME.png of the largest map.
     Returns the report, for ``page.page``. Raises the errors of ``measure``.
     """
     out.mkdir(parents=True, exist_ok=True)

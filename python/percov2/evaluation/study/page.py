@@ -33,10 +33,9 @@ def saved(record: dict[str, Any], uniform: dict[str, Any]) -> tuple[float, float
 def page(report: dict[str, Any]) -> str:
     """Return the Markdown page: a row per method, bits per token of each stage, and pictures.
 
-    Args:
-        report: rate, codebook_size, threads, command, notes (lines of Markdown) and methods,
-            uniform coding first. A method has name, title, weights, picture (a file's name or
-            None) and the results of ``comparison.measure``.
+    The report has rate, codebook_size, threads, command, notes (lines of Markdown) and methods,
+    uniform coding first. A method has name, title, weights, picture (a file's name or None) and the
+    results of ``comparison.measure``.
     """
     rows = report["methods"]
     table = []
@@ -84,11 +83,8 @@ def draw_stages(
 ) -> None:
     """Draw the known tokens of one photo after each stage as PNG, like PerCoV2's Figs. 15-18.
 
-    Args:
-        stages: panel of each stage, [h, w]: 0 unknown, 1 known before, 2 new.
-        bits: bits of the tokens of each stage; a panel's label shows the sum so far as bpp.
-        pixels: number of pixels of the photo.
-        path: file for at most 12 stages, including the last.
+    A panel [h, w] per stage holds 0 unknown, 1 known before, 2 new. Its label shows the sum of the
+    tokens' bits so far as bpp of the photo. The file has at most 12 stages, including the last.
     """
     import matplotlib as mpl
 

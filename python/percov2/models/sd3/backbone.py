@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from percov2.models.backbone import Backbone, BackboneOptions
@@ -20,7 +19,7 @@ from percov2.models.config import LATENT_SIDE
 from percov2.models.sd3.base import SD3Base, SD3Folder
 from percov2.models.sd3.latents import decode_latents, encode_latents
 from percov2.models.sd3.text import CaptionEmbedder
-from percov2.models.tiny.flow import WindowedEstimate, upsample_z_hat
+from percov2.models.tiny.flow import WindowedEstimate, pad_to_patches, upsample_z_hat
 
 __all__ = ["SD3Model"]
 
@@ -57,8 +56,7 @@ class SD3Model(Backbone):
         side = self._token_side(images, rate)
         height, width = images.shape[-2:]
         hyper_encoder = self.hyper_encoder(rate)
-        patch = _PATCH * LATENT_SIDE
-        padded = F.pad(images, (0, -width % patch, 0, -height % patch), mode="replicate")
+        padded = pad_to_patches(images, _PATCH * LATENT_SIDE)
         for image in padded.to(self.device).split(1):
             hyper_latents = hyper_encoder(self.encode_latents(image))
             yield hyper_latents[..., : height // side, : width // side]
@@ -94,8 +92,7 @@ class SD3Model(Backbone):
         ratio = self.config.rate(rate).token_side // LATENT_SIDE
         height, width = tokens.shape[-2] * ratio, tokens.shape[-1] * ratio
         z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
-        z_hat = upsample_z_hat(z_hat, height, width)
-        z_hat = F.pad(z_hat, (0, -width % _PATCH, 0, -height % _PATCH), mode="replicate")
+        z_hat = pad_to_patches(upsample_z_hat(z_hat, height, width), _PATCH)
         at_once = max(1, _POSITIONS_AT_ONCE // (z_hat.shape[-2] * z_hat.shape[-1]))
         latents = [
             self.sample(part, rate, captions[i * at_once :][:at_once], steps, guidance, seed)

@@ -14,8 +14,8 @@ def encode_latents(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
 
     Images are float [B, 3, H, W] in [-1, 1], with sides that are multiples of 8.
     """
-    shift, scale = _normalisation(autoencoder)
     encoded = autoencoder.encode(images.to(autoencoder.dtype)).latent_dist.mode()
+    shift, scale = _normalisation(autoencoder)
     return (encoded.float() - shift) * scale
 
 

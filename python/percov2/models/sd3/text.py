@@ -7,6 +7,7 @@ concatenated and padded with zeros to T5's width. The pooled vector joins both C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +57,7 @@ class CaptionEmbedder:
 
     def __init__(self, networks: Callable[[], TextNetworks], place: Placement) -> None:
         self._networks, self._place = networks, place
-        self._known: dict[str, tuple[Tensor, Tensor]] = {}
+        self._known = lru_cache(_REMEMBERED)(self._embed)
 
     def __call__(self, captions: Sequence[str], width: int) -> tuple[Tensor, Tensor]:
         """Return sequence [B, 77 + 256, width] and pooled [B, p] embeddings of captions.
@@ -64,12 +65,7 @@ class CaptionEmbedder:
         Texts are embedded one at a time, so that an embedding does not depend on its batch.
         ``width`` is the transformer's ``joint_attention_dim``.
         """
-        for caption in captions:
-            if caption not in self._known:
-                self._known[caption] = self._embed(caption, width)
-        found = [self._known[caption] for caption in captions]
-        for caption in list(self._known)[: max(0, len(self._known) - _REMEMBERED)]:
-            del self._known[caption]
+        found = [self._known(caption, width) for caption in captions]
         return torch.cat([pair[0] for pair in found]), torch.cat([pair[1] for pair in found])
 
     def _embed(self, caption: str, width: int) -> tuple[Tensor, Tensor]:

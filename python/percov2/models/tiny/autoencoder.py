@@ -32,11 +32,9 @@ class ResidualBlock(nn.Module):
 class PatchAutoencoder(ModelMixin, ConfigMixin):
     """A deterministic autoencoder: pixel-unshuffle by 4, then one more halving to 1/8.
 
-    Args:
-        latent_channels: channels of the latents (16 in SD3).
-        widths: channels at 1/4 and at 1/8 resolution.
-        encoder_blocks, decoder_blocks: residual blocks at 1/4 and 1/8, and at 1/8 and 1/4.
-        decoder_widths: channels of the decoder at 1/4 and at 1/8; None for ``widths``.
+    ``widths`` are the channels at 1/4 and 1/8 resolution, ``decoder_widths`` those of the decoder;
+    None for the same. Residual blocks are counted at 1/4 and 1/8 in the encoder, at 1/8 and 1/4 in
+    the decoder.
     """
 
     stride = 8

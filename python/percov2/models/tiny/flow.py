@@ -78,8 +78,7 @@ def whole_patches(length: int, patch: int) -> int:
 def pad_to_patches(z_hat: Tensor, patch: int) -> Tensor:
     """Repeat the last row and column of z_hat [B, C, h, w] until the patches divide its sides."""
     height, width = z_hat.shape[-2:]
-    extra = (0, whole_patches(width, patch) - width, 0, whole_patches(height, patch) - height)
-    return F.pad(z_hat, extra, mode="replicate") if any(extra) else z_hat
+    return F.pad(z_hat, (0, -width % patch, 0, -height % patch), mode="replicate")
 
 
 def estimate_clean(
@@ -125,11 +124,9 @@ def _ramp(length: int, overlap: int) -> Tensor:
 class WindowedEstimate:
     """An estimator of clean latents of any size in overlapping windows.
 
-    Args:
-        estimate: maps (noisy, z_hat, index of the batch row per window) to clean latents, all of at
-            most ``window``×``window`` latent positions.
-        overlap: latent positions shared by neighbours; their estimates are blended linearly.
-        batch: windows per call of ``estimate``, which bound the memory.
+    ``estimate`` maps (noisy, z_hat, index of the batch row per window), all of at most ``window`` ×
+    ``window`` latent positions, to clean latents, ``batch`` windows per call, which bound the
+    memory. Neighbours share ``overlap`` positions; their estimates are blended linearly.
     """
 
     def __init__(
@@ -182,8 +179,7 @@ def sample(
 
     Args:
         estimate: maps (x_t, z_hat, t) to an estimate of the clean latents (guidance included).
-        z_hat: [B, C, h, w], on the latent grid.
-        noise: x_1 [B, 16, h, w].
+        z_hat, noise: [B, C, h, w] and x_1 [B, 16, h, w], on the latent grid.
         steps: number of evaluations. One returns the estimate at t = 1; ValueError for none.
         shift: SD3's timestep shift; larger spends more steps near t = 1.
     """
