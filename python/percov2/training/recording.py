@@ -93,6 +93,5 @@ class RecordedSteps:
             return {**figures, "": torch.stack(moving)}
 
         results, repeat = self._recorder(work)
-        values = results.pop("")
-        constants = {k: None if v.device in devices else v for k, v in results.items()}
-        return _Recorded(inputs, repeat, constants, values)
+        constants = {k: None if v.device in devices else v for k, v in results.items() if k}
+        return _Recorded(inputs, repeat, constants, results[""])
