@@ -56,10 +56,8 @@ class _Recorded:
 class RecordedSteps:
     """Runner of steps that repeats recorded ones.
 
-    Args:
-        step: does a whole step: forward, backward, optimiser. It returns scalar figures, on the
-            device of the draw's tensors unless they are constant.
-        recorder: records on the device.
+    ``step`` does a whole step: forward, backward, optimiser. It returns scalar figures, on the
+    device of the draw's tensors unless they are constant.
     """
 
     def __init__(self, step: Callable[[Draw], Figures], recorder: Recorder) -> None:

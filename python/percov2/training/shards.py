@@ -219,10 +219,8 @@ class ShardStreams:
 class CropFeed:
     """A process's part of the batches of a run, read ahead by threads.
 
-    Args:
-        streams: one stream per position in a batch of all processes.
-        process, processes: index of this process, and number of processes.
-        parts: number of forward passes per batch.
+    There is a stream per position in a batch of all processes, and a batch has ``parts`` forward
+    passes.
 
     Raises:
         ValueError: the batch cannot be divided evenly.

@@ -295,8 +295,7 @@ def trained_model(
 
     The same call resumes an interrupted run.
 
-    Args:
-        size_classes: size classes of the heights and widths of the training grids.
+    ``size_classes`` are those of the heights and widths of the training grids.
 
     Returns:
         The integer form, or None if steps remain or this is not the first process.

@@ -63,12 +63,7 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
 
 
 class OneOrder(TokenMaps):
-    """Token maps with the same order for every schedule.
-
-    Args:
-        path: see :class:`TokenMaps`.
-        order: maps rows and columns to a stage map int32 [h, w].
-    """
+    """Token maps with the same order, rows and columns -> int32 [h, w], for every schedule."""
 
     def __init__(self, path: Path, order: OrderOf) -> None:
         super().__init__(path)
