@@ -41,11 +41,7 @@ class SD3Stage(TrainingStage):
     whole_batches = True
 
     def __init__(
-        self,
-        networks: SD3Networks,
-        shards: list[Path],
-        seed: int,
-        pictures: Pictures | None = None,
+        self, networks: SD3Networks, shards: list[Path], seed: int, pictures: Pictures | None = None
     ) -> None:
         super().__init__()
         self.networks = networks
