@@ -69,9 +69,7 @@ class PixelDiscriminator(nn.Module):
 class FeatureDiscriminator(nn.Module):
     """Discriminator with a score at every position of frozen networks' responses.
 
-    Args:
-        channels: number of channels of each list entry of responses.
-        width: channels of the heads.
+    ``channels`` holds the number of channels of each list entry, ``width`` that of the heads.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int) -> None:
@@ -123,11 +121,7 @@ class Adversary:
     """Discriminator with its optimiser and its next training batch.
 
     It is not a module, because its weights are neither averaged nor exported, and a run may add one
-    later.
-
-    Args:
-        network: maps a list of views to a list of score maps.
-        learning_rate: learning rate of AdamW.
+    later. ``network`` maps a list of views to a list of score maps.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float) -> None:

@@ -15,12 +15,9 @@ __all__ = ["AveragedWeights"]
 
 
 class AveragedWeights:
-    """Moving averages of trained parameters, and copies of buffers.
+    """Moving averages of trained parameters, and copies of buffers, for ``keys`` of a module.
 
-    Args:
-        module: module on the device of the averages.
-        decay: decay of the averages, which is lower during the first steps.
-        keys: keys of ``module.state_dict()`` to keep.
+    The averages are on the module's device. Their decay is lower during the first steps.
     """
 
     def __init__(self, module: nn.Module, decay: float, keys: set[str]) -> None:

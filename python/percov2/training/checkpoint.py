@@ -58,10 +58,8 @@ def restore_draws(
     # Older checkpoints hold only the first process's state, so it is stored apart.
     draws = [state, *state.get("other_processes", [])]
     if (count := len(draws)) != processes:
-        raise ValueError(
-            f"{path} is from a run with {count} processes, each with its own batches; resume it "
-            f"with {count} processes, not {processes}"
-        )
+        found = f"{path} is from a run with {count} processes, each with its own batches"
+        raise ValueError(f"{found}; resume it with {count} processes, not {processes}")
     own = draws[process]
     generator.bit_generator.state = own["generator"]
     torch.set_rng_state(own["torch_rng"])

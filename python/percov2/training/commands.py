@@ -67,8 +67,7 @@ def codec_stage(
 ) -> tuple[CodecStage, LoopConfig]:
     """Return the joint phase of a configuration file, initialised with the run's seed.
 
-    Args:
-        recipe: names, joined by commas; each ``[codec.recipes.NAME]`` replaces earlier settings.
+    The ``recipe`` is for ``read_recipe``.
 
     Raises:
         ValueError: no such recipe, or settings are invalid.

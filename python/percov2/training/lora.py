@@ -12,13 +12,7 @@ __all__ = ["LowRankLinear", "add_low_rank", "low_rank_tensors"]
 
 
 class LowRankLinear(nn.Module):
-    """Linear map base(x) + scale · up(down(x)); ``up`` starts at zero.
-
-    Args:
-        base: linear map, which gets frozen.
-        rank: rank of the update.
-        scale: alpha / rank.
-    """
+    """Linear map base(x) + scale · up(down(x)); ``base`` gets frozen, and ``up`` starts at zero."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()

@@ -103,11 +103,9 @@ def _drawn(share: float) -> bool:
 def draw_view(side: int, aligned: float, coarse: float, window_side: int) -> View:
     """Draw the view of a batch of crops.
 
-    Args:
-        side: side of the crops in pixels.
-        aligned: share of the calls in which AlexNet sees whole pictures.
-        coarse: share of the calls in which AlexNet sees means of 2×2 pixels.
-        window_side: largest side in pixels for VGG16, the most expensive network.
+    ``aligned`` and ``coarse`` are the shares of the calls in which AlexNet sees whole pictures, and
+    means of 2×2 pixels. Sides are in pixels; VGG16, the most expensive network, sees
+    ``window_side`` at most.
     """
     shift = None if _drawn(aligned) else torch.randint(_STRIDE, (2,))
     # Leaves room to move the window, so that VGG16 sees every phase of its strides.
@@ -137,10 +135,8 @@ FEATURE_CHANNELS = (384, 128, 256, 512)
 class PerceptualNetworks(nn.Module):
     """Frozen networks of the losses, each run once per batch.
 
-    EfficientNet-Lite0 and DISTS are never among them, because they judge the results.
-
-    Args:
-        names: selection of "alex" and "vgg".
+    ``names`` selects from "alex" and "vgg". EfficientNet-Lite0 and DISTS are never among them,
+    because they judge the results.
 
     Raises:
         MetricWeightsMissing: the weights are not installed.

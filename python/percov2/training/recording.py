@@ -56,10 +56,8 @@ class _Recorded:
 class RecordedSteps:
     """Runner of steps that repeats recorded ones.
 
-    Args:
-        step: does a whole step: forward, backward, optimiser. It returns scalar figures, on the
-            device of the draw's tensors unless they are constant.
-        recorder: records on the device.
+    ``step`` does a whole step: forward, backward, optimiser. It returns scalar figures, on the
+    device of the draw's tensors unless they are constant.
     """
 
     def __init__(self, step: Callable[[Draw], Figures], recorder: Recorder) -> None:
@@ -93,6 +91,5 @@ class RecordedSteps:
             return {**figures, "": torch.stack(moving)}
 
         results, repeat = self._recorder(work)
-        values = results.pop("")
-        constants = {k: None if v.device in devices else v for k, v in results.items()}
-        return _Recorded(inputs, repeat, constants, values)
+        constants = {k: None if v.device in devices else v for k, v in results.items() if k}
+        return _Recorded(inputs, repeat, constants, results[""])

@@ -163,10 +163,8 @@ class ShardStreams:
             position = replace(position, samples=position.samples + 1)
             if sample is not None:
                 return sample, position
-        raise ValueError(
-            f"no photo in the shards of stream {stream} has at least {self.side} pixels on both "
-            "sides; use a smaller crop or other shards"
-        )
+        small = f"has at least {self.side} pixels on both sides; use a smaller crop or other shards"
+        raise ValueError(f"no photo in the shards of stream {stream} {small}")
 
     def _shard(self, stream: int, position: Position) -> tuple[Path, list[Member], bool]:
         """Return a position's shard, the stream's samples of it, and True if more shards follow.
@@ -219,10 +217,8 @@ class ShardStreams:
 class CropFeed:
     """A process's part of the batches of a run, read ahead by threads.
 
-    Args:
-        streams: one stream per position in a batch of all processes.
-        process, processes: index of this process, and number of processes.
-        parts: number of forward passes per batch.
+    There is a stream per position in a batch of all processes, and a batch has ``parts`` forward
+    passes.
 
     Raises:
         ValueError: the batch cannot be divided evenly.
@@ -267,9 +263,7 @@ class CropFeed:
     def go_to(self, positions: dict[int, list[int]]) -> None:
         """Continue from the positions of all streams; raise ValueError if their number differs."""
         if len(positions) != self.streams.streams:
-            raise ValueError(
-                f"the run's batches had {len(positions)} samples, not {self.streams.streams}; "
-                "resume it with the same batch"
-            )
+            found = f"{len(positions)} samples, not {self.streams.streams}"
+            raise ValueError(f"the run's batches had {found}; resume it with the same batch")
         self._positions = {place: Position(*positions[place]) for place in self._positions}
         self._ahead = []

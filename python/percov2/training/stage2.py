@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ class TokenMaps:
     Args:
         path: ``.npz`` with ``tokens_<i>`` integers [h, w], ``held_out`` bool per map and
             ``codebook_size``, or a folder of such files.
+        order: maps a schedule's name, rows and columns to a stage map int32 [h, w].
 
     Attributes:
         maps: maps to train on.
@@ -93,7 +96,7 @@ class TokenMaps:
             different codebook sizes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, order: Callable[[str, int, int], Map] = stages) -> None:
         files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
         stored = [_read_maps(file) for file in files]
         codebooks = {size for size, _ in stored}
@@ -106,7 +109,7 @@ class TokenMaps:
         if not self.maps or not self.held_out:
             found = f"{len(self.maps)} maps to train on and {len(others)} held out"
             raise ValueError(f"{path} holds {found}; both are needed")
-        self._stages: dict[tuple[str, int, int], Map] = {}
+        self.stages = cache(order)
 
     def counts(self) -> NDArray[np.int64]:
         """Return the number of times that each token occurs in training: int64 [V]."""
@@ -118,19 +121,8 @@ class TokenMaps:
         shapes = {tokens.shape for tokens in self.maps}
         return {size_class(h) for h, _ in shapes}, {size_class(w) for _, w in shapes}
 
-    def stages(self, name: str, height: int, width: int) -> Map:
-        """Return ``schedule.stages``, cached."""
-        key = (name, height, width)
-        if key not in self._stages:
-            self._stages[key] = stages(*key)
-        return self._stages[key]
-
     def draw(
-        self,
-        generator: Generator,
-        shape: Shape,
-        config: EntropyConfig,
-        place: Place = ALONE,
+        self, generator: Generator, shape: Shape, config: EntropyConfig, place: Place = ALONE
     ) -> TokenBatch:
         """Return this process's part of a batch of crops of ``shape``, or less for small maps.
 
@@ -295,8 +287,7 @@ def trained_model(
 
     The same call resumes an interrupted run.
 
-    Args:
-        size_classes: size classes of the heights and widths of the training grids.
+    ``size_classes`` are those of the heights and widths of the training grids.
 
     Returns:
         The integer form, or None if steps remain or this is not the first process.

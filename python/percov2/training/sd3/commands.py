@@ -32,10 +32,7 @@ _GUIDANCE = 3.0
 
 
 def sd3_config(path: Path, recipe: str | None = None) -> tuple[SD3Config, LoopConfig]:
-    """Return section [sd3] of a configuration file with recipes ``[sd3.recipes.NAME]`` over it.
-
-    Args:
-        recipe: names, joined by commas.
+    """Return section [sd3] of a file with the ``recipe`` (``read_recipe``) merged over it.
 
     Raises:
         ValueError: no such recipe, no rate, or settings are unknown or invalid.
@@ -55,12 +52,7 @@ def run_sd3(
     minutes: float | None = None,
     recipe: str | None = None,
 ) -> None:
-    """Run `percov2 train sd3`: stage 1 on the shards of a folder.
-
-    Args:
-        pictures: folder of validation pictures.
-        recipe: see ``sd3_config``.
-    """
+    """Run `percov2 train sd3`: stage 1 on the shards of a folder, with validation pictures."""
     settings, loop = sd3_config(config, recipe)
     shown = None if pictures is None else Pictures.load(pictures, settings.crop)
     torch.manual_seed(loop.seed)

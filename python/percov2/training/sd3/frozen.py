@@ -24,10 +24,8 @@ __all__ = ["FrozenNetworks"]
 class FrozenNetworks:
     """Frozen networks on the base's device, each loaded at its first use.
 
-    Args:
-        base: base model.
-        text_width: channels of the text sequence for the flow.
-        checkpointing: recompute the decoder's activations in the backward pass.
+    ``text_width`` is the number of channels of the text sequence. With ``checkpointing``, the
+    decoder's activations are recomputed in the backward pass.
     """
 
     def __init__(self, base: SD3Folder, text_width: int, checkpointing: bool) -> None:

@@ -33,23 +33,15 @@ _LATENT_CHANNELS = 16
 
 
 class SD3Stage(TrainingStage):
-    """Flow matching on crops of shards; the codes move after every step.
+    """Flow matching on crops of ``.tar`` shards; the codes move after every step.
 
-    Args:
-        networks: networks to train in place.
-        shards: ``.tar`` files of the training photos.
-        seed: seed of the run.
-        pictures: validation pictures to restore at every checkpoint, if any.
+    It trains ``networks`` in place, and restores ``pictures``, if any, at every checkpoint.
     """
 
     whole_batches = True
 
     def __init__(
-        self,
-        networks: SD3Networks,
-        shards: list[Path],
-        seed: int,
-        pictures: Pictures | None = None,
+        self, networks: SD3Networks, shards: list[Path], seed: int, pictures: Pictures | None = None
     ) -> None:
         super().__init__()
         self.networks = networks

@@ -62,12 +62,7 @@ def masked_methods(
 
 
 def multiscale_methods(
-    shared: SharedRun,
-    model: Backbone,
-    rate: str,
-    photos: Path,
-    maps: Sequence[TokenMap],
-    out: Path,
+    shared: SharedRun, model: Backbone, rate: str, photos: Path, maps: Sequence[TokenMap], out: Path
 ) -> Iterator[Method]:
     """Yield explicit VAR with codebooks and tokens of all scales; run and codebooks are in ``out``.
 

@@ -54,8 +54,7 @@ class PhotoDirections:
 def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections:
     """Return the directions that ``percov2 train tokens`` quantizes, for its first views.
 
-    Args:
-        cache: folder made by ``percov2 train data``.
+    ``cache`` is a folder made by ``percov2 train data``.
 
     Raises:
         ValueError: an unknown rate, or no photos.

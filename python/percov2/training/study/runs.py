@@ -63,23 +63,10 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
 
 
 class OneOrder(TokenMaps):
-    """Token maps with the same order for every schedule.
-
-    Args:
-        path: see :class:`TokenMaps`.
-        order: maps rows and columns to a stage map int32 [h, w].
-    """
+    """Token maps with the same order, rows and columns -> int32 [h, w], for every schedule."""
 
     def __init__(self, path: Path, order: OrderOf) -> None:
-        super().__init__(path)
-        self._order_of = order
-
-    def stages(self, name: str, height: int, width: int) -> Map:
-        """Return the order's stage map for any name."""
-        key = ("", height, width)
-        if key not in self._stages:
-            self._stages[key] = self._order_of(height, width)
-        return self._stages[key]
+        super().__init__(path, lambda _, height, width: order(height, width))
 
 
 def digest(maps: Iterable[Map]) -> str:
@@ -124,11 +111,7 @@ def finished(
 
 
 def fine_tuned(
-    shared: SharedRun,
-    data: Path,
-    order: OrderOf,
-    steps: int,
-    out: Path,
+    shared: SharedRun, data: Path, order: OrderOf, steps: int, out: Path
 ) -> IntTransformer:
     """Fine-tune the shared weights for one order.
 
