@@ -118,7 +118,7 @@ def test_rates_may_have_their_own_flows_in_folders_but_not_in_pipelines(sd3_copy
         PerCoV2Pipeline.from_percov2(sd3_copy)
     codec = Codec.from_pretrained(sd3_copy)
     assert codec.decompress(codec.compress([photo()], rate="r0938"))[0].size == (70, 50)
-    with pytest.raises(ValueError, match="holds no flow"):
+    with pytest.raises(ValueError, match="contains no flow"):
         codec.decompress(codec.compress([photo()], rate="r0313"))
 
 

@@ -53,14 +53,14 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
         cache: folder to write; a finished cache is kept.
 
     Raises:
-        ValueError: no shard is given, or a shard holds no photo.
+        ValueError: no shard is given, or a shard contains no photo.
     """
     import webdataset as wds
 
     if (cache / "photos.json").is_file():
         return
     if not shards:
-        raise ValueError("no .tar shards to decode; pass a folder that holds WebDataset shards")
+        raise ValueError("no .tar shards to decode; pass a folder of WebDataset shards")
     cache.mkdir(parents=True, exist_ok=True)
     entries: list[list[Any]] = []
     offset = 0
@@ -78,7 +78,7 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
                 out.write(pixels.tobytes())
                 offset += pixels.size
             if len(entries) == before:
-                raise ValueError(f"{shard.name} holds no .webp, .jpg or .png photo")
+                raise ValueError(f"{shard.name} contains no .webp, .jpg or .png photo")
     _finish(cache, entries)
 
 
@@ -133,14 +133,14 @@ class PhotoCrops:
         if part not in PARTS:
             raise ValueError(f"part must be one of {PARTS}, not {part!r}")
         if not (cache / "photos.json").is_file():
-            raise ValueError(f"{cache} holds no photos.json; run `percov2 train data` first")
+            raise ValueError(f"{cache} contains no photos.json; run `percov2 train data` first")
         entries = json.loads((cache / "photos.json").read_text())
         photos = [Photo(k, o, h, w, tuple(c)) for k, o, h, w, c in entries]
         self.photos = [
             p for p in photos if part == "all" or is_held_out(p.key) == (part == "held out")
         ]
         if not self.photos:
-            raise ValueError(f"{cache} holds no {part} photos among its {len(photos)}")
+            raise ValueError(f"{cache} contains no {part} photos among its {len(photos)}")
         self._pixels = np.memmap(cache / "photos.bin", dtype=np.uint8, mode="r")
         self.device = torch.device("cpu")
         self._uploaded: Tensor | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib
 import inspect
 import json
+import re
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -16,6 +18,7 @@ from PIL import Image
 import percov2
 from percov2 import Codec
 from percov2.cli import info, train
+from percov2.cli.main import build_parser
 from percov2.entropy import SCHEDULES, rans
 from tools.command_line import failure, output, run, subprocess_run
 
@@ -214,6 +217,23 @@ def test_help_of_compress_names_the_choices_of_the_default_model(capsys):
     rates = ", ".join(rate["name"] for rate in config["rates"])
     assert f"tiny has {rates}, by default {config['default_rate']}" in said
     assert f"entropy schedule: {', '.join(SCHEDULES)} (default: the model's" in said
+
+
+def options_of(parser):
+    """Yield (command, option, help) of a parser and of its commands."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from options_of(command)
+        elif action.option_strings and action.dest not in ("help", "version"):
+            yield parser.prog, action.option_strings[0], action.help
+
+
+def test_help_of_an_option_states_its_default_or_that_it_is_required():
+    options = list(options_of(build_parser()))
+    assert len(options) > 100
+    stated = re.compile(r"default: |by default |\(required\)$")
+    assert not [one for one in options if not stated.search(one[2])]
 
 
 @pytest.mark.parametrize("command", ["", " compress", " eval kodak", " train codec"])

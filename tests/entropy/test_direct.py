@@ -82,7 +82,7 @@ def test_maps_are_decoded_as_they_were(
         1:
     ].tolist()
     assert abs(len(payload) - (sum(part.sum() for part in bits) + 16) / 8) < 1.5
-    with pytest.raises(ValueError, match="does not hold"):
+    with pytest.raises(ValueError, match="does not match"):
         coder.decode(bytes([payload[0] ^ 1]) + payload[1:], (height, width))
 
 

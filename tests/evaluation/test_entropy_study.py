@@ -101,7 +101,7 @@ def test_payloads_cost_what_their_stages_say(coder, name):
             known = integer_bits(coder, [grid(height, width)], name) * height * width
             assert sum(part.sum() for part in bits) == pytest.approx(known)
         broken = bytes([payload[0] ^ 1]) + payload[1:]
-        with pytest.raises(ValueError, match="does not hold"):
+        with pytest.raises(ValueError, match="does not match"):
             study.decode(broken, (height, width))
 
 

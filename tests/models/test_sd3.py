@@ -276,7 +276,7 @@ def test_the_papers_rates_are_named_after_their_bits():
         ("base/text_encoder_2", "cannot load its text_encoder_2"),
         ("base/transformer", "cannot load its transformer"),
         ("base/vae", "cannot load its vae"),
-        ("model/flow", "holds no flow"),
+        ("model/flow", "contains no flow"),
         ("base", "there is no folder .*base, and it is no hub id"),
     ],
 )

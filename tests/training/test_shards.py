@@ -159,7 +159,7 @@ def test_refusals(shards, tmp_path):
         ("at least the crops' side of 8", lambda: ShardStreams(shards, 1, 8, 7, 0)),
         ("cannot be divided", lambda: CropFeed(ShardStreams(shards, 4, 8, 8, 0), 0, 3)),
         ("tar", lambda: shard_members(tmp_path / "no.tar")),
-        ("holds no photo", lambda: shard_members(empty)),
+        ("contains no photo", lambda: shard_members(empty)),
     ):
         with pytest.raises(ValueError, match=match):
             call()

@@ -172,7 +172,7 @@ class CaptionModel:
         """
         stored = json.loads((folder / "pieces.json").read_text(encoding="utf-8"))
         if not isinstance(stored, list) or not all(isinstance(piece, str) for piece in stored):
-            raise ValueError(f"{folder / 'pieces.json'} must hold a list of texts")
+            raise ValueError(f"{folder / 'pieces.json'} must contain a list of texts")
         alphabet = Alphabet([piece.encode("utf-8") for piece in stored])
         return cls(alphabet, IntTransformer.load(folder))
 

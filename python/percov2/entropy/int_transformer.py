@@ -211,7 +211,7 @@ class IntTransformer:
         except ValueError as error:
             raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{folder / 'config.json'} must hold a JSON object")
+            raise ValueError(f"{folder / 'config.json'} must contain a JSON object")
         config = TransformerConfig.from_dict(content)
         return cls(config, tensor_file.read_tensors(folder / "model.safetensors"), **options)
 

@@ -145,7 +145,7 @@ def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
     if array.dtype == dtype:
         return _aligned(array)
     if array.size and array.dtype.kind not in "iu":
-        raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers")
+        raise ValueError(f"{name} has dtype {array.dtype}; it must contain integers")
     limits = np.iinfo(dtype)
     if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
         raise ValueError(

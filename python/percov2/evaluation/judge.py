@@ -294,7 +294,7 @@ def _finished(
     """Return realism.json and the stored photos of a finished run, or raise ValueError."""
     path = folder / "realism.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no finished run: it has no realism.json")
+        raise ValueError(f"{folder} contains no finished run: it has no realism.json")
     rival = json.loads(path.read_text("utf-8"))
     expected = {**facts, "crops_digest": _digest(*(name.encode() for name in names))}
     same = (*_CROPS, "distances", "judge", "judge_weights", "crops_digest")

@@ -95,7 +95,7 @@ def page(result: Mapping[str, Any]) -> str:
         f"{result['photos']} of {result['photos_large_enough']} photos{limit}, crops of "
         f"{result['side']}×{result['side']} every {result['stride']} pixels. LPIPS and DISTS "
         f"cover {result['crops_with_distances']} of {result['crops']} crops, the others all.",
-        "bpp is a mean over photos, the others are means over crops. Brackets hold 95 % bootstrap "
+        "bpp is a mean over photos, the others are means over crops. Brackets are 95 % bootstrap "
         "intervals over photos.",
         f"Fréchet and kernel distances use features of {result['judge']}. Do not compare them with "
         "FID or KID.",

@@ -69,7 +69,7 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
     """
     path = folder / "model.safetensors"
     if not (folder / "config.json").is_file() or not path.is_file():
-        raise ValueError(f"{folder} holds no config.json and model.safetensors")
+        raise ValueError(f"{folder} contains no config.json and model.safetensors")
     try:
         model: Any = kind.from_config(kind.load_config(folder))
     except MemoryError:

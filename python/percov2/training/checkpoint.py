@@ -34,7 +34,7 @@ def restore(module: nn.Module, state: dict[str, Tensor], keys: set[str], path: P
     """Load ``state`` into ``module``; raise ValueError if names or shapes differ."""
     if set(state) != keys:
         odd = sorted(set(state) ^ keys)
-        raise ValueError(f"{path} holds other networks: {odd[:3]} ({len(odd)} names differ)")
+        raise ValueError(f"{path} contains other networks: {odd[:3]} ({len(odd)} names differ)")
     try:
         module.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -108,7 +108,7 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     found = [p for p in candidates if (p / "hyper_enc" / "config.json").is_file()]
     if not found:
         raise ValueError(
-            f"{folder} holds no hyper_enc/config.json, nor does a folder in it; give a checkpoint "
+            f"{folder} contains no hyper_enc/config.json, nor does a subfolder; give a checkpoint "
             "of PerCo (SD v2.1) (a folder with hyper_enc/ and unet/) or a folder of several"
         )
     checkpoints: dict[str, Checkpoint] = {}
@@ -207,7 +207,7 @@ def _read_weights(folder: Path) -> State:
     path = folder / f"{_WEIGHTS}.safetensors"
     pickle = folder / f"{_WEIGHTS}.bin"
     if not path.is_file() and not pickle.is_file():
-        raise ValueError(f"{folder} holds neither {path.name} nor {pickle.name}; download one")
+        raise ValueError(f"{folder} contains neither {path.name} nor {pickle.name}; download one")
     try:
         if path.is_file():
             return load_file(path)
@@ -218,7 +218,7 @@ def _read_weights(folder: Path) -> State:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}; download it again") from error
     except Exception as error:  # torch raises exceptions of many types for such pickles
-        raise ValueError(f"{path} is damaged or holds more than tensors: {error}") from error
+        raise ValueError(f"{path} is damaged or contains more than tensors: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a state dict of tensors")
     return state

@@ -132,7 +132,7 @@ def load_averaged(out: Path, stage: TrainingStage) -> int:
     """Load a run's averaged weights and return their step; ValueError if they do not match."""
     path = out / "checkpoint.pt"
     if not path.is_file():
-        raise ValueError(f"{out} holds no checkpoint.pt; train this stage first")
+        raise ValueError(f"{out} contains no checkpoint.pt; train this stage first")
     state = checkpoint.read(path)
     checkpoint.restore(stage, state["ema"], stage.stored_keys(), path)
     return int(state["step"])

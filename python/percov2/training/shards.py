@@ -61,7 +61,7 @@ def shard_members(shard: Path) -> tuple[Member, ...]:
     except tarfile.TarError as error:
         raise ValueError(f"{shard} is not an uncompressed tar file: {error}") from error
     if not photos:
-        raise ValueError(f"{shard.name} holds no photo ({', '.join(PHOTO_ENDINGS)})")
+        raise ValueError(f"{shard.name} contains no photo ({', '.join(PHOTO_ENDINGS)})")
     return tuple(Member(key, place, captions.get(key)) for key, place in photos.items())
 
 
@@ -137,7 +137,7 @@ class ShardStreams:
         self, shards: list[Path], streams: int, side: int, longest: int, seed: int
     ) -> None:
         if not shards:
-            raise ValueError("no .tar shards; give a folder that holds WebDataset shards")
+            raise ValueError("no .tar shards; give a folder of WebDataset shards")
         if longest < side:
             raise ValueError(f"longest must be at least the crops' side of {side}, not {longest}")
         self.shards, self.streams, self.seed = shards, streams, seed
@@ -149,7 +149,7 @@ class ShardStreams:
         Photos that are too small are skipped; damaged ones also cause a warning.
 
         Raises:
-            ValueError: a whole round over the stream's shards holds no usable photo.
+            ValueError: a whole round over the stream's shards contains no usable photo.
         """
         first_round = position.rounds
         while position.rounds <= first_round + 1:

@@ -101,7 +101,9 @@ class TokenMaps:
         stored = [_read_maps(file) for file in files]
         codebooks = {size for size, _ in stored}
         if len(codebooks) != 1:
-            raise ValueError(f"{path} must hold maps of one codebook, not of {sorted(codebooks)}")
+            raise ValueError(
+                f"{path} must contain maps of one codebook, not of {sorted(codebooks)}"
+            )
         self.codebook_size = codebooks.pop()
         self.maps = [tokens for _, part in stored for tokens, held in part if not held]
         others = [tokens for _, part in stored for tokens, held in part if held]

@@ -112,7 +112,7 @@ def stored_state(run: Path) -> tuple[State, dict[str, Any], Path]:
     if (run / "config.json").is_file():
         return _model_state(run), {}, run
     wanted = "give the folder of a codec run or of a model"
-    raise ValueError(f"{run} holds neither checkpoint.pt nor config.json; {wanted}")
+    raise ValueError(f"{run} contains neither checkpoint.pt nor config.json; {wanted}")
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ class StudyCoder(ABC):
         decoder = rans.RansDecoder(payload, np.array([0, len(payload)]))
         tokens = self._decoded(decoder, shape)
         if not decoder.finished([token_check(tokens)]).all():
-            raise ValueError(f"the check of a payload of {len(payload)} bytes does not hold")
+            raise ValueError(f"the check of a payload of {len(payload)} bytes does not match")
         return tokens
 
 

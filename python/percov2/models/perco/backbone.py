@@ -44,7 +44,7 @@ class PerCoModel(Backbone):
 
     @cached_property
     def autoencoder(self) -> AutoencoderKL:
-        """Stable Diffusion's autoencoder."""
+        """Return Stable Diffusion's autoencoder."""
         vae = load_part(AutoencoderKL, self._base, "vae", use_safetensors=True)
         if self.options.vae_tiling:
             vae.enable_tiling()
@@ -52,7 +52,7 @@ class PerCoModel(Backbone):
 
     @cached_property
     def scheduler(self) -> DDIMScheduler:
-        """DDIM with the base model's noise schedule; ValueError if that does not predict v."""
+        """Return DDIM with the base model's noise schedule; ValueError if it does not predict v."""
         scheduler = load_part(DDIMScheduler, self._base, "scheduler")
         prediction = scheduler.config.prediction_type
         if prediction != "v_prediction":
@@ -65,14 +65,14 @@ class PerCoModel(Backbone):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """CLIP's tokenizer."""
+        """Return CLIP's tokenizer."""
         from transformers import CLIPTokenizer
 
         return load_part(CLIPTokenizer, self._base, "tokenizer")
 
     @cached_property
     def text_encoder(self) -> Any:
-        """CLIP's text encoder from Stable Diffusion 2.1, without CLIP's last layer."""
+        """Return Stable Diffusion 2.1's text encoder: CLIP's, without its last layer."""
         from transformers import CLIPTextModel
 
         form = {"use_safetensors": True, "dtype": self.place.dtype}

@@ -123,7 +123,7 @@ def open_flow(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer
         config = load_part(_TransformerConfig, location, "transformer")
         if config["in_channels"] <= config["out_channels"]:
             raise ValueError(
-                f"{folder} holds no flow: neither config.json and weights of a transformer nor "
+                f"{folder} contains no flow: neither config.json and weights of a transformer nor "
                 f"{DELTA_FILE}, and the transformer of {location} has no input channels for z_hat"
             )
         return load_part(SD3Transformer2DModel, location, "transformer", **form)

@@ -40,30 +40,30 @@ class CodecModel(Backbone):
     @cached_property
     @torch.inference_mode(False)  # a token search needs gradients through it
     def autoencoder(self) -> PatchAutoencoder:
-        """The autoencoder, channels last, which is twice as fast on the CPU."""
+        """Return the autoencoder, channels last, which is twice as fast on the CPU."""
         model = load_component(PatchAutoencoder, self.folder / "autoencoder", self.device)
         return model.to(memory_format=torch.channels_last)
 
     @cached_property
     def flow(self) -> SD3Transformer2DModel:
-        """The widened flow transformer."""
+        """Return the widened flow transformer."""
         return load_component(SD3Transformer2DModel, self.folder / "flow", self.device)
 
     @cached_property
     def text_encoder(self) -> HashedTextEncoder:
-        """The caption's conditioning network."""
+        """Return the caption's conditioning network."""
         return load_component(HashedTextEncoder, self.folder / "text_encoder", self.device)
 
     @cached_property
     def dial(self) -> RealismDial | None:
-        """The realism dial; None for a model without one."""
+        """Return the realism dial; None for a model without one."""
         if self.config.realism is None:
             return None
         return load_component(RealismDial, self.folder / "dial", self.device)
 
     @property
     def patch(self) -> int:
-        """The side of the flow's patches, in latent positions."""
+        """Return the side of the flow's patches, in latent positions."""
         return int(self.flow.config["patch_size"])
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:

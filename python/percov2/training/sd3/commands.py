@@ -141,7 +141,7 @@ def run_shard_tokens(
     place = PartialState(cpu=not torch.cuda.is_available())
     shards = sorted(data.glob("*.tar"))
     if not shards:
-        raise ValueError(f"{data} holds no .tar shards")
+        raise ValueError(f"{data} contains no .tar shards")
     out.mkdir(parents=True, exist_ok=True)
     backbone = open_backbone(model, str(place.device))
     point = backbone.config.rate(rate or backbone.config.default_rate)

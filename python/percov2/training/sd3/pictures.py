@@ -41,11 +41,11 @@ class Pictures:
         ``<name>.txt`` beside a picture holds its caption.
 
         Raises:
-            ValueError: the folder holds no picture.
+            ValueError: the folder contains no picture.
         """
         paths = sorted(p for p in folder.iterdir() if p.suffix[1:].lower() in PHOTO_ENDINGS)[:count]
         if not paths:
-            raise ValueError(f"{folder} holds no picture ({', '.join(PHOTO_ENDINGS)})")
+            raise ValueError(f"{folder} contains no picture ({', '.join(PHOTO_ENDINGS)})")
         arrays, captions = [], []
         for path in paths:
             with Image.open(path) as picture:

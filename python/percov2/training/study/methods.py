@@ -78,7 +78,7 @@ def multiscale_methods(
     equal = multiscale.same_tokens(model, rate, found, grids)
     if equal < _SAME_PHOTOS:
         share = f"{100 * equal:.1f} % of the held-out tokens are equal"
-        raise ValueError(f"{photos} holds other photos than the token maps: {share}")
+        raise ValueError(f"{photos} contains other photos than the token maps: {share}")
     quantizer = multiscale.ScaleQuantizer.stored(out / "codebooks.npy", found, size)
     scales = multiscale.ScaleMaps(quantizer, found)
     single, several = multiscale.mean_cosines(model, rate, quantizer, found)

@@ -53,7 +53,7 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
     """
     path = folder / "report.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no report.json; finish `percov2 train entropy` there")
+        raise ValueError(f"{folder} contains no report.json; finish `percov2 train entropy` there")
     report = json.loads(path.read_text(encoding="utf-8"))
     made, wanted = report["fingerprint"], fingerprint.hex()
     if made != wanted:
