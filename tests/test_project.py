@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from percov2 import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
+HERE = "{}.{}".format(*sys.version_info)
 RESOLVE = ROOT / ".ci" / "resolve"
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
@@ -124,20 +125,19 @@ def resolve(
     return [*done.stdout.splitlines(), str(done.returncode)]
 
 
-def test_resolve_tries_every_extra_on_every_python(tmp_path: Path) -> None:
+def test_resolve_tries_every_extra(tmp_path: Path) -> None:
     *lines, status = resolve(tmp_path, "1", online=True)
     assert status == "0"
     assert lines == [
-        f"Python {python}, percov2{name}: 3 packages, torch==2.0 triton==3.0"
-        for python in pythons()
+        f"Python {HERE}, percov2{name}: 3 packages, torch==2.0 triton==3.0"
         for name in ["", *(f"[{extra}]" for extra in EXTRAS)]
     ]
 
 
 def test_resolve_fails_where_one_extra_does(tmp_path: Path) -> None:
-    *lines, status = resolve(tmp_path, "", online=True, unresolved="3.12 --extra gpu")
+    *lines, status = resolve(tmp_path, "", online=True, unresolved="--extra gpu")
     assert status == "1"
-    failed = lines.index("Python 3.12, percov2[gpu]: does not resolve")
+    failed = lines.index(f"Python {HERE}, percov2[gpu]: does not resolve")
     assert lines[failed + 1] == "  no version of triton fits"
     assert sum("does not resolve" in line for line in lines) == 1
 
