@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,15 @@ def violations(module: str, package: bool, text: str) -> list[str]:
 def test_module_follows_the_table(path):
     package = path.name == "__init__.py"
     assert violations(module_name(path), package, path.read_text(encoding="utf-8")) == []
+
+
+def test_no_imports_run_in_a_circle():
+    graph = {}
+    for path in sources():
+        module, tree = module_name(path), ast.parse(path.read_text(encoding="utf-8"))
+        found = {name for name, _ in imports(tree, module, path.name == "__init__.py")}
+        graph[module] = {name for name in found if is_module(name)}
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from percov2.cli.faults import about
-from percov2.cli.options import add_flag
+from percov2.cli.options import DEFAULT_MODEL, add_flag
 from percov2.container.captions import CAPTIONERS, check_captioner
 from percov2.options import DecodeOptions, EncodeOptions
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from percov2.container.captions import Captioner
 
 __all__ = [
-    "DEFAULT_MODEL",
     "add_captioner",
     "add_model",
     "check_choices",
@@ -24,7 +23,6 @@ __all__ = [
     "open_codec",
 ]
 
-DEFAULT_MODEL = "tiny"
 _SWITCHES = {
     "offload": "keep each network on the device only while it runs (default: keep all there)",
     "vae-tiling": "run the autoencoder in tiles to save memory (default: in one piece)",

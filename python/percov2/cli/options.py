@@ -9,7 +9,17 @@ from typing import Any
 
 from percov2.options import DecodeOptions, EncodeOptions, Options
 
-__all__ = ["add_command", "add_flag", "add_options", "model_choices", "number", "options_of"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "add_command",
+    "add_flag",
+    "add_options",
+    "model_choices",
+    "number",
+    "options_of",
+]
+
+DEFAULT_MODEL = "tiny"
 
 
 def add_command(commands: Any, name: str, run: Any, help_: str) -> argparse.ArgumentParser:
@@ -65,7 +75,6 @@ def add_options(
 
 def model_choices() -> dict[str, str]:
     """Return the help of options that depend on the model, with the default model's choices."""
-    from percov2.cli.models import DEFAULT_MODEL
     from percov2.entropy.schedule import SCHEDULES
     from percov2.models.config import find_model
 
