@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import sys
+import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 
 from percov2.photos import decode_shards
-from percov2.training import checkpoint
+from percov2.training import checkpoint, loop
 from percov2.training.commands import run_export
 from tools.photos import write_shard
 from tools.rate_runs import PIXELS, config_text, trained
@@ -68,7 +70,10 @@ def test_a_campaign_trains_and_its_pieces_make_a_run(tmp_path, monkeypatch):
     assert (tmp_path / "model" / "config.json").is_file()
 
 
-def test_a_run_of_minutes_ends_by_the_clock(photo_cache, tmp_path):
+def test_a_run_of_minutes_ends_by_the_clock(photo_cache, tmp_path, monkeypatch):
+    clock = itertools.count()
+    ticks = SimpleNamespace(monotonic=lambda: 0.1 * next(clock), time=time.time)
+    monkeypatch.setattr(loop, "time", ticks)
     text = config_text(["r031"], steps=100000).replace("warmup = 1,", "warmup = 1, minutes = 0.02,")
     trained(tmp_path, photo_cache, text)
     state = checkpoint.read(tmp_path / "run" / "checkpoint.pt")
