@@ -257,7 +257,7 @@ class PhotoCrops:
     def _cut_there(
         self, chosen: np.ndarray, corners: np.ndarray, mirrored: np.ndarray, side: int
     ) -> Tensor:
-        """Return the same crops from the pixels on the device."""
+        """Return the crops of ``_cut_here``, cut from the pixels on the device."""
         assert self._uploaded is not None
         steps = self._sizes[chosen, 1]
         starts = self._offsets[chosen] // 3 + corners[:, 0] * steps + corners[:, 1]

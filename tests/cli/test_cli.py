@@ -215,7 +215,8 @@ def test_help_of_compress_names_the_choices_of_the_default_model(capsys):
     folder = Path(percov2.__file__).parent / "pretrained" / "tiny"
     config = json.loads((folder / "config.json").read_text())
     rates = ", ".join(rate["name"] for rate in config["rates"])
-    assert f"tiny has {rates}, by default {config['default_rate']}" in said
+    default = f"(default: the model's; tiny's is {config['default_rate']})"
+    assert f"rate of the model: for tiny, {rates} {default}" in said
     assert f"entropy schedule: {', '.join(SCHEDULES)} (default: the model's" in said
 
 

@@ -69,7 +69,7 @@ def add_parser(commands: Any) -> None:
         add_flag(one, "--crops", "number of held-out crops", number(int, 2, 10**6), count)
         add_flag(one, "--side", "side of a crop in pixels", number(int, 2, 4096), side)
 
-    help_ = "Measure distortion and realism per setting of the dial, steps and guidance."
+    help_ = "Measure distortion and realism for each combination of realism, steps and guidance."
     one = command("modes", evaluate_modes, help_)
     crops(one, 2000, 128)
     add_flag(one, "--steps", "comma-separated numbers of flow evaluations", default="1,2,4,8,20")

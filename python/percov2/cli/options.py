@@ -81,8 +81,8 @@ def model_choices() -> dict[str, str]:
     _, config = find_model(DEFAULT_MODEL)
     rates = ", ".join(rate.name for rate in config.rates)
     return {
-        "rate": f"rate of the model (default: the model's); {DEFAULT_MODEL} has {rates}, by "
-        f"default {config.default_rate}",
+        "rate": f"rate of the model: for {DEFAULT_MODEL}, {rates} (default: the model's; "
+        f"{DEFAULT_MODEL}'s is {config.default_rate})",
         "schedule": f"entropy schedule: {', '.join(SCHEDULES)} (default: the model's; "
         f"{DEFAULT_MODEL}'s is {config.default_schedule})",
     }

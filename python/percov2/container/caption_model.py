@@ -78,7 +78,7 @@ class Alphabet:
         self._longest = max(lengths, default=1)
 
     def __len__(self) -> int:
-        """Return the number of pieces, with the end and single bytes."""
+        """Return the number of pieces, including the end piece and the 256 single bytes."""
         return FIRST_LEARNED + len(self.learned)
 
     def split(self, text: str) -> list[int]:

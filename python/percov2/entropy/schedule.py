@@ -194,7 +194,7 @@ def nested_grids(height: int, width: int, sides: Iterable[int]) -> np.ndarray:
 
 
 def qlds(height: int, width: int, stage_count: int, power: Fraction = _QLDS_POWER) -> np.ndarray:
-    """Return the stages, int32 [height, width], of the R2 walk in groups by a power law.
+    """Return the QLDS stages, int32 [height, width]: the R2 walk, cut into groups by a power law.
 
     Group i of S = ``stage_count`` (>= 1) ends at round(N * (i / S)^power).
     """

@@ -228,7 +228,7 @@ def _check_ranges(config: object, of: str, **ranges: tuple[float, float]) -> Non
 
 
 def _check(name: str, value: Any, low: float, high: float) -> None:
-    """Raise ValueError outside the range; a lower bound of type int allows whole numbers only."""
+    """Raise ValueError unless a value is in the range, and whole if ``low`` is an int."""
     whole = type(low) is int
     if type(value) not in ((int,) if whole else (int, float)) or not low <= value <= high:
         kind = "whole number" if whole else "number"

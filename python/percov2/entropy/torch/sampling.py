@@ -13,7 +13,10 @@ __all__ = ["draw"]
 
 
 def _scaled(words: NDArray[np.uint32], total: torch.Tensor) -> torch.Tensor:
-    """Return ⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: [B, n] like total < 2^35."""
+    """Return ⌊r·total / 2^64⌋, shaped like ``total`` (below 2^35).
+
+    r is 2^32·words[:, 0] + words[:, 1].
+    """
     placed = torch.from_numpy(words[:, :2].astype(np.int64)).to(total.device)
     high, low = placed[:, 0], placed[:, 1]
     # 16-bit pieces of the total keep every product below 2^52, so signed arithmetic suffices.

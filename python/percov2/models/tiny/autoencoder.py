@@ -15,7 +15,7 @@ __all__ = ["PatchAutoencoder", "ResidualBlock"]
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(x)))), 3×3; the last convolution starts at zero."""
+    """A residual block of two 3×3 convolutions, each after a SiLU; the second starts at zero."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -64,13 +64,13 @@ def masked_methods(
 def multiscale_methods(
     shared: SharedRun, model: Backbone, rate: str, photos: Path, maps: Sequence[TokenMap], out: Path
 ) -> Iterator[Method]:
-    """Yield explicit VAR with codebooks and tokens of all scales; run and codebooks are in ``out``.
+    """Yield the explicit VAR method; ``out`` receives its training run and its codebooks.
 
     Args:
         photos: folder made by ``percov2 train data`` with the photos of ``maps``.
 
     Raises:
-        ValueError: other photos, or too many scales and codes for one transformer.
+        ValueError: ``photos`` does not match ``maps``, or scales × codes exceed the transformer.
     """
     found = multiscale.photo_directions(model, rate, photos)
     size = model.config.rate(rate).codebook_size
