@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import math
 import shutil
 
@@ -325,3 +326,32 @@ def test_wrong_arguments_are_refused(codec, random_model):
         with pytest.raises(ValueError, match=match):
             call()
     assert codec.compress([]) == codec.decompress([]) == []
+
+
+def test_inputs_without_an_order_or_an_end_are_refused(codec, file):
+    data, picture = file.read_bytes(), photo(16, 16)
+    for value in ({data}, io.BytesIO(data), np.array([data]), {"a": data}):
+        with pytest.raises(ValueError, match="a file must be a path, the bytes of a"):
+            codec.decompress(value)
+    for value in ({1, 2}, io.BytesIO(data), frozenset()):
+        with pytest.raises(ValueError, match="a picture must be a path"):
+            codec.compress(value)
+    for caption in (None, 3, b"hi", {"a", "b"}, "one", ["a", 1]):
+        with pytest.raises(ValueError, match="caption must be a list of 2 texts, one each, not "):
+            codec.compress([picture, picture], caption=caption)
+    with pytest.raises(ValueError, match="caption has 1 texts for 2 pictures"):
+        codec.compress([picture, picture], caption=["a"])
+    with pytest.raises(ValueError, match="picture 1 of 2: not a picture"):
+        codec.compress([picture, b"no"])
+
+
+def test_steps_take_one_or_many_as_the_whole_does(codec, file):
+    pixels = np.asarray(photo(16, 24))
+    assert len(codec.encode_tokens(pixels)) == len(codec.encode_tokens(iter([pixels]))) == 1
+    data = file.read_bytes()
+    tokens = codec.decode(data)[0].tokens
+    for value in (file, [file], iter([data]), str(file)):
+        assert np.array_equal(codec.decode_tokens(value)[0], tokens)
+    for name, value in (("target_bytes", 90), ("effort", 1), ("slack", 0.1)):
+        with pytest.raises(ValueError, match="pack chooses no tokens"):
+            codec.pack([tokens], [(50, 70)], **{name: value})

@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from percov2.batching import TOKENS_AT_ONCE, by_group
@@ -201,7 +202,7 @@ class Codec:
     ) -> list[bytes]:
         point, name = self._rate(options.rate), self._schedule(options.schedule)
         coded = self._coded(captions)
-        arrays = [rgb_array(picture, options.max_pixels) for picture in pictures]
+        arrays = _arrays(pictures, options.max_pixels)
         sizes = [(array.shape[0], array.shape[1]) for array in arrays]
 
         def encode(rate: Rate, chosen: Sequence[int]) -> list[bytes]:
@@ -237,7 +238,7 @@ class Codec:
         Every place takes the nearest code. A picture's tokens do not depend on its batch. Arguments
         and errors as for ``compress``.
         """
-        arrays = [rgb_array(picture, max_pixels) for picture in pictures]
+        arrays = _arrays(as_pictures(pictures)[1], max_pixels)
         return token_maps(self.model, arrays, self._rate(rate))
 
     def pack(
@@ -263,6 +264,8 @@ class Codec:
         """
         options = options_from(EncodeOptions, options, changes)
         point, name = self._rate(options.rate), self._schedule(options.schedule)
+        if options.target_bytes is not None or options.effort or options.slack:
+            raise ValueError("pack chooses no tokens: leave out target_bytes, effort and slack")
         texts = _captions_of(caption, False, len(tokens))
         if len(sizes) != len(tokens):
             raise ValueError(f"{len(sizes)} sizes for {len(tokens)} token maps; give one per map")
@@ -362,7 +365,7 @@ class Codec:
         """Decode and check the headers, captions and tokens of files.
 
         Args:
-            files: the bytes of each file.
+            files: as for ``decompress``; one file gives a list, too.
             options: decoding options, of which max_pixels and allow_truncated apply.
             changes: as for ``decompress``.
 
@@ -370,11 +373,12 @@ class Codec:
             BitstreamError: as for ``decompress``.
         """
         options = options_from(DecodeOptions, options, changes)
+        files = as_files(files)[1]
         opened: list[OpenFile] = []
         for i, data in enumerate(files):
             label = f"file {i} of {len(files)}: " if len(files) > 1 else ""
             try:
-                opened.append(self._open(bytes(data), label, options.max_pixels))
+                opened.append(self._open(data, label, options.max_pixels))
             except BitstreamError as error:
                 raise BitstreamError(f"{label}{error}") from error
         captions = self._caption_model(file.parsed.header for file in opened)
@@ -444,6 +448,19 @@ class Codec:
         )
 
 
+def _arrays(pictures: Sequence[Any], max_pixels: int) -> list[NDArray[np.uint8]]:
+    """Return pictures as uint8 [H, W, 3]; a ValueError names the index of the faulty one."""
+    arrays = []
+    for i, picture in enumerate(pictures):
+        try:
+            arrays.append(rgb_array(picture, max_pixels))
+        except ValueError as error:
+            if len(pictures) == 1:
+                raise
+            raise ValueError(f"picture {i} of {len(pictures)}: {error}") from error
+    return arrays
+
+
 def _captions_of(caption: str | Sequence[str], one: bool, count: int) -> list[str]:
     """Return one caption per picture; ValueError for a wrong number or type."""
     if one:
@@ -452,11 +469,12 @@ def _captions_of(caption: str | Sequence[str], one: bool, count: int) -> list[st
         return [caption]
     if isinstance(caption, str):
         if caption:
-            raise ValueError(
-                f"caption must be a list of {count} texts, one per picture, not {caption!r}"
-            )
+            raise ValueError(f"caption must be a list of {count} texts, one each, not one text")
         return [""] * count
-    texts = list(caption)
-    if len(texts) != count or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"caption must be a list of {count} texts, one per picture, not {texts!r}")
-    return texts
+    if not isinstance(caption, (list, tuple)) or not all(isinstance(one, str) for one in caption):
+        raise ValueError(
+            f"caption must be a list of {count} texts, one each, not {type(caption).__name__}"
+        )
+    if len(caption) != count:
+        raise ValueError(f"caption has {len(caption)} texts for {count} pictures; give one each")
+    return list(caption)

@@ -35,7 +35,7 @@ def as_pictures(value: Any) -> tuple[bool, list[Any]]:
     """Return (True for one picture, the pictures as a list).
 
     Raises:
-        ValueError: neither a picture nor an iterable.
+        ValueError: neither a picture nor an iterable with an order.
     """
     if isinstance(value, (str, os.PathLike, *_BYTES, Image.Image)):
         return True, [value]
@@ -64,7 +64,9 @@ def as_files(value: Any) -> tuple[bool, list[bytes]]:
 
 
 def _several(value: Any, kinds: str, what: str) -> list[Any]:
-    if not isinstance(value, Iterable) or isinstance(value, dict):
+    # Sets have no order, files are read by lines, and arrays of bytes lose trailing zeros.
+    unfit = isinstance(value, (dict, set, frozenset, np.ndarray, torch.Tensor))
+    if unfit or not isinstance(value, Iterable) or hasattr(value, "read"):
         raise ValueError(f"{what} must be {kinds}, not {type(value).__name__}")
     return list(value)
 

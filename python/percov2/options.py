@@ -50,7 +50,10 @@ def _number(value: Any, whole: bool) -> float | None:
     """Return a plain int or float, or None for any other value."""
     if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
         return None
-    return operator.index(value) if whole else float(value)  # type: ignore[arg-type]
+    try:
+        return operator.index(value) if whole else float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return None
 
 
 Options = TypeVar("Options", "EncodeOptions", "DecodeOptions")

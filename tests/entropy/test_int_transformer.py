@@ -395,3 +395,13 @@ def test_torch_with_reduced_precision_is_refused():
         torch.set_float32_matmul_precision("highest")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert same(one_pass_logits(model, tokens, stages), expected)
+
+
+def test_tokens_without_their_logits_are_refused():
+    staged = StagedDecoder(IntTransformer.random(SMALL, 1), np.array([[1, 2]], np.int32), 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"call logits\(\) before accept"):
+            staged.accept(np.zeros((1, 1), np.int32))
+        staged.logits()
+        staged.accept(np.zeros((1, 1), np.int32))
+    assert staged.remaining == 0

@@ -71,8 +71,9 @@ def check_choices(
             raise ValueError(f"this small model does not accept {', '.join(given)}")
         rate = config.default_rate
         if encode is not None:
-            rate = config.rate(encode.rate or rate).name
-            schedule.check_name(encode.schedule or config.default_schedule)
+            rate = config.rate(rate if encode.rate is None else encode.rate).name
+            chosen = config.default_schedule if encode.schedule is None else encode.schedule
+            schedule.check_name(chosen)
         if decode is not None:
             config.chosen_realism(rate, decode.realism)
 

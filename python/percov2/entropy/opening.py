@@ -15,7 +15,7 @@ def open_coder(folder: Path | str, device: str = "cpu") -> TokenCoder:
 
     Raises:
         OSError, ValueError: as for ``IntTransformer.load``.
-        RuntimeError: the device does not compute exactly.
+        RuntimeError: the device is missing or does not compute exactly.
 
     >>> from tempfile import TemporaryDirectory
     >>> from percov2.entropy import uniform

@@ -98,7 +98,7 @@ class StagedDecoder:
         self._model, self._batch = model, batch
         # Positions of the first g stages, g = 0 .. S, and how many stages are known.
         self._ends = np.bincount(stages.reshape(-1)).cumsum()
-        self._known = 0
+        self._known, self._asked = 0, False
         self._staged = model.staged(stages, batch)
 
     @property
@@ -118,6 +118,7 @@ class StagedDecoder:
         """Return the residual of the next stage's queries, int32 [B, n, dim], for ``logits``."""
         if not self.remaining:
             raise RuntimeError("every stage is decoded; no logits remain")
+        self._asked = True
         return self._staged.residual()
 
     def accept(self, tokens: Any) -> None:
@@ -125,6 +126,7 @@ class StagedDecoder:
 
         Raises:
             ValueError: a wrong shape, dtype or token; a GPU clamps tokens instead.
+            RuntimeError: nobody asked for the logits of the stage.
         """
         count = int(self._ends[self._known + 1] - self._ends[self._known]) if self.remaining else 0
         if count == 0 or tuple(tokens.shape) != (self._batch, count):
@@ -132,8 +134,10 @@ class StagedDecoder:
                 f"tokens have shape {tuple(tokens.shape)}; "
                 f"the next stage needs [{self._batch}, {count}]"
             )
+        if not self._asked:
+            raise RuntimeError("call logits() before accept(): the tokens depend on them")
         self._staged.accept(self._model.place(tokens))
-        self._known += 1
+        self._known, self._asked = self._known + 1, False
 
     def tokens(self) -> Any:
         """Return the tokens decoded so far (0 elsewhere): int32 [B, h, w]."""

@@ -197,7 +197,7 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
     if folder is None and kind and _HUB_ID.fullmatch(path) and not Path(path).exists():
         folder = _download(path)
     if folder is None:
-        known = sorted(p.parent.name for p in _EMBEDDED.glob("*/config.json"))
+        known = sorted(p.parent.name for p in _EMBEDDED.glob("*/model_id"))
         raise ValueError(f"no model {path!r}: give a model folder or one of {known}")
     config = ModelConfig.load(folder)
     if kind not in ("", config.backbone):

@@ -90,6 +90,8 @@ def _executor(name: str, device: torch.device) -> Any:
 
 def _numbered(device: torch.device) -> torch.device:
     """Return the device with its number; plain "cuda" depends on the thread."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {str(device)!r} is not available on this machine; use cpu")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
