@@ -121,7 +121,7 @@ class EncodeOptions:
     )
     draw_seed: int = _option(
         0,
-        "seed of the tokens that the decoder draws after --stages or --target-bytes (default: 0)",
+        "seed of the tokens that --stages or --target-bytes leaves to the decoder (default: 0)",
         0,
         bitstream.MAX_SEED,
     )

@@ -49,14 +49,14 @@ _REMEMBERED = 256
 
 
 class Alphabet:
-    """The pieces of texts.
+    """An alphabet of text pieces: the end, 256 single bytes and learned pieces.
 
     Args:
         learned: different pieces of 2 to 32 bytes, numbered from FIRST_LEARNED on. A word inside a
             text begins with the space before it.
 
     Raises:
-        ValueError: other pieces.
+        ValueError: pieces that repeat or have another length.
 
     >>> alphabet = Alphabet([b" a", b" red"])
     >>> alphabet.split("a red ad")

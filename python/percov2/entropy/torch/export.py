@@ -67,7 +67,7 @@ def _layer(layer: TransformerLayer) -> dict[str, Tensor]:
 
 
 def _gelu_table(in_scale: float, out_scale: float) -> Tensor:
-    """Return the rounded GELU of (index - 128) * in_scale, int8 [256]."""
+    """Return int8 [256]: GELU((index - 128) * in_scale) / out_scale, rounded, clamped to ±127."""
     x = (torch.arange(256, dtype=torch.float64) - 128) * in_scale
     y = torch.round(torch.nn.functional.gelu(x) / out_scale)
     return y.clamp(-ranges.INT8_LIMIT, ranges.INT8_LIMIT).to(torch.int8)

@@ -70,7 +70,7 @@ def multiscale_methods(
         photos: folder made by ``percov2 train data`` with the photos of ``maps``.
 
     Raises:
-        ValueError: ``photos`` does not match ``maps``, or scales × codes exceed the transformer.
+        ValueError: ``photos`` does not match ``maps``, or the codes of all scales exceed 8192.
     """
     found = multiscale.photo_directions(model, rate, photos)
     size = model.config.rate(rate).codebook_size
