@@ -53,7 +53,7 @@ def test_several_pictures_and_prompts(pipe):
     files = pipe.compress([photo(0), photo(1)], [CAPTION, ""])
     assert files == [pipe.compress(photo(0), CAPTION), pipe.compress(photo(1))]
     assert [image.size for image in pipe.decompress(files)] == [(70, 50)] * 2
-    with pytest.raises(ValueError, match="caption must be a list of 2"):
+    with pytest.raises(ValueError, match="caption has 1 texts for 2 pictures"):
         pipe.compress([photo(0), photo(1)], ["one"])
     with pytest.raises(BitstreamError):
         pipe(files[0][:-3])

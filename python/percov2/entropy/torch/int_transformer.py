@@ -90,8 +90,6 @@ def _executor(name: str, device: torch.device) -> Any:
 
 def _numbered(device: torch.device) -> torch.device:
     """Return the device with its number; plain "cuda" depends on the thread."""
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"device {str(device)!r} is not available on this machine; use cpu")
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -126,7 +124,10 @@ class IntTransformer(int_transformer.IntTransformer):
         device: torch.device | str = "cpu",
         executor: str | None = None,
     ) -> None:
-        self.device = _numbered(torch.device(device))
+        place = torch.device(device)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device {str(device)!r} is not available on this machine; use cpu")
+        self.device = _numbered(place)
         if executor is not None and executor not in _EXECUTORS:
             raise ValueError(f"executor is {executor!r}; it must be one of {tuple(_EXECUTORS)}")
         self.executor_name = executor or default_executor(self.device)
