@@ -17,12 +17,12 @@ from PIL import Image
 
 from oracles import independent_coder, independent_decoder
 from percov2 import BitstreamError, Codec
+from percov2.bench.model import torch_threads
 from percov2.container import bitstream
 from percov2.container.tokens_file import OpenFile, pack, unpack
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, order, stages
 from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
-from tools.executors import torch_threads
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:

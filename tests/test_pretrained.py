@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 import percov2
+from percov2.bench.model import torch_threads
 from percov2.codec import Codec
 from percov2.container.caption_model import CaptionModel
 from percov2.evaluation.metrics import measure
-from tools.executors import torch_threads
 
 FOLDER = Path(percov2.__file__).parent / "pretrained" / "tiny"
 

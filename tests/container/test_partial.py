@@ -16,6 +16,7 @@ from PIL import Image
 
 from oracles import independent_coder
 from percov2 import BitstreamError, Codec
+from percov2.bench.model import torch_threads
 from percov2.coarser_rates import CoarserRateWarning, encode_bounded
 from percov2.container import bitstream
 from percov2.container.tokens_file import (
@@ -35,7 +36,7 @@ from percov2.entropy.transformer_config import TransformerConfig
 from percov2.models.config import ModelConfig, Rate
 from tools import random_model
 from tools.command_line import failure, run
-from tools.executors import coder_of, model_on, torch_threads
+from tools.executors import coder_of, model_on
 
 SIDE = 16
 CONFIG = TransformerConfig(codebook_size=64, dim=16, heads=2, head_dim=8, layers=2, hidden=16)

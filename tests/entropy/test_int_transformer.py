@@ -19,6 +19,7 @@ import torch
 
 import percov2
 from oracles import independent_model
+from percov2.bench.model import torch_threads
 from percov2.entropy import int_transformer, ranges, rans, schedule
 from percov2.entropy.int_transformer import (
     IntTransformer,
@@ -37,7 +38,7 @@ from percov2.entropy.visibility import (
     start_entries,
     visible,
 )
-from tools.executors import model_on, random_on, same, staged_logits, torch_threads
+from tools.executors import model_on, random_on, same, staged_logits
 
 TINY = Path(percov2.__file__).parent / "pretrained" / "tiny" / "r031" / "entropy"
 SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=2, hidden=40)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from percov2.entropy import int_transformer, schedule, token_coder
 from percov2.entropy.int_transformer import random_tensors
@@ -68,17 +65,6 @@ def staged_logits(model: Any, tokens: Any, stages: np.ndarray) -> np.ndarray:
         known += count
     assert same(decoder.tokens(), tokens)
     return np.concatenate(parts, 1)
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch, and the compiled core, use so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def equal(a: Any, b: Any) -> bool:
