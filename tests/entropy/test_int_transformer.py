@@ -20,7 +20,7 @@ import torch
 import percov2
 from oracles import independent_model
 from percov2.bench.model import torch_threads
-from percov2.entropy import int_transformer, ranges, rans, schedule
+from percov2.entropy import int_transformer, open_coder, ranges, rans, schedule
 from percov2.entropy.int_transformer import (
     IntTransformer,
     check_tensors,
@@ -366,6 +366,11 @@ def test_broken_files_are_refused(model, tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         IntTransformer.load(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"has no model\.safetensors"):
+        IntTransformer.load(tmp_path)
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        open_coder(tmp_path / "none")
 
 
 def test_wrong_tokens_and_stages_are_refused(model):

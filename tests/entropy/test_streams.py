@@ -135,6 +135,7 @@ def test_wrong_use_is_refused_and_leaves_no_trace():
         (LOGITS, SYMBOLS.astype(np.float32)),
         (LOGITS.astype(np.int64), SYMBOLS),
         (LOGITS[0], SYMBOLS),
+        (LOGITS.tolist(), SYMBOLS),
     ):
         with pytest.raises(ValueError, match=r"symbol|logits"):
             encoder.encode(logits, symbols)

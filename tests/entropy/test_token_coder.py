@@ -126,6 +126,12 @@ def test_decoding_ends_when_the_caller_says_so(coder, sent):
         coder.decode(decoder, "qlds12", 50, 60, on_stage=refuse, sent=sent)
 
 
+def test_lists_of_grids_are_arrays(coder):
+    listed = coder.encode([[[1, 2], [3, 4]]], "qlds5", [7]).finish()
+    arrays = coder.encode(np.array([[[1, 2], [3, 4]]]), "qlds5", np.array([7])).finish()
+    assert listed[0].tobytes() == arrays[0].tobytes()
+
+
 @pytest.mark.parametrize("executor", ["cpu", "torch"])
 def test_no_image_has_no_intervals(coder, executor):
     model = model_on(executor, coder.model.config, coder.model.tensors)
@@ -139,6 +145,9 @@ def test_tokens_outside_the_codebook_are_refused(coder):
         coder.intervals(torch.full((1, 2, 2), 16, dtype=torch.int32), "qlds12")
     with pytest.raises(ValueError, match="unknown schedule"):
         coder.intervals(picture(2, 2), "spiral")
+    for grids in ([[1, 2]], picture(2, 2)[0], 7):
+        with pytest.raises(ValueError, match=r"they must be \[B, h, w\]"):
+            coder.encode(grids, "qlds12", [0])
 
 
 @pytest.mark.parametrize("bits", range(1, 14))

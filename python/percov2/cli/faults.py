@@ -35,7 +35,9 @@ def about(name: object) -> Iterator[None]:
         raise Fault(f"{name}: {in_flags(' '.join(text.split()))}") from error
 
 
-_FLAGS = re.compile(r"\b(max_pixels|target_bytes|draw_seed|allow_truncated|(?<=needs )stages)\b")
+_FLAGS = re.compile(
+    r"\b(max_pixels|target_bytes|draw_seed|allow_truncated|(?<=needs )stages|(?<=leave )realism)\b"
+)
 
 
 def in_flags(text: str) -> str:

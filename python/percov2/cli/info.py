@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from percov2.cli.faults import about
-from percov2.cli.models import add_model, check_choices, open_codec
+from percov2.cli.faults import Fault, about
+from percov2.cli.models import add_model, check_choices, chosen_flags, open_codec
 from percov2.cli.options import add_command, add_options
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
@@ -49,6 +49,8 @@ def info(arguments: argparse.Namespace) -> None:
     """Run ``percov2 info``."""
     if arguments.verify:
         check_choices(arguments)
+    elif given := chosen_flags(arguments):
+        raise Fault(f"only --verify reads {', '.join(given)}")
     with about(arguments.input):
         data = read_file(arguments.input)
         parsed = bitstream.read(data, arguments.max_pixels)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from percov2.cli import bench, compress, decompress, evaluate, import_perco, info, roundtrip, train
 from percov2.cli.faults import report_faults
@@ -22,13 +22,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit status: 0, 2 for an expected error, 130 for Ctrl-C."""
 
     def work() -> None:
-        arguments = build_parser().parse_args(argv)
+        arguments, unknown = build_parser().parse_known_args(argv)
+        if unknown:
+            arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
         arguments.run(arguments)
 
     return report_faults(work)
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser that accepts whole flags only, so that a new flag never changes an old command."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 

@@ -20,6 +20,7 @@ __all__ = [
     "add_model",
     "check_choices",
     "chosen_captioner",
+    "chosen_flags",
     "open_codec",
 ]
 
@@ -65,8 +66,7 @@ def check_choices(
         if not re.fullmatch(r"(cpu|cuda)(:\d+)?", arguments.device):
             raise ValueError(f"unknown device {arguments.device!r}; use cpu, cuda or cuda:N")
         _, config = find_model(arguments.model)
-        flags = ("dtype", *_SWITCHES)
-        given = [f"--{flag}" for flag in flags if getattr(arguments, flag.replace("-", "_"))]
+        given = _large_flags(arguments)
         if config.backbone == "tiny" and given:
             raise ValueError(f"this small model does not accept {', '.join(given)}")
         rate = config.default_rate
@@ -76,6 +76,18 @@ def check_choices(
             schedule.check_name(chosen)
         if decode is not None:
             config.chosen_realism(rate, decode.realism)
+
+
+def _large_flags(arguments: argparse.Namespace) -> list[str]:
+    flags = ("dtype", *_SWITCHES)
+    return [f"--{flag}" for flag in flags if getattr(arguments, flag.replace("-", "_"))]
+
+
+def chosen_flags(arguments: argparse.Namespace) -> list[str]:
+    """Return the flags of ``add_model`` that differ from their defaults."""
+    defaults = {"model": DEFAULT_MODEL, "device": "cpu"}
+    given = [f"--{name}" for name, value in defaults.items() if getattr(arguments, name) != value]
+    return given + _large_flags(arguments)
 
 
 def open_codec(arguments: argparse.Namespace) -> Codec:

@@ -23,9 +23,9 @@ DEFAULT_MODEL = "tiny"
 
 
 def add_command(commands: Any, name: str, run: Any, help_: str) -> argparse.ArgumentParser:
-    """Add a command that calls ``run`` with its arguments."""
+    """Add a command that calls ``run`` with its arguments, among them its ``parser``."""
     added: argparse.ArgumentParser = commands.add_parser(name, help=help_, description=help_)
-    added.set_defaults(run=run)
+    added.set_defaults(run=run, parser=added)
     return added
 
 

@@ -201,11 +201,13 @@ class IntTransformer:
             options: further arguments of the class.
 
         Raises:
-            OSError: missing files.
-            ValueError: files that are not an entropy model of this version.
+            ValueError: a folder without an entropy model of this version.
             RuntimeError: the machine does not compute exactly.
         """
         folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise ValueError(f"{folder} is no entropy model: it has no {name}")
         try:
             content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:

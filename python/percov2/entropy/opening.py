@@ -14,7 +14,7 @@ def open_coder(folder: Path | str, device: str = "cpu") -> TokenCoder:
     """Open the entropy model in a folder for a device; other devices than the CPU need torch.
 
     Raises:
-        OSError, ValueError: as for ``IntTransformer.load``.
+        ValueError: as for ``IntTransformer.load``.
         RuntimeError: the device is missing or does not compute exactly.
 
     >>> from tempfile import TemporaryDirectory

@@ -180,7 +180,8 @@ def encode(
     >>> encode(np.zeros((2, 4, 256), np.int16), [[1, 2, 3, 4], [1, 2, 3, 4]])[0].hex()
     'c60102030440'
     """
-    encoder = SymbolEncoder(len(logits), prob_bits, threads)
+    bits = _bits(prob_bits, logits)
+    encoder = SymbolEncoder(len(logits), bits, threads)
     encoder.encode(logits, symbols)
     return encoder.finish(checks)
 
@@ -208,11 +209,12 @@ def decode(
 
 
 def _bits(prob_bits: int | None, logits: Logits) -> int:
-    if prob_bits is not None:
-        return prob_bits
-    if len(logits.shape) != 3:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be [B, n, V]")
-    return default_prob_bits(logits.shape[-1])
+    """Return the precision of logits [B, n, V]; ValueError if they are no such array or tensor."""
+    shape = getattr(logits, "shape", None)
+    if shape is None or len(shape) != 3:
+        found = f"a {type(logits).__name__}" if shape is None else f"of shape {tuple(shape)}"
+        raise ValueError(f"logits are {found}; they must be an array or a tensor [B, n, V]")
+    return default_prob_bits(shape[-1]) if prob_bits is None else prob_bits
 
 
 def _extended(checks: Sequence[int], symbols: NDArray[Any]) -> list[int]:

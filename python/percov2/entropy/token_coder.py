@@ -16,12 +16,20 @@ from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import as_array
 from percov2.entropy.staging import StagedDecoder, one_pass_residual
 
-__all__ = ["CodedGrids", "TokenCoder", "refuse_outsiders"]
+__all__ = ["CodedGrids", "TokenCoder", "grid_sides", "refuse_outsiders"]
 
 
 _LOGITS_AT_ONCE = 2**21
 """Logits per call of the model: they are coded while still in cache."""
 _TOKENS_AT_ONCE = 2**14
+
+
+def grid_sides(tokens: Any) -> tuple[int, int]:
+    """Return the sides (h, w) of token grids [B, h, w]; ValueError for another shape."""
+    shape = np.shape(tokens)
+    if len(shape) != 3:
+        raise ValueError(f"tokens have shape {tuple(shape)}; they must be [B, h, w]")
+    return int(shape[1]), int(shape[2])
 
 
 class CodedGrids:
@@ -128,7 +136,7 @@ class TokenCoder:
 
         Arguments and errors as for ``encode``.
         """
-        stages = schedule.stage_map(scheduled, *tokens.shape[1:])
+        stages = schedule.stage_map(scheduled, *grid_sides(tokens))
         starts, freqs = self.intervals(tokens, scheduled, threads)
         return CodedGrids(self, stages, starts, freqs)
 
@@ -150,8 +158,8 @@ class TokenCoder:
 
     def _passed(self, tokens: Any, scheduled: schedule.Schedule) -> tuple[Any, Any]:
         """Return the residual of all tokens after the pass, and the tokens, in coding order."""
+        stages = schedule.stage_map(scheduled, *grid_sides(tokens))
         tokens = as_array(tokens)
-        stages = schedule.stage_map(scheduled, *tokens.shape[1:])
         residual = one_pass_residual(self.model, tokens, stages)
         coding = schedule.order(stages)
         return residual, tokens.reshape(len(tokens), stages.size)[:, coding].astype(np.int32)

@@ -78,10 +78,14 @@ class TransformerConfig:
         """Build a config from ``to_dict``; ValueError for another kind, version or field."""
         fields = dict(content)
         kind, version = fields.pop("kind", None), fields.pop("version", None)
-        if kind != _KIND or version != _VERSION:
+        if kind != _KIND:
             raise ValueError(
-                f"the entropy model is {kind!r} version {version!r}; this percov2 reads {_KIND!r} "
-                f"version {_VERSION}"
+                f"config.json describes no entropy model: its kind is {kind!r}, not {_KIND!r}; the "
+                "entropy models of a model folder are in its folders RATE/entropy"
+            )
+        if version != _VERSION:
+            raise ValueError(
+                f"the entropy model has version {version!r}; this percov2 reads {_VERSION}"
             )
         try:
             return cls(**fields)

@@ -103,6 +103,8 @@ class ModelConfig:
             raise ValueError(f"{folder} is not a model folder: it has no config.json")
         try:
             values: Any = json.loads(path.read_text(encoding="utf-8"))
+            if "rates" not in values:
+                raise ValueError("it describes no percov2 model: it has no rates")
             rates = tuple(Rate(**r) for r in values.pop("rates"))
             config = cls(rates=rates, **values)
             config.check()
@@ -160,7 +162,7 @@ class ModelConfig:
             default = self._own(rate, "realism")
             return 1.0 if default is None else float(default)
         if self.realism is None:
-            raise ValueError(f"model {self.name} has no realism dial; leave realism out")
+            raise ValueError("this model has no realism dial; leave realism out")
         _check("realism", realism, 0.0, 1)
         return float(realism)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from percov2.entropy import rans, schedule, token_coder
 from percov2.entropy.staging import StagedDecoder, one_pass_residual
-from percov2.entropy.token_coder import refuse_outsiders
+from percov2.entropy.token_coder import grid_sides, refuse_outsiders
 from percov2.entropy.torch import cdf, rans_cuda, sampling
 from percov2.entropy.torch.coder_proof import prove_coder
 from percov2.entropy.torch.int_transformer import IntTransformer
@@ -138,7 +138,7 @@ class TokenCoder(token_coder.TokenCoder):
     ) -> token_coder.CodedGrids:
         if self.coder_name == "cpu":
             return super().code(tokens, scheduled, threads)
-        stages = schedule.stage_map(scheduled, *tokens.shape[1:])
+        stages = schedule.stage_map(scheduled, *grid_sides(tokens))
         residual, symbols = self._passed(tokens, scheduled)
         starts, freqs = self._intervals_on_device(residual, symbols)
         return CodedGrids(self, stages, starts, freqs, symbols)
@@ -157,9 +157,9 @@ class TokenCoder(token_coder.TokenCoder):
     def _passed(
         self, tokens: Any, scheduled: schedule.Schedule
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        stages = schedule.stage_map(scheduled, *grid_sides(tokens))
         if not isinstance(tokens, torch.Tensor):
             tokens = torch.from_numpy(np.array(tokens))
-        stages = schedule.stage_map(scheduled, *tokens.shape[1:])
         tokens = tokens.to(self.model.device, non_blocking=self.model.device.type != "cpu")
         # Before the pass, because copying pageable memory may wait for the stream.
         coding = torch.from_numpy(schedule.order(stages)).to(tokens.device, non_blocking=True)
