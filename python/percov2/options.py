@@ -60,7 +60,7 @@ Options = TypeVar("Options", "EncodeOptions", "DecodeOptions")
 
 
 def options_from(kind: type[Options], options: Options | None, changes: dict[str, Any]) -> Options:
-    """Return options with some fields replaced.
+    """Return ``options``, or the defaults if it is None, with some fields replaced.
 
     Raises:
         TypeError: options of another class, or an unknown field.
@@ -95,7 +95,7 @@ class EncodeOptions:
             nearest codes whose similarity is at most this below the nearest one's.
         effort: rounds of a search for better tokens, 0 to 1,000. Each takes about as long as
             decoding the picture three times; 16 bring most of the gain.
-        max_pixels: largest number of pixels of a picture, 1 to 2^32.
+        max_pixels: largest accepted number of pixels, 1 to 2^32.
 
     Raises:
         OptionError: a value of another type or outside its range, both stages and target_bytes, or
@@ -127,7 +127,7 @@ class EncodeOptions:
     )
     slack: float = _option(
         0.0,
-        "largest loss of cosine similarity for a likelier one of the 16 nearest codes (default: 0)",
+        "most cosine similarity to give up for a likelier one of the 16 nearest codes (default: 0)",
         0,
         2,
     )
@@ -140,7 +140,7 @@ class EncodeOptions:
     )
     max_pixels: int = _option(
         bitstream.MAX_PIXELS,
-        f"largest number of pixels of a picture (default: {bitstream.MAX_PIXELS})",
+        f"largest accepted number of pixels (default: {bitstream.MAX_PIXELS})",
         1,
         bitstream.MAX_SIDE**2,
     )
@@ -176,7 +176,7 @@ class DecodeOptions:
 
     realism: float | None = _option(
         None,
-        "setting of the realism dial, from 0 (faithful) to 1 (realistic) (default: the rate's)",
+        "realism of the picture: 0 = faithful, 1 = realistic (default: the rate's)",
         0,
         1,
     )

@@ -96,7 +96,7 @@ def run(plan: Plan, gpu: Gpu | None = None) -> Record:
 
 @dataclass(frozen=True)
 class Bench:
-    """State shared by all measurements of a run; ``threads`` are those of the CPU engine."""
+    """State shared by all measurements of a run; ``threads`` is the number of CPU threads."""
 
     gpu: Gpu
     plan: Plan

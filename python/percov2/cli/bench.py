@@ -27,8 +27,8 @@ def add_parser(commands: Any) -> None:
     help_ = f"comma-separated sections to run (default: {','.join(SECTIONS)})"
     parser.add_argument("--only", type=_sections, default=SECTIONS, metavar="SECTIONS", help=help_)
     help_ = (
-        "also time the coders that benchmarks/peers.sh installs, with their interpreter PYTHON "
-        f"(without a value: {PEERS}; default: time percov2 alone)"
+        "also time the coders installed by benchmarks/peers.sh; PYTHON is the interpreter of their "
+        f"environment ({PEERS} if omitted; default: time percov2 alone)"
     )
     parser.add_argument("--peers", type=Path, nargs="?", const=PEERS, metavar="PYTHON", help=help_)
     help_ = "folder for plots as PNG files; needs matplotlib (default: no plots)"
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--instruction-set", metavar="NAME", help=help_)
     help_ = "Measure the GPU kernels and compare their results with the CPU engine."
     parser = add_command(added, "gpu", bench_gpu, help_)
-    _add_outputs(parser, "repeat each measurement less often (default: for minutes)")
+    _add_outputs(parser, "repeat each measurement less often (default: measure for minutes)")
 
 
 def _add_outputs(parser: argparse.ArgumentParser, quick: str) -> None:

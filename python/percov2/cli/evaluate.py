@@ -49,16 +49,18 @@ def add_parser(commands: Any) -> None:
         one.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_)
         return one
 
-    one = command("kodak", evaluate_kodak, "Measure the photos of a folder and write a report.")
-    one.add_argument("folder", type=Path, metavar="DIR", help="folder of photos to measure")
+    one = command("kodak", evaluate_kodak, "Measure bytes and quality on the photos in a folder.")
+    one.add_argument("folder", type=Path, metavar="DIR", help="folder of test photos")
     help_ = "comma-separated codecs to compare at equal bytes: jpeg, webp, avif, jpeg2000, vvc"
     add_flag(one, "--baselines", help_, default="")
     add_options(one, EncodeOptions, "max_pixels")
     add_captioner(one)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
 
-    one = command("stages", evaluate_stages, "Measure quality and bytes per number of stages sent.")
-    help_ = "folder of photos, each sent with every number of stages"
+    one = command(
+        "stages", evaluate_stages, "Measure quality and bytes for each number of stages sent."
+    )
+    help_ = "folder of test photos"
     one.add_argument("folder", type=Path, metavar="DIR", help=help_)
     add_options(one, EncodeOptions, *_SWEPT)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated")

@@ -25,10 +25,10 @@ __all__ = [
 ]
 
 _SWITCHES = {
-    "offload": "keep each network on the device only while it runs (default: keep all there)",
+    "offload": "keep a network on the device only while it runs (default: keep all networks there)",
     "vae-tiling": "run the autoencoder in tiles to save memory (default: in one piece)",
     "compile": "compile the flow network, which slows the first picture (default: do not)",
-    "no-t5": "run sd3 without its largest text encoder (default: with it)",
+    "no-t5": "run sd3 without its largest text encoder (default: use it)",
 }
 """Flags of large models that take no value."""
 

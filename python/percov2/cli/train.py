@@ -24,7 +24,7 @@ _HELP = {
     "start_from": "start from a folder made by `train codec` (averaged weights) or a model "
     "folder (default: start from --autoencoder-run)",
     "codec_run": "folder made by `train codec` (required)",
-    "texts": ".txt files with a caption per line, or .tar shards with such members (required)",
+    "texts": ".txt files with one caption per line, or .tar shards of such files (required)",
     "model": "model folder that makes the tokens (required)",
     "rate": "rate of the model, e.g. r031 (default: the model's)",
     "views": "number of token maps per photo; all but the first are mirrored and shifted "
@@ -71,7 +71,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "captions": ("Train the model that codes captions.", ("config", "texts", "out", "minutes")),
     "sd3": (
-        "Train stage 1 on Stable Diffusion 3; accelerate launch may run this.",
+        "Train stage 1 on Stable Diffusion 3 (works with accelerate launch).",
         ("config", "recipe", "data", "out", "pictures", "minutes"),
     ),
     "sd3-export": (
@@ -79,7 +79,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
         ("config", "recipe", "codec_run", "out", "entropy"),
     ),
     "shard-tokens": (
-        "Make the token maps of shards for `train entropy`; accelerate launch may run this.",
+        "Make token maps of photo shards for `train entropy` (works with accelerate launch).",
         ("model", "data", "out", "rate", "longest"),
     ),
     "export": (

@@ -9,7 +9,10 @@ __all__ = ["VersionAction"]
 
 
 class VersionAction(argparse.Action):
-    """Flag that prints the version and exits. Only its use loads the compiled module."""
+    """Flag that prints the version and exits.
+
+    The compiled module is imported when the flag is used, not when the parser is built.
+    """
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from percov2 import __version__

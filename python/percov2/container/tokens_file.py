@@ -405,7 +405,11 @@ def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:
 def checked_tokens(
     grid: Tokens, size: tuple[int, int], token_side: int, codebook_size: int
 ) -> Tokens:
-    """Return a token map as int32; ValueError unless it fits the image's size and the codebook."""
+    """Return a token map as int32.
+
+    Raises:
+        ValueError: a map that does not fit the image's size or the codebook.
+    """
     array = np.asarray(grid)
     expected = token_grid(size, token_side)
     if array.dtype.kind not in "iu" or array.shape != expected:

@@ -59,7 +59,7 @@ def caption_effect(
     guidance: float | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure flow loss and LPIPS-VGG with right captions and with those of other crops.
+    """Measure flow loss and LPIPS-VGG with the right captions and with captions of other crops.
 
     The flow loss is the mean square error of the estimated clean latents, averaged over ``TIMES``.
     Both captions use the same noise. Other captions come from ``other_captions``, so crops of one
@@ -70,11 +70,13 @@ def caption_effect(
         captions: one non-empty caption per crop.
 
     Returns:
-        The settings and, for flow_loss and lpips_vgg: the means "right" and "shuffled", and the
-        mean "gain" of shuffled - right with its 95 % "interval" [low, high].
+        The settings, and one dict each under "flow_loss" and "lpips_vgg". Each dict has the means
+        "right" and "shuffled", their difference "gain" (shuffled - right), and the 95 % "interval"
+        [low, high] of the gain.
 
-    Raises ValueError if crops or captions do not match or the backbone is not "tiny", and
-    MetricWeightsMissing without the weights of LPIPS.
+    Raises:
+        ValueError: crops that do not match the captions, or a backbone other than "tiny".
+        MetricWeightsMissing: the weights of LPIPS are not installed.
     """
     model = codec.model
     if not isinstance(model, CodecModel):

@@ -28,8 +28,9 @@ _BATCH = 16
 
 
 def require_captioned(crops: NDArray[np.uint8], captions: Sequence[str]) -> None:
-    """Raise ValueError unless crops are uint8 [N, S, S, 3] and have a caption each."""
-    if crops.ndim != 4 or crops.dtype != np.uint8 or len(crops) != len(captions):
+    """Raise ValueError unless crops are uint8 [N, S, S, 3] with one caption per crop."""
+    square = crops.ndim == 4 and crops.shape[1] == crops.shape[2] and crops.shape[3] == 3
+    if not square or crops.dtype != np.uint8 or len(crops) != len(captions):
         raise ValueError(
             f"{len(captions)} captions for crops {crops.dtype} {crops.shape}; give uint8 "
             "[N, S, S, 3] and one caption each"

@@ -59,7 +59,7 @@ def is_held_out(line: str) -> bool:
 
 
 def read_lines(sources: Sequence[Path]) -> list[str]:
-    """Return the captions of ``.txt`` files (one per line) or ``.tar`` shards with such members.
+    """Return the captions of ``.txt`` files (one per line) or ``.tar`` shards of such files.
 
     Raises:
         ValueError: no captions, or a caption that no file can hold.

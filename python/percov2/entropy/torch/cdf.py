@@ -55,7 +55,8 @@ def round_logits(logits: torch.Tensor) -> torch.Tensor:
 def weights(logits: torch.Tensor, sharpness: int = 256) -> torch.Tensor:
     """Return weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
 
-    Each logit's distance to the largest is multiplied by sharpness / 256 >= 0 and rounded down.
+    The distance of each logit to the largest logit is multiplied by ``sharpness`` / 256 and rounded
+    down. ``sharpness`` must not be negative. ``percov2.entropy.cdf`` has the formula.
     Raises ValueError for another dtype or an empty last axis.
     """
     if logits.dtype != torch.int16:

@@ -100,7 +100,7 @@ def multiplier_and_shift(ratio: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear map with an integer form."""
+    """A linear layer that can be converted to integer weights."""
 
     @torch.no_grad()
     def integers(self, in_scale: float, out_scale: Tensor) -> dict[str, Tensor]:
