@@ -354,7 +354,10 @@ def test_command_writes_table_json_page_and_plots(
     [
         (("entropy", "--json", "absent/a.json"), "cannot write absent/a.json"),
         (("entropy", "--markdown", "."), "cannot write ."),
-        (("entropy", "--entropy-model", "absent"), "absent is no entropy model: it has no config.json"),
+        (
+            ("entropy", "--entropy-model", "absent"),
+            "absent is no entropy model: it has no config.json",
+        ),
         (("entropy", "--instruction-set", "mmx"), "mmx"),
         (("entropy", "--peers", "absent"), "no peers at absent; make them with: bash bench"),
         (("gpu", "--json", "absent/a.json"), "cannot write absent/a.json"),
