@@ -2,10 +2,10 @@
 
 With d = max(logits) - logit in 1/256 of an octave, the weight of a symbol is
 ``w = table[d & 255] >> (d >> 8)`` (22 bits; 0 from 22 octaves on). With prefix sums P, total S,
-M = 2^prob_bits and V symbols, ``start_i = floor(P_i * (M - V) / S) + i``: strictly increasing from
-0 to M, so every symbol has at least one slot and a single interval needs no table. All numbers are
-integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55. ``percov2.entropy.rans`` has the compiled form;
-``percov2.entropy.torch.cdf`` runs on any device.
+M = 2^prob_bits and V symbols, ``start_i = floor(P_i * (M - V) / S) + i``. The starts increase
+strictly from 0 to M, so every symbol has at least one slot, and one interval can be computed
+without a table. All numbers are integers, w < 2^22, S < 2^35 and P * (M - V) < 2^55.
+``percov2.entropy.rans`` has the compiled form; ``percov2.entropy.torch.cdf`` runs on any device.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def default_prob_bits(codebook_size: int) -> int:
 
 
 def check_precision(codebook_size: int, prob_bits: int) -> None:
-    """Raise ValueError unless 2 <= V <= 8192, 8 <= prob_bits <= 20 and 2^prob_bits >= 2 V."""
+    """Raise ValueError unless the codebook and the precision are valid together.
+
+    Valid are 2 <= codebook_size <= 8192, 8 <= prob_bits <= 20 and 2^prob_bits >= 2 * codebook_size.
+    """
     if not _MIN_PROB_BITS <= prob_bits <= _MAX_PROB_BITS:
         raise ValueError(f"prob_bits is {prob_bits}; it must be 8 to 20")
     if not MIN_CODEBOOK <= codebook_size <= MAX_CODEBOOK:
@@ -94,12 +97,15 @@ _WEIGHTS = np.array(WEIGHT_TABLE, dtype=np.int64)
 
 
 def weights(logits: NDArray[np.int16], sharpness: int = 256) -> NDArray[np.int64]:
-    """Return weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
+    """Return the weights of the symbols, int64 [..., V] in 0 .. 2^22 - 1.
 
-    Each logit's distance to the largest is multiplied by sharpness / 256 >= 0 and rounded down.
+    Args:
+        logits: int16 [..., V].
+        sharpness: not negative. The distance of each logit to the largest logit is multiplied by
+            ``sharpness`` / 256 and rounded down.
 
     Raises:
-        ValueError: another dtype or an empty last axis.
+        ValueError: the logits have another dtype or an empty last axis.
     """
     if logits.dtype != np.int16:
         raise ValueError(f"logits have dtype {logits.dtype}; they must be int16")

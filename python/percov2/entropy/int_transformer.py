@@ -86,7 +86,7 @@ def _check_range(name: str, tensor: NDArray[Any], low: int, high: int) -> None:
 
 
 def check_tensors(config: TransformerConfig, tensors: dict[str, NDArray[Any]]) -> None:
-    """Raise ValueError unless the tensors are those of ``config`` and keep every sum in range."""
+    """Raise ValueError unless the tensors match ``config`` and keep every sum in range."""
     layout = tensor_layout(config)
     if tensors.keys() != layout.keys():
         odd = sorted(tensors.keys() ^ layout.keys())
@@ -120,20 +120,26 @@ def check_tensors(config: TransformerConfig, tensors: dict[str, NDArray[Any]]) -
 
 
 TRIAL = TransformerConfig(codebook_size=40, dim=48, heads=2, layers=1, hidden=1040)
-"""Sizes of the model that proves an executor, with the random tensors of seed 0."""
+"""Sizes of the model that proves an executor. Its tensors are ``random_tensors(TRIAL, 0)``."""
 _TRIAL_LOGITS = "1cd29e267127fb21bc7c8ca31c341208c44f94f57b279724f9f441f7c718a81d"
 """SHA-256 of the trial's logits, int16 little-endian, computed by ``percov2.entropy.torch``."""
 
 
 def trial(images: int = 1) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return tokens [images, 5, 20] below 40 and stages [5, 20] that prove an executor."""
+    """Return the input that proves an executor.
+
+    The tokens [images, 5, 20] are below 40, and the stages are [5, 20].
+    """
     stages = np.arange(100, dtype=np.int32).reshape(5, 20) * 7 % 5 + 1
     return (stages * 31 + np.arange(images, dtype=np.int32)[:, None, None]) % 40, stages
 
 
 @cache
 def prove_compiled(instruction_set: str) -> None:
-    """Raise RuntimeError unless the compiled program gives the known logits of a trial."""
+    """Raise RuntimeError unless the compiled program gives the known logits of the trial.
+
+    ``instruction_set`` is the one in use. Each instruction set is tried only once.
+    """
     tokens, stages = trial()
     program = _compiled(TRIAL, random_tensors(TRIAL, 0))
     logits = program.logits(program.encode(stages, tokens, 1), 1)
@@ -155,11 +161,11 @@ class IntTransformer:
     """An integer token transformer that the compiled program runs on the CPU.
 
     Args:
-        config: its sizes.
-        tensors: arrays or tensors, as ``tensor_layout(config)`` lists them.
+        config: sizes of the model.
+        tensors: the arrays or tensors that ``tensor_layout(config)`` lists, by name.
 
     Raises:
-        ValueError: tensors that do not match the config or the ranges of the program.
+        ValueError: the tensors do not match the config or exceed the ranges of the program.
         RuntimeError: this machine does not compute exactly.
 
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
@@ -181,7 +187,7 @@ class IntTransformer:
         self._program = _compiled(self.config, self.tensors)
 
     def fingerprint(self) -> bytes:
-        """Return SHA-256 over the canonical bytes of config and tensors."""
+        """Return the SHA-256 of the canonical bytes of the config and the tensors."""
         return tensor_file.fingerprint(self.config.to_dict(), self.tensors)
 
     def save(self, folder: Path | str) -> None:
@@ -198,10 +204,10 @@ class IntTransformer:
 
         Args:
             folder: the model's folder.
-            options: further arguments of the class.
+            options: further arguments for the constructor of the class.
 
         Raises:
-            ValueError: a folder without an entropy model of this version.
+            ValueError: the folder holds no entropy model of this version.
             RuntimeError: the machine does not compute exactly.
         """
         folder = Path(folder)
@@ -219,7 +225,7 @@ class IntTransformer:
 
     @classmethod
     def random(cls, config: TransformerConfig, seed: int, **options: Any) -> Self:
-        """Return a model of seeded random integers whose activations fill their ranges."""
+        """Return a model of random integers from a seed, whose activations fill their ranges."""
         return cls(config, random_tensors(config, seed), **options)
 
     # Passes --------------------------------------------------------------------------------------
@@ -237,14 +243,14 @@ class IntTransformer:
         return _Staged(rans.StagedPass(self._program, np.ascontiguousarray(stages), batch))
 
     def logits(self, residual: Any) -> Any:
-        """Return base-2 logits int16 [B, n, V] of a residual int32 [B, n, dim]."""
+        """Return the base-2 logits, int16 [B, n, V], of a residual, int32 [B, n, dim]."""
         return self._program.logits(np.ascontiguousarray(residual), rans.default_threads())
 
     def place(self, tokens: Any) -> Any:
-        """Return tokens as the passes read them: int32, contiguous.
+        """Return the tokens as a contiguous int32 array, which the passes read.
 
         Raises:
-            ValueError: tokens outside the codebook, or no integers.
+            ValueError: the tokens are not int32 or int64, or one lies outside the codebook.
         """
         array = rans.as_array(tokens)
         if array.dtype not in (np.int32, np.int64):
@@ -258,7 +264,7 @@ class IntTransformer:
 
 
 class _Staged:
-    """The passes of decoding: ``residual`` of the next stage, then ``accept`` its tokens."""
+    """The passes of decoding. Per stage, call ``residual``, then ``accept`` with the tokens."""
 
     def __init__(self, native: rans.StagedPass) -> None:
         self._native = native
@@ -271,8 +277,8 @@ class _Staged:
 
 
 def random_tensors(config: TransformerConfig, seed: int) -> dict[str, NDArray[Any]]:
-    """Return seeded random integers for ``tensor_layout(config)``, the same on every machine."""
-    # Activations of ~60 times weights of ~73 give sums of ~60 * 73 * sqrt(K), which shifts scale.
+    """Return random integers for ``tensor_layout(config)``: one seed, the same on every machine."""
+    # Activations of ~60 times weights of ~73 give sums of ~60 * 73 * sqrt(K). Shifts scale them.
     shifts = {"q": 13, "kv": 13, "up": 13, "out": 8, "down": 8, "head": 11, "attention": 10}
     ranges = {
         "embedding": (-9000, 9000),

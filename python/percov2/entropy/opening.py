@@ -11,7 +11,7 @@ __all__ = ["open_coder"]
 
 
 def open_coder(folder: Path | str, device: str = "cpu") -> TokenCoder:
-    """Open the entropy model in a folder for a device; other devices than the CPU need torch.
+    """Open the entropy model of a folder on a device. Devices other than the CPU need torch.
 
     Raises:
         ValueError: as for ``IntTransformer.load``.

@@ -51,7 +51,7 @@ SCORE_SHIFT_MIN, SCORE_SHIFT_MAX = 5, 12
 MAX_SCORE_BIAS = 2047
 """Largest magnitude of an entry of the relative-position table."""
 HIDDEN_SCORE = -(2**20)
-"""Added to the score of a key that a query must not see: its weight is 0."""
+"""This is added to the score of a key that a query must not see, so that its weight is 0."""
 MAX_GAIN_BITS = 5
 WEIGHT_AMPLITUDE = 126.61
 WEIGHT_TABLE: tuple[int, ...] = (
@@ -65,4 +65,4 @@ WEIGHT_TABLE: tuple[int, ...] = (
     *(2, 2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1),
     *(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1),
 )
-"""Softmax weight of a score d sixteenths of an octave below the maximum; 0 from d = 128 on."""
+"""Softmax weight of a score d sixteenths of an octave below the maximum; it is 0 for d >= 128."""

@@ -1,9 +1,9 @@
 """Batches of rANS streams: arrays in, one buffer and its offsets out.
 
-Every stream is a stack: the symbol pushed last is decoded first. Its first state is a 16-bit check;
-after the last symbol a decoder must hold that check and no byte. States are below 2^31, and bytes
-refill them below 2^23. Streams are independent, so ``threads`` never changes a byte. Only this
-module imports the compiled code.
+Every stream is a stack: the symbol pushed last is decoded first. A stream's first state is a 16-bit
+check. After the last symbol, a decoder's state must equal that check, with no byte left. States are
+below 2^31, and a decoder refills a state below 2^23 with bytes. Streams are independent, so the
+number of threads never changes a byte. Only this module imports the compiled code.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ cuda_decode = _native.cuda_decode
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Return the kernels' instruction sets here: "scalar" and "avx2", "avx512" or "neon".
+    """Return the instruction sets that the compiled kernels can use on this machine.
 
-    All give the same integers.
+    These are "scalar" and any of "avx2", "avx512" and "neon". All give the same integers.
     """
     return _native.instruction_sets()
 
 
 def instruction_set() -> str:
-    """Return the instruction set in use; by default the best one available."""
+    """Return the instruction set in use. The default is the best one available."""
     return _native.instruction_set()
 
 
@@ -89,7 +89,8 @@ def use_instruction_set(name: str) -> None:
 def default_threads() -> int:
     """Return the number of threads for passes of the entropy model.
 
-    That is torch's number if torch is loaded, else OMP_NUM_THREADS or the cores of this process.
+    If torch is loaded, this is its number of threads. Otherwise it is OMP_NUM_THREADS or, if that
+    is not set, the number of cores that this process may use.
     """
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):
@@ -100,7 +101,11 @@ def default_threads() -> int:
 
 
 def cuda_state() -> str:
-    """Return a text for reports: "not built", "built, no device", or "built" and the devices."""
+    """Return the state of the CUDA coder for reports.
+
+    The text is "not built", "built, no device", or "built, " followed by the devices or by the
+    driver's error.
+    """
     if not cuda_built():
         return "not built"
     try:
@@ -112,8 +117,8 @@ def cuda_state() -> str:
 Logits: TypeAlias = "NDArray[np.int16] | NDArray[np.float32] | torch.Tensor"
 """int16 base-2 logits in 1/256 of an octave, or natural-log float32 or bfloat16 logits.
 
-``percov2.entropy.torch.cdf.round_logits`` rounds floats. Both sides of a stream must see the same
-bits, which float models rarely give twice. The models of percov2 give int16.
+``percov2.entropy.torch.cdf.round_logits`` rounds floats to int16. The encoder and the decoder must
+use the same bits, and float models rarely give the same bits twice. percov2's models give int16.
 """
 
 ArrayLike: TypeAlias = "NDArray[Any] | torch.Tensor | Sequence[int]"
@@ -126,19 +131,19 @@ def _is_tensor(value: Any) -> bool:
 
 
 def as_array(value: Any) -> NDArray[Any]:
-    """Return an array, or a tensor on any device, as a contiguous array."""
+    """Return an array or a tensor on any device as a contiguous numpy array."""
     if _is_tensor(value):
         value = value.detach().cpu().numpy()
     return np.ascontiguousarray(value)
 
 
 def _returned(array: NDArray[Any], like: Any) -> Any:
-    """Return an array as a tensor on the device of ``like`` if that is a tensor."""
+    """Return the array, or a tensor on the device of ``like`` if ``like`` is a tensor."""
     return sys.modules["torch"].from_numpy(array).to(like.device) if _is_tensor(like) else array
 
 
 def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
-    """Return integers as a contiguous array of ``dtype``; ValueError if one does not fit."""
+    """Return integers as a contiguous array of ``dtype``. Raise ValueError if one does not fit."""
     if _is_tensor(values):
         values = values.detach().cpu().numpy()
     array = np.asarray(values)
@@ -166,7 +171,7 @@ def _borrowed(values: Any, name: str) -> Any:
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:
-    """Return the array C-contiguous and aligned; a file mapped from an odd offset is not."""
+    """Return the array C-contiguous and aligned; a file mapped from an odd offset is unaligned."""
     return np.require(array, requirements=("C", "A", "E"))
 
 
@@ -184,11 +189,20 @@ def intervals(
     prob_bits: int,
     threads: int = 1,
 ) -> tuple[Any, Any]:
-    """Return the intervals of symbols: logits [..., V], symbols int32 [...] -> starts, freqs [...].
+    """Return the intervals of symbols.
 
-    Symbols lie in 0 .. V - 1; starts and freqs are int32, arrays or tensors as the logits are.
-    Raises ValueError for wrong shapes, dtypes, symbols or precision, and for float logits with NaN,
-    +inf or nothing finite.
+    Args:
+        logits: [..., V].
+        symbols: int32 [...] in 0 .. V - 1.
+        prob_bits: precision of the intervals, 8 to 20.
+        threads: number of threads.
+
+    Returns:
+        (starts, freqs), int32 [...]: tensors if the logits are a tensor, otherwise arrays.
+
+    Raises:
+        ValueError: a wrong shape, dtype, symbol or precision, or a row of float logits with NaN,
+            with +inf or without a finite value.
     """
     rows, dtype = _borrowed_logits(logits)
     chosen = _integers(symbols, np.int32, "symbols")
@@ -204,10 +218,13 @@ def intervals(
 
 
 def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> Any:
-    """Return interval bounds: logits [..., V] -> int32 [..., V + 1], an array or tensor as they.
+    """Return the interval bounds of all symbols: logits [..., V] -> int32 [..., V + 1].
 
-    Raises ValueError for a wrong dtype, codebook size or precision, and for float logits with NaN,
-    +inf or nothing finite.
+    The result is a tensor if the logits are a tensor, otherwise an array.
+
+    Raises:
+        ValueError: a wrong dtype, codebook size or precision, or a row of float logits with NaN,
+            with +inf or without a finite value.
     """
     rows, dtype = _borrowed_logits(logits)
     lead = tuple(rows.shape[:-1])
@@ -217,9 +234,13 @@ def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> Any:
 
 
 class RansEncoder:
-    """B stacks that become B byte strings; concurrent calls of several threads take turns.
+    """B stacks that become B byte strings. Concurrent calls from several threads take turns.
 
-    checks: uint16 [B], the initial state of each stream. Raises ValueError if one exceeds 65535.
+    Args:
+        checks: uint16 [B], the initial state of each stream.
+
+    Raises:
+        ValueError: a check exceeds 65535.
 
     >>> encoder = RansEncoder(checks=[0xBEEF])
     >>> encoder.encode(starts=[12, 20], freqs=[4, 4], counts=[2], prob_bits=8)
@@ -233,10 +254,15 @@ class RansEncoder:
 
     @classmethod
     def resumed(cls, buffer: ArrayLike, offsets: ArrayLike, quiet: ArrayLike) -> RansEncoder:
-        """Return an encoder that continues finished streams, from this class or from a GPU.
+        """Return an encoder that continues finished streams of this class or of a GPU.
 
-        buffer: uint8 [n]; offsets: int64 [B + 1]; quiet: int64 [B], their symbols_before_output.
-        Raises ValueError for streams that no encoder writes.
+        Args:
+            buffer: uint8 [n], the streams one after another.
+            offsets: int64 [B + 1].
+            quiet: int64 [B], the ``symbols_before_output`` of the finished streams.
+
+        Raises:
+            ValueError: no encoder writes such streams.
 
         >>> first = RansEncoder([0xBEEF])
         >>> first.encode(starts=[20], freqs=[4], counts=[1], prob_bits=8)
@@ -261,11 +287,17 @@ class RansEncoder:
         prob_bits: int,
         threads: int = 1,
     ) -> None:
-        """Push counts[b] symbols on stream b, the last one first.
+        """Push counts[b] symbols onto stream b, the last symbol first.
 
-        starts, freqs: int32 flat [sum(counts)], stream after stream in decoding order, with
-        freq >= 1 and start + freq <= 2^prob_bits. counts: int64 [B]. prob_bits: 8 to 20, and may
-        change between calls. Pushes nothing if it raises ValueError.
+        Args:
+            starts: int32 [sum(counts)], stream after stream in decoding order.
+            freqs: int32 [sum(counts)], with freq >= 1 and start + freq <= 2^prob_bits.
+            counts: int64 [B].
+            prob_bits: 8 to 20. It may change between calls.
+            threads: number of threads.
+
+        Raises:
+            ValueError: an argument is invalid. Nothing has been pushed then.
         """
         self._native.push(
             _integers(starts, np.int32, "starts"),
@@ -277,16 +309,16 @@ class RansEncoder:
 
     @property
     def symbols_before_output(self) -> NDArray[np.int64]:
-        """Return the symbols pushed before the first byte left each stream, int64 [B].
+        """Return the number of symbols that each stream held before its first byte, int64 [B].
 
-        Their states are below 2^23: a decoder reads them from an exhausted stream.
+        The states of these symbols are below 2^23: a decoder reads them from an exhausted stream.
         """
         return self._native.symbols_before_output()
 
     def finish(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Return the streams one after another, uint8 [sum of lengths], and offsets, int64 [B + 1].
 
-        The stacks do not change: push more and finish again.
+        The stacks do not change, so you may push more symbols and call ``finish`` again.
         """
         return self._native.finish()
 
@@ -294,9 +326,15 @@ class RansEncoder:
 class RansDecoder:
     """A reader of B streams.
 
-    buffer: bytes or uint8 [n]. offsets: int64 [B + 1], not decreasing, within the buffer. states
-    and positions resume streams; give both or neither: uint32 [B] below 2^31, and int64 [B], the
-    next byte counted from the stream's beginning. Raises ValueError for anything else.
+    Args:
+        buffer: bytes or uint8 [n].
+        offsets: int64 [B + 1], not decreasing, within the buffer.
+        states: uint32 [B] below 2^31, to resume streams. None reads from the beginning.
+        positions: int64 [B], the next byte of each stream, counted from the stream's beginning.
+            Give both ``states`` and ``positions``, or neither.
+
+    Raises:
+        ValueError: an argument is invalid.
 
     >>> decoder = RansDecoder(bytes.fromhex("0beec50f"), offsets=[0, 4])
     >>> decoder.decode(np.zeros((1, 2, 64), np.int16), prob_bits=8)  # uniform: 4 slots each
@@ -336,11 +374,21 @@ class RansDecoder:
         streams: ArrayLike | None = None,
         threads: int = 1,
     ) -> Any:
-        """Decode n symbols per row: logits [B, n, V] -> int32 [B, n], an array or tensor as they.
+        """Decode n symbols per row: logits [B, n, V] -> int32 [B, n].
 
-        streams: int64 [B], the stream of each row, no stream twice; all of them if None.
-        Reading past the end returns symbols and no error; ``finished`` tells. Raises ValueError,
-        and decodes nothing, for wrong shapes, dtypes, streams, precision or float logits.
+        The result is a tensor if the logits are a tensor, otherwise an array. Reading past the end
+        of a stream returns symbols without an error; ``finished`` detects it.
+
+        Args:
+            logits: [B, n, V].
+            prob_bits: precision of the intervals, 8 to 20.
+            streams: int64 [B], the stream of each row, each stream at most once. None means all
+                streams in order.
+            threads: number of threads.
+
+        Raises:
+            ValueError: a wrong shape, dtype, stream or precision, or wrong float logits. Nothing
+                has been decoded then.
         """
         rows, dtype = _borrowed_logits(logits)
         chosen = self._streams(streams)
@@ -354,9 +402,10 @@ class RansDecoder:
         streams: ArrayLike | None = None,
         threads: int = 1,
     ) -> Any:
-        """Decode n symbols per row by tables: int32 [B, n, V + 1] -> int32 [B, n].
+        """Decode n symbols per row with tables of bounds: int32 [B, n, V + 1] -> int32 [B, n].
 
-        Every table must increase strictly from 0 to 2^prob_bits. See also ``decode``.
+        Every table must increase strictly from 0 to 2^prob_bits. The other arguments and the errors
+        are those of ``decode``.
         """
         tables = _borrowed(cdf, "cdf")
         symbols = self._native.decode_cdf(tables, self._streams(streams), prob_bits, threads)
@@ -364,12 +413,12 @@ class RansDecoder:
 
     @property
     def states(self) -> NDArray[np.uint32]:
-        """Return the refilled states, uint32 [B]."""
+        """Return the state of each stream after its last refill, uint32 [B]."""
         return self._native.states()
 
     @property
     def positions(self) -> NDArray[np.int64]:
-        """Return the next byte of each stream, counted from its beginning, int64 [B]."""
+        """Return the next byte of each stream, counted from the stream's beginning, int64 [B]."""
         return self._native.positions()
 
     @property
@@ -380,7 +429,7 @@ class RansDecoder:
     def finished(self, checks: ArrayLike) -> NDArray[np.bool_]:
         """Return True where the state equals the check (uint16 [B]) and no byte is left, bool [B].
 
-        A stream read from its beginning must not start with a zero byte either: an encoder never
-        writes one, and each file has one form only.
+        A stream that was read from its beginning must not start with a zero byte either. No encoder
+        writes one, and each file must have only one valid form.
         """
         return self._native.finished(_integers(checks, np.uint32, "checks"))

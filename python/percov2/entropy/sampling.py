@@ -1,7 +1,7 @@
 """Draws of the tokens that a file does not hold, the same on every machine.
 
 In the paper's hybrid mode (arXiv 2503.09368, section 3.3) a file holds the first stages and the
-decoder draws the others. Everything is an integer. A place's random number depends only on the seed
+decoder draws the others. All numbers are integers. A place's random number depends only on the seed
 and the place: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011)
 is a function of a key and a counter. docs/reference/entropy-model.md, section 6, is normative.
 """
@@ -36,9 +36,9 @@ def philox(key: int, counter: NDArray[np.int64]) -> NDArray[np.uint32]:
     """Return the Philox-4x32-10 words of 64-bit counters, uint32 [n, 4].
 
     Args:
-        key: 0 to 2^64 - 1; its low half is the first key word.
-        counter: int64 [n], not negative; its low half is the first counter word, the last two
-            words are 0.
+        key: 0 to 2^64 - 1. The low half of the key is the first key word.
+        counter: int64 [n], not negative. The low half of a counter is the first counter word; the
+            last two counter words are 0.
 
     Raises:
         ValueError: a key or counter out of range.
@@ -81,11 +81,11 @@ def check_draw(shape: tuple[int, ...], places: NDArray[np.int64], seed: int) -> 
 
 
 def draw(logits: NDArray[np.int16], places: NDArray[np.int64], seed: int) -> NDArray[np.int32]:
-    """Draw tokens from logits sharpened by ``SHARPNESS``; unlikely ones are never drawn.
+    """Draw tokens from logits sharpened by ``SHARPNESS``. Unlikely tokens are never drawn.
 
     Args:
         logits: int16 [B, n, V], to base 2 with 8 fractional bits.
-        places: int64 [n], raster indices of the n positions; all grids of a batch share the random
+        places: int64 [n], raster indices of the n positions. All grids of a batch share the random
             numbers.
         seed: 0 to ``MAX_SEED``.
 
@@ -93,7 +93,7 @@ def draw(logits: NDArray[np.int16], places: NDArray[np.int64], seed: int) -> NDA
         int32 [B, n] in 0 .. V - 1.
 
     Raises:
-        ValueError: a seed, shape or dtype out of range.
+        ValueError: a wrong seed, shape or dtype.
 
     >>> draw(np.zeros((1, 4, 8), np.int16), np.arange(4), seed=0)
     array([[3, 7, 0, 6]], dtype=int32)

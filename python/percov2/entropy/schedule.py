@@ -1,13 +1,13 @@
 """Entropy schedules: the stage of every token position.
 
 A schedule splits the ``height * width`` token positions of an image into stages 1..S; stage s is
-coded given all earlier stages. Schedules are part of the file format. docs/reference/schedules.md
-is the normative definition, every number here is an integer, and golden hashes in the tests freeze
-the result for all machines.
+coded given all earlier stages. Schedules are part of the file format, and
+docs/reference/schedules.md is their normative definition. All results are integers, and golden
+hashes in the tests freeze them for all machines.
 
 PerCoV2 (arXiv 2503.09368, Table 1) compares checkerboard, quincunx, QLDS and implicit hierarchical
 VAR. QLDS is a quantized low-discrepancy sequence: the R2 sequence of M. Roberts with power-law
-group sizes. Grids that are not squares of a power of two follow rules of this package.
+group sizes. For grids whose sides are not one power of two, this package defines its own rules.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ SCHEDULES: tuple[str, ...] = (
     "qlds8",
     "qlds5",
 )
-"""Schedule names; the position in this tuple is the index stored in a file."""
+"""Schedule names. A file stores a schedule as its index in this tuple."""
 
 DEFAULT_SCHEDULE = "qlds12"
 
 MAX_POSITIONS = 2**24
-"""Most token positions of a grid (a 65,536 x 65,536 image at 16 pixels per token)."""
+"""Largest number of token positions of a grid (a 65,536 x 65,536 image at 16 pixels per token)."""
 
 # The R2 sequence starts at 1/2 and advances by 1/g and 1/g^2, g = 1.32471795724474602596 (the
 # plastic number). Wrapping 32-bit counters of fractions give every machine the same walk.
@@ -68,7 +68,7 @@ Schedule = str | np.ndarray
 
 
 def check_name(name: str) -> None:
-    """Raise ValueError, naming the schedules that exist, unless there is one of that name."""
+    """Raise ValueError unless a schedule has that name. The message lists all schedules."""
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
 
@@ -83,11 +83,12 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
         width: columns of the grid, in tokens, >= 1.
 
     Returns:
-        int32 [height, width], read-only, values 1..S; every one of the S stages has at least one
+        int32 [height, width], read-only, with values 1..S. Each of the S stages has at least one
         position.
 
     Raises:
-        ValueError: unknown name, or a grid without positions or with more than ``MAX_POSITIONS``.
+        ValueError: an unknown name, or a grid without positions or with more than
+            ``MAX_POSITIONS``.
 
     >>> stages("quincunx", 3, 5)
     array([[1, 5, 3, 5, 1],
@@ -119,9 +120,9 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
 
 
 def stage_map(schedule: Schedule, height: int, width: int) -> np.ndarray:
-    """Return the stage map of a name, or the given stage map.
+    """Return the stage map of a schedule's name, or the given stage map itself.
 
-    Raises ValueError as ``stages`` does, and for a stage map of another shape.
+    Raises ValueError as ``stages`` does, or if the given stage map has another shape.
     """
     if isinstance(schedule, str):
         return stages(schedule, height, width)
@@ -136,7 +137,7 @@ def stage_count(name: str, height: int, width: int) -> int:
 
 
 def order(stage_map: np.ndarray) -> np.ndarray:
-    """Return the positions of a grid in coding order: by stage, raster order inside a stage.
+    """Return the positions of a grid in coding order: by stage, and in raster order in each stage.
 
     Args:
         stage_map: integer [height, width], as ``stages`` returns it.
@@ -196,7 +197,8 @@ def nested_grids(height: int, width: int, sides: Iterable[int]) -> np.ndarray:
 def qlds(height: int, width: int, stage_count: int, power: Fraction = _QLDS_POWER) -> np.ndarray:
     """Return the QLDS stages, int32 [height, width]: the R2 walk, cut into groups by a power law.
 
-    Group i of S = ``stage_count`` (>= 1) ends at round(N * (i / S)^power).
+    With N positions and S = ``stage_count`` stages, group i ends at round(N * (i / S)^power). S
+    must be at least 1.
     """
     positions = height * width
     walk = _qlds_walk(height, width)

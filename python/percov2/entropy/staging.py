@@ -21,7 +21,7 @@ _MAX_SIDE = 16384
 
 
 def _check_stages(stages: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Return the stage map as int32 [h, w]; ValueError unless it holds 1 .. S without gaps."""
+    """Return the stage map as int32 [h, w]. Raise ValueError unless it has 1 .. S without gaps."""
     stages = np.asarray(stages)
     if stages.ndim != 2 or stages.size == 0 or max(stages.shape) > _MAX_SIDE:
         raise ValueError(
@@ -39,12 +39,13 @@ def one_pass_residual(model: IntTransformer, tokens: Any, stages: NDArray[np.int
     ``model.logits`` turns any part of it into logits.
 
     Args:
-        model: runs the pass; arrays or tensors are of its kind.
-        tokens: int32 [B, h, w]. A GPU clamps them to the codebook; checking them would wait.
+        model: the model that runs the pass.
+        tokens: int32 [B, h, w], an array or a tensor as the model expects. A GPU clamps them to the
+            codebook, because a check would wait for the GPU.
         stages: int32 [h, w] with values 1 .. S.
 
     Returns:
-        int32 [B, h * w, dim].
+        int32 [B, h * w, dim], an array or a tensor as the model returns it.
 
     Raises:
         ValueError: wrong tokens or stages.
@@ -60,9 +61,9 @@ def one_pass_residual(model: IntTransformer, tokens: Any, stages: NDArray[np.int
 
 
 def one_pass_logits(model: IntTransformer, tokens: Any, stages: NDArray[np.int32]) -> Any:
-    """Return logits of every token given all earlier stages: int16 [B, h * w, V], in coding order.
+    """Return the logits of every token given all earlier stages, int16 [B, h * w, V].
 
-    Arguments and errors as for ``one_pass_residual``.
+    They are in coding order. The arguments and errors are those of ``one_pass_residual``.
     """
     return model.logits(one_pass_residual(model, tokens, stages))
 
@@ -70,12 +71,13 @@ def one_pass_logits(model: IntTransformer, tokens: Any, stages: NDArray[np.int32
 class StagedDecoder:
     """The stages of token grids during decoding.
 
-    While ``remaining`` is not 0, call ``logits()`` of the next stage, then ``accept`` its tokens.
+    While ``remaining`` is not 0, call ``logits()`` for the next stage, then ``accept`` with its
+    tokens.
 
     Args:
-        model: runs the passes; arrays or tensors are of its kind.
-        stages: int32 [h, w], values 1 .. S.
-        batch: number of grids decoded together, >= 1.
+        model: the model that runs the passes. It decides whether results are arrays or tensors.
+        stages: int32 [h, w] with values 1 .. S.
+        batch: number of grids decoded together, at least 1.
 
     Raises:
         ValueError: wrong stages or batch.
@@ -107,7 +109,7 @@ class StagedDecoder:
         return int(self._ends[-1] - self._ends[self._known])
 
     def logits(self) -> Any:
-        """Return logits of the next stage: int16 [B, n, V], its positions in raster order.
+        """Return the logits of the next stage, int16 [B, n, V], with its positions in raster order.
 
         Raises:
             RuntimeError: no stage remains, or torch allows reduced precision.
@@ -122,11 +124,11 @@ class StagedDecoder:
         return self._staged.residual()
 
     def accept(self, tokens: Any) -> None:
-        """Take the tokens of the next stage: int32 [B, n].
+        """Take the tokens of the next stage, int32 [B, n].
 
         Raises:
-            ValueError: a wrong shape, dtype or token; a GPU clamps tokens instead.
-            RuntimeError: nobody asked for the logits of the stage.
+            ValueError: a wrong shape, dtype or token. (A GPU clamps wrong tokens instead.)
+            RuntimeError: neither ``logits`` nor ``residual`` was called for the stage.
         """
         count = int(self._ends[self._known + 1] - self._ends[self._known]) if self.remaining else 0
         if count == 0 or tuple(tokens.shape) != (self._batch, count):
@@ -140,5 +142,5 @@ class StagedDecoder:
         self._known, self._asked = self._known + 1, False
 
     def tokens(self) -> Any:
-        """Return the tokens decoded so far (0 elsewhere): int32 [B, h, w]."""
+        """Return the tokens decoded so far, int32 [B, h, w], with 0 at the other positions."""
         return self._staged.tokens()

@@ -1,10 +1,11 @@
-"""Byte strings from logits and back, for a model of your own: at once or step by step.
+"""Entropy coding with a model of your own: symbols to byte strings and back.
 
-B streams are coded side by side from logits [B, n, V], which may depend on all earlier symbols. A
-stream carries its symbols and a 16-bit check. The caller keeps its length and number of symbols.
+The symbols are coded at once or step by step. B streams are coded side by side from logits
+[B, n, V], which may depend on all earlier symbols. A stream holds its symbols and a 16-bit check,
+but not its length or its number of symbols: the caller must store these.
 
 The decoder needs *the same* logits. A float model rarely returns the same bits on another machine
-or in another batch, and one changed bit may change all that follows. The check then refuses the
+or in another batch, and one changed bit may change all later symbols. The check then refuses the
 stream. Integer logits of an exact model (``IntTransformer``, or a table) are the same everywhere.
 
 >>> import numpy as np
@@ -32,20 +33,22 @@ __all__ = ["SymbolDecoder", "SymbolEncoder", "decode", "encode"]
 
 
 _CHECK_START = 0xFFFF
-"""The check of an empty stream; symbols enter a CRC-16 (CCITT) as little-endian int32."""
+"""The check of an empty stream: a CRC-16 (CCITT) over the symbols as little-endian int32."""
 
 
 class SymbolEncoder:
-    """B streams whose symbols are put in reading order.
+    """An encoder of B streams that takes the symbols in reading order.
+
+    The last symbol is coded first, so the encoder keeps eight bytes per symbol until ``finish``.
 
     Args:
         batch: B, the number of streams.
-        prob_bits: precision of the intervals, 8 to 20; by default ``default_prob_bits(V)`` for V
-            symbols.
-        threads: number of threads; it never changes a byte.
+        prob_bits: precision of the intervals, 8 to 20. None means ``default_prob_bits(V)`` for
+            logits [B, n, V].
+        threads: number of threads. It never changes a byte.
 
-    Raises ValueError for a batch below 1. The last symbol is coded first, so ``encode`` keeps eight
-    bytes per symbol until ``finish``.
+    Raises:
+        ValueError: the batch is below 1.
 
     >>> import numpy as np
     >>> encoder = SymbolEncoder(batch=2)
@@ -69,7 +72,8 @@ class SymbolEncoder:
             logits: [B, n, V], as for ``rans.intervals``.
             symbols: integers [B, n] in 0 .. V - 1.
 
-        Raises ValueError, and appends nothing, for wrong shapes, dtypes, symbols or precision.
+        Raises:
+            ValueError: a wrong shape, dtype, symbol or precision. Nothing has been appended then.
         """
         chosen = as_array(symbols)
         if chosen.ndim != 2 or len(chosen) != self._batch:
@@ -83,12 +87,14 @@ class SymbolEncoder:
         self._checks = _extended(self._checks, chosen)
 
     def finish(self, checks: ArrayLike | None = None) -> list[bytes]:
-        """Return the streams so far, B byte strings; more symbols may follow.
+        """Return the streams so far as B byte strings. You may append more symbols afterwards.
 
         Args:
-            checks: uint16 [B] in place of the symbols' checks, to protect other data as well.
+            checks: uint16 [B], stored in place of the symbols' own checks. They can protect other
+                data as well. None stores the checks of the symbols.
 
-        Raises ValueError for wrong checks.
+        Raises:
+            ValueError: the checks are not B integers in 0 .. 65535.
         """
         encoder = RansEncoder(_one_each(self._checks if checks is None else checks, self._batch))
         # The last symbol goes onto the stack first; a push takes symbols of one precision.
@@ -110,8 +116,11 @@ class SymbolDecoder:
         streams: at least one byte string.
         prob_bits, threads: as for ``SymbolEncoder``.
 
-    Raises ValueError if there is no stream. Do not trust the symbols before ``finish``: ``decode``
-    reads wrong symbols from a damaged stream without an error.
+    Raises:
+        ValueError: there is no stream.
+
+    Do not trust the symbols before ``finish`` has returned: ``decode`` reads wrong symbols from a
+    damaged stream without an error.
 
     >>> import numpy as np
     >>> logits = np.zeros((1, 2, 8), np.int16)
@@ -134,9 +143,11 @@ class SymbolDecoder:
     def decode(self, logits: Logits) -> Any:
         """Return the next n symbols of each stream: logits [B, n, V] -> int32 [B, n].
 
-        They are an array or a tensor as the logits are. The logits must equal those of ``encode``
-        bit for bit; n may differ. Raises ValueError, and reads nothing, for wrong shapes, dtypes or
-        precision.
+        The result is a tensor if the logits are a tensor, otherwise an array. The logits must equal
+        those of ``encode`` bit for bit, but n may differ between the two.
+
+        Raises:
+            ValueError: a wrong shape, dtype or precision. Nothing has been read then.
         """
         symbols = self._decoder.decode(
             logits, _bits(self._prob_bits, logits), threads=self._threads
@@ -172,9 +183,9 @@ def encode(
     threads: int = 1,
     checks: ArrayLike | None = None,
 ) -> list[bytes]:
-    """Encode symbols whose logits are all known: [B, N, V] and [B, N] -> B byte strings.
+    """Encode symbols [B, N] whose logits [B, N, V] are all known as B byte strings.
 
-    Arguments and errors as for ``SymbolEncoder``, its ``encode`` and its ``finish``.
+    The arguments and errors are those of ``SymbolEncoder``, its ``encode`` and its ``finish``.
 
     >>> import numpy as np
     >>> encode(np.zeros((2, 4, 256), np.int16), [[1, 2, 3, 4], [1, 2, 3, 4]])[0].hex()
@@ -193,10 +204,10 @@ def decode(
     threads: int = 1,
     checks: ArrayLike | None = None,
 ) -> Any:
-    """Decode the streams of ``encode`` with the same logits [B, N, V]: int32 [B, N].
+    """Decode the streams of ``encode`` with the same logits [B, N, V]. Return int32 [B, N].
 
-    The symbols are an array or a tensor as the logits are. Raises ValueError for damaged streams;
-    arguments as for ``SymbolDecoder``.
+    The result is a tensor if the logits are a tensor, otherwise an array. The arguments are those
+    of ``SymbolDecoder``, its ``decode`` and its ``finish``. Raises ValueError for damaged streams.
 
     >>> import numpy as np
     >>> decode([bytes.fromhex("c60102030440")], np.zeros((1, 4, 256), np.int16))
@@ -209,7 +220,7 @@ def decode(
 
 
 def _bits(prob_bits: int | None, logits: Logits) -> int:
-    """Return the precision of logits [B, n, V]; ValueError if they are no such array or tensor."""
+    """Return the precision for logits [B, n, V]. Raise ValueError if they have another shape."""
     shape = getattr(logits, "shape", None)
     if shape is None or len(shape) != 3:
         found = f"a {type(logits).__name__}" if shape is None else f"of shape {tuple(shape)}"

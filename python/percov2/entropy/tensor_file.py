@@ -1,6 +1,6 @@
 """Read and write safetensors files of integer tensors, and fingerprint them.
 
-This module keeps the entropy engine dependent on numpy only. The format is an 8-byte little-endian
+With this module the entropy engine depends on numpy only. The format is an 8-byte little-endian
 header length, a JSON header {name: {dtype, shape, data_offsets}}, then the little-endian bytes
 (https://github.com/huggingface/safetensors, "Format"). Only the integer types of the entropy model
 are accepted, and every size is checked before anything is allocated.
@@ -32,7 +32,7 @@ def _little_endian_bytes(tensor: NDArray[Any]) -> bytes:
 
 
 def write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
-    """Write int8, int16 and int32 tensors as a safetensors file, names sorted.
+    """Write int8, int16 and int32 tensors to a safetensors file, sorted by name.
 
     Raises ValueError for another dtype.
     """

@@ -1,6 +1,6 @@
 """The coder of tokens: schedule, integer model, intervals and rANS.
 
-The intervals of all tokens come from one pass; decoding takes one pass per stage.
+Encoding takes one pass of the model for all tokens; decoding takes one pass per stage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TOKENS_AT_ONCE = 2**14
 
 
 def grid_sides(tokens: Any) -> tuple[int, int]:
-    """Return the sides (h, w) of token grids [B, h, w]; ValueError for another shape."""
+    """Return the sides (h, w) of token grids [B, h, w]. Raise ValueError for another shape."""
     shape = np.shape(tokens)
     if len(shape) != 3:
         raise ValueError(f"tokens have shape {tuple(shape)}; they must be [B, h, w]")
@@ -52,7 +52,10 @@ class CodedGrids:
         sent: int = 0,
         rows: Sequence[int] | None = None,
     ) -> rans.RansEncoder:
-        """Return streams of the grids ``rows`` (all if None); see ``TokenCoder.encode``."""
+        """Return streams of the grids at the indices ``rows``, or of all grids if it is None.
+
+        The other arguments are those of ``TokenCoder.encode``.
+        """
         if not 0 <= sent <= self.stage_count:
             raise ValueError(
                 f"{sent} stages of a schedule that has {self.stage_count} on this grid"
@@ -74,9 +77,9 @@ class CodedGrids:
 class TokenCoder:
     """A coder of token grids with one integer transformer on the CPU.
 
-    Tokens go in as arrays or tensors and come out as arrays. ``scheduled`` is a schedule's name, or
-    a stage map int32 [h, w] for orders that no file can name. ``percov2.entropy.torch.token_coder``
-    codes on GPUs; ``open_coder`` opens either.
+    The methods take tokens as arrays or tensors and return arrays. ``scheduled`` is the name of a
+    schedule, or a stage map int32 [h, w] for an order that no file can name.
+    ``percov2.entropy.torch.token_coder`` codes on GPUs; ``open_coder`` opens either coder.
 
     Args:
         model: the integer transformer.
@@ -115,26 +118,28 @@ class TokenCoder:
         threads: int = 1,
         sent: int = 0,
     ) -> rans.RansEncoder:
-        """Return streams of the tokens of each grid; the caller may push what precedes them.
+        """Return an encoder that holds the tokens of each grid as one stream.
+
+        The caller may push the symbols that a decoder shall read before the tokens.
 
         Args:
             tokens: int32 [B, h, w].
-            scheduled: the order.
+            scheduled: the order of the tokens.
             checks: uint16 [B], the initial states.
-            threads: threads of the coder; they never change a byte.
-            sent: write only the tokens of stages 1 .. sent; 0 for all.
+            threads: number of threads of the coder. It never changes a byte.
+            sent: last stage whose tokens are written; 0 writes all stages.
 
         Raises:
-            ValueError: tokens outside the codebook, wrong checks, stages or a schedule that does
-                not fit.
+            ValueError: tokens outside the codebook, wrong checks, a schedule that does not fit, or
+                a ``sent`` that the schedule does not have.
             RuntimeError: torch runs the pass and allows reduced precision.
         """
         return self.code(tokens, scheduled, threads).encode(checks, threads, sent)
 
     def code(self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1) -> CodedGrids:
-        """Run the pass over grids once, so that any number of stages can be written.
+        """Run the pass over the grids once, so that any number of stages can be written later.
 
-        Arguments and errors as for ``encode``.
+        The arguments and errors are those of ``encode``.
         """
         stages = schedule.stage_map(scheduled, *grid_sides(tokens))
         starts, freqs = self.intervals(tokens, scheduled, threads)
@@ -143,9 +148,10 @@ class TokenCoder:
     def intervals(
         self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1
     ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return intervals of every token at ``prob_bits``: (starts, freqs), int32 [B, h * w].
+        """Return the intervals of all tokens at ``prob_bits``: (starts, freqs), int32 [B, h * w].
 
-        They are in coding order (``schedule.order``). Arguments and errors as for ``encode``.
+        They are in coding order (``schedule.order``). The arguments and errors are those of
+        ``encode``.
         """
         residual, symbols = self._passed(tokens, scheduled)
         starts = np.empty(symbols.shape, dtype=np.int32)
@@ -184,7 +190,10 @@ class TokenCoder:
         states: NDArray[np.uint32] | None = None,
         positions: NDArray[np.int64] | None = None,
     ) -> Any:
-        """Return a decoder of streams for ``decode``; arguments as for ``rans.RansDecoder``."""
+        """Return a decoder of streams for ``decode``.
+
+        The arguments are those of ``rans.RansDecoder``.
+        """
         return rans.RansDecoder(buffer, offsets, states, positions)
 
     def decode(
@@ -198,20 +207,21 @@ class TokenCoder:
         sent: int = 0,
         seed: int = 0,
     ) -> Any:
-        """Decode the tokens of all streams of ``decoder``: int32 [B, height, width].
+        """Decode the tokens of all streams of ``decoder``. Return int32 [B, height, width].
 
         Args:
             decoder: made by the method ``decoder``.
-            scheduled: the order.
+            scheduled: the order of the tokens.
             height, width: sides of the grids, in tokens.
-            on_stage: called before each stage of the streams with the number of their remaining
-                tokens; its exceptions end the decoding.
-            threads: threads of the coder.
-            sent: stages above it are drawn from the model; 0 draws none.
+            on_stage: called before each stage that is read from the streams, with the number of
+                tokens per stream still to be read. An exception from it ends the decoding.
+            threads: number of threads of the coder.
+            sent: last stage that the streams hold. Later stages are drawn from the model; 0 means
+                that the streams hold all stages.
             seed: seed of the draws (``sampling.draw``).
 
         Raises:
-            ValueError: a schedule, stages or seed that do not match, or a grid that is too large.
+            ValueError: a wrong schedule, ``sent`` or seed, or a grid that is too large.
         """
         stages = schedule.stage_map(scheduled, height, width)
         last = self._sent(stages, sent)
@@ -236,13 +246,15 @@ class TokenCoder:
         sent: int = 0,
         seed: int = 0,
     ) -> tuple[Any, NDArray[np.int64]]:
-        """Decode the intact stages of truncated streams, and draw the rest.
+        """Decode the intact stages of truncated streams, and draw the other stages.
 
         A symbol is intact if bytes are left or the state is at least 2^23. A stage is taken if all
-        its symbols and all earlier stages are intact. Arguments and errors as for ``decode``.
+        its symbols and all earlier stages are intact. The arguments and errors are those of
+        ``decode``.
 
         Returns:
-            Tokens int32 [B, height, width], and the number of stages taken per grid, int64 [B].
+            The tokens, int32 [B, height, width], and the number of stages taken per grid, int64
+            [B].
         """
         stages = schedule.stage_map(scheduled, height, width)
         last = self._sent(stages, sent)
@@ -266,7 +278,7 @@ class TokenCoder:
         return self._grids(staged), taken
 
     def _sent(self, stages: NDArray[np.int32], sent: int) -> int:
-        """Return the last stage in the streams; ValueError if the schedule lacks it."""
+        """Return the last stage in the streams. Raise ValueError if the schedule lacks it."""
         count = int(stages.max())
         if not 0 <= sent <= count:
             raise ValueError(f"{sent} stages of a schedule that has {count} on this grid")
@@ -303,23 +315,23 @@ class TokenCoder:
     # Choosing ------------------------------------------------------------------------------------
 
     def choose(self, candidates: Any, allowed: Any, name: str) -> Any:
-        """Return the likeliest allowed candidate at every place, given those of earlier stages.
+        """Return the likeliest allowed candidate at every place, given the choices so far.
 
-        Of several tokens that serve an encoder about equally well, the likeliest costs fewest bits.
-        Takes one pass per stage, as decoding does, and ignores the effect of a choice on later
-        stages.
+        Of several tokens that serve an encoder about equally well, the likeliest costs the fewest
+        bits. This takes one pass per stage, as decoding does. It ignores the effect of a choice on
+        later stages.
 
         Args:
-            candidates: tokens int32 [B, h, w, K], the preferred one first: it wins a tie.
-            allowed: bool [B, h, w, K]; the first candidate of every place must be allowed.
+            candidates: tokens, int32 [B, h, w, K]. Of equally likely candidates, the first wins.
+            allowed: bool [B, h, w, K]. The first candidate of every place must be allowed.
             name: name of the schedule.
 
         Returns:
-            Tokens int32 [B, h, w].
+            The chosen tokens, int32 [B, h, w].
 
         Raises:
-            ValueError: shapes that differ, a place without an allowed candidate, tokens outside the
-                codebook, or an unknown schedule.
+            ValueError: the shapes differ, the first candidate of a place is not allowed, a token
+                lies outside the codebook, or the schedule is unknown.
         """
         options, open_ = as_array(candidates), as_array(allowed)
         if options.ndim != 4 or options.shape != open_.shape:
@@ -352,7 +364,7 @@ class TokenCoder:
 
 
 def refuse_outsiders(symbols: Any, codebook_size: int) -> None:
-    """Raise ValueError if a symbol lies outside the codebook; waits for the symbols' device."""
+    """Raise ValueError if a symbol is outside the codebook. This waits for the symbols' device."""
     low, high = int(symbols.min()), int(symbols.max())
     if low < 0 or high >= codebook_size:
         raise ValueError(

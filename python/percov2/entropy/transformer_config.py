@@ -28,8 +28,8 @@ class TransformerConfig:
         codebook_size: number of tokens V, 2 to 8192.
         dim: width of the residual stream, 1 to 1024.
         heads: attention heads per layer, 1 to 64.
-        head_dim: width of a head, 1 to 64; heads * head_dim <= 1040.
-        layers: 1 to 64.
+        head_dim: width of a head, 1 to 64. heads * head_dim must be at most 1040.
+        layers: number of layers, 1 to 64.
         hidden: width inside the feed-forward part, 1 to 1040.
 
     Raises:
@@ -75,7 +75,11 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> TransformerConfig:
-        """Build a config from ``to_dict``; ValueError for another kind, version or field."""
+        """Build a config from the content of config.json.
+
+        Raises:
+            ValueError: another kind, version or field.
+        """
         fields = dict(content)
         kind, version = fields.pop("kind", None), fields.pop("version", None)
         if kind != _KIND:

@@ -1,7 +1,7 @@
 """The uniform entropy model: every token costs log2 V bits.
 
-It serves codebooks without a trained model, and is the bound that trained models are compared with
-(the paper's "uniform coding"). Its tensors are those of an ordinary integer program.
+It serves codebooks that have no trained model, and trained models are compared with it (the paper's
+"uniform coding"). It is an ordinary integer model with constant tensors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def uniform_model(codebook_size: int) -> IntTransformer:
     one slot.
 
     Raises:
-        ValueError: unless 2 <= codebook_size <= 8192.
+        ValueError: the codebook does not have 2 to 8192 entries.
 
     >>> np.unique(uniform_model(256).logits(np.zeros((1, 1, 1), np.int32)))
     array([0], dtype=int16)

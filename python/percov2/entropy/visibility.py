@@ -8,8 +8,8 @@ An entry is (position, payload, key_stage, reads). Entry i sees key j if j is a 
 * the content of a token of stage g: (g, g).
 * the query for a position of stage g: (NEVER, g - 1). It is never a key.
 
-A visible key knows contents of stages <= its own key_stage, so a reader learns nothing that it must
-not know. A schedule enters the model only through these numbers.
+A visible key depends only on contents of stages <= its own key_stage, so a reader learns nothing
+that it must not know. A schedule enters the model only through these numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SIZE_CLASSES = 17
 SIXTEENTHS = 16
 
 START_INDEX = WINDOW * WINDOW
-"""First relative index of a start key; below are (dy + 15) * 31 + dx + 15."""
+"""First relative index of a start key. The lower indices are (dy + 15) * 31 + dx + 15."""
 HIDDEN_INDEX = START_INDEX + START_ENTRIES
 """Relative index of a key that must not be seen."""
 
@@ -62,7 +62,7 @@ _TILE = 16
 
 @dataclass(frozen=True)
 class Entries:
-    """Positions and stages of entries: int32 arrays [E]; start entries have position (-1, -1)."""
+    """Positions and stages of entries, int32 arrays [E]. Start entries have position (-1, -1)."""
 
     row: NDArray[np.int32]
     column: NDArray[np.int32]
@@ -97,13 +97,19 @@ def start_entries() -> Entries:
 
 
 def content_entries(stage: NDArray[np.int32], position: NDArray[np.int64], width: int) -> Entries:
-    """Return contents at raster ``position`` [n] with stages [n] in a grid of ``width`` columns."""
+    """Return the content entries of tokens in a grid of ``width`` columns.
+
+    ``position`` [n] are their raster indices, and ``stage`` [n] their stages.
+    """
     row, column = np.divmod(position.astype(np.int32), np.int32(width))
     return Entries(row, column, stage, stage)
 
 
 def query_entries(stage: NDArray[np.int32], position: NDArray[np.int64], width: int) -> Entries:
-    """Return queries for raster ``position`` [n] of stages [n] in a grid of ``width`` columns."""
+    """Return the query entries for positions in a grid of ``width`` columns.
+
+    ``position`` [n] are raster indices, and ``stage`` [n] are the stages of these positions.
+    """
     row, column = np.divmod(position.astype(np.int32), np.int32(width))
     return Entries(row, column, np.full_like(stage, NEVER), stage - np.int32(1))
 
@@ -116,9 +122,12 @@ def visible(reader: Entries, key: Entries) -> NDArray[np.bool_]:
 def relative_index(reader: Entries, key: Entries) -> NDArray[np.int16]:
     """Return the index of each pair into the table of relative positions.
 
-    int16 [len(reader), len(key)]: (dy + 15) * 31 + dx + 15 with (dy, dx) = key - reader,
-    START_INDEX + i for start key i, HIDDEN_INDEX for a key that the reader must not see. Start
-    keys come first in ``key``.
+    Start keys must come first in ``key``.
+
+    Returns:
+        int16 [len(reader), len(key)]. An element is (dy + 15) * 31 + dx + 15 with
+        (dy, dx) = key - reader, START_INDEX + i for start key i, or HIDDEN_INDEX for a key that the
+        reader must not see.
     """
     dy, dx = (
         other[None].astype(np.int32) - own[:, None]
@@ -133,15 +142,16 @@ def relative_index(reader: Entries, key: Entries) -> NDArray[np.int16]:
 
 
 Part = tuple[NDArray[np.int64], NDArray[np.int64]]
-"""Indices of readers and of the keys that any of them may see, start keys first."""
+"""Indices of readers, and indices of the keys that any of them may see, start keys first."""
 
 
 def split_readers(
     reader: Entries, key: Entries, enough: Callable[[int, int], bool], tile: int = _TILE
 ) -> list[Part]:
-    """Split readers until ``enough(number of readers, number of keys)`` or one reader is left.
+    """Split readers into parts until each is small enough or has one reader.
 
-    Splits by place down to squares of ``tile`` x ``tile``, then by ``reads``.
+    ``enough(number of readers, number of keys)`` returns True for a part that is small enough. The
+    function splits by place down to squares of ``tile`` x ``tile``, then by ``reads``.
     """
     parts: list[Part] = []
     everyone = np.arange(len(reader), dtype=np.int64)
@@ -175,11 +185,12 @@ def split_readers(
 def sixteenth(position: Any, length: int) -> Any:
     """Return the sixteenth of a side of ``length`` tokens that holds each position.
 
-    Positions 0 .. length - 1 are an int64 array or a tensor; the result has its kind and shape.
+    The positions, 0 .. length - 1, are an int64 array or a tensor. The result has the same type and
+    shape.
     """
     return position * SIXTEENTHS // length
 
 
 def size_class(length: int) -> int:
-    """Return the class of a side of ``length`` tokens: 0 for 1, then one per doubling, up to 16."""
+    """Return the class of a side of ``length`` tokens: log2(length), rounded up, at most 16."""
     return min((length - 1).bit_length(), SIZE_CLASSES - 1)

@@ -24,17 +24,20 @@ __all__ = ["KEPT_PAIRS", "Block", "plan_blocks"]
 
 
 _BLOCK_PAIRS = 2**17
-"""Target of (query, key) pairs per block: scores of 4 heads fill 2 MB."""
+"""Target number of (query, key) pairs per block: the scores of 4 heads then fill 2 MB."""
 KEPT_PAIRS = 2**24
-"""Plans up to this many pairs keep their relative indices; larger ones compute them per layer."""
+"""Plans up to this many pairs keep their relative indices; larger plans compute them per layer."""
 
 
 @dataclass(frozen=True)
 class Block:
     """A group of readers and the keys that any of them may see.
 
-    readers: int64 [nq], indices of reading entries; keys: int64 [nk], indices of keys, start keys
-    first; relative(): int64 [nq * nk], indices into the table of relative positions.
+    Attributes:
+        readers: int64 [nq], indices of the reading entries.
+        keys: int64 [nk], indices of the keys, start keys first.
+        relative: a function that returns the indices into the table of relative positions, int64
+            [nq * nk].
     """
 
     readers: torch.Tensor
@@ -47,7 +50,7 @@ def plan_blocks(
 ) -> list[Block]:
     """Split readers into blocks that omit most keys hidden from the whole block.
 
-    ``key`` has its start entries first. The split changes speed only.
+    Start entries must come first in ``key``. The split affects only the speed.
     """
     parts = split_readers(reader, key, lambda many, keys: many * keys <= pairs)
     return _blocks(reader, key, parts, torch.device(device))

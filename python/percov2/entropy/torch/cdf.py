@@ -1,6 +1,6 @@
-"""Integer logits to integer intervals on any device: see ``percov2.entropy.cdf``.
+"""The rule of ``percov2.entropy.cdf``, from integer logits to integer intervals, on any device.
 
-On CUDA devices ``intervals`` is one Triton kernel where triton is installed.
+On CUDA devices ``intervals`` is one Triton kernel if triton is installed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _STEPS_PER_NAT = 369.329925537109375  # 256 / ln 2 in float32
 
 @cache
 def _weight_table(device: torch.device) -> torch.Tensor:
-    """Return WEIGHT_TABLE as int64 [256]; cached because an upload may wait for the device."""
+    """Return WEIGHT_TABLE as int64 [256], cached because an upload may wait for the device."""
     with torch.inference_mode(False):  # usable in every later context
         return torch.tensor(WEIGHT_TABLE, dtype=torch.int64).to(device)
 
@@ -35,10 +35,13 @@ def _kernel_table(device: torch.device) -> torch.Tensor:
 def round_logits(logits: torch.Tensor) -> torch.Tensor:
     """Return natural-log logits as base-2 logits in 1/256 of an octave below the row's largest.
 
-    float32 or bfloat16 [..., V] -> int16 [..., V]: in float32, ``rint((x - max) * (256 / ln 2))``,
-    ties to even, not below -32768. IEEE 754 defines these operations to the bit, so equal floats
-    give equal integers on every machine. -inf is allowed. Raises ValueError for another dtype, an
-    empty last axis, and rows with NaN, +inf or nothing finite.
+    The logits are float32 or bfloat16 [..., V], and -inf is allowed. The result is int16 [..., V]:
+    ``rint((x - max) * (256 / ln 2))`` in float32, with ties to even, but at least -32768. IEEE 754
+    defines these operations to the bit, so equal floats give equal integers on every machine.
+
+    Raises:
+        ValueError: another dtype, an empty last axis, or a row with NaN, with +inf or without a
+            finite value.
     """
     if logits.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"logits have dtype {logits.dtype}; they must be float32 or bfloat16")
@@ -53,10 +56,11 @@ def round_logits(logits: torch.Tensor) -> torch.Tensor:
 
 
 def weights(logits: torch.Tensor, sharpness: int = 256) -> torch.Tensor:
-    """Return weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
+    """Return the weights of the symbols: int16 logits [..., V] -> int64 [..., V] in 0 .. 2^22 - 1.
 
     The distance of each logit to the largest logit is multiplied by ``sharpness`` / 256 and rounded
     down. ``sharpness`` must not be negative. ``percov2.entropy.cdf`` has the formula.
+
     Raises ValueError for another dtype or an empty last axis.
     """
     if logits.dtype != torch.int16:
@@ -73,7 +77,7 @@ def weights(logits: torch.Tensor, sharpness: int = 256) -> torch.Tensor:
 
 
 def cdf(logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
-    """Return interval bounds: int16 logits [..., V] -> int32 [..., V + 1], from 0 to 2^prob_bits.
+    """Return the interval bounds, 0 to 2^prob_bits: int16 logits [..., V] -> int32 [..., V + 1].
 
     Raises ValueError for a wrong dtype, codebook size or precision.
 
@@ -91,18 +95,29 @@ def cdf(logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
 
 
 def fused(device: torch.device) -> bool:
-    """Return True if ``intervals`` is one Triton kernel: on CUDA devices, with triton installed."""
+    """Return True if ``intervals`` is one Triton kernel on ``device``.
+
+    This is so on CUDA devices if triton is installed.
+    """
     return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def intervals(
     logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return intervals of symbols: logits int16 [..., V], symbols int32 [...] in 0 .. V - 1.
+    """Return the intervals of symbols, with freq >= 1 and start + freq <= 2^prob_bits.
 
-    Returns starts and freqs, int32 [...]; freq >= 1 and start + freq <= 2^prob_bits. A symbol
-    outside the codebook is an error on the CPU and undefined on a GPU, because a check would wait
-    for the device. Raises ValueError for wrong shapes or dtypes.
+    Args:
+        logits: int16 [..., V].
+        symbols: int32 [...] in 0 .. V - 1. A symbol outside the codebook is an error on the CPU. On
+            a GPU its interval is undefined, because a check would wait for the device.
+        prob_bits: precision of the intervals, 8 to 20.
+
+    Returns:
+        (starts, freqs), int32 [...].
+
+    Raises:
+        ValueError: a wrong shape or dtype.
     """
     _check_symbols(logits, symbols)
     if fused(logits.device):
@@ -115,9 +130,9 @@ def intervals(
 
 
 def marked_intervals(logits: torch.Tensor, symbols: torch.Tensor, prob_bits: int) -> torch.Tensor:
-    """Return ``intervals`` as int32 [2, ...], with freq 0 for symbols outside the codebook.
+    """Return starts and freqs as int32 [2, ...], with freq 0 for symbols outside the codebook.
 
-    Never waits for a device. Arguments and errors as for ``intervals``.
+    This never waits for a device. The arguments and errors are those of ``intervals``.
     """
     _check_symbols(logits, symbols)
     if fused(logits.device):

@@ -25,8 +25,8 @@ _STREAMS, _SYMBOLS = 5, 70
 def prove_coder(device: torch.device, codebook_size: int, kernels: bool) -> None:
     """Code a few tokens on ``device``, once for each codebook size, and compare with the CPU.
 
-    Compares intervals and, with ``kernels``, the streams of ``rans_cuda``. Waits for the device.
-    Raises RuntimeError if anything differs.
+    This compares the intervals and, if ``kernels`` is True, also the streams of ``rans_cuda``. It
+    waits for the device. Raises RuntimeError if anything differs.
     """
     rng = np.random.default_rng(codebook_size)
     prob_bits = default_prob_bits(codebook_size)

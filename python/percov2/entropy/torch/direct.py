@@ -1,12 +1,12 @@
 """Baselines that use the transformer with one entry per token.
 
-The format's entries are contents, which are keys, and queries, which give logits
-(``percov2.entropy.visibility``). In two baselines an entry is a key and gives logits:
+The format has two kinds of entries: contents, which are keys, and queries, which give logits
+(``percov2.entropy.visibility``). In two baselines, one entry is both a key and gives logits:
 
 * the paper's re-reading masked model (PerCoV2, arXiv 2503.09368; MaskGIT): unknown tokens are
   entries with a mask payload, all entries see each other, and every stage reads all entries again;
-* explicit hierarchical VAR (arXiv 2404.02905): an entry of scale g has (g, g) and its payload comes
-  from the scales below g.
+* explicit hierarchical VAR (arXiv 2404.02905): an entry of scale g has the pair (key_stage, reads)
+  = (g, g), and its payload comes from the scales below g.
 
 Layers, embeddings and head are the transformer's, in the float, the rounded and the integer form.
 So these models are trained, exported and stored like all others. The mask is the embedding
@@ -52,13 +52,14 @@ UNKNOWN = -1
 
 @dataclass(frozen=True)
 class DirectPlan:
-    """The coding plan of the E tokens of a grid, one entry each.
+    """The coding plan of the E tokens of a grid, with one entry for each token.
 
     Attributes:
-        entries: [E], in the grid's coordinates; key_stage = reads >= 1 is the entry's block.
-        stage: int64 [E], 1 .. S, the token's coding stage. The entries of stage s see blocks up to
-            the largest of stage s.
-        source: int64 [E], index of the token that becomes the entry's payload, -1 for none.
+        entries: [E], in the grid's coordinates. key_stage and reads are both the number of the
+            entry's block, at least 1.
+        stage: int64 [E] in 1 .. S, the coding stage of the token. The entries of stage s see all
+            blocks up to the highest block of stage s.
+        source: int64 [E], index of the token that becomes the entry's payload, or -1 for none.
         first: int64 [E], start of the token's codebook in the embedding and in the logits.
     """
 
@@ -68,13 +69,16 @@ class DirectPlan:
     first: NDArray[np.int64]
 
     def payload(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return payloads [..., E] of tokens [..., E]: offset by ``first``, or UNKNOWN."""
+        """Return the payloads [..., E] of tokens [..., E].
+
+        A payload is a token plus its offset from ``first``, or UNKNOWN.
+        """
         known = np.where(tokens == UNKNOWN, UNKNOWN, tokens + self.first)
         return np.where(self.source < 0, UNKNOWN, known[..., self.source]).astype(np.int64)
 
 
 def masked_plan(stage_map: NDArray[np.int32]) -> DirectPlan:
-    """Return the plan of the re-reading masked model with stages int32 [h, w], in one block."""
+    """Return the plan of the re-reading masked model for stages int32 [h, w]. It has one block."""
     size = stage_map.size
     raster = np.arange(size, dtype=np.int64)
     entries = content_entries(np.ones(size, np.int32), raster, stage_map.shape[1])
@@ -85,10 +89,13 @@ def masked_plan(stage_map: NDArray[np.int32]) -> DirectPlan:
 
 @dataclass(frozen=True)
 class DirectBatch:
-    """Equal entries of several grids (or crops), and their payloads.
+    """The payloads of B grids (or crops) that have the same entries.
 
-    entries: [E], as in :class:`DirectPlan`; payload int64 [B, E]: a token or UNKNOWN; rows, columns
-    int64 [B, E]: sixteenths of the whole grid; sizes int64 [B, 2]: classes of the grid's sides.
+    Attributes:
+        entries: [E], as in :class:`DirectPlan`.
+        payload: int64 [B, E], tokens or UNKNOWN.
+        rows, columns: int64 [B, E], positions in sixteenths of the whole grid.
+        sizes: int64 [B, 2], size classes of the whole grid's sides.
     """
 
     entries: Entries
@@ -99,7 +106,7 @@ class DirectBatch:
 
 
 def direct_logits(model: TokenTransformer, batch: DirectBatch) -> Tensor:
-    """Return logits in nats of all entries, float32 [B, E, V], in the model's current form."""
+    """Return the logits of all entries in nats, float32 [B, E, V], in the model's current form."""
     device = model.query.device
     table = model.embeddings()
     known = torch.cat([table["query"][None], table["token"]])[batch.payload.to(device) - UNKNOWN]
@@ -114,10 +121,10 @@ def direct_logits(model: TokenTransformer, batch: DirectBatch) -> Tensor:
 
 
 def _geometry(entries: Entries) -> tuple[Tensor, Tensor]:
-    """Return relative positions and masks of K start entries and entries.
+    """Return the relative positions and the mask of the start entries followed by ``entries``.
 
-    Positions are int64 [K, K], 0 for hidden pairs. Masks are float32 [K, K], HIDDEN_SCORE for
-    hidden pairs and 0 elsewhere.
+    With K entries in all, the positions are int64 [K, K] and 0 for hidden pairs. The mask is
+    float32 [K, K]: HIDDEN_SCORE for hidden pairs and 0 elsewhere.
     """
     every = join(start_entries(), entries)
     index = torch.from_numpy(relative_index(every, every).astype(np.int64))
@@ -129,16 +136,16 @@ def _geometry(entries: Entries) -> tuple[Tensor, Tensor]:
 def int_direct_logits(
     model: IntTransformer, entries: Entries, payload: NDArray[np.int64], shape: tuple[int, int]
 ) -> Tensor:
-    """Return base-2 logits of all entries of one grid, int16 [E, V], in the integer form.
+    """Return the base-2 logits of all entries of one grid, int16 [E, V], from the integer form.
 
     Args:
-        model: run by the executor "torch" (the others support contents and queries only).
+        model: a model on the executor "torch". The others support only contents and queries.
         entries: [E], as in :class:`DirectPlan`.
-        payload: [E], a token or UNKNOWN.
+        payload: int64 [E], tokens or UNKNOWN.
         shape: rows and columns of the grid.
 
     Raises:
-        ValueError: a model that another executor runs.
+        ValueError: another executor runs the model.
         RuntimeError: torch allows reduced precision.
     """
     if model.executor_name != "torch":

@@ -1,4 +1,4 @@
-"""The integer transformer in torch: the oracle of all executors, on any device.
+"""The integer transformer in torch on any device. All other executors are tested against it.
 
 Encoding is one pass with the contents and queries of all stages. Decoding stage g is one pass with
 the contents of stage g - 1 and the queries of stage g over cached keys and values. An entry sees
@@ -35,9 +35,9 @@ __all__ = ["Executor"]
 class Executor:
     """The layers of one model on one device.
 
-    tensors: those of ``int_transformer.tensor_layout(config)``, on ``device``. Stage maps are int32
-    [h, w] with values 1 .. S; the callers check them and the tokens. Executors with other layers
-    replace ``layer_type``, ``head_type`` and ``plan``.
+    ``tensors`` holds the tensors of ``int_transformer.tensor_layout(config)``, on ``device``. Stage
+    maps are int32 [h, w] with values 1 .. S. The callers check stage maps and tokens. Executors
+    with other layers replace ``layer_type``, ``head_type`` and ``plan``.
     """
 
     layer_type: Any = Layer
@@ -56,13 +56,13 @@ class Executor:
         self._head = self.head_type(config, tensors)
 
     def plan(self, reader: Entries, key: Entries) -> Any:
-        """Return the blocks of readers and keys in the form of the layers."""
+        """Return the blocks of readers and keys in the form that the layers expect."""
         return plan_blocks(reader, key, self.device)
 
     def encode(self, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
         """Return the residual of all queries in coding order: int32 [B, h * w, dim].
 
-        tokens: int64 [B, h, w], on the device.
+        ``tokens`` is int64 [B, h, w] on the device.
         """
         height, width = stages.shape
         coding = order(stages)
@@ -93,7 +93,7 @@ class Executor:
         return _Staged(self, stages, batch)
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Return int16 base-2 logits [B, n, V] of a residual int32 [B, n, dim]."""
+        """Return the base-2 logits, int16 [B, n, V], of a residual, int32 [B, n, dim]."""
         return self._head.logits(residual)
 
     def start_payload(self, height: int, width: int) -> Tensor:
@@ -104,24 +104,27 @@ class Executor:
         return payload
 
     def place_payload(self, height: int, width: int, position: Tensor) -> Tensor:
-        """Return the embeddings of raster positions: int64 [n] -> int32 [n, dim]."""
+        """Return the embeddings, int32 [n, dim], of raster positions, int64 [n]."""
         rows = sixteenth(position // width, height)
         columns = sixteenth(position % width, width)
         return self._tables["row"][rows] + self._tables["column"][columns]
 
     def content_payload(self, tokens: Tensor, place: Tensor) -> Tensor:
-        """Return the residual int32 [B, n, dim] of tokens int64 [B, n] at place int32 [n, dim]."""
+        """Return the residual of contents, int32 [B, n, dim].
+
+        ``tokens`` is int64 [B, n], and ``place`` are their embeddings of position, int32 [n, dim].
+        """
         return self._tables["token"][tokens] + place
 
     def query_payload(self, batch: int, place: Tensor) -> Tensor:
-        """Return the residual of queries: place int32 [n, dim] -> int32 [batch, n, dim]."""
+        """Return the residual of queries, int32 [batch, n, dim], at ``place``, int32 [n, dim]."""
         return (self._tables["query"] + place).repeat(batch, 1, 1)
 
 
 def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return int8 zeros; on the CPU, memory that the system provides on first write.
+    """Return int8 zeros. On the CPU, the system provides their memory on the first write.
 
-    So a damaged file that declares a large grid costs no memory.
+    Therefore a damaged file that declares a large grid costs no memory.
     """
     if device.type == "cpu":
         return torch.from_numpy(np.zeros(shape, dtype=np.int8))
@@ -129,7 +132,7 @@ def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 class _Staged:
-    """The passes of decoding: ``residual`` of the next stage, then ``accept`` its tokens."""
+    """The passes of decoding. Per stage, call ``residual``, then ``accept`` with the tokens."""
 
     def __init__(self, executor: Executor, stages: NDArray[np.int32], batch: int) -> None:
         self._executor, self._shape, self._batch = executor, stages.shape, batch
@@ -173,13 +176,13 @@ class _Staged:
         return residual
 
     def accept(self, tokens: Tensor) -> None:
-        """Take the tokens of the next stage: [B, n]."""
+        """Take the tokens of the next stage, [B, n]."""
         known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
         self._tokens[:, known:end] = tokens.to(self._tokens.device)
         self._stage += 1
 
     def tokens(self) -> Tensor:
-        """Return the tokens so far, 0 elsewhere: int32 [B, h, w]."""
+        """Return the tokens so far, int32 [B, h, w], with 0 at the other positions."""
         grid = torch.zeros_like(self._tokens)
         grid[:, self._coding] = self._tokens
         return grid.to(torch.int32).view(self._batch, *self._shape)

@@ -1,7 +1,7 @@
 """The integer transformer on any device of torch.
 
-``executor`` (torch) is the oracle of every other form of the program; ``triton_executor`` runs it
-in Triton kernels on GPUs.
+``executor`` runs the program in torch, and all other forms are tested against it.
+``triton_executor`` runs the program in Triton kernels on GPUs.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ __all__ = ["IntTransformer", "default_executor", "to_tensors"]
 
 _EXECUTORS = {"torch": "executor", "triton": "triton_executor"}
 _TRITON_CAPABILITY = (8, 0)
-"""The least compute capability for which tests compile the kernels."""
+"""The lowest compute capability for which tests compile the kernels."""
 
 
 def default_executor(device: torch.device) -> str:
     """Return the default executor of a device.
 
-    CUDA devices of compute capability 8.0 or later use "triton" if it is installed; otherwise a
-    warning gives the reason. All other devices use "torch".
+    For CUDA devices of compute capability 8.0 or higher this is "triton" if triton is installed. On
+    other CUDA devices it is "torch", and a warning gives the reason. For all other devices it is
+    "torch".
     """
     if device.type != "cuda":
         return "torch"
@@ -64,8 +65,8 @@ def to_tensors(
 def _executor(name: str, device: torch.device) -> Any:
     """Return the module of an executor, proven to agree with torch on this machine.
 
-    Both compute a random layer: the executor on ``device``, torch on the CPU. Raises RuntimeError
-    if they disagree.
+    The executor computes a random layer on ``device``, and torch computes it on the CPU. Raises
+    RuntimeError if the results differ.
     """
     module = importlib.import_module(f"percov2.entropy.torch.{_EXECUTORS[name]}")
     oracle = importlib.import_module("percov2.entropy.torch.executor")
@@ -89,27 +90,27 @@ def _executor(name: str, device: torch.device) -> Any:
 
 
 def _numbered(device: torch.device) -> torch.device:
-    """Return the device with its number; plain "cuda" depends on the thread."""
+    """Return the device with its number, because plain "cuda" depends on the thread."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 class IntTransformer(int_transformer.IntTransformer):
-    """An integer token transformer on one device; residuals, logits and tokens are tensors.
+    """An integer token transformer on one device. Residuals, logits and tokens are tensors.
 
     Args:
-        config: its sizes.
-        tensors: arrays or tensors, as ``tensor_layout(config)`` lists them.
+        config: sizes of the model.
+        tensors: the arrays or tensors that ``tensor_layout(config)`` lists, by name.
         device: device of the passes.
-        executor: "torch" (any device) or "triton" (CUDA devices); None for
-            ``default_executor(device)``. ``executor_name`` holds the choice.
+        executor: "torch" (any device) or "triton" (CUDA devices). None means
+            ``default_executor(device)``. The attribute ``executor_name`` holds the choice.
 
     Raises:
-        ValueError: tensors that do not match the config or the ranges of the program, or an
-            executor that does not run on the device.
-        RuntimeError: the device or the executor does not compute exactly, or the executor "triton"
-            lacks triton.
+        ValueError: the tensors do not match the config or exceed the ranges of the program, or the
+            executor does not run on the device.
+        RuntimeError: the device or the executor does not compute exactly, or the executor is
+            "triton" and triton is not installed.
 
     >>> config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
     >>> model = IntTransformer.random(config, seed=1)
@@ -152,9 +153,9 @@ class IntTransformer(int_transformer.IntTransformer):
             return self.executor.logits(residual)
 
     def place(self, tokens: Any) -> Tensor:
-        """Return tokens in the codebook, int64 on the device, without waiting for it.
+        """Return the tokens as int64 on the device, without waiting for the device.
 
-        Tokens on the CPU are checked; those on another device are clamped.
+        Tokens on the CPU are checked. Tokens on another device are clamped to the codebook.
         """
         if not isinstance(tokens, Tensor) or tokens.device.type == "cpu":
             placed = torch.from_numpy(super().place(tokens))

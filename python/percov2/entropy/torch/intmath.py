@@ -66,7 +66,7 @@ def require_exact_float32() -> None:
 
 @contextlib.contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Run an integer pass without gradients and autocast, with exact float32 products.
+    """Run an integer pass without gradients or autocast, and with exact float32 products.
 
     Raises RuntimeError if torch allows reduced precision.
     """
@@ -95,7 +95,7 @@ def self_test(device: torch.device | str = "cpu") -> None:
 
 
 def _test_products(rows: int, device: torch.device) -> None:
-    """Multiply [rows, 1040] by [1040, 7] of all +-127 in float32 and compare with int64."""
+    """Multiply matrices [rows, 1040] and [1040, 7] of ±127 in float32 and compare with int64."""
     hashed = torch.arange(rows * MAX_TERMS, dtype=torch.int64) * 2654435761 >> 13
     a = ((hashed & 1) * 254 - 127).view(rows, MAX_TERMS)
     b = ((hashed[:MAX_TERMS] >> 1 & 1) * 254 - 127).repeat(7, 1)
@@ -115,9 +115,14 @@ def _test_products(rows: int, device: torch.device) -> None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return the exact product x @ weight.T + bias.
 
-    x [..., K] and weight [n, K]: float32 integers in [-127, 127], K <= 1040; bias [n]: float32
-    integers. Returns float32 integers [..., n]. The caller guarantees, per output,
-    sum |weight| * 127 + |bias| < 2^24.
+    Args:
+        x: float32 integers [..., K] in [-127, 127], with K <= 1040.
+        weight: float32 integers [n, K] in [-127, 127].
+        bias: float32 integers [n]. The caller guarantees sum |weight| * 127 + |bias| < 2^24 for
+            each output.
+
+    Returns:
+        float32 integers [..., n].
     """
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -125,9 +130,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def requantize(acc: Tensor, multiplier: Tensor, shift: Tensor, low: int, high: int) -> Tensor:
     """Return clamp((acc * multiplier + 2^(shift - 1)) >> shift, low, high), arithmetic shift.
 
-    acc [..., n]: float32 or int32 integers, |acc| < 2^24; multiplier int32 [n] in 1 ... 127; shift
-    int32 [n] in 1 ... 24. |acc * multiplier| + 2^(shift - 1) < 2^31, so int32 is enough
-    throughout. Returns int32 [..., n].
+    Args:
+        acc: float32 or int32 integers [..., n], |acc| < 2^24.
+        multiplier: int32 [n] in 1 ... 127.
+        shift: int32 [n] in 1 ... 24. |acc * multiplier| + 2^(shift - 1) is below 2^31, so int32 is
+            enough throughout.
+        low, high: bounds of the result.
+
+    Returns:
+        int32 [..., n].
     """
     half = torch.ones_like(shift).bitwise_left_shift_(shift - 1)
     result = acc.to(torch.int32, copy=True)
@@ -135,12 +146,12 @@ def requantize(acc: Tensor, multiplier: Tensor, shift: Tensor, low: int, high: i
 
 
 def residual_add(residual: Tensor, update: Tensor) -> Tensor:
-    """Add in place and saturate; both int32 in [-2^20, 2^20]."""
+    """Add ``update`` to ``residual`` in place and saturate. Both are int32 in [-2^20, 2^20]."""
     return residual.add_(update).clamp_(-RESIDUAL_LIMIT, RESIDUAL_LIMIT)
 
 
 def integer_sqrt(value: Tensor) -> Tensor:
-    """Return floor(sqrt(value)) of int64 values in [0, 2^51]."""
+    """Return floor(sqrt(value)) for int64 values in [0, 2^51]."""
     # The float64 root is off by less than one; the correction makes it exact.
     root = value.to(torch.float64).sqrt_().floor_().to(torch.int64)
     root -= (root * root > value).to(torch.int64)
@@ -151,7 +162,8 @@ def integer_sqrt(value: Tensor) -> Tensor:
 def layer_norm(residual: Tensor, gain: Tensor) -> Tensor:
     """Return the integer LayerNorm of a residual.
 
-    residual int32 [..., d] in [-2^20, 2^20], d <= 1024; gain int32 [d] in [-2047, 2047]. With
+    ``residual`` is int32 [..., d] in [-2^20, 2^20] with d <= 1024, and ``gain`` is int32 [d] in
+    [-2047, 2047]. With
         c = floor((sum(r) + d / 2) / d), y = r - c, v = sum(y^2) < 2^51,
         R = isqrt(floor(v * 2^8 / d)) + 1 > 16 sigma
     the result is clamp(floor((y * gain + R * 2^12 + floor(R / 2)) / R) - 2^12, -127, 127).
@@ -175,15 +187,16 @@ def layer_norm(residual: Tensor, gain: Tensor) -> Tensor:
 
 
 def lookup(index: Tensor, table: Tensor) -> Tensor:
-    """Return table[index + 128]: index int32 [...] in [-127, 127], table float32 [256]."""
+    """Return table[index + 128] for index int32 [...] in [-127, 127] and table float32 [256]."""
     return table.index_select(0, (index + 128).flatten()).view(index.shape)
 
 
 def softmax_weights_(scores: Tensor) -> Tensor:
     """Turn scores into 7-bit softmax weights over the last axis, in place.
 
-    scores float32 [..., n]: multiples of 2^-12 below 2^21 whose floors are the integer scores. With
-    d = max - score, the weight is WEIGHT_TABLE[d], 0 from 128 on. Returns float32 integers.
+    ``scores`` is float32 [..., n]: multiples of 2^-12 below 2^21 whose floors are the integer
+    scores. With d = max - score, the weight is WEIGHT_TABLE[d], or 0 for d >= 128. Returns float32
+    integers.
     """
     scores.floor_()
     scores.sub_(scores.amax(-1, keepdim=True))
@@ -194,12 +207,13 @@ def softmax_weights_(scores: Tensor) -> Tensor:
 
 
 def attention_mean(weighted: Tensor, weight_sum: Tensor, gain_bits: int) -> Tensor:
-    """Return the weighted mean of values times 2^g, rounded to int8 (g = gain_bits in 0 ... 5).
+    """Return the weighted mean of values times 2^g, rounded to the range of int8.
 
-    weighted [..., n]: float32 integers, |weighted| <= 127 * weight_sum; weight_sum [..., 1]:
-    float32 integers in 127 ... 1040 * 127. With
+    g = ``gain_bits`` is in 0 ... 5. ``weighted`` [..., n] holds float32 integers with
+    |weighted| <= 127 * weight_sum. ``weight_sum`` [..., 1] holds float32 integers in
+    127 ... 1040 * 127. With
         q = floor((weighted * 2^g + weight_sum * 2^(7+g) + floor(weight_sum / 2)) / weight_sum)
-    the result is clamp(q - 2^(7+g), -127, 127); the numerator is in [0, 2^31).
+    the result is clamp(q - 2^(7+g), -127, 127). The numerator is in [0, 2^31).
     Returns float32 integers [..., n].
     """
     total = weight_sum.to(torch.float64)

@@ -21,7 +21,7 @@ Plan = list[Block]
 
 
 class _Linear:
-    """One quantized linear map: float32 weights for the exact product, int32 requantization."""
+    """A quantized linear map: an exact product in float32, then a requantization in int32."""
 
     def __init__(self, tensors: dict[str, Tensor], name: str, low: int, high: int) -> None:
         self._weight = tensors[f"{name}.weight"].to(torch.float32)
@@ -37,7 +37,7 @@ class _Linear:
 
 
 class Layer:
-    """One layer of the program: attention, then feed-forward, each added to the residual."""
+    """One layer of the program: attention, then feed-forward. Each is added to the residual."""
 
     def __init__(self, config: TransformerConfig, tensors: dict[str, Tensor], index: int) -> None:
         prefix = f"layers.{index}"
@@ -69,14 +69,14 @@ class Layer:
         return parts_of_rows.unflatten(0, residual.shape[:2])
 
     def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return k, v int8 [B, K, heads * head_dim] of a residual int32 [B, K, dim]."""
+        """Return (k, v), int8 [B, K, heads * head_dim], of a residual, int32 [B, K, dim]."""
         k, v = self._project(contents, self._kv).flatten(3).unbind(2)
         return k, v
 
     def advance(self, residual: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """Return the residual int32 [B, E, dim] of readers after this layer.
+        """Return the residual of the readers after this layer, int32 [B, E, dim].
 
-        k, v: int8 [B, K, heads * head_dim], with at least the planned keys.
+        ``k`` and ``v`` are int8 [B, K, heads * head_dim] and include all keys of the plan.
         """
         residual = residual.clone()
         q = self._project(residual, self._q).squeeze(2)
@@ -91,7 +91,7 @@ class Layer:
         return residual
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """Return the attention of q int8 [B, E, heads, head_dim], of the same shape and dtype."""
+        """Return the attention's output for q int8 [B, E, heads, head_dim], in the same shape."""
         result = torch.empty_like(q)
         for block in plan:
             shape = (self._heads, len(block.readers), len(block.keys))
@@ -119,7 +119,7 @@ class Head:
         self._size = config.codebook_size
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Return int16 base-2 logits [B, n, V] of a residual int32 [B, n, dim]."""
+        """Return the base-2 logits, int16 [B, n, V], of a residual, int32 [B, n, dim]."""
         rows = residual.reshape(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
         parts = [self._linear(intmath.layer_norm(part, self._gain)) for part in rows]
         flat = torch.cat([part.to(torch.int16) for part in parts])

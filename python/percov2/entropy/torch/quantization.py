@@ -40,7 +40,7 @@ _FLOOR = 1e-6
 
 
 class ActivationRange(nn.Module):
-    """Running magnitudes of the ``channels`` of an activation, and their int8 scales."""
+    """The running magnitude and the int8 scale of each of the ``channels`` of an activation."""
 
     amax: Tensor
 
@@ -50,19 +50,19 @@ class ActivationRange(nn.Module):
 
     @torch.no_grad()
     def observe(self, magnitude: Tensor) -> None:
-        """Move towards the largest magnitude of a batch: float [channels]."""
+        """Move the range towards the largest magnitudes of a batch, float [channels]."""
         fresh = magnitude.to(torch.float32)
-        # The first batch sets the range, later ones move it.
+        # The first batch sets the range; later batches move it.
         self.amax.copy_(torch.where(self.amax > 0, self.amax.lerp(fresh, 1 - _MOMENTUM), fresh))
 
     @property
     def scale(self) -> Tensor:
-        """Return the value of one integer step, float32 [channels]."""
+        """Return the value of one integer step in each channel, float32 [channels]."""
         return self.amax.clamp(min=_FLOOR) / ranges.INT8_LIMIT
 
 
 class _RoundToInt8(torch.autograd.Function):
-    """Fake quantization, forward seven times as fast as torch's on a CPU."""
+    """Fake quantization. Its forward pass is seven times as fast as torch's on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -77,17 +77,19 @@ class _RoundToInt8(torch.autograd.Function):
 
 
 def round_to_int8(x: Tensor, scale: Tensor) -> Tensor:
-    """Return x rounded to scale * (-127 ... 127); gradients pass inside that range.
+    """Return x rounded to scale * (-127 ... 127). Gradients pass inside that range.
 
-    x float [..., n]; scale float [1] or [n], one per last-axis channel.
+    ``x`` is float [..., n]. ``scale`` is float [1], or [n] with one scale for each channel of the
+    last axis.
     """
     return _RoundToInt8.apply(x, scale)
 
 
 def multiplier_and_shift(ratio: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the smallest multiplier / 2^shift >= ratio: float64 [n] > 0 -> int32 [n], int32 [n].
+    """Return the multiplier and shift, int32 [n], of the smallest multiplier / 2^shift >= ratio.
 
-    1 <= multiplier <= 127 and 1 <= shift <= 24. Raises ValueError for a ratio above 127 / 2.
+    The ratios are float64 [n] and positive. The multipliers are 1 to 127 and the shifts 1 to 24.
+    Raises ValueError for a ratio above 127 / 2.
     """
     if float(ratio.max()) > ranges.MAX_MULTIPLIER / 2:
         raise ValueError(
@@ -106,7 +108,8 @@ class QuantizedLinear(nn.Linear):
     def integers(self, in_scale: float, out_scale: Tensor) -> dict[str, Tensor]:
         """Return weight int8 [n, K], bias int32 [n], multiplier int8 [n] and shift int8 [n].
 
-        in_scale: value of one step of the input; out_scale: of the output, float [1] or [n].
+        ``in_scale`` is the value of one step of the input. ``out_scale``, float [1] or [n], is that
+        of the output.
         """
         weight = self.weight.to(torch.float64)
         outputs = out_scale.to(torch.float64).expand(len(weight))
@@ -126,7 +129,7 @@ class QuantizedLinear(nn.Linear):
         }
 
     def rounded(self, x: Tensor, in_scale: float, out_scale: Tensor) -> Tensor:
-        """Return the unrounded output of the rounded map, with gradients straight through."""
+        """Return the unrounded output of the rounded map, with straight-through gradients."""
         with torch.no_grad():
             integers = self.integers(in_scale, out_scale)
             step = (
@@ -140,7 +143,10 @@ class QuantizedLinear(nn.Linear):
 
 
 def integer_gain(gain: Tensor, out_scale: float) -> Tensor:
-    """Return a LayerNorm gain float [d] as int16 [d] for an output of steps ``out_scale``."""
+    """Return a LayerNorm gain, float [d], as int16 [d].
+
+    ``out_scale`` is the value of one step of the output.
+    """
     steps = torch.round(gain.detach().to(torch.float64) * (ranges.GAIN_STEPS / out_scale))
     return steps.clamp(-ranges.MAX_GAIN, ranges.MAX_GAIN).to(torch.int16)
 
@@ -148,7 +154,8 @@ def integer_gain(gain: Tensor, out_scale: float) -> Tensor:
 def score_scales(q_amax: Tensor, k_amax: Tensor, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return scales of q and k whose products become attention scores by a shift alone.
 
-    q_amax, k_amax: float [heads]. Returns scales float32 [heads] twice and the shift int32 [heads]:
+    ``q_amax`` and ``k_amax`` are float [heads]. Returns the scale of q and the scale of k, float32
+    [heads], and the shift, int32 [heads]. They satisfy
     q_scale * k_scale / sqrt(head_dim) = SCORE_SCALE * 2^-shift.
     """
     limit = ranges.INT8_LIMIT
@@ -163,7 +170,7 @@ def score_scales(q_amax: Tensor, k_amax: Tensor, head_dim: int) -> tuple[Tensor,
 
 
 def mean_gain_bits(value_amax: float, mean_amax: float) -> int:
-    """Return the bits by which a weighted mean of values can grow within int8: 0 ... 5."""
+    """Return the number of bits, 0 to 5, by which a weighted mean can grow and still fit int8."""
     if mean_amax <= 0 or value_amax <= mean_amax:
         return 0
     return min(int(math.log2(value_amax / mean_amax)), ranges.MAX_GAIN_BITS)

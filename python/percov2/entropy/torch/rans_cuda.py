@@ -1,8 +1,9 @@
-"""Batches of rANS streams on a CUDA device: the bytes and symbols of percov2.entropy.rans.
+"""Batches of rANS streams on a CUDA device, with the same bytes as percov2.entropy.rans.
 
 Everything stays on the device, on torch's current stream. Only ``EncodedStreams.to_host`` (one
-copy), ``finished`` and ``exhausted`` (a few bytes) wait for it. docs/explanation/gpu-kernels.md
-describes the kernels. In a build without CUDA every call raises RuntimeError.
+copy), ``finished`` and ``exhausted`` (a few bytes) wait for the device.
+docs/explanation/gpu-kernels.md describes the kernels. In a build without CUDA every call raises
+RuntimeError.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["CAPABILITY", "DEVICE_TYPE", "CudaRansDecoder", "EncodedStreams", "en
 
 DEVICE_TYPE = "cuda"
 CAPABILITY = (8, 0)
-"""The least compute capability of the kernels."""
+"""The lowest compute capability that the kernels support."""
 
 _FAULTS = {
     1: "an interval is empty or not inside 0 .. 2^prob_bits",
@@ -30,11 +31,11 @@ _FAULTS = {
     6: "its state is not below 2^31",
     7: "its position is not in the stream",
 }
-"""The faults of CudaStatus in csrc/cuda/coder_cuda.h."""
+"""Messages for the faults of CudaStatus in csrc/cuda/coder_cuda.h."""
 
 
 def queue(device: torch.device) -> int:
-    """Return torch's current stream on ``device`` as a number, 0 on the CPU."""
+    """Return torch's current stream on ``device`` as a number, or 0 for the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
@@ -56,12 +57,12 @@ def _refuse(status: NDArray[np.int32]) -> None:
 
 @dataclass(frozen=True)
 class EncodedStreams:
-    """Finished streams, still on the device.
+    """Finished streams that are still on the device.
 
     Attributes:
-        packed: one uint8 buffer with offsets int64 [B + 1], status int32 [B], quiet int32 [B] (the
-            symbols before a stream's first output), padding up to a multiple of 16 bytes, and the
-            streams one after another.
+        packed: one uint8 buffer. It holds the offsets int64 [B + 1], the status int32 [B], quiet
+            int32 [B] (the number of symbols before a stream's first output), padding up to a
+            multiple of 16 bytes, and the streams one after another.
         size: number of streams B.
         head: number of bytes before the first stream.
         likely: number of stream bytes that the first copy takes.
@@ -75,9 +76,9 @@ class EncodedStreams:
     def to_host(self) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]:
         """Return (buffer, offsets, quiet): uint8 [n], int64 [B + 1], int64 [B].
 
-        These are the arguments of ``RansEncoder.resumed``. Waits for one copy, or for two if the
-        streams exceed ``likely``. Raises ValueError if an interval, a count or a check was not
-        valid.
+        These are the arguments of ``RansEncoder.resumed``. The call waits for one copy, or for two
+        copies if the streams exceed ``likely`` bytes. Raises ValueError if an interval, a count or
+        a check was invalid.
         """
         first = self.packed[: self.head + self.likely].cpu().numpy()
         b = self.size
@@ -99,19 +100,20 @@ def encode(
     prob_bits: int,
     counts: torch.Tensor | None = None,
 ) -> EncodedStreams:
-    """Encode B streams on the device of ``starts``: queue two kernels and wait for nothing.
+    """Encode B streams on the device of ``starts``. Queue two kernels without waiting.
 
     Args:
-        starts: int32 [B, n] in decoding order, with freq >= 1 and start + freq <= 2^prob_bits.
-        freqs: int32 [B, n].
-        checks: int32 [B], 0 .. 65535: the initial states.
-        prob_bits: 8 to 20.
-        counts: int32 [B]: only the first counts[b] intervals of a row belong to its stream.
+        starts: int32 [B, n] in decoding order.
+        freqs: int32 [B, n], with freq >= 1 and start + freq <= 2^prob_bits.
+        checks: int32 [B] in 0 .. 65535, the initial states.
+        prob_bits: precision of the intervals, 8 to 20.
+        counts: int32 [B]. Only the first counts[b] intervals of row b belong to stream b. None
+            means all intervals.
 
     Raises:
-        ValueError: wrong devices, dtypes or shapes, or a prob_bits out of range. The device checks
-            the values in the tensors; ``EncodedStreams.to_host`` raises their faults.
-        RuntimeError: a build without CUDA.
+        ValueError: a wrong device, dtype or shape, or ``prob_bits`` out of range. The device checks
+            the values in the tensors, and ``EncodedStreams.to_host`` raises ValueError for them.
+        RuntimeError: the build has no CUDA.
     """
     if starts.dim() != 2:
         raise ValueError(f"starts has shape {tuple(starts.shape)}; it must be [B, n]")
@@ -143,17 +145,18 @@ def encode(
 
 
 class CudaRansDecoder:
-    """A reader of B streams, with all state on a device.
+    """A reader of B streams that keeps its whole state on a device.
 
     Args:
         buffer: uint8 [n] on the CPU or on the device.
         offsets: int64 [B + 1], not decreasing, within the buffer.
         device: a CUDA device.
-        states: int32 [B], to resume streams; needs ``positions``.
-        positions: int64 [B], the next byte of each stream counted from its beginning.
+        states: int32 [B], to resume streams. None reads from the beginning.
+        positions: int64 [B], the next byte of each stream, counted from the stream's beginning.
+            Give both ``states`` and ``positions``, or neither.
 
     Attributes:
-        states: int32 [B] on the device, refilled.
+        states: int32 [B] on the device, after the last refill.
         positions: int64 [B] on the device.
     """
 
@@ -207,9 +210,11 @@ class CudaRansDecoder:
     def decode(self, logits: torch.Tensor, prob_bits: int, threads: int = 1) -> torch.Tensor:
         """Decode n symbols per stream: int16 logits [B, n, V] -> int32 [B, n] on the device.
 
-        Queues one kernel; ``threads`` is there for decoders on the CPU. Reading past the end
-        returns symbols and no error; ``finished`` tells. Raises ValueError, and decodes nothing,
-        for wrong devices, shapes, dtypes or precision.
+        The call queues one kernel and ignores ``threads``, which only decoders on the CPU use.
+        Reading past the end of a stream returns symbols without an error; ``finished`` detects it.
+
+        Raises:
+            ValueError: a wrong device, shape, dtype or precision. Nothing has been decoded then.
         """
         if logits.dim() != 3:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be [B, n, V]")
@@ -223,15 +228,16 @@ class CudaRansDecoder:
     def exhausted(self) -> NDArray[np.bool_]:
         """Return True where no byte is left and the state is below 2^23, bool [B].
 
-        Waits for the device. Raises ValueError if offsets, states or positions were not valid.
+        The call waits for the device. Raises ValueError if offsets, states or positions were
+        invalid.
         """
         return self._answer(self._ended() & (self.states < 1 << 23))
 
     def finished(self, checks: rans.ArrayLike) -> NDArray[np.bool_]:
         """Return True where the state equals the check (uint16 [B]) and no byte is left, bool [B].
 
-        A stream read from its beginning must not start with a zero byte either. Waits for the
-        device. Raises ValueError if offsets, states or positions were not valid.
+        A stream that was read from its beginning must not start with a zero byte either. The call
+        waits for the device. Raises ValueError if offsets, states or positions were invalid.
         """
         wanted = torch.as_tensor(checks).to(self.states.device, non_blocking=True)
         right = self._ended() & (self.states == wanted)

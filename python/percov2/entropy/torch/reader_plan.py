@@ -12,11 +12,11 @@ __all__ = ["plan_readers"]
 
 
 _TILE = 8
-"""Readers are split by place down to squares of this side: their windows then overlap by 2/3."""
+"""Readers are split by place down to squares of this side. Their windows then overlap by 2/3."""
 
 
 def _places(entries: Entries) -> NDArray[np.int32]:
-    """Return row * 2^16 + column; start entries get a distant row and their number as column."""
+    """Return row * 2^16 + column. Start entries get a distant row and their number as column."""
     start = entries.row < 0
     nowhere = (2**15 - 1) * 2**16 + np.arange(len(entries), dtype=np.int32)
     return np.where(start, nowhere, entries.row * np.int32(2**16) + entries.column)
@@ -27,10 +27,10 @@ def plan_readers(
 ) -> tuple[torch.Tensor, ...]:
     """Return blocks of at most ``block`` readers and the keys that any of them may see.
 
-    ``key`` has its start entries first. Returns int32 tensors on ``device``, placed by one upload:
-    reader_places [2, E] (place, reads), readers [blocks, block], first_keys [blocks + 1] and
-    listed_keys [3, L] (index, place, key_stage). Blocks are padded with -1, and lists of keys with
-    hidden keys to multiples of ``group``. The split changes speed only.
+    Start entries must come first in ``key``. The results are int32 tensors on ``device``, placed by
+    one upload: reader_places [2, E] (place, reads), readers [blocks, block], first_keys
+    [blocks + 1] and listed_keys [3, L] (index, place, key_stage). Blocks are padded with -1. Lists
+    of keys are padded with hidden keys to multiples of ``group``. The split affects only the speed.
     """
     parts = [
         (readers[first : first + block], keys)  # all start entries are one part

@@ -1,4 +1,4 @@
-"""Draws on any device: see ``percov2.entropy.sampling``."""
+"""The draws of ``percov2.entropy.sampling`` on any device."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["draw"]
 
 
 def _scaled(words: NDArray[np.uint32], total: torch.Tensor) -> torch.Tensor:
-    """Return ⌊r·total / 2^64⌋, shaped like ``total`` (below 2^35).
+    """Return ⌊r·total / 2^64⌋ with r = 2^32·words[:, 0] + words[:, 1].
 
-    r is 2^32·words[:, 0] + words[:, 1].
+    The result has the shape of ``total``, whose values are below 2^35.
     """
     placed = torch.from_numpy(words[:, :2].astype(np.int64)).to(total.device)
     high, low = placed[:, 0], placed[:, 1]
@@ -28,7 +28,8 @@ def _scaled(words: NDArray[np.uint32], total: torch.Tensor) -> torch.Tensor:
 def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Tensor:
     """Draw tokens int32 [B, n] on the logits' device.
 
-    Arguments and errors as for ``percov2.entropy.sampling.draw``; logits are a tensor.
+    The arguments and errors are those of ``percov2.entropy.sampling.draw``, but the logits are a
+    tensor.
 
     >>> draw(torch.zeros(1, 4, 8, dtype=torch.int16), np.arange(4), seed=0)
     tensor([[3, 7, 0, 6]], dtype=torch.int32)

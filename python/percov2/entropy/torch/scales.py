@@ -1,8 +1,9 @@
 """Explicit hierarchical VAR (arXiv 2404.02905): the token grids of several scales of one picture.
 
 A picture of h x w tokens has scales of h / 2^k x w / 2^k tokens, rounded up, from 1 x 1 to h x w.
-Its tokens are listed scale after scale, each in raster order. Scale g is coded in stage g: its
-entries see each other and all coarser ones. An entry's payload is the token over it in scale g - 1.
+Its tokens are listed scale after scale, each in raster order. Scale g is coded in stage g. Its
+entries see each other and the entries of all coarser scales. An entry's payload is the token in
+scale g - 1 that covers it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["scale_plan", "scale_shapes"]
 
 
 def scale_shapes(height: int, width: int) -> list[tuple[int, int]]:
-    """Return the rows and columns of every scale, the coarsest first.
+    """Return the number of rows and columns of every scale, the coarsest first.
 
     >>> scale_shapes(8, 5)
     [(1, 1), (2, 2), (4, 3), (8, 5)]
@@ -29,7 +30,7 @@ def scale_shapes(height: int, width: int) -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=256)
 def scale_plan(height: int, width: int, codebook_size: int) -> DirectPlan:
-    """Return the coding plan of all scales, each scale with a codebook of ``codebook_size``.
+    """Return the coding plan of all scales. Each scale has its own ``codebook_size`` tokens.
 
     An entry's position is the middle of its cell in the finest grid.
     """

@@ -20,7 +20,7 @@ __all__ = ["CODERS", "CodedGrids", "TokenCoder", "default_coder"]
 
 
 _LOGITS_AT_ONCE_FUSED = 2**28
-"""Logits per call of the model if one kernel codes them: 512 MiB, 256 images of 1024 tokens."""
+"""Logits per call of the model if one kernel codes them. They take 512 MiB of memory."""
 _TOKENS_AT_ONCE = 2**18
 _BYTES_AT_ONCE = 2**32
 """Memory limit of a batch on a CUDA device, besides its logits."""
@@ -31,8 +31,8 @@ CODERS = ("cpu", "cuda")
 def default_coder(device: torch.device) -> str:
     """Return the default coder of a model on ``device``.
 
-    CUDA devices use "cuda", or "cpu" with a warning that gives the reason. All other devices use
-    "cpu". Both write the same bytes.
+    For CUDA devices this is "cuda" if possible. Otherwise it is "cpu", and a warning gives the
+    reason. For all other devices it is "cpu". Both coders write the same bytes.
     """
     if device.type != "cuda":
         return "cpu"
@@ -82,13 +82,13 @@ class CodedGrids(token_coder.CodedGrids):
 class TokenCoder(token_coder.TokenCoder):
     """A coder of token grids with an integer transformer on a device.
 
-    Decoded grids are tensors on the CPU. With a GPU the host waits once per encoding: for intervals
-    or for bytes.
+    Decoded grids are tensors on the CPU. If the device is a GPU, the CPU waits once per encoding,
+    for the intervals or for the bytes.
 
     Args:
         model: the integer transformer, on the device of the passes.
-        coder: "cpu" or "cuda", the device type that writes and reads the streams; None for
-            ``default_coder``. ``coder_name`` holds the choice.
+        coder: "cpu" or "cuda", the device type that writes and reads the streams. None means
+            ``default_coder``. The attribute ``coder_name`` holds the choice.
 
     Raises:
         ValueError: an unknown coder.
@@ -169,7 +169,7 @@ class TokenCoder(token_coder.TokenCoder):
     def _intervals_on_device(self, residual: torch.Tensor, symbols: torch.Tensor) -> torch.Tensor:
         """Return starts and freqs, int32 [2, B, N], without waiting for the device.
 
-        Symbols outside the codebook are not refused: their freq is 0.
+        Symbols outside the codebook raise no error: their freq is 0.
         """
         parts = [
             cdf.marked_intervals(logits, symbols[:, part], self.prob_bits)

@@ -1,4 +1,4 @@
-"""The token transformer in float32, for training; optionally rounded like the integer form.
+"""The token transformer in float32, for training, optionally rounded like the integer form.
 
 One pass holds the contents and the queries of all stages, as percov2.entropy.staging does with
 integers. ``TokenTransformer.quantized`` rounds weights, activations, attention weights and gains
@@ -68,8 +68,12 @@ _EMBEDDING_LIMIT = 7.9
 class TokenBatch:
     """Crops of token grids and their places in the grids.
 
-    tokens int64 [B, h, w]; stages int32 [B, h, w]; rows int64 [B, h] and columns int64 [B, w]:
-    sixteenths of the whole grid; sizes int64 [B, 2]: classes of the whole grid's sides.
+    Attributes:
+        tokens: int64 [B, h, w].
+        stages: int32 [B, h, w].
+        rows: int64 [B, h], in sixteenths of the whole grid.
+        columns: int64 [B, w], in sixteenths of the whole grid.
+        sizes: int64 [B, 2], size classes of the whole grid's sides.
     """
 
     tokens: Tensor
@@ -86,7 +90,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class Crop:
-    """One crop: the whole grid's tokens and stages [H, W], and the crop's top left corner."""
+    """A crop, given by the tokens and stages [H, W] of the whole grid and its top left corner."""
 
     tokens: NDArray[np.integer]
     stages: NDArray[np.int32]
@@ -95,7 +99,7 @@ class Crop:
 
 
 def crop_batch(crops: list[Crop], height: int, width: int) -> TokenBatch:
-    """Join crops of one size into a batch."""
+    """Join crops of ``height`` x ``width`` tokens into a batch."""
     tokens, stages, rows, columns, sizes = [], [], [], [], []
     for crop in crops:
         whole = crop.tokens.shape
@@ -116,7 +120,7 @@ def crop_batch(crops: list[Crop], height: int, width: int) -> TokenBatch:
 
 
 class _Norm(nn.Module):
-    """LayerNorm with a gain and no bias; its output is an int8 activation."""
+    """LayerNorm with a gain and without a bias, whose output is an int8 activation."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -142,7 +146,7 @@ class _Norm(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Attention over contents, then feed-forward; ``layers.Layer`` is the integer form."""
+    """Attention over contents and a feed-forward part. ``layers.Layer`` is the integer form."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -173,7 +177,7 @@ class TransformerLayer(nn.Module):
         return score_scales(self.q_range.amax, self.k_range.amax, self.config.head_dim)
 
     def gain_bits(self) -> int:
-        """Return the bits by which the integer form scales up the weighted mean of values."""
+        """Return the number of bits by which the integer form scales up the mean of values."""
         return mean_gain_bits(float(self.v_range.amax), float(self.mean_range.amax))
 
     def mean_scale(self) -> float:
@@ -187,7 +191,7 @@ class TransformerLayer(nn.Module):
         return torch.cat([k, self.v_range.scale.expand(self.config.inner)])
 
     def _split(self, x: Tensor) -> Tensor:
-        """Return [B, E, parts * inner] as float32 [parts, B, heads, E, head_dim]."""
+        """Return ``x`` [B, E, parts * inner] as float32 [parts, B, heads, E, head_dim]."""
         shape = (*x.shape[:2], -1, self.config.heads, self.config.head_dim)
         return x.to(torch.float32).view(shape).permute(2, 0, 3, 1, 4).contiguous()
 
@@ -214,10 +218,14 @@ class TransformerLayer(nn.Module):
         quantized: bool,
         observing: bool,
     ) -> Tensor:
-        """Return the residual of readers after this layer.
+        """Return the residual of the readers after this layer, [B, E, dim].
 
-        x [B, E, dim]; pair [2, B, heads, K, head_dim]; index int64 [E, K] into the relative
-        positions; mask float32 [B, E, K].
+        Args:
+            x: [B, E, dim], the residual of the readers.
+            pair: [2, B, heads, K, head_dim], keys and values.
+            index: int64 [E, K], indices into the table of relative positions.
+            mask: float32 [B, E, K], added to the scores.
+            quantized, observing: the attributes of ``TokenTransformer``.
         """
         y = self.attention_norm(x, quantized, observing)
         bias: Tensor = self.bias
@@ -275,8 +283,8 @@ class TokenTransformer(nn.Module):
     """A model of every token of a crop given all earlier stages.
 
     Attributes:
-        quantized: rounding as in the integer program.
-        observing: updates of the static scales from the activations.
+        quantized: True to round as the integer program does.
+        observing: True to update the static scales from the activations.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -300,7 +308,7 @@ class TokenTransformer(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def set_frequencies(self, counts: Tensor) -> None:
-        """Set the head's biases from the tokens' counts [V] in the training data."""
+        """Set the head's biases from the counts [V] of the tokens in the training data."""
         smoothed = counts.to(torch.float32) + 0.5
         self.head.bias.data.copy_(torch.log(smoothed / smoothed.mean()))
 
@@ -309,7 +317,7 @@ class TokenTransformer(nn.Module):
         return cast("list[TransformerLayer]", list(self.layers))
 
     def fill_unseen_sizes(self, heights: set[int], widths: set[int]) -> None:
-        """Copy the nearest trained embedding to classes outside ``heights`` and ``widths``."""
+        """Copy the nearest trained embedding to size classes outside ``heights`` and ``widths``."""
         with torch.no_grad():
             for table, seen in ((self.height, heights), (self.width, widths)):
                 for unseen in set(range(SIZE_CLASSES)) - seen:
@@ -345,12 +353,15 @@ class TokenTransformer(nn.Module):
         return self.read_out(x)
 
     def start_payload(self, table: dict[str, Tensor], sizes: Tensor) -> Tensor:
-        """Return start entries [B, START_ENTRIES, dim] of grids with size classes int64 [B, 2]."""
+        """Return the start entries of grids, [B, START_ENTRIES, dim].
+
+        ``table`` comes from ``embeddings``. ``sizes`` are the size classes, int64 [B, 2].
+        """
         sides = [table["height"][sizes[:, 0]], table["width"][sizes[:, 1]]]
         return table["start"] + functional.pad(torch.stack(sides, 1), (0, 0, 1, 0))
 
     def read_out(self, x: Tensor) -> Tensor:
-        """Return logits in nats, float32 [B, E, V], of a residual [B, E, dim]."""
+        """Return the logits in nats, float32 [B, E, V], of a residual [B, E, dim]."""
         y = self.head_norm(x, self.quantized, self.observing)
         if self.quantized:
             return self.head.rounded(y, self.head_norm.scale, x.new_tensor([LOGIT_SCALE]))
@@ -367,8 +378,8 @@ def _mask(reads: Tensor, key_stage: Tensor, outside: Tensor) -> Tensor:
 def _geometry(height: int, width: int) -> tuple[Tensor, Tensor]:
     """Return the relative positions of all contents and start entries of a crop.
 
-    Positions are int64 [K, K], 0 for keys outside the window; the second result marks these keys,
-    bool [K, K].
+    The positions are int64 [K, K], with 0 for keys outside the window. The second result, bool
+    [K, K], is True for these keys.
     """
     position = np.arange(height * width, dtype=np.int64)
     keys = join(start_entries(), content_entries(np.ones(len(position), np.int32), position, width))

@@ -1,8 +1,8 @@
-"""The integer transformer in Triton kernels on a GPU: the same integers as ``executor``.
+"""The integer transformer in Triton kernels on a GPU, with the same integers as ``executor``.
 
-Passes and embeddings are those of ``executor``. Layers and head run in percov2.triton_kernels with
-int8 products and bytes between kernels. A layer takes nine launches for contents and seven for
-queries. No launch waits for the device.
+It shares the passes and embeddings of ``executor``. The layers and the head run in
+percov2.triton_kernels, with int8 products and int8 activations between kernels. A layer takes nine
+launches for contents and seven for queries. No launch waits for the device.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ __all__ = ["Executor"]
 
 _KEPT_PLANS = 64
 _KEPT_KEYS = 2**22
-"""Limit of listed keys (50 MB) over all kept plans: images often have the same size."""
+"""Limit of listed keys (50 MB) over all kept plans. Images often have the same size and plan."""
 
 
 class Executor(executor.Executor):
     """The executor in Triton kernels.
 
-    Raises RuntimeError if triton is not installed and ValueError if its kernels do not run on the
-    device (the CPU runs them with TRITON_INTERPRET=1 only).
+    Raises:
+        RuntimeError: triton is not installed.
+        ValueError: the kernels do not run on the device. (The CPU runs them only with
+            TRITON_INTERPRET=1.)
     """
 
     layer_type = Layer
@@ -51,10 +53,10 @@ class Executor(executor.Executor):
         super().__init__(config, tensors, device)
 
     def plan(self, reader: Entries, key: Entries) -> Plan:
-        """Return the plan of readers and keys; the latest plans stay on the device.
+        """Return the plan of readers and keys. The latest plans stay on the device.
 
-        Each stream keeps its own plans. So its kernels follow the upload, and precede any reuse of
-        a dropped plan's memory.
+        Each stream of the device keeps its own plans. The kernels of a stream therefore run after
+        the upload of a plan, and before the memory of a dropped plan is used again.
         """
         columns = [reader.row, reader.column, reader.reads, key.row, key.column, key.key_stage]
         sizes = np.array([len(reader), len(key)], dtype=np.int64)
@@ -75,5 +77,5 @@ class Executor(executor.Executor):
 
 
 def _listed(plan: Plan) -> int:
-    """Return the number of listed keys of a plan."""
+    """Return the number of keys that a plan lists."""
     return plan[-1].shape[1]

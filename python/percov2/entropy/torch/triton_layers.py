@@ -53,16 +53,16 @@ class Layer:
         )
 
     def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return k, v int8 [B, K, heads * head_dim] of a residual int32 [B, K, dim]."""
+        """Return (k, v), int8 [B, K, heads * head_dim], of a residual, int32 [B, K, dim]."""
         from percov2.triton_kernels import layer_norm
 
         both = self._kv(layer_norm(contents, self._attention_gain))
         return both[..., : self._inner], both[..., self._inner :]
 
     def advance(self, residual: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
-        """Return the residual int32 [B, E, dim] of readers after this layer.
+        """Return the residual of the readers after this layer, int32 [B, E, dim].
 
-        k, v: int8 [B, K, heads * head_dim], with at least the planned keys.
+        ``k`` and ``v`` are int8 [B, K, heads * head_dim] and include all keys of the plan.
         """
         from percov2.triton_kernels import attention, layer_norm
 
@@ -81,7 +81,7 @@ class Head:
         self._linear = _Linear(tensors, "head")
 
     def logits(self, residual: Tensor) -> Tensor:
-        """Return int16 base-2 logits [B, n, V] of a residual int32 [B, n, dim]."""
+        """Return the base-2 logits, int16 [B, n, V], of a residual, int32 [B, n, dim]."""
         from percov2.triton_kernels import layer_norm
 
         return self._linear(layer_norm(residual, self._gain), dtype=torch.int16)

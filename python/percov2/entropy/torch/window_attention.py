@@ -1,8 +1,8 @@
 """Attention of the training form: forward and backward, image by image.
 
-Scores of one image and four heads of a 16 x 16 crop are about 2 MB; those of a whole batch would
-pass through main memory ten times per layer. One image at a time, with weights recomputed in the
-backward pass, stays in cache and stores no weights.
+The scores of one image with four heads and a 16 x 16 crop take about 2 MB. The scores of a whole
+batch would pass through main memory ten times per layer. Therefore this module works on one image
+at a time, which fits in cache. The backward pass recomputes the weights, so none are stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["window_attention"]
 
 
 def _weights(q: Tensor, k: Tensor, bias: Tensor, mask: Tensor, rounded: bool) -> Tensor:
-    """Return the attention weights [H, E, K] of one image; rows sum to 1."""
+    """Return the attention weights [H, E, K] of one image. Each row sums to 1."""
     scores = torch.bmm(q, k.transpose(1, 2)).add_(bias).add_(mask)
     if not rounded:
         return torch.softmax(scores, -1)
@@ -63,12 +63,16 @@ class _WindowAttention(torch.autograd.Function):
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor, rounded: bool
 ) -> Tensor:
-    """Return the weighted means of values, float32 [B, H, E, D].
+    """Return the weighted means of the values, float32 [B, H, E, D].
 
-    q float32 [B, H, E, D], already scaled; k, v float32 [B, H, K, D]; bias float32 [H, E, K];
-    mask float32 [B, E, K], HIDDEN_SCORE for hidden keys and 0 elsewhere, at least one 0 per row
-    (adding is 30 times faster than filling). With ``rounded``, scores and bias count sixteenths of
-    an octave (bias: integers) and the weights are the integer program's; otherwise they are nats.
+    Args:
+        q: float32 [B, H, E, D], already scaled.
+        k, v: float32 [B, H, K, D].
+        bias: float32 [H, E, K]. These are integers if ``rounded`` is True.
+        mask: float32 [B, E, K], HIDDEN_SCORE for hidden keys and 0 elsewhere, with at least one 0
+            per row. (Adding a mask is 30 times as fast as filling the scores.)
+        rounded: True for scores in sixteenths of an octave and the weights of the integer program;
+            False for scores in nats.
     """
     with torch.autocast(q.device.type, enabled=False):
         return _WindowAttention.apply(q, k, v, bias, mask, rounded)
