@@ -2,8 +2,8 @@
 
 docs/reference/bitstream.md is normative. This module needs only the standard library, so that a
 file can be inspected without the compiled coder. It never codes tokens. The writer pushes the
-tokens onto a rANS stack, then the intervals of ``header_intervals``. The reader decodes header and
-caption in plain Python and returns the coder's state.
+tokens onto a rANS stack, then the intervals of ``header_intervals``. The reader decodes the header
+and the caption in plain Python and returns the coder's state.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 _MAGIC = 0xFC2
 """First 12 bits of a file. The byte 0xFC occurs in no UTF-8 text."""
 _VERSION = 1
-"""The next 4 bits."""
+"""Version of the format, in the next 4 bits."""
 PREFIX_BYTES = 4
 """Plain bytes before the rANS stream: magic, version and model id."""
 
@@ -56,17 +56,17 @@ _STATE_BOUND = 1 << 23
 """The decoder refills states below this value while bytes remain."""
 
 MAX_PIXELS = 64_000_000
-"""Default limit of height * width for the reader."""
+"""The reader's default limit of height * width."""
 MAX_SIDE = 1 << 16
 MAX_STAGES_SENT = 1 << 16
 MAX_SEED = (1 << 16) - 1
 MAX_CAPTION_BYTES = 4096
 DENSE_SLACK = 512
-"""Tokens that the dense promise allows beyond eight per byte."""
+"""Number of tokens that the dense promise allows in addition to eight per byte."""
 MAX_SPARSE_STAGES = 4096
-"""Most stages of a file without the dense promise: each costs a pass of the entropy model."""
+"""Largest number of stages of a file without the dense promise. Each stage costs a model pass."""
 MAX_DRAWN_TOKENS = 1 << 16
-"""Most tokens of a token map that a file may hold in part: drawn tokens cost no bits."""
+"""Largest token map that a file may hold in part, because drawn tokens cost no bits."""
 
 CAPTION_NONE, CAPTION_RAW, CAPTION_DEFLATE, CAPTION_MODEL = 0, 1, 2, 3
 """Caption codecs; 4 and 5 are reserved."""
@@ -89,7 +89,7 @@ _STANDARD_SIDE = 512
 
 
 class BitstreamError(ValueError):
-    """Bytes that are not a valid ``.pcv2`` file; the message names the fault."""
+    """The error for bytes that are not a valid ``.pcv2`` file. The message names the fault."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,23 @@ class Header:
     """The fields of a file before its tokens.
 
     Attributes:
-        model_id: 0..65535, id of the rate's tokens: first 16 bits of a SHA-256 over token side,
-            codebook and entropy model (docs/reference/bitstream.md, section 1).
+        model_id: 0..65535, the id of the rate's tokens. It is the first 16 bits of a SHA-256 over
+            token side, codebook and entropy model (docs/reference/bitstream.md, section 1).
         height: image rows in pixels, 1..65536.
         width: image columns in pixels, 1..65536.
         rate: index of the rate in the model's list, 0..15.
         schedule: index of the entropy schedule (``percov2.entropy.schedule.SCHEDULES``), 0..6.
-        stages_sent: the file holds the tokens of stages 1..stages_sent, and a decoder draws the
-            others; 0 means all stages.
-        seed: seed of those draws, 0..65535; 0 if there are none.
+        stages_sent: last stage whose tokens the file holds. A decoder draws the tokens of the later
+            stages. 0 means that the file holds all stages.
+        seed: seed of these draws, 0..65535. It is 0 if the file holds all stages.
         caption_codec: ``CAPTION_NONE``, ``CAPTION_RAW``, ``CAPTION_DEFLATE`` or ``CAPTION_MODEL``.
-        caption: the caption as coded bytes, at most 4096, the last one not zero; empty if and
-            only if the codec is ``CAPTION_NONE``. With ``CAPTION_MODEL`` the text in UTF-8, or
-            empty until a caption model has read it.
-        dense: the file keeps the promise of ``keeps_dense_promise``.
+        caption: the coded bytes of the caption, at most 4096. The last byte is not zero. The field
+            is empty if and only if the codec is ``CAPTION_NONE``, with one exception: with
+            ``CAPTION_MODEL`` it is the text in UTF-8, and empty until a caption model has read it.
+        dense: True if the file keeps the promise of ``keeps_dense_promise``.
 
     Raises:
-        ValueError: a field out of its range.
+        ValueError: a field is out of its range.
     """
 
     model_id: int
@@ -161,13 +161,14 @@ class ParsedFile:
 
     Attributes:
         header: the decoded fields.
-        state: rANS state before the first token, or before the caption if a model must read it;
-            refilled (>= 2^23 unless no byte is left).
-        position: index into the whole file of the next byte to shift in.
-        whole: no symbol of header and caption was read after the end of the data. A short complete
-            file may set it to False; a truncated one then has no valid header.
-        bits: cost in bits (sum of -log2 p, or plain bits) of ``header``, ``caption`` (its length
-            and bytes) and ``check``; tokens and coder overhead are the rest.
+        state: rANS state before the first token, or before the caption if a model must read it. It
+            has been refilled, so it is at least 2^23 unless no byte is left.
+        position: index in the whole file of the next byte to read.
+        whole: True if no symbol of the header or caption was read after the end of the data. A
+            complete short file may also have False here. A truncated file with False has no valid
+            header.
+        bits: cost in bits (sum of -log2 p, or plain bits) by name: "header", "caption" (its length
+            and bytes) and "check". Tokens and coder overhead make up the rest of the file.
     """
 
     header: Header
@@ -187,9 +188,9 @@ def check(header: Header, tokens_le_int32: bytes, caption_model: bytes = b"") ->
 
     Args:
         header: the fields of the file.
-        tokens_le_int32: the token map in raster order as little-endian int32, -1 where the
-            token's stage is not sent.
-        caption_model: fingerprint of the caption model; empty for other caption codecs.
+        tokens_le_int32: the token map in raster order as little-endian int32, with -1 for each
+            token that the file does not hold.
+        caption_model: fingerprint of the caption model. It is empty for other caption codecs.
     """
     seed = struct.pack(">H", header.seed) if header.stages_sent else b""
     fields = struct.pack(">BBI", header.rate, header.schedule, header.stages_sent) + seed
@@ -208,23 +209,25 @@ def check(header: Header, tokens_le_int32: bytes, caption_model: bytes = b"") ->
 def keeps_dense_promise(token_count: int, payload_bytes: int, tail_tokens: int) -> bool:
     """Return True if a file may carry the dense flag.
 
-    The flag bounds the work that a damaged size field can cause. A writer clears it if a file
-    breaks the promise, as large plain areas do. A reader refuses a file with the flag that breaks
-    the promise.
+    The flag bounds the work that a damaged size field can cause. If a file breaks the promise, its
+    writer clears the flag; files of large plain areas do so. A reader refuses a file that has the
+    flag but breaks the promise.
 
     Args:
-        token_count: tokens of the sent stages.
-        payload_bytes: bytes of the file after the four plain ones.
-        tail_tokens: tokens to decode once no byte is left and the state is < 2^23. A writer may
-            give the number of tokens pushed before the first output byte, which is never smaller.
+        token_count: number of tokens in the file.
+        payload_bytes: number of bytes after the four plain bytes.
+        tail_tokens: number of tokens to decode once no byte is left and the state is below 2^23. A
+            writer may give the number of tokens that it pushed before the first output byte, which
+            is never smaller.
     """
     return token_count <= 8 * payload_bytes + DENSE_SLACK and tail_tokens <= DENSE_SLACK
 
 
 def header_intervals(header: Header) -> list[tuple[int, int]]:
-    """Return the (start, freq) of header and caption in decoding order, freqs in 1/4096.
+    """Return the intervals (start, freq) of the header and caption, in units of 1/4096.
 
-    A writer pushes them in reverse order, after all tokens and the pieces of a modelled caption.
+    They are in decoding order. A writer pushes them in reverse order, after all tokens and the
+    pieces of a modelled caption.
     """
     out: list[tuple[int, int]] = []
 
@@ -291,14 +294,14 @@ class _Decoder:
         return symbol
 
     def uniform(self, width: int) -> int:
-        """Decode a number of ``width`` <= 12 bits, all values equally likely."""
+        """Decode a number of ``width`` (at most 12) bits, with all values equally likely."""
         shift = PROB_BITS - width
         value = (self.state & ((1 << PROB_BITS) - 1)) >> shift
         self._advance(value << shift, 1 << shift)
         return value
 
     def number(self, table: tuple[int, ...]) -> int:
-        """Decode a number >= 1: exponent by table, then the bits below its leading one."""
+        """Decode a number >= 1: its exponent with a table, then the bits below its leading 1."""
         exponent = self.symbol(table)
         value, left = int(exponent > 0), max(exponent - 1, 0)
         while left:
@@ -309,15 +312,15 @@ class _Decoder:
 
 
 def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
-    """Read prefix, header and caption of a file.
+    """Read the prefix, header and caption of a file.
 
     Args:
         data: the whole file.
-        max_pixels: most pixels of an image.
+        max_pixels: largest number of pixels that an image may have.
 
     Raises:
-        BitstreamError: the data is empty, too short, no ``.pcv2`` file or of another version, or it
-            holds an impossible field or declares too large an image.
+        BitstreamError: the data is empty, too short, not a ``.pcv2`` file or of another version, it
+            contains an impossible field, or it declares an image that is too large.
     """
     data = bytes(data)
     _read_prefix(data)

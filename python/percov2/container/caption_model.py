@@ -1,9 +1,9 @@
 """Captions coded with a small integer transformer: about eight bytes instead of fifty.
 
-A text becomes pieces: words, parts of words and single bytes, so that any UTF-8 text can be coded.
-The pieces are the tokens of a grid of one row in raster order, each coded given the pieces before
-it. The integer program (docs/reference/entropy-model.md) and the rANS stream are those of image
-tokens. docs/reference/bitstream.md, section 5, is normative.
+A text is split into pieces: words, parts of words and single bytes, so that any UTF-8 text can be
+coded. The pieces are the tokens of a grid with one row, in raster order. Each piece is coded given
+the pieces before it, with the same integer program (docs/reference/entropy-model.md) and on the
+same rANS stream as image tokens. docs/reference/bitstream.md, section 5, is normative.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 
 MAX_PIECES = 64
-"""Most pieces of a caption with its end: the width of the grid."""
+"""Largest number of pieces of a caption, including its end. This is the width of the grid."""
 END = 0
 """The piece that ends a caption."""
 FIRST_BYTE = 1
@@ -52,11 +52,11 @@ class Alphabet:
     """An alphabet of text pieces: the end, 256 single bytes and learned pieces.
 
     Args:
-        learned: different pieces of 2 to 32 bytes, numbered from FIRST_LEARNED on. A word inside a
-            text begins with the space before it.
+        learned: different pieces of 2 to 32 bytes, numbered from FIRST_LEARNED on. The piece of a
+            word includes the space before the word.
 
     Raises:
-        ValueError: pieces that repeat or have another length.
+        ValueError: a piece occurs twice or has another length.
 
     >>> alphabet = Alphabet([b" a", b" red"])
     >>> alphabet.split("a red ad")
@@ -82,7 +82,7 @@ class Alphabet:
         return FIRST_LEARNED + len(self.learned)
 
     def split(self, text: str) -> list[int]:
-        """Split a non-empty text into the fewest pieces; ties prefer longer pieces first."""
+        """Split a non-empty text into the fewest pieces. Ties prefer longer pieces first."""
         data = b" " + text.encode("utf-8")
         fewest = [0] * (len(data) + 1)  # pieces of data[i:]
         chosen = [0] * len(data)
@@ -99,10 +99,10 @@ class Alphabet:
         return pieces
 
     def join(self, pieces: Sequence[int]) -> bytes:
-        """Return the bytes of pieces without an end.
+        """Return the text of pieces, as bytes. The end piece must not be among them.
 
         Raises:
-            BitstreamError: the pieces do not begin with a space, as every text's pieces do.
+            BitstreamError: the pieces do not begin with a space. The pieces of every text do.
         """
         data = b"".join(
             self.learned[piece - FIRST_LEARNED]
@@ -117,13 +117,13 @@ class Alphabet:
 
 @dataclass(frozen=True)
 class ReadCaption:
-    """A caption after a file's header, and the decoder's place after it.
+    """A caption that was read after a file's header, and the decoder's state after it.
 
     Attributes:
-        text: the bytes of the caption, or the fault of a damaged file.
+        text: the bytes of the caption, or the error of a damaged file.
         state: state of the decoder after the caption.
         position: index of the next byte in the file.
-        whole: no symbol of the caption was read after the end of the data.
+        whole: True if no symbol of the caption was read after the end of the data.
         bits: cost of the caption in bits.
     """
 
@@ -138,7 +138,7 @@ class CaptionModel:
     """A coder of captions with one alphabet and one integer transformer, on the CPU.
 
     Raises:
-        ValueError: a transformer for another number of pieces.
+        ValueError: the transformer is for another number of pieces.
     """
 
     def __init__(self, alphabet: Alphabet, transformer: IntTransformer) -> None:
@@ -157,7 +157,7 @@ class CaptionModel:
         return self._coder.prob_bits
 
     def fingerprint(self) -> bytes:
-        """Return the SHA-256 of the transformer's fingerprint and the pieces with their lengths."""
+        """Return the SHA-256 of the transformer's fingerprint and of all pieces and lengths."""
         digest = hashlib.sha256(self._coder.model.fingerprint())
         for piece in self.alphabet.learned:
             digest.update(bytes([len(piece)]) + piece)
@@ -168,7 +168,7 @@ class CaptionModel:
         """Read a folder written by ``save``.
 
         Raises:
-            OSError, ValueError: missing files, or no caption model.
+            OSError, ValueError: files are missing, or the folder holds no caption model.
         """
         stored = json.loads((folder / "pieces.json").read_text(encoding="utf-8"))
         if not isinstance(stored, list) or not all(isinstance(piece, str) for piece in stored):
@@ -184,9 +184,10 @@ class CaptionModel:
         (folder / "pieces.json").write_text(text, encoding="utf-8")
 
     def intervals(self, text: str) -> NDArray[np.int32] | None:
-        """Return (start, freq) of the pieces of a non-empty text and of their end: int32 [n, 2].
+        """Return the intervals (start, freq) of a non-empty text's pieces and end, int32 [n, 2].
 
-        Frequencies are in 1 / 2^prob_bits. None for a text of ``MAX_PIECES`` or more pieces.
+        They are in units of 1 / 2^prob_bits. The result is None if the text has ``MAX_PIECES`` or
+        more pieces.
         """
         return self._coded(text)
 
@@ -195,7 +196,7 @@ class CaptionModel:
         return None if len(pieces) >= MAX_PIECES else self._intervals(pieces)
 
     def bits(self, text: str) -> float:
-        """Return the cost of a text in bits; infinite if it has too many pieces."""
+        """Return the cost of a text in bits. It is infinite if the text has too many pieces."""
         coded = self.intervals(text)
         return float("inf") if coded is None else self._cost(coded)
 
@@ -209,9 +210,9 @@ class CaptionModel:
         return float((self.prob_bits - np.log2(intervals[:, 1])).sum())
 
     def read(self, files: Sequence[tuple[bytes, int, int]]) -> list[ReadCaption]:
-        """Read the captions of files, each given with the state and position after its header.
+        """Read the captions of files, given as (data, state, position) after each file's header.
 
-        Takes at most ``MAX_PIECES`` passes, even on damaged data.
+        This takes at most ``MAX_PIECES`` passes, even on damaged data.
         """
         if not files:
             return []

@@ -33,12 +33,12 @@ __all__ = [
 
 
 CAPTION_CODECS = ("none", "raw", "deflate", "model")
-"""Names of the caption codecs of ``percov2.container.bitstream``, by number."""
+"""Names of the caption codecs of ``percov2.container.bitstream``. The index is the number."""
 CAPTIONERS = ("none", "text", "blip2", "molmo2")
 """Names accepted by ``percov2.captioners.open_captioner``."""
 
 # A deflate stream often ends in zero bits, so zero bytes at its end are not stored. The reader
-# appends this many, more than any accepted stream has lost.
+# appends this many zero bytes, which is more than any accepted stream has lost.
 _DEFLATE_PADDING = 4
 
 
@@ -46,12 +46,12 @@ class Captioner(Protocol):
     """A callable that describes images in words, which guide the decoder."""
 
     def __call__(self, images: Sequence[Any]) -> list[str]:
-        """Return one caption per PIL image; an empty caption costs nothing."""
+        """Return one caption for each PIL image. An empty caption takes no space in a file."""
         ...
 
 
 class NoCaptioner:
-    """A captioner without captions."""
+    """A captioner that gives every image an empty caption."""
 
     def __call__(self, images: Sequence[Any]) -> list[str]:
         """Return one empty string per image."""
@@ -59,13 +59,13 @@ class NoCaptioner:
 
 
 class TextCaptioner:
-    """A captioner with texts of the user.
+    """A captioner that returns texts of the user.
 
     Args:
         text: one caption for all images, or a list with one caption per image.
 
     Raises:
-        ValueError: a text that ``encode_caption`` refuses.
+        ValueError: ``encode_caption`` refuses a text.
     """
 
     def __init__(self, text: str | Sequence[str]) -> None:
@@ -74,7 +74,10 @@ class TextCaptioner:
             encode_caption(caption)
 
     def __call__(self, images: Sequence[Any]) -> list[str]:
-        """Return the captions; ValueError if their number is not the number of images."""
+        """Return one caption per image.
+
+        Raises ValueError if a list of captions has another length than ``images``.
+        """
         if isinstance(self._text, str):
             return [self._text] * len(images)
         if len(self._text) != len(images):
@@ -85,7 +88,7 @@ class TextCaptioner:
 
 
 def check_captioner(name: str, text: str = "", location: str | None = None) -> None:
-    """Raise ValueError for arguments that ``percov2.captioners.open_captioner`` refuses."""
+    """Raise ValueError if ``percov2.captioners.open_captioner`` would refuse the arguments."""
     if name not in CAPTIONERS:
         raise ValueError(f"unknown captioner {name!r}; choose one of {', '.join(CAPTIONERS)}")
     if bool(text) != (name == "text"):
@@ -102,18 +105,20 @@ def check_captioner(name: str, text: str = "", location: str | None = None) -> N
 def encode_caption(
     text: str, model_bits: Callable[[str], float] | None = None
 ) -> tuple[int, bytes]:
-    """Encode a caption with the codec that makes it shortest.
+    """Encode a caption with the codec that gives the fewest bits.
 
     Args:
         text: the caption, at most 4096 bytes of UTF-8, without control characters except tab and
             newline.
-        model_bits: the cost of a text with a caption model, in bits; None without a model.
+        model_bits: a function that returns the cost of a text with a caption model, in bits. None
+            means that there is no model.
 
     Returns:
-        (codec, coded bytes) for ``bitstream.Header``; (``CAPTION_NONE``, ``b""``) for no text.
+        (codec, coded bytes) for ``bitstream.Header``. An empty text gives
+        (``CAPTION_NONE``, ``b""``).
 
     Raises:
-        ValueError: a text that is too long or not allowed.
+        ValueError: the text is too long or not allowed.
     """
     if not text:
         return CAPTION_NONE, b""
@@ -140,20 +145,20 @@ def encode_caption(
 
 
 def _header_bits(codec: int, coded: bytes) -> float:
-    """Return the cost of a header with this caption in bits, without a model's part."""
+    """Return the cost in bits of a header with this caption, without the model's part."""
     header = Header(0, 1, 1, 0, 0, caption_codec=codec, caption=coded)
     return sum(PROB_BITS - math.log2(freq) for _, freq in header_intervals(header))
 
 
 def decode_caption(codec: int, coded: bytes) -> str:
-    """Decode a caption; memory and time are bounded for any input.
+    """Decode a caption. Memory and time are bounded for any input.
 
     Args:
         codec: ``CAPTION_NONE``, ``CAPTION_RAW``, ``CAPTION_DEFLATE`` or ``CAPTION_MODEL``.
-        coded: the bytes of the header.
+        coded: the field ``caption`` of the header.
 
     Raises:
-        BitstreamError: an unknown codec, or bytes of no caption that ``encode_caption`` accepts.
+        BitstreamError: the codec is unknown, or ``encode_caption`` never writes such bytes.
     """
     if codec == CAPTION_NONE:
         if coded:

@@ -14,7 +14,7 @@ __all__ = ["check_model", "model_id"]
 def model_id(token_side: int, codebook_size: int, fingerprint: bytes, codebook: bytes) -> int:
     """Return the id of a rate's tokens: the first 16 bits of a SHA-256.
 
-    It covers one rate, so a model with additional rates still reads its old files.
+    The id covers one rate, so a model that gains rates still reads its old files.
 
     Args:
         token_side: side of a token in pixels.
@@ -22,8 +22,8 @@ def model_id(token_side: int, codebook_size: int, fingerprint: bytes, codebook: 
         fingerprint: fingerprint of the rate's entropy model, 32 bytes.
         codebook: the stored codebook, float32 little-endian.
 
-    The hashed bytes are token side, codebook size, fingerprint, length of the codebook bytes, and
-    codebook bytes; numbers are uint32 big-endian.
+    The hashed bytes are the token side, codebook size, fingerprint, number of codebook bytes, and
+    codebook bytes. Numbers are uint32 big-endian.
     """
     digest = hashlib.sha256(struct.pack(">II", token_side, codebook_size))
     digest.update(fingerprint + struct.pack(">I", len(codebook)) + codebook)
@@ -36,8 +36,8 @@ def check_model(header: Header, model: str, rates: Sequence[str], ids: Sequence[
     Args:
         header: header of the file.
         model: name of the model.
-        rates: names of its rates.
-        ids: id of each rate's tokens.
+        rates: names of the model's rates.
+        ids: the model id of each rate.
     """
     if header.rate < len(rates):
         rate, known = rates[header.rate], ids[header.rate]

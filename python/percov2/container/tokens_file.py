@@ -1,8 +1,8 @@
 """Token maps as ``.pcv2`` files: header, caption and tokens on one rANS stream, with a check.
 
-A token map gives the same bytes alone, in a batch, on any device and with any thread count. Reading
-trusts nothing and raises BitstreamError for every fault. The entropy model draws the tokens that a
-file does not hold.
+A token map gives the same bytes alone, in a batch, on any device and with any number of threads.
+The reader trusts nothing in a file and raises BitstreamError for every fault. The entropy model
+draws the tokens that a file does not hold.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ __all__ = [
 Tokens = NDArray[np.int32]
 
 _SHRINKAGE = 4
-"""Most bytes by which a file can exceed one with more stages."""
+"""Largest number of bytes by which a file can exceed a file with more stages."""
 
 _Result = TypeVar("_Result")
 
 
 class TooFewBytes(ValueError):
-    """A byte limit below every valid file of a picture."""
+    """The error for a byte limit that is below the size of every valid file of a picture."""
 
 
 def headers(
@@ -64,15 +64,16 @@ def headers(
     """Return the headers of pictures.
 
     Args:
-        common: model id, rate and schedule of all pictures.
+        common: a header with the model id, rate and schedule of all pictures.
         sizes: (height, width) of every picture in pixels.
         token_side: side of a token in pixels.
         captions: codec and coded bytes of every caption.
-        stages_sent: number of stages to hold, or None for all; a picture with fewer holds all.
-        seed: seed of the draws of missing stages.
+        stages_sent: number of stages that the files hold; None means all. A picture with fewer
+            stages is stored with all its stages.
+        seed: seed with which a decoder draws the missing stages.
 
     Raises:
-        ValueError: stages_sent below 1, or a number of stages that a reader would refuse.
+        ValueError: ``stages_sent`` is below 1, or a reader would refuse that number of stages.
     """
     if stages_sent is not None and stages_sent < 1:
         raise ValueError(f"a file holds at least 1 stage, not {stages_sent}")
@@ -99,10 +100,10 @@ def headers(
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """A picture after the entropy model's pass: files of fewer stages are slices of it.
+    """A picture after the entropy model's pass, from which files of any number of stages are made.
 
     Attributes:
-        header: the file's header; ``write`` sets ``dense``.
+        header: the file's header. ``write`` sets its ``dense``.
         tokens: int32 [h, w].
     """
 
@@ -118,7 +119,7 @@ class EncodedPicture:
         return self._coded.stage_count
 
     def part(self, stages: int, seed: int = 0) -> EncodedPicture:
-        """Return the same picture for a file of its first ``stages`` stages."""
+        """Return the same picture for a file that holds only its first ``stages`` stages."""
         sent = 0 if stages >= self.stage_count else stages
         header = replace(self.header, stages_sent=sent, seed=seed * bool(sent))
         return replace(self, header=header)
@@ -134,12 +135,12 @@ def encode(
 
     Args:
         coder: the entropy model of the headers' rate.
-        headers: one per file.
-        tokens: int32 [h, w] per file, values in the coder's codebook.
-        captions: the model for headers with ``CAPTION_MODEL``.
+        headers: one header per file.
+        tokens: one token map per file, int32 [h, w], with values in the coder's codebook.
+        captions: the caption model, needed for headers with ``CAPTION_MODEL``.
 
     Raises:
-        ValueError: a number of stages that a reader would refuse, or a missing caption model.
+        ValueError: a reader would refuse the number of stages, or the caption model is missing.
     """
     return _by_form(coder, headers, tokens, captions, lambda group: group)
 
@@ -150,7 +151,7 @@ def pack(
     tokens: Sequence[Tokens],
     captions: CaptionModel | None = None,
 ) -> list[bytes]:
-    """Write token maps as files. Arguments and errors as for ``encode`` and ``write``."""
+    """Write token maps as files. The arguments and errors are those of ``encode`` and ``write``."""
     return _by_form(coder, headers, tokens, captions, write)
 
 
@@ -183,7 +184,7 @@ def write(pictures: Sequence[EncodedPicture]) -> list[bytes]:
     """Write pictures as files.
 
     Raises:
-        ValueError: a file that cannot keep the dense promise and has too many stages.
+        ValueError: a file cannot keep the dense promise and has too many stages.
     """
     dense = [replace(p, header=replace(p.header, dense=True)) for p in pictures]
     written = _written(dense)
@@ -216,15 +217,15 @@ def write_within(
     """Write files of at most ``limit`` bytes that hold as many stages as fit.
 
     Args:
-        pictures: encoded pictures; this function sets their ``stages_sent`` and ``seed``.
-        limit: most bytes of a file.
-        seed: seed of the draws of missing stages.
-        numbers: numbers of the pictures in messages; 0, 1, … if None.
+        pictures: encoded pictures. This function chooses their ``stages_sent`` and ``seed``.
+        limit: largest size of a file in bytes.
+        seed: seed with which a decoder draws the missing stages.
+        numbers: numbers of the pictures in messages. None means 0, 1, …
 
     Raises:
-        TooFewBytes: a picture's first stage needs more bytes, or all stages do and a reader
-            accepts only complete files.
-        ValueError: as ``write``.
+        TooFewBytes: a picture's first stage needs more bytes. Also raised if all its stages need
+            more bytes and a reader would refuse a file of fewer stages.
+        ValueError: as for ``write``.
     """
     files = write([picture.part(picture.stage_count) for picture in pictures])
     names = [
@@ -241,7 +242,7 @@ def write_within(
     totals = [picture.stage_count for picture in pictures]
 
     def parts(counts: dict[int, int]) -> list[bytes]:
-        """Return one file per picture; ``counts`` maps a picture's index to its stages."""
+        """Return one file per entry of ``counts``: a picture's index and its number of stages."""
         return write([pictures[i].part(k, seed) for i, k in counts.items()])
 
     # Bisect between the most stages known to fit and the fewest known to fail, with their bytes.
@@ -255,8 +256,8 @@ def write_within(
                 fits[i], files[i] = k, file
             else:
                 fails[i], sizes[i] = k, len(file)
-    # More stages can cost fewer bytes: the coder starts from another check, and the number of
-    # stages has another cost. So try a few more after a near miss.
+    # More stages can cost fewer bytes, because the coder starts from another check and the number
+    # of stages has another cost. So try a few more stages after a near miss.
     while tried := {
         i: k + 1
         for i, k in enumerate(fails)
@@ -281,7 +282,7 @@ def _is_dense(file: bytes, tokens: int, tail: int) -> bool:
 
 
 def _too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
-    """Return True for a schedule's index and a grid that need the dense promise."""
+    """Return True if the grid has too many stages in a schedule for a file without the promise."""
     # The other schedules have a few dozen stages at most (docs/reference/schedules.md).
     raster = SCHEDULES[schedule] == "raster"
     return raster and grid[0] * grid[1] > bitstream.MAX_SPARSE_STAGES
@@ -290,8 +291,8 @@ def _too_many_stages(schedule: int, grid: tuple[int, ...]) -> bool:
 def whole_only(schedule: int, grid: tuple[int, ...]) -> str:
     """Return the reason why a file must hold all stages, or "" if it may hold a part.
 
-    ``schedule`` is an index. Drawn tokens cost no bits, so the dense promise does not bound their
-    number.
+    ``schedule`` is an index into ``SCHEDULES``. Drawn tokens cost no bits, so the dense promise
+    does not bound their number.
     """
     count = grid[0] * grid[1]
     if count > bitstream.MAX_DRAWN_TOKENS:
@@ -308,7 +309,7 @@ def whole_only(schedule: int, grid: tuple[int, ...]) -> str:
 
 
 def _refuse_parts(headers: Sequence[Header], grids: Sequence[tuple[int, ...]]) -> None:
-    """Raise ValueError for a number of stages that a reader would refuse."""
+    """Raise ValueError if a reader would refuse a header's number of stages."""
     for header, grid in zip(headers, grids, strict=True):
         if fault := _partial_fault(header, grid):
             raise ValueError(f"{fault}; send all stages, or choose a coarser rate")
@@ -344,7 +345,7 @@ def _sent_places(header: Header, grid: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> int:
-    """Return the check of a file; it covers only the tokens that the file holds."""
+    """Return the check of a file. It covers only the tokens that the file holds."""
     model = b""
     if header.caption_codec == bitstream.CAPTION_MODEL and captions is not None:
         model = captions.fingerprint()
@@ -360,7 +361,7 @@ def _written(pictures: Sequence[EncodedPicture]) -> list[tuple[bytes, int]]:
 
 
 def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
-    """Write pictures of one pass with equal stages: tokens, then caption and header."""
+    """Write pictures of one pass and one number of stages: tokens, then caption and header."""
     coded, captions = pictures[0]._coded, pictures[0]._captions
     headers = [picture.header for picture in pictures]
     checks = [_check_of(picture.header, picture.tokens, captions) for picture in pictures]
@@ -381,7 +382,7 @@ def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
 
 
 def _coded_caption(header: Header, captions: CaptionModel) -> NDArray[np.int32]:
-    """Return the intervals of a modelled caption, int32 [n, 2]; empty for other codecs."""
+    """Return the intervals of a modelled caption, int32 [n, 2], or an empty array."""
     if header.caption_codec != bitstream.CAPTION_MODEL:
         return np.empty((0, 2), dtype=np.int32)
     coded = captions.intervals(header.caption.decode("utf-8"))
@@ -391,14 +392,17 @@ def _coded_caption(header: Header, captions: CaptionModel) -> NDArray[np.int32]:
 
 
 def _push(encoder: RansEncoder, symbols: Sequence[NDArray[np.int32]], prob_bits: int) -> None:
-    """Push (start, freq) int32 [n, 2] of every stream."""
+    """Push the intervals (start, freq), int32 [n, 2], of every stream."""
     joined = np.concatenate(symbols)
     counts = np.array([len(one) for one in symbols], dtype=np.int64)
     encoder.encode(joined[:, 0], joined[:, 1], counts, prob_bits, default_threads())
 
 
 def token_grid(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Return (h, w) of the token map of (height, width) pixels with ``side`` pixels per token."""
+    """Return the (h, w) of the token map of an image.
+
+    ``size`` is (height, width) in pixels, and ``side`` is the side of a token in pixels.
+    """
     return -(-size[0] // side), -(-size[1] // side)
 
 
@@ -408,7 +412,7 @@ def checked_tokens(
     """Return a token map as int32.
 
     Raises:
-        ValueError: a map that does not fit the image's size or the codebook.
+        ValueError: the map does not fit the image's size or the codebook.
     """
     array = np.asarray(grid)
     expected = token_grid(size, token_side)
@@ -430,13 +434,13 @@ def checked_tokens(
 
 @dataclass(frozen=True)
 class OpenFile:
-    """A file with a known header and undecoded tokens.
+    """A file whose header has been read and whose tokens have not been decoded.
 
     Attributes:
         data: the whole file.
         parsed: the result of ``bitstream.read``.
         grid: (h, w) of the token map.
-        label: start of error messages, "" or "file 3 of 5: ".
+        label: the start of error messages, such as "" or "file 3 of 5: ".
     """
 
     data: bytes
@@ -445,7 +449,7 @@ class OpenFile:
     label: str = ""
 
     def check_plausible(self) -> None:
-        """Raise BitstreamError unless the data may hold the tokens of ``grid``."""
+        """Raise BitstreamError if the data cannot hold the tokens of ``grid``."""
         header = self.parsed.header
         self.check_stages()
         count = _sent_tokens(header, self.grid)
@@ -462,7 +466,7 @@ class OpenFile:
 
     @property
     def stages_held(self) -> int:
-        """Return the number of stages in the complete file."""
+        """Return the number of stages that the complete file holds."""
         sent, schedule = self.parsed.header.stages_sent, self.parsed.header.schedule
         return sent or stage_count(SCHEDULES[schedule], *self.grid)
 
@@ -472,19 +476,19 @@ class OpenFile:
             raise self.fault(f"impossible header field: {fault}")
 
     def fault(self, message: str) -> BitstreamError:
-        """Return an error about this file."""
+        """Return an error with a message about this file."""
         return BitstreamError(self.label + message)
 
 
 def with_captions(files: Sequence[OpenFile], captions: CaptionModel | None) -> list[OpenFile]:
-    """Return files with their modelled captions read, positioned at their tokens.
+    """Read the modelled captions of files. Return the files with their states before the tokens.
 
     Args:
         files: opened files of any models.
-        captions: the caption model; None if there is none.
+        captions: the caption model, or None if there is none.
 
     Raises:
-        BitstreamError: a damaged caption, or a missing caption model.
+        BitstreamError: a caption is damaged, or the caption model is missing.
     """
     result = list(files)
     coded = [
@@ -510,15 +514,18 @@ def with_captions(files: Sequence[OpenFile], captions: CaptionModel | None) -> l
 def unpack(
     coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
 ) -> list[Tokens]:
-    """Decode and check the tokens of files, and draw missing ones: int32 [h, w] each.
+    """Decode and check the tokens of files, and draw missing tokens.
 
     Args:
         coder: the entropy model of the files' rate.
         files: files of any schedules and grids.
-        captions: the model of their captions; the check covers its fingerprint.
+        captions: the caption model, whose fingerprint the check covers. None if no file needs it.
+
+    Returns:
+        One token map per file, int32 [h, w].
 
     Raises:
-        BitstreamError: a damaged or truncated file.
+        BitstreamError: a file is damaged or truncated.
     """
     for file in files:
         file.check_plausible()
@@ -528,16 +535,16 @@ def unpack(
 def unpack_cut(
     coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
 ) -> list[tuple[Tokens, int]]:
-    """Decode the tokens of files that may be truncated; nothing checks the tokens of those.
+    """Decode the tokens of files that may be truncated.
 
-    Arguments as for ``unpack``.
+    The tokens of a truncated file cannot be checked. The arguments are those of ``unpack``.
 
     Returns:
-        Per file tokens int32 [h, w], and the number of stages taken from the file; later stages are
-        drawn.
+        For each file, the tokens, int32 [h, w], and the number of stages taken from the file. Later
+        stages are drawn.
 
     Raises:
-        BitstreamError: a file that ends before its tokens, or that is damaged elsewhere.
+        BitstreamError: a file ends before its tokens or is damaged elsewhere.
     """
     for file in files:
         file.check_stages()
@@ -585,7 +592,7 @@ def _unpack_equal(
     captions: CaptionModel | None,
     trusting: bool = False,
 ) -> list[Any]:
-    """Unpack files of one form together; ``trusting`` gives None for a faulty file."""
+    """Unpack files of one form together. With ``trusting``, a faulty file gives None."""
     decoder = _decoder(coder, files)
 
     def hold_to_promise(remaining: int) -> None:
