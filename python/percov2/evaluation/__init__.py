@@ -1,1 +1,1 @@
-"""Metrics, baselines and reports. The codec imports none of them."""
+"""Metrics, baselines and reports. The codec does not import this package."""

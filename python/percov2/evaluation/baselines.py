@@ -22,14 +22,15 @@ __all__ = ["BASELINES", "Attempt", "Baseline", "attempts_within", "best_of"]
 
 SCALES = (1.0, 0.75, 0.5, 0.375, 0.25, 0.1875, 0.125)
 LEVELS = 100
-"""Highest quality; the lowest is 0."""
+"""The highest quality. The lowest is 0."""
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """Picture restored, at the original's size, by a classical codec from ``size`` bytes.
+    """A picture that a classical codec coded in ``size`` bytes and restored.
 
-    The side of the coded picture is ``scale`` times the original's; the quality is ``level``.
+    ``restored`` has the size of the original. The sides of the coded picture were ``scale`` times
+    those of the original, and its quality was ``level``.
     """
 
     restored: Image.Image
@@ -40,10 +41,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Baseline:
-    """Functions of a classical codec.
+    """The functions of a classical codec.
 
-    ``encode`` takes a picture (RGB) and a quality 0..LEVELS, ``decode`` a file and (width, height).
-    ``available`` returns True if the codec works on this machine.
+    ``encode`` takes a picture (RGB) and a quality 0..LEVELS. ``decode`` takes a file and the
+    picture's (width, height). ``available`` returns True if the codec works on this machine.
     """
 
     encode: Callable[[Image.Image, int], bytes]
@@ -52,7 +53,7 @@ class Baseline:
 
 
 def _pillow(form: str, feature: str, options: Callable[[int], dict[str, Any]]) -> Baseline:
-    """Return a codec of Pillow; ``options`` maps a quality to options of ``Image.save``."""
+    """Return a codec of Pillow. ``options`` maps a quality to options of ``Image.save``."""
 
     def encode(image: Image.Image, level: int) -> bytes:
         stream = io.BytesIO()
@@ -84,10 +85,10 @@ BASELINES: dict[str, Baseline] = {
 
 
 def attempts_within(name: str, image: Image.Image, size: int) -> list[Attempt]:
-    """Code ``image`` (RGB) in at most ``size`` bytes; return one picture per scale that fits.
+    """Code ``image`` (RGB) in at most ``size`` bytes. Return one attempt for each scale that fits.
 
-    Returns an empty list if nothing fits or the codec is not available. Raises ValueError for a
-    name that is not in ``BASELINES``.
+    The list is empty if no scale fits or the codec is not available. Raises ValueError for a name
+    that is not in ``BASELINES``.
     """
     if name not in BASELINES:
         raise ValueError(f"unknown baseline {name!r}; choose from {', '.join(BASELINES)}")
@@ -101,7 +102,8 @@ def best_of(
 ) -> dict[str, tuple[float, Attempt]]:
     """Return, for each metric with a value, the best value and the first attempt that has it.
 
-    The scale may differ between metrics. This favours the codec, as no single file has all values.
+    Different metrics may choose different scales. This favours the classical codec, because no
+    single file has all the best values.
     """
     best: dict[str, tuple[float, Attempt]] = {}
     for attempt in attempts:

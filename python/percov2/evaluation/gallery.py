@@ -13,19 +13,20 @@ from percov2.images import write_image
 __all__ = ["Cell", "half_size", "page", "plot_quality", "write_page"]
 
 Cell = tuple[str, Image.Image]
-"""Label and picture."""
+"""A label and a picture."""
 _Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 _GAP = 6
 _TEXT = 14
 """Height of labels in pixels."""
 _MOST = 65_000
-"""Longest side of a page in pixels; JPEG allows 65,500."""
+"""Longest side of a page in pixels. JPEG allows 65,500."""
 
 
 def page(rows: Sequence[Sequence[Cell]]) -> Image.Image:
-    """Return a white page with rows of pictures, of any sizes, under their labels.
+    """Return a white page with rows of pictures of any size, each under its label.
 
-    Raises ValueError for no row, a row without cells, or a side of the page over 65,000 pixels.
+    Raises ValueError if there is no row, if a row has no cells, or if a side of the page would
+    exceed 65,000 pixels.
     """
     if not rows or not all(rows):
         raise ValueError("a page needs at least one row, and every row needs a picture")
@@ -52,18 +53,18 @@ def page(rows: Sequence[Sequence[Cell]]) -> Image.Image:
 
 
 def write_page(rows: Sequence[Sequence[Cell]], path: Path) -> None:
-    """Write a page in the format of the ending of ``path``; raise the errors of ``page``."""
+    """Write a page to ``path``, whose ending gives the format. Errors are those of ``page``."""
     write_image(page(rows), path)
 
 
 def half_size(picture: Image.Image) -> Image.Image:
-    """Return a picture at half its sides."""
+    """Return a picture with half the width and half the height."""
     size = (max(1, picture.width // 2), max(1, picture.height // 2))
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 
 def _lines(label: str, font: _Font, width: int) -> list[str]:
-    """Split a label into lines that fit into ``width``; cut words that are longer."""
+    """Split a label into lines that fit into ``width``. Cut words that are too long."""
     lines = [""]
     for word in label.split():
         while font.getlength(word) > width and len(word) > 1:
@@ -83,11 +84,15 @@ def plot_quality(
     title: str,
     path: Path,
 ) -> None:
-    """Plot PSNR and LPIPS (AlexNet) over another measure as PNG.
+    """Plot PSNR and LPIPS (AlexNet) against another measure, as PNG.
 
-    ``lines`` has the records of each line by its label, "" for a single line without a legend.
-    ``x`` is the key and the label of the other measure. ``number`` is the key of the number that
-    orders the points of a line and labels them.
+    Args:
+        lines: the records of each line by the line's label. The label "" is for a single line
+            without a legend.
+        x: key and axis label of the other measure.
+        number: key of the number that orders and labels the points of a line.
+        title: title of the plot.
+        path: file to write.
     """
     import matplotlib as mpl
 

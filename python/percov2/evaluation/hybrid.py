@@ -1,4 +1,4 @@
-"""Bytes and quality over the number of stages sent (PerCoV2, Fig. 3)."""
+"""Bytes and quality by the number of stages sent (PerCoV2, Fig. 3)."""
 
 from __future__ import annotations
 
@@ -32,15 +32,17 @@ def stages_sent(
 ) -> list[dict[str, Any]]:
     """Measure pictures with 1, 2, … of their stages in the file; the decoder draws the others.
 
-    An interrupted run resumes, because the records in out/stages.json are kept.
+    The largest number of stages is that of the picture with the fewest stages. The function writes
+    stages.json to ``out``, and NAME_stages.jpg, which shows the first picture restored. It ignores
+    the setting's ``stages`` and ``target_bytes``. An interrupted run resumes from stages.json.
 
-    The picture with the fewest stages limits their number. ``out`` gets stages.json and
-    NAME_stages.jpg, which shows the first picture restored. The setting's ``stages`` and
-    ``target_bytes`` are ignored. Returns a record per number of stages: stages, of (the largest
-    number), and the means of bytes, psnr and lpips_alex.
+    Returns:
+        One record per number of stages with the keys "stages", "of" (the largest number of stages)
+        and the means "bytes", "psnr" and "lpips_alex".
 
-    Raises ValueError for no pictures, missing weights of a metric, and an ``out`` with records of
-    another model, setting or set of pictures.
+    Raises:
+        ValueError: there are no pictures, weights of a metric are missing, or ``out`` has records
+            of another model, setting or set of pictures.
     """
     if not paths:
         raise ValueError("no pictures to measure")
@@ -82,7 +84,7 @@ def stages_sent(
 
 
 def _page(pictures: Sequence[Image.Image], columns: int = 3, gap: int = 8) -> Image.Image:
-    """Return a page with pictures of one size, row by row, at half size."""
+    """Return a page that shows pictures of one size at half size, row by row."""
     width, height = pictures[0].width // 2, pictures[0].height // 2
     rows = -(-len(pictures) // columns)
     page = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
@@ -93,6 +95,6 @@ def _page(pictures: Sequence[Image.Image], columns: int = 3, gap: int = 8) -> Im
 
 
 def plot_stages(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot PSNR and LPIPS over bytes as PNG; each point shows its number of stages."""
+    """Plot PSNR and LPIPS against bytes, as PNG. Each point shows its number of stages."""
     title = f"stages sent, of {records[0]['of']}; {records[0]['pictures']} pictures"
     plot_quality({"": records}, ("bytes", "bytes of the whole file"), "stages", title, path)

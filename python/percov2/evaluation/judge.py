@@ -1,4 +1,4 @@
-"""Quality and realism of a codec's pictures of held-out photos, with intervals.
+"""Quality and realism of held-out photos after a codec, with confidence intervals.
 
 Photos are compressed and restored whole, one at a time. The original and the restored photo are
 then cut into the same crops and compared. The measures of each photo are stored at once, so an
@@ -44,7 +44,7 @@ __all__ = ["Crops", "judge_realism"]
 
 _ON_ALL_CROPS = ("psnr", "ms_ssim")
 _PHOTOS, _SETTINGS = "photos", "settings.json"
-"""Folder and file of a run's results."""
+"""Name of the folder and of the file that hold a run's results."""
 _CROPS = ("side", "stride")
 _BATCH = 8
 """Number of crops per call of the judge."""
@@ -52,17 +52,20 @@ _BATCH = 8
 
 @dataclass(frozen=True)
 class Crops:
-    """Choice of photos and of their crops.
+    """The choice of photos and of their crops.
 
     Attributes:
-        side: side of a crop in pixels; photos with a shorter side are left out.
-        stride: distance between crops in pixels, at most ``side``. The last row and column end with
-            the photo, so that crops cover it.
-        distances: number of crops per photo for LPIPS and DISTS; None for all. The first ones by
-            the SHA-256 of the photo's key and the crop's number are chosen.
-        limit: number of photos, the first ones by the SHA-256 of their keys; None for all.
+        side: side of a crop in pixels. Photos with a shorter side are left out.
+        stride: distance between crops in pixels, at most ``side``. The last row and the last column
+            of crops end at the photo's edge, so that the crops cover the photo.
+        distances: number of crops per photo for LPIPS and DISTS. The crops are sorted by the
+            SHA-256 of the photo's key and the crop's number, and the first are taken. None takes
+            all crops.
+        limit: number of photos, at least 2. The photos are sorted by the SHA-256 of their keys, and
+            the first are taken. None takes all photos.
 
-    Raises ValueError for a number out of range.
+    Raises:
+        ValueError: a number is out of range.
     """
 
     side: int = 256
@@ -89,12 +92,18 @@ class Crops:
         return np.stack([pixels[top : top + side, left : left + side] for top, left in corners])
 
     def with_distances(self, key: str, count: int) -> list[int]:
-        """Return the numbers, ascending, of a photo's crops for LPIPS and DISTS."""
+        """Return the numbers of a photo's crops for LPIPS and DISTS, in ascending order.
+
+        ``key`` is the photo's key, and ``count`` is its number of crops.
+        """
         order = sorted(range(count), key=lambda i: _shuffled(f"{key}:{i}"))
         return sorted(order[: self.distances])
 
     def photos(self, photos: PhotoCrops) -> list[Photo]:
-        """Return two or more large photos in the order of ``limit``, or raise ValueError."""
+        """Return the photos that are large enough, in the order of ``limit``.
+
+        Raises ValueError if there are fewer than two.
+        """
         large = [p for p in photos.photos if min(p.height, p.width) >= self.side]
         if len(large) < 2:
             raise ValueError(
@@ -105,7 +114,7 @@ class Crops:
 
 
 def _shuffled(name: str) -> bytes:
-    """Return the sort key of a name for a fixed pseudo-random order."""
+    """Return the key that sorts names in a fixed pseudo-random order."""
     return hashlib.sha256(name.encode()).digest()
 
 
@@ -125,15 +134,25 @@ def judge_realism(
     The networks run on the codec's device.
 
     Args:
-        out: folder of the results of one run, made if missing. Measures that it holds are kept.
-            Only ``limit`` may change between calls, not the setting, model or photos.
-        setting, crops: options of the codec and choice of crops; the defaults if None.
-        cache: folder of the originals' features, which runs may share; OUT/originals if None.
-        against: ``out`` of a finished run on the same crops, for a paired comparison.
-        features: judge that maps uint8 [B, 3, H, W] to [B, D]; EfficientNet-Lite0 if None.
+        codec: the codec to judge.
+        photos: the held-out photos.
+        out: folder for the results of one run, made if missing. Measures in it are kept. Between
+            calls only ``limit`` may change, not the setting, the model or the photos.
+        setting: options of the codec. None means the defaults.
+        crops: choice of crops. None means the defaults.
+        cache: folder for the originals' features, which several runs may share. None means
+            OUT/originals.
+        against: ``out`` of a finished run on the same crops, for a paired comparison, or None.
+        features: judge that maps uint8 [B, 3, H, W] to [B, D]. None means EfficientNet-Lite0.
+        progress: True to show the progress.
 
-    Returns the contents of realism.json. Raises ValueError for too few photos and if ``out`` or
-    ``against`` holds an unfit run, and MetricWeightsMissing without the judge's weights.
+    Returns:
+        The contents of realism.json.
+
+    Raises:
+        ValueError: there are too few photos, ``out`` holds a run of other photos, setting or model,
+            or ``against`` holds no finished run on the same crops.
+        MetricWeightsMissing: the judge's weights are missing.
     """
     setting, crops = setting or Setting(), crops or Crops()
     large = crops.photos(photos)
@@ -200,7 +219,7 @@ def _measured(
     pixels: NDArray[np.uint8],
     cut: NDArray[np.uint8],
 ) -> dict[str, Any]:
-    """Compress and restore one photo, and return the arrays to store."""
+    """Compress and restore one photo. Return the arrays to store."""
     file = compress(codec, Image.fromarray(pixels), setting)
     restored = crops.cut(np.asarray(restore(codec, file, setting)))
     device = codec.model.device
@@ -222,7 +241,7 @@ def _measured(
 
 
 def _seen(judge: nn.Module, crops: NDArray[np.uint8], device: str) -> NDArray[np.float32]:
-    """Return the judge's features, float32 [N, D], of crops uint8 [N, S, S, 3]."""
+    """Return the judge's features, float32 [N, D], of the crops, uint8 [N, S, S, 3]."""
     images = torch.from_numpy(crops).permute(0, 3, 1, 2)
     with torch.inference_mode():
         parts = [judge(part.to(device)).float().cpu() for part in images.split(_BATCH)]
@@ -234,7 +253,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Return everything that determines a photo's measures, as JSON values.
 
-    A captioner is identified only by its class.
+    Of a captioner, only the class is recorded.
     """
     try:
         torchmetrics = metadata.version("torchmetrics")
@@ -270,7 +289,7 @@ def _weights(codec: Codec, rate: str) -> str:
 
 
 def _digest(*parts: bytes) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 over parts and their lengths."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of the parts and their lengths."""
     sha = hashlib.sha256()
     for part in parts:
         sha.update(len(part).to_bytes(8, "little"))
@@ -279,7 +298,7 @@ def _digest(*parts: bytes) -> str:
 
 
 def _claim(out: Path, facts: dict[str, Any]) -> None:
-    """Reserve a folder for a run; raise ValueError if it holds another one."""
+    """Reserve a folder for a run. Raise ValueError if it already holds another run."""
     path = out / _SETTINGS
     if path.is_file():
         _compare(f"{out} holds another run", json.loads(path.read_text("utf-8")), facts, facts)

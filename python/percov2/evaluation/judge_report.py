@@ -1,4 +1,4 @@
-"""Estimates with intervals, paired differences and the report of judged runs."""
+"""Estimates with intervals, paired differences, and the report of a judged run."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ _LABELS = {
 
 
 Run = Mapping[str, NDArray[np.float64]]
-"""Arrays of ``joined``."""
+"""The arrays that ``joined`` returns, by name."""
 
 
 def joined(photos: Sequence[Mapping[str, NDArray[Any]]]) -> Run:
-    """Join the stored arrays of photos: bpp [P], and the measures [N] and features [N, D] of crops.
+    """Join the stored arrays of P photos with N crops.
 
-    A missing measure is nan; bpp counts the whole file.
+    Returns "bpp" [P], which counts the whole file, the measures of the crops [N] by name, and
+    "features" [N, D]. A missing measure is nan.
     """
     size, pixels = (np.array([int(p[key]) for p in photos]) for key in ("file_bytes", "pixels"))
     names = (*METRICS, "features")
@@ -45,7 +46,7 @@ def joined(photos: Sequence[Mapping[str, NDArray[Any]]]) -> Run:
 def estimates(
     run: Run, originals: Features, bootstrap: PhotoBootstrap
 ) -> dict[str, Estimate | None]:
-    """Return all measures of a run: the mean of bpp over photos, the others over crops."""
+    """Return the estimates of all measures: of bpp over photos, of the others over crops."""
     return {
         "bpp": bootstrap.photo_mean(run["bpp"]),
         **{name: bootstrap.mean(run[name]) for name in METRICS},
@@ -61,9 +62,10 @@ def differences(
     other: Mapping[str, Estimate | None],
     bootstrap: PhotoBootstrap,
 ) -> dict[str, Estimate | None]:
-    """Return ``run`` minus ``rival`` by measure, over the same crops and resamples.
+    """Return ``run`` minus ``rival`` for each measure, over the same crops and resamples.
 
-    Means cover the crops with a value in both runs.
+    Means cover only the crops that have a value in both runs. ``own`` and ``other`` are the
+    estimates of the two runs.
     """
     found: dict[str, Estimate | None] = {"bpp": bootstrap.photo_mean(run["bpp"] - rival["bpp"])}
     found |= {name: bootstrap.mean(run[name] - rival[name]) for name in METRICS}
@@ -75,7 +77,7 @@ def differences(
 
 
 def as_json(found: Mapping[str, Estimate | None]) -> dict[str, Any]:
-    """Return value, interval and bias by measure, or None for a missing one."""
+    """Return the value, interval and bias of each measure, or None if the measure is missing."""
     return {
         name: one
         and {"value": one.value, "interval": list(one.interval), "bootstrap_bias": one.bias}
@@ -84,7 +86,7 @@ def as_json(found: Mapping[str, Estimate | None]) -> dict[str, Any]:
 
 
 def page(result: Mapping[str, Any]) -> str:
-    """Return realism.md: a table of the run and of the run compared with, if there is one."""
+    """Return the text of realism.md: a table with the run and, if there is one, its rival."""
     rows = [_row(result)]
     if result["against"]:
         empty = ["**difference**", *[""] * 3, str(result["crops"])]

@@ -1,7 +1,8 @@
 """Distances between a restored picture and its original.
 
 MS-SSIM needs torchmetrics (extra ``eval``). LPIPS and DISTS need weights that are installed
-separately (``perceptual.INSTALL_HINT``). A missing value is None, and a note gives the reason.
+separately (``perceptual.INSTALL_HINT``). A measure without a value is None, and a note gives the
+reason.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ METRICS: tuple[str, ...] = ("psnr", "ms_ssim", "lpips_alex", "lpips_vgg", "dists
 HIGHER_IS_BETTER = frozenset({"psnr", "ms_ssim"})
 
 MIN_MS_SSIM_SIDE = 176
-"""MS-SSIM has an 11-pixel window at five scales, down to 1/16."""
+"""Shortest side for MS-SSIM, which has an 11-pixel window at five scales, down to 1/16."""
 MIN_NETWORK_SIDE = 32
-"""The networks halve a picture five times."""
+"""Shortest side for the networks, which halve a picture five times."""
 
 EVAL_HINT = "pip install 'percov2[eval]'"
 
@@ -45,21 +46,24 @@ Pixels = NDArray[np.uint8]
 
 
 class Original:
-    """Original, uint8 [H, W, 3] sRGB, of several restored pictures; each network sees it once."""
+    """An original, uint8 [H, W, 3] sRGB, for comparison with several restored pictures.
+
+    Each network computes its features only once.
+    """
 
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
         self._features: dict[str, list[Tensor]] = {}
 
     def features(self, name: str) -> list[Tensor]:
-        """Return the picture's features in the network of a measure."""
+        """Return the original's features in the network of the measure ``name``."""
         if name not in self._features:
             self._features[name] = _features(name, self.pixels)
         return self._features[name]
 
 
 class NotMeasured(Exception):
-    """Error that gives the reason why a measure has no value for this picture or machine."""
+    """The error that says why a measure has no value for this picture or on this machine."""
 
 
 def measure(
@@ -67,8 +71,8 @@ def measure(
 ) -> tuple[dict[str, float | None], list[str]]:
     """Measure a restored picture, uint8 [H, W, 3] sRGB, by a selection of ``METRICS``.
 
-    Returns values by name, with None for a missing one, and one note for each None. Raises
-    ValueError if shapes or dtypes do not match, or if a name is unknown.
+    Returns the values by name, and notes. A measure without a value is None, and a note gives the
+    reason. Raises ValueError if shapes or dtypes do not match, or if a name is unknown.
     """
     known = original if isinstance(original, Original) else Original(original)
     for pixels in (known.pixels, restored):
@@ -97,8 +101,8 @@ def measure_batch(
 ) -> tuple[dict[str, NDArray[np.float64]], list[str]]:
     """Measure restored pictures, uint8 [N, H, W, 3] sRGB, with the networks on a device.
 
-    Returns values float64 [N] by name, with nan for missing ones, and the reasons for these. Raises
-    the errors of ``measure``.
+    Returns the values, float64 [N], by name, and notes. A missing value is nan, and a note gives
+    the reason. The errors are those of ``measure``.
     """
     if originals.ndim != 4 or originals.shape != restored.shape:
         raise ValueError(f"pictures of {restored.shape} cannot match those of {originals.shape}")
@@ -120,14 +124,14 @@ def measure_batch(
 
 
 _BATCH = 4
-"""Number of pictures per network call. Larger batches take memory and are no faster on a CPU."""
+"""Pictures per call of a network. Larger batches take more memory and are no faster on a CPU."""
 
 
 @torch.inference_mode()
 def _distances(
     name: str, originals: Pixels, restored: Pixels, device: str | torch.device
 ) -> NDArray[np.float64]:
-    """Return LPIPS or DISTS, [N], of pictures uint8 [N, H, W, 3], or raise NotMeasured."""
+    """Return LPIPS or DISTS, [N], of pictures, uint8 [N, H, W, 3], or raise NotMeasured."""
     network = _network(name, str(device))
     if len(originals):
         _require_side(originals[0], MIN_NETWORK_SIDE)
@@ -139,7 +143,7 @@ def _distances(
 
 
 def psnr(original: Pixels, restored: Pixels) -> float:
-    """Return the peak signal-to-noise ratio in dB; raise NotMeasured for equal pictures."""
+    """Return the peak signal-to-noise ratio in dB. Raise NotMeasured if the pictures are equal."""
     error = np.square(original.astype(np.float64) - restored.astype(np.float64)).mean()
     if error == 0:
         raise NotMeasured("the pictures are equal, so PSNR is infinite")
@@ -147,7 +151,10 @@ def psnr(original: Pixels, restored: Pixels) -> float:
 
 
 def ms_ssim(original: Pixels, restored: Pixels) -> float:
-    """Return the multi-scale structural similarity, 0..1 (Wang et al. 2003), mean over R, G, B."""
+    """Return the multi-scale structural similarity (Wang et al. 2003), the mean over R, G and B.
+
+    The value is 0..1. Raises NotMeasured if a side is too short or torchmetrics is missing.
+    """
     _require_side(original, MIN_MS_SSIM_SIDE)
     try:
         from torchmetrics.functional.image import (
@@ -160,7 +167,7 @@ def ms_ssim(original: Pixels, restored: Pixels) -> float:
 
 
 def _distance(name: str, original: Original, restored: Pixels) -> float:
-    """Return LPIPS 0.1 (Zhang et al. 2018) or DISTS (Ding et al. 2020): 0 for equal pictures."""
+    """Return LPIPS 0.1 (Zhang et al. 2018) or DISTS (Ding et al. 2020). Equal pictures give 0."""
     _require_side(original.pixels, MIN_NETWORK_SIDE)
     with torch.inference_mode():
         return float(_network(name).distance(_features(name, restored), original.features(name)))
@@ -181,12 +188,12 @@ def _require_side(pixels: Pixels, least: int) -> None:
 
 
 def _levels(pixels: Pixels) -> Tensor:
-    """Return float [B, 3, H, W] in [0, 1], channels last, of pixels uint8 [B, H, W, 3]."""
+    """Return pixels, uint8 [B, H, W, 3], as float [B, 3, H, W] in [0, 1] with channels last."""
     return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
 
 
 def _seen(name: str, pixels: Pixels) -> Tensor:
-    """Return a network's input of pixels."""
+    """Return pixels as the input of a network."""
     return _levels(pixels) if name == "dists" else _levels(pixels) * 2 - 1
 
 

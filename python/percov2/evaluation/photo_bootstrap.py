@@ -1,6 +1,7 @@
-"""Bootstrap intervals of measures over crops, with resamples of photos.
+"""Bootstrap intervals for measures of crops. The resamples choose photos, not crops.
 
-Crops of one photo resemble each other, so resamples of crops would give too short intervals.
+Crops of one photo resemble each other, so resamples of crops would give intervals that are too
+short.
 """
 
 from __future__ import annotations
@@ -19,19 +20,25 @@ Values = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """Measure over all photos (nan if there is none), and its value in each resample."""
+    """The value of a measure over all photos, and its values in the resamples.
+
+    The value is nan if the measure has none.
+    """
 
     value: float
     resampled: Values
 
     @property
     def bias(self) -> float:
-        """Return the mean of the resamples minus the value. Copies raise a Fréchet distance."""
+        """Return the mean of the resamples minus the value.
+
+        Resamples contain copies of photos, which raise a Fréchet distance.
+        """
         return float(np.nanmean(self.resampled)) - self.value
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Return the 95 % interval: percentiles of the resamples minus their bias."""
+        """Return the 95 % interval: two percentiles of the resamples, each minus the bias."""
         low, high = np.nanpercentile(self.resampled, [2.5, 97.5]) - self.bias
         return float(low), float(high)
 
@@ -41,11 +48,19 @@ class Estimate:
 
 
 class PhotoBootstrap:
-    """Resamples of photos, shared by all measures.
+    """Resamples of photos that all measures share.
 
-    ``photo`` is the number of each crop's photo, [N], ascending from 0 without gaps; ValueError for
-    fewer than two photos. A Fréchet distance takes only the first ``frechet_resamples``.
-    ``counts`` is how often each resample contains each photo, [resamples, photos].
+    Args:
+        photo: number of each crop's photo, [N], ascending from 0 without gaps.
+        resamples: number of resamples.
+        frechet_resamples: number of resamples that a Fréchet distance uses.
+        seed: seed of the resamples.
+
+    Attributes:
+        counts: how often each resample contains each photo, [resamples, photos].
+
+    Raises:
+        ValueError: there are fewer than two photos.
     """
 
     def __init__(
@@ -64,7 +79,7 @@ class PhotoBootstrap:
         self._frechet_resamples = frechet_resamples
 
     def mean(self, values: Values) -> Estimate | None:
-        """Return the mean over crops, [N], that are not nan; None if all are nan."""
+        """Return the mean of the values of crops, [N], without nan, or None if all are nan."""
         known = ~np.isnan(values)
         if not known.any():
             return None
@@ -74,16 +89,16 @@ class PhotoBootstrap:
             return Estimate(sums.sum() / sizes.sum(), self.counts @ sums / (self.counts @ sizes))
 
     def photo_mean(self, values: Values) -> Estimate:
-        """Return the mean over photos, [photos]."""
+        """Return the mean of the values of photos, [photos]."""
         return Estimate(float(values.mean()), self.counts @ values / self._photos)
 
     def frechet(self, originals: Features, restored: Features) -> Estimate:
-        """Return the Fréchet distance between features of the crops, [N, D] each."""
+        """Return the Fréchet distance between the crops' features, each [N, D]."""
         chosen = self.counts[: self._frechet_resamples, self._photo]
         resampled = [frechet_distance(originals, restored, counts) for counts in chosen]
         return Estimate(frechet_distance(originals, restored), np.array(resampled))
 
     def kernel(self, originals: Features, restored: Features) -> Estimate:
-        """Return the kernel distance (``KernelSums``) of features of the crops, [N, D] each."""
+        """Return the kernel distance (``KernelSums``) between the crops' features, each [N, D]."""
         sums = KernelSums(originals, restored, self._photo)
         return Estimate(sums.distance(), np.array([sums.distance(c) for c in self.counts]))

@@ -1,8 +1,8 @@
 """Distances between a set of restored pictures and a set of photos, in features of a network.
 
 FID and KID use an Inception network, whose weights must be downloaded. Here, the same distances use
-features of EfficientNet-Lite0 (ImageNet) from two packages of the extra ``eval``. So their values
-cannot be compared with FID or KID. No loss uses EfficientNet-Lite0.
+features of EfficientNet-Lite0 (ImageNet) from two packages of the extra ``eval``. The values cannot
+be compared with FID or KID. No loss uses EfficientNet-Lite0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = [
 
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
 _SIDE = 224
-"""Side of the network's input; pictures are resized to it."""
+"""Side of the network's input. Pictures are resized to this side."""
 
 Features = NDArray[np.float64]
 """Features of pictures, [N, D]."""
@@ -40,8 +40,8 @@ Features = NDArray[np.float64]
 class LiteFeatures(nn.Module):
     """Features of EfficientNet-Lite0: the last block's 320 channels, averaged over positions.
 
-    The next layer has 1,280 channels, too many for a covariance of full rank from a few thousand
-    pictures. Raises MetricWeightsMissing if one of the two packages is not installed.
+    The next layer has 1,280 channels. That is too many to estimate a covariance of full rank from a
+    few thousand pictures. Raises MetricWeightsMissing if one of the two packages is not installed.
     """
 
     title = "EfficientNet-Lite0"
@@ -60,7 +60,7 @@ class LiteFeatures(nn.Module):
         self.network = network.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features float32 [B, 320] of pictures uint8 [B, 3, H, W]."""
+        """Return the features, float32 [B, 320], of pictures, uint8 [B, 3, H, W]."""
         x = F.interpolate(images.float(), (_SIDE, _SIDE), mode="bilinear", antialias=True)
         x = (x - 127.0) / 128.0
         x = self.network._swish(self.network._bn0(self.network._conv_stem(x)))
@@ -82,9 +82,9 @@ def frechet_distance(
     float64. The trace of the root is the sum of the singular values of C^½ C'^½, with symmetric
     roots by eigendecomposition.
 
-    The sets are [N, D] and [M, D]; ``weights`` is the number of times that each picture counts, [N]
-    for both sets (M = N), 1 if None. Raises ValueError if a set has fewer than two pictures or if
-    the features do not match.
+    The sets are [N, D] and [M, D]. ``weights`` [N] is the number of times that each picture counts
+    in both sets, and then M must equal N. None counts each picture once. Raises ValueError if a set
+    has fewer than two pictures or if the features do not match.
     """
     if photos.ndim != 2 or restored.ndim != 2 or photos.shape[1] != restored.shape[1]:
         raise ValueError(f"features {photos.shape} and {restored.shape} do not match")
@@ -97,7 +97,7 @@ def frechet_distance(
 def _gaussian(
     features: Features, weights: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Return the mean [D], and the symmetric root [D, D] and the trace of the covariance."""
+    """Return the mean [D], the symmetric root of the covariance [D, D], and the latter's trace."""
     x = features.astype(np.float64)
     counts = np.ones(len(x)) if weights is None else weights.astype(np.float64)
     total = counts.sum()
@@ -145,9 +145,10 @@ class KernelSums:
             np.fill_diagonal(table, 0)
 
     def distance(self, counts: NDArray[np.int64] | None = None) -> float:
-        """Return the kernel distance if photo p counts ``counts[p]`` times (1 if None).
+        """Return the kernel distance if photo p counts ``counts[p]`` times.
 
-        Copies of a photo make no pairs with each other. A single photo gives nan.
+        None counts each photo once. Copies of a photo form no pairs with each other. The distance
+        is nan if only one photo counts.
         """
         c = np.ones(len(self._sums)) if counts is None else counts.astype(np.float64)
         pairs = c @ self._pairs @ c
@@ -160,9 +161,9 @@ def _kernel(a: Features, b: Features) -> NDArray[np.float64]:
 
 
 class FrechetDistance:
-    """Fréchet distance between photos and restored pictures given in batches.
+    """The Fréchet distance between photos and restored pictures that are given in batches.
 
-    ``features`` maps uint8 [B, 3, H, W] to [B, D]; ``lite_features()`` if None.
+    ``features`` maps uint8 [B, 3, H, W] to [B, D]. None means ``lite_features()``.
 
     >>> import torch
     >>> class Means(torch.nn.Module):
@@ -181,12 +182,12 @@ class FrechetDistance:
         self._found: dict[bool, list[Features]] = {True: [], False: []}
 
     def add(self, images: Tensor, real: bool) -> None:
-        """Add pictures uint8 [B, 3, H, W] to the photos (``real``) or the restored pictures."""
+        """Add uint8 [B, 3, H, W] to the photos if ``real``, otherwise to the restored pictures."""
         with torch.inference_mode():
             self._found[real].append(self._network(images).double().cpu().numpy())
 
     def value(self) -> float:
-        """Return the distance; raise ValueError if a set has fewer than two pictures."""
+        """Return the distance. Raise ValueError if a set has fewer than two pictures."""
         photos, restored = (
             np.concatenate(self._found[real] or [np.empty((0, 0))]) for real in (True, False)
         )

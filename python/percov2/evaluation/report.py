@@ -47,10 +47,15 @@ PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".
 
 @dataclass
 class RoundTrip:
-    """One picture, as given to the codec in sRGB, compressed and restored.
+    """A picture that was compressed and restored, with its measures.
 
-    ``measured`` is the original for further measurements. ``record`` has image, bytes, bpp, the
-    measures, and encode_s and decode_s (seconds); ``notes`` has the reasons for missing measures.
+    Attributes:
+        original: the picture in sRGB, as the codec received it.
+        measured: the original, for further measurements.
+        restored: the restored picture.
+        file: the compressed file.
+        record: image, bytes, bpp, the measures, and encode_s and decode_s in seconds.
+        notes: the reasons for missing measures.
     """
 
     original: Image.Image
@@ -62,7 +67,7 @@ class RoundTrip:
 
 
 def warm_up(codec: Codec, setting: Setting) -> None:
-    """Load every network of a setting, so that times do not include loading."""
+    """Load every network of a setting, so that measured times do not include loading."""
     grey = Image.new("RGB", (64, 64), (128, 128, 128))
     whole = EncodeOptions(rate=setting.encode.rate, schedule=setting.encode.schedule)
     restore(codec, compress(codec, grey, replace(setting, encode=whole)), setting)
@@ -71,9 +76,9 @@ def warm_up(codec: Codec, setting: Setting) -> None:
 def round_trip(
     codec: Codec, path: Path, setting: Setting, metrics: Sequence[str] = ROUNDTRIP_METRICS
 ) -> RoundTrip:
-    """Compress and restore one picture file; warnings of ``to_rgb`` name its path.
+    """Compress, restore and measure one picture file. Warnings of ``to_rgb`` name its path.
 
-    Raises ValueError for a file that is no picture, OSError for one that cannot be read.
+    Raises ValueError if the file is not a picture, and OSError if it cannot be read.
     """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -94,7 +99,7 @@ def round_trip(
 
 
 def side_by_side(pictures: Iterable[Image.Image], gap: int = 8) -> Image.Image:
-    """Return pictures in a row on white."""
+    """Return one picture that shows the given pictures in a row on white."""
     row = list(pictures)
     width = sum(picture.width for picture in row) + gap * (len(row) - 1)
     page = Image.new("RGB", (width, max(picture.height for picture in row)), "white")
@@ -110,7 +115,10 @@ _PER_REPORT = ("report.json", "report.md", "gallery.jpg")
 
 
 def write_round_trip(trip: RoundTrip, folder: Path, stem: str) -> None:
-    """Write STEM.pcv2, STEM.png (restored) and STEM_compare.png (original | restored)."""
+    """Write STEM.pcv2, STEM.png (restored) and STEM_compare.png (original | restored).
+
+    STEM stands for ``stem``, and the files are written to ``folder``.
+    """
     file, restored, compare = (folder / (stem + ending) for ending in _PER_PICTURE)
     write_bytes(file, trip.file)
     write_image(trip.restored, restored)
@@ -118,10 +126,10 @@ def write_round_trip(trip: RoundTrip, folder: Path, stem: str) -> None:
 
 
 def plan_outputs(paths: Sequence[Path], out: Path, reports: Sequence[str] = ()) -> list[str]:
-    """Return the pictures' names without folder and ending, for their results in ``out``.
+    """Return the pictures' names without folder and ending, which name their results in ``out``.
 
-    ``reports`` names further files to write there. Raises ValueError if two pictures share a name,
-    or if a result would overwrite a picture or another result.
+    ``reports`` names further files that will be written to ``out``. Raises ValueError if two
+    pictures share a name, or if a result would overwrite a picture or another result.
     """
     stems = [path.stem for path in paths]
     for path, stem in zip(paths, stems, strict=True):
@@ -133,7 +141,7 @@ def plan_outputs(paths: Sequence[Path], out: Path, reports: Sequence[str] = ()) 
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Return the picture files of a folder by name; raise ValueError if there is none."""
+    """Return the picture files of a folder, sorted by name. Raise ValueError if there is none."""
     found = sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURE_ENDINGS)
     if not found:
         raise ValueError(f"no picture in {folder}; the endings are {', '.join(PICTURE_ENDINGS)}")
@@ -143,10 +151,11 @@ def pictures_in(folder: Path) -> list[Path]:
 def plan_evaluation(
     folder: Path, out: Path, baselines: Sequence[str] = ()
 ) -> tuple[list[Path], list[str]]:
-    """Return the pictures of a folder and their names in ``out``; make ``out`` if missing.
+    """Return the pictures of a folder and the names of their results in ``out``.
 
-    Raises ValueError for no picture, an unknown baseline or a result that would overwrite a file,
-    and OSError for a folder that cannot be read or made.
+    The function makes ``out`` if it is missing. Raises ValueError if there is no picture, if a
+    baseline is unknown or if a result would overwrite a file, and OSError if a folder cannot be
+    read or made.
     """
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
@@ -170,13 +179,14 @@ def evaluate(
     (original | restored | baselines). With baselines, gallery.jpg shows all pictures at half size:
     original | restored | the baseline that is best by LPIPS-VGG.
 
-    Each of ``baselines`` (names from ``BASELINES``) gets as many bytes as percov2 used. Each metric
-    takes the scale that is best by it, and the bytes of the largest file. The picture shown is the
-    best by LPIPS-VGG, or by PSNR if that is missing.
+    Each of ``baselines`` (names from ``BASELINES``) may use as many bytes as percov2 used. For each
+    metric, the report shows the baseline at the scale that is best by that metric. A baseline's
+    bytes are those of its largest file. The picture shown is the best by LPIPS-VGG, or by PSNR if
+    LPIPS-VGG is missing.
 
     Returns the contents of report.json: setting, images, means, notes and baselines. The "wins" of
-    a baseline count the pictures on which percov2 is better, by metric. Raises the errors of
-    ``plan_evaluation`` and ``round_trip``.
+    a baseline are the number of pictures on which percov2 is better, by metric. Raises the errors
+    of ``plan_evaluation`` and ``round_trip``.
     """
     paths, stems = plan_evaluation(folder, out, baselines)
     warm_up(codec, setting)
@@ -236,7 +246,7 @@ def evaluate(
 
 
 def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """Return the mean of every numeric column, or None if a value is missing."""
+    """Return the mean of every numeric column. The mean is None if a value is missing."""
     columns = {key: [record[key] for record in records] for key in (records[0] if records else {})}
     columns.pop("image", None)
     return {key: None if None in x else float(np.mean(x)) for key, x in columns.items()}
@@ -245,9 +255,9 @@ def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
 def wins(
     records: Sequence[dict[str, Any]], rivals: Sequence[dict[str, Any]]
 ) -> dict[str, int | None]:
-    """Count, by metric, the pictures on which a record is better than its rival.
+    """Count, for each metric, the pictures on which a record is better than its rival.
 
-    A picture without a rival counts. The count is None if a value is missing.
+    A picture without a rival counts as better. The count is None if a value is missing.
     """
     others = {rival["image"]: rival for rival in rivals}
     result: dict[str, int | None] = {}
@@ -263,7 +273,7 @@ def wins(
 
 _DIGITS = {"bytes": 0, "bpp": 4, "psnr": 2, "ms_ssim": 4, "lpips_alex": 3, "lpips_vgg": 3}
 _DIGITS |= {"dists": 3, "encode_s": 2, "decode_s": 2}
-"""Decimals of each column."""
+"""Number of decimals of each column."""
 
 
 def table(rows: Sequence[dict[str, Any]], first: str) -> str:
@@ -287,7 +297,7 @@ def sentence(record: dict[str, Any]) -> str:
 
 
 def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
-    """Return the report as a page with tables and pictures."""
+    """Return the report as a Markdown page with tables and pictures."""
     images = [*report["images"], {"image": "**mean**", **report["mean"]}]
     held = f"{report['stages'] or 'all'} stages sent"
     if report["target_bytes"]:

@@ -1,4 +1,4 @@
-"""Settings of an evaluation and their description in a report."""
+"""The setting of an evaluation and its description in a report."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ __all__ = ["Setting", "compress", "described", "restore"]
 
 @dataclass(frozen=True)
 class Setting:
-    """Options and captioner of an evaluation."""
+    """The options and the captioner of an evaluation."""
 
     encode: EncodeOptions = field(default_factory=EncodeOptions)
     decode: DecodeOptions = field(default_factory=DecodeOptions)
     captioner: Captioner = field(default_factory=NoCaptioner)
 
     def rate(self, codec: Codec) -> str:
-        """Return the name of the rate."""
+        """Return the name of the rate, or of the codec's default rate if none is set."""
         return self.encode.rate or codec.config.default_rate
 
 
 def compress(codec: Codec, picture: Image.Image, setting: Setting) -> bytes:
-    """Compress a picture, mode RGB, as ``Codec.compress`` does."""
+    """Compress a picture (mode RGB) with ``Codec.compress`` and the captioner's caption."""
     (caption,) = setting.captioner([picture])
     return codec.compress(picture, setting.encode, caption=caption)
 
 
 def restore(codec: Codec, file: bytes, setting: Setting) -> Image.Image:
-    """Restore a file's picture, as ``Codec.decompress`` does."""
+    """Restore the picture of a file with ``Codec.decompress``."""
     return codec.decompress(file, setting.decode)
 
 
 def described(codec: Codec, setting: Setting) -> dict[str, Any]:
-    """Return model and setting, with defaults filled in, as JSON values."""
+    """Return the model and the setting, with defaults filled in, as JSON values."""
     config, encode, decode = codec.config, setting.encode, setting.decode
     rate = setting.rate(codec)
     return {

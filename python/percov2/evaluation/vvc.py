@@ -1,4 +1,4 @@
-"""VVC (H.266) stills by libvvenc and ffmpeg's decoder, from the package imageio-ffmpeg."""
+"""VVC (H.266) stills with libvvenc and ffmpeg's decoder, from the package imageio-ffmpeg."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from PIL import Image
 __all__ = ["available", "decode", "encode"]
 
 _GRAIN, _LEAST_SIDE = 8, 32
-"""Sides are padded to multiples of 8 and to at least 32; the decoder gets the true size."""
+"""Sides are padded to multiples of 8 and to at least 32. The decoder is given the true size."""
 _WORST_QP, _BEST_QP = 63, 16
 """libvvenc's buffer is too small for noise at lower QPs."""
 
 
 def available() -> bool:
-    """Return True if imageio-ffmpeg is installed with an ffmpeg that supports VVC."""
+    """Return True if imageio-ffmpeg is installed and its ffmpeg supports VVC."""
     return importlib.util.find_spec("imageio_ffmpeg") is not None and "libvvenc" in _codecs()
 
 
@@ -43,7 +43,7 @@ def _padded(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def encode(image: Image.Image, level: int) -> bytes:
-    """Encode a picture (RGB) as a raw VVC stream, preset medium, 4:2:0 with 10 bits.
+    """Encode a picture (RGB) as a raw VVC stream with preset medium, 4:2:0 and 10 bits.
 
     The quality ``level``, 0..100, maps to QP 63..16. Raises RuntimeError if ffmpeg fails.
     """
@@ -57,7 +57,7 @@ def encode(image: Image.Image, level: int) -> bytes:
 
 
 def decode(data: bytes, size: tuple[int, int]) -> Image.Image:
-    """Decode a stream made by ``encode`` from a picture of ``size`` (width, height)."""
+    """Decode a stream of ``encode``. ``size`` is the (width, height) of the encoded picture."""
     width, height = _padded(size)
     target = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
     raw = _run(["-f", "vvc", "-i", "-", "-frames:v", "1", *target], data)

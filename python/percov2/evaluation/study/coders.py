@@ -1,4 +1,4 @@
-"""Coders of the study: from the tokens of one photo to a payload and back."""
+"""Coders of the study. They code the tokens of one photo as a payload and decode them."""
 
 from __future__ import annotations
 
@@ -31,23 +31,26 @@ __all__ = [
 ]
 
 CHECK_BITS = 16
-"""Size of the check in every payload, as in a file."""
+"""Size in bits of the check in every payload. A file has the same check."""
 
 
 class TokenMap(NamedTuple):
-    """Tokens int32 [n] of one photo, scale by scale, row by row; ``shape`` of its finest grid."""
+    """The tokens of one photo, int32 [n], scale by scale and row by row.
+
+    ``shape`` is the shape of the finest grid.
+    """
 
     shape: tuple[int, int]
     tokens: NDArray[np.int32]
 
 
 def token_map(grid: NDArray[np.int32]) -> TokenMap:
-    """Return the map of a single grid int32 [h, w]."""
+    """Return the map of a single grid, int32 [h, w]."""
     return TokenMap((grid.shape[0], grid.shape[1]), grid.reshape(-1))
 
 
 class StudyCoder(ABC):
-    """Coder of the tokens of a map in stages."""
+    """A coder of the tokens of a map in stages."""
 
     @abstractmethod
     def stage_bits(self, tokens: TokenMap) -> list[NDArray[np.float64]]:
@@ -55,13 +58,13 @@ class StudyCoder(ABC):
 
     @abstractmethod
     def encode(self, tokens: TokenMap) -> bytes:
-        """Return the payload with all tokens and the check of ``token_check``."""
+        """Return a payload that holds all tokens and their ``token_check``."""
 
     @abstractmethod
     def _decoded(self, decoder: rans.RansDecoder, shape: tuple[int, int]) -> NDArray[np.int32]: ...
 
     def decode(self, payload: bytes, shape: tuple[int, int]) -> NDArray[np.int32]:
-        """Return the tokens of a payload; raise ValueError if the check does not match."""
+        """Return the tokens of a payload. Raise ValueError if the check does not match."""
         decoder = rans.RansDecoder(payload, np.array([0, len(payload)]))
         tokens = self._decoded(decoder, shape)
         if not decoder.finished([token_check(tokens)]).all():
@@ -70,12 +73,12 @@ class StudyCoder(ABC):
 
 
 def token_check(tokens: NDArray[np.int32]) -> int:
-    """Return the CRC-16 of tokens int32 [n], the first state of their stream."""
+    """Return the CRC-16 of tokens, int32 [n], which is the first state of their stream."""
     return binascii.crc_hqx(tokens.astype("<i4").tobytes(), 0xFFFF)
 
 
 class OrderCoder(StudyCoder):
-    """Coder of a single grid in the stages of an order, with an integer transformer."""
+    """A coder of single grids with an integer transformer, in the stages of an order."""
 
     def __init__(self, coder: TokenCoder, order: Order) -> None:
         self._coder, self._order = coder, order
@@ -96,15 +99,15 @@ class OrderCoder(StudyCoder):
 
 
 def uniform_coder(codebook_size: int) -> OrderCoder:
-    """Return the reference coder: every token costs log2 V bits, in one stage."""
+    """Return the reference coder, which codes every token in one stage at log2 V bits."""
     return OrderCoder(TokenCoder(uniform_model(codebook_size)), one_stage)
 
 
 class DirectCoder(StudyCoder):
-    """Coder whose entries are keys, readers and outputs at once; a stage takes one pass.
+    """A coder whose entries are keys, readers and outputs at once. Each stage takes one pass.
 
-    The executor "torch" runs the model. ``plan`` maps rows and columns of a grid to the plan of its
-    tokens.
+    The model must run on the executor "torch". ``plan`` maps the rows and columns of a grid to the
+    plan of its tokens.
     """
 
     def __init__(
@@ -116,7 +119,7 @@ class DirectCoder(StudyCoder):
     def _stage(
         self, plan: DirectPlan, tokens: NDArray[np.int32], shape: tuple[int, int], stage: int
     ) -> tuple[NDArray[np.int64], torch.Tensor]:
-        """Return the indices of a stage's tokens, and their logits int16 [n, V]."""
+        """Return the indices of a stage's tokens, and their logits, int16 [n, V]."""
         here = np.flatnonzero(plan.stage == stage)
         seen = np.flatnonzero(plan.entries.key_stage <= plan.entries.key_stage[here].max())
         payload = plan.payload(np.where(plan.stage < stage, tokens, UNKNOWN))
@@ -126,7 +129,7 @@ class DirectCoder(StudyCoder):
         return here, logits[wanted, first : first + self._size].contiguous()
 
     def _intervals(self, tokens: TokenMap) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
-        """Yield starts and freqs of every stage, int32 [n]."""
+        """Yield (starts, freqs), int32 [n], for every stage."""
         plan = self._plan(*tokens.shape)
         for stage in range(1, int(plan.stage.max()) + 1):
             here, logits = self._stage(plan, tokens.tokens, tokens.shape, stage)

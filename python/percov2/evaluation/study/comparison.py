@@ -26,17 +26,20 @@ __all__ = ["Method", "compare", "measure", "order_methods"]
 def measure(
     coder: StudyCoder, maps: Sequence[TokenMap], label: str, progress: bool = True
 ) -> dict[str, Any]:
-    """Encode maps one by one, decode them, and compare.
+    """Encode and decode maps one by one, and check that the decoded tokens are equal.
 
     Returns:
-        maps, tokens: their numbers.
+        maps, tokens: number of maps and number of tokens.
         stages, most_stages: mean and largest number of decoding passes.
-        bytes, ideal_bytes: mean length of a payload, and mean cost of its intervals and check.
+        bytes: mean length of a payload.
+        ideal_bytes: mean cost of the intervals and the check of a payload.
         bits_per_token: mean cost of an interval.
         stage_bits, stage_tokens: bits per token and number of tokens of each stage.
         encode_s, decode_s: mean seconds per map.
 
-    Raises ValueError for no maps, RuntimeError if a map is decoded wrongly.
+    Raises:
+        ValueError: there are no maps.
+        RuntimeError: a map is decoded wrongly.
     """
     if not maps:
         raise ValueError("no token maps to measure")
@@ -75,10 +78,17 @@ def measure(
 
 
 class Method(NamedTuple):
-    """Row of the table: a coder, the training of its weights, and its maps.
+    """A row of the table.
 
-    File names have ``name``. ``panels`` maps a grid's shape to the panels for ``page.draw_stages``;
-    None for no picture. ``note`` is Markdown for the page, "" for none.
+    Attributes:
+        name: name of the method in file names.
+        title: name of the method in the table.
+        weights: description of the training of the weights.
+        coder: the coder.
+        maps: the token maps to code.
+        panels: a function from a grid's rows and columns to the panels for ``page.draw_stages``.
+            None makes no picture.
+        note: Markdown for the page, or "" for none.
     """
 
     name: str
@@ -96,7 +106,10 @@ def order_methods(
     maps: Sequence[TokenMap],
     draw: bool = False,
 ) -> Iterator[Method]:
-    """Yield a method for every order of ``STUDY_SCHEDULES``, with ``coder_of(name, order)``."""
+    """Yield a method for every order of ``STUDY_SCHEDULES``.
+
+    ``coder_of(name, order)`` returns its coder. With ``draw``, it gets a picture.
+    """
     for name, (title, order) in STUDY_SCHEDULES.items():
         shown = partial(_panels, order) if draw else None
         yield Method(name, title, weights, coder_of(name, order), maps, shown)
@@ -113,11 +126,19 @@ def compare(
     out: Path,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure uniform coding of single grids and every method; rewrite the report after each.
+    """Measure uniform coding of single grids and every method. Rewrite the report after each.
 
-    The methods have maps of the same photos. ``facts`` are rate, codebook_size, token_side (pixels)
-    and command. ``out`` gets report.json, report.md and schedule_NAME.png of the largest map.
-    Returns the report, for ``page.page``. Raises the errors of ``measure``.
+    Args:
+        maps: token maps of single grids.
+        methods: methods whose maps come from the same photos.
+        facts: rate, codebook_size, token_side (in pixels) and command.
+        out: folder for report.json, report.md and, for the largest map, schedule_NAME.png.
+        progress: True to show the progress.
+
+    Returns:
+        The report, as ``page.page`` takes it.
+
+    Raises the errors of ``measure``.
     """
     out.mkdir(parents=True, exist_ok=True)
     report = {**facts, "threads": torch.get_num_threads(), "methods": [], "notes": []}
@@ -135,7 +156,7 @@ def compare(
 
 
 def _draw(method: Method, token_side: int, out: Path) -> str | None:
-    """Draw the stages of the largest map; return the picture's name, or None for no picture."""
+    """Draw the stages of the largest map. Return the picture's name, or None without a picture."""
     if method.panels is None:
         return None
     largest = max(method.maps, key=lambda tokens: len(tokens.tokens))

@@ -1,4 +1,4 @@
-"""Page and pictures of the study of entropy schedules."""
+"""The page and the pictures of the study of entropy schedules."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def saved(record: dict[str, Any], uniform: dict[str, Any]) -> tuple[float, float
 def page(report: dict[str, Any]) -> str:
     """Return the Markdown page: a row per method, bits per token of each stage, and pictures.
 
-    The report has rate, codebook_size, threads, command, notes (lines of Markdown) and methods,
-    uniform coding first. A method has name, title, weights, picture (a file's name or None) and the
-    results of ``comparison.measure``.
+    The report has the keys rate, codebook_size, threads, command, notes (lines of Markdown) and
+    methods, of which uniform coding is the first. A method has the keys name, title, weights and
+    picture (the name of a file or None), and those of ``comparison.measure``.
     """
     rows = report["methods"]
     table = []
@@ -83,8 +83,14 @@ def draw_stages(
 ) -> None:
     """Draw the known tokens of one photo after each stage as PNG, like PerCoV2's Figs. 15-18.
 
-    A panel [h, w] per stage holds 0 unknown, 1 known before, 2 new. Its label shows the sum of the
-    tokens' bits so far as bpp of the photo. The file has at most 12 stages, including the last.
+    Args:
+        stages: one panel [h, w] per stage: 0 for unknown tokens, 1 for tokens known before, 2 for
+            new tokens. The picture shows at most 12 stages, including the last.
+        bits: the cost of each stage's tokens in bits. The label of a panel shows their sum so far
+            in bpp of the photo.
+        pixels: number of pixels of the photo.
+        title: title of the picture.
+        path: file to write.
     """
     import matplotlib as mpl
 
@@ -116,7 +122,7 @@ def draw_stages(
 
 
 def panels(stage_map: NDArray[np.int32]) -> list[NDArray[np.int64]]:
-    """Return the panels for ``draw_stages`` from a stage map int32 [h, w]."""
+    """Return the panels that ``draw_stages`` takes for a stage map, int32 [h, w]."""
     return [
         (stage_map <= stage).astype(np.int64) + (stage_map == stage)
         for stage in range(1, int(stage_map.max()) + 1)

@@ -15,23 +15,23 @@ from percov2.entropy.schedule import nested_grids, qlds, stages
 __all__ = ["STUDY_SCHEDULES", "Order", "StudySchedule", "one_stage"]
 
 Order = Callable[[int, int], NDArray[np.int32]]
-"""Function from rows and columns of a grid to its stage map int32 [h, w], stages 1..S."""
+"""A function from a grid's rows and columns to its stage map, int32 [h, w], with stages 1..S."""
 
 
 class StudySchedule(NamedTuple):
-    """Title and stages of an order."""
+    """The title and the stages of an order."""
 
     title: str
     stages: Order
 
 
 def _every_side(height: int, width: int) -> NDArray[np.int32]:
-    """Return implicit VAR with sides 1, 2, 3, …, whose sub-grids do not nest."""
+    """Return the stages of implicit VAR with sides 1, 2, 3, …, whose sub-grids do not nest."""
     return nested_grids(height, width, range(1, max(height, width) + 1))
 
 
 def _flat_qlds(count: int) -> Order:
-    """Return QLDS in groups of equal size."""
+    """Return the order QLDS with ``count`` stages of equal size."""
     return partial(qlds, stage_count=count, power=Fraction(1))
 
 
@@ -48,7 +48,7 @@ STUDY_SCHEDULES: dict[str, StudySchedule] = {
     "var_every_side": StudySchedule("implicit VAR, sides 1, 2, 3, …", _every_side),
     "raster": StudySchedule("raster", partial(stages, "raster")),
 }
-"""Orders by name; those of the format have its names."""
+"""Orders by name. Orders that are part of the file format have the format's names."""
 
 
 def one_stage(height: int, width: int) -> NDArray[np.int32]:
