@@ -22,7 +22,10 @@ UNITS_PER_NAT = np.float32(256 / np.log(2.0))
 
 @dataclass(frozen=True)
 class Shape:
-    """Codebook entries V, tokens per image and number of images, each with its own stream."""
+    """The size of a case: codebook entries V, tokens per image, and images.
+
+    Each image has its own stream.
+    """
 
     codebook: int
     tokens: int
@@ -39,7 +42,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class Case:
-    """Logits in nats, float32 [B, n, V]; symbols int32 [B, n]; checks uint16 [B]."""
+    """A case of B images with n tokens each.
+
+    Attributes:
+        shape: its size.
+        logits: float32 [B, n, V], in nats.
+        symbols: int32 [B, n].
+        checks: uint16 [B].
+    """
 
     shape: Shape
     logits: NDArray[np.float32]
@@ -57,14 +67,14 @@ class Case:
         return np.full(self.shape.images, self.shape.tokens, dtype=np.int64)
 
     def first(self, images: int) -> Case:
-        """Return the case of the first images only."""
+        """Return the case with only its first ``images`` images."""
         shape = replace(self.shape, images=min(images, self.shape.images))
         part = slice(shape.images)
         return Case(shape, self.logits[part], self.symbols[part], self.checks[part])
 
 
 def make_case(shape: Shape, seed: int = 0) -> Case:
-    """Return the case of a shape and a seed."""
+    """Return the case that a shape and a seed determine."""
     rng = np.random.default_rng([seed, shape.codebook, shape.tokens, shape.images])
     logits = np.empty((shape.images, shape.tokens, shape.codebook), dtype=np.float32)
     symbols = np.empty((shape.images, shape.tokens), dtype=np.int32)
@@ -87,7 +97,7 @@ def integer_logits(logits: NDArray[np.float32]) -> NDArray[np.int16]:
 
 
 def ideal_bytes(logits: NDArray[np.float32], symbols: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Return the ideal cost in bytes of each image's symbols under the softmax of logits: [B]."""
+    """Return each image's ideal cost in bytes, [B], under the softmax of the logits."""
     costs = np.empty(len(logits))
     for i, (image, chosen) in enumerate(zip(logits, symbols, strict=True)):
         exact = image.astype(np.float64)
@@ -98,5 +108,8 @@ def ideal_bytes(logits: NDArray[np.float32], symbols: NDArray[np.int32]) -> NDAr
 
 
 def interval_bytes(freqs: NDArray[np.int32], prob_bits: int) -> NDArray[np.float64]:
-    """Return the ideal cost in bytes of each image's intervals, of widths int32 [B, n]: [B]."""
+    """Return the ideal cost of each image's intervals in bytes, [B].
+
+    ``freqs`` are the widths of the intervals, int32 [B, n].
+    """
     return (prob_bits - np.log2(freqs)).sum(1) / 8

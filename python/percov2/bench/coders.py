@@ -28,7 +28,7 @@ GIVEN = {INTERVALS: "coder", **dict.fromkeys(LOGITS, "logits")}
 CHECK_BYTES = 2
 """Size of the check in every stream of percov2."""
 LOGITS_AT_ONCE = 2**26
-"""Largest number of logits in one case; larger cases are made in parts."""
+"""Largest number of logits in one case. Larger cases are made in parts."""
 _ORACLE_LOGITS = 2**20
 """Number of logits of a case that are compared with the torch oracle."""
 Intervals = tuple[NDArray[np.int32], NDArray[np.int32]]
@@ -36,11 +36,11 @@ Streams = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 class Mismatch(RuntimeError):
-    """Error of a coder that returns wrong symbols or intervals."""
+    """The error for a coder that returns wrong symbols or intervals."""
 
 
 def require(holds: bool | np.bool_, what: str) -> None:
-    """Raise Mismatch unless ``holds``."""
+    """Raise Mismatch with the message ``what`` unless ``holds`` is True."""
     if not holds:
         raise Mismatch(f"{what}; the measurement stops here")
 
@@ -54,7 +54,7 @@ def push(case: Case, intervals: Intervals, prob_bits: int, threads: int = 1) -> 
 
 
 def encode(case: Case, logits: Any, prob_bits: int) -> Streams:
-    """Encode a case with logits [B, n, V]; return buffer and offsets."""
+    """Encode a case with logits [B, n, V]. Return the buffer and the offsets."""
     return push(case, rans.intervals(logits, case.symbols, prob_bits), prob_bits).finish()
 
 
@@ -64,7 +64,7 @@ def _check_decoded(case: Case, decoder: rans.RansDecoder, symbols: NDArray[np.in
 
 
 def _checked_intervals(case: Case, logits: Any) -> Intervals:
-    """Return the intervals of a case after comparing a sample with the oracle's."""
+    """Return the intervals of a case, after comparing a sample of them with torch's intervals."""
     found = rans.intervals(logits, case.symbols, case.prob_bits)
     size, rows = case.shape.codebook, max(1, _ORACLE_LOGITS // case.shape.codebook)
     sample = torch.from_numpy(integer_logits(case.logits.reshape(1, -1, size)[:, :rows])[0])
@@ -78,8 +78,8 @@ def _checked_intervals(case: Case, logits: Any) -> Intervals:
 def timed(case: Case, given: str, effort: Effort) -> Record:
     """Measure encoding to bytes and decoding to symbols, for one kind of input from ``GIVEN``.
 
-    The ideal cost follows from bfloat16 logits, but not from int16 logits: the caller chooses
-    bfloat16, while percov2 itself rounds to int16.
+    The ideal cost takes into account the rounding of logits to bfloat16, which the caller chooses.
+    It does not include the rounding to int16, which percov2 does itself.
     """
     bits, symbols = case.prob_bits, case.shape.symbols
     logits: Any = case.logits if given == "float32 logits" else integer_logits(case.logits)
@@ -113,10 +113,10 @@ def timed(case: Case, given: str, effort: Effort) -> Record:
 
 
 def short_streams(shape: Shape) -> Record:
-    """Return the mean bytes per image above the ideal, without the check.
+    """Return the mean number of bytes per image above the ideal cost, without the check.
 
-    The ideal of ``above_ideal`` is the float softmax of the logits. The ideal of
-    ``above_intervals`` is the width of the coded intervals.
+    For ``above_ideal``, the ideal is the cost under the float softmax of the logits. For
+    ``above_intervals``, it is the cost of the coded intervals.
     """
     rows = []
     for case in parts_of(shape):
@@ -133,14 +133,17 @@ def short_streams(shape: Shape) -> Record:
 
 
 def parts_of(shape: Shape) -> Iterator[Case]:
-    """Yield the images of a shape in cases that fit in memory."""
+    """Yield the images of a shape as cases that fit in memory."""
     at_once = max(1, LOGITS_AT_ONCE // (shape.tokens * shape.codebook))
     for part, first in enumerate(range(0, shape.images, at_once)):
         yield make_case(replace(shape, images=min(at_once, shape.images - first)), seed=part)
 
 
 def peer_streams(case: Case, coder: str, lengths: list[int]) -> Record:
-    """Return the bytes above the ideal of another coder from its bytes of the first images."""
+    """Return the bytes above the ideal of another coder.
+
+    ``lengths`` are the coder's numbers of bytes for the first images.
+    """
     part = case.first(len(lengths))
     ideal = cases.ideal_bytes(part.logits, part.symbols)
     return _overhead(part.shape, coder, 0, np.asarray(lengths), ideal)
@@ -162,9 +165,9 @@ def _overhead(
 
 
 def long_stream(shape: Shape, parts: int, prob_bits: int) -> Record:
-    """Code ``parts`` one-image cases as one stream; return its bytes above the ideal in percent.
+    """Code ``parts`` cases of one image as one stream. Return its excess over the ideal in percent.
 
-    Decoding makes the parts again, so that only one part needs to fit in memory.
+    Decoding makes each case again, so that only one case needs to fit in memory.
     """
     check, ideal, by_intervals = [0xBEEF], 0.0, 0.0
     encoder = rans.RansEncoder(check)

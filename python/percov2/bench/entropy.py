@@ -1,4 +1,4 @@
-"""``percov2 bench entropy``: runs the measurements of a plan."""
+"""``percov2 bench entropy``, which runs the measurements of a plan."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Names = tuple[str, ...]
 
 
 class Plan(NamedTuple):
-    """Measurements of one run; shapes are codebook, tokens, images."""
+    """The measurements of one run. A shape is (codebook, tokens, images)."""
 
     effort: Effort = Effort(0.5, 5, 200)
     rounds: int = 3  # turns of percov2 and its peers
@@ -75,7 +75,7 @@ QUICK_PLAN = Plan(
 
 
 def run(plan: Plan, sections: Names, model_folder: Path, peers: Peers | None = None) -> Record:
-    """Measure and return the report as JSON values.
+    """Measure a plan and return the report as JSON values.
 
     Raises:
         ValueError: the model cannot be loaded.
@@ -151,7 +151,7 @@ def _coders(plan: Plan, shape: Shape, sections: Names, peers: Peers | None) -> l
 
 
 def middle(rounds: Iterable[list[Record]]) -> list[Record]:
-    """Merge rounds of the same records; each timing is the one with the median of the medians.
+    """Merge rounds of the same records. Of each timing, keep the round with the middle median.
 
     Raises:
         ValueError: the rounds do not hold the same records.

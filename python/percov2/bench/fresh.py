@@ -1,7 +1,8 @@
 """Measurements in a fresh process: the first call with its imports, and the peak memory.
 
 ``python -m percov2.bench.fresh cold FOLDER`` and ``... encode|decode FOLDER IMAGES SIDE`` print one
-JSON object. ``cold`` and ``memory`` start them. FOLDER holds an integer entropy model.
+JSON object. FOLDER holds an integer entropy model. The functions ``cold`` and ``memory`` start
+these commands.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SCHEDULE = "qlds12"
 
 
 def _start(*arguments: object) -> dict[str, Any]:
-    """Return the JSON object printed by a fresh process of this module, with its wall time."""
+    """Run this module in a fresh process. Return the JSON object it prints, with its wall time."""
     command = [sys.executable, "-m", __name__, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = time.perf_counter()
@@ -109,7 +110,7 @@ def _memory(what: str, folder: Path, images: int, side: int) -> dict[str, float 
 
 
 def _megabytes(name: str) -> float:
-    """Return a size from the process's status on Linux."""
+    """Return a size in MB from the status of this process on Linux."""
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 

@@ -1,6 +1,7 @@
-"""``percov2 bench gpu``: compares the GPU engine with the CPU engine, and then times it.
+"""``percov2 bench gpu``, which compares the GPU engine with the CPU engine and then times it.
 
-The ``kind`` of a record is "measurement" or "missing". The latter names what this machine lacks.
+The ``kind`` of a record is "measurement" or "missing". A "missing" record names what this machine
+lacks.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ SIZES = tuple(Size(256, 32, TransformerConfig(codebook_size=size)) for size in (
 
 
 class Plan(NamedTuple):
-    """Measurements of one run."""
+    """The measurements of one run."""
 
     sizes: tuple[Size, ...]  # the model's layers are measured at the first size only
     effort: Effort  # on the GPU
@@ -59,14 +60,15 @@ QUICK_PLAN = Plan(SIZES, Effort(0.1, 5, 50), Effort(0.1, 1, 5))
 
 
 def find() -> Gpu | None:
-    """Return the current CUDA device, if torch finds one."""
+    """Return the current CUDA device, or None if torch finds none."""
     return Gpu() if torch.cuda.is_available() else None
 
 
 def run(plan: Plan, gpu: Gpu | None = None) -> Record:
     """Measure on ``gpu`` and return the report as JSON values.
 
-    The CPU engine uses as many threads as torch.
+    If this machine lacks a GPU, triton or the CUDA kernels, the report only says so. The CPU engine
+    uses as many threads as torch.
 
     Raises:
         Mismatch: the results of the GPU and the CPU differ.
@@ -96,7 +98,10 @@ def run(plan: Plan, gpu: Gpu | None = None) -> Record:
 
 @dataclass(frozen=True)
 class Bench:
-    """State shared by all measurements of a run; ``threads`` is the number of CPU threads."""
+    """The state that all measurements of a run share.
+
+    ``threads`` is the number of threads of the CPU engine.
+    """
 
     gpu: Gpu
     plan: Plan
@@ -104,7 +109,7 @@ class Bench:
     bandwidth: Record
 
     def steps(self) -> Iterator[Step]:
-        """Yield the steps of a run; each makes its jobs only when it runs."""
+        """Yield the steps of a run. A step makes its jobs only when it runs."""
 
         def step(name: str, size: Size, make: Callable[..., Iterable[Job]], *more: int) -> Step:
             jobs = partial(make, self.gpu.place, size, *more)
@@ -121,7 +126,7 @@ class Bench:
             yield f"whole, V = {size.config.codebook_size}", partial(self.paths, size)
 
     def measured(self, size: Size, job: Job) -> Record:
-        """Return a job's record; raise Mismatch if the results of the GPU and the CPU differ."""
+        """Return a job's record. Raise Mismatch if the results of the GPU and the CPU differ."""
         gpu, plan = self.gpu, self.plan
         if job.before is not None:
             job.before()
@@ -146,9 +151,10 @@ class Bench:
         }
 
     def paths(self, size: Size) -> list[Record]:
-        """Measure whole encoding and decoding on the CPU, and with each coder on the GPU.
+        """Measure complete encoding and decoding on the CPU, and with each coder on the GPU.
 
-        Random weights do not change the times. The tokens are drawn from the model.
+        The weights are random, which does not change the times. The tokens are drawn from the
+        model.
 
         Raises:
             Mismatch: bytes or tokens differ from those of the CPU engine.
@@ -189,7 +195,7 @@ class Bench:
 
 
 def summarize(records: list[Record]) -> Iterator[Record]:
-    """Yield the lines on bytes moved for intervals, and on launches and copies for encoding."""
+    """Yield the summary's lines: bytes moved for intervals, and encoding's launches and copies."""
     for r in records:
         if r.get("kernel") == "symbol_intervals":
             # A symbol moves at least V logits, symbol, start and freq, of 2 bytes each.

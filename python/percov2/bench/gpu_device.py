@@ -20,11 +20,11 @@ WARM_UP = 3
 _COPIED = 2**28
 """Size in bytes of the copy that measures bandwidth."""
 _DATA_SHEETS = {"A100": 2.039e12, "H100": 3.35e12, "H200": 4.8e12, "B200": 8.0e12}
-"""Memory bandwidth in bytes per second, by name."""
+"""Memory bandwidth in bytes per second, by the name of the GPU."""
 
 
 class Gpu:
-    """The current CUDA device, timed by events of its stream."""
+    """The current CUDA device. Events of its stream measure the times."""
 
     def __init__(self) -> None:
         self.place = self.find()
@@ -41,7 +41,7 @@ class Gpu:
         return torch.cuda.get_device_properties(self.place)
 
     def mark(self) -> Any:
-        """Return a point in the stream."""
+        """Return an event that marks the current point of the stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -69,10 +69,10 @@ class Gpu:
     def time(
         self, work: Callable[[], object], effort: Effort, before: Callable[[], object] | None = None
     ) -> Timing:
-        """Return the device seconds per call, with cold caches.
+        """Return the seconds per call on the device, with cold caches.
 
-        ``before`` runs ahead of every call and is not timed. The host waits only after every
-        ``effort.least`` calls, so that the cache writes hide its own time.
+        ``before`` runs before every call and is not timed. The host waits only once per
+        ``effort.least`` calls, so that the writes to the cache hide the host's own time.
         """
 
         def once() -> tuple[Any, Any]:
@@ -96,9 +96,9 @@ class Gpu:
     def bandwidth(self, effort: Effort) -> dict[str, Any]:
         """Measure a copy within the device, and choose the peak bandwidth.
 
-        The unit is bytes read and written per second. If torch reports the memory's clock (kHz, two
-        transfers per cycle) and bus width (bits), the peak follows from them. Otherwise it is from
-        the data sheet, or from the copy.
+        Both are in bytes read and written per second. If torch reports the memory's clock (in kHz,
+        with two transfers per cycle) and bus width (in bits), the peak follows from these.
+        Otherwise it is taken from the data sheet or, if that is unknown, from the copy.
         """
         source = torch.zeros(min(_COPIED, self._flood.numel()), dtype=torch.uint8).to(self.place)
         goal = torch.empty_like(source)
@@ -118,9 +118,9 @@ def launches(names: Sequence[str]) -> dict[str, Any]:
     """Count the kernels and copies of a trace.
 
     Returns:
-        "kernels": their number, with memory sets and copies within the device;
-        "after_transformer": the names of those after the last linear map, if there is one;
-        "to_host" and "to_device": the numbers of copies.
+        "kernels": the number of kernels, including memory sets and copies within the device.
+        "after_transformer": the names of the kernels after the last linear map, or an empty list.
+        "to_host" and "to_device": the number of copies to the host and to the device.
     """
     kernels = [n for n in names if not n.startswith(("Memcpy DtoH", "Memcpy HtoD"))]
     maps = [i for i, name in enumerate(kernels) if "int_linear_kernel" in name]

@@ -1,6 +1,7 @@
 """Jobs that measure single GPU kernels: work, expected result and bytes moved.
 
-Making a job places its tensors. docs/explanation/gpu-kernels.md describes the kernels.
+A job places its tensors on the device when it is made. docs/explanation/gpu-kernels.md describes
+the kernels.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ SCHEDULE = "qlds12"
 LATENT = 32
 """Length of the quantizer's vectors (percov2.models.quantizer)."""
 _LOGITS_AT_ONCE, _ROWS_AT_ONCE = 2**26, 2**14
-"""Limits per call of torch's operators, which make several wide tensors of this size."""
+"""Limits per call of torch's operators, which make several wide tensors of that many elements."""
 Arrays = Sequence[NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Size:
-    """``images`` images of ``side`` × ``side`` tokens, and the configuration of their model."""
+    """A batch of ``images`` images of ``side`` × ``side`` tokens, and the sizes of the model."""
 
     images: int
     side: int
@@ -47,7 +48,7 @@ class Size:
 
     @property
     def symbols(self) -> int:
-        """Number of tokens in all images."""
+        """Return the number of tokens in all images."""
         return self.images * self.side**2
 
 
@@ -58,7 +59,7 @@ def host(*tensors: Tensor) -> Arrays:
 
 @dataclass(frozen=True)
 class Job:
-    """Work for the GPU, with its reference."""
+    """Work for the GPU, with a reference on the CPU."""
 
     kernel: str
     case: str  # sizes
@@ -72,7 +73,10 @@ class Job:
 
 
 def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
-    """Yield jobs for intervals, encoding and decoding; the CPU engine uses ``threads``."""
+    """Yield jobs for intervals, encoding and decoding.
+
+    ``threads`` is the number of threads of the CPU engine.
+    """
     from percov2.triton_kernels import symbol_intervals
 
     codebook, symbols = size.config.codebook_size, size.symbols
@@ -141,7 +145,8 @@ def coder_jobs(place: torch.device, size: Size, threads: int) -> Iterator[Job]:
 def unfused_intervals(logits: Tensor, symbols: Tensor, prob_bits: int) -> list[Tensor]:
     """Compute intervals without fusion: make whole tables and read two entries of each.
 
-    Takes logits int16 [B, n, V] and symbols int32 [B, n]. Returns [b, n, 2] for b images at a time.
+    The logits are int16 [B, n, V], and the symbols int32 [B, n]. Returns a list of tensors
+    [b, n, 2], each for b images.
     """
     step = max(1, _LOGITS_AT_ONCE // max(1, logits[0].numel()))
     parts = []
@@ -153,7 +158,10 @@ def unfused_intervals(logits: Tensor, symbols: Tensor, prob_bits: int) -> list[T
 
 
 def layer_jobs(place: torch.device, size: Size) -> Iterator[Job]:
-    """Yield jobs for the kernels of a layer and the head: maps on queries, full attention."""
+    """Yield jobs for the kernels of a layer and the head.
+
+    Linear maps are measured on queries, and the attention on all entries.
+    """
     from percov2.triton_kernels import attention, attention_blocks, layer_norm
 
     config, dim, inner = size.config, size.config.dim, size.config.inner
@@ -206,7 +214,7 @@ _ENDS = {
     "int16": (-(2**15), 2**15 - 1, 2),
     "residual": (-(2**20), 2**20, 8),
 }
-"""Limits and bytes per output of each end of a linear map; a residual is read and written."""
+"""Limits and bytes per output for each end of a linear map. A residual is read and written."""
 
 
 def linear_job(
@@ -243,7 +251,10 @@ def linear_job(
 
 
 def nearest_jobs(place: torch.device, size: Size) -> Iterator[Job]:
-    """Yield the quantizer's search. Similarities of small integers are exact and often tie."""
+    """Yield the job for the quantizer's search.
+
+    Its inputs are small integers, whose similarities are exact and often equal.
+    """
     from percov2.triton_kernels import nearest_codes
 
     codes = size.config.codebook_size

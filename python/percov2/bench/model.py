@@ -1,4 +1,4 @@
-"""Measurements of the entropy model beside torch: encoding, decoding and one layer's attention.
+"""Measurements of the entropy model and of torch: encoding, decoding and one layer's attention.
 
 Tokens are drawn from the model by decoding random bytes.
 """
@@ -30,13 +30,13 @@ __all__ = ["AttentionCase", "FloatTransformer", "attention", "decode", "draw_tok
 __all__ += ["encode_and_decode", "float_pass", "pass_entries", "random_streams", "torch_threads"]
 
 FLOAT_CHUNKS = (8, 64)
-"""Numbers of images per torch call; the faster one counts."""
+"""Numbers of images per call of torch. The faster of the two counts."""
 Streams = tuple[Any, Any]
 
 
 @contextmanager
 def torch_threads(threads: int) -> Iterator[None]:
-    """Set the number of threads of torch and the integer layers for a while."""
+    """Set the number of threads of torch and of the integer layers within a ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -46,14 +46,14 @@ def torch_threads(threads: int) -> Iterator[None]:
 
 
 def random_streams(images: int, side: int) -> Streams:
-    """Return enough random bytes for ``images`` grids; they decode to likely tokens."""
+    """Return streams of random bytes for ``images`` grids, which decode to likely tokens."""
     size = 3 * side * side  # prob_bits is at most 20
     buffer = np.random.default_rng([images, side]).integers(0, 256, images * size, dtype=np.uint8)
     return buffer, np.arange(images + 1, dtype=np.int64) * size
 
 
 def draw_tokens(coder: TokenCoder, images: int, side: int) -> NDArray[np.int32]:
-    """Draw tokens from the model: int32 [images, side, side]."""
+    """Draw tokens from the model. Return int32 [images, side, side]."""
     return decode(coder, random_streams(images, side), "qlds8", side, 1)
 
 
@@ -79,7 +79,7 @@ def _record(
 def encode_and_decode(
     coder: TokenCoder, tokens: NDArray[np.int32], name: str, threads: int, effort: Effort
 ) -> list[Record]:
-    """Measure encoding and decoding of tokens int32 [B, side, side] under one schedule."""
+    """Measure encoding and decoding of tokens, int32 [B, side, side], with one schedule."""
     works: dict[str, Callable[[], Any]] = {"encode": partial(encode, coder, tokens, name, threads)}
     with torch_threads(threads):
         streams = works["encode"]()
@@ -93,8 +93,8 @@ def encode_and_decode(
 def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries, Entries]:
     """Return the coding order, the readers and the keys of the pass that encodes a grid.
 
-    The keys are the start entries and the contents of all stages except the last, which is never
-    read. The readers are the keys, then the queries of all tokens.
+    The keys are the start entries and the contents of all stages except the last, whose contents
+    are never read. The readers are the keys, followed by the queries of all tokens.
     """
     coding = schedule.order(stages)
     stage, width = stages.reshape(-1)[coding], stages.shape[1]
@@ -105,7 +105,7 @@ def pass_entries(stages: NDArray[np.int32]) -> tuple[NDArray[np.int64], Entries,
 
 
 class FloatLayer(nn.Module):
-    """Attention to contents and a feed-forward network, each added to the residual."""
+    """A layer of attention to contents and a feed-forward network, each added to the residual."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -117,9 +117,10 @@ class FloatLayer(nn.Module):
         self.mlp = nn.Sequential(nn.LayerNorm(dim), up, nn.GELU(), down)
 
     def forward(self, x: Tensor, keys: int, first_reader: int, mask: Tensor) -> Tensor:
-        """Return rows from ``first_reader`` of x [B, E, dim], whose first ``keys`` are contents.
+        """Return the rows of x [B, E, dim] from ``first_reader`` on, after this layer.
 
-        mask, bool [E - first_reader, keys], marks the visible keys.
+        The first ``keys`` rows of x are the keys. ``mask``, bool [E - first_reader, keys], is True
+        for the visible keys.
         """
         y, x = self.norm(x), x[:, first_reader:]
         parts = (self.q(y[:, first_reader:]), *self.kv(y[:, :keys]).chunk(2, -1))
@@ -130,10 +131,10 @@ class FloatLayer(nn.Module):
 
 
 class FloatTransformer(nn.Module):
-    """Float32 counterpart of the entropy model in eager torch, with random weights.
+    """A float32 counterpart of the entropy model in eager torch, with random weights.
 
-    It has the same entries, widths and mask for grids of ``stages`` (int32 [h, w], values 1 .. S).
-    It lacks relative positions, which would make it slower.
+    It has the same entries, widths and mask. ``stages`` is the stage map of the grids, int32 [h, w]
+    with values 1 .. S. The model lacks relative positions, which would make it slower.
     """
 
     def __init__(self, config: TransformerConfig, stages: NDArray[np.int32]) -> None:
@@ -149,7 +150,7 @@ class FloatTransformer(nn.Module):
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, config.codebook_size))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return logits float32 [B, h * w, V] in coding order for tokens int64 [B, h, w]."""
+        """Return the logits, float32 [B, h * w, V] in coding order, for tokens int64 [B, h, w]."""
         known = self.keys - START_ENTRIES
         contents = self.token(tokens.flatten(1)[:, self.coding[:known]]) + self.place[:known]
         parts = (self.start, self.query + self.place)
@@ -182,8 +183,8 @@ def float_pass(coder: TokenCoder, tokens: NDArray[np.int32], name: str, effort: 
 class AttentionCase:
     """Random activations for all entries of one pass.
 
-    They are q, int8 [B, E, inner], and kv, int8 [B, K, 2 * inner], with the keys first. ``index``,
-    int64 [E, K], is the relative position of each pair.
+    These are q, int8 [B, E, inner], and kv, int8 [B, K, 2 * inner], which has the keys before the
+    values. ``index``, int64 [E, K], is the relative position of each pair.
     """
 
     def __init__(self, config: TransformerConfig, name: str, side: int, images: int) -> None:
@@ -199,7 +200,7 @@ class AttentionCase:
         self.gain_bits = int(tensors[f"{prefix}.gain_bits"])
 
     def compiled(self) -> NDArray[np.int8]:
-        """Return the kernel's result: int8 [B, E, inner]."""
+        """Return the result of the compiled kernel, int8 [B, E, inner]."""
         bias, shift = self.bias.numpy(), self.shift.numpy()
         return rans.stage_attention(self.stages, bias, shift, self.gain_bits, self.q, self.kv)
 
@@ -210,7 +211,7 @@ class AttentionCase:
         return [x.unflatten(2, (self.heads, -1)).transpose(1, 2).contiguous() for x in wide]
 
     def oracle(self, image: int) -> NDArray[np.int8]:
-        """Return the expected result for one image, computed by torch: int8 [E, inner]."""
+        """Return the expected result for one image, int8 [E, inner], computed by torch."""
         q, k, v = (part[0] for part in self.split(slice(image, image + 1)))
         bias = pad(self.bias.to(torch.float32), (0, 1), value=float(ranges.HIDDEN_SCORE))
         scale = torch.exp2(-self.shift.to(torch.float32))[:, None, None]

@@ -1,4 +1,4 @@
-"""Runs the peers' coders in their own environment, on the same data as percov2's coder."""
+"""Measurements of the peers' coders in their own environment, on percov2's data."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _TIMING = Path(__file__).with_name("timing.py")
 
 
 class Peers:
-    """Environment with constriction, torchac and CompressAI.
+    """The environment with constriction, torchac and CompressAI.
 
     Args:
-        python: path of its interpreter, made by ``benchmarks/peers.sh``.
+        python: path of its Python interpreter. ``benchmarks/peers.sh`` makes the environment.
 
     Raises:
         ValueError: there is no such file.
@@ -66,14 +66,14 @@ class Peers:
         raise RuntimeError(f"the peers at {self.python} failed: {lines[-1]}; {again}")
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of the peers; raise RuntimeError if an import fails."""
+        """Return the versions of the peers. Raise RuntimeError if an import fails."""
         return self._ask(None, (), None)["versions"]
 
     def measure(self, case: Case, sections: tuple[str, ...], effort: Effort | None) -> list[Record]:
         """Return the records of all peers on a case, without times if ``effort`` is None.
 
-        A record is like those of coders.py, except that ``stream_bytes`` lists the bytes of each
-        image and replaces ``bytes`` and ``ideal_bytes``.
+        The records are like those of ``percov2.bench.coders``, with one difference. Instead of
+        ``bytes`` and ``ideal_bytes`` they have ``stream_bytes``, the number of bytes of each image.
 
         Raises:
             RuntimeError: a peer fails or decodes wrong symbols.

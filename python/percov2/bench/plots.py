@@ -21,7 +21,7 @@ def require_matplotlib() -> None:
 
 
 def write_plots(report: Record, folder: Path) -> list[Path]:
-    """Write the plots of a report as PNG files into ``folder``; return their paths.
+    """Write the plots of a report as PNG files into ``folder``. Return their paths.
 
     Raises:
         ValueError: matplotlib is missing.
@@ -53,7 +53,7 @@ def _figure(panels: int = 1) -> tuple[Any, Any]:
 
 
 def _throughput(records: list[Record]) -> Iterator[Any]:
-    """Draw a panel per codebook with bars per coder, for the first shape of each codebook."""
+    """Draw one panel per codebook, for its first shape, with bars for each coder."""
     panels: dict[int, dict[tuple[str, str], Record]] = {}
     for r in records:
         panels.setdefault(r["codebook"], {}).setdefault((r["coder"], r["given"]), r)
@@ -74,7 +74,7 @@ def _throughput(records: list[Record]) -> Iterator[Any]:
 
 
 def _overhead(records: list[Record]) -> Iterator[Any]:
-    """Draw bytes per image above the ideal: a group of bars per shape, a bar per coder."""
+    """Draw the bytes per image above the ideal, with one group of bars per shape."""
     values: dict[str, dict[str, float]] = {}
     for r in records:
         shape = f"V = {r['codebook']}, {r['tokens']} tokens"
@@ -94,7 +94,7 @@ def _overhead(records: list[Record]) -> Iterator[Any]:
 
 
 def _cost(records: list[Record]) -> Iterator[Any]:
-    """Draw milliseconds per image over the number of images, on one thread."""
+    """Draw the milliseconds per image against the number of images, on one thread."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for r in records:
         if r["threads"] == 1:

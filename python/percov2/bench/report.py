@@ -22,7 +22,10 @@ __all__ = ["Table", "environment", "number", "page", "tables"]
 
 
 def environment() -> Record:
-    """Return versions and machine as JSON values; ``load`` is the mean over the last minute."""
+    """Return the versions and the machine as JSON values.
+
+    ``load`` is the mean load over the last minute.
+    """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "percov2": __version__,
@@ -40,7 +43,7 @@ def environment() -> Record:
 
 
 def processor() -> str:
-    """Return the processor's name from Linux, or from Python on other systems."""
+    """Return the name of the processor, from Linux or, on other systems, from Python."""
     source = Path("/proc/cpuinfo")
     lines = source.read_text(encoding="utf-8").splitlines() if source.exists() else []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -96,7 +99,7 @@ TABLES = {
         "what | case | coder = who | Msym/s | ms | kernels | copies to the host | from the host",
     ),
 }
-"""Title and columns ("header" or "header = key") of each section, in page order."""
+"""The title and the columns ("header" or "header = key") of each section, in the page's order."""
 VALUES: dict[str, Callable[[Record], Any]] = {
     "goal": lambda r: f"{'>=' if r['at_least'] else '<='} {number(r['goal'])}",
     "met": lambda r: "yes" if r["met"] else "no",
@@ -118,12 +121,12 @@ VALUES: dict[str, Callable[[Record], Any]] = {
     "copies to the host": lambda r: r["launches"] and r["launches"]["to_host"],
     "from the host": lambda r: r["launches"] and r["launches"]["to_device"],
 }
-"""Value of a record in a column without a key."""
+"""Functions that compute a record's value in a column without a key."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Table of texts and numbers with a title."""
+    """A table of texts and numbers with a title."""
 
     title: str
     header: list[str]
@@ -143,7 +146,11 @@ class Table:
 
 
 def number(value: str | float | None) -> str:
-    """Format three significant digits without an exponent, a whole integer, or a dash for None."""
+    """Format a number for a table.
+
+    A float gets at least three significant digits and no exponent. A float without a fraction
+    becomes a whole number, and None becomes a dash. Other values stay as they are.
+    """
     if value is None or isinstance(value, str | int):
         return "-" if value is None else str(value)
     size = abs(value)

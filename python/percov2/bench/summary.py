@@ -9,8 +9,8 @@ from percov2.bench.timing import Record
 
 __all__ = ["line", "summarize"]
 
-# Input of both coders, as named in the records of percov2 and of constriction; then, per codebook,
-# the goals for the speed of percov2 relative to constriction (encode, decode).
+# The input of the coders, as the records of percov2 and of constriction name it, and then, per
+# codebook, the goals (encode, decode) for percov2's speed relative to constriction.
 FASTER = {
     "float32 logits": ("float32 logits", "logits", {256: (5.0, 4.0), 1024: (6.0, 5.0)}),
     "best prepared input": ("int16 logits", "probabilities", {256: (4.0, 3.5), 1024: (5.0, 4.0)}),
@@ -20,7 +20,7 @@ DECODE_PER_ENCODE, DECODE_PER_ENCODE_ALONE, TWO_THREADS, FLAT = 1.5, 2.0, 1.7, 1
 
 
 def line(name: str, value: float, goal: float, at_least: bool = False) -> Record:
-    """Return a line of a summary; the goal is a minimum if ``at_least``, else a maximum."""
+    """Return a line of a summary. The goal is a minimum if ``at_least``, otherwise a maximum."""
     met = value >= goal if at_least else value <= goal
     return {"name": name, "value": value, "goal": goal, "at_least": at_least, "met": met}
 

@@ -15,12 +15,12 @@ from typing import Any
 __all__ = ["Effort", "Record", "Timing", "measure", "repeat"]
 
 Record = dict[str, Any]
-"""JSON object of a report."""
+"""A JSON object of a report."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """Repetition of a call: for ``seconds``, but ``least`` to ``most`` times."""
+    """The repetitions of a call: for ``seconds``, but between ``least`` and ``most`` times."""
 
     seconds: float
     least: int
@@ -29,7 +29,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call: median and best of ``runs`` calls."""
+    """The seconds per call: the median and the best of ``runs`` calls."""
 
     median_s: float
     best_s: float
@@ -45,7 +45,7 @@ class Timing:
 
 
 def repeat(take: Callable[[], list[float]], effort: Effort) -> Timing:
-    """Collect times, one or several per call of ``take``, for the given effort."""
+    """Collect times for the given effort. Each call of ``take`` returns one or more times."""
     times: list[float] = []
     while len(times) < effort.least or (len(times) < effort.most and sum(times) < effort.seconds):
         times += take()
