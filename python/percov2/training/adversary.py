@@ -1,8 +1,9 @@
-"""Discriminators that train beside the decoder, with hinge losses.
+"""Discriminators that train together with the decoder, with hinge losses.
 
-One judges pixels. The other judges the responses of frozen networks with small heads; pretrained
-features make it useful after a few hundred steps (Projected GANs, Sauer et al. 2021, arXiv
-2111.01007). Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957) keeps both stable.
+One discriminator judges pixels. The other judges the responses of frozen networks, with small
+heads. Thanks to the pretrained features it is useful after a few hundred steps (Projected GANs,
+Sauer et al. 2021, arXiv 2111.01007). Spectral normalisation (Miyato et al. 2018, arXiv 1802.05957)
+keeps both stable.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ += ["with_force"]
 
 @dataclass(frozen=True)
 class AdversaryConfig:
-    """Settings of the discriminators; their weights are in ``losses.LossTerms``.
+    """The settings of the discriminators. ``losses.LossTerms`` has the weights of their losses.
 
     Raises:
         ValueError: a setting is out of range.
@@ -40,7 +41,7 @@ class AdversaryConfig:
 
 
 def _layers(*sizes: tuple[int, int, int, int]) -> list[nn.Module]:
-    """Return convolutions of (inputs, outputs, size, stride), with an activation between them."""
+    """Return one convolution per (inputs, outputs, size, stride), with activations in between."""
     layers: list[nn.Module] = []
     for inputs, outputs, size, stride in sizes:
         padding = size // 2 - (size == 4)
@@ -50,7 +51,7 @@ def _layers(*sizes: tuple[int, int, int, int]) -> list[nn.Module]:
 
 
 class PixelDiscriminator(nn.Module):
-    """Discriminator with one score per patch of about 60×60 pixels.
+    """A discriminator that gives one score per patch of about 60×60 pixels.
 
     It takes 0.98 GMAC per 256×256 picture at widths (48, 96, 192).
     """
@@ -62,14 +63,15 @@ class PixelDiscriminator(nn.Module):
         self.body = nn.Sequential(*_layers(*strided, (eighth, eighth, 3, 1), (eighth, 1, 3, 1)))
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Return one map of scores, float [B, 1, H/8, W/8]; high means real."""
+        """Return a list with one map of scores, float [B, 1, H/8, W/8]. High scores mean real."""
         return [self.body(views[0])]
 
 
 class FeatureDiscriminator(nn.Module):
-    """Discriminator with a score at every position of frozen networks' responses.
+    """A discriminator that gives a score at every position of frozen networks' responses.
 
-    ``channels`` holds the number of channels of each list entry, ``width`` that of the heads.
+    ``channels`` holds the number of channels of each response. ``width`` is the number of channels
+    of the heads.
     """
 
     def __init__(self, channels: tuple[int, ...], width: int) -> None:
@@ -83,12 +85,12 @@ class FeatureDiscriminator(nn.Module):
         )
 
     def forward(self, views: list[Tensor]) -> list[Tensor]:
-        """Return a map of scores, float [B, 1, h, w], per list entry; high means real."""
+        """Return one map of scores, float [B, 1, h, w], per response. High scores mean real."""
         return [head(view) for head, view in zip(self.heads, views, strict=True)]
 
 
 class _FixedForce(torch.autograd.Function):
-    """Identity that rescales the gradient of each sample to a given root mean square."""
+    """The identity, but it rescales the gradient of each sample to a given root mean square."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, force: Tensor) -> Tensor:
@@ -104,24 +106,24 @@ class _FixedForce(torch.autograd.Function):
 
 
 def with_force(images: Tensor, weight: Tensor, realism: Tensor) -> Tensor:
-    """Return pictures that pass a loss's gradient on with a fixed size.
+    """Return the pictures unchanged, but give the gradient of a loss a fixed size.
 
-    The root mean square of the gradient becomes ``weight`` times that of L1, and β times that for a
-    sample. So a discriminator can neither fade nor dominate.
+    For each sample, the root mean square of the gradient becomes ``weight`` · β times that of L1.
+    Therefore a discriminator can neither fade nor dominate.
 
     Args:
         images: float [B, 3, H, W] with gradients.
-        weight: scalar; on the device of the pictures, recorded steps follow its changes.
+        weight: a scalar. If it is on the device of the pictures, recorded steps follow its changes.
         realism: β of every sample, float [B].
     """
     return _FixedForce.apply(images, weight * realism / images.numel())
 
 
 class Adversary:
-    """Discriminator with its optimiser and its next training batch.
+    """A discriminator with its optimiser and its next training batch.
 
-    It is not a module, because its weights are neither averaged nor exported, and a run may add one
-    later. ``network`` maps a list of views to a list of score maps.
+    It is not a module, because its weights are neither averaged nor exported, and because a run may
+    add an adversary later. ``network`` maps a list of views to a list of score maps.
     """
 
     def __init__(self, network: nn.Module, learning_rate: float) -> None:
@@ -130,18 +132,18 @@ class Adversary:
         self._batch: tuple[list[Tensor], list[Tensor], Tensor, bool] | None = None
 
     def start_run(self, place: Place) -> None:
-        """Move to the device of a run; call this before learning or restoring."""
+        """Move to the device of a run. Call this before ``learn`` and ``load_state_dict``."""
         self.network.to(place.device)
         if place.recorded:
             make_recordable(self.optimizer, place.device)
 
     def loss(self, fakes: list[Tensor], reals: list[Tensor], realism: Tensor) -> Tensor:
-        """Return the generator's hinge loss of every sample, float [B]; keep the batch for `learn`.
+        """Return the generator's hinge loss per sample, float [B]. Keep the batch for ``learn``.
 
         Args:
             fakes: views of the pictures, with gradients.
             reals: the same views of the photos.
-            realism: β of every sample, float [B], the weight of its picture in `learn`.
+            realism: β of every sample, float [B]. It is the weight of the picture in ``learn``.
         """
         self.network.eval().requires_grad_(False)
         autocast = torch.is_autocast_enabled(fakes[0].device.type)
@@ -150,7 +152,7 @@ class Adversary:
         return torch.stack(scores).mean(0)
 
     def learn(self) -> Tensor | None:
-        """Take one step on the last batch and return the loss, or None without a batch."""
+        """Take one step on the last batch. Return the loss, or None if there is no batch."""
         if self._batch is None:
             return None
         reals, fakes, realism, autocast = self._batch
@@ -172,11 +174,11 @@ class Adversary:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of weights and optimiser."""
+        """Return the state of the weights and the optimiser."""
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore all but the learning rate; raise ValueError for a state of other widths."""
+        """Restore all but the learning rate. Raise ValueError if the state has other widths."""
         try:
             self.network.load_state_dict(state["network"])
         except RuntimeError as error:

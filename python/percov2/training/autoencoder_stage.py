@@ -1,4 +1,4 @@
-"""Autoencoder phase of stage 1."""
+"""The autoencoder phase of stage 1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["AutoencoderConfig", "AutoencoderStage", "save_rows"]
 
 
 def save_rows(path: Path, rows: list[Tensor]) -> None:
-    """Write rows of images [B, 3, H, W] in [-1, 1] as one PNG."""
+    """Write rows of images, each float [B, 3, H, W] in [-1, 1], as one PNG file."""
     grid = torch.cat([torch.cat(list(row), 2) for row in rows], 1)
     levels = grid.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(1, 2, 0)
     Image.fromarray(levels.contiguous().cpu().numpy()).save(path)
@@ -27,7 +27,7 @@ def save_rows(path: Path, rows: list[Tensor]) -> None:
 
 @dataclass
 class AutoencoderConfig:
-    """Configuration of the autoencoder phase."""
+    """The configuration of the autoencoder phase."""
 
     autoencoder: dict = field(default_factory=dict)
     crops: CropPlan = field(default_factory=CropPlan)

@@ -15,7 +15,7 @@ __all__ = ["AveragedWeights"]
 
 
 class AveragedWeights:
-    """Moving averages of trained parameters, and copies of buffers, for ``keys`` of a module.
+    """Moving averages of the parameters, and copies of the buffers, among ``keys`` of a module.
 
     The averages are on the module's device. Their decay is lower during the first steps.
     """
@@ -47,7 +47,7 @@ class AveragedWeights:
 
     @contextmanager
     def applied_to(self, module: nn.Module) -> Iterator[None]:
-        """Put the averages into ``module`` temporarily."""
+        """Put the averages into ``module`` within a ``with`` block."""
         live = {k: v.clone() for k, v in kept(module, self.keys).items()}
         module.load_state_dict(self.state, strict=False)
         try:

@@ -1,7 +1,7 @@
 """Training of the caption model: an alphabet of pieces, and a transformer on captions.
 
 A caption is a grid of one row with one piece per stage (``container.caption_model``). A hash of the
-text decides whether a line is held out, so that all runs and files agree.
+text decides whether a line is held out, so every run and every file gives the same answer.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ __all__ += ["learn_pieces", "measure", "read_lines", "train_captions"]
 
 _HELD_OUT_EVERY = 20
 _WIDTH_STEP = 4
-"""Captions share a batch if their lengths round up to the same multiple of this."""
+"""Captions share a batch if their lengths round up to the same multiple of this number."""
 WORDS = range(8, 15)
 """Lengths in words of the captions in the report."""
 _SPACE = "\u2581"
-"""Stand-in for a space during the learning of pieces."""
+"""The character that replaces a space while pieces are learned."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,10 @@ class CaptionsConfig:
 
 
 def is_held_out(line: str) -> bool:
-    """Return True for one caption in 20, chosen by a hash of its words and never trained on."""
+    """Return True for one caption in 20, chosen by a hash of its words.
+
+    These captions are never trained on.
+    """
     digest = hashlib.sha256(" ".join(line.lower().split()).encode("utf-8")).digest()
     return int.from_bytes(digest[:4], "big") % _HELD_OUT_EVERY == 0
 
@@ -62,7 +65,7 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
     """Return the captions of ``.txt`` files (one per line) or ``.tar`` shards of such files.
 
     Raises:
-        ValueError: no captions, or a caption that no file can hold.
+        ValueError: there are no captions, or no ``.pcv2`` file can hold one of them.
     """
     from percov2.container.captions import encode_caption
 
@@ -88,7 +91,10 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
 
 
 def learn_pieces(lines: Sequence[str], count: int) -> list[bytes]:
-    """Learn an alphabet's pieces by byte-pair merges within words, with the space before them."""
+    """Learn the pieces of an alphabet by byte-pair merges within words.
+
+    A word includes the space before it.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -104,13 +110,13 @@ def learn_pieces(lines: Sequence[str], count: int) -> list[bytes]:
 
 
 class CaptionLines:
-    """Captions split into pieces.
+    """Captions that are split into pieces.
 
     Attributes:
         held_out: pieces of the held-out captions.
 
     Raises:
-        ValueError: no caption to train on, or none held out.
+        ValueError: all captions are held out, or none is.
     """
 
     def __init__(self, lines: Sequence[str], alphabet: Alphabet) -> None:
@@ -137,12 +143,12 @@ class CaptionLines:
         self.stages = stages("raster", 1, MAX_PIECES)
 
     def counts(self) -> NDArray[np.int64]:
-        """Return the number of times that each piece occurs in training: int64 [pieces]."""
+        """Return the number of times that each piece occurs in training, int64 [pieces]."""
         every = [piece for group in self._by_width.values() for line in group for piece in line]
         return np.bincount(every, minlength=len(self.alphabet))
 
     def draw(self, generator: np.random.Generator, count: int, place: Place = ALONE) -> TokenBatch:
-        """Draw ``count`` captions of about the same length; return this process's part."""
+        """Draw ``count`` captions of about the same length. Return this process's part."""
         width = self._widths[int(generator.choice(len(self._widths), p=self._shares))]
         group = self._by_width[width]
         picks = generator.integers(len(group), size=count + -count % place.processes)
@@ -159,7 +165,7 @@ class CaptionLines:
 
 
 class CaptionStage(RoundedStage):
-    """Training of the transformer on bits per piece of captions."""
+    """The stage that trains the transformer on the bits per piece of captions."""
 
     def __init__(self, config: CaptionsConfig, data: CaptionLines) -> None:
         super().__init__(config, data.counts())
@@ -172,7 +178,7 @@ class CaptionStage(RoundedStage):
         return loss, {"bits_per_piece": loss.detach()}
 
     def _bits(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
-        """Return the bits and the number of a batch's pieces, including the ends."""
+        """Return the bits of a batch's pieces and their number, including the end pieces."""
         batch = batch.to(self.place.device)
         with self.precision():
             logits = self.transformer(batch)
@@ -184,7 +190,7 @@ class CaptionStage(RoundedStage):
 
     @torch.no_grad()
     def held_out_bits(self) -> float:
-        """Return the bits per held-out caption in the current form, float or rounded."""
+        """Return the bits per held-out caption with the current form of the model."""
         transformer = self.transformer
         observing, transformer.observing = transformer.observing, False
         lines = sorted(self.data.held_out, key=len)
@@ -196,7 +202,7 @@ class CaptionStage(RoundedStage):
         return bits / len(lines)
 
     def draw_samples(self, folder: Path, step: int) -> None:
-        """Append bits per held-out caption to held_out.csv."""
+        """Append the bits per held-out caption to held_out.csv."""
         with open(folder / "held_out.csv", "a") as log:
             log.write(f"{step},{self.held_out_bits():.4f}\n")
 
@@ -236,7 +242,8 @@ def train_captions(
         texts: files of captions (``read_lines``).
         out: folder for pieces.json, checkpoint.pt, log.csv, held_out.csv, and finally captions/ and
             report.json.
-        minutes: stop after this time; the same call resumes.
+        minutes: time in minutes after which to stop. The same call then resumes the run. None sets
+            no limit.
 
     Returns:
         The report, or None if steps remain or this is not the first process.

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: weights, averages, optimiser and the random state of every process."""
+"""Checkpoints of a run: weights, averages, optimiser, and the random state of every process."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def kept(module: nn.Module, keys: set[str]) -> dict[str, Tensor]:
-    """Return the entries of a module's state for a checkpoint."""
+    """Return the entries of a module's state that belong to ``keys``."""
     return {k: v for k, v in module.state_dict().items() if k in keys}
 
 
 def restore(module: nn.Module, state: dict[str, Tensor], keys: set[str], path: Path) -> None:
-    """Load ``state`` into ``module``; raise ValueError if names or shapes differ."""
+    """Load ``state`` into ``module``. Raise ValueError if names or shapes differ.
+
+    ``keys`` are the expected names, and ``path`` is the checkpoint that messages name.
+    """
     if set(state) != keys:
         odd = sorted(set(state) ^ keys)
         raise ValueError(f"{path} contains other networks: {odd[:3]} ({len(odd)} names differ)")
@@ -42,7 +45,7 @@ def restore(module: nn.Module, state: dict[str, Tensor], keys: set[str], path: P
 
 
 def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:
-    """Return the random state of every process, in their order (collective)."""
+    """Return the random states of all processes, in the order of the processes (collective)."""
     from accelerate.utils import gather_object
 
     own = {"generator": generator.bit_generator.state, "torch_rng": torch.get_rng_state()}
@@ -54,7 +57,10 @@ def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:
 def restore_draws(
     state: dict[str, Any], generator: np.random.Generator, process: int, processes: int, path: Path
 ) -> None:
-    """Restore a process's random state; raise ValueError for another number of processes."""
+    """Restore the random state of a process.
+
+    Raises ValueError if the run had another number of processes.
+    """
     # Older checkpoints hold only the first process's state, so it is stored apart.
     draws = [state, *state.get("other_processes", [])]
     if (count := len(draws)) != processes:

@@ -1,4 +1,4 @@
-"""Functions of `percov2 train`: from configuration files to stages and run folders."""
+"""The functions of `percov2 train`, which turn configuration files into stages and runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _losses(values: dict[str, Any]) -> LossTerms:
 
 
 def _rate(common: dict[str, Any], own: dict[str, Any]) -> RateConfig:
-    """Merge a rate's settings over the phase's; its losses are merged one by one."""
+    """Merge a rate's settings over the phase's settings. Losses are merged one by one."""
     losses = _losses({**common.get("losses", {}), **own.get("losses", {})})
     crops = build_config(CropPlan, own.get("crops", {}))
     return build_config(RateConfig, {**common, **own, "losses": losses, "crops": crops})
@@ -67,10 +67,10 @@ def codec_stage(
 ) -> tuple[CodecStage, LoopConfig]:
     """Return the joint phase of a configuration file, initialised with the run's seed.
 
-    The ``recipe`` is for ``read_recipe``.
+    ``recipe`` is the ``chosen`` of ``read_recipe``.
 
     Raises:
-        ValueError: no such recipe, or settings are invalid.
+        ValueError: there is no such recipe, or settings are invalid.
     """
     values = read_recipe(config, "codec", recipe)
     # Settings of the phase that a rate may replace.
@@ -110,10 +110,10 @@ def run_codec(
     """Run `percov2 train codec`.
 
     Args:
-        autoencoder_run: folder made by `train autoencoder`; hyper-encoders and flow start at
-            random.
-        start_from: folder made by `train codec`, or a model folder, for all first weights.
-        recipe: see ``codec_stage``.
+        autoencoder_run: folder made by `train autoencoder`, which gives the autoencoder's weights.
+            The hyper-encoders and the flow start at random.
+        start_from: folder made by `train codec`, or a model folder, which gives all first weights.
+        recipe: as for ``codec_stage``.
 
     Raises:
         ValueError: not exactly one of ``autoencoder_run`` and ``start_from`` is given.
@@ -149,10 +149,10 @@ def run_export(
     """Run `percov2 train export`: write the averaged weights of a run to a model folder.
 
     Args:
-        out: new or existing folder. Its rates and entropy models stay unless the run has them too;
-            new rates come last.
-        entropy: ``RATE=FOLDER`` per rate (``FOLDER`` alone is for the first rate), with exported
-            integer entropy models. A rate without one cannot make files.
+        out: new or existing model folder. The run replaces the rates and entropy models that it
+            has too; the others stay. New rates come last.
+        entropy: ``RATE=FOLDER`` for each exported integer entropy model; ``FOLDER`` alone is for
+            the first rate. A rate without an entropy model cannot make files.
         recipe: recipe of the run.
 
     Raises:
@@ -192,7 +192,7 @@ def run_export(
 def _token_views(
     pixels: NDArray[np.uint8], side: int, views: int, generator: np.random.Generator
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield a photo cut to whole tokens, then ``views`` - 1 mirrored or shifted versions."""
+    """Yield a photo cut to whole tokens, then ``views`` - 1 mirrored or shifted versions of it."""
     height, width = pixels.shape[:2]
     for view in range(views):
         # The shift is below a token, and leaves at least one token.
@@ -217,14 +217,15 @@ def run_tokens(
     Photos smaller than a token are left out.
 
     Args:
-        out: ``.npz`` with ``tokens_<i>`` int32 [h, w], ``held_out`` bool [maps] and
+        out: ``.npz`` file to write, with ``tokens_<i>`` int32 [h, w], ``held_out`` bool [maps] and
             ``codebook_size``.
-        precision: "bf16" halves the time; a few tokens near a tie may differ from the codec's.
-        views: maps per photo; those after the first are mirrored and shifted at random. Rates with
-            few tokens per photo need several. Held-out photos have one.
+        precision: "no" or "bf16". "bf16" halves the time, but a few tokens near a tie may differ
+            from the codec's tokens.
+        views: number of maps per photo. Maps after the first are mirrored and shifted at random.
+            Rates with few tokens per photo need several maps. Held-out photos have only one.
 
     Raises:
-        ValueError: views < 1, an unknown rate, or no photos.
+        ValueError: ``views`` is below 1, the rate is unknown, or there are no photos.
     """
     if views < 1:
         raise ValueError(f"views must be at least 1, not {views}")

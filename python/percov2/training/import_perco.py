@@ -1,4 +1,4 @@
-"""``percov2 import-perco``: converts published PerCo (SD v2.1) checkpoints to a model folder.
+"""``percov2 import-perco``, which converts PerCo (SD v2.1) checkpoints to a model folder.
 
 A checkpoint is a folder with ``hyper_enc/`` and ``unet/``. A folder saved by the original pipeline
 also holds the base model's parts. Weights come from safetensors, or from pickles restricted to
@@ -47,7 +47,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Published checkpoint."""
+    """A published checkpoint."""
 
     folder: Path  # with hyper_enc/ and unet/
     sizes: dict[str, int]  # configuration of the hyper-encoder
@@ -58,9 +58,9 @@ def import_perco(folder: Path, out: Path, base: str | None = None) -> list[Check
     """Write a model folder from checkpoints.
 
     Args:
-        folder: one checkpoint, or a folder with one per rate.
-        out: model folder to make, which must not exist.
-        base: hub id or folder of Stable Diffusion 2.1; if None, its parts are copied from the first
+        folder: a checkpoint, or a folder with one checkpoint per rate.
+        out: model folder to make. It must not exist.
+        base: hub id or folder of Stable Diffusion 2.1. None copies its parts from the first
             checkpoint.
 
     Returns:
@@ -102,7 +102,7 @@ def find_checkpoints(folder: Path) -> list[Checkpoint]:
     """Return the checkpoints in a folder: the folder itself, or its subfolders.
 
     Raises:
-        ValueError: no checkpoint, two of the same rate, or one with unsupported sizes.
+        ValueError: there is no checkpoint, two have the same rate, or one has unsupported sizes.
     """
     candidates = [folder, *sorted(p for p in folder.glob("*") if p.is_dir())]
     found = [p for p in candidates if (p / "hyper_enc" / "config.json").is_file()]
@@ -140,7 +140,7 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _with_base_parts(folder: Path) -> Path:
-    """Return the folder; raise ValueError if it lacks parts of the base model as safetensors."""
+    """Return the folder. Raise ValueError if it lacks a part of the base model as safetensors."""
     missing = [part for part in _BASE_PARTS if not (folder / part).is_dir()]
     missing += [
         f"{part}/*.safetensors"
@@ -154,7 +154,7 @@ def _with_base_parts(folder: Path) -> Path:
 
 
 def _base(name: str) -> str:
-    """Return the entry of ``config.json`` for a folder or hub id."""
+    """Return the entry of ``config.json`` for the base model's folder or hub id."""
     if Path(name).is_dir():
         return str(_with_base_parts(Path(name)).resolve())
     if not _HUB_ID.fullmatch(name) or name.startswith("."):
@@ -203,7 +203,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> State:
-    """Return the tensors of a diffusers component; pickles are restricted to tensors."""
+    """Return the tensors of a diffusers component. Pickles are restricted to tensors."""
     path = folder / f"{_WEIGHTS}.safetensors"
     pickle = folder / f"{_WEIGHTS}.bin"
     if not path.is_file() and not pickle.is_file():
@@ -227,7 +227,10 @@ def _read_weights(folder: Path) -> State:
 def _write(
     model: ModelMixin, rename: Callable[[State], State], state: State, source: Path, out: Path
 ) -> None:
-    """Write a component, with tensors in ``out``.safetensors; raise ValueError if they differ."""
+    """Write the tensors of a component to ``out``.safetensors.
+
+    Raises ValueError if the renamed tensors do not match the model.
+    """
     try:
         tensors = rename(state)
     except ValueError as error:

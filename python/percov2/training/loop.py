@@ -31,11 +31,11 @@ __all__ = ["LoopConfig", "leave_processes", "load_averaged", "train"]
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Settings of a run.
+    """The settings of a run.
 
     Raises:
-        ValueError: an unknown schedule or precision, accumulate or log_every < 1, or ``record``
-            with more than one pass per step.
+        ValueError: the schedule or precision is unknown, ``accumulate`` or ``log_every`` is below
+            1, or ``record`` is True with more than one pass per step.
     """
 
     steps: int  # length of the run and of its learning-rate schedule
@@ -47,7 +47,7 @@ class LoopConfig:
     beta2: float = 0.98  # AdamW's decay of squared gradients
     clip: float = 1.0  # limit of the gradient norm
     ema: float = 0.999  # decay of the averaged weights
-    seed: int = 0  # of initialisation, batches and noise
+    seed: int = 0  # seed of initialisation, batches and noise
     precision: str = "no"  # or "bf16" (autocast)
     accumulate: int = 1  # forward passes per step
     checkpoint_seconds: float = 180.0  # time between checkpoints
@@ -73,7 +73,7 @@ class LoopConfig:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Yield a list that the first Ctrl-C or SIGTERM fills; a second one acts as usual."""
+    """Yield a list that the first Ctrl-C or SIGTERM fills. A second signal acts as usual."""
     noticed: list[int] = []
     before: dict[int, Any] = {}
 
@@ -129,7 +129,10 @@ def _check_recordable(stage: TrainingStage, on_cpu: bool, processes: int) -> Non
 
 
 def load_averaged(out: Path, stage: TrainingStage) -> int:
-    """Load a run's averaged weights and return their step; ValueError if they do not match."""
+    """Load a run's averaged weights into ``stage``. Return their step.
+
+    Raises ValueError if there is no checkpoint or if it does not match.
+    """
     path = out / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{out} contains no checkpoint.pt; train this stage first")
@@ -139,7 +142,7 @@ def load_averaged(out: Path, stage: TrainingStage) -> int:
 
 
 class _Run:
-    """State of a run in this process."""
+    """The state of a run in this process."""
 
     def __init__(self, stage: TrainingStage, config: LoopConfig, out: Path) -> None:
         from accelerate import Accelerator
@@ -214,7 +217,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
     def do_step(self) -> Figures:
-        """Do an optimiser step; return the figures of its last forward pass."""
+        """Do an optimiser step. Return the figures of its last forward pass."""
         self.stage.start_step(self.step, self.config.steps)
         set_learning_rate(self.optimizer, _learning_rate(self.config, self.step, self.minutes))
         if self.recorded is None:
@@ -227,7 +230,7 @@ class _Run:
         return figures
 
     def _whole_step(self, draw: Draw) -> Figures:
-        """Do a step that may be recorded; return its figures and loss."""
+        """Do a step that may be recorded. Return its figures and its loss."""
         allowed = self.config.precision == "bf16"
         # Without the cache of casts, which would outlive the recording.
         with torch.autocast("cuda", torch.bfloat16, enabled=allowed, cache_enabled=False):
@@ -247,7 +250,7 @@ class _Run:
             raise FloatingPointError(f"a loss was not finite {where}; lower the learning rate")
 
     def _step_by_passes(self) -> Figures:
-        """Do a step of one or more passes, without averaging; return the last figures."""
+        """Do a step of one or more passes, without averaging. Return the last pass's figures."""
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(self.config.accumulate):
             last = part == self.config.accumulate - 1
@@ -293,11 +296,12 @@ def train(
     Ctrl-C or SIGTERM ends the call after the current step, with a checkpoint.
 
     Args:
-        stage: stage to train in place; it holds the averaged weights at the end.
-        config: settings, the same for all calls of a run.
+        stage: stage to train in place. At the end it holds the averaged weights.
+        config: settings, which must be the same for all calls of a run.
         out: folder for checkpoint.pt, log.csv and sample pictures.
-        stop_after_steps: steps of this call; the schedule does not change.
-        stop_after_minutes: minutes of this call.
+        stop_after_steps: largest number of steps of this call; None sets no limit. The schedule
+            does not depend on it.
+        stop_after_minutes: largest duration of this call in minutes; None sets no limit.
 
     Returns:
         The total number of steps done.
@@ -363,8 +367,8 @@ def _train(
 def leave_processes() -> None:
     """Leave the group of processes, if there is one (collective).
 
-    Call this after the last run, because the communication threads of a member may abort at exit.
-    Do not call it after an error, because it waits for all processes.
+    Call this after the last run: otherwise the communication threads of a process may abort when it
+    exits. Do not call it after an error, because it waits for all processes.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -12,7 +12,7 @@ __all__ = ["LowRankLinear", "add_low_rank", "low_rank_tensors"]
 
 
 class LowRankLinear(nn.Module):
-    """Linear map base(x) + scale · up(down(x)); ``base`` gets frozen, and ``up`` starts at zero."""
+    """The linear map base(x) + scale · up(down(x)). ``base`` is frozen, and ``up`` starts at 0."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
         super().__init__()
@@ -31,13 +31,16 @@ class LowRankLinear(nn.Module):
 
 
 def add_low_rank(model: nn.Module, layers: tuple[str, ...], rank: int, alpha: float) -> list[str]:
-    """Add low-rank updates to linear maps in place; return the names of these maps.
+    """Add low-rank updates to linear maps in place. Return the names of these maps.
 
     Args:
-        layers: last parts of the names, e.g. ("to_q", "to_out.0").
+        model: the network to change.
+        layers: last parts of the maps' names, e.g. ("to_q", "to_out.0").
+        rank: rank of the updates.
+        alpha: the updates have the factor ``alpha`` / ``rank``.
 
     Raises:
-        ValueError: rank < 1, or no linear map has such a name.
+        ValueError: the rank is below 1, or no linear map has such a name.
     """
     if rank < 1:
         raise ValueError(f"lora_rank must be at least 1, not {rank}")

@@ -1,10 +1,10 @@
-"""Losses of the joint phase: their weights, their views of a picture, and the effect of realism.
+"""The losses of the joint phase, with their weights and views and the effect of realism.
 
 The loss of a sample with realism β is
 
-    L1 + (1 − β)·mse·MSE + β·(alex·LPIPS(AlexNet) + vgg·LPIPS(VGG16) + adversaries),
+    L1 + (1 − β)·mse·MSE + β·(alex·LPIPS(AlexNet) + vgg·LPIPS(VGG16) + adversaries).
 
-so that one model learns the whole range from faithful to realistic pictures, as in Multi-Realism
+Thus one model learns the whole range from faithful to realistic pictures, as in Multi-Realism
 Image Compression (Agustsson et al. 2023, arXiv 2212.13824) and CRDR (Iwai et al. 2024, arXiv
 2306.01150).
 """
@@ -24,13 +24,17 @@ __all__ = ["FEATURES", "FEATURE_CHANNELS", "Comparison", "LossTerms", "Perceptua
 __all__ += ["View", "draw_view", "least_side", "weighted"]
 
 _STRIDE = 16
-"""Stride of the last slices of AlexNet and VGG16 in pixels."""
+"""Stride in pixels of the last slices of AlexNet and VGG16."""
 _LEAST_SIDE = 32
 
 
 @dataclass(frozen=True)
 class Term:
-    """Weight of a loss over the steps of a run; raise ValueError for a value below 0."""
+    """The weight of a loss over the steps of a run.
+
+    Raises:
+        ValueError: a value is below 0.
+    """
 
     weight: float = 0.0  # final weight
     from_step: int = 0  # first step with a weight above 0
@@ -48,7 +52,7 @@ class Term:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Weights of the losses at one rate, relative to L1."""
+    """The weights of the losses at one rate, relative to L1."""
 
     mse: Term = Term()  # mean squared error at realism 0
     alex: Term = Term()  # LPIPS (AlexNet)
@@ -68,7 +72,7 @@ class LossTerms:
 
 
 def _cut(images: Tensor, corner: Tensor, height: int, width: int) -> Tensor:
-    """Return the part of images [B, 3, H, W] of this size at row and column ``corner``."""
+    """Return the part of images [B, 3, H, W] whose top left corner is ``corner`` (row, column)."""
     # Slices would not follow a new corner when a recorded step is repeated.
     rows = corner[0] + torch.arange(height, device=corner.device)
     columns = corner[1] + torch.arange(width, device=corner.device)
@@ -76,17 +80,20 @@ def _cut(images: Tensor, corner: Tensor, height: int, width: int) -> Tensor:
 
 
 def least_side(coarse: bool) -> int:
-    """Return the smallest side in pixels for AlexNet, on halved pictures if ``coarse``."""
+    """Return the smallest side in pixels of pictures for AlexNet.
+
+    If ``coarse`` is True, AlexNet sees the pictures at half size.
+    """
     return _LEAST_SIDE * (2 if coarse else 1) + _STRIDE - 1
 
 
 @dataclass(frozen=True)
 class View:
-    """Parts of a batch's pictures that the perceptual networks see.
+    """The parts of a batch's pictures that the perceptual networks see.
 
-    The strides of AlexNet's slices are 4, 8 and 16 pixels, like the blocks of decoder (4×4) and
-    flow (16×16). At a fixed alignment, both would learn patterns that fit one network only. So
-    every batch draws the position of its view.
+    The strides of AlexNet's slices are 4, 8 and 16 pixels, and the decoder and the flow have blocks
+    of 4×4 and 16×16 pixels. With a fixed alignment, both would learn patterns that fit only one
+    network. Therefore every batch draws the position of its view.
     """
 
     shift: Tensor | None  # row, column of AlexNet's first pixel, int64 [2], 0 to 15; None for all
@@ -96,19 +103,21 @@ class View:
 
 
 def _drawn(share: float) -> bool:
-    """Return True for a random share of calls; draw nothing if the share is 0 or 1."""
+    """Return True for a random share of calls. Draw nothing if the share is 0 or 1."""
     return share >= 1 or (share > 0 and float(torch.rand(())) < share)
 
 
 def draw_view(side: int, aligned: float, coarse: float, window_side: int) -> View:
     """Draw the view of a batch of crops.
 
-    ``aligned`` and ``coarse`` are the shares of the calls in which AlexNet sees whole pictures, and
-    means of 2×2 pixels. Sides are in pixels; VGG16, the most expensive network, sees
-    ``window_side`` at most.
+    Args:
+        side: side of the crops in pixels.
+        aligned: share of the calls in which AlexNet sees whole pictures.
+        coarse: share of the calls in which AlexNet sees means of 2×2 pixels.
+        window_side: largest side in pixels for VGG16, the most expensive network.
     """
     shift = None if _drawn(aligned) else torch.randint(_STRIDE, (2,))
-    # Leaves room to move the window, so that VGG16 sees every phase of its strides.
+    # This leaves room to move the window, so that VGG16 sees every phase of its strides.
     window_side = min(window_side, side - _STRIDE + 1)
     window = torch.randint(side - window_side + 1, (2,))
     return View(shift, window, window_side, _drawn(coarse))
@@ -116,26 +125,26 @@ def draw_view(side: int, aligned: float, coarse: float, window_side: int) -> Vie
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences between a batch of pictures and its photos, a value per sample: float [B]."""
+    """The differences between a batch of pictures and its photos, float [B] with one per sample."""
 
     l1: Tensor
     mse: Tensor
-    alex: Tensor | None  # None without weight
+    alex: Tensor | None  # None if its weight is 0
     vgg: Tensor | None
     found: list[Tensor]  # responses of frozen networks to the pictures, for a discriminator
     wanted: list[Tensor]  # the same for the photos
 
 
 FEATURES = (("alex", 2), ("vgg", 1), ("vgg", 2), ("vgg", 3))
-"""Network and slice, from 0, of the feature discriminator's inputs: AlexNet at 1/16, VGG16 at 1/2,
-1/4 and 1/8 of the resolution."""
+"""Network and slice (from 0) of each input of the feature discriminator. These are AlexNet at 1/16,
+and VGG16 at 1/2, 1/4 and 1/8 of the resolution."""
 FEATURE_CHANNELS = (384, 128, 256, 512)
 
 
 class PerceptualNetworks(nn.Module):
-    """Frozen networks of the losses, each run once per batch.
+    """The frozen networks of the losses. Each runs once per batch.
 
-    ``names`` selects from "alex" and "vgg". EfficientNet-Lite0 and DISTS are never among them,
+    ``names`` selects from "alex" and "vgg". EfficientNet-Lite0 and DISTS are never used in a loss,
     because they judge the results.
 
     Raises:
@@ -155,11 +164,14 @@ class PerceptualNetworks(nn.Module):
         """Compare pictures with photos, float [B, 3, H, W] in [-1, 1].
 
         Args:
-            active: names of the terms with a weight (``LossTerms.at``).
+            images: the pictures.
+            references: the photos.
+            view: the parts that the networks see.
+            active: names of the terms whose weight is not 0 (``LossTerms.at``).
 
         Raises:
-            ValueError: a side of the pictures is below AlexNet's minimum, 47 pixels, or 79 for a
-                coarse view.
+            ValueError: a side of the pictures is below AlexNet's minimum, which is 47 pixels, or 79
+                for a coarse view.
         """
         least = least_side(view.coarse)
         if min(images.shape[-2:]) < least:
@@ -192,7 +204,7 @@ class PerceptualNetworks(nn.Module):
 
 
 def _seen(network: str, images: Tensor, view: View) -> Tensor:
-    """Return a network's view of images."""
+    """Return the part of the images that a network sees."""
     if network == "vgg":
         return _cut(images, view.window, view.window_side, view.window_side)
     if view.shift is not None:
@@ -207,11 +219,13 @@ def weighted(
     """Return the loss of a batch without its adversaries, and figures to log.
 
     Args:
+        comparison: the result of ``PerceptualNetworks.compare``.
         realism: β of every sample, float [B] in [0, 1].
-        weights: weights of the terms, scalars.
+        weights: weights of the terms by name, scalars.
 
     Returns:
-        The loss, and the means of l1, lpips (AlexNet) and vgg over the batch; NaN if not measured.
+        The loss, and the batch's means of l1, lpips (AlexNet) and vgg. A mean is NaN if it was not
+        measured.
     """
     loss = comparison.l1.mean()
     if "mse" in weights:

@@ -21,7 +21,10 @@ _SETTINGS = ("lr", "capturable", "fused")
 def adamw(
     parameters: Iterable[Any], learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> torch.optim.AdamW:
-    """Return AdamW over parameters, or over groups, whose settings take precedence."""
+    """Return AdamW for parameters or groups of parameters.
+
+    The settings of a group take precedence over the arguments.
+    """
     return torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
 
@@ -33,7 +36,7 @@ def make_recordable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of the next steps, also of recorded ones."""
+    """Set the learning rate of the next steps, including recorded steps."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(learning_rate)

@@ -1,4 +1,4 @@
-"""Rates in training: each has its own tokens, while autoencoder, flow and text are shared."""
+"""The rates in training. Each has its own tokens; they share autoencoder, flow and text encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PATCH_PIXELS = 2 * PatchAutoencoder.stride
 
 @dataclass(frozen=True)
 class RateConfig:
-    """Settings of one rate.
+    """The settings of one rate.
 
     Raises:
         ValueError: ``aligned`` or ``coarse`` is outside 0 to 1, or crops are too small for LPIPS.
@@ -32,17 +32,17 @@ class RateConfig:
     hyper_encoder: dict = field(default_factory=dict)
     quantizer: dict = field(default_factory=dict)
     crops: CropPlan = field(default_factory=CropPlan)  # sides are multiples of the token side
-    share: float = 1.0  # of the training steps; shares need not sum to 1
-    # Decay of the codebook's moving averages, nearer to 1 for few tokens per code and step. With 1,
-    # the hyper-encoder learns, but codebook and model id stay.
+    share: float = 1.0  # relative share of the training steps; shares need not sum to 1
+    # Decay of the codebook's moving averages. It should be nearer to 1 if a step has few tokens per
+    # code. With 1, the hyper-encoder learns, but the codebook and the model id stay.
     codebook_decay: float = 0.97
-    # Freeze hyper-encoder and codebook, so that files and entropy models stay valid while flow and
-    # decoder improve.
+    # Freeze the hyper-encoder and the codebook, so that files and entropy models stay valid while
+    # the flow and the decoder improve.
     frozen_tokens: bool = False
     losses: LossTerms = field(default_factory=LossTerms)
     aligned: float = 0.0  # share of batches with LPIPS (AlexNet) aligned to tokens (``View``)
     coarse: float = 0.0  # share of batches in which LPIPS (AlexNet) sees pictures of half the size
-    # Defaults of decoding at this rate; None for the model's.
+    # Defaults for decoding at this rate. None means the model's default.
     steps: int | None = None
     realism: float | None = None
     decoder_noise: float | None = None
@@ -58,17 +58,17 @@ class RateConfig:
 
 
 def perplexity(usage: Tensor) -> Tensor:
-    """Return exp of the entropy of code counts [V], which is V for equal counts."""
+    """Return exp(entropy) of the code counts [V]. It is V if all counts are equal."""
     share = usage / usage.sum().clamp_min(1e-9)
     return (-(share * share.clamp_min(1e-9).log()).sum()).exp()
 
 
 class RateNetworks(nn.Module):
-    """Hyper-encoder and quantizer of one rate.
+    """The hyper-encoder and the quantizer of one rate.
 
     Args:
-        config: settings of the rate. With frozen tokens, only the projection of codes to z_hat
-            learns; files do not depend on it.
+        config: settings of the rate. With frozen tokens, only the projection from codes to z_hat
+            learns, on which files do not depend.
 
     Raises:
         ValueError: a crop side is not a multiple of the token side and of the flow's patches.
@@ -102,7 +102,7 @@ class RateNetworks(nn.Module):
         return Rate(name, self.token_side, size, own.steps, own.realism, own.decoder_noise)
 
     def forward(self, latents: Tensor) -> Quantized:
-        """Quantize latents [B, 16, h, w] differentiably; keep the result for `move_codebook`.
+        """Quantize latents [B, 16, h, w] differentiably. Keep the result for ``move_codebook``.
 
         With frozen tokens, both losses are 0 and nothing is kept.
         """
@@ -119,7 +119,7 @@ class RateNetworks(nn.Module):
         return self.quantizer.tokens(self.hyper_encoder(latents))
 
     def move_codebook(self) -> None:
-        """Move the codes towards the last step's hyper-latents, once."""
+        """Move the codes once towards the hyper-latents of the last step."""
         if self._last is not None and self.config.codebook_decay < 1:
             directions, tokens = self._last.directions, self._last.tokens
             self.quantizer.update_codebook(directions, tokens, decay=self.config.codebook_decay)
@@ -134,8 +134,8 @@ def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
     """Return the networks of every rate, in the order of the rates in a model folder.
 
     Raises:
-        ValueError: no rate, a share that is not positive, crops that do not match the tokens, or
-            different numbers of channels in z_hat.
+        ValueError: there is no rate, a share is not positive, crops do not match the tokens, or the
+            rates have different numbers of channels in z_hat.
     """
     if not configs:
         raise ValueError("give at least one rate, e.g. a table [codec.rates.r031]")
@@ -149,7 +149,7 @@ def build_rates(configs: dict[str, RateConfig]) -> nn.ModuleDict:
 
 
 def draw_rate(configs: dict[str, RateConfig], generator: np.random.Generator) -> str:
-    """Draw the rate of a step; draw nothing if there is only one."""
+    """Draw the rate of a step. If there is only one rate, return it without a draw."""
     names = list(configs)
     if len(names) == 1:
         return names[0]

@@ -1,10 +1,10 @@
 """Training steps as CUDA graphs: a step is recorded once and then repeated.
 
 A step of the joint phase launches thousands of small kernels, most of which end before the next
-launch. A recorded step is one launch, plus a few for its inputs.
+launch. A recorded step takes only one launch, plus a few launches for its inputs.
 
-The first steps of every kind run as usual, so that optimisers make their moments and libraries
-their workspaces.
+The first steps of every kind run as usual, so that optimisers can allocate their moments and
+libraries their workspaces.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ from percov2.training.stage import Draw, Figures
 __all__ = ["CudaRecorder", "Figures", "RecordedSteps", "Recorder"]
 
 Recorder = Callable[[Callable[[], Figures]], tuple[Figures, Callable[[], None]]]
-"""Function that records work without running it; it returns the results' tensors and the replay."""
+"""A function that records work without running it.
+
+It returns the tensors of the results, and a function that replays the work.
+"""
 
 _AS_USUAL = 2
-"""Number of steps of each kind before the recorded one."""
+"""Number of steps of each kind that run as usual before one is recorded."""
 
 
 class CudaRecorder:
-    """:data:`Recorder` on the current CUDA stream, which must not be the default one."""
+    """A :data:`Recorder` on the current CUDA stream, which must not be the default stream."""
 
     def __init__(self) -> None:
         # All graphs share one pool. A step may overwrite the figures and gradients of another, so
@@ -45,7 +48,7 @@ class CudaRecorder:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """Recorded step; figures that are None in ``constants`` are in ``values``, in order."""
+    """A recorded step. ``values`` holds, in order, the figures that are None in ``constants``."""
 
     inputs: dict[str, Tensor]
     repeat: Callable[[], None]
@@ -54,10 +57,10 @@ class _Recorded:
 
 
 class RecordedSteps:
-    """Runner of steps that repeats recorded ones.
+    """A function object that does steps and repeats recorded steps.
 
-    ``step`` does a whole step: forward, backward, optimiser. It returns scalar figures, on the
-    device of the draw's tensors unless they are constant.
+    ``step`` does a whole step: forward, backward and optimiser. It returns scalar figures. Figures
+    that are not constant must be on the device of the draw's tensors.
     """
 
     def __init__(self, step: Callable[[Draw], Figures], recorder: Recorder) -> None:

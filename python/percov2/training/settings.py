@@ -1,4 +1,4 @@
-"""Configuration files as dataclasses, and the ids of a model folder's rates."""
+"""Configuration files as dataclasses, and the model ids of a model folder's rates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Values = dict[str, Any]
 
 
 def read_section(path: Path, section: str) -> Values:
-    """Return a phase's table of a TOML file; raise ValueError if there is none."""
+    """Return the table of a phase from a TOML file. Raise ValueError if there is none."""
     tables = tomllib.loads(path.read_text(encoding="utf-8"))
     if section not in tables:
         raise ValueError(f"{path.name} has no [{section}] section; it has {sorted(tables)}")
@@ -25,12 +25,15 @@ def read_section(path: Path, section: str) -> Values:
 
 
 def read_recipe(path: Path, section: str, chosen: str | None, table: str = "recipes") -> Values:
-    """Return a phase's table with the chosen recipes merged over it, in order.
+    """Return the table of a phase with the chosen recipes merged over it, in order.
 
-    Recipe ``NAME`` is the table ``[SECTION.recipes.NAME]``, which holds differences to the section.
+    Recipe ``NAME`` is the table ``[SECTION.recipes.NAME]``. It holds only what differs from the
+    section.
 
     Args:
-        chosen: names, joined by commas; None for the section alone.
+        path: the TOML file.
+        section: name of the phase's table.
+        chosen: names of recipes, separated by commas. None returns the section alone.
         table: name of the table of recipes.
 
     Raises:
@@ -56,7 +59,7 @@ def _merged(values: Values, own: Values) -> Values:
 
 
 def build_config(kind: type[Config], values: Values) -> Config:
-    """Return a dataclass for a TOML table; raise ValueError if it does not match."""
+    """Return a dataclass for a TOML table. Raise ValueError if the table does not match."""
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - names):
         raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
@@ -68,15 +71,16 @@ def build_config(kind: type[Config], values: Values) -> Config:
 
 
 def build_phase(kind: type[Config], values: Values) -> tuple[Config, LoopConfig]:
-    """Return a phase's settings, and those of its loop from the table "loop" in ``values``."""
+    """Return the settings of a phase and of its loop, which ``values`` holds in table "loop"."""
     loop = build_config(LoopConfig, values.pop("loop", {}))
     return build_config(kind, values), loop
 
 
 def write_model_ids(folder: Path) -> None:
-    """Write ``model_id``, from which `percov2 info` names model and rate without loading them.
+    """Write the file ``model_id``, which holds the model id of each rate.
 
-    Rates without an entropy model have no id.
+    With it, `percov2 info` names the model and the rate of a file without loading them. Rates
+    without an entropy model have no id.
     """
     codec = Codec.from_pretrained(folder)
     names = [rate.name for rate in codec.config.rates]

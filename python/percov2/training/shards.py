@@ -1,11 +1,11 @@
-"""Crops from WebDataset shards, without a cache: shared by processes and resumable.
+"""Crops from WebDataset shards, read without a cache. Processes share them, and runs can resume.
 
-Every position in a batch has its own stream, which visits its shards, and the samples of each
-shard, in random order for ever. So a batch depends on the seed and on earlier draws, but not on the
-number of processes. Three numbers store the position of a stream.
+Every position in a batch has its own stream. An endless stream visits its shards, and the samples
+of each shard, in random order. Therefore a batch depends on the seed and on earlier draws, but not
+on the number of processes. Three numbers store the position of a stream.
 
-Shards are plain ``.tar`` files with ``<key>.webp|jpg|jpeg|png`` and, optionally, ``<key>.txt`` (a
-caption per line). They are read by seeking, so they cannot be pipes.
+Shards are plain ``.tar`` files with ``<key>.webp|jpg|jpeg|png`` and, optionally, ``<key>.txt`` (one
+caption per line). The reader seeks in them, so they cannot be pipes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")
 
 @dataclass(frozen=True)
 class Member:
-    """Sample of a shard: byte ranges (offset, length) of its photo and its captions."""
+    """A sample of a shard: the byte ranges (offset, length) of its photo and of its captions."""
 
     key: str
     photo: tuple[int, int]
@@ -46,7 +46,7 @@ class Member:
 
 @lru_cache(maxsize=256)
 def shard_members(shard: Path) -> tuple[Member, ...]:
-    """Return a shard's samples; raise ValueError if it is not a tar file with photos."""
+    """Return the samples of a shard. Raise ValueError if it is not a tar file with photos."""
     photos: dict[str, tuple[int, int]] = {}
     captions: dict[str, tuple[int, int]] = {}
     try:
@@ -66,7 +66,7 @@ def shard_members(shard: Path) -> tuple[Member, ...]:
 
 
 def read_member(shard: Path, member: Member) -> tuple[Image.Image, tuple[str, ...]]:
-    """Return a sample's photo, not decoded yet, and its captions."""
+    """Return a sample's photo, which is not decoded yet, and its captions."""
     with open(shard, "rb") as file:
         file.seek(member.photo[0])
         photo = Image.open(io.BytesIO(file.read(member.photo[1])))
@@ -79,10 +79,11 @@ def read_member(shard: Path, member: Member) -> tuple[Image.Image, tuple[str, ..
 
 
 def shard_photos(shard: Path, side: int, longest: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    """Yield keys and pixels of a shard's photos, uint8 [H, W, 3], H and W multiples of ``side``.
+    """Yield the key and the pixels of each photo of a shard.
 
-    A photo whose shorter side is above ``longest`` is scaled down to it. One whose shorter side is
-    below ``side`` is left out.
+    The pixels are uint8 [H, W, 3], and H and W are multiples of ``side``. If a photo's shorter side
+    exceeds ``longest``, the photo is scaled down until its shorter side is ``longest``. Photos with
+    a shorter side below ``side`` are left out.
     """
     for member in shard_members(shard):
         photo, _ = read_member(shard, member)
@@ -101,7 +102,7 @@ def image_batch(pixels: NDArray[np.uint8]) -> Tensor:
 
 @dataclass(frozen=True)
 class Sample:
-    """One training sample."""
+    """A training sample."""
 
     pixels: NDArray[np.uint8]  # [S, S, 3]
     caption: str  # one of the photo's captions, "" if it has none
@@ -110,7 +111,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Position:
-    """Position of a stream: rounds done, shards of this round, samples of this shard."""
+    """The position of a stream: rounds done, shards done in this round, samples in this shard."""
 
     rounds: int = 0
     shards: int = 0
@@ -121,16 +122,16 @@ class ShardStreams:
     """Endless streams of square crops of photos that are not held out (``is_held_out``).
 
     Args:
-        shards: all shards in a fixed order; stream i reads shards i, i + streams, … If there are
-            fewer shards than streams, streams share a shard and take every n-th sample.
+        shards: all shards in a fixed order. Stream i reads shards i, i + streams, … If there are
+            fewer shards than streams, n streams share a shard, and each takes every n-th sample.
         streams: number of streams.
-        side: side of the crops in pixels; photos with a shorter side are skipped.
-        longest: largest shorter side of a scaled photo. The shorter side is drawn from side to
-            longest; photos are never scaled up.
+        side: side of the crops in pixels. Photos with a shorter side are skipped.
+        longest: largest shorter side of a scaled photo in pixels. The shorter side is drawn from
+            ``side`` to ``longest``, but photos are never scaled up.
         seed: seed of all orders, crops and captions.
 
     Raises:
-        ValueError: there is no shard, or longest < side.
+        ValueError: there is no shard, or ``longest`` is below ``side``.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class ShardStreams:
     def next(self, stream: int, position: Position) -> tuple[Sample, Position]:
         """Return a stream's first usable sample from a position on, and the next position.
 
-        Photos that are too small are skipped; damaged ones also cause a warning.
+        Photos that are too small or damaged are skipped. Damaged photos also cause a warning.
 
         Raises:
             ValueError: a whole round over the stream's shards contains no usable photo.
@@ -167,7 +168,7 @@ class ShardStreams:
         raise ValueError(f"no photo in the shards of stream {stream} {small}")
 
     def _shard(self, stream: int, position: Position) -> tuple[Path, list[Member], bool]:
-        """Return a position's shard, the stream's samples of it, and True if more shards follow.
+        """Return the shard at a position, the stream's samples in it, and whether more follow.
 
         Streams that share a shard divide one order of its samples.
         """
@@ -215,10 +216,9 @@ class ShardStreams:
 
 
 class CropFeed:
-    """A process's part of the batches of a run, read ahead by threads.
+    """A process's part of the batches of a run. Threads read samples ahead.
 
-    There is a stream per position in a batch of all processes, and a batch has ``parts`` forward
-    passes.
+    The batch of all processes has one stream per position, and a step has ``parts`` forward passes.
 
     Raises:
         ValueError: the batch cannot be divided evenly.
@@ -242,7 +242,7 @@ class CropFeed:
         self._ahead: list[Future[tuple[Sample, Position]]] = []
 
     def take(self) -> list[Sample]:
-        """Return this process's samples of the next forward pass, in order."""
+        """Return this process's samples for the next forward pass, in order."""
         found = [future.result() for future in self._ahead or self._begin()]
         places = self._parts[self._part]
         self._positions.update(zip(places, (after for _, after in found), strict=True))
@@ -257,11 +257,14 @@ class CropFeed:
         ]
 
     def positions(self) -> dict[int, list[int]]:
-        """Return the positions of this process's streams, without samples read ahead."""
+        """Return the positions of this process's streams. Samples read ahead do not count."""
         return {place: list(vars(at).values()) for place, at in self._positions.items()}
 
     def go_to(self, positions: dict[int, list[int]]) -> None:
-        """Continue from the positions of all streams; raise ValueError if their number differs."""
+        """Continue from the positions of all streams.
+
+        Raises ValueError if the number of streams differs.
+        """
         if len(positions) != self.streams.streams:
             found = f"{len(positions)} samples, not {self.streams.streams}"
             raise ValueError(f"the run's batches had {found}; resume it with the same batch")

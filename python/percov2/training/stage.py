@@ -1,4 +1,4 @@
-"""Interface between the training loop and a stage."""
+"""The interface between the training loop and a stage."""
 
 from __future__ import annotations
 
@@ -19,36 +19,40 @@ Figures = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Place:
-    """Facts of a process in a run."""
+    """The place of a process in a run."""
 
-    device: torch.device  # of the stage's weights in this process
+    device: torch.device  # device of the stage's weights in this process
     process: int = 0  # index of this process
     processes: int = 1
     accumulate: int = 1  # forward passes per step
-    seed: int = 0  # of the run
+    seed: int = 0  # seed of the run
     recorded: bool = False  # True if steps are recorded (``recording.RecordedSteps``)
 
 
 ALONE = Place(torch.device("cpu"))
-"""Place outside a run."""
+"""The place of a stage that is not part of a run."""
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Input of a step: everything that decides its operations, and operands on the device."""
+    """The input of a step.
+
+    ``kind`` holds everything that decides which operations run. ``tensors`` are their operands, on
+    the device.
+    """
 
     kind: Hashable
     tensors: dict[str, Tensor]
 
 
 class TrainingStage(nn.Module):
-    """Base of a training stage: networks, data and losses.
+    """The base class of training stages. A stage has networks, data and losses.
 
     Attributes:
         whole_batches: True if every process draws the whole batch and takes its own part. Then the
             number of processes affects only rounding, and may change when a run resumes.
-        recordable: True if :meth:`compute` and :meth:`after_step` may be recorded: they read
-            nothing back from a GPU, and the state that they keep has a fixed address.
+        recordable: True if :meth:`compute` and :meth:`after_step` may be recorded. They must not
+            read anything back from a GPU, and the state that they keep must have fixed addresses.
         frozen_parts: prefixes of the keys of ``state_dict()`` that checkpoints leave out.
     """
 
@@ -67,18 +71,18 @@ class TrainingStage(nn.Module):
         raise TypeError(f"{type(self).__name__} must define compute or forward")
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, Figures]:
-        """Draw a batch and return the loss and figures to log.
+        """Draw a batch. Return its loss and the figures to log.
 
-        Figures are scalars with the same names at every step; a missing one is NaN.
+        Figures are scalars, and every step has the same names. A missing figure is NaN.
         """
         return self.compute(self.draw(generator))
 
     def stored_keys(self) -> set[str]:
-        """Return the keys of ``state_dict()`` for checkpoints."""
+        """Return the keys of ``state_dict()`` that checkpoints store."""
         return {key for key in self.state_dict() if not key.startswith(self.frozen_parts)}
 
     def start_run(self, place: Place) -> None:
-        """Prepare a run, after the weights moved to their device and before a restore."""
+        """Prepare a run. The weights are on their device, and nothing has been restored yet."""
         self.place = place
 
     def start_step(self, step: int, total: int) -> None:
@@ -92,15 +96,15 @@ class TrainingStage(nn.Module):
         """Write samples at a checkpoint, in evaluation mode with averaged weights."""
 
     def side_state(self) -> dict[str, Any]:
-        """Return further state for a checkpoint (e.g. of a discriminator); collective."""
+        """Return further state for a checkpoint, e.g. of a discriminator (collective)."""
         return {}
 
     def load_side_state(self, state: dict[str, Any]) -> None:
-        """Restore the result of :meth:`side_state`, or {} from a run without one."""
+        """Restore the result of :meth:`side_state`. It is {} if the run stored none."""
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a CSV file, whose first line holds the names."""
+    """Append a row to a CSV file. The first line of the file holds the names of the columns."""
     with open(path, "a", newline="") as log:
         writer = csv.DictWriter(log, row)
         if log.tell() == 0:

@@ -1,8 +1,8 @@
-"""Joint phase of stage 1: hyper-encoders, quantizers, flow transformer and decoder.
+"""The joint phase of stage 1: hyper-encoders, quantizers, flow transformer and decoder.
 
 It follows PerCoV2 §3 (flow matching with z_hat beside the noisy latents). In addition, most samples
-start at t = 1 and are decoded. So L1 and LPIPS train the whole chain, including the decoder, which
-a small model needs.
+start at t = 1 and are decoded. Thus L1 and LPIPS train the whole chain including the decoder. A
+small model needs this.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["CodecConfig", "CodecStage"]
 
 @dataclass
 class CodecConfig:
-    """Configuration of the joint phase."""
+    """The configuration of the joint phase."""
 
     rates: dict[str, RateConfig] = field(default_factory=dict)  # in the order of a model folder
     flow: dict = field(default_factory=dict)
@@ -42,14 +42,14 @@ class CodecConfig:
     prediction: str = "sample"
     one_step: float = 0.75  # share of samples at t = 1; others draw t as SD3 does (logit-normal)
     decoder_noise: float = 0.0  # std of noise on decoded latents, times realism; rates may differ
-    dial: dict | None = None  # of the realism dial; None trains without one, at realism 1
+    dial: dict | None = None  # sizes of the realism dial; None trains without it, at realism 1
     realism_ends: tuple[float, float] = (0.15, 0.45)  # shares at 0 and 1; others are uniform
     window: int = 96  # largest side in pixels for VGG16 (``losses.draw_view``)
     latent_weight: float = 0.25
     vq_weight: float = 0.25
     spread_weight: float = 0.05
-    # Weight of the mean absolute difference to the pictures of the starting model's decoder. Above
-    # 0, only the decoder learns.
+    # Weight of the mean absolute difference to the pictures of the starting model's decoder. If it
+    # is above 0, only the decoder learns.
     distil: float = 0.0
     caption_dropout: float = 0.1  # share of captions replaced by "" (PerCo: 10 %)
     adversary: AdversaryConfig = field(default_factory=AdversaryConfig)
@@ -61,7 +61,7 @@ class CodecConfig:
             raise ValueError(f"{wanted}, not {self.realism_ends}")
 
     def draw_realism(self, count: int) -> Tensor:
-        """Draw β of ``count`` samples, float [count]."""
+        """Draw the realism β of ``count`` samples, float [count]."""
         if self.dial is None:
             return torch.ones(count)
         zero, one = self.realism_ends
@@ -70,7 +70,7 @@ class CodecConfig:
 
 
 class CodecStage(TrainingStage):
-    """Phase B: joint training with a frozen encoder; every step draws one rate by its share."""
+    """Phase B: joint training with a frozen encoder. Every step draws one rate by its share."""
 
     frozen_parts = ("perceptual.", "teacher.")
 
@@ -203,7 +203,7 @@ class CodecStage(TrainingStage):
         return loss, named
 
     def learn_from(self, teacher: PatchAutoencoder) -> None:
-        """Train only the decoder, to imitate another one (``CodecConfig.distil``)."""
+        """Train only the decoder, so that it imitates the teacher's (``CodecConfig.distil``)."""
         self.requires_grad_(False)
         self.autoencoder.decoder.requires_grad_(True)
         self.teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
@@ -213,7 +213,7 @@ class CodecStage(TrainingStage):
         return self.config.decoder_noise if own is None else own
 
     def _conditioning(self, text: tuple[Tensor, Tensor], realism: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the flow's conditioning on captions and realism."""
+        """Return the conditioning of the flow on captions and realism."""
         return text if self.dial is None else (text[0], text[1] + self.dial(realism))
 
     def _clean(
@@ -237,7 +237,7 @@ class CodecStage(TrainingStage):
         return {name: judge.state_dict() for name, judge in self.adversaries.items()}
 
     def load_side_state(self, state: dict[str, Any]) -> None:
-        """Restore the discriminators that the run has; others may join late."""
+        """Restore the discriminators that the run has. Other discriminators may start later."""
         for name in self.adversaries.keys() & state.keys():
             self.adversaries[name].load_state_dict(state[name])
 
@@ -254,7 +254,7 @@ class CodecStage(TrainingStage):
         return self.autoencoder.decode(clean + self._decoder_noise(rate) * grain)
 
     def draw_samples(self, folder: Path, step: int) -> None:
-        """Write samples.png: fixed crops above their one-step reconstructions, a row per rate."""
+        """Write samples.png: fixed crops, and below them one row of reconstructions per rate."""
         # The side is a multiple of every rate's tokens.
         unit = max(self._rate(name).token_side for name in self.rates)
         side = max(max(rate.crops.sides) for rate in self.config.rates.values())

@@ -1,9 +1,9 @@
-"""Stage 2: the entropy model, on the frozen tokens of stage 1.
+"""Stage 2, which trains the entropy model on the frozen tokens of stage 1.
 
-Crops of token maps are coded in many orders, the format's schedules and random ones with random
-group sizes. So one set of weights serves every schedule. After a first part in float, weights and
-activations are rounded as in the integer program, with straight-through gradients. At the end, the
-integer form is exported, and both forms are measured on held-out maps.
+Crops of token maps are coded in many orders: the format's schedules, and random orders with random
+group sizes. Thus one set of weights serves every schedule. The first part of the training is in
+float. Then weights and activations are rounded as in the integer program, with straight-through
+gradients. At the end, the integer form is exported, and both forms are measured on held-out maps.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ Map = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class EntropyConfig:
-    """Configuration of the entropy phase."""
+    """The configuration of the entropy phase."""
 
     model: dict = field(default_factory=dict)  # ``TransformerConfig`` without codebook_size
     # Crop heights and widths in tokens; a step draws one shape.
     shapes: tuple[Shape, ...] = ((16, 16), (14, 14), (12, 20), (20, 28), (24, 32))
     tokens_per_step: int = 4096  # approximate number of tokens in a batch, over all processes
     real_orders: float = 0.6  # share of crops with a schedule of the format; others are random
-    default_orders: float = 0.6  # share of the former with the default schedule
+    default_orders: float = 0.6  # share of the default schedule among these crops
     round_from: float = 0.6  # share of the steps before rounding starts
     observe_until: float = 0.85  # share of the steps before the scales are fixed
 
@@ -75,7 +75,10 @@ def _read_maps(path: Path) -> tuple[int, list[tuple[Map, bool]]]:
 
 
 def evenly_spread(held_out: list[Any]) -> list[Any]:
-    """Return at most 48 held-out items, evenly spaced: neighbours come from the same shard."""
+    """Return at most 48 of the held-out items, evenly spaced.
+
+    Neighbouring items come from the same shard.
+    """
     return held_out[:: max(1, len(held_out) // _MAX_HELD_OUT)][:_MAX_HELD_OUT]
 
 
@@ -83,17 +86,17 @@ class TokenMaps:
     """Token maps of photos, made by ``percov2 train tokens``.
 
     Args:
-        path: ``.npz`` with ``tokens_<i>`` integers [h, w], ``held_out`` bool per map and
+        path: ``.npz`` file with ``tokens_<i>`` integers [h, w], ``held_out`` bool [maps] and
             ``codebook_size``, or a folder of such files.
-        order: maps a schedule's name, rows and columns to a stage map int32 [h, w].
+        order: a function from a schedule's name, rows and columns to a stage map, int32 [h, w].
 
     Attributes:
         maps: maps to train on.
         held_out: at most 48 of the held-out maps.
 
     Raises:
-        ValueError: no map to train on or none held out, tokens outside the codebook, or files with
-            different codebook sizes.
+        ValueError: there is no map to train on or no held-out map, a token lies outside the
+            codebook, or files have different codebook sizes.
     """
 
     def __init__(self, path: Path, order: Callable[[str, int, int], Map] = stages) -> None:
@@ -114,7 +117,7 @@ class TokenMaps:
         self.stages = cache(order)
 
     def counts(self) -> NDArray[np.int64]:
-        """Return the number of times that each token occurs in training: int64 [V]."""
+        """Return the number of times that each token occurs in training, int64 [V]."""
         every = np.concatenate([tokens.reshape(-1) for tokens in self.maps])
         return np.bincount(every, minlength=self.codebook_size)
 
@@ -126,9 +129,10 @@ class TokenMaps:
     def draw(
         self, generator: Generator, shape: Shape, config: EntropyConfig, place: Place = ALONE
     ) -> TokenBatch:
-        """Return this process's part of a batch of crops of ``shape``, or less for small maps.
+        """Return this process's part of a batch of crops of ``shape``.
 
-        Maps are drawn by area, so that all tokens are about equally likely.
+        Crops are smaller if no map is that large. The probability of a map is proportional to its
+        area, so that all tokens are about equally likely.
         """
         height = min(shape[0], max(tokens.shape[0] for tokens in self.maps))
         fitting = [t for t in self.maps if t.shape[0] >= height]
@@ -147,7 +151,7 @@ class TokenMaps:
         return crop_batch(crops[place.process :: place.processes], height, width)
 
     def _order(self, generator: Generator, config: EntropyConfig, height: int, width: int) -> Map:
-        """Draw the stages of a whole map: a schedule of the format, or a random order."""
+        """Draw the stages of a whole map, from a schedule of the format or a random order."""
         if generator.random() >= config.real_orders:
             return random_stages(generator, height, width)
         default = generator.random() < config.default_orders
@@ -168,7 +172,7 @@ def random_stages(generator: Generator, height: int, width: int) -> Map:
 
 
 class RoundedStage(TrainingStage):
-    """Base of stages with a token transformer that is rounded in the later part of a run.
+    """The base class of stages whose token transformer is rounded in the later part of a run.
 
     Args:
         config: settings with ``model``, ``round_from`` and ``observe_until``.
@@ -190,14 +194,14 @@ class RoundedStage(TrainingStage):
         self.transformer.observing = observed and step % _OBSERVE_EVERY == 0
 
     def precision(self) -> torch.autocast:
-        """Return the transformer's autocast: bfloat16 in a bf16 run while nothing is rounded."""
+        """Return the transformer's autocast: bfloat16 in a bf16 run until rounding starts."""
         device = self.place.device.type
-        # bfloat16 has 8 bits, so rounding to 8 bits on top would train for other arithmetic.
+        # bfloat16 has 8 bits, so additional rounding to 8 bits would train for other arithmetic.
         allowed = torch.is_autocast_enabled(device) and not self.transformer.quantized
         return torch.autocast(device, dtype=torch.bfloat16, enabled=allowed)
 
     def after_step(self) -> None:
-        """Set the activations' magnitudes to the largest over all processes."""
+        """Set the magnitudes of activations to their maxima over all processes."""
         if self.place.processes > 1 and self.transformer.observing:
             seen = [m.amax for m in self.modules() if isinstance(m, ActivationRange)]
             largest = torch.cat(seen)
@@ -207,7 +211,7 @@ class RoundedStage(TrainingStage):
 
 
 class EntropyStage(RoundedStage):
-    """Training of the transformer on bits per token."""
+    """The stage that trains the transformer on the bits per token."""
 
     def __init__(self, config: EntropyConfig, data: TokenMaps) -> None:
         super().__init__(config, data.counts())
@@ -242,13 +246,13 @@ class EntropyStage(RoundedStage):
         return bits / tokens
 
     def draw_samples(self, folder: Path, step: int) -> None:
-        """Append bits per token of the held-out maps to held_out.csv."""
+        """Append the bits per token of the held-out maps to held_out.csv."""
         bits = self.held_out_bits(DEFAULT_SCHEDULE, self.transformer.quantized)
         append_row(folder / "held_out.csv", {"step": step, "bits": f"{bits:.5f}"})
 
 
 def integer_bits(coder: TokenCoder, maps: list[Map], schedule: str) -> float:
-    """Return the bits per token of whole maps from the coded intervals."""
+    """Return the bits per token of whole maps, computed from the coded intervals."""
     bits = tokens = 0.0
     for grid in maps:
         _, freqs = coder.intervals(grid[None], schedule)
@@ -258,7 +262,7 @@ def integer_bits(coder: TokenCoder, maps: list[Map], schedule: str) -> float:
 
 
 def _report(stage: EntropyStage, coder: TokenCoder, schedules: tuple[str, ...]) -> dict[str, Any]:
-    """Return the bits per token of held-out maps: float form, rounded form, coded intervals."""
+    """Return held-out bits per token of the float form, the rounded form and coded intervals."""
     counts = stage.data.counts()
     share = counts[counts > 0] / counts.sum()
     result: dict[str, Any] = {
@@ -289,7 +293,8 @@ def trained_model(
 
     The same call resumes an interrupted run.
 
-    ``size_classes`` are those of the heights and widths of the training grids.
+    ``size_classes`` are the size classes of the training grids' heights and widths. ``minutes`` is
+    the time after which to stop, or None.
 
     Returns:
         The integer form, or None if steps remain or this is not the first process.
@@ -318,7 +323,8 @@ def train_entropy(
         data: ``.npz`` of token maps, or a folder of such files.
         out: folder for checkpoint.pt, log.csv, held_out.csv, and finally entropy/ (config.json and
             model.safetensors) and report.json.
-        minutes: stop after this time; the same call resumes.
+        minutes: time in minutes after which to stop. The same call then resumes the run. None sets
+            no limit.
         schedules: schedules in the report.
 
     Returns:

@@ -1,4 +1,4 @@
-"""First weights of the joint phase from another run or a model folder, possibly of other rates."""
+"""First weights of the joint phase from another run or model folder, even with other rates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def _part(state: State, prefix: str) -> State:
 
 
 def _stored_rates(state: State, first: str) -> dict[str, State]:
-    """Return the weights of every rate of a run; the oldest runs have one rate without a name."""
+    """Return the weights of every rate of a run.
+
+    The oldest runs have one rate without a name, which gets the name ``first``.
+    """
     if any(key.startswith("hyper_encoder.") for key in state):
         own = ("hyper_encoder.", "quantizer.")
         return {first: {k: v for k, v in state.items() if k.startswith(own)}}
@@ -33,11 +36,11 @@ def _stored_rates(state: State, first: str) -> dict[str, State]:
 
 
 def _inherit(networks: RateNetworks, donor: State) -> list[str]:
-    """Copy fitting tensors from another rate; return the names of those that keep their start.
+    """Copy fitting tensors from another rate. Return the names of the tensors that stay unchanged.
 
-    A strided 5×5 convolution gets a donor's 1×1 convolution, averaged over 2×2 latents. So the new
-    rate starts as the donor on coarser latents. A 1×1 convolution gets the sum of a donor's 5×5
-    taps, which is equal on constant latents. Codes come from the first batch.
+    A strided 5×5 convolution gets a donor's 1×1 convolution, averaged over 2×2 latents. Thus the
+    new rate starts as the donor on coarser latents. A 1×1 convolution gets the sum of a donor's 5×5
+    taps, which gives equal results on constant latents. Codes come from the first batch.
     """
     fresh = []
     for name, value in networks.state_dict().items():
@@ -77,8 +80,8 @@ def _places(state: State) -> dict[tuple[int, int], str]:
 def _fitted(fresh: State, stored: State) -> tuple[State, int]:
     """Return weights for a decoder of another depth or width, and the number of new tensors.
 
-    New blocks start as the identity, so a deeper decoder starts as the stored one. A smaller or
-    narrower decoder keeps the layers that fit, and needs training (``CodecConfig.distil``).
+    New blocks start as the identity, so a deeper decoder starts with the stored decoder's output. A
+    shallower or narrower decoder keeps what fits and needs training (``CodecConfig.distil``).
     """
     fitted = {k: v for k, v in stored.items() if not k.startswith("decoder.")}
     old, new = _places(stored), 0
@@ -92,7 +95,7 @@ def _fitted(fresh: State, stored: State) -> tuple[State, int]:
 
 
 def _model_state(folder: Path) -> State:
-    """Return the weights of a model folder under their names in a codec run."""
+    """Return the weights of a model folder under the names that a codec run uses."""
     model = CodecModel(folder)
     parts: dict[str, torch.nn.Module] = {name: getattr(model, name) for name in _SHARED}
     if model.dial is not None:
@@ -104,7 +107,7 @@ def _model_state(folder: Path) -> State:
 
 
 def stored_state(run: Path) -> tuple[State, dict[str, Any], Path]:
-    """Return weights, discriminators and path of a codec run or a model folder."""
+    """Return the weights, the discriminators and the path of a codec run or a model folder."""
     path = run / "checkpoint.pt"
     if path.is_file():
         stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -119,18 +122,20 @@ def stored_state(run: Path) -> tuple[State, dict[str, Any], Path]:
 def start_from(stage: CodecStage, run: Path) -> dict[str, str]:
     """Load the averaged weights of a codec run: shared networks, rates and discriminators.
 
-    Optimisers of discriminators start fresh. A rate that the run lacks starts from its first rate.
-    The decoder may have other blocks and widths; further blocks start as the identity.
+    The optimisers of the discriminators start from scratch. A rate that the run lacks starts from
+    the run's first rate. The decoder may have other blocks and widths; additional blocks start as
+    the identity.
 
     Args:
-        stage: initialised stage, changed in place.
+        stage: initialised stage, which is changed in place.
         run: folder made by ``percov2 train codec``, or a model folder.
 
     Returns:
-        The origin of each rate's weights as a phrase, and of the decoder if it is partly new.
+        The origin of each rate's weights as a phrase, and the decoder's origin if it is partly new.
 
     Raises:
-        ValueError: the folder is neither of the two, or its networks have other sizes.
+        ValueError: the folder is neither a codec run nor a model folder, or its networks have other
+            sizes.
     """
     state, side, path = stored_state(run)
     stored = _stored_rates(state, next(iter(stage.rates)))

@@ -1,4 +1,4 @@
-"""Functions of `percov2 train` for SD3: from configuration files to runs and model folders."""
+"""The functions of `percov2 train` for SD3, from configuration files to model folders."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sd3_config(path: Path, recipe: str | None = None) -> tuple[SD3Config, LoopCo
     """Return section [sd3] of a file with the ``recipe`` (``read_recipe``) merged over it.
 
     Raises:
-        ValueError: no such recipe, no rate, or settings are unknown or invalid.
+        ValueError: the recipe does not exist, there is no rate, or settings are unknown or invalid.
     """
     values = read_recipe(path, "sd3", recipe)
     if "rate" not in values:
@@ -52,7 +52,10 @@ def run_sd3(
     minutes: float | None = None,
     recipe: str | None = None,
 ) -> None:
-    """Run `percov2 train sd3`: stage 1 on the shards of a folder, with validation pictures."""
+    """Run `percov2 train sd3`: train stage 1 on the shards of the folder ``data``.
+
+    ``pictures`` is a folder of validation pictures, or None.
+    """
     settings, loop = sd3_config(config, recipe)
     shown = None if pictures is None else Pictures.load(pictures, settings.crop)
     torch.manual_seed(loop.seed)
@@ -72,11 +75,12 @@ def run_sd3_export(
 
     Args:
         out: new folder, or model folder with the same base model.
-        entropy: folder of the rate's integer entropy model; uniform coding if None.
+        entropy: folder of the rate's integer entropy model. None means uniform coding.
         recipe: recipe of the run.
 
     Raises:
-        ValueError: no run, another base model, or another rate of the same name.
+        ValueError: there is no run, or ``out`` has another base model or another rate of the same
+            name.
     """
     settings, loop = sd3_config(config, recipe)
     networks = SD3Networks(settings, loop.precision, Path())
@@ -103,7 +107,10 @@ def run_sd3_export(
 
 
 def _with_rate(out: Path, settings: SD3Config, location: str) -> ModelConfig:
-    """Return the folder's configuration with the rate; a new one comes last, as order is fixed."""
+    """Return the folder's configuration with the rate.
+
+    A new rate comes last, because the order of the rates must not change.
+    """
     base = str(Path(location).resolve()) if Path(location).is_dir() else location
     window = settings.crop // LATENT_SIDE
     if not (out / "config.json").is_file():
@@ -130,11 +137,13 @@ def run_shard_tokens(
 
     Args:
         model: model folder or name.
-        out: folder of ``<shard>.npz``.
-        longest: largest shorter side of a photo in pixels; larger photos are scaled down.
+        data: folder of the shards.
+        out: folder for the files ``<shard>.npz``.
+        rate: name of the rate. None means the model's default.
+        longest: largest shorter side of a photo in pixels. Larger photos are scaled down.
 
     Raises:
-        ValueError: no shards, or an unknown model or rate.
+        ValueError: there are no shards, or the model or rate is unknown.
     """
     from accelerate import PartialState
 

@@ -1,7 +1,7 @@
-"""Frozen networks for SD3 training: autoencoder, text encoders, LPIPS.
+"""Frozen networks for SD3 training: autoencoder, text encoders and LPIPS.
 
-They are not submodules of a stage, so checkpoints do not hold them and processes do not exchange
-them.
+They are not submodules of a stage. Therefore checkpoints do not hold them, and processes do not
+exchange them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["FrozenNetworks"]
 
 
 class FrozenNetworks:
-    """Frozen networks on the base's device, each loaded at its first use.
+    """The frozen networks, on the device of the base model. Each is loaded at its first use.
 
     ``text_width`` is the number of channels of the text sequence. With ``checkpointing``, the
     decoder's activations are recomputed in the backward pass.
@@ -46,7 +46,10 @@ class FrozenNetworks:
 
     @torch.no_grad()
     def text(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Return sequence [B, L, d] and pooled [B, p] embeddings of captions ("" for none)."""
+        """Return the sequence [B, L, d] and pooled [B, p] embeddings of captions.
+
+        An empty string means no caption.
+        """
         return self._captions(captions, self.text_width)
 
     @torch.no_grad()
@@ -55,7 +58,7 @@ class FrozenNetworks:
         return encode_latents(self._autoencoder, images)
 
     def lpips(self, latents: Tensor, images: Tensor) -> Tensor:
-        """Return the mean LPIPS (AlexNet) between decoded latents and images, differentiably."""
+        """Return the mean LPIPS (AlexNet) between decoded latents and images, with gradients."""
         with torch.no_grad():
             target = self._lpips.features(images)
         decoded = decode_latents(self._autoencoder, latents)

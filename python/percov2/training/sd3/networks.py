@@ -1,4 +1,4 @@
-"""Trained networks on Stable Diffusion 3: hyper-encoder, quantizer and flow of one rate."""
+"""The trained networks on Stable Diffusion 3: hyper-encoder, quantizer and flow of one rate."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 
 @dataclass(frozen=True)
 class SD3Config:
-    """Configuration of stage 1 on SD3.
+    """The configuration of stage 1 on SD3.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -48,10 +48,10 @@ class SD3Config:
     longest: int = 768  # a photo's shorter side is scaled to crop … longest, at random
     caption_dropout: float = 0.1  # share of captions replaced by ""
     shift: float = 3.0  # SD3's timestep shift; a larger one puts more samples near t = 1
-    lpips_weight: float = 0.0  # of LPIPS on the one-step estimate; 0 skips autoencoder and LPIPS
+    lpips_weight: float = 0.0  # weight of LPIPS on the one-step estimate; 0 skips this loss
     vq_weight: float = 0.25  # weight of the commitment loss
-    # Weight of the entropy of the soft code usage, which training increases. It is computed per
-    # forward pass and process, so the number of processes matters.
+    # Weight of the entropy of the soft code usage, which training increases. The entropy is
+    # computed per forward pass and process, so it depends on the number of processes.
     spread_weight: float = 0.0
     codebook_decay: float = 0.97  # decay of the codebook's moving averages
     t5: bool = True  # condition on T5 too; without it, its part of the sequence is zero
@@ -71,12 +71,13 @@ class SD3Config:
 
 
 class SD3Networks(nn.Module):
-    """Hyper-encoder, quantizer and widened transformer of one rate.
+    """The hyper-encoder, quantizer and widened transformer of one rate.
 
     Args:
         config: settings.
-        precision: "bf16" keeps frozen weights in bfloat16; trained ones are always float32.
-        folder: folder that a relative ``config.base`` starts from.
+        precision: "no" or "bf16". "bf16" keeps frozen weights in bfloat16. Trained weights are
+            always float32.
+        folder: folder to which a relative path ``config.base`` refers.
 
     Raises:
         ValueError: the base model cannot be loaded, or settings do not match it.
@@ -106,7 +107,10 @@ class SD3Networks(nn.Module):
             self.flow.enable_gradient_checkpointing()
 
     def open_base(self, device: str) -> SD3Folder:
-        """Return the base model's frozen networks on a device, in the dtype of frozen weights."""
+        """Return the frozen networks of the base model on a device.
+
+        They have the dtype of frozen weights.
+        """
         dtype = "bf16" if self.precision == "bf16" else "fp32"
         options = BackboneOptions(dtype, t5=self.config.t5)
         return SD3Folder(self.folder, self.config.base, device, options)
@@ -122,10 +126,10 @@ class SD3Networks(nn.Module):
         """Return the flow's velocity, float [B, 16, h, w].
 
         Args:
-            noisy: x_t = (1 − t) · x_0 + t · noise [B, 16, h, w].
-            z_hat: [B, C, h', w'] on the token grid.
+            noisy: x_t = (1 − t) · x_0 + t · noise, [B, 16, h, w].
+            z_hat: [B, C, h', w'], on the token grid.
             t: [B] in 0 … 1.
-            text: sequence [B, L, d] and pooled [B, p] embeddings.
+            text: the sequence [B, L, d] and pooled [B, p] embeddings of the captions.
         """
         above = upsample_z_hat(z_hat, *noisy.shape[-2:])
         return self.flow(

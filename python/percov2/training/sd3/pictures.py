@@ -1,4 +1,4 @@
-"""Validation of an SD3 run by restored pictures and their flow loss.
+"""Validation of an SD3 run with restored pictures and their flow loss.
 
 The pictures must not be among the training photos.
 """
@@ -29,16 +29,19 @@ _TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 @dataclass(frozen=True)
 class Pictures:
-    """Validation pictures, float [N, 3, S, S] in [-1, 1], and their captions ("" for none)."""
+    """Validation pictures, float [N, 3, S, S] in [-1, 1], and their captions.
+
+    An empty caption means that the picture has none.
+    """
 
     images: Tensor
     captions: list[str]
 
     @classmethod
     def load(cls, folder: Path, side: int, count: int = 4) -> Pictures:
-        """Load the first pictures of a folder, scaled and cropped to a square.
+        """Load the first ``count`` pictures of a folder, scaled and cropped to squares of ``side``.
 
-        ``<name>.txt`` beside a picture holds its caption.
+        The file ``<name>.txt`` beside a picture holds its caption.
 
         Raises:
             ValueError: the folder contains no picture.
@@ -62,7 +65,8 @@ class Pictures:
     ) -> None:
         """Write ``samples/<step>.png`` and a line of ``validation.csv``.
 
-        The rows of the picture are originals, one-step and 20-step results (without guidance).
+        The rows of the picture are the originals, the one-step results and the 20-step results
+        (without guidance).
         """
         device = frozen.device
         images = self.images.to(device)

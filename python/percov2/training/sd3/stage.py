@@ -1,11 +1,11 @@
 """Stage 1 on Stable Diffusion 3, as in PerCoV2 (arXiv 2503.09368, §3).
 
-It is flow matching with z_hat beside the noisy latents. Timesteps are drawn as in SD3
+The method is flow matching with z_hat beside the noisy latents. Timesteps are drawn as in SD3
 (logit-normal, then shifted), and a tenth of the captions is dropped. Above 0.05 bpp, LPIPS on the
 decoded one-step estimate is added.
 
-Every sample has its own random generator. So the content of a step does not depend on the number of
-processes and forward passes.
+Every sample has its own random generator. Therefore the content of a step does not depend on the
+number of processes and forward passes.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _LATENT_CHANNELS = 16
 
 
 class SD3Stage(TrainingStage):
-    """Flow matching on crops of ``.tar`` shards; the codes move after every step.
+    """Flow matching on crops of ``.tar`` shards. The codes move after every step.
 
-    It trains ``networks`` in place, and restores ``pictures``, if any, at every checkpoint.
+    The stage trains ``networks`` in place. At every checkpoint it restores ``pictures``, unless it
+    is None.
     """
 
     whole_batches = True
@@ -63,7 +64,7 @@ class SD3Stage(TrainingStage):
         self.feed = CropFeed(self.streams, place.process, place.processes, place.accumulate)
 
     def forward(self, generator: np.random.Generator) -> tuple[Tensor, Figures]:
-        """Return loss and figures of the next samples of the shards; ignore the generator."""
+        """Return the loss and figures of the next samples of the shards. Ignore ``generator``."""
         config, networks, device = self.config, self.networks, self.place.device
         samples = self.feed.take()
         pixels = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
@@ -71,7 +72,7 @@ class SD3Stage(TrainingStage):
         drawn = [_draw(sample, config.caption_dropout, config.crop) for sample in samples]
         t = shifted(torch.tensor([d.time for d in drawn], device=device), config.shift)
         mix = t.view(-1, 1, 1, 1)
-        # Hyper-encoder and quantizer run in float32 as in the codec, for the same tokens.
+        # Hyper-encoder and quantizer run in float32 as in the codec, so the tokens are the same.
         with torch.autocast(device.type, enabled=False):
             latents = self.frozen.latents(images)
             quantized: Quantized = networks.quantizer(networks.hyper_encoder(latents))
@@ -96,7 +97,7 @@ class SD3Stage(TrainingStage):
         }
 
     def after_step(self) -> None:
-        """Move the codes towards the hyper-latents of the whole batch, equally in every process."""
+        """Move the codes towards the hyper-latents of the whole batch, in every process alike."""
         seen, self._seen = self._seen, []
         # [forward passes · own positions, tokens per image, ...]
         directions = torch.cat([q.directions.view(*q.tokens.flatten(1).shape, -1) for q in seen])
@@ -109,7 +110,7 @@ class SD3Stage(TrainingStage):
             self.networks.quantizer.update_codebook(directions, tokens, decay=decay)
 
     def _all_places(self, own: Tensor) -> Tensor:
-        """Return all processes' rows in the order of the batch (collective)."""
+        """Return the rows of all processes in the order of the batch (collective)."""
         if self.place.processes == 1:
             return own
         from accelerate.utils import gather
@@ -134,7 +135,7 @@ class SD3Stage(TrainingStage):
 
 
 class _Drawn(NamedTuple):
-    """Random draws of a sample: time before the shift, caption or "", noise."""
+    """The random draws of a sample: the time before the shift, a caption or "", and the noise."""
 
     time: float
     caption: str
@@ -151,5 +152,8 @@ def _draw(sample: Sample, caption_dropout: float, crop: int) -> _Drawn:
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Apply SD3's timestep shift (arXiv 2403.03206, §5.3.2) to t in 0 … 1; 1 changes nothing."""
+    """Apply SD3's timestep shift (arXiv 2403.03206, §5.3.2) to t in 0 … 1.
+
+    A shift of 1 changes nothing.
+    """
     return shift * t / (1 + (shift - 1) * t)

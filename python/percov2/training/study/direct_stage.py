@@ -1,4 +1,4 @@
-"""Training of transformers whose entries are also their outputs: the re-reading masked model."""
+"""Training of transformers whose entries are also outputs, such as the re-reading masked model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["DirectExamples", "DirectStage", "DrawExamples", "masked_examples", "
 
 
 class DirectExamples(NamedTuple):
-    """Batch of entries with targets and weights.
+    """A batch of entries with targets and weights.
 
     Attributes:
-        batch: entries that the transformer reads.
+        batch: the entries that the transformer reads.
         targets: tokens of the entries, int64 [B, E].
         weights: weights in the loss, float32 [B, E]. They sum to 1 and are 0 for known tokens.
     """
@@ -43,12 +43,13 @@ DrawExamples = Callable[[np.random.Generator], DirectExamples]
 
 
 class DirectStage(RoundedStage):
-    """Training of the transformer on bits per token of entries.
+    """The stage that trains a transformer on the bits per token of entries.
 
     Args:
-        config: sizes of the transformer, and times of its rounding.
-        counts: number of times that each token occurs, int64 [V]; V is the codebook size.
-        draw: draws a batch.
+        config: sizes of the transformer, and the times at which rounding starts and scales are
+            fixed.
+        counts: number of times that each token occurs, int64 [V]. V is the codebook size.
+        draw: a function that draws a batch.
     """
 
     def __init__(self, config: EntropyConfig, counts: Counts, draw: DrawExamples) -> None:
@@ -68,8 +69,8 @@ class DirectStage(RoundedStage):
 def masked_examples(generator: np.random.Generator, crops: TokenBatch) -> DirectExamples:
     """Hide a uniformly random share of the tokens of each crop.
 
-    So training covers all shares of known tokens equally, as decoding by the format's schedules
-    does: their stages grow by a power law.
+    Thus training covers all shares of known tokens equally. So does decoding with the format's
+    schedules, whose stages grow by a power law.
     """
     count, height, width = crops.tokens.shape
     size = height * width
@@ -92,12 +93,13 @@ def masked_model(shared: SharedRun, data: Path, out: Path) -> IntTransformer:
     """Train the paper's re-reading masked model with the shared model's sizes and settings.
 
     Args:
+        shared: the shared run.
         data: token maps for ``TokenMaps``.
-        out: folder for checkpoint.pt, log.csv and entropy/; a run in it resumes, or is used if
-            finished.
+        out: folder for checkpoint.pt, log.csv and entropy/. An interrupted run in it resumes, and a
+            finished run is used as it is.
 
     Returns:
-        The integer form, run by the executor "torch".
+        The integer form on the executor "torch".
 
     Raises:
         ValueError: token maps or a run in ``out`` do not match.

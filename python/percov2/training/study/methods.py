@@ -23,7 +23,7 @@ __all__ = ["fine_tuned_methods", "masked_methods", "multiscale_methods"]
 
 
 _SAME_PHOTOS = 0.9
-"""Smallest share of equal tokens for photos of the maps; bfloat16 changes a few tokens."""
+"""Smallest share of equal tokens if photos and maps match. bfloat16 changes a few tokens."""
 _SLOWER = (
     "Re-reading and explicit VAR run in torch. They encode and decode with one pass per stage over "
     "all tokens known or coded so far. The others run compiled, encode with one pass, and decode "
@@ -34,7 +34,10 @@ _SLOWER = (
 def fine_tuned_methods(
     shared: SharedRun, data: Path, maps: Sequence[TokenMap], steps: int, out: Path
 ) -> Iterator[Method]:
-    """Yield every order with shared weights fine-tuned for it; runs are in ``out``/ORDER."""
+    """Yield a method for every order, with the shared weights fine-tuned for that order.
+
+    The runs are in ``out``/ORDER.
+    """
 
     def coder(name: str, order: Order) -> OrderCoder:
         return OrderCoder(TokenCoder(fine_tuned(shared, data, order, steps, out / name)), order)
@@ -46,9 +49,9 @@ def fine_tuned_methods(
 def masked_methods(
     shared: SharedRun, data: Path, maps: Sequence[TokenMap], out: Path
 ) -> Iterator[Method]:
-    """Yield the paper's re-reading masked model in every order but raster; its run is in ``out``.
+    """Yield the paper's re-reading masked model in every order but raster.
 
-    Raster would take a pass over all tokens for every token.
+    Raster would take a pass over all tokens for every token. The model's run is in ``out``.
     """
     model = masked_model(shared, data, out)
 
@@ -64,13 +67,19 @@ def masked_methods(
 def multiscale_methods(
     shared: SharedRun, model: Backbone, rate: str, photos: Path, maps: Sequence[TokenMap], out: Path
 ) -> Iterator[Method]:
-    """Yield the explicit VAR method; ``out`` receives its training run and its codebooks.
+    """Yield the explicit VAR method. Its training run and its codebooks are written to ``out``.
 
     Args:
-        photos: folder made by ``percov2 train data`` with the photos of ``maps``.
+        shared: the run whose sizes and settings are used.
+        model: the model whose latents are coded.
+        rate: name of the rate.
+        photos: folder made by ``percov2 train data``, with the photos of ``maps``.
+        maps: token maps of the held-out photos.
+        out: folder of the training run.
 
     Raises:
-        ValueError: ``photos`` does not match ``maps``, or the codes of all scales exceed 8192.
+        ValueError: ``photos`` does not match ``maps``, or all scales together have more than 8192
+            codes.
     """
     found = multiscale.photo_directions(model, rate, photos)
     size = model.config.rate(rate).codebook_size

@@ -1,7 +1,8 @@
 """Explicit hierarchical VAR on frozen hyper-latents: codebooks, tokens and training.
 
-A rate's quantizer replaces each direction by one code. Here a sum of codes, from coarse to fine,
-describes it. K-means fits each scale's codebook to the residual of the coarser scales.
+A rate's quantizer replaces each direction by one code. Here a direction is the sum of several
+codes, from coarse to fine. K-means fits each scale's codebook to the residual of the coarser
+scales.
 """
 
 from __future__ import annotations
@@ -33,31 +34,31 @@ __all__ = ["PhotoDirections", "ScaleMaps", "ScaleQuantizer", "k_means", "mean_co
 __all__ += ["multiscale_model", "photo_directions", "same_tokens"]
 
 _FIT_VECTORS = 200_000
-"""Approximate number of tokens for fitting codebooks; k-means sees half of these vectors."""
+"""Approximate number of tokens for fitting codebooks. K-means sees half of these vectors."""
 _ROUNDS = 25
 Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class PhotoDirections:
-    """Directions float32 [h, w, D] of photos, cut to whole tokens, and their held-out flags."""
+    """The directions, float32 [h, w, D], and the held-out flags of photos cut to whole tokens."""
 
     directions: list[Tensor]
     held_out: list[bool]
 
     def part(self, held_out: bool) -> list[Tensor]:
-        """Return the directions of the held-out photos, or of the others."""
+        """Return the directions of the held-out photos if ``held_out``, else of the others."""
         pairs = zip(self.directions, self.held_out, strict=True)
         return [grid for grid, held in pairs if held == held_out]
 
 
 def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections:
-    """Return the directions that ``percov2 train tokens`` quantizes, for its first views.
+    """Return the directions that ``percov2 train tokens`` quantizes in each photo's first view.
 
     ``cache`` is a folder made by ``percov2 train data``.
 
     Raises:
-        ValueError: an unknown rate, or no photos.
+        ValueError: the rate is unknown, or there are no photos.
     """
     side = model.config.rate(rate).token_side
     photos = PhotoCrops(cache, "all")
@@ -71,7 +72,10 @@ def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections
 
 
 def k_means(vectors: Tensor, size: int, seed: int) -> Tensor:
-    """Return ``size`` means, float32 [size, D], of at least as many vectors float32 [n, D]."""
+    """Return the k-means of vectors, float32 [n, D], as float32 [size, D].
+
+    n must be at least ``size``.
+    """
     if len(vectors) < size:
         raise ValueError(f"{len(vectors)} vectors for {size} codes; give more photos")
     generator = torch.Generator().manual_seed(seed)
@@ -95,7 +99,7 @@ def nearest_codes(vectors: Tensor, codes: Tensor) -> Tensor:
 
 
 def _shrunk(grid: Tensor, shape: Shape) -> Tensor:
-    """Return the cell means, [n, D] in raster order, of [h, w, D] on a coarser grid."""
+    """Return the means of ``grid`` [h, w, D] in a coarser grid's cells, [n, D] in raster order."""
     small = functional.interpolate(grid.permute(2, 0, 1)[None], shape, mode="area")
     return small[0].flatten(1).T
 
@@ -107,14 +111,14 @@ def _grown(codes: Tensor, shape: Shape, whole: Sequence[int]) -> Tensor:
 
 
 class ScaleQuantizer:
-    """Residual quantizer over scales with codebooks float32 [S, V, D], coarsest first."""
+    """A residual quantizer over scales, with codebooks float32 [S, V, D], the coarsest first."""
 
     def __init__(self, codebooks: Tensor) -> None:
         self.codebooks = codebooks
 
     @classmethod
     def stored(cls, path: Path, photos: PhotoDirections, codebook_size: int) -> ScaleQuantizer:
-        """Load the codebooks in the .npy file ``path``; fit and save them first if missing."""
+        """Load the codebooks from the .npy file ``path``. If it is missing, fit and save them."""
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path, cls.fit(photos.part(False), codebook_size).codebooks.numpy())
@@ -122,7 +126,7 @@ class ScaleQuantizer:
 
     @classmethod
     def fit(cls, directions: list[Tensor], codebook_size: int, seed: int = 0) -> ScaleQuantizer:
-        """Fit codebooks to directions [h, w, D]; raise ValueError if a scale lacks vectors."""
+        """Fit codebooks to directions [h, w, D]. Raise ValueError if a scale lacks vectors."""
         order = np.random.default_rng(seed).permutation(len(directions))
         sizes = np.cumsum([directions[i].shape[0] * directions[i].shape[1] for i in order])
         chosen = order[: int(np.searchsorted(sizes, _FIT_VECTORS)) + 1]
@@ -169,11 +173,11 @@ class ScaleQuantizer:
 
 
 class ScaleMaps:
-    """Tokens of all scales of photos.
+    """The tokens of all scales of photos.
 
     Attributes:
-        maps: tokens of training photos, int32 [n, E], by the shape of their finest grid.
-        held_out: shapes and tokens, int32 [E], of the held-out photos of ``TokenMaps``.
+        maps: tokens of the training photos, int32 [n, E], by the shape of their finest grid.
+        held_out: shapes and tokens, int32 [E], of the held-out photos that ``TokenMaps`` has.
         codebook_size: size of each scale's codebook.
         scales: largest number of scales of a photo.
     """
@@ -193,7 +197,7 @@ class ScaleMaps:
         self.maps = {shape: np.stack(tokens) for shape, tokens in by_shape.items()}
 
     def counts(self) -> NDArray[np.int64]:
-        """Return the number of times that each token of each scale occurs: int64 [S * V]."""
+        """Return the number of times that each token of each scale occurs, int64 [S * V]."""
         counts = np.zeros(self.scales * self.codebook_size, dtype=np.int64)
         for shape, tokens in self.maps.items():
             every = tokens + scale_plan(*shape, self.codebook_size).first
@@ -223,10 +227,10 @@ class ScaleMaps:
 
 
 def multiscale_model(shared: SharedRun, maps: ScaleMaps, out: Path) -> IntTransformer:
-    """Train the model of tokens of all scales with the shared model's sizes and settings.
+    """Train the model of all scales' tokens with the shared model's sizes and settings.
 
-    Its embedding and head have a codebook per scale. See ``direct_stage.masked_model`` for other
-    arguments, result and errors.
+    Its embedding and head have one codebook per scale. The other arguments, the result and the
+    errors are those of ``direct_stage.masked_model``.
     """
     per_step = shared.config.tokens_per_step
     torch.manual_seed(shared.loop.seed)
@@ -239,12 +243,12 @@ def multiscale_model(shared: SharedRun, maps: ScaleMaps, out: Path) -> IntTransf
 def same_tokens(
     model: Backbone, rate: str, photos: PhotoDirections, maps: Sequence[NDArray[np.int32]]
 ) -> float:
-    """Return the share of equal tokens in ``maps`` and the held-out photos; 0 for other shapes.
+    """Return the share of tokens that are equal in ``maps`` and in the held-out photos.
 
-    It is below 1 for maps made in bfloat16.
+    The share is 0 if shapes differ. It is below 1 for maps made in bfloat16.
 
     Args:
-        maps: ``TokenMaps.held_out``, int32 [h, w].
+        maps: token maps int32 [h, w], from ``TokenMaps.held_out``.
     """
     single = model.quantizer(rate)
     held = evenly_spread(photos.part(True))
@@ -258,10 +262,10 @@ def same_tokens(
 def mean_cosines(
     model: Backbone, rate: str, quantizer: ScaleQuantizer, photos: PhotoDirections
 ) -> tuple[float, float]:
-    """Return the mean cosine between directions of held-out photos and their codes.
+    """Return the mean cosines between the directions of held-out photos and their codes.
 
     Returns:
-        The means for the rate's single grid of codes, and for the codes of all scales.
+        The mean for the rate's single grid of codes, and the mean for the codes of all scales.
     """
     single = model.quantizer(rate)
     sums, count = torch.zeros(2), 0

@@ -29,12 +29,12 @@ __all__ = ["OneOrder", "SharedRun", "digest", "fine_tuned", "finished", "shared_
 Map = NDArray[np.int32]
 OrderOf = Callable[[int, int], Map]
 _FINE_RATE = 0.25
-"""Peak learning rate of fine-tuning relative to the shared run's."""
+"""Peak learning rate of fine-tuning, relative to the peak of the shared run."""
 
 
 @dataclass(frozen=True)
 class SharedRun:
-    """Finished run of ``percov2 train entropy``, whose weights serve every schedule."""
+    """A finished run of ``percov2 train entropy``, whose weights serve every schedule."""
 
     folder: Path
     config: EntropyConfig
@@ -46,10 +46,11 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
     """Return the run in a folder made by ``percov2 train entropy``.
 
     Args:
-        fingerprint: expected fingerprint of its model.
+        folder: folder of the run.
+        fingerprint: expected fingerprint of the run's model.
 
     Raises:
-        ValueError: the run is not finished, of another version, or has another model.
+        ValueError: the run is not finished, is of another version, or has another model.
     """
     path = folder / "report.json"
     if not path.is_file():
@@ -63,14 +64,17 @@ def shared_run(folder: Path, fingerprint: bytes) -> SharedRun:
 
 
 class OneOrder(TokenMaps):
-    """Token maps with the same order, rows and columns -> int32 [h, w], for every schedule."""
+    """Token maps that use the same order for every schedule.
+
+    ``order`` maps rows and columns to a stage map, int32 [h, w].
+    """
 
     def __init__(self, path: Path, order: OrderOf) -> None:
         super().__init__(path, lambda _, height, width: order(height, width))
 
 
 def digest(maps: Iterable[Map]) -> str:
-    """Return the hexadecimal SHA-256 of token maps and their shapes."""
+    """Return the SHA-256 of token maps and their shapes in hexadecimal."""
     found = hashlib.sha256()
     for tokens in maps:
         found.update(repr(tokens.shape).encode() + np.ascontiguousarray(tokens).tobytes())
@@ -87,12 +91,13 @@ def finished(
     """Return ``trained_model`` of a finished run.
 
     Args:
-        facts: identity of the run's data and first weights. ``out``/run.json stores them, so that a
-            different run in ``out`` is refused.
+        stage, size_classes, loop, out: as for ``trained_model``.
+        facts: identity of the run's data and first weights. They are stored in ``out``/run.json, so
+            that a different run in ``out`` is refused.
 
     Raises:
         ValueError: ``out`` holds a run of other data, weights or settings.
-        RuntimeError: training was interrupted; the same call resumes it.
+        RuntimeError: training was interrupted. The same call resumes it.
     """
     described = {**facts, "config": asdict(stage.config), "loop": asdict(loop)}
     text = json.dumps(described, indent=2) + "\n"
@@ -116,11 +121,12 @@ def fine_tuned(
     """Fine-tune the shared weights for one order.
 
     Args:
+        shared: the run with the first weights.
         data: token maps for ``TokenMaps``.
-        order: maps rows and columns to a stage map int32 [h, w].
-        steps: number of steps, all with rounding; scales move in the first half.
-        out: folder for checkpoint.pt, log.csv, held_out.csv (bits per token) and entropy/; a run in
-            it resumes, or is used if finished.
+        order: a function from rows and columns to a stage map, int32 [h, w].
+        steps: number of steps, all with rounding. Scales move only in the first half.
+        out: folder for checkpoint.pt, log.csv, held_out.csv (bits per token) and entropy/. An
+            interrupted run in it resumes, and a finished run is used as it is.
 
     Raises:
         ValueError: token maps or a run in ``out`` do not match.
