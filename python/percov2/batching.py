@@ -1,4 +1,4 @@
-"""Pictures grouped by shape."""
+"""Batches of pictures of equal shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["TOKENS_AT_ONCE", "by_group"]
 
 
 TOKENS_AT_ONCE = 16384
-"""Tokens per batch of a network, which bound the memory."""
+"""Largest number of tokens per batch of a network. It bounds the memory."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,14 +22,14 @@ def by_group(
     work: Callable[[list[Item]], Sequence[Result]],
     at_once: int = TOKENS_AT_ONCE,
 ) -> list[Result]:
-    """Run ``work`` on lists of items with equal keys; return the results in the items' order.
+    """Run ``work`` on lists of items with equal keys. Return the results in the items' order.
 
     Args:
         items: the items.
-        keys: one key per item; only items with equal keys share a call.
-        sizes: tokens per item.
+        keys: one key per item. Only items with equal keys share a call.
+        sizes: number of tokens of each item.
         work: a function that returns one result per item.
-        at_once: most tokens of one call; a call takes at least one item.
+        at_once: largest number of tokens per call. A call takes at least one item.
     """
     results: dict[int, Result] = {}
     groups: dict[Hashable, list[int]] = {}

@@ -1,6 +1,6 @@
 """Captioners that look at the picture, as in the paper (arXiv 2503.09368, §4): BLIP-2 and Molmo2.
 
-The networks load at the first call. Only compression runs them.
+A captioner loads its network at its first call. Only compression needs captioners.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from percov2.images import to_rgb
 __all__ = ["Blip2Captioner", "Molmo2Captioner", "open_captioner", "tidy"]
 
 MAX_TOKENS = 32
-"""Largest length of a caption in the captioner's own tokens, as in the paper."""
+"""Largest length of a caption, in the captioner's own tokens, as in the paper."""
 
 
 class _NetworkCaptioner(ABC):
-    """A captioner whose network, at ``location``, decodes greedily."""
+    """A captioner with the network at ``location``, which decodes greedily."""
 
     default_location: str
     kind: str
@@ -54,7 +54,10 @@ class _NetworkCaptioner(ABC):
 
     @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
-        """Return a caption of at most 32 tokens per image; raise ValueError if loading fails."""
+        """Return one caption of at most 32 tokens per image.
+
+        Raises ValueError if the network cannot be loaded.
+        """
         processor, network = self._networks
         form = {"do_sample": False, "num_beams": 1, "max_new_tokens": MAX_TOKENS}
         generate = partial(network.generate, **form)
@@ -67,15 +70,18 @@ class _NetworkCaptioner(ABC):
 
     @abstractmethod
     def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> torch.Tensor:
-        """Return the tokens of a caption per picture."""
+        """Return the tokens of one caption per picture."""
 
 
 class Blip2Captioner(_NetworkCaptioner):
-    """Captioner that decodes BLIP-2 (arXiv 2301.12597) greedily.
+    """A captioner that decodes BLIP-2 (arXiv 2301.12597) greedily.
 
-    ``location`` is the hub id or folder of a ``Blip2ForConditionalGeneration`` with its processor.
-    Weights are float32 on the CPU and bfloat16 elsewhere. ``batch`` pictures share a network call,
-    which bounds the memory.
+    The weights are float32 on the CPU and bfloat16 elsewhere.
+
+    Args:
+        location: hub id or folder of a ``Blip2ForConditionalGeneration`` with its processor.
+        device: device of the network.
+        batch: largest number of pictures per call of the network. It bounds the memory.
     """
 
     default_location = "Salesforce/blip2-opt-2.7b-coco"
@@ -92,9 +98,12 @@ class Blip2Captioner(_NetworkCaptioner):
 
 
 class Molmo2Captioner(_NetworkCaptioner):
-    """Captioner that decodes Molmo2's answer to a ``question`` about each picture greedily.
+    """A captioner that greedily decodes Molmo2's answer to a question about each picture.
 
-    ``location`` is that of a ``Molmo2ForConditionalGeneration``; the rest is as for BLIP-2.
+    Args:
+        location: hub id or folder of a ``Molmo2ForConditionalGeneration`` with its processor.
+        device, batch: as for ``Blip2Captioner``.
+        question: the question.
     """
 
     default_location = "allenai/Molmo2-8B"
@@ -129,15 +138,17 @@ class Molmo2Captioner(_NetworkCaptioner):
 def open_captioner(
     name: str, text: str = "", location: str | None = None, device: str = "cpu"
 ) -> Captioner:
-    """Return a captioner by name; its network loads at the first call.
+    """Return a captioner by name. It loads its network at its first call.
 
     Args:
         name: "none", "text" (returns the given text), "blip2" or "molmo2".
-        text: caption, only for "text".
-        location: hub id or folder of the network, only for "blip2" and "molmo2"; the published
-            weights if None.
+        text: the caption, only for "text".
+        location: hub id or folder of the network, only for "blip2" and "molmo2". None means the
+            published weights.
+        device: device of the network.
 
-    Raises ValueError for an unknown name, and for an argument that this captioner does not take.
+    Raises:
+        ValueError: the name is unknown, or the captioner does not take one of the arguments.
     """
     check_captioner(name, text, location)
     if name in ("none", "text"):
@@ -147,6 +158,6 @@ def open_captioner(
 
 
 def tidy(caption: str) -> str:
-    """Return a text on one line, without control characters and repeated spaces."""
+    """Return a text on one line, without control characters or repeated spaces."""
     printable = "".join(c if c.isprintable() else " " for c in caption)
     return " ".join(printable.split())

@@ -1,4 +1,4 @@
-"""Files of bounded length, at a coarser rate where a reader accepts only complete files."""
+"""Files of bounded length, at a coarser rate if a reader would accept only complete files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["CoarserRateWarning", "encode_bounded"]
 
 
 class CoarserRateWarning(UserWarning):
-    """Warning that a file has a coarser rate than the requested one."""
+    """The warning that a file has a coarser rate than the requested rate."""
 
 
 def encode_bounded(
@@ -22,23 +22,23 @@ def encode_bounded(
     rates: Sequence[Rate],
     schedule: int,
 ) -> list[bytes]:
-    """Encode pictures at the first rate, or at a coarser one if only that is short enough.
+    """Encode pictures at the first rate, or at a coarser rate if the file would be too long.
 
     Readers accept only complete files of very large pictures (docs/reference/bitstream.md,
-    section 7). Such a picture takes the first rate with a complete file that is short enough.
+    section 7). Such a picture takes the first rate whose complete file is short enough.
 
     Args:
-        encode: returns the files of the pictures with the given indices at a rate, or raises
-            ``TooFewBytes``.
+        encode: a function from a rate and the indices of pictures to the pictures' files. It raises
+            ``TooFewBytes`` if a file cannot be short enough.
         sizes: (height, width) of every picture in pixels.
-        rates: the requested rate, then coarser ones.
+        rates: the requested rate, then coarser rates.
         schedule: index of the entropy schedule.
 
     Raises:
         TooFewBytes: no rate has a file that is short enough.
 
     Warns:
-        CoarserRateWarning: a picture has another rate than the first.
+        CoarserRateWarning: a picture is encoded at a coarser rate than the first.
     """
     wanted = rates[0]
     grids = [tokens_file.token_grid(size, wanted.token_side) for size in sizes]

@@ -1,4 +1,4 @@
-"""Options of compressing and restoring: two frozen, checked objects.
+"""The options of compressing and restoring: two frozen objects with checked values.
 
 The command line makes its flags from their fields.
 """
@@ -17,11 +17,11 @@ __all__ = ["DecodeOptions", "EncodeOptions", "OptionError", "options_from"]
 
 
 class OptionError(ValueError):
-    """An invalid value of an option; the message uses Python's name of the option."""
+    """The error for an invalid value of an option. The message has the option's Python name."""
 
 
 def _option(default: Any, help_: str, low: float | None = None, high: float | None = None) -> Any:
-    """Return a field with a help text and an inclusive range, or none."""
+    """Return a field with a help text and an inclusive range. None means that there is no limit."""
     return field(default=default, metadata={"help": help_, "low": low, "high": high})
 
 
@@ -63,8 +63,8 @@ def options_from(kind: type[Options], options: Options | None, changes: dict[str
     """Return ``options``, or the defaults if it is None, with some fields replaced.
 
     Raises:
-        TypeError: options of another class, or an unknown field.
-        OptionError: an invalid value.
+        TypeError: ``options`` has another class, or a field is unknown.
+        OptionError: a value is invalid.
     """
     if options is None:
         options = kind()
@@ -82,24 +82,24 @@ class EncodeOptions:
     """The options of compressing.
 
     Attributes:
-        rate: name of a rate of the model; None for the model's default.
-        schedule: name of an entropy schedule; None for the model's default.
+        rate: name of a rate of the model. None means the model's default.
+        schedule: name of an entropy schedule. None means the model's default.
         target_bytes: largest size of a file in bytes, 1 to 67,108,864. The file holds as many
             stages as fit. A picture with too many tokens for an incomplete file uses the finest
-            coarser rate whose complete file fits.
-        stages: number of stages in the file, 1 to 65,536; the decoder draws the others (the paper's
-            hybrid mode). None, or the number of all stages, gives a complete file.
-        draw_seed: seed of the decoder's draws for incomplete files, 0 to 65,535; values above 0
-            cost two or three bytes.
-        slack: largest loss of cosine similarity, 0 to 2. Each place takes the likeliest of its 16
-            nearest codes whose similarity is at most this below the nearest one's.
-        effort: rounds of a search for better tokens, 0 to 1,000. Each takes about as long as
-            decoding the picture three times; 16 bring most of the gain.
+            coarser rate whose complete file fits. None sets no limit.
+        stages: number of stages in the file, 1 to 65,536. The decoder draws the other stages (the
+            paper's hybrid mode). None, or the number of all stages, gives a complete file.
+        draw_seed: seed of the decoder's draws for incomplete files, 0 to 65,535. A value above 0
+            costs two or three bytes.
+        slack: largest loss of cosine similarity, 0 to 2. Each place takes the likeliest of those of
+            its 16 nearest codes whose similarity is at most ``slack`` below that of the nearest.
+        effort: number of rounds of a search for better tokens, 0 to 1,000. A round takes about as
+            long as decoding the picture three times. 16 rounds bring most of the gain.
         max_pixels: largest accepted number of pixels, 1 to 2^32.
 
     Raises:
-        OptionError: a value of another type or outside its range, both stages and target_bytes, or
-            a draw_seed without either.
+        OptionError: a value has the wrong type or is outside its range, ``stages`` and
+            ``target_bytes`` are both given, or ``draw_seed`` is given without either.
 
     >>> EncodeOptions(rate="r010", target_bytes=300).target_bytes
     300
@@ -158,17 +158,18 @@ class DecodeOptions:
     """The options of restoring.
 
     Attributes:
-        realism: 0 (faithful) to 1 (realistic), for models with a dial; None for the rate's default.
-        steps: number of flow evaluations, 1 to 1,000; None for the rate's default.
-        guidance: scale of the classifier-free guidance on the caption, 0 to 100; 1 disables it, and
-            None is the model's default.
+        realism: 0 (faithful) to 1 (realistic), for models with a realism dial. None means the
+            rate's default.
+        steps: number of flow evaluations, 1 to 1,000. None means the rate's default.
+        guidance: scale of the classifier-free guidance on the caption, 0 to 100. 1 disables
+            guidance. None means the model's default.
         seed: seed of the starting noise, 0 to 2^63 - 1.
-        allow_truncated: restore the intact stages of a truncated file and draw the others. Nothing
-            detects damage in such a file.
+        allow_truncated: True to restore the intact stages of a truncated file and draw the others.
+            Damage in a truncated file is not detected. False refuses such a file.
         max_pixels: largest number of pixels that a file may declare, 1 to 2^32.
 
     Raises:
-        OptionError: a value of another type or outside its range.
+        OptionError: a value has the wrong type or is outside its range.
 
     >>> DecodeOptions(steps=20, realism=0.5).steps
     20

@@ -1,7 +1,7 @@
 """Training photos: WebDataset shards, decoded once into a memory-mapped byte array.
 
-Decoding WebP would cost more than a training step. The cache has two files: ``photos.bin`` (uint8,
-RGB, photo after photo) and ``photos.json`` (shapes, offsets, captions).
+To decode WebP at every step would take longer than the step itself. The cache has two files:
+``photos.bin`` (uint8, RGB, photo after photo) and ``photos.json`` (shapes, offsets, captions).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Photo:
-    """One decoded photo: its offset in the memory map, its size and its captions."""
+    """A decoded photo: its key, its offset in the memory map, its size and its captions."""
 
     key: str
     offset: int
@@ -49,8 +49,8 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
 
     Args:
         shards: ``.tar`` files with members ``<key>.webp|jpg|png`` and, optionally, ``<key>.txt``
-            with a caption per line.
-        cache: folder to write; a finished cache is kept.
+            with one caption per line.
+        cache: folder to write. If it holds a finished cache, nothing is done.
 
     Raises:
         ValueError: no shard is given, or a shard contains no photo.
@@ -108,9 +108,9 @@ PARTS = ("training", "held out", "all")
 
 
 def is_held_out(key: str) -> bool:
-    """Return True for 8.6 % of all keys, whose photos no phase trains on.
+    """Return True for 8.6 % of all keys. No phase trains on their photos.
 
-    The first byte of the key's SHA-256 is below 22 for these, in any data set.
+    In any data set, these are the keys whose SHA-256 has a first byte below 22.
     """
     return hashlib.sha256(key.encode()).digest()[0] < _HELD_OUT_OF_256
 
@@ -126,7 +126,7 @@ class PhotoCrops:
         part: "training", "held out" (``is_held_out``) or "all" photos.
 
     Raises:
-        ValueError: no cache, an unknown part, or a part without photos.
+        ValueError: there is no cache, the part is unknown, or the part has no photos.
     """
 
     def __init__(self, cache: Path, part: str = "training") -> None:
@@ -156,8 +156,9 @@ class PhotoCrops:
     def on(self, device: torch.device) -> PhotoCrops:
         """Return the same photos with crops on a device.
 
-        The pixels move there if they fill less than a quarter of its free memory. Otherwise the
-        same crops are cut on the CPU and uploaded, which is slower; this prints a line.
+        The pixels are moved to the device if they fill less than a quarter of its free memory.
+        Otherwise the same crops are cut on the CPU and uploaded, which is slower, and a line of
+        output says so.
         """
         placed = copy.copy(self)
         placed.device = device
@@ -175,7 +176,7 @@ class PhotoCrops:
         self._uploaded = torch.from_numpy(np.array(self._pixels)).to(self.device).view(-1, 3)
 
     def with_captions(self) -> PhotoCrops:
-        """Return the photos with captions; raise ValueError if there are none."""
+        """Return only the photos that have captions. Raise ValueError if there are none."""
         chosen = copy.copy(self)
         chosen.photos = [photo for photo in self.photos if photo.captions]
         if not chosen.photos:
@@ -190,7 +191,7 @@ class PhotoCrops:
             sources: factors on the chance, at least 0, by the prefix of the photos' keys.
 
         Raises:
-            ValueError: a factor below 0, a prefix that no photo has, or no photo left to draw.
+            ValueError: a factor is below 0, no photo has a prefix, or no photo is left to draw.
         """
         chosen = copy.copy(self)
         chosen._index()
@@ -218,8 +219,8 @@ class PhotoCrops:
         """Draw ``count`` square crops.
 
         Returns:
-            Images float32 [count, 3, side, side] in [-1, 1] (channels last) on ``device``, and one
-            caption per crop ("" if the photo has none).
+            The images, float32 [count, 3, side, side] in [-1, 1] (channels last) on ``device``, and
+            one caption per crop, which is "" if the photo has none.
 
         Raises:
             ValueError: no photo has at least ``side`` pixels on both sides.
@@ -245,7 +246,7 @@ class PhotoCrops:
     def _cut_here(
         self, chosen: np.ndarray, corners: np.ndarray, mirrored: np.ndarray, side: int
     ) -> Tensor:
-        """Return crops uint8 [B, side, side, 3] from the memory map."""
+        """Return crops, uint8 [B, side, side, 3], cut from the memory map on the CPU."""
         crops = np.empty((len(chosen), side, side, 3), np.uint8)
         for crop, index, (top, left), mirror in zip(
             crops, chosen, corners.tolist(), mirrored.tolist(), strict=True
@@ -257,7 +258,7 @@ class PhotoCrops:
     def _cut_there(
         self, chosen: np.ndarray, corners: np.ndarray, mirrored: np.ndarray, side: int
     ) -> Tensor:
-        """Return the crops of ``_cut_here``, cut from the pixels on the device."""
+        """Return the same crops as ``_cut_here``, cut from the pixels on the device."""
         assert self._uploaded is not None
         steps = self._sizes[chosen, 1]
         starts = self._offsets[chosen] // 3 + corners[:, 0] * steps + corners[:, 1]
@@ -272,10 +273,12 @@ class PhotoCrops:
 
 @dataclass(frozen=True)
 class CropPlan:
-    """Crop sides, and the number of crops in a batch of each side; a step draws one side.
+    """The possible sides of crops, and the number of crops in a batch for each side.
+
+    A step draws one side.
 
     Raises:
-        ValueError: sides and counts are not positive and of equal number.
+        ValueError: a side or a count is not positive, or there is not one count per side.
     """
 
     sides: tuple[int, ...] = (128, 192, 256)
@@ -288,7 +291,7 @@ class CropPlan:
             raise ValueError(f"crops need positive sides and counts, not {self}")
 
     def draw(self, data: PhotoCrops, generator: np.random.Generator) -> tuple[Tensor, list[str]]:
-        """Draw a batch of crops of one side: images [B, 3, S, S] in [-1, 1], and captions."""
+        """Draw crops of one side. Return the images, [B, 3, S, S] in [-1, 1], and the captions."""
         pick = int(generator.integers(len(self.sides)))
         images, captions = data.batch(generator, self.counts[pick], self.sides[pick])
         return images.contiguous(memory_format=torch.channels_last), captions

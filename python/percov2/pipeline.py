@@ -1,8 +1,8 @@
 """The codec as a diffusers pipeline: ``from_pretrained``, ``compress``, ``decompress``.
 
 A saved pipeline has the folder layout of Stable Diffusion 3, with a widened, trained transformer.
-Its extra component ``percov2`` is a percov2 model folder whose base is the surrounding pipeline.
-So ``Codec.from_pretrained("sd3:PATH")`` opens the same folder or hub repository.
+Its extra component ``percov2`` is a percov2 model folder whose base model is the surrounding
+pipeline. ``Codec.from_pretrained("sd3:PATH")`` therefore opens the same folder or hub repository.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ _TEXT_KINDS, _TEXT_SUFFIXES = ("tokenizer", "text_encoder"), ("", "_2", "_3")
 # Among the component kinds of diffusers, only a scheduler has no weights in memory. These parts
 # stay in their folder until they are used.
 class TrainedParts(SchedulerMixin):
-    """Folder with the hyper-encoders, quantizers and entropy models of all rates.
+    """The hyper-encoders, quantizers and entropy models of all rates, in a folder.
 
-    Raises ValueError unless it is a percov2 model folder with backbone "sd3".
+    Raises:
+        ValueError: the folder is not a percov2 model folder with the backbone "sd3".
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -55,11 +56,11 @@ class TrainedParts(SchedulerMixin):
 
     @classmethod
     def from_pretrained(cls, path: Path | str, **_: Any) -> TrainedParts:
-        """Open a folder written by ``save_pretrained``; other options are ignored."""
+        """Open a folder written by ``save_pretrained``. Other options are ignored."""
         return cls(path)
 
     def save_pretrained(self, save_directory: Path | str, **_: Any) -> None:
-        """Copy the parts of all rates into the component folder of a pipeline."""
+        """Copy the parts of all rates into ``save_directory``, a pipeline's component folder."""
         target = Path(save_directory)
         dataclasses.replace(self.codec_config, base="..").save(target)
         for rate in self.codec_config.rates:
@@ -69,7 +70,7 @@ class TrainedParts(SchedulerMixin):
 
 
 class _PipelineBase(SD3Base):
-    """The base model's networks in a pipeline."""
+    """The base model, with the networks of a pipeline."""
 
     def __init__(self, pipeline: PerCoV2Pipeline, place: Placement) -> None:
         self.pipeline, self.place = pipeline, place
@@ -94,9 +95,9 @@ class PerCoV2Pipeline(DiffusionPipeline):
 
     Args:
         vae, transformer, scheduler, text_encoder…, tokenizer…: as in diffusers'
-            ``StableDiffusion3Pipeline``; the transformer is widened for z_hat. The third text
+            ``StableDiffusion3Pipeline``, but the transformer is widened for z_hat. The third text
             encoder and its tokenizer may be None.
-        percov2: trained parts of percov2.
+        percov2: the parts that percov2 adds.
 
     >>> pipe = PerCoV2Pipeline.from_pretrained("owner/name")     # doctest: +SKIP
     >>> data = pipe.compress(image, prompt="a red door")         # doctest: +SKIP
@@ -143,16 +144,16 @@ class PerCoV2Pipeline(DiffusionPipeline):
     def from_percov2(
         cls, name_or_path: str | Path, dtype: str | None = None, t5: bool = True
     ) -> PerCoV2Pipeline:
-        """Return a CPU pipeline with the networks of a percov2 folder and its base model.
+        """Return a pipeline on the CPU with the networks of a percov2 folder and its base model.
 
         Args:
             name_or_path: "sd3:PATH" or a folder, as for ``Codec.from_pretrained``.
-            dtype: "fp32", "bf16" or "fp16"; "fp32" if None.
-            t5: load SD3's third text encoder.
+            dtype: "fp32", "bf16" or "fp16". None means "fp32".
+            t5: True to load SD3's third text encoder.
 
         Raises:
-            ValueError: no such model, another backbone, or several rates with their own flows,
-                since a pipeline has one transformer.
+            ValueError: there is no such model, it has another backbone, or several rates have their
+                own flows (a pipeline has only one transformer).
         """
         model = open_backbone(name_or_path, "cpu", BackboneOptions(dtype=dtype, t5=t5))
         if not isinstance(model, SD3Model):
@@ -191,12 +192,16 @@ class PerCoV2Pipeline(DiffusionPipeline):
         rate: str | None = None,
         schedule: str | None = None,
     ) -> Any:
-        """Compress pictures into ``.pcv2`` files: bytes for one picture, a list for several.
+        """Compress pictures into ``.pcv2`` files.
 
         Args:
-            image: one picture or several, of any sizes.
-            prompt: one caption for all pictures, or one per picture; "" for none.
-            rate, schedule: names; the model's defaults if None.
+            image: a picture, or a list of pictures of any sizes.
+            prompt: one caption for all pictures, or one caption per picture. "" means none.
+            rate: name of the rate. None means the model's default.
+            schedule: name of the entropy schedule. None means the model's default.
+
+        Returns:
+            The bytes of the file, or a list of them if ``image`` is a list.
 
         Raises:
             ValueError: as in ``Codec.compress``.
@@ -212,7 +217,10 @@ class PerCoV2Pipeline(DiffusionPipeline):
         return files
 
     def decompress(self, file: bytes | Sequence[bytes], **options: Any) -> Any:
-        """Return the picture of a file, or a list for several; takes the options of a call."""
+        """Return the picture of a file, or a list of pictures for a list of files.
+
+        ``options`` are those of ``__call__``.
+        """
         images = self(file, return_dict=False, **options)[0]
         return images[0] if isinstance(file, bytes) else images
 
@@ -228,10 +236,11 @@ class PerCoV2Pipeline(DiffusionPipeline):
         """Restore the pictures of ``.pcv2`` files.
 
         Args:
-            file: one file or several.
-            num_inference_steps, guidance_scale: the model's defaults if None.
+            file: the bytes of one file, or a list of several.
+            num_inference_steps: number of flow evaluations. None means the model's default.
+            guidance_scale: scale of the guidance on the caption. None means the model's default.
             seed: seed of the starting noise.
-            return_dict: return an ``ImagePipelineOutput``; a tuple if False.
+            return_dict: True to return an ``ImagePipelineOutput``, False to return a tuple.
 
         Raises:
             BitstreamError: a file is invalid.
