@@ -1,7 +1,8 @@
 """The integer LayerNorm of docs/reference/entropy-model.md: int32 residual -> int8 in one pass.
 
-Results are integers. Float divisions and roots of GPUs have errors that differ between cards, so
-floats only give guesses, which exact integer remainders correct. Each guess states its error bound.
+The results are exact integers. Float divisions and roots have errors that differ between GPUs.
+Therefore floats only give guesses, which exact integer remainders correct. A docstring or a comment
+states the error bound of each guess.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ TILE = 2048
 
 @triton.jit
 def settled_root(value, root):
-    """Return floor(sqrt(value)) from a root that is off by at most one; int64, value < 2^50."""
+    """Return floor(sqrt(value)) from a root that is off by at most one.
+
+    Both are int64, and the value is below 2^50.
+    """
     root -= (root * root > value).to(tl.int64)
     return root + ((root + 1) * (root + 1) <= value).to(tl.int64)
 
 
 @triton.jit
 def corrected_root(value, guess):
-    """Return floor(sqrt(value)) of int64 values below 2^50, from an int64 guess less than 64 off.
+    """Return floor(sqrt(value)) for int64 values below 2^50, from a guess that is off by < 64.
 
-    A Newton step gives sqrt(value) + e^2 / (2 g) for a guess g that is off by e. For g >= 2^12,
-    e^2 / (2 g) < 1/2. Smaller guesses are less than one off, so e^2 / (2 g) <= 1/2. The step's
-    quotient is below 64, so its division errs by less than 2^-10. The result is off by at most one.
+    A Newton step gives sqrt(value) + e^2 / (2 g) for a guess g (int64) that is off by e. For
+    g >= 2^12, e^2 / (2 g) < 1/2. Smaller guesses are off by less than one, so e^2 / (2 g) <= 1/2.
+    The step's quotient is below 64, so its division errs by less than 2^-10. The result of the step
+    is therefore off by at most one.
     """
     safe = tl.maximum(guess, 1)
     step = (value - safe * safe).to(tl.float32) / (2 * safe).to(tl.float32)
@@ -39,10 +44,10 @@ def corrected_root(value, guess):
 
 @triton.jit
 def integer_root(value):
-    """Return floor(sqrt(value)) of int64 values in 0 .. 2^50.
+    """Return floor(sqrt(value)) for int64 values in 0 .. 2^50.
 
-    Rounding to float32 errs by 2^-25 of the root, and the fastest square root of a GPU by 2^-22:
-    less than 16 for roots up to 2^25, and less than 1/2 below 2^20.
+    Relative to the root, rounding to float32 errs by 2^-25 and the fastest square root of a GPU by
+    2^-22. Together this is less than 16 for roots up to 2^25, and less than 1/2 below 2^20.
     """
     return corrected_root(value, tl.sqrt(value.to(tl.float32)).to(tl.int64))
 
@@ -51,10 +56,10 @@ def integer_root(value):
 def rounded_quotient(product, root, guess):
     """Return clamp(floor((product + floor(root / 2)) / root), -127, 127), all int32.
 
-    |product| < 2^32 is given modulo 2^32. The guess of a quotient in -128 .. 128 is off by at most
-    one. Its remainder lies in -root .. 2 root - 1, and root < 2^26, so it is exact modulo 2^32. For
-    other quotients the guess is the nearer limit. A meaningless remainder then changes it by at
-    most one, and the clamp hides that.
+    |product| is below 2^32, and ``product`` is given modulo 2^32. The guess of a quotient in
+    -128 .. 128 is off by at most one. Its remainder lies in -root .. 2 root - 1, and root < 2^26,
+    so the remainder is exact modulo 2^32. For other quotients the guess is the nearer limit. A
+    meaningless remainder then changes the guess by at most one, which the clamp hides.
     """
     rest = product + (root >> 1) - guess * root
     quotient = guess - (rest < 0).to(tl.int32) + (rest >= root).to(tl.int32)
@@ -71,7 +76,10 @@ def int_layernorm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
 ):
-    """Map residual int32 [rows, DIM] in +-2^20, gain int16 [DIM] to int8 [rows, DIM] in +-127."""
+    """Compute int8 [rows, DIM] in +-127 from a residual and a gain.
+
+    ``residual`` is int32 [rows, DIM] in +-2^20, and ``gain`` is int16 [DIM].
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_DIM)
     inside = (row < rows)[:, None] & (column < DIM)[None, :]
@@ -96,7 +104,7 @@ def int_layernorm_kernel(
 
 
 def block_sizes(dim: int) -> tuple[int, int]:
-    """Return the rows and padded columns per program."""
+    """Return the number of rows and of padded columns per program."""
     columns = max(padded(dim), 16)
     return TILE // columns, columns
 

@@ -1,9 +1,9 @@
 """A quantized linear map: int8 product, requantization and the next operation, in one kernel.
 
-acc = bias + sum weight * x (int8 tensor cores, exact in int32, |acc| < 2^24), then
-clamp((acc * multiplier + 2^(shift - 1)) >> shift), all int32 (docs/reference/entropy-model.md). The
-kernel stores the result as int8 or int16, looks it up in a table of 256 bytes, or adds it to a
-residual.
+The kernel computes acc = bias + sum weight * x (int8 tensor cores, exact in int32, |acc| < 2^24)
+and then clamp((acc * multiplier + 2^(shift - 1)) >> shift), all in int32
+(docs/reference/entropy-model.md). It stores the result as int8 or int16, looks it up in a table of
+256 bytes, or adds it to a residual.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from percov2.triton_kernels.placement import padded, pieces, queue, require_runn
 MAX_TERMS = 1040
 RESIDUAL_LIMIT = 2**20
 STORE, TABLE, RESIDUAL = 0, 1, 2
-"""Operations on a requantized number."""
+"""The operations that may follow a requantization."""
 
 
 @triton.jit
@@ -38,10 +38,11 @@ def int_linear_kernel(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_TERMS: tl.constexpr,
 ):
-    """Map x int8 [rows, TERMS] to out [rows, outputs] in -LIMIT .. LIMIT (int16: its range).
+    """Map x, int8 [rows, TERMS], to out [rows, outputs].
 
-    weight: int8 [outputs, TERMS]; bias: int32 [outputs]; multiplier, shift: int8 [outputs]; extra:
-    int8 [256] for END 1, int32 [rows, outputs] for END 2.
+    The outputs are in -LIMIT .. LIMIT, or in the whole range of int16. weight is int8 [outputs,
+    TERMS], bias is int32 [outputs], and multiplier and shift are int8 [outputs]. extra is int8
+    [256] if END is 1, and int32 [rows, outputs] if END is 2.
     """
     blocks = tl.cdiv(outputs, BLOCK_OUTPUTS)
     # Neighbours share rows of x, the larger operand.
@@ -82,7 +83,10 @@ def int_linear_kernel(
 
 
 def block_sizes(rows: int, terms: int) -> tuple[int, int, int, int]:
-    """Return rows, outputs, terms and warps of a tile; few rows need small tiles to fill a GPU."""
+    """Return the numbers of rows, outputs, terms and warps of a tile.
+
+    If there are few rows, only small tiles fill a GPU.
+    """
     block_terms = min(max(padded(terms), 32), 128)
     return (128, 64, block_terms, 8) if rows > 1024 else (32, 32, block_terms, 4)
 

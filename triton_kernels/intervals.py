@@ -1,9 +1,10 @@
-"""Fused kernel from logits to the interval of one symbol per row.
+"""The fused kernel from logits to the interval of one symbol per row.
 
-With d = max(logits) - logit, w = table[d & 255] >> (d >> 8) (0 from 22 octaves on), prefix sums P,
-total S and M = 2^prob_bits, the interval of symbol s in a codebook of V begins at
-floor(P_s (M - V) / S) + s and ends where the next one begins (percov2.entropy.cdf). A row is read
-once and stays in registers. Only two values of P are needed, so the scan is one masked sum.
+Let d = max(logits) - logit and w = table[d & 255] >> (d >> 8), which is 0 from 22 octaves on. With
+prefix sums P of w, their total S and M = 2^prob_bits, the interval of symbol s in a codebook of V
+begins at floor(P_s (M - V) / S) + s and ends where the next interval begins (percov2.entropy.cdf).
+A row is read once and stays in registers. Only two values of P are needed, so one masked sum
+replaces the scan.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ _KINDS = {torch.int16: INT16, torch.bfloat16: BFLOAT16, torch.float32: FLOAT32}
 
 @triton.jit
 def corrected_quotient(numerator, divisor, estimate):
-    """Return floor(numerator / divisor) from an estimate that is off by at most one; all int64."""
+    """Return floor(numerator / divisor) from an estimate that is off by at most one.
+
+    All are int64.
+    """
     rest = numerator - estimate * divisor
     return estimate - (rest < 0).to(tl.int64) + (rest >= divisor).to(tl.int64)
 
 
 @triton.jit
 def quotient(numerator, divisor):
-    """Return floor(numerator / divisor) of int64 0 <= numerator < 2^55, 1 <= divisor < 2^35.
+    """Return floor(numerator / divisor) for int64 values.
 
-    Quotients are at most 2^20. Both roundings to float32 err by 2^-24 of the value and the fastest
-    division of a GPU by 2^-22 (two units in the last place), together by less than 2^-21. So the
-    estimate is off by less than 1/2 before it is truncated, and by at most one after.
+    It requires 0 <= numerator < 2^55, 1 <= divisor < 2^35 and a quotient of at most 2^20. Each of
+    the two roundings to float32 has a relative error of 2^-24, and the fastest division of a GPU
+    has 2^-22 (two units in the last place). Together this is less than 2^-21. So the estimate is
+    off by less than 1/2 before it is truncated, and by at most one afterwards.
     """
     estimate = (numerator.to(tl.float32) / divisor.to(tl.float32)).to(tl.int64)
     return corrected_quotient(numerator, divisor, estimate)
@@ -43,10 +48,11 @@ def quotient(numerator, divisor):
 
 @triton.jit
 def read_logits(pointers, mask, KIND: tl.constexpr):
-    """Load int16 logits as int32 and others as float32; the lowest value outside the mask.
+    """Load int16 logits as int32, and other logits as float32.
 
-    The mask is applied after loading: Triton 3.6 fills pairs of 16 bits wrongly with a negative
-    ``other``, and every second one becomes -1.
+    Values outside the mask are the lowest value. The mask is applied after loading, because Triton
+    3.6 fills pairs of 16-bit values wrongly with a negative ``other``: every second value becomes
+    -1.
     """
     if KIND == 0:
         values = tl.where(mask, tl.load(pointers, mask=mask, other=0).to(tl.int32), -32768)
@@ -61,7 +67,7 @@ def read_logits(pointers, mask, KIND: tl.constexpr):
 
 @triton.jit
 def octave_steps(logits, top, KIND: tl.constexpr):
-    """Return the distance of logits to the largest of their row, in 1/256 of an octave: int32."""
+    """Return the distance of logits to the largest of their row, int32 in 1/256 of an octave."""
     if KIND == 0:
         steps = top - logits
     else:
@@ -74,7 +80,7 @@ def octave_steps(logits, top, KIND: tl.constexpr):
 
 @triton.jit
 def symbol_weights(table, steps, mask):
-    """Return 22-bit weights, uint32, 0 outside the mask."""
+    """Return the 22-bit weights as uint32. They are 0 outside the mask."""
     known = tl.load(table + (steps & 255), mask=mask & (steps < 5632), other=0)
     return known.to(tl.uint32) >> ((steps >> 8) & 31).to(tl.uint32)
 
@@ -93,9 +99,9 @@ def intervals_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Map logits [rows, SIZE] and symbols int32 [rows] to starts and freqs int32 [rows].
+    """Map logits [rows, SIZE] and symbols, int32 [rows], to starts and freqs, int32 [rows].
 
-    table: int32 [256]; spread: 2^prob_bits - SIZE.
+    table is int32 [256], and spread is 2^prob_bits - SIZE.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = row < rows

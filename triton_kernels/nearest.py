@@ -1,4 +1,4 @@
-"""Nearest codebook vector by cosine similarity, one pass over the codebook per block of vectors.
+"""The nearest codebook vector by cosine similarity.
 
 Every program reads the codebook in tiles of BLOCK_K and keeps the best value and index of its
 BLOCK_N vectors. The [N, K] similarities are never written to memory.
@@ -51,7 +51,7 @@ def nearest_kernel(
                 mask=(code[None, :] < codes) & inside[:, None],
                 other=0.0,
             )
-            # TF32 could swap near neighbours, and tokens would differ from the CPU's.
+            # TF32 could swap near neighbours. Then the tokens would differ from those of the CPU.
             similarity += tl.dot(left, right, input_precision="ieee")
         similarity = tl.where(code[None, :] < codes, similarity, float("-inf"))
         value, position = tl.max(

@@ -1,4 +1,4 @@
-"""Checks of devices, sizes of grids, and launches of kernels."""
+"""Checks of devices, the sizes of grids, and the launch of kernels."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def require_runnable(**tensors: torch.Tensor) -> None:
 
 
 def pieces(length: int, size: int) -> int:
-    """Return the number of pieces that cover a length; triton.cdiv is slower on the host."""
+    """Return the number of pieces that cover a length. (triton.cdiv is slower on the host.)"""
     return -(-length // size)
 
 
 def padded(length: int) -> int:
-    """Return the least power of two >= length >= 1."""
+    """Return the smallest power of two that is at least ``length``, which must be at least 1."""
     return 1 << (length - 1).bit_length()
 
 
@@ -48,7 +48,7 @@ def queue(
 ) -> None:
     """Queue a kernel on the device of its first argument, on torch's current stream there.
 
-    Triton itself uses the current device, which cannot read the tensors of another card.
+    Triton itself would use the current device, which cannot read the tensors of another GPU.
     """
     with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
         kernel[grid](first, *rest, **named)

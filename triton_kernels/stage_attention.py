@@ -1,13 +1,14 @@
 """Windowed, stage-masked integer attention (docs/reference/entropy-model.md, §3).
 
-A program computes one head of BLOCK readers of one image. A plan lists for each block the keys that
-any of its readers may see, in groups of GROUP. The kernel decides from stages and positions what
-each reader sees. The first pass over the keys finds the largest score; the second one computes
-weights, their sum and the weighted values. There are no floats and no rescaling, so the order of
-the keys does not matter.
+A program computes one head of BLOCK readers of one image. For each block, a plan lists the keys
+that any of its readers may see, in groups of GROUP. The kernel decides from stages and positions
+which keys each reader sees. The first pass over the keys finds the largest score. The second pass
+computes the weights, their sum and the weighted values. There are no floats and no rescaling, so
+the order of the keys does not matter.
 
-Ranges: |q.k| <= 64 * 127^2 < 2^20; |score| < 2^16; sum of weights <= 964 * 127 < 2^17; weighted
-sums <= 127 times that, < 2^24; the numerator of the mean is in 0 .. 2^31.
+Ranges: |q.k| <= 64 * 127^2 < 2^20, and |score| < 2^16. The sum of the weights is at most 964 * 127
+< 2^17. Weighted sums are at most 127 times as large, which is below 2^24. The numerator of the mean
+is in 0 .. 2^31.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from percov2.triton_kernels.placement import padded, queue, require_runnable
 
 START_ENTRIES = 3
 TABLE_SIZE = 964
-"""Biases of a head: 31 * 31 relative positions and the start entries."""
+"""Number of biases of a head, for 31 * 31 relative positions and the start entries."""
 MAX_HEAD_DIM = 64
 BLOCK = 32
 """Readers per program."""
 GROUP = 32
-"""Keys per step; the plan pads its lists to multiples of it."""
+"""Keys per step. The plan pads its lists to multiples of this number."""
 IMAGES = 65535
-"""Images per launch: CUDA's limit along the third axis of a grid."""
+"""Largest number of images per launch, which is CUDA's limit along the third axis of a grid."""
 
 
 @triton.jit
@@ -45,11 +46,12 @@ def masked_scores(
     BLOCK_DIM: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Return scores int32 [BLOCK, GROUP] of the listed keys, -2^30 for hidden keys.
+    """Return the scores of the listed keys, int32 [BLOCK, GROUP], with -2^30 for hidden keys.
 
-    corner: place of the reader minus (15, 15). Places are row * 2^16 + column, so one subtraction
-    gives both distances. A negative lower distance borrows from the upper one, and then is at least
-    2^15 itself. Start entries (stage 0) have the distant row 2^15 - 1 and their number as column.
+    corner is the place of each reader minus (15, 15). Places are row * 2^16 + column, so one
+    subtraction gives both distances. If the lower distance is negative, it borrows from the upper
+    distance and is then at least 2^15 itself. Start entries (stage 0) have the distant row 2^15 - 1
+    and their number as the column.
     """
     at = tl.arange(0, GROUP)
     key, place, stage = (
@@ -99,13 +101,14 @@ def stage_attention_kernel(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Compute one block of readers, one head and one image: the three axes of the grid.
+    """Compute one block of readers, one head and one image, which are the three axes of the grid.
 
-    queries int8 [B, reader_count, heads * HEAD_DIM], keys and values int8 [B, K, heads * HEAD_DIM]
-    with given strides -> out int8, like queries but contiguous. reader_places int32 [2,
-    reader_count]: place, reads. readers int32 [blocks, BLOCK], -1 for none; listed_keys int32 [3,
-    list_size]: index, place, key_stage, of which block i has first_keys[i] .. first_keys[i + 1].
-    biases int16 [heads, 964], shifts int8 [heads], weights int8 [128].
+    queries is int8 [B, reader_count, heads * HEAD_DIM]. keys and values are int8 [B, K, heads *
+    HEAD_DIM]. Their strides are given. out is int8 with the shape of queries, but contiguous.
+    reader_places is int32 [2, reader_count] with the place and reads. readers is int32 [blocks,
+    BLOCK], with -1 for none. listed_keys is int32 [3, list_size] with the index, place and
+    key_stage; block i has the columns first_keys[i] .. first_keys[i + 1]. biases is int16 [heads,
+    964], shifts int8 [heads] and weights int8 [128].
     """
     block, head = tl.program_id(0), tl.program_id(1)
     image = tl.program_id(2).to(tl.int64)
@@ -227,7 +230,7 @@ def launch(
     gain_bits: int,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    """Check the arguments and run the kernel; see percov2.triton_kernels.attention."""
+    """Check the arguments of percov2.triton_kernels.attention and run the kernel."""
     _check(queries, keys, values, plan, biases, shifts, gain_bits, weights)
     reader_places, readers, first_keys, listed_keys = plan
     require_runnable(
