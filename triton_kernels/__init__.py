@@ -1,7 +1,7 @@
 """Triton kernels of percov2, installed as ``percov2.triton_kernels``.
 
 Importing this package needs neither triton nor a GPU. Calling a kernel needs triton (the extra
-``gpu``) and a GPU, or TRITON_INTERPRET=1 before the first call to run on CPU tensors.
+``gpu``) and a GPU. To run kernels on CPU tensors, set TRITON_INTERPRET=1 before the first call.
 """
 
 from __future__ import annotations

@@ -133,7 +133,10 @@ def intervals_kernel(
 
 
 def block_sizes(size: int) -> tuple[int, int, int]:
-    """Return the rows, padded columns and warps per program for a codebook of ``size`` entries."""
+    """Return the numbers of rows, padded columns and warps per program.
+
+    ``size`` is the number of codebook entries.
+    """
     columns = max(padded(size), 16)
     return max(TILE // columns, 1), columns, 4 if columns <= TILE else 8
 

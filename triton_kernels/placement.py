@@ -10,9 +10,9 @@ import triton
 
 
 def require_device(what: str, device: torch.device) -> None:
-    """Raise ValueError unless kernels run on the device of ``what``.
+    """Raise ValueError unless kernels run on ``device``. Messages name the tensor ``what``.
 
-    They run on GPUs, and on the CPU if TRITON_INTERPRET=1 was set before triton was imported.
+    Kernels run on GPUs, and on the CPU if TRITON_INTERPRET=1 was set before triton was imported.
     """
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError(

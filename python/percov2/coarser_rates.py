@@ -22,7 +22,7 @@ def encode_bounded(
     rates: Sequence[Rate],
     schedule: int,
 ) -> list[bytes]:
-    """Encode pictures at the first rate, or at a coarser rate if the file would be too long.
+    """Encode pictures at the first rate, or very large pictures at a coarser rate if necessary.
 
     Readers accept only complete files of very large pictures (docs/reference/bitstream.md,
     section 7). Such a picture takes the first rate whose complete file is short enough.
@@ -35,7 +35,7 @@ def encode_bounded(
         schedule: index of the entropy schedule.
 
     Raises:
-        TooFewBytes: no rate has a file that is short enough.
+        TooFewBytes: no file of a picture is short enough.
 
     Warns:
         CoarserRateWarning: a picture is encoded at a coarser rate than the first.

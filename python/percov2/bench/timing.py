@@ -53,7 +53,7 @@ def repeat(take: Callable[[], list[float]], effort: Effort) -> Timing:
 
 
 def measure(work: Callable[[], object], effort: Effort) -> Timing:
-    """Time ``work`` after one untimed call, without the garbage collector."""
+    """Time ``work`` after one untimed call, with the garbage collector switched off."""
 
     def once() -> list[float]:
         started = time.perf_counter()

@@ -209,8 +209,8 @@ def check(header: Header, tokens_le_int32: bytes, caption_model: bytes = b"") ->
 def keeps_dense_promise(token_count: int, payload_bytes: int, tail_tokens: int) -> bool:
     """Return True if a file may carry the dense flag.
 
-    The flag bounds the work that a damaged size field can cause. If a file breaks the promise, its
-    writer clears the flag; files of large plain areas do so. A reader refuses a file that has the
+    The flag bounds the work that a damaged size field can cause. A file of large plain areas may
+    break the promise, and then its writer clears the flag. A reader refuses a file that has the
     flag but breaks the promise.
 
     Args:

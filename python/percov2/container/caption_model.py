@@ -153,7 +153,7 @@ class CaptionModel:
 
     @property
     def prob_bits(self) -> int:
-        """Return the precision of the symbols."""
+        """Return the precision of the intervals in bits."""
         return self._coder.prob_bits
 
     def fingerprint(self) -> bytes:

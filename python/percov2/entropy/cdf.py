@@ -80,7 +80,8 @@ def default_prob_bits(codebook_size: int) -> int:
 def check_precision(codebook_size: int, prob_bits: int) -> None:
     """Raise ValueError unless the codebook and the precision are valid together.
 
-    Valid are 2 <= codebook_size <= 8192, 8 <= prob_bits <= 20 and 2^prob_bits >= 2 * codebook_size.
+    They are valid if 2 <= codebook_size <= 8192, 8 <= prob_bits <= 20 and
+    2^prob_bits >= 2 * codebook_size.
     """
     if not _MIN_PROB_BITS <= prob_bits <= _MAX_PROB_BITS:
         raise ValueError(f"prob_bits is {prob_bits}; it must be 8 to 20")

@@ -277,7 +277,10 @@ class _Staged:
 
 
 def random_tensors(config: TransformerConfig, seed: int) -> dict[str, NDArray[Any]]:
-    """Return random integers for ``tensor_layout(config)``: one seed, the same on every machine."""
+    """Return random integers for ``tensor_layout(config)``.
+
+    A seed gives the same integers on every machine.
+    """
     # Activations of ~60 times weights of ~73 give sums of ~60 * 73 * sqrt(K). Shifts scale them.
     shifts = {"q": 13, "kv": 13, "up": 13, "out": 8, "down": 8, "head": 11, "attention": 10}
     ranges = {

@@ -1,4 +1,4 @@
-"""Ranges and tables of the integer program (docs/reference/entropy-model.md): the format."""
+"""Ranges and tables of the integer program, as docs/reference/entropy-model.md defines them."""
 
 from __future__ import annotations
 

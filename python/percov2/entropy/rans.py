@@ -79,7 +79,7 @@ def instruction_set() -> str:
 
 
 def use_instruction_set(name: str) -> None:
-    """Make all compiled kernels use one instruction set, to compare or measure them.
+    """Make all compiled kernels use one instruction set, for comparisons and measurements.
 
     Raises ValueError for a name that ``instruction_sets`` does not list.
     """
@@ -125,7 +125,7 @@ ArrayLike: TypeAlias = "NDArray[Any] | torch.Tensor | Sequence[int]"
 
 
 def _is_tensor(value: Any) -> bool:
-    """Return whether a value is a torch tensor, without importing torch."""
+    """Return True for a torch tensor, without importing torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
 
@@ -423,11 +423,13 @@ class RansDecoder:
 
     @property
     def exhausted(self) -> NDArray[np.bool_]:
-        """Return True where no byte is left and the state is below 2^23, bool [B]."""
+        """Return bool [B], True for each stream with no byte left and a state below 2^23."""
         return self._native.exhausted()
 
     def finished(self, checks: ArrayLike) -> NDArray[np.bool_]:
-        """Return True where the state equals the check (uint16 [B]) and no byte is left, bool [B].
+        """Return bool [B], True for each stream whose state is its check, with no byte left.
+
+        ``checks`` is uint16 [B].
 
         A stream that was read from its beginning must not start with a zero byte either. No encoder
         writes one, and each file must have only one valid form.

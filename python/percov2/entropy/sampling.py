@@ -62,7 +62,10 @@ def philox(key: int, counter: NDArray[np.int64]) -> NDArray[np.uint32]:
 
 
 def _scaled(words: NDArray[np.uint32], total: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return ⌊r·total / 2^64⌋ for r = 2^32·words[:, 0] + words[:, 1]: [B, n] like total < 2^35."""
+    """Return ⌊r·total / 2^64⌋ with r = 2^32·words[:, 0] + words[:, 1].
+
+    The result has the shape of ``total`` [B, n], whose values are below 2^35.
+    """
     high, low = words[:, 0].astype(np.int64), words[:, 1].astype(np.int64)
     # 16-bit pieces of the total keep every product below 2^52, so signed arithmetic suffices.
     upper, lower = total >> 16, total & 0xFFFF

@@ -132,7 +132,7 @@ def stage_map(schedule: Schedule, height: int, width: int) -> np.ndarray:
 
 
 def stage_count(name: str, height: int, width: int) -> int:
-    """Return the number of stages of a grid; arguments and errors as for ``stages``."""
+    """Return the number of stages of a grid. The arguments and errors are those of ``stages``."""
     return int(stages(name, height, width).max())
 
 

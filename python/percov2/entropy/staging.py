@@ -117,7 +117,10 @@ class StagedDecoder:
         return self._model.logits(self.residual())
 
     def residual(self) -> Any:
-        """Return the residual of the next stage's queries, int32 [B, n, dim], for ``logits``."""
+        """Return the residual of the next stage's queries, int32 [B, n, dim].
+
+        The model's ``logits`` turns it into logits. The errors are those of ``logits``.
+        """
         if not self.remaining:
             raise RuntimeError("every stage is decoded; no logits remain")
         self._asked = True

@@ -183,7 +183,7 @@ def encode(
     threads: int = 1,
     checks: ArrayLike | None = None,
 ) -> list[bytes]:
-    """Encode symbols [B, N] whose logits [B, N, V] are all known as B byte strings.
+    """Encode symbols [B, N] as B byte strings, given all their logits [B, N, V].
 
     The arguments and errors are those of ``SymbolEncoder``, its ``encode`` and its ``finish``.
 

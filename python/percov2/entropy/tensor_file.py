@@ -59,7 +59,7 @@ def write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
 def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
     """Read a safetensors file of integer tensors.
 
-    Raises ValueError, naming the file, for anything that is not such a file.
+    Raises ValueError with the path if it is not such a file.
     """
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")

@@ -120,7 +120,7 @@ class TokenCoder:
     ) -> rans.RansEncoder:
         """Return an encoder that holds the tokens of each grid as one stream.
 
-        The caller may push the symbols that a decoder shall read before the tokens.
+        The caller may then push symbols that a decoder will read before the tokens.
 
         Args:
             tokens: int32 [B, h, w].

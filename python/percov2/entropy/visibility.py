@@ -115,7 +115,7 @@ def query_entries(stage: NDArray[np.int32], position: NDArray[np.int64], width: 
 
 
 def visible(reader: Entries, key: Entries) -> NDArray[np.bool_]:
-    """Return which keys each reader sees: bool [len(reader), len(key)]."""
+    """Return bool [len(reader), len(key)], True where the reader sees the key."""
     return relative_index(reader, key) != HIDDEN_INDEX
 
 

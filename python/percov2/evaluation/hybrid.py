@@ -30,7 +30,7 @@ _SHOWN = 6
 def stages_sent(
     codec: Codec, paths: Sequence[Path], out: Path, setting: Setting, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Measure pictures with 1, 2, … of their stages in the file; the decoder draws the others.
+    """Measure pictures whose files hold 1, 2, … stages. The decoder draws the other stages.
 
     The largest number of stages is that of the picture with the fewest stages. The function writes
     stages.json to ``out``, and NAME_stages.jpg, which shows the first picture restored. It ignores

@@ -112,7 +112,7 @@ def _gaussian(
 
 
 class KernelSums:
-    """Kernel sums, by photo, for the kernel distance between photos and restored pictures.
+    """The sums, for each pair of photos, from which the kernel distance is computed.
 
     The kernel is KID's (Bińkowski et al. 2018, arXiv 1801.01401): k(x, y) = (x·y / D + 1)³ for
     features of D numbers. The distance is the unbiased estimate of the squared maximum mean

@@ -149,8 +149,8 @@ def run_export(
     """Run `percov2 train export`: write the averaged weights of a run to a model folder.
 
     Args:
-        out: new or existing model folder. The run replaces the rates and entropy models that it
-            has too; the others stay. New rates come last.
+        out: new or existing model folder. A rate or entropy model in it stays, unless the run has
+            one of the same name, which replaces it. New rates come last.
         entropy: ``RATE=FOLDER`` for each exported integer entropy model; ``FOLDER`` alone is for
             the first rate. A rate without an entropy model cannot make files.
         recipe: recipe of the run.
@@ -256,7 +256,7 @@ def run_entropy(
 
     Args:
         rate: name of a table ``[entropy.rates.NAME]``, whose settings are merged over
-            ``[entropy]``.
+            ``[entropy]``. None uses ``[entropy]`` alone.
 
     Raises:
         ValueError: there is no such table, or settings are invalid.

@@ -99,7 +99,7 @@ def _config(checkpoints: list[Checkpoint], base: str) -> ModelConfig:
 
 
 def find_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Return the checkpoints in a folder: the folder itself, or its subfolders.
+    """Return the checkpoints in a folder: either the folder itself, or those in its subfolders.
 
     Raises:
         ValueError: there is no checkpoint, two have the same rate, or one has unsupported sizes.

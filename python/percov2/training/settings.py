@@ -59,7 +59,10 @@ def _merged(values: Values, own: Values) -> Values:
 
 
 def build_config(kind: type[Config], values: Values) -> Config:
-    """Return a dataclass for a TOML table. Raise ValueError if the table does not match."""
+    """Return the dataclass ``kind`` with the values of a TOML table.
+
+    Raises ValueError if the values do not match the class.
+    """
     names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - names):
         raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")

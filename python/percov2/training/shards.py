@@ -111,7 +111,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Position:
-    """The position of a stream: rounds done, shards done in this round, samples in this shard."""
+    """The position of a stream.
+
+    It counts the rounds done, the shards done in this round, and the samples done in this shard.
+    """
 
     rounds: int = 0
     shards: int = 0

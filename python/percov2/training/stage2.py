@@ -232,7 +232,7 @@ class EntropyStage(RoundedStage):
 
     @torch.no_grad()
     def held_out_bits(self, schedule: str, quantized: bool) -> float:
-        """Return the bits per token of held-out maps, in the float or the rounded form."""
+        """Return the bits per token of held-out maps, in the rounded form if ``quantized``."""
         transformer = self.transformer
         modes = transformer.quantized, transformer.observing
         transformer.quantized, transformer.observing = quantized, False

@@ -1,7 +1,7 @@
 """Baselines that use the transformer with one entry per token.
 
 The format has two kinds of entries: contents, which are keys, and queries, which give logits
-(``percov2.entropy.visibility``). In two baselines, one entry is both a key and gives logits:
+(``percov2.entropy.visibility``). In two baselines, every entry is a key and also gives logits:
 
 * the paper's re-reading masked model (PerCoV2, arXiv 2503.09368; MaskGIT): unknown tokens are
   entries with a mask payload, all entries see each other, and every stage reads all entries again;
@@ -71,7 +71,7 @@ class DirectPlan:
     def payload(self, tokens: NDArray[np.integer]) -> NDArray[np.int64]:
         """Return the payloads [..., E] of tokens [..., E].
 
-        A payload is a token plus its offset from ``first``, or UNKNOWN.
+        A payload is a token plus the token's ``first``, or UNKNOWN.
         """
         known = np.where(tokens == UNKNOWN, UNKNOWN, tokens + self.first)
         return np.where(self.source < 0, UNKNOWN, known[..., self.source]).astype(np.int64)

@@ -5,9 +5,9 @@ depend on the device, the number of threads, the batch or the order of summation
 docs/reference/entropy-model.md is the normative text.
 
 Factors of matrix products are integers in float32 tensors. A float32 product of integer matrices is
-exact while every partial sum stays below 2^24. ``K * 127**2 < 2**24`` guarantees that for K <= 1040
-terms. The backend must really multiply float32 (no TF32, no bfloat16 passes): ``exact_float32``
-checks torch's settings, and ``self_test`` proves it on a device.
+exact while every partial sum stays below 2^24. For K <= 1040 terms this is so, because
+``K * 127**2 < 2**24``. The backend must really multiply float32 (no TF32, no bfloat16 passes):
+``exact_float32`` checks torch's settings, and ``self_test`` tests the products on a device.
 """
 
 from __future__ import annotations

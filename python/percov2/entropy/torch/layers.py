@@ -31,7 +31,7 @@ class _Linear:
         self._low, self._high = low, high
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return int32 [n, outputs] in [low, high] for float32 integers [n, K]."""
+        """Map float32 integers [n, K] to int32 [n, outputs] in [low, high]."""
         acc = intmath.linear(x, self._weight, self._bias)
         return intmath.requantize(acc, self._multiplier, self._shift, self._low, self._high)
 

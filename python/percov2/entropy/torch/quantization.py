@@ -1,4 +1,4 @@
-"""Rounding of float parameters to the integers of the entropy model, with straight-through forms.
+"""Rounding of float parameters to the entropy model's integers, with straight-through gradients.
 
 Training and export call the same functions, so training simulates the exported model. Each output
 channel's multiplier is chosen first and rounded up to multiplier / 2^shift. The channel's weight
@@ -108,8 +108,8 @@ class QuantizedLinear(nn.Linear):
     def integers(self, in_scale: float, out_scale: Tensor) -> dict[str, Tensor]:
         """Return weight int8 [n, K], bias int32 [n], multiplier int8 [n] and shift int8 [n].
 
-        ``in_scale`` is the value of one step of the input. ``out_scale``, float [1] or [n], is that
-        of the output.
+        ``in_scale`` is the value of one step of the input. ``out_scale``, float [1] or [n], is the
+        value of one step of the output.
         """
         weight = self.weight.to(torch.float64)
         outputs = out_scale.to(torch.float64).expand(len(weight))

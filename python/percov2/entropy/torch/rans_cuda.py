@@ -226,7 +226,7 @@ class CudaRansDecoder:
 
     @property
     def exhausted(self) -> NDArray[np.bool_]:
-        """Return True where no byte is left and the state is below 2^23, bool [B].
+        """Return bool [B], True for each stream with no byte left and a state below 2^23.
 
         The call waits for the device. Raises ValueError if offsets, states or positions were
         invalid.
@@ -234,7 +234,9 @@ class CudaRansDecoder:
         return self._answer(self._ended() & (self.states < 1 << 23))
 
     def finished(self, checks: rans.ArrayLike) -> NDArray[np.bool_]:
-        """Return True where the state equals the check (uint16 [B]) and no byte is left, bool [B].
+        """Return bool [B], True for each stream whose state is its check, with no byte left.
+
+        ``checks`` is uint16 [B].
 
         A stream that was read from its beginning must not start with a zero byte either. The call
         waits for the device. Raises ValueError if offsets, states or positions were invalid.

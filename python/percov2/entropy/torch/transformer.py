@@ -173,7 +173,7 @@ class TransformerLayer(nn.Module):
             linear.weight.data.div_(math.sqrt(2 * config.layers))
 
     def score_scales(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scales of q and k per head, and the shift of their product."""
+        """Return the scales of q and of k for each head, and the shift of their product."""
         return score_scales(self.q_range.amax, self.k_range.amax, self.config.head_dim)
 
     def gain_bits(self) -> int:
