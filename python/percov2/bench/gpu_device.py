@@ -118,8 +118,9 @@ def launches(names: Sequence[str]) -> dict[str, Any]:
     """Count the kernels and copies of a trace.
 
     Returns:
-        "kernels": the number of kernels, including memory sets and copies within the device.
-        "after_transformer": the names of the kernels after the last linear map, or an empty list.
+        "kernels": the number of kernels, including memsets and copies within the device.
+        "after_transformer": the names of the kernels after the last linear map; empty if there
+            are none.
         "to_host" and "to_device": the number of copies to the host and to the device.
     """
     kernels = [n for n in names if not n.startswith(("Memcpy DtoH", "Memcpy HtoD"))]

@@ -93,7 +93,7 @@ def add_parser(commands: Any) -> None:
     one = command("realism", evaluate_realism, "Measure quality and realism on held-out crops.")
     one.add_argument("photos", type=Path, help=_PHOTOS)
     add_flag(one, "--side", "side of a crop in pixels", number(int, 1, 4096), 256)
-    help_ = "distance between crops in pixels, at most the side"
+    help_ = "distance between crops in pixels, at most --side"
     add_flag(one, "--stride", help_, number(int, 1, 4096), 128)
     help_ = "measure LPIPS and DISTS on N crops per photo (default: all)"
     add_flag(one, "--distances", help_, number(int, 1, 10**6), metavar="N")

@@ -19,8 +19,8 @@ _HELP = {
     "data": "folder made by `train data` (required)",
     "out": "run folder to write (required)",
     "minutes": "stop after this time in minutes; the same command resumes (default: no limit)",
-    "autoencoder_run": "folder made by `train autoencoder`, for the first weights; needed "
-    "without --start-from (default: none)",
+    "autoencoder_run": "folder made by `train autoencoder`, used for the initial weights; "
+    "required unless --start-from is given (default: none)",
     "start_from": "start from a folder made by `train codec` (averaged weights) or a model "
     "folder (default: start from --autoencoder-run)",
     "codec_run": "folder made by `train codec` (required)",
@@ -32,9 +32,9 @@ _HELP = {
     "precision": "mixed precision; bf16 halves the time, but a few tokens near a tie may differ "
     "from the codec's (default: no)",
     "pictures": "folder of validation photos to restore at checkpoints (default: none)",
-    "longest": "limit of a photo's shorter side in pixels; larger photos are scaled down "
+    "longest": "largest shorter side of a photo in pixels; larger photos are scaled down "
     "(default: 768)",
-    "entropy": "`entropy` folders made by `train entropy`; FOLDER alone is for the first rate "
+    "entropy": "`entropy` folders made by `train entropy`; without RATE=, the folder is used for the first rate "
     "(default: none)",
 }
 _REQUIRED = ("config", "data", "out", "codec_run", "texts", "model")
@@ -91,7 +91,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
 _SHARDS = "folder of photo shards, .tar files (required)"
 _OWN_HELP = {
     "data --data": _SHARDS,
-    "data --out": "folder to write, the cache of decoded photos (required)",
+    "data --out": "folder to write the decoded photos to (required)",
     "tokens --out": ".npz file to write (required)",
     "entropy --data": "token maps: .npz file of `train tokens`, or folder of such files (required)",
     "entropy --rate": "rate of the configuration, [entropy.rates.NAME] (default: [entropy] alone)",

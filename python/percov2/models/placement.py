@@ -32,7 +32,7 @@ class Placement:
 
     @classmethod
     def of(cls, device: str, options: BackboneOptions) -> Placement:
-        """Return the placement that the options ask for on a device."""
+        """Return the placement for a device, as set by the options."""
         default = "fp32" if torch.device(device).type == "cpu" else "bf16"
         return cls(device, _DTYPES[options.dtype or default], options.offload)
 
