@@ -34,7 +34,7 @@ _HELP = {
     "pictures": "folder of validation photos to restore at checkpoints (default: none)",
     "longest": "largest shorter side of a photo in pixels; larger photos are scaled down "
     "(default: 768)",
-    "entropy": "`entropy` folders made by `train entropy`; without RATE=, the folder is used for the first rate "
+    "entropy": "`entropy` folders made by `train entropy`; a FOLDER alone is for the first rate "
     "(default: none)",
 }
 _REQUIRED = ("config", "data", "out", "codec_run", "texts", "model")
