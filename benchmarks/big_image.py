@@ -23,7 +23,7 @@ from PIL import ImageOps
 from percov2 import Codec
 from percov2.images import read_image
 from percov2.models.config import LATENT_SIDE
-from percov2.models.tiny.flow import window_starts
+from percov2.models.windows import window_starts
 
 
 def border_places(side: int, window: int, overlap: int) -> NDArray[np.int64]:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
 
-from percov2 import Codec
+from percov2 import BackboneOptions, Codec
 from percov2.evaluation.metrics import measure
 from percov2.evaluation.report import pictures_in
 from percov2.images import read_image, to_rgb
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="use only the first picture")
     arguments = parser.parse_args()
     pictures = pictures_in(arguments.folder)[: 1 if arguments.quick else None]
-    codec = Codec.from_pretrained(arguments.model)
+    codec = Codec.from_pretrained(arguments.model, options=BackboneOptions(runtime="torch"))
     trained = mean_lpips(codec, pictures)
     randomise_flow(codec)
     random = mean_lpips(codec, pictures)

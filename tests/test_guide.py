@@ -12,6 +12,8 @@ import pytest
 
 import percov2.entropy
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(module.name for module in pkgutil.iter_modules(percov2.entropy.__path__))
 

@@ -26,6 +26,8 @@ from percov2.images import (
 )
 from tools.photos import noise
 
+pytestmark = pytest.mark.core
+
 
 def quiet(image: Image.Image) -> np.ndarray:
     """to_rgb where nothing may be warned about."""

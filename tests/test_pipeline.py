@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from percov2 import BitstreamError, Codec, PerCoV2Pipeline
-from percov2.models.quantizer import VectorQuantizer
-from percov2.models.storage import save_component
+from percov2.models.torch.quantizer import VectorQuantizer
+from percov2.models.torch.storage import save_component
 from percov2.pipeline import TrainedParts
 from tools import random_sd3
 from tools.command_line import run

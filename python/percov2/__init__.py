@@ -41,6 +41,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "PerCoV2Pipeline":
+        from percov2.extras import require
+
+        require("torch", name, "torch", "diffusers", "transformers")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
 
 

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from PIL import Image
 
 from percov2.container.captions import Captioner, NoCaptioner, TextCaptioner, check_captioner
+from percov2.extras import require
 from percov2.images import to_rgb
 
 __all__ = ["Blip2Captioner", "Molmo2Captioner", "open_captioner", "tidy"]
@@ -29,18 +29,16 @@ class _NetworkCaptioner(ABC):
     kind: str
 
     def __init__(self, location: str, device: str, batch: int) -> None:
-        self.location, self.device, self.batch = location, torch.device(device), batch
-        self.dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.location, self.device, self.batch = location, device, batch
+        self.dtype = "float32" if device == "cpu" else "bfloat16"
 
     @cached_property
-    @torch.inference_mode(False)
     def _networks(self) -> tuple[Any, Any]:
+        require("torch", "a captioner", "torch", "transformers")
         import transformers
 
-        kind, form = (
-            getattr(transformers, self.kind),
-            {"dtype": self.dtype, "use_safetensors": True},
-        )
+        kind = getattr(transformers, self.kind)
+        form = {"dtype": self.dtype, "use_safetensors": True}
         try:
             # Without trust_remote_code, the library asks the user.
             prepare = transformers.AutoProcessor.from_pretrained
@@ -52,25 +50,33 @@ class _NetworkCaptioner(ABC):
         except Exception as error:  # the library raises exceptions of many types
             raise ValueError(f"cannot load the captioner {self.location}: {error}") from error
 
-    @torch.inference_mode()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
         """Return one caption of at most 32 tokens per image.
 
         Raises ValueError if the network cannot be loaded.
         """
         processor, network = self._networks
+        import torch
+
         form = {"do_sample": False, "num_beams": 1, "max_new_tokens": MAX_TOKENS}
         generate = partial(network.generate, **form)
         pictures = [Image.fromarray(to_rgb(image)) for image in images]
         captions: list[str] = []
         for i in range(0, len(pictures), self.batch):
-            words = self._words(processor, generate, pictures[i : i + self.batch])
+            with torch.inference_mode():
+                words = self._words(processor, generate, pictures[i : i + self.batch])
             captions += processor.tokenizer.batch_decode(words, skip_special_tokens=True)
         return [tidy(caption) for caption in captions]
 
+    @property
+    def _placed(self) -> dict[str, Any]:
+        import torch
+
+        return {"device": self.device, "dtype": getattr(torch, self.dtype)}
+
     @abstractmethod
-    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> torch.Tensor:
-        """Return the tokens of one caption per picture."""
+    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> Any:
+        """Return the tokens of a caption per picture."""
 
 
 class Blip2Captioner(_NetworkCaptioner):
@@ -92,9 +98,9 @@ class Blip2Captioner(_NetworkCaptioner):
     ) -> None:
         super().__init__(location, device, batch)
 
-    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> torch.Tensor:
+    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> Any:
         pixels = processor.image_processor(pictures, return_tensors="pt").pixel_values
-        return generate(pixel_values=pixels.to(self.device, self.dtype))
+        return generate(pixel_values=pixels.to(**self._placed))
 
 
 class Molmo2Captioner(_NetworkCaptioner):
@@ -119,7 +125,7 @@ class Molmo2Captioner(_NetworkCaptioner):
         super().__init__(location, device, batch)
         self.question = question
 
-    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> torch.Tensor:
+    def _words(self, processor: Any, generate: Any, pictures: list[Image.Image]) -> Any:
         inputs = processor.apply_chat_template(
             [self._conversation(picture) for picture in pictures],
             tokenize=True,
@@ -127,7 +133,7 @@ class Molmo2Captioner(_NetworkCaptioner):
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True, "padding_side": "left"},
-        ).to(self.device, self.dtype)
+        ).to(**self._placed)
         return generate(**inputs)[:, inputs["input_ids"].shape[1] :]
 
     def _conversation(self, image: Image.Image) -> list[dict[str, Any]]:

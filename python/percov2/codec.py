@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -29,12 +28,13 @@ from percov2.container.tokens_file import OpenFile, Tokens
 from percov2.entropy.opening import open_coder
 from percov2.entropy.schedule import SCHEDULES, check_name, stage_count
 from percov2.entropy.token_coder import TokenCoder
+from percov2.extras import require
+from percov2.images import from_unit_range
 from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig, Rate
-from percov2.models.token_search import TokenSearch
 from percov2.options import DecodeOptions, EncodeOptions, options_from
-from percov2.tokenizing import CaptionedSearch, TokenChoice, token_maps
+from percov2.tokenizing import ArraySearch, CaptionedSearch, TokenChoice, token_maps
 
 __all__ = ["CAPTIONS", "Codec", "DecodedFile"]
 
@@ -82,6 +82,7 @@ class Codec:
         self._captions = lru_cache(None)(self._load_captions)
         self._entropy = lru_cache(None)(self._load_entropy)
         self._ids = lru_cache(None)(self._compute_id)
+        self._with_gradients = lru_cache(None)(self._open_with_gradients)
 
     @classmethod
     def from_pretrained(
@@ -213,7 +214,7 @@ class Codec:
             choice = TokenChoice(coder, name, options.slack) if options.slack else None
             search = None
             if options.effort:
-                run = TokenSearch(self.model, rate.name, options.effort)
+                run = self._search(rate.name, options.effort)
                 search = CaptionedSearch(run, [captions[i] for i in chosen])
             tokens = token_maps(self.model, [arrays[i] for i in chosen], rate, choice, search)
             if options.target_bytes is None:
@@ -226,6 +227,18 @@ class Codec:
             return encode(point, range(len(arrays)))
         rates = [point, *self.config.coarser(point)]
         return encode_bounded(encode, sizes, rates, SCHEDULES.index(name))
+
+    def _search(self, rate: str, rounds: int) -> ArraySearch:
+        """Return a search for tokens, which needs gradients: torch, whatever the runtime."""
+        require("torch", "effort", "torch", "diffusers", "transformers")
+        from percov2.models.tiny.torch.token_search import TokenSearch
+
+        return TokenSearch(self._with_gradients(), rate, rounds).of_array
+
+    def _open_with_gradients(self) -> Backbone:
+        if self.config.backbone != "tiny" or str(self.model.device) != "cpu":
+            return self.model
+        return open_backbone(self.model.folder, "cpu", BackboneOptions(runtime="torch"))
 
     def encode_tokens(
         self,
@@ -417,21 +430,19 @@ class Codec:
         strength = self.config.guidance if options.guidance is None else options.guidance
 
         def paint_equal(group: list[DecodedFile]) -> list[Image.Image]:
-            tokens = torch.from_numpy(np.stack([file.tokens for file in group]))
+            tokens = np.stack([file.tokens for file in group])
             rate = group[0].rate.name
             evaluations = options.steps or self.config.default_steps(rate)
             captions = [file.caption for file in group]
             pixels = self.model.reconstruct(
                 tokens, rate, captions, evaluations, strength, options.seed, options.realism
             )
-            levels = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-            arrays = levels.permute(0, 2, 3, 1).cpu().numpy()
             return [
                 Image.fromarray(array[: file.header.height, : file.header.width].copy())
-                for array, file in zip(arrays, group, strict=True)
+                for array, file in zip(from_unit_range(pixels), group, strict=True)
             ]
 
-        alone = torch.device(self.model.device).type == "cpu"
+        alone = str(self.model.device) == "cpu"
         sizes = [TOKENS_AT_ONCE if alone else file.tokens.size for file in decoded]
         keys = [(file.rate.name, file.tokens.shape) for file in decoded]
         return by_group(decoded, keys, sizes, paint_equal)

@@ -28,11 +28,13 @@ __all__ = [
     "check_outputs",
     "check_size",
     "decode_image",
+    "from_unit_range",
     "pad",
     "picture_format",
     "read_image",
     "reflected",
     "to_rgb",
+    "to_unit_range",
     "write_bytes",
     "write_image",
 ]
@@ -227,7 +229,7 @@ def pad(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 
 
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {}),
+    ".png": ("PNG", {"compress_level": 1}),
     ".jpg": ("JPEG", {"quality": 95}),
     ".jpeg": ("JPEG", {"quality": 95}),
     ".webp": ("WEBP", {"lossless": True}),
@@ -298,3 +300,15 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         neighbour.unlink(missing_ok=True)
+
+
+def to_unit_range(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return pictures uint8 [B, H, W, 3] as float32 [B, 3, H, W] in [-1, 1]."""
+    planes = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2), np.float32)
+    return planes / np.float32(127.5) - np.float32(1)
+
+
+def from_unit_range(images: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return images float32 [B, 3, H, W] in [-1, 1] as pictures uint8 [B, H, W, 3]."""
+    levels = np.rint((images + np.float32(1)) * np.float32(127.5)).clip(0, 255)
+    return levels.astype(np.uint8).transpose(0, 2, 3, 1)

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from percov2.images import check_size, decode_image, read_image, to_rgb
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["OneFile", "OnePicture", "as_files", "as_pictures", "rgb_array"]
 
 
 OneFile: TypeAlias = str | os.PathLike[str] | bytes | bytearray | memoryview
 """A path, or the bytes of a file."""
-OnePicture: TypeAlias = OneFile | Image.Image | NDArray[Any] | torch.Tensor
+OnePicture: TypeAlias = "OneFile | Image.Image | NDArray[Any] | torch.Tensor"
 """A path, the bytes of an image file, a Pillow image, an array [H, W] or [H, W, 3], a tensor
 [C, H, W]."""
 
@@ -43,7 +46,7 @@ def as_pictures(value: Any) -> tuple[bool, list[Any]]:
         if value.ndim not in (2, 3, 4):
             raise ValueError(f"a picture must be {_PICTURES}, not an array {value.shape}")
         return value.ndim < 4, [value] if value.ndim < 4 else list(value)
-    if isinstance(value, torch.Tensor):
+    if _is_tensor(value):
         if value.ndim not in (3, 4):
             raise ValueError(f"a picture must be {_PICTURES}, not a tensor {tuple(value.shape)}")
         return value.ndim == 3, [value] if value.ndim == 3 else list(value)
@@ -65,7 +68,7 @@ def as_files(value: Any) -> tuple[bool, list[bytes]]:
 
 def _several(value: Any, kinds: str, what: str) -> list[Any]:
     # Sets have no order, files are read by lines, and arrays of bytes lose trailing zeros.
-    unfit = isinstance(value, (dict, set, frozenset, np.ndarray, torch.Tensor))
+    unfit = isinstance(value, (dict, set, frozenset, np.ndarray)) or _is_tensor(value)
     if unfit or not isinstance(value, Iterable) or hasattr(value, "read"):
         raise ValueError(f"{what} must be {kinds}, not {type(value).__name__}")
     return list(value)
@@ -97,7 +100,7 @@ def rgb_array(picture: Any, max_pixels: int) -> NDArray[np.uint8]:
     if isinstance(picture, Image.Image):
         check_size(picture.width, picture.height, max_pixels)
         return to_rgb(picture)
-    if isinstance(picture, torch.Tensor):
+    if _is_tensor(picture):
         picture = _pixels(picture)
     if isinstance(picture, np.ndarray):
         fits = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)
@@ -111,6 +114,12 @@ def rgb_array(picture: Any, max_pixels: int) -> NDArray[np.uint8]:
     raise ValueError(f"a picture must be {_PICTURES}, not {type(picture).__name__}")
 
 
+def _is_tensor(value: Any) -> bool:
+    """Return True for a tensor; nobody has one who has not imported torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
 def _pixels(tensor: torch.Tensor) -> NDArray[np.uint8]:
     """Return a tensor [C, H, W], uint8 or floats in [0, 1], as uint8 [H, W, C]."""
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
@@ -119,7 +128,8 @@ def _pixels(tensor: torch.Tensor) -> NDArray[np.uint8]:
         values = tensor.detach().float()
         if not (values.numel() and bool(((values >= 0) & (values <= 1)).all())):
             raise ValueError("a tensor of floats must lie in 0..1")
-        tensor = (values * 255).round().to(torch.uint8)
-    if tensor.dtype != torch.uint8:
+        tensor = (values * 255).round().byte()
+    if str(tensor.dtype) != "torch.uint8":
         raise ValueError(f"a tensor must be uint8 or floats in 0..1, not {tensor.dtype}")
-    return tensor.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+    array: NDArray[np.uint8] = tensor.expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+    return array

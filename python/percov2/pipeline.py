@@ -27,10 +27,10 @@ from PIL import Image
 from percov2.codec import Codec
 from percov2.models.backbone import BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig
-from percov2.models.placement import Placement
 from percov2.models.sd3.backbone import SD3Model
 from percov2.models.sd3.base import SD3Base
 from percov2.models.sd3.text import TextNetworks
+from percov2.models.torch.placement import Placement
 from percov2.options import EncodeOptions
 
 __all__ = ["PerCoV2Pipeline", "TrainedParts"]

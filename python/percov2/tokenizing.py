@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from percov2.batching import by_group
 from percov2.container.tokens_file import Tokens
 from percov2.entropy.rans import as_array
 from percov2.entropy.token_coder import TokenCoder
-from percov2.images import pad
+from percov2.images import pad, to_unit_range
 from percov2.models.backbone import Backbone
 from percov2.models.config import Rate
-from percov2.models.token_search import TokenSearch
 
-__all__ = ["CaptionedSearch", "TokenChoice", "token_maps"]
+__all__ = ["ArraySearch", "CaptionedSearch", "TokenChoice", "token_maps"]
 
 
+ArraySearch: TypeAlias = Callable[[NDArray[np.float32], str], NDArray[np.float32]]
+"""A search: an image [1, 3, H, W] in [-1, 1] and its caption -> directions [1, h, w, D]."""
 _CANDIDATES = 16
 """Number of nearest codes that a position may choose from."""
 
@@ -49,7 +50,7 @@ class CaptionedSearch:
         captions: captions that the decoder will see, one per picture; "" for none.
     """
 
-    run: TokenSearch
+    run: ArraySearch
     captions: Sequence[str]
 
 
@@ -69,19 +70,18 @@ def token_maps(
     indices = range(len(arrays))
 
     def encode(group: list[int]) -> list[Tokens]:
-        stacked = torch.from_numpy(np.stack([padded[i] for i in group]))
-        pixels = stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = to_unit_range(np.stack([padded[i] for i in group]))
         if choice is None and search is None:
-            return list(model.encode_tokens(pixels, rate.name).cpu().numpy())
+            return list(model.encode_tokens(pixels, rate.name))
         if search is None:
             directions = model.directions(pixels, rate.name)
         else:
-            images = zip(pixels.split(1), group, strict=True)
-            directions = torch.cat([search.run(x, search.captions[i]) for x, i in images])
-        quantizer = model.quantizer(rate.name)
+            images = zip(pixels, group, strict=True)
+            found = [search.run(x[None], search.captions[i]) for x, i in images]
+            directions = np.concatenate(found)
         if choice is None:
-            return list(quantizer.nearest(directions).cpu().numpy())
-        tokens, similarities = quantizer.candidates(directions, _CANDIDATES)
+            return list(model.nearest(directions, rate.name))
+        tokens, similarities = model.candidates(directions, rate.name, _CANDIDATES)
         allowed = similarities >= similarities[..., :1] - choice.slack
         return list(as_array(choice.coder.choose(tokens, allowed, choice.schedule)))
 

@@ -101,7 +101,7 @@ def test_faults_of_torch_while_working_are_one_line(
     def fail(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate")
 
-    monkeypatch.setattr("percov2.models.tiny.backbone.CodecModel.encode_tokens", fail)
+    monkeypatch.setattr("percov2.models.tiny.torch.backbone.TinyTorchModel.encode_tokens", fail)
     command = ("compress", picture, tmp_path / "o.pcv2", "--model", random_model)
     assert f"{picture}: CUDA out of memory. Tried" in failure(capsys, *command)
 
@@ -198,7 +198,8 @@ def test_wrong_options_are_reported_before_torch_is_loaded(picture, file, random
         (*compressing, "--model", f"sd3:{random_model}"): "holds a 'tiny' model, not a 'sd3' one",
         (*compressing, "--device", "abacus"): "unknown device 'abacus'",
         (*compressing, "--no-t5", "--offload"): "this small model does not accept",
-        (*compressing, "--dtype=bf16", "--compile"): "this small model does not accept",
+        (*compressing, "--dtype=bf16"): "dtype 'bf16' is not one of tiny",
+        (*compressing, "--vae-tiling", "--compile"): "this small model does not accept",
         (*compressing, "--draw-seed", 5): "--draw-seed needs --stages or --target-bytes",
         (*compressing, "--stages", 2, "--target-bytes", 99): "not allowed with argument",
         (*compressing, "--caption", "a", "--captioner", "none"): "does not accept a caption",

@@ -18,6 +18,8 @@ from percov2.container import bitstream
 from percov2.container.bitstream import BitstreamError, Header, ParsedFile, read
 from percov2.entropy.schedule import SCHEDULES
 
+pytestmark = pytest.mark.core
+
 # The rates that have a table entry of their own: r031, r010, r002 of the embedded model.
 COMMON_RATES = 3
 

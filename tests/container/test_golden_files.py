@@ -20,6 +20,8 @@ from percov2.container.tokens_file import OpenFile, Tokens, pack, unpack
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder
 from tools.golden_pictures import CASES, FOLDER, RECORD, record
 
+pytestmark = pytest.mark.core
+
 DATA = Path(__file__).parents[1] / "data"
 SIDE = 16
 MODEL_ID = 0x7E57

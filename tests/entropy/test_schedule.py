@@ -22,6 +22,8 @@ from percov2.entropy.schedule import (
     stages,
 )
 
+pytestmark = pytest.mark.core
+
 sides = st.one_of(st.integers(1, 40), st.integers(1, 120))
 names = st.sampled_from(SCHEDULES)
 

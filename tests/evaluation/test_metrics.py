@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from percov2.evaluation import baselines, metrics, report
+from percov2.evaluation import baselines, metric_networks, metrics, report
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.metrics import METRICS, Original, measure
-from percov2.models.perceptual import INSTALL_HINT, MetricWeightsMissing
+from percov2.models.torch.perceptual import INSTALL_HINT, MetricWeightsMissing
 from percov2.options import DecodeOptions
 from tools.judging import absent
 
@@ -87,7 +87,7 @@ def test_missing_weights_give_null_and_the_way_to_get_them(monkeypatch):
     def missing(name: str, device: str) -> None:
         raise MetricWeightsMissing("not installed")
 
-    monkeypatch.setattr(metrics, "_load_network", missing)
+    monkeypatch.setattr(metric_networks, "_load_network", missing)
     values, notes = measure(*noise(), ["lpips_alex", "dists"])
     assert values == {"lpips_alex": None, "dists": None}
     assert all(INSTALL_HINT in note for note in notes)
@@ -217,7 +217,7 @@ def test_originals_are_looked_at_once(monkeypatch):
         absent(expected[0][1][0])
     passes = []
     for name in names:
-        network = metrics._network(name)
+        network = metric_networks._network(name)
         features = network.features
         monkeypatch.setattr(network, "features", lambda x, f=features: passes.append(x) or f(x))
     known = Original(original)

@@ -15,7 +15,7 @@ from percov2.evaluation.caption_effect import paired_interval
 from percov2.evaluation.metrics import psnr
 from percov2.evaluation.modes import operating_modes, plot_modes
 from percov2.evaluation.realism import FrechetDistance, LiteFeatures
-from percov2.models.perceptual import LPIPS, MetricWeightsMissing
+from percov2.models.torch.perceptual import LPIPS, MetricWeightsMissing
 from percov2.photos import decode_shards, is_held_out
 from tools.command_line import output, run
 from tools.judging import Means, absent

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from percov2 import Codec
-from percov2.evaluation import judge, metrics
+from percov2.evaluation import judge, metric_networks, metrics
 from percov2.evaluation.judge import Crops, judge_realism
 from percov2.evaluation.metrics import METRICS, measure, measure_batch
 from percov2.evaluation.photo_bootstrap import Estimate, PhotoBootstrap
 from percov2.evaluation.realism import FrechetDistance, KernelSums, frechet_distance
 from percov2.evaluation.setting import Setting
-from percov2.models.perceptual import MetricWeightsMissing
+from percov2.models.torch.perceptual import MetricWeightsMissing
 from percov2.options import DecodeOptions, EncodeOptions
 from percov2.photos import PhotoCrops, is_held_out
 from tools.command_line import failure, output
@@ -228,7 +228,7 @@ def fast(monkeypatch) -> list[int]:
             seen.append(len(a))
             return (a - b).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr(metrics, "_load_network", lambda name, device: Difference())
+    monkeypatch.setattr(metric_networks, "_load_network", lambda name, device: Difference())
     monkeypatch.setattr(judge, "lite_features", Means)
     return seen
 
@@ -401,7 +401,7 @@ def test_missing_weights_give_no_value_and_the_way_to_get_them(
     def missing(name: str, device: str) -> None:
         raise MetricWeightsMissing("not installed")
 
-    monkeypatch.setattr(metrics, "_load_network", missing)
+    monkeypatch.setattr(metric_networks, "_load_network", missing)
     result = judged(codec, photos, tmp_path / "out", features=Means())
     assert result["measures"]["dists"] is None and result["measures"]["psnr"]
     assert any("pip install" in note for note in result["notes"])

@@ -40,7 +40,7 @@ def test_base_models_belong_to_big_backbones(backbone, base, tmp_path):
     with pytest.raises(ValueError, match=r"base is|backbone must be"):
         ModelConfig.load(tmp_path)
     with pytest.raises(ValueError, match="dtype must be one of"):
-        BackboneOptions(dtype="int8")
+        BackboneOptions(dtype="int4")
 
 
 def test_hub_ids_are_downloaded_after_a_kind_only(random_model, tmp_path, monkeypatch):

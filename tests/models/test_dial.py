@@ -15,8 +15,8 @@ from percov2.codec import Codec
 from percov2.evaluation.modes import operating_modes, plot_modes
 from percov2.evaluation.setting import Setting, described
 from percov2.models.config import ModelConfig
-from percov2.models.storage import save_component
-from percov2.models.tiny.dial import RealismDial
+from percov2.models.tiny.torch.dial import RealismDial
+from percov2.models.torch.storage import save_component
 from percov2.options import DecodeOptions, EncodeOptions
 from tools.judging import Means
 from tools.photos import noise

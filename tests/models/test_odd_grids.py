@@ -11,8 +11,8 @@ from torch import Tensor
 
 from percov2.codec import Codec
 from percov2.models.config import Rate
-from percov2.models.tiny.backbone import CodecModel
-from percov2.models.token_search import TokenSearch
+from percov2.models.tiny.torch.backbone import TinyTorchModel
+from percov2.models.tiny.torch.token_search import TokenSearch
 from tools import random_model
 from tools.photos import noise, tensor
 
@@ -26,7 +26,7 @@ def fine(tmp_path_factory) -> Codec:
 
 
 @pytest.fixture(scope="module")
-def model(fine) -> CodecModel:
+def model(fine) -> TinyTorchModel:
     return fine.model
 
 
@@ -34,7 +34,7 @@ def some_tokens(h: int, w: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng([h, w]).integers(0, 256, (1, h, w)))
 
 
-def paint(model: CodecModel, tokens: Tensor, steps: int = 1) -> Tensor:
+def paint(model: TinyTorchModel, tokens: Tensor, steps: int = 1) -> Tensor:
     return model.reconstruct(tokens, "r125", ["a red door"] * len(tokens), steps, 1.0, 0)
 
 

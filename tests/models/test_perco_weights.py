@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from oracles import reference_perco as reference
-from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.perco.checkpoint import hyper_encoder_tensors, quantizer_tensors, unet_tensors
-from percov2.models.quantizer import VectorQuantizer
+from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.quantizer import VectorQuantizer
 
 PUBLISHED = {"n": 192, "m": 320, "codes": 256, "dim": 32}
 SMALL = {"n": 8, "m": 12, "codes": 16, "dim": 4}

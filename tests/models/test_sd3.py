@@ -11,10 +11,10 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from percov2 import BackboneOptions, Codec
-from percov2.models import hyper_encoder, placement, quantizer, storage
 from percov2.models.config import PAPER_RATES
 from percov2.models.sd3 import base, flow, text
 from percov2.models.sd3.backbone import SD3Model
+from percov2.models.torch import hyper_encoder, placement, quantizer, storage
 from tools import random_sd3
 from tools.photos import noise
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from percov2.models.sd3.flow import DELTA_FILE, apply_delta, load_delta, open_flow, save_delta
-from percov2.models.tiny.flow import widen_patch_embedding
+from percov2.models.torch.flow import widen_patch_embedding
 from tools import random_sd3
 
 LAYER = "transformer_blocks.1.attn.to_q"

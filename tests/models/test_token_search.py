@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from percov2.codec import Codec
-from percov2.models import token_search
-from percov2.models.perceptual import LPIPS
-from percov2.models.tiny.backbone import CodecModel
-from percov2.models.tiny.flow import window_starts
-from percov2.models.token_search import TokenSearch, tiles
+from percov2.models.tiny.torch import token_search
+from percov2.models.tiny.torch.backbone import TinyTorchModel
+from percov2.models.tiny.torch.token_search import TokenSearch, tiles
+from percov2.models.torch.perceptual import LPIPS
+from percov2.models.windows import window_starts
 from tools.photos import noise, tensor
 
 photo = partial(noise, block=8)
@@ -42,7 +42,7 @@ def test_tiles_have_the_windows_of_the_whole(tokens, unit, extra, shared, data):
         assert before.start < after.start == before.stop - overlap
 
 
-def distance(model: CodecModel, directions: Tensor, image: Tensor, caption: str) -> float:
+def distance(model: TinyTorchModel, directions: Tensor, image: Tensor, caption: str) -> float:
     """What the search lowers, at the phase at which it begins."""
     tokens = model.quantizer("fine").nearest(directions)
     painted = model.reconstruct(tokens, "fine", [caption], 1, 1.0, 0)
@@ -56,7 +56,7 @@ def test_a_search_paints_the_picture_better(codec, caption):
     model = codec.model
     image = tensor(photo(64, 48))
     before = model.directions(image, "fine")
-    after = TokenSearch(model, "fine", 20)(image, caption)
+    after = TokenSearch(model, "fine", 60)(image, caption)
     assert after.shape == before.shape and after.dtype == torch.float32
     assert torch.allclose(after.norm(dim=-1), torch.ones(1, 3, 4), atol=1e-5)
     assert distance(model, after, image, caption) < 0.98 * distance(model, before, image, caption)

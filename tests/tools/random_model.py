@@ -10,12 +10,12 @@ import torch
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.models.config import ModelConfig, Rate
-from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.quantizer import VectorQuantizer
-from percov2.models.storage import save_component
-from percov2.models.tiny.autoencoder import PatchAutoencoder
-from percov2.models.tiny.flow import build_flow
-from percov2.models.tiny.text_encoder import HashedTextEncoder
+from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
+from percov2.models.tiny.torch.text_encoder import HashedTextEncoder
+from percov2.models.torch.flow import build_flow
+from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.quantizer import VectorQuantizer
+from percov2.models.torch.storage import save_component
 
 RATES = (Rate("fine", 16, 64), Rate("coarse", 32, 300))
 FLOW = {"sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16}

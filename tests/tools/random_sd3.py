@@ -25,11 +25,11 @@ from transformers import (
 
 from percov2.entropy.uniform import uniform_model
 from percov2.models.config import ModelConfig, Rate
-from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.quantizer import VectorQuantizer
 from percov2.models.sd3.flow import save_delta
-from percov2.models.storage import save_component
-from percov2.models.tiny.flow import widen_patch_embedding
+from percov2.models.torch.flow import widen_patch_embedding
+from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.quantizer import VectorQuantizer
+from percov2.models.torch.storage import save_component
 from tools.random_model import FLOW
 
 RATES = (Rate("r0313", 16, 256), Rate("r0938", 8, 64), Rate("r0020", 64, 256))

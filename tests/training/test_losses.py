@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from percov2.models.perceptual import LPIPS
+from percov2.models.torch.perceptual import LPIPS
 from percov2.training.losses import (
     FEATURE_CHANNELS,
     FEATURES,

@@ -14,7 +14,7 @@ from PIL import Image
 
 from percov2.codec import Codec
 from percov2.models.sd3.flow import open_flow
-from percov2.models.tiny.flow import upsample_z_hat
+from percov2.models.torch.flow import upsample_z_hat
 from percov2.training import checkpoint
 from percov2.training.commands import run_entropy
 from percov2.training.loop import load_averaged, train

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from percov2.codec import Codec
-from percov2.models.tiny.backbone import CodecModel
+from percov2.models.tiny.torch.backbone import TinyTorchModel
 from percov2.photos import CropPlan, PhotoCrops
 from percov2.training import checkpoint
 from percov2.training.commands import codec_stage, run_codec, run_entropy, run_export, run_tokens
@@ -137,7 +137,7 @@ def test_a_smaller_decoder_learns_from_the_one_before(first, photo_cache, tmp_pa
     stage, _ = codec_stage(config, PhotoCrops(photo_cache))
     origins = start_from(stage, model)
     assert origins["decoder"].startswith("from the run, except for ")
-    teacher = CodecModel(model).autoencoder
+    teacher = TinyTorchModel(model).autoencoder
     kept = [f"decoder.{i}" for i in (0, 1, 2)]  # the first layer and two blocks at 1/8
     state = stage.autoencoder.state_dict()
     same = {k for k, v in teacher.state_dict().items() if k in state and torch.equal(state[k], v)}

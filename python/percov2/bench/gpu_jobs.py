@@ -32,7 +32,7 @@ __all__ = ["SCHEDULE", "Arrays", "Job", "Size", "coder_jobs", "host", "layer_job
 
 SCHEDULE = "qlds12"
 LATENT = 32
-"""Length of the quantizer's vectors (percov2.models.quantizer)."""
+"""Length of the quantizer's vectors (percov2.models.torch.quantizer)."""
 _LOGITS_AT_ONCE, _ROWS_AT_ONCE = 2**26, 2**14
 """Limits per call of torch's operators, which make several wide tensors of that many elements."""
 Arrays = Sequence[NDArray[Any]]

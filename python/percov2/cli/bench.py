@@ -22,7 +22,7 @@ def add_parser(commands: Any) -> None:
     benches = commands.add_parser("bench", help="Measure the parts of percov2.")
     added = benches.add_subparsers(dest="bench", required=True, metavar="BENCHMARK")
     help_ = "Measure the entropy engine, alone or beside other coders."
-    parser = add_command(added, "entropy", bench_entropy, help_)
+    parser = add_command(added, "entropy", bench_entropy, help_, ("torch", "torch"))
     _add_outputs(parser, "run few and small cases, for a few seconds (default: run all)")
     help_ = f"comma-separated sections to run (default: {','.join(SECTIONS)})"
     parser.add_argument("--only", type=_sections, default=SECTIONS, metavar="SECTIONS", help=help_)
@@ -40,7 +40,7 @@ def add_parser(commands: Any) -> None:
     help_ = "instruction set of the CPU engine, e.g. scalar or avx2 (default: the fastest)"
     parser.add_argument("--instruction-set", metavar="NAME", help=help_)
     help_ = "Measure the GPU kernels and compare their results with the CPU engine."
-    parser = add_command(added, "gpu", bench_gpu, help_)
+    parser = add_command(added, "gpu", bench_gpu, help_, ("torch", "torch"))
     _add_outputs(parser, "repeat each measurement less often (default: measure for minutes)")
 
 

@@ -43,7 +43,8 @@ def add_parser(commands: Any) -> None:
     added = parser.add_subparsers(dest="benchmark", required=True, metavar="EVALUATION")
 
     def command(name: str, run: Any, help_: str) -> argparse.ArgumentParser:
-        one = add_command(added, name, partial(_evaluate, f"eval {name}", run), help_)
+        run = partial(_evaluate, f"eval {name}", run)
+        one = add_command(added, name, run, help_, ("eval", "torch", "torchmetrics"))
         add_model(one)
         help_ = "folder for the report and its files (required)"
         one.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_)
@@ -234,7 +235,7 @@ def evaluate_captions(arguments: argparse.Namespace) -> str:
     check_choices(arguments, EncodeOptions(rate=arguments.rate))
     arguments.photos.stat()
     crops, captions = _held_out(arguments, captioned=True)
-    codec = open_codec(arguments)
+    codec = open_codec(arguments, "torch")
     from percov2.evaluation import caption_effect as effect
     from percov2.evaluation.gallery import write_page
     from percov2.images import write_bytes
@@ -283,7 +284,7 @@ def evaluate_entropy(arguments: argparse.Namespace) -> str:
     from percov2.training.stage2 import TokenMaps
 
     data = TokenMaps(arguments.data)
-    codec = open_codec(arguments)
+    codec = open_codec(arguments, "torch")
     rate = codec.config.rate(arguments.rate or codec.config.default_rate)
     if data.codebook_size != rate.codebook_size:
         raise ValueError(

@@ -21,13 +21,13 @@ class Fault(Exception):
 
 @contextmanager
 def about(name: object) -> Iterator[None]:
-    """Turn ValueError, OSError and RuntimeError (raised by torch) into a Fault.
+    """Turn ValueError, OSError, ImportError and torch's RuntimeError into a Fault.
 
     The message starts with ``name``. The file of an OSError follows if it is another one.
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             other = error.filename is not None and str(error.filename) != str(name)

@@ -15,7 +15,9 @@ __all__ = ["add_parser", "import_perco"]
 def add_parser(commands: Any) -> None:
     """Add ``import-perco`` to the commands."""
     help_ = "Make a model folder from published PerCo (SD) weights."
-    added = add_command(commands, "import-perco", import_perco, help_)
+    added = add_command(
+        commands, "import-perco", import_perco, help_, ("torch", "torch", "diffusers")
+    )
     help_ = "folder of one PerCo (SD) checkpoint or of several"
     added.add_argument("folder", type=Path, metavar="FOLDER", help=help_)
     added.add_argument("out", type=Path, metavar="OUT", help="model folder to write")

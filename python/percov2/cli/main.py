@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from percov2.cli import bench, compress, decompress, evaluate, import_perco, info, roundtrip, train
-from percov2.cli.faults import report_faults
+from percov2.cli.faults import about, report_faults
 from percov2.cli.version import VersionAction
+from percov2.extras import require
 
 __all__ = ["build_parser", "main"]
 
@@ -25,6 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments, unknown = build_parser().parse_known_args(argv)
         if unknown:
             arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        if arguments.needs:
+            extra, *modules = arguments.needs
+            with about(arguments.parser.prog.removeprefix("percov2 ")):
+                require(extra, "this command", *modules)
         arguments.run(arguments)
 
     return report_faults(work)

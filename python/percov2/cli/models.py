@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
-from typing import TYPE_CHECKING
+import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import about
-from percov2.cli.options import DEFAULT_MODEL, add_flag
+from percov2.cli.options import DEFAULT_MODEL, add_flag, number
 from percov2.container.captions import CAPTIONERS, check_captioner
 from percov2.options import DecodeOptions, EncodeOptions
 
 if TYPE_CHECKING:
     from percov2.codec import Codec
     from percov2.container.captions import Captioner
+    from percov2.models.backbone import BackboneOptions
 
 __all__ = [
     "add_captioner",
@@ -38,9 +39,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     help_ = "embedded model, model folder, sd3:FOLDER or perco:FOLDER"
     add_flag(parser, "--model", help_, default=DEFAULT_MODEL)
     add_flag(parser, "--device", "device of the networks: cpu, cuda or cuda:N", default="cpu")
+    help_ = "runtime of the networks (default: onnx for small models on the CPU, else torch)"
+    parser.add_argument("--runtime", choices=["onnx", "torch"], help=help_)
+    help_ = "threads of runtime onnx, 1 to 1024; never changes tokens (default: all cores)"
+    parser.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help=help_)
+    help_ = (
+        "number format of the decoder of small models, fp32 or int8 (default: int8 where it is "
+        "fast), or of large models, fp32, bf16 or fp16 (default: fp32 on cpu, bf16 on cuda)"
+    )
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8"], help=help_)
     group = parser.add_argument_group("options of large models (sd3, perco)")
-    help_ = "number format of the networks (default: fp32 on cpu, bf16 on cuda)"
-    group.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help=help_)
     for name, help_ in _SWITCHES.items():
         group.add_argument("--" + name, action="store_true", help=help_)
 
@@ -56,6 +64,7 @@ def check_choices(
     and schedule of ``encode`` must exist, and the realism of ``decode`` must fit the model.
     """
     from percov2.entropy import schedule
+    from percov2.models.backbone import check_runtime
     from percov2.models.config import find_model
 
     if hasattr(arguments, "captioner"):
@@ -63,12 +72,11 @@ def check_choices(
         with about(f"captioner {name}"):
             check_captioner(name, arguments.caption, arguments.captioner_model)
     with about(f"model {arguments.model}"):
-        if not re.fullmatch(r"(cpu|cuda)(:\d+)?", arguments.device):
-            raise ValueError(f"unknown device {arguments.device!r}; use cpu, cuda or cuda:N")
-        _, config = find_model(arguments.model)
+        folder, config = find_model(arguments.model)
         given = _large_flags(arguments)
         if config.backbone == "tiny" and given:
             raise ValueError(f"this small model does not accept {', '.join(given)}")
+        check_runtime(folder, config.backbone, arguments.device, _options(arguments))
         rate = config.default_rate
         if encode is not None:
             rate = config.rate(rate if encode.rate is None else encode.rate).name
@@ -79,25 +87,36 @@ def check_choices(
 
 
 def _large_flags(arguments: argparse.Namespace) -> list[str]:
-    flags = ("dtype", *_SWITCHES)
-    return [f"--{flag}" for flag in flags if getattr(arguments, flag.replace("-", "_"))]
+    return [f"--{flag}" for flag in _SWITCHES if getattr(arguments, flag.replace("-", "_"))]
 
 
 def chosen_flags(arguments: argparse.Namespace) -> list[str]:
     """Return the flags of ``add_model`` that differ from their defaults."""
-    defaults = {"model": DEFAULT_MODEL, "device": "cpu"}
+    defaults: dict[str, Any] = {"model": DEFAULT_MODEL, "device": "cpu"}
+    defaults |= {"runtime": None, "threads": None, "dtype": None}
     given = [f"--{name}" for name, value in defaults.items() if getattr(arguments, name) != value]
     return given + _large_flags(arguments)
 
 
-def open_codec(arguments: argparse.Namespace) -> Codec:
-    """Return the codec of the chosen model, with the entropy models of all rates loaded."""
-    from percov2.codec import Codec
+def _options(arguments: argparse.Namespace) -> BackboneOptions:
     from percov2.models.backbone import BackboneOptions
 
+    names = ("runtime", "threads", "dtype", "offload", "vae_tiling", "compile")
+    given = {name: getattr(arguments, name) for name in names}
+    return BackboneOptions(**given, t5=not arguments.no_t5)
+
+
+def open_codec(arguments: argparse.Namespace, runtime: str | None = None) -> Codec:
+    """Return the codec of the chosen model, with the entropy models of all rates loaded.
+
+    ``runtime`` is the default of ``--runtime``.
+    """
+    from percov2.codec import Codec
+
     with about(f"model {arguments.model}"):
-        given = (arguments.dtype, arguments.offload, arguments.vae_tiling, arguments.compile)
-        options = BackboneOptions(*given, t5=not arguments.no_t5)
+        options = _options(arguments)
+        if options.runtime is None and options.threads is None:
+            options = dataclasses.replace(options, runtime=runtime)
         codec = Codec.from_pretrained(arguments.model, arguments.device, options)
         for rate in codec.config.rates:
             codec.model_id(rate.name)

@@ -22,10 +22,15 @@ __all__ = [
 DEFAULT_MODEL = "tiny"
 
 
-def add_command(commands: Any, name: str, run: Any, help_: str) -> argparse.ArgumentParser:
-    """Add a command that calls ``run`` with its arguments, among them its ``parser``."""
+def add_command(
+    commands: Any, name: str, run: Any, help_: str, needs: tuple[str, ...] = ()
+) -> argparse.ArgumentParser:
+    """Add a command that calls ``run`` with its arguments, among them its ``parser``.
+
+    ``needs`` are an extra of percov2 and the modules of that extra without which nothing works.
+    """
     added: argparse.ArgumentParser = commands.add_parser(name, help=help_, description=help_)
-    added.set_defaults(run=run, parser=added)
+    added.set_defaults(run=run, parser=added, needs=needs)
     return added
 
 

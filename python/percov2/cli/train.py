@@ -117,7 +117,7 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("train", help="Train a model, phase by phase.")
     added = parser.add_subparsers(dest="phase", required=True, metavar="PHASE")
     for phase, (text, options) in PHASES.items():
-        one = add_command(added, phase, train, text)
+        one = add_command(added, phase, train, text, ("train", "torch", "accelerate"))
         for option in options:
             name = "--" + option.replace("_", "-")
             help_ = _OWN_HELP.get(f"{phase} {name}", OPTIONS[option]["help"])

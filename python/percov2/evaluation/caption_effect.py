@@ -15,9 +15,10 @@ from tqdm import tqdm
 from percov2.codec import Codec
 from percov2.evaluation.gallery import Cell
 from percov2.evaluation.modes import require_captioned
-from percov2.models.perceptual import LPIPS
-from percov2.models.tiny.backbone import CodecModel
-from percov2.models.tiny.flow import estimate_clean
+from percov2.images import from_unit_range, to_unit_range
+from percov2.models.tiny.torch.backbone import TinyTorchModel
+from percov2.models.torch.flow import estimate_clean
+from percov2.models.torch.perceptual import LPIPS
 
 __all__ = ["caption_effect", "caption_pictures", "other_captions", "paired_interval"]
 
@@ -79,8 +80,8 @@ def caption_effect(
         MetricWeightsMissing: the weights of LPIPS are not installed.
     """
     model = codec.model
-    if not isinstance(model, CodecModel):
-        raise ValueError(f"{codec.config.name} is not a tiny model; only tiny has a flow loss here")
+    if not isinstance(model, TinyTorchModel):
+        raise ValueError("the flow loss needs a small model on torch: open it with runtime='torch'")
     require_captioned(crops, captions)
     if len(crops) < 2 or not all(captions):
         raise ValueError("give at least two crops, each with a caption")
@@ -88,7 +89,7 @@ def caption_effect(
     steps, guidance = _sampling(codec, rate, steps, guidance)
     network = LPIPS("vgg")
     found: dict[str, list[list[Tensor]]] = {"flow_loss": [[], []], "lpips_vgg": [[], []]}
-    photos = _normalised(crops)
+    photos = torch.from_numpy(to_unit_range(crops))
     for begin in tqdm(range(0, len(crops), _BATCH), desc=rate, disable=not progress):
         part = slice(begin, begin + _BATCH)
         tokens = model.encode_tokens(photos[part], rate)
@@ -118,10 +119,6 @@ def _sampling(
     return steps, codec.config.guidance if guidance is None else guidance
 
 
-def _normalised(crops: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def caption_pictures(
     codec: Codec,
     crops: NDArray[np.uint8],
@@ -139,18 +136,18 @@ def caption_pictures(
     steps, guidance = _sampling(codec, rate, steps, guidance)
     rows = []
     for crop, right, other in zip(crops, captions, others, strict=True):
-        tokens = codec.model.encode_tokens(_normalised(crop[None].copy()), rate)
+        tokens = codec.model.encode_tokens(to_unit_range(crop[None]), rate)
         row: list[Cell] = [("original", Image.fromarray(crop))]
         for text in ("", right, other):
-            pixels = codec.model.reconstruct(tokens, rate, [text], steps, guidance, 0)[0]
-            levels = ((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0)
-            row.append((text or "no caption", Image.fromarray(levels.cpu().numpy())))
+            pixels = codec.model.reconstruct(tokens, rate, [text], steps, guidance, 0)
+            picture = Image.fromarray(from_unit_range(pixels)[0].copy())
+            row.append((text or "no caption", picture))
         rows.append(row)
     return rows
 
 
 def _flow_loss(
-    model: CodecModel, photos: Tensor, tokens: Tensor, rate: str, captions: Sequence[str]
+    model: TinyTorchModel, photos: Tensor, tokens: Tensor, rate: str, captions: Sequence[str]
 ) -> Tensor:
     """Return the error of the estimated clean latents, [B], averaged over TIMES."""
     photos = photos.to(model.device).contiguous(memory_format=torch.channels_last)

@@ -1,26 +1,23 @@
 """Distances between a restored picture and its original.
 
-MS-SSIM needs torchmetrics (extra ``eval``). LPIPS and DISTS need weights that are installed
-separately (``perceptual.INSTALL_HINT``). A measure without a value is None, and a note gives the
-reason.
+PSNR and MS-SSIM need numpy only. LPIPS and DISTS are networks: they need the extra ``eval``, and
+weights that are installed separately (``perceptual.INSTALL_HINT``). A missing value is None, and a
+note gives the reason.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.utils import convert_conv2d_weight_memory_format
 
-from percov2.models.perceptual import DISTS, INSTALL_HINT, LPIPS, MetricWeightsMissing
+from percov2.extras import MissingExtra, require
 
 __all__ = [
-    "EVAL_HINT",
     "HIGHER_IS_BETTER",
     "METRICS",
     "NotMeasured",
@@ -40,9 +37,12 @@ MIN_MS_SSIM_SIDE = 176
 MIN_NETWORK_SIDE = 32
 """Shortest side for the networks, which halve a picture five times."""
 
-EVAL_HINT = "pip install 'percov2[eval]'"
+_EXPONENTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+_WINDOW = np.exp(-(np.arange(-5, 6, dtype=np.float32) ** 2) / (2 * 1.5**2))
+_WINDOW /= _WINDOW.sum()
 
 Pixels = NDArray[np.uint8]
+Floats = NDArray[np.float32]
 
 
 class Original:
@@ -53,12 +53,12 @@ class Original:
 
     def __init__(self, pixels: Pixels) -> None:
         self.pixels = pixels
-        self._features: dict[str, list[Tensor]] = {}
+        self._features: dict[str, Any] = {}
 
-    def features(self, name: str) -> list[Tensor]:
-        """Return the original's features in the network of the measure ``name``."""
+    def features(self, name: str) -> Any:
+        """Return the picture's features in the network of a measure."""
         if name not in self._features:
-            self._features[name] = _features(name, self.pixels)
+            self._features[name] = _networks().features(name, self.pixels)
         return self._features[name]
 
 
@@ -97,7 +97,7 @@ def measure_batch(
     originals: Pixels,
     restored: Pixels,
     names: Sequence[str] = METRICS,
-    device: str | torch.device = "cpu",
+    device: str = "cpu",
 ) -> tuple[dict[str, NDArray[np.float64]], list[str]]:
     """Measure restored pictures, uint8 [N, H, W, 3] sRGB, with the networks on a device.
 
@@ -123,23 +123,14 @@ def measure_batch(
     return values, sorted(notes)
 
 
-_BATCH = 4
-"""Pictures per call of a network. Larger batches take more memory and are no faster on a CPU."""
-
-
-@torch.inference_mode()
-def _distances(
-    name: str, originals: Pixels, restored: Pixels, device: str | torch.device
-) -> NDArray[np.float64]:
-    """Return LPIPS or DISTS, [N], of pictures, uint8 [N, H, W, 3], or raise NotMeasured."""
-    network = _network(name, str(device))
+def _distances(name: str, originals: Pixels, restored: Pixels, device: str) -> NDArray[np.float64]:
+    networks = _networks()
     if len(originals):
         _require_side(originals[0], MIN_NETWORK_SIDE)
-    found = [
-        network(*(_seen(name, x[i : i + _BATCH]).to(device) for x in (restored, originals)))
-        for i in range(0, len(originals), _BATCH)
-    ]
-    return torch.cat([torch.empty(0), *(x.cpu() for x in found)]).double().numpy()
+    try:
+        return networks.distances(name, originals, restored, device)
+    except networks.MetricWeightsMissing as error:
+        raise NotMeasured(str(error)) from None
 
 
 def psnr(original: Pixels, restored: Pixels) -> float:
@@ -151,26 +142,71 @@ def psnr(original: Pixels, restored: Pixels) -> float:
 
 
 def ms_ssim(original: Pixels, restored: Pixels) -> float:
-    """Return the multi-scale structural similarity (Wang et al. 2003), the mean over R, G and B.
+    """Return the multi-scale structural similarity, 0..1 (Wang et al. 2003), mean over R, G, B.
 
-    The value is 0..1. Raises NotMeasured if a side is too short or torchmetrics is missing.
+    It has five scales and an 11-pixel Gaussian window with σ = 1.5, without padding.
     """
     _require_side(original, MIN_MS_SSIM_SIDE)
-    try:
-        from torchmetrics.functional.image import (
-            multiscale_structural_similarity_index_measure as compute,
-        )
-    except ImportError:
-        raise NotMeasured(f"torchmetrics is missing; {EVAL_HINT}") from None
-    pair = (_levels(x[None]) for x in (restored, original))
-    return float(compute(*pair, data_range=1.0))
+    planes = (pixels.transpose(2, 0, 1).astype(np.float32) for pixels in (original, restored))
+    x, y = (levels / np.float32(255) for levels in planes)
+    value = 1.0
+    for scale, exponent in enumerate(_EXPONENTS):
+        similarity, contrast = _ssim(x, y)
+        last = scale == len(_EXPONENTS) - 1
+        value *= max(similarity if last else contrast, 0.0) ** exponent
+        if not last:
+            x, y = _halved(x), _halved(y)
+    return value
+
+
+def _ssim(x: Floats, y: Floats) -> tuple[float, float]:
+    """Return the structural similarity of planes [3, H, W] and its part without luminance."""
+    mean_x, mean_y = _blurred(x), _blurred(y)
+    square_x, square_y, product = mean_x * mean_x, mean_y * mean_y, mean_x * mean_y
+    spread = _blurred(x * x) - square_x + _blurred(y * y) - square_y
+    contrast = (2 * (_blurred(x * y) - product) + 0.03**2) / (spread + 0.03**2)
+    luminance = (2 * product + 0.01**2) / (square_x + square_y + 0.01**2)
+    return float((luminance * contrast).mean(dtype=float)), float(contrast.mean(dtype=float))
+
+
+def _blurred(planes: Floats) -> Floats:
+    """Return planes [3, H, W] under the Gaussian window, [3, H - 10, W - 10]."""
+    for axis in (1, 2):
+        length = planes.shape[axis] - len(_WINDOW) + 1
+        places = [range(i, i + length) for i in range(len(_WINDOW))]
+        total = np.zeros_like(planes.take(places[0], axis))
+        for weight, place in zip(_WINDOW, places, strict=True):
+            total += weight * planes.take(place, axis)
+        planes = total
+    return planes
+
+
+def _halved(planes: Floats) -> Floats:
+    """Return the means of 2×2 pixels; an odd last row or column is left out."""
+    channels, height, width = planes.shape
+    even = planes[:, : height // 2 * 2, : width // 2 * 2]
+    return even.reshape(channels, height // 2, 2, width // 2, 2).mean((2, 4))
 
 
 def _distance(name: str, original: Original, restored: Pixels) -> float:
     """Return LPIPS 0.1 (Zhang et al. 2018) or DISTS (Ding et al. 2020). Equal pictures give 0."""
     _require_side(original.pixels, MIN_NETWORK_SIDE)
-    with torch.inference_mode():
-        return float(_network(name).distance(_features(name, restored), original.features(name)))
+    networks = _networks()
+    try:
+        return networks.distance(name, networks.features(name, restored), original.features(name))
+    except networks.MetricWeightsMissing as error:
+        raise NotMeasured(str(error)) from None
+
+
+def _networks() -> Any:
+    """Return the module of the networks, which needs torch."""
+    try:
+        require("eval", "it", "torch", "torchmetrics")
+    except MissingExtra as error:
+        raise NotMeasured(str(error)) from None
+    from percov2.evaluation import metric_networks
+
+    return metric_networks
 
 
 _NETWORKS = ("lpips_alex", "lpips_vgg", "dists")
@@ -185,31 +221,3 @@ def _require_side(pixels: Pixels, least: int) -> None:
     height, width = pixels.shape[:2]
     if min(height, width) < least:
         raise NotMeasured(f"it needs sides of {least} pixels, but the picture is {width}x{height}")
-
-
-def _levels(pixels: Pixels) -> Tensor:
-    """Return pixels, uint8 [B, H, W, 3], as float [B, 3, H, W] in [0, 1] with channels last."""
-    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 255
-
-
-def _seen(name: str, pixels: Pixels) -> Tensor:
-    """Return pixels as the input of a network."""
-    return _levels(pixels) if name == "dists" else _levels(pixels) * 2 - 1
-
-
-def _features(name: str, pixels: Pixels) -> list[Tensor]:
-    with torch.inference_mode():
-        return _network(name).features(_seen(name, pixels[None]))
-
-
-@lru_cache(maxsize=6)
-def _load_network(name: str, device: str) -> LPIPS | DISTS:
-    network = DISTS() if name == "dists" else LPIPS(name.removeprefix("lpips_"))
-    return convert_conv2d_weight_memory_format(network.eval().to(device), torch.channels_last)
-
-
-def _network(name: str, device: str = "cpu") -> LPIPS | DISTS:
-    try:
-        return _load_network(name, device)
-    except MetricWeightsMissing:
-        raise NotMeasured(f"its weights are not installed; {INSTALL_HINT}") from None

@@ -20,6 +20,7 @@ from percov2.evaluation.gallery import plot_quality
 from percov2.evaluation.metrics import measure
 from percov2.evaluation.realism import FrechetDistance
 from percov2.evaluation.writers import write_json
+from percov2.images import from_unit_range, to_unit_range
 
 __all__ = ["operating_modes", "plot_modes", "require_captioned"]
 
@@ -77,10 +78,9 @@ def operating_modes(
     wanted = [mode for mode in modes if mode not in known]
     if not wanted:
         return records
-    photos = torch.from_numpy(crops).permute(0, 3, 1, 2)
     parts = [slice(i, i + _BATCH) for i in range(0, len(crops), _BATCH)]
     tokens = [
-        codec.model.encode_tokens(photos[part].float() / 127.5 - 1, name)
+        codec.model.encode_tokens(to_unit_range(crops[part]), name)
         for part in tqdm(parts, desc="tokens", disable=not progress)
     ]
     for realism, count, guidance in wanted:
@@ -95,9 +95,9 @@ def operating_modes(
                 tokens[i], name, captions[part], count, guidance, i, asked
             )
             spent += time.perf_counter() - before
-            restored = ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-            distance.add(photos[part], real=True)
-            distance.add(restored, real=False)
+            restored = from_unit_range(pixels)
+            distance.add(_planes(crops[part]), real=True)
+            distance.add(_planes(restored), real=False)
             values += _measured(crops[part], restored)
         mode = {"rate": name, "realism": realism, "steps": count, "guidance": guidance}
         sizes = {"crops": len(crops), "side": crops.shape[1]}
@@ -109,9 +109,13 @@ def operating_modes(
     return records
 
 
-def _measured(crops: NDArray[np.uint8], restored: Tensor) -> list[list[float]]:
+def _planes(crops: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(crops.transpose(0, 3, 1, 2)))
+
+
+def _measured(crops: NDArray[np.uint8], restored: NDArray[np.uint8]) -> list[list[float]]:
     rows = []
-    for crop, picture in zip(crops, restored.permute(0, 2, 3, 1).numpy(), strict=True):
+    for crop, picture in zip(crops, restored, strict=True):
         values, notes = measure(crop, np.ascontiguousarray(picture), MODE_METRICS)
         if None in values.values():
             raise ValueError("; ".join(notes))

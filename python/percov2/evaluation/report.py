@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -227,8 +226,6 @@ def evaluate(
             gallery.append([(label, half_size(picture)) for label, picture in cells])
     report = {
         "percov2": __version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
         **described(codec, setting),
         "mean": means(records),
         "images": records,
@@ -307,7 +304,7 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
         f"percov2 {report['percov2']}, model id {report['model_id']}, schedule "
         f"{report['schedule']}, {report['steps']} steps, guidance {report['guidance']}, seed "
         f"{report['seed']}, effort {report['effort']}, slack {report['slack']}, {held}; "
-        f"torch {report['torch']}, {report['threads']} threads. bpp counts the whole file.",
+        f"{report['runtime']}. bpp counts the whole file.",
         table(images, "image"),
     ]
     baselines = report["baselines"].items()

@@ -44,6 +44,7 @@ def described(codec: Codec, setting: Setting) -> dict[str, Any]:
     rate = setting.rate(codec)
     return {
         "model": config.name,
+        "runtime": codec.model.runtime,
         "model_id": f"{codec.model_id(rate):04x}",
         "rate": rate,
         "schedule": encode.schedule or config.default_schedule,

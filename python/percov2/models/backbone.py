@@ -1,4 +1,4 @@
-"""The base of all backbones, between the codec and its networks, and their lookup by name.
+"""The interface between the codec and its networks, and the lookup of a backbone by name.
 
 A backbone turns images into tokens and tokens into images; it knows no entropy models or files. Its
 module is imported when it is opened, and its networks load on first use.
@@ -7,41 +7,56 @@ module is imported when it is opened, and its networks load on first use.
 from __future__ import annotations
 
 import importlib
+import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from percov2.extras import require
 from percov2.models.config import ModelConfig, find_model
-from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
-from percov2.models.quantizer import VectorQuantizer, load_quantizer, stored_codebook
+from percov2.models.stored_tensors import read_tensors
 
-__all__ = ["DTYPES", "Backbone", "BackboneOptions", "open_backbone"]
+__all__ = ["DTYPES", "RUNTIMES", "Backbone", "BackboneOptions", "check_runtime", "open_backbone"]
 
-_HOME = {"tiny": "CodecModel", "sd3": "SD3Model", "perco": "PerCoModel"}
-DTYPES = ("fp32", "bf16", "fp16")
+_ON_ONNX = {"tiny": "tiny.backbone:TinyModel"}
+_ON_TORCH = {
+    "tiny": "tiny.torch.backbone:TinyTorchModel",
+    "sd3": "sd3.backbone:SD3Model",
+    "perco": "perco.backbone:PerCoModel",
+}
+"""The module and class of a kind of backbone, imported when a model is opened."""
+DTYPES = ("fp32", "bf16", "fp16", "int8")
+RUNTIMES = ("onnx", "torch")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
-    """Options of a large backbone. They never change a file's meaning; "tiny" accepts none.
+    """Options of the networks' runtime. They never change a file's meaning.
 
     Attributes:
-        dtype: dtype of the base model's networks, "fp32", "bf16" or "fp16"; None for "fp32" on the
-            CPU and "bf16" elsewhere.
-        offload: keep networks in CPU memory and move each to the device only while it runs.
+        runtime: "onnx" (ONNX Runtime, for small models on the CPU) or "torch"; None for "onnx" if
+            the model folder has graphs and the device is the CPU, else "torch".
+        threads: threads of "onnx", at least 1; None for all available cores. They never change
+            tokens.
+        dtype: number format of the networks. For "tiny" it is that of the decoder: "fp32" or, with
+            runtime "onnx", "int8"; None for "int8" if the folder has that graph and the processor
+            has AVX-512 VNNI. For large backbones: "fp32", "bf16" or "fp16" for the base model's
+            networks; None for "fp32" on the CPU and "bf16" elsewhere.
+        offload: keep networks in CPU memory and move each to the device only while it runs. This
+            option and the following ones are for large backbones.
         vae_tiling: run the base model's autoencoder in tiles, to bound its memory.
         compile: compile the flow network with ``torch.compile``; this slows the first picture.
         t5: use SD3's third and largest text encoder; False replaces its embeddings with zeros.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype or runtime, or threads below 1.
     """
 
+    runtime: str | None = None
+    threads: int | None = None
     dtype: str | None = None
     offload: bool = False
     vae_tiling: bool = False
@@ -51,83 +66,90 @@ class BackboneOptions:
     def __post_init__(self) -> None:
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype must be one of {DTYPES}, not {self.dtype!r}")
+        if self.runtime not in (None, *RUNTIMES):
+            raise ValueError(f"runtime must be one of {RUNTIMES}, not {self.runtime!r}")
+        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
+            raise ValueError(f"threads must be a whole number of at least 1, not {self.threads!r}")
+
+    def large(self) -> list[str]:
+        """Return the names of the options of large backbones that are not at their defaults."""
+        given = {"t5": not self.t5}
+        given |= {name: getattr(self, name) for name in ("offload", "vae_tiling", "compile")}
+        return [name for name, is_given in given.items() if is_given]
 
 
 class Backbone(ABC):
     """The float networks of a model folder: images -> tokens, tokens -> images.
 
-    ``config`` is the folder's ``config.json``. ``quantizer`` and ``hyper_encoder`` return the
-    network of a rate by name, loaded once. Raises ValueError for a folder that is no model.
+    Arrays go in and come out; a backbone on torch returns tensors for tensors. ``config`` is the
+    folder's ``config.json``. Raises ValueError for a folder that is no model.
     """
 
-    def __init__(self, folder: Path, device: str) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder, self.device = Path(folder), device
         self.config = ModelConfig.load(self.folder)
-        self.quantizer = lru_cache(None)(self._load_quantizer)
-        self.hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
 
-    def _load_quantizer(self, rate: str) -> VectorQuantizer:
-        point = self.config.rate(rate)
-        return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
-
-    def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
-        point = self.config.rate(rate)
-        return load_hyper_encoder(self.folder / point.name / "hyper_encoder", point, self.device)
+    @property
+    @abstractmethod
+    def runtime(self) -> str:
+        """Return the runtime of the networks, its version and its threads, for reports."""
 
     def codebook_bytes(self, rate: str) -> bytes:
         """Return the stored codebook, float32 little-endian, row after row, for the model id."""
-        return stored_codebook(self.folder / self.config.rate(rate).name / "quantizer")
+        folder = self.folder / self.config.rate(rate).name / "quantizer"
+        (codebook,) = read_tensors(folder / "model.safetensors", "codebook").values()
+        return codebook.astype("<f4").tobytes()
 
-    def _token_side(self, images: Tensor, rate: str) -> int:
+    def token_side(self, images: Any, rate: str) -> int:
         """Return a rate's token side; ValueError unless it divides the sides of images."""
         side = self.config.rate(rate).token_side
-        if images.shape[-1] % side or images.shape[-2] % side:
-            raise ValueError(
-                f"picture sides must be multiples of {side}: {tuple(images.shape[-2:])}"
-            )
+        height, width = images.shape[-2:]
+        if height % side or width % side:
+            raise ValueError(f"picture sides must be multiples of {side}: {(height, width)}")
         return side
 
     @abstractmethod
-    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
-        """Yield hyper-latents [1, M, H/s, W/s] of one image after the other.
-
-        Images never share a batch: convolution libraries choose their summation order by batch
-        size, and an image's tokens must not depend on its neighbours. Arguments and errors as for
-        ``encode_tokens``.
-        """
-
-    @torch.inference_mode()
-    def directions(self, images: Tensor, rate: str) -> Tensor:
+    def directions(self, images: Any, rate: str) -> Any:
         """Return the unit vectors before quantization, float32 [B, H/s, W/s, D].
 
         Arguments and errors as for ``encode_tokens``.
         """
-        quantizer = self.quantizer(rate)
-        return torch.cat([quantizer.directions(z) for z in self.hyper_latents(images, rate)])
 
-    @torch.inference_mode()
-    def encode_tokens(self, images: Tensor, rate: str) -> Tensor:
+    @abstractmethod
+    def candidates(self, directions: Any, rate: str, count: int) -> tuple[Any, Any]:
+        """Return tokens int32 and cosine similarities float32 of the nearest codes, nearest first.
+
+        Both are [B, h, w, min(count, V)]; directions are those of the method of this name.
+        """
+
+    @abstractmethod
+    def nearest(self, directions: Any, rate: str) -> Any:
+        """Return the token int32 [B, h, w] of each direction; the lowest index wins a tie."""
+
+    def encode_tokens(self, images: Any, rate: str) -> Any:
         """Return tokens int32 [B, H/s, W/s] of images, s = the rate's token side.
 
-        Images are float [B, 3, H, W] in [-1, 1]; a batch never changes an image's tokens. Raises
+        Images are float32 [B, 3, H, W] in [-1, 1]; a batch never changes an image's tokens. Raises
         ValueError if H or W is not a multiple of s, and for an unknown rate.
         """
-        return self.quantizer(rate).nearest(self.directions(images, rate))
+        return self.nearest(self.directions(images, rate), rate)
 
     @abstractmethod
     def reconstruct(
         self,
-        tokens: Tensor,
+        tokens: Any,
         rate: str,
         captions: Sequence[str],
         steps: int,
         guidance: float,
         seed: int,
         realism: float | None = None,
-    ) -> Tensor:
-        """Return images float [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
+    ) -> Any:
+        """Return images float32 [B, 3, h·s, w·s] in [-1, 1] from tokens int [B, h, w] and captions.
 
         Args:
+            tokens: codebook indices.
+            rate: name of their rate.
             captions: one per image, "" for none.
             steps: evaluations of the flow, at least 1.
             guidance: classifier-free guidance on captions; 1 turns it off.
@@ -141,6 +163,36 @@ class Backbone(ABC):
         """
 
 
+def check_runtime(folder: Path, kind: str, device: str, options: BackboneOptions) -> str:
+    """Return the runtime of a kind of backbone in a folder on a device: "onnx" or "torch".
+
+    Raises:
+        ValueError: a device, runtime or option that this kind does not have.
+    """
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
+        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
+    if kind == "tiny" and (given := options.large()):
+        raise ValueError(f"this small model accepts no {', '.join(given)}")
+    possible = kind == "tiny" and device == "cpu"
+    if options.runtime == "onnx" and not possible:
+        raise ValueError(
+            f"runtime 'onnx' runs small models on the CPU; {kind} on {device} needs 'torch'"
+        )
+    has_graphs = possible and (folder / "flow" / "graph.onnx").is_file()
+    runtime = options.runtime or ("onnx" if has_graphs else "torch")
+    known = ("fp32", "int8") if kind == "tiny" else ("fp32", "bf16", "fp16")
+    if options.dtype not in (None, *known) or (options.dtype, runtime) == ("int8", "torch"):
+        raise ValueError(f"dtype {options.dtype!r} is not one of {kind} with runtime {runtime!r}")
+    if options.threads is not None and runtime != "onnx":
+        raise ValueError("threads is an option of runtime 'onnx'; torch has OMP_NUM_THREADS")
+    return runtime
+
+
+def _available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def open_backbone(
     name_or_path: str | Path, device: str = "cpu", options: BackboneOptions | None = None
 ) -> Backbone:
@@ -150,23 +202,36 @@ def open_backbone(
         name_or_path: an embedded model ("tiny"), a model folder or a saved pipeline. ``KIND:PATH``
             ("sd3:PATH", "perco:PATH") requires a kind of backbone; its PATH may also be a hub id
             ("owner/name"), which is downloaded.
-        device: torch device; "cuda" is the card that is current now.
+        device: "cpu", "cuda" or "cuda:N"; "cuda" is the GPU that is current now.
         options: backbone options; None for the defaults.
 
     Raises:
         ValueError: no such model or device, another kind of backbone, or options that the backbone
-            does not take.
+            does not accept.
+        MissingExtra: the runtime needs torch, which is not installed.
     """
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        place = torch.device("meta")
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {device!r} is not available on this machine; use cpu")
-    if place.type == "cuda" and place.index is None:
-        device = f"cuda:{torch.cuda.current_device()}"
+    options = options or BackboneOptions()
     folder, config = find_model(name_or_path)
-    module = importlib.import_module(f"percov2.models.{config.backbone}.backbone")
-    return getattr(module, _HOME[config.backbone])(folder, device, options or BackboneOptions())
+    if check_runtime(folder, config.backbone, str(device), options) == "onnx":
+        threads = options.threads or _available_cores()
+        return _home(_ON_ONNX[config.backbone])(folder, threads, options.dtype)
+    return _open_on_torch(folder, config.backbone, str(device), options)
+
+
+def _home(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(f"percov2.models.{module}"), name)
+
+
+def _open_on_torch(folder: Path, kind: str, device: str, options: BackboneOptions) -> Backbone:
+    require("torch", f"a {kind!r} model on torch", "torch", "diffusers", "transformers")
+    import torch
+
+    if device.startswith("cuda"):
+        place = torch.device(device)
+        if (place.index or 0) >= torch.cuda.device_count():
+            raise ValueError(f"device {device!r} is not available on this machine; use cpu")
+        if place.index is None:
+            device = f"cuda:{torch.cuda.current_device()}"
+    backbone: Backbone = _home(_ON_TORCH[kind])(folder, device, options)
+    return backbone

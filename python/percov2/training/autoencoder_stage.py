@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from percov2.models.tiny.autoencoder import PatchAutoencoder
+from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
 from percov2.photos import CropPlan, PhotoCrops
 from percov2.training.losses import LossTerms, PerceptualNetworks, Term, draw_view, weighted
 from percov2.training.stage import Figures, Place, TrainingStage

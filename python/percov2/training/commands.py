@@ -12,10 +12,14 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from percov2.images import to_unit_range
 from percov2.models.config import ModelConfig
-from percov2.models.storage import save_component
-from percov2.models.tiny.autoencoder import PatchAutoencoder
-from percov2.models.tiny.backbone import CodecModel
+from percov2.models.tiny.backbone import TinyModel
+from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
+from percov2.models.tiny.torch.backbone import TinyTorchModel
+from percov2.models.tiny.torch.graphs import write_graphs
+from percov2.models.tiny.torch.int8_decoder import write_int8_decoder
+from percov2.models.torch.storage import save_component
 from percov2.photos import CropPlan, PhotoCrops, decode_shards, is_held_out
 from percov2.training import warm_start
 from percov2.training.adversary import AdversaryConfig
@@ -34,6 +38,9 @@ from percov2.training.settings import (
 from percov2.training.shards import image_batch
 from percov2.training.stage1 import CodecConfig, CodecStage
 from percov2.training.stage2 import EntropyConfig, train_entropy
+
+_CALIBRATION_PHOTOS = 32
+_CALIBRATION_SIDE = 256
 
 __all__ = ["autoencoder_stage", "codec_stage", "run_autoencoder", "run_captions", "run_codec"]
 __all__ += ["run_data", "run_entropy", "run_export", "run_tokens"]
@@ -125,7 +132,7 @@ def run_codec(
     if stage.config.distil:
         if start_from is None or not (start_from / "config.json").is_file():
             raise ValueError("distil needs --start-from with a model folder, the teacher")
-        stage.learn_from(CodecModel(start_from).autoencoder)
+        stage.learn_from(TinyTorchModel(start_from).autoencoder)
     # An interrupted run resumes from its own checkpoint, which holds all weights.
     if not (out / "checkpoint.pt").is_file():
         if autoencoder_run is not None:
@@ -158,7 +165,8 @@ def run_export(
     Raises:
         ValueError: an entropy model is for a rate that is not in the configuration.
     """
-    stage, _ = codec_stage(config, PhotoCrops(data), recipe)
+    photos = PhotoCrops(data)
+    stage, _ = codec_stage(config, photos, recipe)
     first = next(iter(stage.rates))
     pairs = [text.partition("=") if "=" in text else (first, "=", text) for text in entropy or ()]
     folders = {name: Path(folder) for name, _, folder in pairs}
@@ -186,7 +194,31 @@ def run_export(
     ).save(out)
     for name, folder in folders.items():
         shutil.copytree(folder, out / name / "entropy", dirs_exist_ok=True)
+    write_graphs(out)
+    write_int8_graph(out, photos)
     write_model_ids(out)
+
+
+def write_int8_graph(folder: Path, photos: PhotoCrops) -> None:
+    """Write the int8 graph of a small model's decoder, with scales measured on training photos.
+
+    Photos smaller than a token of the coarsest rate do not count. Without larger ones, there is no
+    int8 graph.
+    """
+    model = TinyModel(folder, threads=1)
+    side = max(rate.token_side for rate in model.config.rates)
+    large = [photo for photo in photos.photos if min(photo.height, photo.width) >= side]
+    latents = []
+    for i, photo in enumerate(large[:: max(1, len(large) // _CALIBRATION_PHOTOS)]):
+        rate = model.config.rates[i % len(model.config.rates)].name
+        sides = (photo.height, photo.width)
+        height, width = (min(n // side * side, _CALIBRATION_SIDE) for n in sides)
+        images = to_unit_range(photos.pixels(photo)[None, :height, :width])
+        tokens = model.encode_tokens(images, rate)
+        steps = model.config.default_steps(rate)
+        latents.append(model.latents(tokens, rate, [""], steps, 1.0, seed=i))
+    if latents:
+        write_int8_decoder(folder / "autoencoder", latents)
 
 
 def _token_views(
@@ -229,7 +261,7 @@ def run_tokens(
     """
     if views < 1:
         raise ValueError(f"views must be at least 1, not {views}")
-    codec = CodecModel(model)
+    codec = TinyTorchModel(model)
     point = codec.config.rate(rate or codec.config.default_rate)
     side = point.token_side
     photos = PhotoCrops(data, "all")

@@ -26,9 +26,9 @@ from torch import Tensor
 from percov2.entropy.transformer_config import MAX_CODEBOOK
 from percov2.entropy.uniform import uniform_model
 from percov2.models.config import LATENT_SIDE, ModelConfig, Rate
-from percov2.models.hyper_encoder import HyperEncoder
 from percov2.models.perco.checkpoint import hyper_encoder_tensors, quantizer_tensors, unet_tensors
-from percov2.models.quantizer import VectorQuantizer
+from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.quantizer import VectorQuantizer
 
 __all__ = ["GRIDS", "Checkpoint", "find_checkpoints", "import_perco"]
 

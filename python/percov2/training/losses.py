@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from percov2.models.perceptual import LPIPS
+from percov2.models.torch.perceptual import LPIPS
 
 __all__ = ["FEATURES", "FEATURE_CHANNELS", "Comparison", "LossTerms", "PerceptualNetworks", "Term"]
 __all__ += ["View", "draw_view", "least_side", "weighted"]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from percov2.models.config import Rate
-from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.quantizer import Quantized, VectorQuantizer
-from percov2.models.tiny.autoencoder import PatchAutoencoder
+from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
+from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.quantizer import Quantized, VectorQuantizer
 from percov2.photos import CropPlan
 from percov2.training.losses import LossTerms, least_side
 

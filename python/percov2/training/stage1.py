@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from percov2.models.quantizer import Quantized
-from percov2.models.tiny.autoencoder import PatchAutoencoder
-from percov2.models.tiny.dial import RealismDial
-from percov2.models.tiny.flow import build_flow, estimate_clean, upsample_z_hat
-from percov2.models.tiny.text_encoder import HashedTextEncoder
+from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
+from percov2.models.tiny.torch.dial import RealismDial
+from percov2.models.tiny.torch.text_encoder import HashedTextEncoder
+from percov2.models.torch.flow import build_flow, estimate_clean, upsample_z_hat
+from percov2.models.torch.quantizer import Quantized
 from percov2.photos import PhotoCrops
 from percov2.training import adversary, losses
 from percov2.training.adversary import Adversary, AdversaryConfig

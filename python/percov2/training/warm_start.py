@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from percov2.models.tiny.backbone import CodecModel
+from percov2.models.tiny.torch.backbone import TinyTorchModel
 from percov2.training.rates import RateNetworks
 from percov2.training.stage1 import CodecStage
 
@@ -96,7 +96,7 @@ def _fitted(fresh: State, stored: State) -> tuple[State, int]:
 
 def _model_state(folder: Path) -> State:
     """Return the weights of a model folder under the names that a codec run uses."""
-    model = CodecModel(folder)
+    model = TinyTorchModel(folder)
     parts: dict[str, torch.nn.Module] = {name: getattr(model, name) for name in _SHARED}
     if model.dial is not None:
         parts["dial"] = model.dial

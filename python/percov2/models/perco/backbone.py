@@ -17,16 +17,17 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
-from percov2.models.backbone import Backbone, BackboneOptions
+from percov2.models.backbone import BackboneOptions
 from percov2.models.config import LATENT_SIDE
-from percov2.models.hyper_encoder import HyperEncoder, load_hyper_encoder
-from percov2.models.placement import Placement, base_location, load_part
-from percov2.models.tiny.flow import WindowedEstimate, upsample_z_hat
+from percov2.models.torch.backbone import TorchBackbone
+from percov2.models.torch.flow import WindowedEstimate, upsample_z_hat
+from percov2.models.torch.hyper_encoder import HyperEncoder, load_hyper_encoder
+from percov2.models.torch.placement import Placement, base_location, load_part
 
 __all__ = ["PerCoModel"]
 
 
-class PerCoModel(Backbone):
+class PerCoModel(TorchBackbone):
     """The float networks of an imported folder and of its base model.
 
     The folder holds config.json and, per rate, hyper_encoder/, quantizer/ and unet/. Its ``base``
@@ -104,7 +105,7 @@ class PerCoModel(Backbone):
 
         The latents are the mean of the posterior (the original draws a sample).
         """
-        self._token_side(images, rate)
+        self.token_side(images, rate)
         hyper_encoder, vae = self.hyper_encoder(rate), self.autoencoder
         with self.place.at_work(vae):
             means = [vae.encode(x).latent_dist.mode() for x in images.to(self.device).split(1)]
@@ -120,8 +121,7 @@ class PerCoModel(Backbone):
         with self.place.at_work(self.text_encoder):
             return self.text_encoder(rows.to(self.device))[0]
 
-    @torch.inference_mode()
-    def reconstruct(
+    def paint(
         self,
         tokens: Tensor,
         rate: str,
@@ -129,9 +129,9 @@ class PerCoModel(Backbone):
         steps: int,
         guidance: float,
         seed: int,
-        realism: float | None = None,
+        realism: float | None,
     ) -> Tensor:
-        """Paint images from tokens and captions, as ``Backbone.reconstruct``.
+        """Paint images from tokens and captions, as ``reconstruct``.
 
         ``steps`` counts DDIM steps, at most those of the schedule; the original takes 20. The base
         model's spacing begins at time 951 of 1000 with 20 steps, at 801 with 5, at 1 with 1.

@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from percov2.models.backbone import Backbone, BackboneOptions
+from percov2.models.backbone import BackboneOptions
 from percov2.models.config import LATENT_SIDE
 from percov2.models.sd3.base import SD3Base, SD3Folder
 from percov2.models.sd3.latents import decode_latents, encode_latents
 from percov2.models.sd3.text import CaptionEmbedder
-from percov2.models.tiny.flow import WindowedEstimate, pad_to_patches, upsample_z_hat
+from percov2.models.torch.backbone import TorchBackbone
+from percov2.models.torch.flow import WindowedEstimate, pad_to_patches, upsample_z_hat
 
 __all__ = ["SD3Model"]
 
@@ -29,7 +30,7 @@ _POSITIONS_AT_ONCE = 128 * 128
 """Latent positions per sampled batch: one picture of 1024×1024 or four of 512×512."""
 
 
-class SD3Model(Backbone):
+class SD3Model(TorchBackbone):
     """The float networks of an "sd3" folder: images -> tokens, tokens -> images.
 
     The hyper-encoder and the quantizer run in float32, the base model in the options' dtype.
@@ -53,7 +54,7 @@ class SD3Model(Backbone):
 
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
         """Yield hyper-latents, as ``Backbone.hyper_latents``."""
-        side = self._token_side(images, rate)
+        side = self.token_side(images, rate)
         height, width = images.shape[-2:]
         hyper_encoder = self.hyper_encoder(rate)
         padded = pad_to_patches(images, _PATCH * LATENT_SIDE)
@@ -73,8 +74,7 @@ class SD3Model(Backbone):
         with self.base.place.at_work(autoencoder):
             return decode_latents(autoencoder, latents)
 
-    @torch.inference_mode()
-    def reconstruct(
+    def paint(
         self,
         tokens: Tensor,
         rate: str,
@@ -82,9 +82,9 @@ class SD3Model(Backbone):
         steps: int,
         guidance: float,
         seed: int,
-        realism: float | None = None,
+        realism: float | None,
     ) -> Tensor:
-        """Paint images from tokens and captions, as ``Backbone.reconstruct``.
+        """Paint images from tokens and captions, as ``reconstruct``.
 
         ``realism`` must be None: the dial of Stable Diffusion 3 is ``steps``.
         """

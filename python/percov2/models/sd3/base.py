@@ -9,9 +9,9 @@ from typing import Protocol
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
 from percov2.models.backbone import BackboneOptions
-from percov2.models.placement import Placement, base_location, load_part
 from percov2.models.sd3.flow import open_flow
 from percov2.models.sd3.text import TextNetworks, load_text_networks
+from percov2.models.torch.placement import Placement, base_location, load_part
 
 __all__ = ["SD3Base", "SD3Folder"]
 

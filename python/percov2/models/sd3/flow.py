@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from percov2.models.placement import load_part
-from percov2.models.tiny.flow import widen_patch_embedding
+from percov2.models.torch.flow import widen_patch_embedding
+from percov2.models.torch.placement import load_part
 
 __all__ = ["DELTA_FILE", "apply_delta", "load_delta", "open_flow", "save_delta"]
 

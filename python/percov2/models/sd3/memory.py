@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, SD3Transformer2DModel
 from torch import nn
 
 from percov2.models.config import LATENT_SIDE, PAPER_RATES
-from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.quantizer import VectorQuantizer
-from percov2.models.tiny.flow import widen_patch_embedding
+from percov2.models.torch.flow import widen_patch_embedding
+from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.quantizer import VectorQuantizer
 
 __all__ = ["Z_CHANNELS", "networks", "parameters", "tables", "transformer"]
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from percov2.models.placement import Placement, load_part
+from percov2.models.torch.placement import Placement, load_part
 
 __all__ = ["T5_TOKENS", "CaptionEmbedder", "TextNetworks", "load_text_networks"]
 

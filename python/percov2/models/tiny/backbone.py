@@ -1,174 +1,276 @@
-"""The backbone "tiny": the small networks of a model folder, loaded on first use.
+"""The backbone "tiny" on ONNX Runtime: a small autoencoder and flow transformer on the CPU.
 
-Compressing never loads the flow transformer; decompressing never loads the hyper-encoder.
+Compressing never loads the flow; decompressing never loads the encoders.
+``percov2.models.tiny.torch`` has the same networks as torch modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+import json
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
-import torch
-from diffusers import SD3Transformer2DModel
-from torch import Tensor
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
 
-from percov2.models.backbone import Backbone, BackboneOptions
-from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.storage import load_component
-from percov2.models.tiny import flow as flows
-from percov2.models.tiny.autoencoder import PatchAutoencoder
-from percov2.models.tiny.dial import RealismDial
-from percov2.models.tiny.text_encoder import HashedTextEncoder
+from percov2._native import instruction_sets
+from percov2.models.backbone import Backbone
+from percov2.models.config import LATENT_SIDE, PREDICTIONS
+from percov2.models.stored_tensors import read_tensors
+from percov2.models.tiny.captions import caption_rows
+from percov2.models.tiny.graphs import Graph
+from percov2.models.windows import Windows, sample, whole_patches
 
-__all__ = ["CodecModel"]
+__all__ = ["TinyModel", "draw_noise", "position_table"]
+
+Array = NDArray[np.float32]
+_WINDOWS_AT_ONCE = 8
+"""Windows per call of the flow, which bound the memory."""
 
 
-class CodecModel(Backbone):
+def draw_noise(shape: tuple[int, int, int], seed: int) -> Array:
+    """Return the starting noise and the decoder's noise, float32 [2, C, h, w].
+
+    ``shape`` is [C, h, w]. Both are normal with variance 1, the same for every runtime.
+    """
+    generator = np.random.Generator(np.random.PCG64(seed))
+    return generator.standard_normal((2, *shape), np.float32)
+
+
+def position_table(width: int, side: int, base_side: int) -> Array:
+    """Return SD3's table of sinusoids of positions, float32 [1, side², width].
+
+    Args:
+        width: channels of a patch.
+        side: largest number of patches a side.
+        base_side: number of patches a side whose positions are whole numbers.
+    """
+    frequencies = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    angles = np.arange(side)[:, None] * (base_side / side) * frequencies
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], 1)
+    rows = np.broadcast_to(waves[:, None], (side, side, width // 2))
+    columns = np.broadcast_to(waves[None], (side, side, width // 2))
+    return np.concatenate([columns, rows], 2).reshape(1, side * side, width).astype(np.float32)
+
+
+class TinyModel(Backbone):
     """The small networks of a model folder, whose layout is in docs/reference/model-folder.md.
 
-    Raises ValueError for options other than the defaults, as for a folder that is no model.
+    Args:
+        folder: the model's folder.
+        threads: threads of a network.
+        dtype: "int8" or "fp32" for the decoder's convolutions; None for "int8" if the folder has
+            that graph and the processor multiplies int8 fast (AVX-512 VNNI). All other networks run
+            in float32.
     """
 
-    def __init__(
-        self, folder: Path, device: str = "cpu", options: BackboneOptions | None = None
-    ) -> None:
-        if options not in (None, BackboneOptions()):
-            raise ValueError(f"{folder} is a small model: it accepts no {options}")
-        super().__init__(folder, device)
-
-    @cached_property
-    @torch.inference_mode(False)  # a token search needs gradients through it
-    def autoencoder(self) -> PatchAutoencoder:
-        """Return the autoencoder, channels last, which is twice as fast on the CPU."""
-        model = load_component(PatchAutoencoder, self.folder / "autoencoder", self.device)
-        return model.to(memory_format=torch.channels_last)
-
-    @cached_property
-    def flow(self) -> SD3Transformer2DModel:
-        """Return the widened flow transformer."""
-        return load_component(SD3Transformer2DModel, self.folder / "flow", self.device)
-
-    @cached_property
-    def text_encoder(self) -> HashedTextEncoder:
-        """Return the caption's conditioning network."""
-        return load_component(HashedTextEncoder, self.folder / "text_encoder", self.device)
-
-    @cached_property
-    def dial(self) -> RealismDial | None:
-        """Return the realism dial; None for a model without one."""
-        if self.config.realism is None:
-            return None
-        return load_component(RealismDial, self.folder / "dial", self.device)
+    def __init__(self, folder: Path, threads: int, dtype: str | None = None) -> None:
+        super().__init__(folder)
+        self.threads = threads
+        graph = self.folder / "autoencoder" / "decoder.int8.onnx"
+        chosen = "int8" if graph.is_file() and "avx512" in instruction_sets() else "fp32"
+        self.dtype = dtype or chosen
+        self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
+        self._quantizer = lru_cache(None)(self._load_quantizer)
 
     @property
-    def patch(self) -> int:
-        """Return the side of the flow's patches, in latent positions."""
-        return int(self.flow.config["patch_size"])
+    def runtime(self) -> str:
+        """Return the runtime of the networks, as ``Backbone.runtime``."""
+        version = onnxruntime.__version__
+        return f"onnxruntime {version}, {self.dtype} decoder, {self.threads} threads"
 
-    def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
-        return super()._load_hyper_encoder(rate).to(memory_format=torch.channels_last)
+    # Networks ------------------------------------------------------------------------------------
 
-    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
-        """Yield hyper-latents, as ``Backbone.hyper_latents``."""
-        self._token_side(images, rate)
-        hyper_encoder = self.hyper_encoder(rate)
-        for image in images.to(self.device).split(1):
-            latents = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
-            yield hyper_encoder(latents)
+    @cached_property
+    def _encoder(self) -> Graph:
+        return Graph(self.folder / "autoencoder" / "encoder.onnx", self.threads, "encoder.")
 
-    def z_hat(self, tokens: Tensor, rate: str) -> Tensor:
-        """Return the flow's input z_hat [B, C, H/8, W/8] of tokens int [B, h, w].
+    @cached_property
+    def _decoder(self) -> Graph:
+        int8 = self.dtype == "int8"
+        name = "decoder.int8.onnx" if int8 else "decoder.onnx"
+        return Graph(self.folder / "autoencoder" / name, self.threads, "decoder.", int8)
 
-        Raises ValueError for tokens out of range and an unknown rate.
-        """
-        ratio = self.config.rate(rate).token_side // PatchAutoencoder.stride
-        z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
-        return flows.upsample_z_hat(z_hat, tokens.shape[-2] * ratio, tokens.shape[-1] * ratio)
+    @cached_property
+    def _flow_config(self) -> dict[str, Any]:
+        path = self.folder / "flow" / "config.json"
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return config
 
-    @torch.inference_mode()
+    @cached_property
+    def _flow(self) -> Graph:
+        config = self._flow_config
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        base_side = config["sample_size"] // config["patch_size"]
+        table = position_table(width, config["pos_embed_max_size"], base_side)
+        path = self.folder / "flow" / "graph.onnx"
+        return Graph(path, self.threads, extra={"pos_embed.pos_embed": table})
+
+    def _load_hyper_encoder(self, rate: str) -> Graph:
+        name = self.config.rate(rate).name
+        return Graph(self.folder / name / "hyper_encoder" / "graph.onnx", self.threads)
+
+    def _load_quantizer(self, rate: str) -> dict[str, Array]:
+        point = self.config.rate(rate)
+        folder = self.folder / point.name / "quantizer"
+        tensors = read_tensors(folder / "model.safetensors")
+        size = len(tensors["codebook"])
+        if size != point.codebook_size:
+            raise ValueError(
+                f"{folder} has a codebook of {size}, but rate {rate} one of "
+                f"{point.codebook_size}: config.json or the folder belongs to another model"
+            )
+        return tensors
+
+    # Encoding ------------------------------------------------------------------------------------
+
+    def directions(self, images: Array, rate: str) -> Array:
+        """Return unit vectors, as ``Backbone.directions``."""
+        self.token_side(images, rate)
+        hyper_encoder, tensors = self._hyper_encoder(rate), self._quantizer(rate)
+        weight = tensors["project_in.weight"][:, :, 0, 0].T
+        found = []
+        for i in range(len(images)):  # alone, so that its company cannot change its tokens
+            latents = hyper_encoder(latents=self._encoder(images=images[i : i + 1]))
+            projected = latents[0].transpose(1, 2, 0) @ weight + tensors["project_in.bias"]
+            length = np.sqrt(np.square(projected).sum(-1, keepdims=True))
+            found.append(projected / np.maximum(length, 1e-12))
+        return np.stack(found)
+
+    def _similarities(self, direction: Array, rate: str) -> Array:
+        similarities: Array = direction @ self._quantizer(rate)["codebook"].T
+        return similarities
+
+    def candidates(
+        self, directions: Array, rate: str, count: int
+    ) -> tuple[NDArray[np.int32], Array]:
+        """Return tokens and similarities, as ``Backbone.candidates``."""
+        found = []
+        for direction in directions:
+            similarities = self._similarities(direction, rate)
+            order = np.argsort(-similarities, -1, kind="stable")[..., :count]
+            found.append((order.astype(np.int32), np.take_along_axis(similarities, order, -1)))
+        tokens, values = zip(*found, strict=True)
+        return np.stack(tokens), np.stack(values)
+
+    def nearest(self, directions: Array, rate: str) -> NDArray[np.int32]:
+        """Return tokens, as ``Backbone.nearest``."""
+        each = [self._similarities(direction, rate).argmax(-1) for direction in directions]
+        return np.stack(each).astype(np.int32)
+
+    # Painting ------------------------------------------------------------------------------------
+
     def reconstruct(
         self,
-        tokens: Tensor,
+        tokens: NDArray[Any],
         rate: str,
         captions: Sequence[str],
         steps: int,
         guidance: float,
         seed: int,
         realism: float | None = None,
-    ) -> Tensor:
-        """Paint images from tokens and captions, as ``Backbone.reconstruct``.
+    ) -> Array:
+        """Return images, as ``Backbone.reconstruct``."""
+        ratio = self.config.rate(rate).token_side
+        height, width = (side * ratio for side in tokens.shape[-2:])
+        latents = self.latents(tokens, rate, captions, steps, guidance, seed, realism)
+        images = np.concatenate([self._decoder(latents=one[None]) for one in latents])
+        return np.clip(images[..., :height, :width], -1, 1)
 
-        If the flow's patches do not divide the latent grid, the last row and column of z_hat are
-        repeated, and the picture is cropped.
+    def latents(
+        self,
+        tokens: NDArray[Any],
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        realism: float | None = None,
+    ) -> Array:
+        """Return the decoder's input, float32 [B, 16, h, w] in whole patches of the flow.
+
+        Arguments and errors are those of ``reconstruct``.
         """
-        z_hat = self.z_hat(tokens, rate)
+        z_hat = self._z_hat(tokens, rate)
         height, width = z_hat.shape[-2:]
-        z_hat = flows.pad_to_patches(z_hat, self.patch)
-        noise, grain = self.draw_noise(height, width, seed)
+        patch, channels = self._flow_config["patch_size"], self._flow_config["out_channels"]
+        rows, columns = (whole_patches(side, patch) for side in (height, width))
+        z_hat = np.pad(z_hat, ((0, 0), (0, 0), (0, rows - height), (0, columns - width)), "edge")
         realism = self.config.chosen_realism(rate, realism)
-        grain = self.config.grain(rate, realism) * grain
-        text = self.conditioning(captions, realism)
-        empty = self.conditioning([""] * len(tokens), realism)
-        guided = guidance != 1.0 and any(captions)
+        noise, grain = draw_noise((channels, rows, columns), seed)
+        texts = [self._conditioning(captions, realism)]
+        if guidance != 1.0 and any(captions):
+            texts.append(self._conditioning([""] * len(captions), realism))
 
-        def estimate(noisy: Tensor, z: Tensor, t: float) -> Tensor:
-            conditional = self._estimate(noisy, z, t, text)
-            if not guided:
-                return conditional
-            unconditional = self._estimate(noisy, z, t, empty)
-            return unconditional + guidance * (conditional - unconditional)
+        def estimate(noisy: Array, z: Array, t: float) -> Array:
+            clean, *without = (self._estimate(noisy, z, t, text) for text in texts)
+            return without[0] + guidance * (clean - without[0]) if without else clean
 
-        latents = flows.sample(estimate, z_hat, noise.expand(len(tokens), -1, -1, -1), steps)
-        return self._decode(latents + grain, height, width).clamp(-1, 1)
+        start = np.broadcast_to(noise, (len(tokens), *noise.shape))
+        latents = sample(estimate, z_hat, start, steps)
+        noisy: Array = latents + np.float32(self.config.grain(rate, realism)) * grain
+        return noisy
 
-    def conditioning(self, captions: Sequence[str], realism: float) -> tuple[Tensor, Tensor]:
-        """Return the flow's conditioning: a sequence and a pooled vector."""
-        sequence, pooled = self.text_encoder(captions)
-        if self.dial is not None:
-            pooled = pooled + self.dial(torch.full((len(pooled),), realism, device=pooled.device))
-        return sequence, pooled
+    def _z_hat(self, tokens: NDArray[Any], rate: str) -> Array:
+        """Return the flow's input [B, C, H/8, W/8] of tokens [B, h, w]; ValueError out of range."""
+        tensors = self._quantizer(rate)
+        size, dim = tensors["codebook"].shape
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+            raise ValueError(f"tokens must lie in 0…{size - 1}")
+        codes = tensors["codebook"] * np.float32(dim**0.5)
+        projected = codes @ tensors["project_out.weight"][:, :, 0, 0].T
+        z_hat = (projected + tensors["project_out.bias"])[tokens].transpose(0, 3, 1, 2)
+        ratio = self.config.rate(rate).token_side // LATENT_SIDE
+        return z_hat.repeat(ratio, -2).repeat(ratio, -1)
 
-    def draw_noise(self, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Draw the starting noise and the decoder's noise, of variance 1, for height × width.
+    @cached_property
+    def _words(self) -> dict[str, Array]:
+        return read_tensors(self.folder / "text_encoder" / "model.safetensors")
 
-        Both are [16, h, w], height and width rounded up to whole patches of the flow.
-        """
-        sides = [flows.whole_patches(side, self.patch) for side in (height, width)]
-        generator = torch.Generator().manual_seed(seed)
-        channels = int(self.flow.config["out_channels"])
-        noise, grain = torch.randn(2, channels, *sides, generator=generator)
-        return noise.to(self.device), grain.to(self.device)
+    @cached_property
+    def _dial(self) -> dict[str, Array]:
+        return read_tensors(self.folder / "dial" / "model.safetensors")
 
-    def paint_once(
-        self, z_hat: Tensor, text: tuple[Tensor, Tensor], noise: Tensor, grain: Tensor
-    ) -> Tensor:
-        """Return images [B, 3, H, W] after one step without guidance, unclamped, differentiable.
+    def _conditioning(self, captions: Sequence[str], realism: float) -> tuple[Array, Array]:
+        """Return the flow's conditioning: a sequence [B, L, d] and a pooled vector [B, d]."""
+        table, positions = self._words["words.weight"], self._words["positions"]
+        rows = caption_rows(captions, len(table), len(positions))
+        embedded, present = table[rows], (rows > 0)[..., None]
+        pooled = (embedded * present).sum(1) / np.maximum(present.sum(1), 1)
+        if self.config.realism is not None:
+            pooled = pooled + self._offset(realism)
+        return embedded + positions, pooled.astype(np.float32)
 
-        z_hat is [B, C, H/8, W/8]; noise and grain are those of :meth:`draw_noise`, the latter times
-        ``ModelConfig.grain``.
-        """
-        height, width = z_hat.shape[-2:]
-        z_hat = flows.pad_to_patches(z_hat, self.patch)
-        clean = self._estimate(noise.expand(len(z_hat), -1, -1, -1), z_hat, 1.0, text)
-        return self._decode(clean + grain, height, width)
+    def _offset(self, realism: float) -> Array:
+        """Return the offset of the pooled vector, as ``percov2.models.tiny.torch.dial``."""
+        dial = self._dial
+        frequencies = dial["layers.0.weight"].shape[1] // 2
+        angles = np.float32(realism * np.pi / 2) * 2 ** np.arange(frequencies, dtype=np.float32)
+        hidden = dial["layers.0.weight"] @ np.concatenate([np.sin(angles), np.cos(angles)])
+        hidden = hidden + dial["layers.0.bias"]
+        hidden = hidden / (1 + np.exp(-hidden))
+        offset: Array = dial["layers.2.weight"] @ hidden + dial["layers.2.bias"]
+        return offset
 
-    def _estimate(
-        self, noisy: Tensor, z_hat: Tensor, t: float, text: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def _estimate(self, noisy: Array, z_hat: Array, t: float, text: tuple[Array, Array]) -> Array:
         """Return estimates of the clean latents from those at time t, window by window."""
         config = self.config
-
-        def window(x: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
-            times = torch.full((len(x),), t, device=x.device)
-            picked = (text[0][rows], text[1][rows])
-            return flows.estimate_clean(self.flow, x, cut, times, picked, config.prediction)
-
-        return flows.WindowedEstimate(window, config.window, config.overlap)(noisy, z_hat)
-
-    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Return unclamped images of height × width latents."""
-        parts = (x.contiguous(memory_format=torch.channels_last) for x in latents.split(1))
-        stride = self.autoencoder.stride
-        images = torch.cat([self.autoencoder.decode(x) for x in parts])
-        return images[..., : height * stride, : width * stride]
+        assert config.prediction in PREDICTIONS
+        windows = Windows.covering(noisy.shape[2:], config.window, config.overlap)
+        both = np.concatenate([noisy, z_hat], 1, dtype=np.float32)
+        total = np.zeros_like(noisy)
+        cuts = [(b, place) for b in range(len(noisy)) for place in windows.places]
+        for first in range(0, len(cuts), _WINDOWS_AT_ONCE):
+            some = cuts[first : first + _WINDOWS_AT_ONCE]
+            rows = [b for b, _ in some]
+            cut = np.stack([both[b, :, ys, xs] for b, (ys, xs) in some])
+            times = np.full(len(some), 1000 * t, np.float32)
+            output = self._flow(x=cut, t=times, sequence=text[0][rows], pooled=text[1][rows])
+            if config.prediction == "velocity":
+                output = cut[:, : output.shape[1]] - np.float32(t) * output
+            for (b, (ys, xs)), part in zip(some, output, strict=True):
+                total[b, :, ys, xs] += part * windows.weight
+        return total / windows.norm

@@ -15,7 +15,7 @@ from percov2.entropy.uniform import uniform_model
 from percov2.models.backbone import open_backbone
 from percov2.models.config import LATENT_SIDE, ModelConfig, Rate
 from percov2.models.sd3.flow import save_delta
-from percov2.models.storage import save_component
+from percov2.models.torch.storage import save_component
 from percov2.photos import is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.lora import low_rank_tensors

@@ -13,10 +13,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from percov2.models.perceptual import LPIPS
 from percov2.models.sd3.base import SD3Folder
 from percov2.models.sd3.latents import decode_latents, encode_latents
 from percov2.models.sd3.text import CaptionEmbedder
+from percov2.models.torch.perceptual import LPIPS
 
 __all__ = ["FrozenNetworks"]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from percov2.models.backbone import BackboneOptions
 from percov2.models.config import LATENT_SIDE, Rate
-from percov2.models.hyper_encoder import HyperEncoder
-from percov2.models.placement import load_part
-from percov2.models.quantizer import VectorQuantizer
 from percov2.models.sd3.base import SD3Folder
-from percov2.models.tiny.flow import upsample_z_hat, widen_patch_embedding
+from percov2.models.torch.flow import upsample_z_hat, widen_patch_embedding
+from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.placement import load_part
+from percov2.models.torch.quantizer import VectorQuantizer
 from percov2.training.lora import add_low_rank
 
 __all__ = ["SD3Config", "SD3Networks"]
@@ -112,7 +112,7 @@ class SD3Networks(nn.Module):
         They have the dtype of frozen weights.
         """
         dtype = "bf16" if self.precision == "bf16" else "fp32"
-        options = BackboneOptions(dtype, t5=self.config.t5)
+        options = BackboneOptions(dtype=dtype, t5=self.config.t5)
         return SD3Folder(self.folder, self.config.base, device, options)
 
     def stored_keys(self) -> set[str]:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from percov2.images import to_rgb
-from percov2.models.tiny.flow import sample
+from percov2.models.windows import sample
 from percov2.training.autoencoder_stage import save_rows
 from percov2.training.sd3.frozen import FrozenNetworks
 from percov2.training.sd3.networks import SD3Networks

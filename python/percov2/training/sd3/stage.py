@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from percov2.models.config import LATENT_SIDE
-from percov2.models.quantizer import Quantized
+from percov2.models.torch.quantizer import Quantized
 from percov2.training.rates import perplexity
 from percov2.training.sd3.frozen import FrozenNetworks
 from percov2.training.sd3.networks import SD3Networks

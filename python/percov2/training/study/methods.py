@@ -15,6 +15,7 @@ from percov2.evaluation.study.coders import DirectCoder, OrderCoder, TokenMap
 from percov2.evaluation.study.comparison import Method, order_methods
 from percov2.evaluation.study.schedules import Order
 from percov2.models.backbone import Backbone
+from percov2.models.torch.backbone import TorchBackbone
 from percov2.training.study import multiscale
 from percov2.training.study.direct_stage import masked_model
 from percov2.training.study.runs import SharedRun, fine_tuned
@@ -65,7 +66,12 @@ def masked_methods(
 
 
 def multiscale_methods(
-    shared: SharedRun, model: Backbone, rate: str, photos: Path, maps: Sequence[TokenMap], out: Path
+    shared: SharedRun,
+    model: Backbone,
+    rate: str,
+    photos: Path,
+    maps: Sequence[TokenMap],
+    out: Path,
 ) -> Iterator[Method]:
     """Yield the explicit VAR method. Its training run and its codebooks are written to ``out``.
 
@@ -81,6 +87,8 @@ def multiscale_methods(
         ValueError: ``photos`` does not match ``maps``, or all scales together have more than 8192
             codes.
     """
+    if not isinstance(model, TorchBackbone):
+        raise ValueError("explicit VAR needs a model on torch: open it with runtime='torch'")
     found = multiscale.photo_directions(model, rate, photos)
     size = model.config.rate(rate).codebook_size
     grids = [tokens.tokens.reshape(tokens.shape) for tokens in maps]

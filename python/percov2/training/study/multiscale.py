@@ -23,7 +23,7 @@ from percov2.entropy.torch.direct import DirectBatch
 from percov2.entropy.torch.int_transformer import IntTransformer
 from percov2.entropy.torch.scales import scale_plan, scale_shapes
 from percov2.entropy.visibility import sixteenth, size_class
-from percov2.models.backbone import Backbone
+from percov2.models.torch.backbone import TorchBackbone
 from percov2.photos import PhotoCrops, is_held_out
 from percov2.training.shards import image_batch
 from percov2.training.stage2 import evenly_spread
@@ -52,7 +52,7 @@ class PhotoDirections:
         return [grid for grid, held in pairs if held == held_out]
 
 
-def photo_directions(model: Backbone, rate: str, cache: Path) -> PhotoDirections:
+def photo_directions(model: TorchBackbone, rate: str, cache: Path) -> PhotoDirections:
     """Return the directions that ``percov2 train tokens`` quantizes in each photo's first view.
 
     ``cache`` is a folder made by ``percov2 train data``.
@@ -241,7 +241,7 @@ def multiscale_model(shared: SharedRun, maps: ScaleMaps, out: Path) -> IntTransf
 
 
 def same_tokens(
-    model: Backbone, rate: str, photos: PhotoDirections, maps: Sequence[NDArray[np.int32]]
+    model: TorchBackbone, rate: str, photos: PhotoDirections, maps: Sequence[NDArray[np.int32]]
 ) -> float:
     """Return the share of tokens that are equal in ``maps`` and in the held-out photos.
 
@@ -260,7 +260,7 @@ def same_tokens(
 
 
 def mean_cosines(
-    model: Backbone, rate: str, quantizer: ScaleQuantizer, photos: PhotoDirections
+    model: TorchBackbone, rate: str, quantizer: ScaleQuantizer, photos: PhotoDirections
 ) -> tuple[float, float]:
     """Return the mean cosines between the directions of held-out photos and their codes.
 

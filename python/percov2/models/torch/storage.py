@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["FORMATS", "load_component", "load_tensor", "save_component"]
+from percov2.models.stored_tensors import SCALE
+
+__all__ = ["FORMATS", "load_component", "save_component"]
 
 Component = TypeVar("Component", bound=ModelMixin)
 
@@ -47,11 +49,11 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
         if name in _REBUILT:
             continue
         if name in before and torch.equal(_restored(before, name), value.cpu()):
-            kept = (name, name + ".scale") if before[name].dtype == torch.int8 else (name,)
+            kept = (name, name + SCALE) if before[name].dtype == torch.int8 else (name,)
             tensors.update({key: before[key] for key in kept})
         elif weight_format == "int8" and value.ndim >= 2 and value.numel() >= 1024:
             rows = value.float().flatten(1)
-            scale = tensors[name + ".scale"] = rows.abs().amax(1).clamp_min(1e-12) / 127
+            scale = tensors[name + SCALE] = rows.abs().amax(1).clamp_min(1e-12) / 127
             tensors[name] = (rows / scale[:, None]).round().to(torch.int8).view(value.shape)
         elif value.is_floating_point() and weight_format != "float32":
             tensors[name] = value.half()
@@ -78,7 +80,7 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     try:
         stored = load_file(path)
-        scales = {name + ".scale" for name in stored}
+        scales = {name + SCALE for name in stored}
         state = {name: _restored(stored, name) for name in stored if name not in scales}
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (SafetensorError, RuntimeError, KeyError) as error:
@@ -93,17 +95,5 @@ def _restored(stored: dict[str, Tensor], name: str) -> Tensor:
     """Return a stored tensor as float32, or unchanged if it holds plain integers."""
     value = stored[name]
     if value.dtype == torch.int8:
-        return value.float() * stored[name + ".scale"].view(-1, *[1] * (value.ndim - 1))
+        return value.float() * stored[name + SCALE].view(-1, *[1] * (value.ndim - 1))
     return value.float() if value.is_floating_point() else value
-
-
-def load_tensor(path: Path, name: str) -> Tensor:
-    """Return one tensor of a safetensors file as stored.
-
-    Raises ValueError if the file is damaged or lacks the tensor, OSError if it cannot be read.
-    """
-    try:
-        with safe_open(path, "pt") as tensors:
-            return tensors.get_tensor(name)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or has no tensor {name!r}: {error}") from error

@@ -16,18 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from percov2.models.config import Rate
-from percov2.models.storage import load_component, load_tensor
+from percov2.models.torch.storage import load_component
 
-__all__ = ["Quantized", "VectorQuantizer", "load_quantizer", "stored_codebook"]
-
-
-def stored_codebook(folder: Path) -> bytes:
-    """Return the codebook in a saved quantizer's folder, float32 little-endian, row after row.
-
-    Raises the errors of ``load_tensor``.
-    """
-    codebook = load_tensor(folder / "model.safetensors", "codebook")
-    return codebook.float().numpy().astype("<f4").tobytes()
+__all__ = ["Quantized", "VectorQuantizer", "load_quantizer"]
 
 
 class Quantized(NamedTuple):

@@ -1,4 +1,4 @@
-"""The flow transformer: SD3's, with its patch embedding widened for z_hat, and its sampler.
+"""The flow transformer: SD3's, with its patch embedding widened for z_hat, in windows.
 
 PerCoV2 (arXiv 2503.09368, §3) concatenates z_hat, nearest-upsampled to the latent grid, to the
 noisy latents. Flow matching: x_t = (1 − t)·x_0 + t·noise, velocity v = noise − x_0.
@@ -7,7 +7,6 @@ noisy latents. Flow matching: x_t = (1 − t)·x_0 + t·noise, velocity v = nois
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -16,17 +15,15 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor, nn
 
 from percov2.models.config import PREDICTIONS
+from percov2.models.windows import Windows
 
 __all__ = [
     "WindowedEstimate",
     "build_flow",
     "estimate_clean",
     "pad_to_patches",
-    "sample",
     "upsample_z_hat",
-    "whole_patches",
     "widen_patch_embedding",
-    "window_starts",
 ]
 
 
@@ -70,11 +67,6 @@ def upsample_z_hat(z_hat: Tensor, height: int, width: int) -> Tensor:
     return spread.reshape(*z_hat.shape[:-2], height, width)
 
 
-def whole_patches(length: int, patch: int) -> int:
-    """Round a side up to a multiple of the flow's patch side."""
-    return -(-length // patch) * patch
-
-
 def pad_to_patches(z_hat: Tensor, patch: int) -> Tensor:
     """Repeat the last row and column of z_hat [B, C, h, w] until the patches divide its sides."""
     height, width = z_hat.shape[-2:]
@@ -110,17 +102,6 @@ def estimate_clean(
     return output if prediction == "sample" else noisy - t.view(-1, 1, 1, 1).to(noisy) * output
 
 
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Return starts of windows that cover 0 … length − 1; the last one may overlap more."""
-    return [*range(0, length - window, stride), max(0, length - window)]
-
-
-def _ramp(length: int, overlap: int) -> Tensor:
-    """Return positive blending weights [length] that rise over ``overlap`` entries at both ends."""
-    place = torch.arange(length)
-    return ((torch.minimum(place, place.flip(0)) + 1) / (overlap + 1)).clamp(max=1.0)
-
-
 class WindowedEstimate:
     """An estimator of clean latents of any size in overlapping windows.
 
@@ -143,21 +124,12 @@ class WindowedEstimate:
     def __call__(self, noisy: Tensor, z_hat: Tensor) -> Tensor:
         """Return estimates of x_0 for noisy [B, 16, h, w] and z_hat [B, C, h, w]."""
         count, _, height, width = noisy.shape
-        stride = self.window - self.overlap
-        rows, columns = min(self.window, height), min(self.window, width)
-        tops = window_starts(height, self.window, stride)
-        lefts = window_starts(width, self.window, stride)
-        places = [
-            (b, slice(y, y + rows), slice(x, x + columns))
-            for b, y, x in product(range(count), tops, lefts)
-        ]
-        weight = (_ramp(rows, self.overlap)[:, None] * _ramp(columns, self.overlap)).to(noisy)
+        windows = Windows.covering((height, width), self.window, self.overlap)
+        weight = torch.from_numpy(windows.weight).to(noisy)
         total = torch.zeros_like(noisy)
-        norm = noisy.new_zeros(1, 1, height, width)
-        for _, ys, xs in places[: len(tops) * len(lefts)]:
-            norm[..., ys, xs] += weight
-        for first in range(0, len(places), self.batch):
-            cut = places[first : first + self.batch]
+        cuts = [(b, ys, xs) for b in range(count) for ys, xs in windows.places]
+        for first in range(0, len(cuts), self.batch):
+            cut = cuts[first : first + self.batch]
             clean = self.estimate(
                 torch.stack([noisy[b, :, ys, xs] for b, ys, xs in cut]),
                 torch.stack([z_hat[b, :, ys, xs] for b, ys, xs in cut]),
@@ -165,30 +137,4 @@ class WindowedEstimate:
             )
             for (b, ys, xs), part in zip(cut, clean, strict=True):
                 total[b, :, ys, xs] += part * weight
-        return total / norm
-
-
-def sample(
-    estimate: Callable[[Tensor, Tensor, float], Tensor],
-    z_hat: Tensor,
-    noise: Tensor,
-    steps: int,
-    shift: float = 3.0,
-) -> Tensor:
-    """Sample the flow by Euler steps from t = 1 to 0.
-
-    Args:
-        estimate: maps (x_t, z_hat, t) to an estimate of the clean latents (guidance included).
-        z_hat, noise: [B, C, h, w] and x_1 [B, 16, h, w], on the latent grid.
-        steps: number of evaluations. One returns the estimate at t = 1; ValueError for none.
-        shift: SD3's timestep shift; larger spends more steps near t = 1.
-    """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    uniform = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
-    times = (shift * uniform / (1 + (shift - 1) * uniform)).tolist()
-    x = noise
-    for now, after in pairwise(times):
-        clean = estimate(x, z_hat, now)
-        x = clean + (x - clean) * (after / now)
-    return x
+        return total / torch.from_numpy(windows.norm).to(noisy)

@@ -15,7 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from percov2.models.config import LATENT_SIDE, Rate
-from percov2.models.storage import load_component
+from percov2.models.torch.storage import load_component
 
 __all__ = ["AttentionBlock", "HyperEncoder", "load_hyper_encoder"]
 

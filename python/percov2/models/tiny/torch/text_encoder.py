@@ -1,13 +1,11 @@
 """Small text conditioning of the embedded model: hashed words, no vocabulary file.
 
-A caption is lower-cased and split into words; each word's CRC-32 picks a row of an embedding table.
-The outputs are those of CLIP and T5 for SD3: a sequence and a pooled vector.
+The words of a caption pick rows of a table (``percov2.models.tiny.captions``). Outputs are as those
+of CLIP and T5 for SD3: a sequence and a pooled vector.
 """
 
 from __future__ import annotations
 
-import re
-import zlib
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +13,9 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-__all__ = ["HashedTextEncoder"]
+from percov2.models.tiny.captions import caption_rows
 
-_WORD = re.compile(r"\w+")
+__all__ = ["HashedTextEncoder"]
 
 
 class HashedTextEncoder(ModelMixin, ConfigMixin):
@@ -36,13 +34,8 @@ class HashedTextEncoder(ModelMixin, ConfigMixin):
 
     def rows(self, captions: Sequence[str]) -> Tensor:
         """Return table rows int64 [B, length] of the captions' words."""
-        buckets, length = self.words.num_embeddings, self.positions.shape[0]
-        rows = []
-        for caption in captions:
-            words = _WORD.findall(caption.lower())[:length]
-            row = [1 + zlib.crc32(word.encode("utf-8")) % (buckets - 1) for word in words]
-            rows.append(row + [0] * (length - len(words)))
-        return torch.tensor(rows, dtype=torch.long).view(-1, length)
+        rows = caption_rows(captions, self.words.num_embeddings, self.positions.shape[0])
+        return torch.from_numpy(rows)
 
     def forward(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Return sequence [B, length, dim] and pooled [B, dim] embeddings of captions."""

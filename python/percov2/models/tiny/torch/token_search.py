@@ -11,15 +11,17 @@ from __future__ import annotations
 from itertools import product
 from math import gcd
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from percov2.models.backbone import Backbone
-from percov2.models.perceptual import LPIPS
-from percov2.models.tiny.autoencoder import PatchAutoencoder
-from percov2.models.tiny.backbone import CodecModel
-from percov2.models.tiny.flow import whole_patches
+from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
+from percov2.models.tiny.torch.backbone import TinyTorchModel
+from percov2.models.torch.perceptual import LPIPS
+from percov2.models.windows import whole_patches
 
 __all__ = ["L1_WEIGHT", "LEAST_SIDE", "LPIPS_WEIGHT", "TokenSearch", "tiles"]
 
@@ -59,7 +61,7 @@ class TokenSearch:
     """
 
     def __init__(self, model: Backbone, rate: str, rounds: int) -> None:
-        if not isinstance(model, CodecModel):
+        if not isinstance(model, TinyTorchModel):
             raise ValueError("only small models search for tokens; leave effort at 0")
         self.model, self.rate, self.rounds = model, rate, rounds
         self.unit = model.config.rate(rate).token_side // PatchAutoencoder.stride
@@ -103,6 +105,10 @@ class TokenSearch:
             )
             searched[places] = True
         return directions
+
+    def of_array(self, image: NDArray[np.float32], caption: str) -> NDArray[np.float32]:
+        """Search for an array; arguments, result and errors as for a call."""
+        return self(torch.from_numpy(image), caption).cpu().numpy()
 
     def _improve(
         self,

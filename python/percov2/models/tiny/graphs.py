@@ -1,0 +1,87 @@
+"""Networks of the small model in ONNX Runtime: graphs whose weights lie in a safetensors file.
+
+``percov2 train export`` writes the graphs. A graph names its weights as the safetensors file does
+and holds the file's SHA-256. The file is read once and its tensors are given to the session, so
+that one copy of the weights serves both runtimes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from percov2.models.stored_tensors import SCALE, read_tensors
+
+__all__ = ["WEIGHTS_HASH", "Graph", "weights_hash"]
+
+WEIGHTS_HASH = "percov2.weights"
+"""Key of a graph's metadata: SHA-256 of its safetensors file, hexadecimal."""
+
+
+def weights_hash(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+class Graph:
+    """A network that ONNX Runtime runs on the CPU: arrays by name in, one array out.
+
+    Args:
+        path: the graph; ``model.safetensors`` is in its folder.
+        threads: threads of one call.
+        prefix: the graph's tensors are those whose names begin so.
+        int8: give the graph the stored int8 matrices and their factors instead of float32 tensors.
+        extra: further tensors of the graph, by name, which are computed instead of stored.
+
+    Raises:
+        ValueError: a graph or weights that are missing, damaged or not made for each other.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        prefix: str = "",
+        int8: bool = False,
+        extra: dict[str, NDArray[Any]] | None = None,
+    ) -> None:
+        weights = path.with_name("model.safetensors")
+        if not path.is_file():
+            raise ValueError(
+                f"{path.parent} contains no {path.name}; write it with `percov2 train export`, or "
+                "use runtime 'torch'"
+            )
+        stored = read_tensors(weights, restored=not int8)
+        tensors = {name: stored[name] for name in stored if name.startswith(prefix)} | (extra or {})
+        if int8:
+            matrices = {name for name in tensors if name + SCALE in tensors}
+            kept = matrices | {name + SCALE for name in matrices}
+            tensors = {name: tensors[name] for name in kept}
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        self._kept = [ort.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
+        options.add_external_initializers(list(tensors), self._kept)
+        try:
+            self._session = ort.InferenceSession(
+                path.read_bytes(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the runtime raises errors of its own types
+            raise ValueError(f"{path} is damaged or does not match {weights}: {error}") from error
+        made_for = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS_HASH)
+        if made_for != weights_hash(weights):
+            raise ValueError(
+                f"{path} was made for other weights than {weights}; write it again with "
+                "`percov2 train export`"
+            )
+
+    def __call__(self, **inputs: NDArray[Any]) -> NDArray[np.float32]:
+        """Return the graph's output for its inputs by name."""
+        (output,) = self._session.run(None, inputs)
+        return output

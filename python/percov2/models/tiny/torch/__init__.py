@@ -1,0 +1,1 @@
+"""The networks of the small model as torch modules: training, GPUs, and comparison."""

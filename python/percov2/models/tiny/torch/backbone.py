@@ -1,0 +1,170 @@
+"""The backbone "tiny" on torch: the small networks of a model folder, loaded on first use.
+
+Compressing never loads the flow transformer; decompressing never loads the hyper-encoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+
+from percov2.models.backbone import BackboneOptions
+from percov2.models.tiny.backbone import draw_noise
+from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
+from percov2.models.tiny.torch.dial import RealismDial
+from percov2.models.tiny.torch.text_encoder import HashedTextEncoder
+from percov2.models.torch import flow as flows
+from percov2.models.torch.backbone import TorchBackbone
+from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.storage import load_component
+from percov2.models.windows import sample, whole_patches
+
+__all__ = ["TinyTorchModel"]
+
+
+class TinyTorchModel(TorchBackbone):
+    """The small networks of a model folder, whose layout is in docs/reference/model-folder.md."""
+
+    def __init__(
+        self, folder: Path, device: str = "cpu", options: BackboneOptions | None = None
+    ) -> None:
+        super().__init__(folder, device)
+
+    @cached_property
+    @torch.inference_mode(False)  # a token search needs gradients through it
+    def autoencoder(self) -> PatchAutoencoder:
+        """Return the autoencoder, channels last, which is twice as fast on the CPU."""
+        model = load_component(PatchAutoencoder, self.folder / "autoencoder", self.device)
+        return model.to(memory_format=torch.channels_last)
+
+    @cached_property
+    def flow(self) -> SD3Transformer2DModel:
+        """Return the widened flow transformer."""
+        return load_component(SD3Transformer2DModel, self.folder / "flow", self.device)
+
+    @cached_property
+    def text_encoder(self) -> HashedTextEncoder:
+        """Return the caption's conditioning network."""
+        return load_component(HashedTextEncoder, self.folder / "text_encoder", self.device)
+
+    @cached_property
+    def dial(self) -> RealismDial | None:
+        """Return the realism dial; None for a model without one."""
+        if self.config.realism is None:
+            return None
+        return load_component(RealismDial, self.folder / "dial", self.device)
+
+    @property
+    def patch(self) -> int:
+        """Return the side of the flow's patches, in latent positions."""
+        return int(self.flow.config["patch_size"])
+
+    def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
+        return super()._load_hyper_encoder(rate).to(memory_format=torch.channels_last)
+
+    def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
+        """Yield hyper-latents, as ``Backbone.hyper_latents``."""
+        self.token_side(images, rate)
+        hyper_encoder = self.hyper_encoder(rate)
+        for image in images.to(self.device).split(1):
+            latents = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
+            yield hyper_encoder(latents)
+
+    def z_hat(self, tokens: Tensor, rate: str) -> Tensor:
+        """Return the flow's input z_hat [B, C, H/8, W/8] of tokens int [B, h, w].
+
+        Raises ValueError for tokens out of range and an unknown rate.
+        """
+        ratio = self.config.rate(rate).token_side // PatchAutoencoder.stride
+        z_hat = self.quantizer(rate).lookup(tokens.to(self.device))
+        return flows.upsample_z_hat(z_hat, tokens.shape[-2] * ratio, tokens.shape[-1] * ratio)
+
+    def paint(
+        self,
+        tokens: Tensor,
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        realism: float | None,
+    ) -> Tensor:
+        """Paint images from tokens and captions, as ``reconstruct``.
+
+        If the flow's patches do not divide the latent grid, the last row and column of z_hat are
+        repeated, and the picture is cropped.
+        """
+        z_hat = self.z_hat(tokens, rate)
+        height, width = z_hat.shape[-2:]
+        z_hat = flows.pad_to_patches(z_hat, self.patch)
+        noise, grain = self.draw_noise(height, width, seed)
+        realism = self.config.chosen_realism(rate, realism)
+        grain = self.config.grain(rate, realism) * grain
+        text = self.conditioning(captions, realism)
+        empty = self.conditioning([""] * len(tokens), realism)
+        guided = guidance != 1.0 and any(captions)
+
+        def estimate(noisy: Tensor, z: Tensor, t: float) -> Tensor:
+            conditional = self._estimate(noisy, z, t, text)
+            if not guided:
+                return conditional
+            unconditional = self._estimate(noisy, z, t, empty)
+            return unconditional + guidance * (conditional - unconditional)
+
+        latents = sample(estimate, z_hat, noise.expand(len(tokens), -1, -1, -1), steps)
+        return self._decode(latents + grain, height, width).clamp(-1, 1)
+
+    def conditioning(self, captions: Sequence[str], realism: float) -> tuple[Tensor, Tensor]:
+        """Return the flow's conditioning: a sequence and a pooled vector."""
+        sequence, pooled = self.text_encoder(captions)
+        if self.dial is not None:
+            pooled = pooled + self.dial(torch.full((len(pooled),), realism, device=pooled.device))
+        return sequence, pooled
+
+    def draw_noise(self, height: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Draw the starting noise and the decoder's noise, of variance 1, for height × width.
+
+        Both are [16, h, w], height and width rounded up to whole patches of the flow.
+        """
+        rows, columns = (whole_patches(side, self.patch) for side in (height, width))
+        channels = int(self.flow.config["out_channels"])
+        noise, grain = torch.from_numpy(draw_noise((channels, rows, columns), seed))
+        return noise.to(self.device), grain.to(self.device)
+
+    def paint_once(
+        self, z_hat: Tensor, text: tuple[Tensor, Tensor], noise: Tensor, grain: Tensor
+    ) -> Tensor:
+        """Return images [B, 3, H, W] after one step without guidance, unclamped, differentiable.
+
+        z_hat is [B, C, H/8, W/8]; noise and grain are those of :meth:`draw_noise`, the latter times
+        ``ModelConfig.grain``.
+        """
+        height, width = z_hat.shape[-2:]
+        z_hat = flows.pad_to_patches(z_hat, self.patch)
+        clean = self._estimate(noise.expand(len(z_hat), -1, -1, -1), z_hat, 1.0, text)
+        return self._decode(clean + grain, height, width)
+
+    def _estimate(
+        self, noisy: Tensor, z_hat: Tensor, t: float, text: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Return estimates of the clean latents from those at time t, window by window."""
+        config = self.config
+
+        def window(x: Tensor, cut: Tensor, rows: Tensor) -> Tensor:
+            times = torch.full((len(x),), t, device=x.device)
+            picked = (text[0][rows], text[1][rows])
+            return flows.estimate_clean(self.flow, x, cut, times, picked, config.prediction)
+
+        return flows.WindowedEstimate(window, config.window, config.overlap)(noisy, z_hat)
+
+    def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
+        """Return unclamped images of height × width latents."""
+        parts = (x.contiguous(memory_format=torch.channels_last) for x in latents.split(1))
+        stride = self.autoencoder.stride
+        images = torch.cat([self.autoencoder.decode(x) for x in parts])
+        return images[..., : height * stride, : width * stride]

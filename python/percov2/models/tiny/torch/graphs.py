@@ -1,0 +1,131 @@
+"""The networks of the small model as ONNX graphs, written beside their weights.
+
+Weights stay in the safetensors files; ``percov2.models.tiny.graphs`` says how a graph refers to
+them.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from percov2.extras import require
+from percov2.models.tiny.graphs import WEIGHTS_HASH, weights_hash
+from percov2.models.tiny.torch.backbone import TinyTorchModel
+
+__all__ = ["write_graphs"]
+
+_OPSET = 18
+
+
+class _Flow(nn.Module):
+    """The flow transformer with positional arguments."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        super().__init__()
+        self.transformer = transformer
+
+    def forward(self, x: Tensor, t: Tensor, sequence: Tensor, pooled: Tensor) -> Tensor:
+        """Return the network's output [B, 16, h, w]; see ``flow.estimate_clean``."""
+        return self.transformer(
+            hidden_states=x,
+            timestep=t,
+            encoder_hidden_states=sequence,
+            pooled_projections=pooled,
+            return_dict=False,
+        )[0]
+
+
+def write_graphs(folder: Path) -> None:
+    """Write the graphs of every network of a small model's folder, in float32.
+
+    A graph of an int8 decoder, which belongs to other weights, is removed.
+
+    Raises:
+        MissingExtra: onnx is not installed.
+        ValueError: the folder is no small model.
+    """
+    require("train", "writing graphs", "onnx")
+    model = TinyTorchModel(folder)  # of its own, because the weights are overwritten
+    grid = {0: "batch", 2: "height", 3: "width"}
+    image, latents = torch.zeros(1, 3, 64, 96), torch.zeros(1, 16, 8, 12)
+    autoencoder = model.autoencoder.to(memory_format=torch.contiguous_format)
+    home = folder / "autoencoder"
+    (home / "decoder.int8.onnx").unlink(missing_ok=True)
+    _write(home / "encoder.onnx", autoencoder.encoder, "encoder.", {"images": (image, grid)})
+    _write(home / "decoder.onnx", autoencoder.decoder, "decoder.", {"latents": (latents, grid)})
+    for rate in model.config.rates:
+        path = folder / rate.name / "hyper_encoder" / "graph.onnx"
+        network = model.hyper_encoder(rate.name).to(memory_format=torch.contiguous_format)
+        _write(path, network, "", {"latents": (latents, grid)})
+    channels = int(model.flow.config["in_channels"])
+    sequence, pooled = model.text_encoder([""])
+    inputs = {
+        "x": (torch.zeros(1, channels, 8, 12), grid),
+        "t": (torch.zeros(1), {0: "batch"}),
+        "sequence": (sequence, {0: "batch"}),
+        "pooled": (pooled, {0: "batch"}),
+    }
+    _write(folder / "flow" / "graph.onnx", _Flow(model.flow), "", inputs, "transformer.")
+
+
+def _write(
+    path: Path,
+    network: nn.Module,
+    prefix: str,
+    inputs: dict[str, tuple[Tensor, dict[int, str]]],
+    hidden: str = "",
+) -> None:
+    """Write the graph of a network.
+
+    Its weights are named as in the safetensors file beside it: ``prefix`` and the module's own
+    names, without ``hidden`` at their beginning.
+    """
+    import onnx
+
+    with torch.inference_mode():
+        for parameter in network.parameters():  # the exporter joins weights of equal values
+            parameter.copy_(torch.rand_like(parameter))
+    buffer: Any = io.BytesIO()  # the exporter writes to streams, too
+    examples = tuple(example for example, _ in inputs.values())
+    axes = {name: axes for name, (_, axes) in inputs.items()}
+    with warnings.catch_warnings(), torch.inference_mode():
+        warnings.simplefilter("ignore")  # the tracer warns of checks that it leaves out
+        torch.onnx.export(
+            network.eval(),
+            examples,
+            buffer,
+            dynamo=False,
+            opset_version=_OPSET,
+            do_constant_folding=False,
+            input_names=list(inputs),
+            output_names=["output"],
+            dynamic_axes=axes | {"output": {0: "batch", 2: "rows", 3: "columns"}},
+        )
+    graph = onnx.load_model_from_string(buffer.getvalue())
+    names = {}
+    for weight in graph.graph.initializer:
+        names[weight.name] = prefix + weight.name.removeprefix(hidden)
+        _refer(weight, names[weight.name])
+    for node in graph.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.name = node.doc_string = ""
+    entry = graph.metadata_props.add()
+    entry.key, entry.value = WEIGHTS_HASH, weights_hash(path.with_name("model.safetensors"))
+    path.write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def _refer(weight: Any, name: str) -> None:
+    """Take the values from an initializer: the runtime gets them by name."""
+    import onnx
+
+    weight.ClearField("raw_data")
+    weight.name = name
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    entry = weight.external_data.add()
+    entry.key, entry.value = "location", "model.safetensors"
