@@ -59,10 +59,11 @@ class BatchDecoder {
   // Nothing is decoded if it throws.
   void decode_logits(const Logits& logits, const std::int64_t* streams, std::int64_t rows,
                      std::int64_t count, int prob_bits, int threads, std::int32_t* symbols);
-  // cdf [rows, count, codebook + 1] -> symbols [rows, count].
+  // cdf [rows, count, codebook + 1] -> symbols [rows, count]. Trusted tables are not read whole:
+  // only the interval that the search finds is checked.
   void decode_cdf(const std::int32_t* cdf, const std::int64_t* streams, std::int64_t rows,
-                  std::int64_t count, std::int64_t codebook, int prob_bits, int threads,
-                  std::int32_t* symbols);
+                  std::int64_t count, std::int64_t codebook, int prob_bits, bool trusted,
+                  int threads, std::int32_t* symbols);
 
   const std::vector<std::uint32_t>& states() const { return states_; }
   std::vector<std::int64_t> positions() const;
@@ -70,6 +71,10 @@ class BatchDecoder {
   bool finished(std::int64_t stream, std::uint32_t check) const;
 
  private:
+  // Decodes `some` streams of trusted tables side by side, from row `first` on.
+  void decode_trusted(const std::int32_t* cdf, const std::int64_t* streams, std::int64_t first,
+                      std::int64_t some, std::int64_t count, std::int64_t codebook, int prob_bits,
+                      std::int32_t* symbols);
   void check_streams(const std::int64_t* streams, std::int64_t rows) const;
   template <class Decode>
   void undo_if_it_throws(Decode&& decode);

@@ -27,8 +27,8 @@ const std::uint32_t* weight_table();
 
 enum class LogitType {
   kInt16,     // base 2, in 1/256 of an octave
-  kFloat32,   // natural logarithms, rounded to int16 by IntervalKernels::round_logits
-  kBfloat16,  // the same, widened to float32 first
+  kFloat32,   // natural logarithms, rounded to int16 by IntervalKernels::round_floats
+  kBfloat16,  // the same, as the upper halves of float32
 };
 
 // Borrowed logits: rows of `codebook` numbers, one row after the other.
@@ -67,6 +67,28 @@ inline Found find_in_table(const std::int32_t* table, std::int64_t codebook, std
           static_cast<std::uint32_t>(bound[1] - bound[0])};
 }
 
+// The same for `some` tables at once. A table of a large codebook lies in few caches, and the
+// processor waits for all tables at the same time.
+inline void find_in_tables(const std::int32_t* const* tables, std::int64_t some,
+                           std::int64_t codebook, const std::uint32_t* targets, Found* found) {
+  constexpr std::int64_t kMost = 8;
+  const std::int32_t* bounds[kMost];
+  for (std::int64_t r = 0; r < some; ++r) bounds[r] = tables[r];
+  for (std::int64_t left = codebook; left > 1;) {
+    const std::int64_t half = left / 2;
+    for (std::int64_t r = 0; r < some; ++r) {
+      const bool below = static_cast<std::uint32_t>(bounds[r][half]) <= targets[r];
+      bounds[r] += half & -static_cast<std::int64_t>(below);
+    }
+    left -= half;
+  }
+  for (std::int64_t r = 0; r < some; ++r) {
+    const auto start = static_cast<std::uint32_t>(bounds[r][0]);
+    found[r] = {static_cast<std::int32_t>(bounds[r] - tables[r]), start,
+                static_cast<std::uint32_t>(bounds[r][1]) - start};
+  }
+}
+
 // Turns rows into intervals, with the kernels of the active instruction set. Not thread-safe.
 // Throws std::invalid_argument as check_codebook does.
 class RowQuantizer {
@@ -93,7 +115,6 @@ class RowQuantizer {
   std::uint64_t spread_;                // 2^prob_bits - codebook
   const std::int16_t* line_ = nullptr;  // the open row
   std::int32_t top_ = 0;
-  std::vector<float> widened_;
   std::vector<std::int16_t> rounded_;
   std::vector<std::uint32_t> weights_;  // of the prepared row, up to a whole block
   std::uint64_t total_ = 0;

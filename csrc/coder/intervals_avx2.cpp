@@ -113,7 +113,15 @@ void weigh(const std::int16_t* logits, std::int64_t count, std::int32_t top, std
   }
 }
 
-bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
+inline __m256 load_eight(const float* logits) { return _mm256_loadu_ps(logits); }
+
+inline __m256 load_eight(const std::uint16_t* logits) {
+  const __m128i upper = _mm_loadu_si128(reinterpret_cast<const __m128i*>(logits));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(upper), 16));
+}
+
+template <class Float>
+bool round_logits(const Float* logits, std::int64_t count, std::int16_t* out) {
   const float infinity = __builtin_inff();
   float top = -infinity;
   bool number = true;
@@ -122,7 +130,7 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
     __m256 best = _mm256_set1_ps(-infinity);
     __m256 unordered = _mm256_setzero_ps();
     for (; i + 8 <= count; i += 8) {
-      const __m256 x = _mm256_loadu_ps(logits + i);
+      const __m256 x = load_eight(logits + i);
       best = _mm256_max_ps(best, x);
       unordered = _mm256_or_ps(unordered, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     }
@@ -132,8 +140,9 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
     for (const float x : lane) top = x > top ? x : top;
   }
   for (; i < count; ++i) {
-    top = logits[i] > top ? logits[i] : top;
-    number &= logits[i] == logits[i];
+    const float x = widened(logits[i]);
+    top = x > top ? x : top;
+    number &= x == x;
   }
   if (!number || !(__builtin_fabsf(top) < infinity)) return false;
   const __m256 tops = _mm256_set1_ps(top);
@@ -141,13 +150,13 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
   for (i = 0; i + 8 <= count; i += 8) {
     // Values outside int32 become -2^31 and correctly saturate to -32768.
     const __m256i steps =
-        _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(_mm256_loadu_ps(logits + i), tops), scale));
+        _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_sub_ps(load_eight(logits + i), tops), scale));
     const __m128i packed =
         _mm_packs_epi32(_mm256_castsi256_si128(steps), _mm256_extracti128_si256(steps, 1));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), packed);
   }
   for (; i < count; ++i) {
-    const float steps = __builtin_rintf((logits[i] - top) * kStepsPerNat);
+    const float steps = __builtin_rintf((widened(logits[i]) - top) * kStepsPerNat);
     out[i] = static_cast<std::int16_t>(steps > -32768.0f ? steps : -32768.0f);
   }
   return true;
@@ -155,6 +164,7 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
 
 }  // namespace
 
-const IntervalKernels kAvx2Intervals = {row_max, share, weigh, plain_search, round_logits};
+const IntervalKernels kAvx2Intervals = {row_max,      share,        weigh,
+                                        plain_search, round_logits, round_logits};
 
 }  // namespace percov2

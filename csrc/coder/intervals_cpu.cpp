@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -26,13 +25,6 @@ const IntervalKernels& active_kernels() {
     default:
       return kScalarIntervals;
   }
-}
-
-// bfloat16 is the upper half of float32. The first of the two loops vectorises.
-void widen(const std::uint16_t* narrow, std::int64_t count, float* wide) {
-  std::uint32_t bits[kMaxCodebook];
-  for (std::int64_t i = 0; i < count; ++i) bits[i] = static_cast<std::uint32_t>(narrow[i]) << 16;
-  std::memcpy(wide, bits, static_cast<std::size_t>(count) * sizeof(float));
 }
 
 }  // namespace
@@ -64,9 +56,7 @@ RowQuantizer::RowQuantizer(const Logits& logits, int prob_bits)
   check_codebook(logits.codebook, prob_bits);
   blocks_ = (logits.codebook + kRowBlock - 1) / kRowBlock;
   spread_ = (std::uint64_t{1} << prob_bits) - static_cast<std::uint64_t>(logits.codebook);
-  const auto size = static_cast<std::size_t>(logits.codebook);
-  if (logits.type == LogitType::kBfloat16) widened_.resize(size);
-  if (logits.type != LogitType::kInt16) rounded_.resize(size);
+  if (logits.type != LogitType::kInt16) rounded_.resize(static_cast<std::size_t>(logits.codebook));
 }
 
 void RowQuantizer::open(std::int64_t row) {
@@ -76,13 +66,13 @@ void RowQuantizer::open(std::int64_t row) {
     top_ = kernels_.row_max(line_, logits_.codebook);
     return;
   }
-  const float* floats = widened_.data();
-  if (logits_.type == LogitType::kFloat32) {
-    floats = static_cast<const float*>(logits_.data) + at;
-  } else {
-    widen(static_cast<const std::uint16_t*>(logits_.data) + at, logits_.codebook, widened_.data());
-  }
-  if (!kernels_.round_logits(floats, logits_.codebook, rounded_.data())) {
+  const bool finite =
+      logits_.type == LogitType::kFloat32
+          ? kernels_.round_floats(static_cast<const float*>(logits_.data) + at, logits_.codebook,
+                                  rounded_.data())
+          : kernels_.round_bfloats(static_cast<const std::uint16_t*>(logits_.data) + at,
+                                   logits_.codebook, rounded_.data());
+  if (!finite) {
     throw std::invalid_argument("row " + std::to_string(row) +
                                 " of the logits holds NaN or +inf, or nothing finite");
   }

@@ -49,7 +49,9 @@ struct IntervalKernels {
   // Natural-log logits to base-2 logits in 1/256 of an octave below the largest: float32
   // rint((x - max) * (256 / ln 2)), at least -32768. False if one is NaN or none is finite or one
   // is +inf; -inf is allowed. Writes count int16 numbers, the largest of which is 0.
-  bool (*round_logits)(const float* logits, std::int64_t count, std::int16_t* out);
+  bool (*round_floats)(const float* logits, std::int64_t count, std::int16_t* out);
+  // The same for bfloat16, the upper halves of float32.
+  bool (*round_bfloats)(const std::uint16_t* logits, std::int64_t count, std::int16_t* out);
 };
 
 extern const IntervalKernels kScalarIntervals;
@@ -66,6 +68,15 @@ static inline std::uint32_t logit_weight(std::int32_t difference) {
   const std::int32_t octaves = difference >> 8;
   return kWeightTable[difference & 255] >> (octaves < 31 ? octaves : 31);
 }
+
+// bfloat16 as float32.
+static inline float widened(std::uint16_t upper) {
+  const std::uint32_t bits = static_cast<std::uint32_t>(upper) << 16;
+  float wide;
+  __builtin_memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
+static inline float widened(float wide) { return wide; }
 
 // `search` for units without a faster one.
 static inline Place plain_search(const std::uint32_t* weights, const std::uint32_t* groups,

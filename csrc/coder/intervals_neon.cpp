@@ -97,28 +97,37 @@ void weigh(const std::int16_t* logits, std::int64_t count, std::int32_t top, std
   }
 }
 
-bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
-  float top = logits[0];
+inline float32x4_t load_four(const float* logits) { return vld1q_f32(logits); }
+
+inline float32x4_t load_four(const std::uint16_t* logits) {
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(logits), 16));
+}
+
+template <class Float>
+bool round_logits(const Float* logits, std::int64_t count, std::int16_t* out) {
+  float top = widened(logits[0]);
   std::int64_t i = 0;
   if (count >= 4) {
-    float32x4_t most = vld1q_f32(logits);
-    for (i = 4; i + 4 <= count; i += 4) most = vmaxq_f32(most, vld1q_f32(logits + i));
+    float32x4_t most = load_four(logits);
+    for (i = 4; i + 4 <= count; i += 4) most = vmaxq_f32(most, load_four(logits + i));
     top = vmaxvq_f32(most);
   }
   // Unlike a comparison, the instruction keeps every NaN.
-  for (; i < count; ++i) top = vget_lane_f32(vmax_f32(vdup_n_f32(top), vdup_n_f32(logits[i])), 0);
+  for (; i < count; ++i) {
+    top = vget_lane_f32(vmax_f32(vdup_n_f32(top), vdup_n_f32(widened(logits[i]))), 0);
+  }
   // x - x is 0 for numbers, but not for infinities and NaN.
   if (!(top - top == 0.0f)) return false;
   const float32x4_t tops = vdupq_n_f32(top);
   for (i = 0; i + 4 <= count; i += 4) {
     const float32x4_t steps =
-        vmulq_f32(vsubq_f32(vld1q_f32(logits + i), tops), vdupq_n_f32(kStepsPerNat));
+        vmulq_f32(vsubq_f32(load_four(logits + i), tops), vdupq_n_f32(kStepsPerNat));
     // Ties to even.
     const int32x4_t rounded = vcvtnq_s32_f32(vmaxq_f32(steps, vdupq_n_f32(-32768.0f)));
     vst1_s16(out + i, vmovn_s32(rounded));
   }
   for (; i < count; ++i) {
-    const float steps = (logits[i] - top) * kStepsPerNat;
+    const float steps = (widened(logits[i]) - top) * kStepsPerNat;
     out[i] = static_cast<std::int16_t>(vcvtns_s32_f32(steps > -32768.0f ? steps : -32768.0f));
   }
   return true;
@@ -126,6 +135,7 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
 
 }  // namespace
 
-const IntervalKernels kNeonIntervals = {row_max, share, weigh, plain_search, round_logits};
+const IntervalKernels kNeonIntervals = {row_max,      share,        weigh,
+                                        plain_search, round_logits, round_logits};
 
 }  // namespace percov2

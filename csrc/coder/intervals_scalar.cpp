@@ -42,18 +42,20 @@ void weigh(const std::int16_t* logits, std::int64_t count, std::int32_t top, std
   }
 }
 
-bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
-  float top = logits[0];
+template <class Float>
+bool round_logits(const Float* logits, std::int64_t count, std::int16_t* out) {
+  float top = widened(logits[0]);
   bool number = true;
   for (std::int64_t i = 0; i < count; ++i) {
-    top = logits[i] > top ? logits[i] : top;
-    number &= logits[i] == logits[i];
+    const float x = widened(logits[i]);
+    top = x > top ? x : top;
+    number &= x == x;
   }
   if (!number || !std::isfinite(top)) return false;
   // Adding 1.5 * 2^23 leaves no bit for a fraction: the sum is rounded, ties to even.
   constexpr float kRounder = 12582912.0f;
   for (std::int64_t i = 0; i < count; ++i) {
-    const float steps = (logits[i] - top) * kStepsPerNat;
+    const float steps = (widened(logits[i]) - top) * kStepsPerNat;
     out[i] =
         static_cast<std::int16_t>((steps > -32768.0f ? steps : -32768.0f) + kRounder - kRounder);
   }
@@ -62,6 +64,7 @@ bool round_logits(const float* logits, std::int64_t count, std::int16_t* out) {
 
 }  // namespace
 
-const IntervalKernels kScalarIntervals = {row_max, share, weigh, plain_search, round_logits};
+const IntervalKernels kScalarIntervals = {row_max,      share,        weigh,
+                                          plain_search, round_logits, round_logits};
 
 }  // namespace percov2

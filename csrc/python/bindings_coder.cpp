@@ -124,7 +124,7 @@ py::array_t<std::int32_t> decode_logits(Decoder& decoder, py::handle logits,
 }
 
 py::array_t<std::int32_t> decode_cdf(Decoder& decoder, py::handle cdf, py::handle streams,
-                                     int prob_bits, int threads) {
+                                     int prob_bits, bool trusted, int threads) {
   const TensorView<std::int32_t> table(cdf, "cdf");
   const TensorView<std::int64_t> stream(streams, "streams");
   table.require_ndim(3);
@@ -135,7 +135,7 @@ py::array_t<std::int32_t> decode_cdf(Decoder& decoder, py::handle cdf, py::handl
   const Turn turn(decoder);
   const py::gil_scoped_release unlocked;
   decoder.decode_cdf(table.data(), stream.data(), table.shape(0), table.shape(1),
-                     table.shape(2) - 1, prob_bits, threads, out);
+                     table.shape(2) - 1, prob_bits, trusted, threads, out);
   return symbols;
 }
 
@@ -220,7 +220,7 @@ void bind_coder(py::module_& module) {
       .def("decode_logits", &decode_logits, py::arg("logits"), py::arg("type"), py::arg("streams"),
            py::arg("prob_bits"), py::arg("threads"))
       .def("decode_cdf", &decode_cdf, py::arg("cdf"), py::arg("streams"), py::arg("prob_bits"),
-           py::arg("threads"))
+           py::arg("trusted"), py::arg("threads"))
       .def("states", &states)
       .def("positions", &positions)
       .def("exhausted", &exhausted)

@@ -106,7 +106,7 @@ class BatchDecoder:
         """logits [b, n, V] of that type, streams int64 [b] -> [b, n]."""
 
     def decode_cdf(
-        self, cdf: _Array, streams: _Array, prob_bits: int, threads: int
+        self, cdf: _Array, streams: _Array, prob_bits: int, trusted: bool, threads: int
     ) -> NDArray[np.int32]:
         """cdf int32 [b, n, V + 1], streams int64 [b] -> [b, n]."""
 

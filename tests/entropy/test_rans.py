@@ -262,6 +262,10 @@ def test_logits_come_back(data: st.DataObject) -> None:
     assert by_logits.finished(checks).all()
     table = cdf(logits, prob_bits)
     assert np.array_equal(by_table.decode_cdf(table, prob_bits, threads=threads), symbols)
+    trusting = RansDecoder(*streams)
+    found = trusting.decode_cdf(table, prob_bits, threads=threads, trusted=True)
+    assert np.array_equal(found, symbols)
+    assert np.array_equal(trusting.states, by_table.states)
     assert by_table.finished(checks).all()
     # Resumed anywhere, from nothing but states and positions.
     cut = data.draw(st.integers(0, count))
@@ -483,6 +487,9 @@ def test_wrong_streams_are_refused() -> None:
             (lambda: decoder.decode(np.zeros((2, 1, 129), np.int16), 8), "twice"),
             (lambda: decoder.decode(np.zeros((2, 1, 1), np.int16), 8), "1 entries"),
             (lambda: decoder.decode_cdf(table + 1, 8), "increase strictly"),
+            (lambda: decoder.decode_cdf(table + 1, 8, trusted=True), "increase strictly"),
+            (lambda: decoder.decode_cdf(table * 0, 8, trusted=True), "increase strictly"),
+            (lambda: decoder.decode_cdf(-table, 8, trusted=True), "increase strictly"),
             (lambda: decoder.decode_cdf(table, 9), "512"),
             (lambda: decoder.decode_cdf(table[..., ::-1], 8), "increase strictly"),
             (lambda: decoder.decode_cdf(table[..., :0], 8), "at least 2"),

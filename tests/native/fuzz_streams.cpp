@@ -106,7 +106,7 @@ std::vector<std::int32_t> decode(BatchDecoder& decoder, const Message& message,
     Fenced<std::int32_t> cdf(total * (codebook + 1));
     percov2::cdf_table(segment.logits->view(), total, prob_bits, threads, cdf.data());
     decoder.decode_cdf(cdf.data(), message.streams.data(), message.rows(), segment.count, codebook,
-                       prob_bits, threads, symbols.data());
+                       prob_bits, /*trusted=*/(total % 2) == 0, threads, symbols.data());
   } else {
     decoder.decode_logits(segment.logits->view(), message.streams.data(), message.rows(),
                           segment.count, prob_bits, threads, symbols.data());
@@ -318,7 +318,7 @@ void fuzz_decoder_arguments(Random& random, Outcomes& outcomes) {
       }
       done = returns(outcomes, [&] {
         decoder->decode_cdf(cdf.data(), names.data(), rows, count, sizes.codebook, sizes.prob_bits,
-                            threads, symbols.data());
+                            random.one_in(2), threads, symbols.data());
       });
     }
     check_decoder(*decoder, offsets);
