@@ -1,4 +1,4 @@
-"""Time constriction, torchac and CompressAI with the interpreter of their environment.
+"""Time constriction, torchac, CompressAI and torch-ans with the interpreter of their environment.
 
 ``python peer_coders.py FOLDER``: percov2.bench.peers writes the task there and reads the answer.
 benchmarks/peers.sh links this file into that environment, which has no percov2. The task names the
@@ -170,6 +170,46 @@ def compressai_peers() -> list[Peer]:
     ]
 
 
+def torch_ans_peers() -> list[Peer]:
+    """Return torch-ans with a CDF row per symbol, and with shared rows.
+
+    Its own quantizer of frequencies does not end for some steep distributions, so it gets rows.
+    """
+    from torch_ans.utils import TorchANSInterface
+
+    def coder(rows: torch.Tensor) -> Any:
+        count, size = len(rows), rows.shape[1] - 1
+        made = TorchANSInterface(
+            impl="rans64", freq_precision=16, device="cpu", bypass_coding=False
+        )
+        even = torch.full((count, size), 2**16 // size, dtype=torch.int32)
+        made.init_params(even, torch.full((count,), size), torch.zeros(count, dtype=torch.int32))
+        made.cdfs = rows.to(torch.int32).contiguous()
+        return made
+
+    def rows_of(logits: np.ndarray) -> torch.Tensor:
+        return steps(bounds(torch.from_numpy(logits)))
+
+    def encode(made: Any, symbols: np.ndarray, places: torch.Tensor) -> bytes:
+        return made.encode_with_indexes(torch.from_numpy(symbols)[None], places)
+
+    def decode(made: Any, stream: bytes, places: torch.Tensor) -> np.ndarray:
+        return made.decode_with_indexes(stream, places)[0].numpy()
+
+    def own(logits: np.ndarray, symbols: np.ndarray) -> Any:
+        return coder(rows_of(logits)), symbols, torch.arange(len(symbols), dtype=torch.int32)[None]
+
+    def shared(logits: np.ndarray, symbols: np.ndarray) -> Any:
+        places = torch.arange(len(symbols), dtype=torch.int32)[None] % SHARED_TABLES
+        return coder(rows_of(logits[:SHARED_TABLES])), symbols, places
+
+    few = f"{SHARED_TABLES} shared tables"
+    return [
+        Peer("coder", "torch-ans", "int32 CDF rows", own, encode, decode),
+        Peer("coder", "torch-ans", few, shared, encode, decode),
+    ]
+
+
 def measure(
     peer: Peer, logits: np.ndarray, symbols: np.ndarray, timed: Callable[..., Any] | None
 ) -> dict[str, Any]:
@@ -219,13 +259,13 @@ def main(folder: Path) -> None:
     if task["effort"] is not None:
         timed = partial(timing["measure"], effort=timing["Effort"](**task["effort"]))
     torch.set_num_threads(1)
-    peers = [*constriction_peers(), *torchac_peers(), *compressai_peers()]
+    peers = [*constriction_peers(), *torchac_peers(), *compressai_peers(), *torch_ans_peers()]
     records = []
     if (folder / "logits.npy").exists():
         logits, symbols = np.load(folder / "logits.npy"), np.load(folder / "symbols.npy")
         chosen = [peer for peer in peers if peer.section in task["sections"]]
         records = [measure(peer, logits, symbols, timed) for peer in chosen]
-    names = ("constriction", "torchac", "compressai", "numpy", "torch")
+    names = ("constriction", "torchac", "compressai", "torch_ans", "numpy", "torch")
     versions = {name: importlib.metadata.version(name) for name in names}
     answer = {"versions": {"python": sys.version.split()[0], **versions}, "records": records}
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")

@@ -21,7 +21,7 @@ _TIMING = Path(__file__).with_name("timing.py")
 
 
 class Peers:
-    """The environment with constriction, torchac and CompressAI.
+    """The environment with constriction, torchac, CompressAI and torch-ans.
 
     Args:
         python: path of its Python interpreter. ``benchmarks/peers.sh`` makes the environment.
