@@ -104,6 +104,16 @@ def test_company_and_threads_do_not_change_tokens(folder, models):
         assert np.array_equal(model.encode_tokens(pixels[::-1], "fine"), alone[::-1])
 
 
+def test_large_pictures_are_decoded_in_equal_tiles(folder, models, monkeypatch):
+    tokens = np.random.default_rng(0).integers(0, 64, (1, 13, 18))
+    whole = models[0].reconstruct(tokens, "fine", [""], 1, 1.0, 0)
+    monkeypatch.setattr("percov2.models.tiny.backbone._TILE", 20)
+    model = open_backbone(folder)
+    assert model._reach == 5 and len(model._tiles(36)) == 4
+    tiled = model.reconstruct(tokens, "fine", [""], 1, 1.0, 0)
+    assert np.abs(whole - tiled).max() < 1e-5
+
+
 def test_wrong_tokens_are_refused(models):
     for value in (-1, 64):
         with pytest.raises(ValueError, match="0…63"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ __all__ = ["TinyModel", "draw_noise", "position_table"]
 Array = NDArray[np.float32]
 _WINDOWS_AT_ONCE = 8
 """Windows per call of the flow, which bound the memory."""
+_TILE = 176
+"""Largest side in latents that the decoder sees at once, which bounds the memory."""
 
 
 def draw_noise(shape: tuple[int, int, int], seed: int) -> Array:
@@ -54,6 +57,10 @@ def position_table(width: int, side: int, base_side: int) -> Array:
     rows = np.broadcast_to(waves[:, None], (side, side, width // 2))
     columns = np.broadcast_to(waves[None], (side, side, width // 2))
     return np.concatenate([columns, rows], 2).reshape(1, side * side, width).astype(np.float32)
+
+
+def _pixels(begin: int, end: int) -> slice:
+    return slice(LATENT_SIDE * begin, LATENT_SIDE * end)
 
 
 class TinyModel(Backbone):
@@ -177,8 +184,44 @@ class TinyModel(Backbone):
         ratio = self.config.rate(rate).token_side
         height, width = (side * ratio for side in tokens.shape[-2:])
         latents = self.latents(tokens, rate, captions, steps, guidance, seed, realism)
-        images = np.concatenate([self._decoder(latents=one[None]) for one in latents])
+        images = np.concatenate([self._decode(one[None]) for one in latents])
         return np.clip(images[..., :height, :width], -1, 1)
+
+    def _decode(self, latents: Array) -> Array:
+        """Return the image of latents [1, 16, h, w]; a large one is decoded tile by tile.
+
+        A tile includes all latents that its pixels depend on, so that it equals the same part of
+        the whole.
+        """
+        height, width = latents.shape[-2:]
+        if max(height, width) <= _TILE:
+            return self._decoder(latents=latents)
+        image = np.empty((1, 3, LATENT_SIDE * height, LATENT_SIDE * width), np.float32)
+        for top, bottom in self._tiles(height):
+            for left, right in self._tiles(width):
+                above, before = max(0, top - self._reach), max(0, left - self._reach)
+                ys, xs = slice(above, bottom + self._reach), slice(before, right + self._reach)
+                part = self._decoder(latents=np.ascontiguousarray(latents[..., ys, xs]))
+                inner = (
+                    _pixels(top - above, bottom - above),
+                    _pixels(left - before, right - before),
+                )
+                image[:, :, _pixels(top, bottom), _pixels(left, right)] = part[:, :, *inner]
+        return image
+
+    @cached_property
+    def _reach(self) -> int:
+        """Return the number of latents to each side that a decoded pixel depends on."""
+        path = self.folder / "autoencoder" / "config.json"
+        coarse, fine = json.loads(path.read_text(encoding="utf-8"))["decoder_blocks"]
+        # A block has two 3×3 convolutions; two positions at 1/4 are one latent.
+        return int(1 + 2 * coarse + -(-(2 * fine + 1) // 2))
+
+    def _tiles(self, length: int) -> list[tuple[int, int]]:
+        """Return the begins and ends of equal tiles of a side, without what they depend on."""
+        count = -(-length // (_TILE - 2 * self._reach))
+        bounds = [length * i // count for i in range(count + 1)]
+        return list(pairwise(bounds))
 
     def latents(
         self,
