@@ -18,7 +18,7 @@ from percov2.extras import require
 from percov2.models.tiny.graphs import WEIGHTS_HASH, weights_hash
 from percov2.models.tiny.torch.backbone import TinyTorchModel
 
-__all__ = ["write_graphs"]
+__all__ = ["shrink", "write_graphs"]
 
 _OPSET = 18
 
@@ -108,16 +108,41 @@ def _write(
             dynamic_axes=axes | {"output": {0: "batch", 2: "rows", 3: "columns"}},
         )
     graph = onnx.load_model_from_string(buffer.getvalue())
-    names = {}
+    names: dict[str, str] = {}
     for weight in graph.graph.initializer:
         names[weight.name] = prefix + weight.name.removeprefix(hidden)
         _refer(weight, names[weight.name])
-    for node in graph.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.name = node.doc_string = ""
+    shrink(graph.graph, names)
     entry = graph.metadata_props.add()
     entry.key, entry.value = WEIGHTS_HASH, weights_hash(path.with_name("model.safetensors"))
     path.write_bytes(graph.SerializeToString(deterministic=True))
+
+
+def shrink(graph: Any, names: dict[str, str]) -> None:
+    """Join nodes that compute the same values, and give values short names.
+
+    The tracer repeats constants and the arithmetic of shapes for every layer. ``names`` maps the
+    names of all initializers to their new ones; inputs and outputs of the graph keep theirs.
+    """
+    names |= {value.name: value.name for value in [*graph.input, *graph.output]}
+    outputs = {value.name for value in graph.output}
+    known: dict[tuple[Any, ...], list[str]] = {}
+    kept: list[Any] = []
+    for node in graph.node:
+        node.name = node.doc_string = ""
+        node.input[:] = [names[name] if name else "" for name in node.input]
+        attributes = sorted(entry.SerializeToString(deterministic=True) for entry in node.attribute)
+        key = (node.domain, node.op_type, tuple(node.input), tuple(attributes), len(node.output))
+        if key in known and not outputs & set(node.output):
+            names.update(zip(node.output, known[key], strict=True))
+            continue
+        for i, name in enumerate(node.output):
+            node.output[i] = names.setdefault(name, f"v{len(kept):x}.{i}")
+        known.setdefault(key, list(node.output))
+        kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+    del graph.value_info[:]
 
 
 def _refer(weight: Any, name: str) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from percov2.extras import require
 from percov2.models.stored_tensors import SCALE, read_tensors
+from percov2.models.tiny.torch.graphs import shrink
 
 __all__ = ["write_int8_decoder"]
 
@@ -93,13 +94,12 @@ def _share_weights(graph: Any, weights: Path) -> None:
             names |= {tensor.name: name, name + "_scale": name + SCALE}
     if not names:
         raise ValueError(f"{weights} has no int8 weights; export the model with int8 weights")
-    for tensor in graph.graph.initializer:
-        if tensor.name in names:
-            tensor.name = names[tensor.name]
+    for i, tensor in enumerate(graph.graph.initializer):
+        inline = tensor.name not in names
+        tensor.name = names.setdefault(tensor.name, f"c{i:x}")
+        if not inline:
             tensor.ClearField("raw_data")
             tensor.data_location = onnx.TensorProto.EXTERNAL
             entry = tensor.external_data.add()
             entry.key, entry.value = "location", weights.name
-    for node in graph.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.name = node.doc_string = ""
+    shrink(graph.graph, names)
