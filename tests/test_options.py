@@ -152,7 +152,7 @@ def test_one_file_gives_one_picture(codec, tmp_path):
         (torch.full((3, 4, 4), 2.0), "must lie in 0..1"),
         (torch.zeros(3, 4, 4, dtype=torch.int64), "not torch.int64"),
         (torch.zeros(4, 4), r"not a tensor \(4, 4\)"),
-        (b"no picture", "not a picture in a format that Pillow reads"),
+        (b"no picture", "not a picture in a format that percov2 reads"),
     ],
 )
 def test_a_wrong_type_gets_one_clear_sentence(codec, picture, message):

@@ -14,15 +14,18 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
+from percov2.colour_spaces import ColourSpace, Curve, icc_profile, to_srgb_levels
 from percov2.container.bitstream import MAX_PIXELS, MAX_SIDE
+from percov2.declared_colours import declared_space, read_declarations
 
 __all__ = [
+    "READ_FORMATS",
     "ImageSizeError",
     "ImageWarning",
     "check_outputs",
@@ -43,12 +46,20 @@ _PROFILE_SPACE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 """Modes that colour management reads directly, and the colour space of their profiles."""
 
 
+READ_FORMATS = (
+    *("PNG", "JPEG", "GIF", "BMP", "PPM"),
+    *("WEBP", "AVIF", "TIFF", "JPEG2000", "HEIF", "TGA", "ICO", "ICNS", "DIB", "PCX", "QOI", "SGI"),
+)
+"""Pillow's names of the formats that are read. Others are refused: some of Pillow's decoders start
+an interpreter (EPS, WMF), and some are rarely tested."""
+
+
 class ImageWarning(UserWarning):
     """A part of a picture that the conversion to sRGB ignored or replaced."""
 
 
 def read_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read a picture file, of any format of Pillow, and decode it (an animation's first frame).
+    """Read a picture file of one of ``READ_FORMATS`` and decode it (an animation's first frame).
 
     Pictures of more than ``max_pixels`` are refused before decoding. Returns the picture as stored;
     ``to_rgb`` makes it sRGB.
@@ -68,12 +79,20 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         # Some formats decode on opening, and a container may hold more pixels than its header says.
         with _pillow_limit(max_pixels):
-            image = Image.open(stream)
+            image = _open(stream)
+            _skip_thumbnails(image)
             check_size(image.width, image.height, max_pixels)
+            _scale_key(image)
+            deep_key = _deep_key(image)
             image.load()
+            if deep_key is not None:
+                _make_transparent(image, stream, deep_key)
         check_size(image.width, image.height, max_pixels)
+        read_declarations(image, stream)
     except UnidentifiedImageError:
-        raise ValueError("not a picture in a format that Pillow reads") from None
+        raise ValueError(
+            f"not a picture in a format that percov2 reads: {', '.join(READ_FORMATS)}"
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ImageSizeError(
             f"the picture has more pixels than the limit of {max_pixels}; scale it down, or raise "
@@ -84,6 +103,70 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Exception as error:  # decoders raise errors of many types for damaged files
         raise ValueError(f"the picture is truncated or damaged: {error}") from error
     return image
+
+
+def _open(stream: BinaryIO) -> Image.Image:
+    """Open a picture of one of ``READ_FORMATS``; the common ones need few of Pillow's modules."""
+    start = stream.tell()
+    Image.preinit()
+    try:
+        return Image.open(stream, formats=[name for name in READ_FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError:
+        stream.seek(start)
+        Image.init()
+        return Image.open(stream, formats=[name for name in READ_FORMATS if name in Image.OPEN])
+
+
+_REDUCED = 1
+"""Bit of TIFF's NewSubfileType that marks a reduced version of another page."""
+
+
+def _skip_thumbnails(image: Image.Image) -> None:
+    """Go to the first page of a TIFF file that is no reduced version of another."""
+    if image.format != "TIFF":
+        return
+    pages = int(getattr(image, "n_frames", 1))
+    for page in range(min(pages, 100)):
+        image.seek(page)
+        if not int(getattr(image, "tag_v2", {}).get(254, 0)) & _REDUCED:
+            return
+    image.seek(0)
+
+
+def _raw_mode(image: Any) -> str:
+    """Return how a PNG file stores the samples of a picture that is not decoded yet, else ""."""
+    tiles = getattr(image, "tile", None) if image.format == "PNG" else None
+    raw = tiles[0][3] if tiles else ""
+    return raw if isinstance(raw, str) else ""
+
+
+def _deep_key(image: Image.Image) -> tuple[int, ...] | None:
+    """Return the transparent colour of a PNG file with 16 bits per colour."""
+    key = image.info.get("transparency")
+    return key if _raw_mode(image) == "RGB;16B" and isinstance(key, tuple) else None
+
+
+def _make_transparent(image: Image.Image, stream: BinaryIO, key: tuple[int, ...]) -> None:
+    """Give a decoded PNG picture an alpha that is 0 where all 16 bits equal the key.
+
+    Pillow keeps the upper byte of a sample. Read in the other byte order, it keeps the lower one.
+    """
+    stream.seek(0)
+    low: Any = Image.open(stream, formats=["PNG"])
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
+    low.load()
+    samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+    opaque = (samples != np.array(key, np.uint16)).any(-1)
+    del image.info["transparency"]
+    image.putalpha(Image.fromarray(np.uint8(255) * opaque))
+
+
+def _scale_key(image: Image.Image) -> None:
+    """Scale PNG's transparent grey as Pillow scales the samples: from 1, 2 or 4 bits to 8."""
+    key = image.info.get("transparency")
+    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image))
+    if factor and isinstance(key, int):
+        image.info["transparency"] = min(key * factor, 255)
 
 
 _PILLOW_LIMIT = threading.Lock()
@@ -121,23 +204,34 @@ def check_size(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
 def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     """Return a picture of any mode as sRGB, uint8 [H, W, 3].
 
-    Orientation is applied, profiles are converted to sRGB (relative colorimetric with black point
-    compensation), transparency is flattened on white, 16-bit grey is rounded to 8 bits.
+    Orientation is applied, declared colours are converted to sRGB (relative colorimetric with black
+    point compensation), transparency is flattened on white, 16-bit grey is rounded to 8 bits.
+    ``percov2.declared_colours`` says which declaration wins.
 
     Warns:
-        ImageWarning: transparency was flattened, or a damaged or unfitting profile or orientation
-            was ignored.
+        ImageWarning: frames, pages or transparency were dropped, or a damaged or unsuitable profile
+            or orientation was ignored.
 
-    Raises ValueError for numbers outside the range that the mode implies.
+    Raises:
+        ValueError: a picture that cannot be decoded, in a format that is not read, with a high
+            dynamic range, or with numbers outside the range that the mode implies.
     """
+    _load(image)
+    if (frames := _frames(image)) > 1:
+        _warn(f"the picture has {frames} frames or pages; only the first is stored")
+    space, samples = declared_space(image), _samples(image)
+    unused_alpha = image.format in _WITHOUT_ALPHA
     try:
         image = ImageOps.exif_transpose(image)
     except Exception as error:  # the picture is readable without its damaged EXIF block
         _warn(f"ignored a damaged EXIF block ({error})")
-    profile = image.info.get("icc_profile")
-    colour, alpha = _split_alpha(_to_eight_bits(image))
-    rgb = _to_srgb(colour, profile)
-    if alpha is not None and np.asarray(alpha).min() < 255:
+    deep = image.mode == "I" or image.mode.startswith("I;16")
+    curve = space.curve if deep and isinstance(space, ColourSpace) else None
+    colour, alpha = _split_alpha(_to_eight_bits(image, samples, curve))
+    rgb = _to_srgb(colour, None if curve else space)
+    if alpha is not None and unused_alpha and not np.asarray(alpha).any():
+        _warn("the picture's alpha is zero everywhere; it was taken for unused")
+    elif alpha is not None and np.asarray(alpha).min() < 255:
         _warn("transparency was flattened on white; it is not stored")
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
     return np.array(rgb, dtype=np.uint8)
@@ -147,15 +241,65 @@ def _warn(message: str) -> None:
     warnings.warn(message, ImageWarning, stacklevel=3)
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Return modes with more than 8 bits as "L" or "LA", and other modes unchanged."""
+def _load(image: Image.Image) -> None:
+    """Decode a lazily opened picture, before anything else can hide the decoder's error."""
+    if getattr(image, "tile", None) and image.format not in (None, "MPO", *READ_FORMATS):
+        raise ValueError(
+            f"a picture of format {image.format} is not read; convert it to PNG, or call its load()"
+        )
+    try:
+        _scale_key(image)
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise errors of many types for damaged files
+        raise ValueError(f"the picture is truncated, damaged or closed: {error}") from error
+
+
+def _frames(image: Image.Image) -> int:
+    try:
+        return int(getattr(image, "n_frames", 1))
+    except Exception:  # a damaged later frame
+        return 2
+
+
+_WITHOUT_ALPHA = ("TGA", "BMP", "DIB", "SGI")
+"""Formats whose fourth channel often holds nothing."""
+
+
+class _Samples(NamedTuple):
+    """The meaning of grey samples of more than 8 bits: the value of white, and black for white."""
+
+    white: int
+    inverted: bool
+
+
+def _samples(image: Image.Image) -> _Samples:
+    """Return the meaning of a picture's deep grey samples; TIFF says it in tags."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    bits = tags.get(258, (16,))
+    return _Samples((1 << int(bits[0])) - 1 if bits else 65535, tags.get(262) == 0)
+
+
+def _to_eight_bits(
+    image: Image.Image, samples: _Samples, curve: Curve | None = None
+) -> Image.Image:
+    """Return modes with more than 8 bits as "L" or "LA", and other modes unchanged.
+
+    Grey with a curve is converted to sRGB before it is rounded.
+    """
     if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow gives 16-bit grey as I;16 or I. 65535 is white in every picture.
+        # Pillow gives 16-bit grey as I;16 or I.
         values = np.array(image).astype(np.int64)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            raise ValueError(f"grey values {low} to {high}; integer pictures must be 0 to 65535")
-        grey = Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        low, high, white = int(values.min()), int(values.max()), samples.white
+        if low < 0 or high > white:
+            raise ValueError(f"grey values {low} to {high}; integer pictures must be 0 to {white}")
+        shown = white - values if samples.inverted else values
+        if curve is None:
+            levels = ((shown * 255 + white // 2) // white).astype(np.uint8)
+        else:
+            levels = to_srgb_levels(shown / white, curve)
+        grey = Image.fromarray(levels)
         key = image.info.get("transparency")  # the transparent 16-bit value
         if key is None:
             return grey
@@ -182,12 +326,13 @@ def _split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     return image if known else image.convert("RGB"), None
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Return colours of mode L, RGB, CMYK or LAB as sRGB."""
+def _to_srgb(image: Image.Image, declared: ColourSpace | bytes | None) -> Image.Image:
+    """Return colours of mode L, RGB, CMYK or LAB, in a space or of an ICC profile, as sRGB."""
     srgb = ImageCms.createProfile("sRGB")
     if image.mode == "LAB":
         lab = ImageCms.createProfile("LAB")
         return _converted(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+    profile = icc_profile(declared) if isinstance(declared, ColourSpace) else declared
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

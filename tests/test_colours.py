@@ -1,0 +1,286 @@
+"""Pixels mean what the file says: declarations of colour against an oracle of plain floats."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageFile
+
+from percov2.colour_spaces import SRGB, from_cicp, from_gamma, icc_profile
+from percov2.images import ImageWarning, decode_image, to_rgb
+from tools import picture_files as files
+
+pytestmark = pytest.mark.core
+
+D65 = (0.3127, 0.3290)
+P3 = (*D65, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060)
+BT2020 = (*D65, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046)
+ADOBE = (*D65, 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
+REC709 = (*D65, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return to_rgb(decode_image(io.BytesIO(data)))
+
+
+def xyz_of(chromaticities: tuple[float, ...]) -> np.ndarray:
+    """The matrix from linear RGB to XYZ, by solving for the white point."""
+    pairs = [chromaticities[i : i + 2] for i in range(0, 8, 2)]
+    white, *primaries = [np.array([x / y, 1, (1 - x - y) / y]) for x, y in pairs]
+    matrix = np.stack(primaries, 1)
+    return matrix * np.linalg.solve(matrix, white)
+
+
+def srgb_light(value: float) -> float:
+    return value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+
+
+def srgb_code(light: float) -> float:
+    light = min(max(light, 0.0), 1.0)
+    return 12.92 * light if light <= 0.0031308 else 1.055 * light ** (1 / 2.4) - 0.055
+
+
+def oracle(samples: np.ndarray, white: int, light, chromaticities: tuple[float, ...]) -> np.ndarray:
+    """8-bit sRGB of samples [H, W, 3] with a D65 white, a pixel at a time."""
+    to_srgb = np.linalg.inv(xyz_of(REC709)) @ xyz_of(chromaticities)
+    result = np.zeros(samples.shape, np.uint8)
+    for place in np.ndindex(samples.shape[:2]):
+        linear = np.array([light(float(v) / white) for v in samples[place]])
+        result[place] = [round(255 * srgb_code(v)) for v in to_srgb @ linear]
+    return result
+
+
+def swatches(depth: int, channels: int) -> np.ndarray:
+    """Colours without extremes of saturation, which other gamuts would clip."""
+    rng = np.random.default_rng(depth)
+    low, high = (0.0, 1.0) if channels == 1 else (0.35, 0.75)
+    drawn = low + (high - low) * rng.random((6, 7, channels))
+    return np.rint(drawn * ((1 << depth) - 1)).astype(np.uint16)
+
+
+CHUNKS = {
+    "none": ((), srgb_light, REC709),
+    "sRGB": ((files.srgb(),), srgb_light, REC709),
+    "gAMA of sRGB": ((files.gama(1 / 2.2),), srgb_light, REC709),
+    "gAMA and cHRM of sRGB": ((files.gama(1 / 2.2), files.chrm(*REC709)), srgb_light, REC709),
+    "gAMA 1": ((files.gama(1.0),), lambda v: v, REC709),
+    "gAMA 1/1.8": ((files.gama(1 / 1.8),), lambda v: v**1.8, REC709),
+    "gAMA and cHRM of P3": ((files.gama(1 / 2.2), files.chrm(*P3)), lambda v: v**2.2, P3),
+    "cHRM alone": ((files.chrm(*ADOBE),), srgb_light, ADOBE),
+    "cICP P3": ((files.cicp(12, 13),), srgb_light, P3),
+    "cICP BT.2020, linear": ((files.cicp(9, 8),), lambda v: v, BT2020),
+    "cICP before gAMA": ((files.cicp(12, 13), files.gama(1.0)), srgb_light, P3),
+    "sRGB before gAMA": ((files.srgb(), files.gama(1.0)), srgb_light, REC709),
+    "cICP before iCCP": (
+        (files.cicp(12, 13), files.iccp(icc_profile(from_gamma(1.0, None)))),
+        srgb_light,
+        P3,
+    ),
+    "iCCP before sRGB": (
+        (files.iccp(icc_profile(from_cicp(12, 13))), files.srgb()),
+        srgb_light,
+        P3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("rgb", 8), ("rgb", 16), ("grey", 16), ("grey", 8), ("grey", 4)]
+)
+def test_png_samples_mean_what_the_chunks_say(name, kind, depth):
+    chunks, light, chromaticities = CHUNKS[name]
+    if kind == "grey" and "iCCP" in name:
+        chunks = tuple(c for c in chunks if b"iCCP" not in c)  # a grey picture has no RGB profile
+        if name.startswith("iCCP"):
+            light, chromaticities = srgb_light, REC709
+    samples = swatches(depth, 3 if kind == "rgb" else 1)
+    found = decoded(files.png(kind, depth, samples, *chunks))
+    colours = np.repeat(samples, 3, 2) if kind == "grey" else samples
+    expected = oracle(colours, (1 << depth) - 1, light, chromaticities)
+    dark_8_bit = depth == 8 and "1" in name.split()[-1]
+    assert np.abs(found.astype(int) - expected).max() <= (3 if dark_8_bit else 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "key"),
+    [("grey", 1, 1), ("grey", 2, 2), ("grey", 4, 5), ("grey", 8, 77), ("grey", 16, 0x1234)],
+)
+def test_a_transparent_grey_is_compared_at_its_own_depth(kind, depth, key):
+    samples = np.arange(64).reshape(8, 8, 1) * 7919 % (1 << depth)
+    samples[0, :4] = key
+    samples[0, 4] = key ^ 1
+    trns = files.chunk(b"tRNS", key.to_bytes(2, "big"))
+    with pytest.warns(ImageWarning, match="transparency"):
+        found = decoded(files.png(kind, depth, samples, trns))
+    keyed = samples[..., 0] == key
+    assert (found[keyed] == 255).all()
+    plain = decoded(files.png(kind, depth, samples))
+    assert np.array_equal(found[~keyed], plain[~keyed])
+
+
+def test_a_transparent_colour_is_compared_in_16_bits():
+    samples = np.full((2, 2, 3), (0x1234, 0x5678, 0x9ABC))
+    samples[0, 1, 2] ^= 1  # the upper bytes are equal
+    samples[1, 1] = (0x0034, 0x0078, 0x00BC)  # the lower ones
+    trns = files.chunk(b"tRNS", b"\x12\x34\x56\x78\x9a\xbc")
+    with pytest.warns(ImageWarning, match="transparency"):
+        found = decoded(files.png("rgb", 16, samples, trns))
+    assert [(found[y, x] == 255).all() for y, x in np.ndindex(2, 2)] == [True, False, True, False]
+
+
+# Pillow has no decoder for 12 bits with white as zero.
+@pytest.mark.parametrize(("bits", "photometric"), [(8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
+def test_tiff_grey_of_any_depth_and_direction(bits, photometric):
+    white = (1 << bits) - 1
+    samples = np.array([[0, white // 2, white, white // 4]] * 2)
+    expected = np.rint(samples * 255 / white)
+    expected = 255 - expected if photometric == 0 else expected
+    found = decoded(files.grey_tiff(samples, bits, photometric))
+    assert np.abs(found[..., 0] - expected).max() <= 1
+
+
+def test_pages_thumbnails_and_frames_are_dropped_aloud():
+    pages = [Image.new("L", (20, 10), level) for level in (40, 90, 200)]
+    out = io.BytesIO()
+    pages[0].save(out, "TIFF", save_all=True, append_images=pages[1:])
+    with pytest.warns(ImageWarning, match="3 frames or pages"):
+        assert (decoded(out.getvalue()) == 40).all()
+    thumb, whole = io.BytesIO(), Image.new("L", (64, 48), 120)
+    small = Image.new("L", (8, 6), 10)
+    whole.encoderinfo = {"tiffinfo": {254: 0}}
+    small.save(thumb, "TIFF", tiffinfo={254: 1}, save_all=True, append_images=[whole])
+    with pytest.warns(ImageWarning, match="2 frames"):
+        found = decoded(thumb.getvalue())
+    assert found.shape == (48, 64, 3) and (found == 120).all()
+    gif = io.BytesIO()
+    pages[0].save(gif, "GIF", save_all=True, append_images=pages[1:])
+    with pytest.warns(ImageWarning, match="3 frames"):
+        decoded(gif.getvalue())
+
+
+def test_an_alpha_that_holds_nothing_is_ignored_where_it_is_often_unused():
+    image = Image.new("RGBA", (8, 8), (200, 100, 50, 0))
+    for kind, pixel in (("TGA", (200, 100, 50)), ("PNG", (255, 255, 255))):
+        out = io.BytesIO()
+        image.save(out, kind)
+        with pytest.warns(ImageWarning, match=r"unused|flattened"):
+            assert tuple(decoded(out.getvalue())[0, 0]) == pixel
+
+
+@pytest.mark.parametrize(("primaries", "transfer"), [(12, 13), (9, 8), (2, 2)])
+def test_avif_code_points_are_heeded(primaries, transfer):
+    image = Image.new("RGB", (16, 16), (150, 110, 100))
+    space = from_cicp(primaries, transfer)
+    light = (lambda v: v) if transfer == 8 else srgb_light
+    expected = oracle(np.array([[(150, 110, 100)]]), 255, light, space.chromaticities)[0, 0]
+    found = decoded(files.avif(image, primaries, transfer))[8, 8]
+    assert np.abs(found.astype(int) - expected).max() <= 3  # the codec is lossy
+
+
+@pytest.mark.parametrize("transfer", [16, 18])
+def test_high_dynamic_range_is_refused_with_the_reason(transfer):
+    image = Image.new("RGB", (16, 16), "grey")
+    for data in (
+        files.avif(image, 9, transfer),
+        files.png("rgb", 8, swatches(8, 3), files.cicp(9, transfer)),
+    ):
+        with pytest.raises(ValueError, match=r"high dynamic range \((PQ|HLG)\)"):
+            decoded(data)
+
+
+def test_jpeg2000_profiles_are_heeded():
+    profile = icc_profile(from_cicp(12, 13))
+    image = Image.new("RGB", (32, 32), (150, 110, 100))
+    found = decoded(files.jpeg2000(image, profile))[16, 16]
+    expected = oracle(np.array([[(150, 110, 100)]]), 255, srgb_light, P3)[0, 0]
+    assert np.abs(found.astype(int) - expected).max() <= 2
+
+
+@pytest.mark.parametrize(("space", "adobe"), [(1, False), (2, True), (0xFFFF, True)])
+def test_exif_may_say_adobe_rgb(space, adobe):
+    image = Image.new("RGB", (16, 16), (150, 110, 100))
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0xA001] = space
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=100, exif=exif)
+    expected = (150, 110, 100)
+    if adobe:
+        expected = oracle(np.array([[expected]]), 255, lambda v: v ** (563 / 256), ADOBE)[0, 0]
+    assert np.abs(decoded(out.getvalue())[8, 8].astype(int) - expected).max() <= 2
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=100, exif=exif, icc_profile=srgb)
+    assert np.abs(decoded(out.getvalue())[8, 8].astype(int) - (150, 110, 100)).max() <= 2
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (files.chrm(0, 0, 0, 0, 0, 0, 0, 0),),
+        (files.chrm(*D65, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3),),
+        (files.cicp(200, 13),),
+        (files.cicp(1, 200),),
+    ],
+)
+def test_impossible_declarations_are_refused(chunks):
+    with pytest.raises(ValueError, match=r"impossible chromaticities|does not know"):
+        decoded(files.png("rgb", 8, swatches(8, 3), *chunks))
+
+
+def test_profiles_of_spaces_are_the_identity_for_srgb():
+    image = Image.fromarray(swatches(8, 3).astype(np.uint8))
+    made = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile(SRGB)))
+    back = ImageCms.profileToProfile(image, made, ImageCms.createProfile("sRGB"))
+    assert np.abs(np.asarray(back).astype(int) - np.asarray(image)).max() <= 1
+
+
+# Opening -----------------------------------------------------------------------------------------
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{ } loop\n"
+
+
+def test_no_interpreter_reads_a_picture(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(POSTSCRIPT)
+    with pytest.raises(ValueError, match="not a picture in a format that percov2 reads"):
+        decoded(POSTSCRIPT)
+    with Image.open(path) as lazy, pytest.raises(ValueError, match="format EPS is not read"):
+        to_rgb(lazy)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "GIF", "WEBP", "JPEG2000", "BMP"])
+def test_a_damaged_lazy_picture_is_refused_as_a_file_is(kind, tmp_path):
+    path, out = tmp_path / "cut", io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(out, kind)
+    path.write_bytes(out.getvalue()[: len(out.getvalue()) // 2])
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    with pytest.raises(ValueError, match=r"truncated|not a picture"):
+        decoded(path.read_bytes())
+    try:
+        lazy = Image.open(path)
+    except OSError:
+        return  # Pillow itself refuses to open it
+    with lazy, pytest.raises(ValueError, match="truncated, damaged or closed"):
+        to_rgb(lazy)
+
+
+def test_a_closed_picture_is_refused(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        pass
+    with pytest.raises(ValueError, match="closed"):
+        to_rgb(image)
+
+
+def test_warnings_as_errors_are_one_exception():
+    image = Image.new("RGBA", (4, 4), (1, 2, 3, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageWarning, match="transparency"):
+            to_rgb(image)
