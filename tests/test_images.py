@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import threading
@@ -14,16 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from percov2.images import (
-    ImageWarning,
-    check_outputs,
-    pad,
-    read_image,
-    reflected,
-    to_rgb,
-    write_bytes,
-    write_image,
-)
+from percov2.files import check_kind, check_outputs, write_bytes, write_image
+from percov2.images import ImageWarning, pad, read_image, reflected, to_rgb
 from tools.photos import noise
 
 pytestmark = pytest.mark.core
@@ -315,3 +308,33 @@ def test_outputs_overwrite_neither_inputs_nor_each_other(tmp_path):
     ]:
         with pytest.raises(ValueError, match=match):
             check_outputs(outputs, [photo])
+
+
+def test_results_replace_only_files_of_their_kind(tmp_path):
+    ours, theirs, empty = tmp_path / "a.pcv2", tmp_path / "b.pcv2", tmp_path / "c.pcv2"
+    ours.write_bytes(b"\xfc\x21rest")
+    theirs.write_bytes(b"text")
+    empty.write_bytes(b"")
+    for path in (ours, empty, tmp_path / "new.pcv2", tmp_path / "NEW.PCV2", Path("/dev/stdout"), Path("/dev/null")):
+        check_kind(path, compressed=True)
+    for path in (theirs, tmp_path / "a.png", tmp_path / "a"):
+        with pytest.raises(ValueError, match=r"must end in|is no \.pcv2 file"):
+            check_kind(path, compressed=True)
+    picture, text = tmp_path / "a.png", tmp_path / "b.png"
+    noise(4, 4).save(picture)
+    text.write_text("letters")
+    check_kind(picture, compressed=False)
+    for path in (text, tmp_path / "new.txt", ours):
+        with pytest.raises(ValueError, match=r"is no picture|no picture format"):
+            check_kind(path, compressed=False)
+
+
+def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path, monkeypatch):
+    def busy(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(os, "replace", busy)
+    path = tmp_path / "mounted"
+    path.write_bytes(b"a longer text before")
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]

@@ -54,6 +54,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.colour_spaces": ("", "numpy", ""),
     "percov2.declared_colours": ("colour_spaces", "PIL", ""),
     "percov2.images": ("colour_spaces container.bitstream declared_colours", "numpy PIL", ""),
+    "percov2.files": ("container.bitstream images", "PIL", ""),
     "percov2.inputs": ("images", "numpy PIL", ""),
     "percov2.captioners": ("container.captions extras images", "PIL", "torch transformers"),
     "percov2.tokenizing": (f"batching container images {CORE} {MODELS}", "numpy", ""),
@@ -85,7 +86,7 @@ RULES: dict[str, tuple[str, str, str]] = {
 NATIVE = {"percov2.entropy.rans", "percov2.models.tiny"}
 """Rules of the modules that may import the compiled module."""
 CODEC = """batching captioners coarser_rates codec colour_spaces container declared_colours
-entropy extras images inputs models options pipeline tokenizing"""
+entropy extras files images inputs models options pipeline tokenizing"""
 """What ``@codec`` stands for: the codec and everything below it."""
 # First-party prefixes that a folder may import inside functions.
 LAZY: dict[str, str] = {

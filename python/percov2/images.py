@@ -1,4 +1,4 @@
-"""Pictures of any kind <-> 8-bit sRGB arrays, and padding to whole tokens.
+"""Pictures of any kind -> 8-bit sRGB arrays, and padding to whole tokens.
 
 The conversion applies EXIF orientation, ICC profile, transparency, palette, CMYK and 16 bits.
 """
@@ -6,12 +6,9 @@ The conversion applies EXIF orientation, ICC profile, transparency, palette, CMY
 from __future__ import annotations
 
 import io
-import os
-import secrets
-import shutil
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,18 +25,15 @@ __all__ = [
     "READ_FORMATS",
     "ImageSizeError",
     "ImageWarning",
-    "check_outputs",
     "check_size",
     "decode_image",
     "from_unit_range",
+    "open_lazily",
     "pad",
-    "picture_format",
     "read_image",
     "reflected",
     "to_rgb",
     "to_unit_range",
-    "write_bytes",
-    "write_image",
 ]
 
 _PROFILE_SPACE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
@@ -79,7 +73,7 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         # Some formats decode on opening, and a container may hold more pixels than its header says.
         with _pillow_limit(max_pixels):
-            image = _open(stream)
+            image = open_lazily(stream)
             _skip_thumbnails(image)
             check_size(image.width, image.height, max_pixels)
             _scale_key(image)
@@ -105,7 +99,7 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     return image
 
 
-def _open(stream: BinaryIO) -> Image.Image:
+def open_lazily(stream: BinaryIO) -> Image.Image:
     """Open a picture of one of ``READ_FORMATS``; the common ones need few of Pillow's modules."""
     start = stream.tell()
     Image.preinit()
@@ -371,80 +365,6 @@ def pad(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     """Extend uint8 [H, W, 3] by reflection at the bottom and right to multiples of ``side``."""
     rows, columns = (reflected(n, -(-n // side) * side) for n in rgb.shape[:2])
     return rgb[rows][:, columns]
-
-
-_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".png": ("PNG", {"compress_level": 1}),
-    ".jpg": ("JPEG", {"quality": 95}),
-    ".jpeg": ("JPEG", {"quality": 95}),
-    ".webp": ("WEBP", {"lossless": True}),
-    ".tif": ("TIFF", {}),
-    ".tiff": ("TIFF", {}),
-    ".bmp": ("BMP", {}),
-    ".ppm": ("PPM", {}),
-}
-"""File ending -> Pillow's name of the format, and options for saving with little or no loss."""
-
-
-def picture_format(path: Path | str) -> tuple[str, dict[str, Any]]:
-    """Return Pillow's format and the saving options for the ending of a file name.
-
-    Raises ValueError for an unknown ending.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in _FORMATS:
-        known = ", ".join(_FORMATS)
-        raise ValueError(f"no picture format for the ending {suffix!r}; use one of {known}")
-    return _FORMATS[suffix]
-
-
-def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """Raise ValueError if an output would overwrite an input or another output.
-
-    Also raises if its folder does not exist. The message names the output.
-    """
-    taken = {os.path.realpath(path): f"the input {path}" for path in inputs}
-    for output in outputs:
-        if not output.parent.is_dir():
-            raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
-        if output.is_dir():
-            raise ValueError(f"cannot write {output}: it is a folder")
-        if (place := os.path.realpath(output)) in taken:
-            raise ValueError(f"cannot write {output}: it is the same file as {taken[place]}")
-        taken[place] = f"the output {output}"
-
-
-def write_image(image: Image.Image, path: Path | str) -> None:
-    """Write a picture atomically, in the format of the name's ending; ValueError without one."""
-    name, options = picture_format(path)
-    encoded = io.BytesIO()
-    image.save(encoded, format=name, **options)
-    write_bytes(path, encoded.getvalue())
-
-
-def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a file atomically: write a temporary neighbour, then rename it.
-
-    Writes the target of a symbolic link, keeps the permissions of a replaced file, and writes
-    directly to devices and pipes. Raises OSError that names ``path``, and removes the neighbour, if
-    the file cannot be written.
-    """
-    if Path(path).exists() and not Path(path).is_file():
-        with open(path, "wb") as stream:
-            stream.write(data)
-        return
-    target = Path(os.path.realpath(path))
-    neighbour = target.with_name(f".{secrets.token_hex(8)}.part")  # fits where any name fits
-    try:
-        with open(neighbour, "xb") as stream:
-            stream.write(data)
-        if target.exists():
-            shutil.copymode(target, neighbour)
-        os.replace(neighbour, target)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        neighbour.unlink(missing_ok=True)
 
 
 def to_unit_range(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:

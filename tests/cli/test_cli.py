@@ -8,6 +8,8 @@ import importlib
 import inspect
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -28,14 +30,17 @@ def test_the_commands_write_what_the_codec_makes(picture, random_model, tmp_path
     file, out = tmp_path / "out.pcv2", tmp_path / "restored.png"
     model = ("--model", random_model)
     options = ("--rate", "coarse", "--schedule", "quincunx", "--caption", "a red door")
-    said = output(capsys, "compress", picture, file, *model, *options)
+    assert run("compress", picture, file, *model, *options) == 0
+    said = capsys.readouterr()
     options = {"rate": "coarse", "schedule": "quincunx", "caption": "a red door"}
     expected = codec.compress(picture, **options)
     assert file.read_bytes() == expected
     bpp = 8 * len(expected) / (70 * 50)
-    assert said == f"{file}: {len(expected)} bytes, {bpp:.4f} bpp (70x50, coarse)\n"
+    assert said.err == f"{file}: {len(expected)} bytes, {bpp:.4f} bpp (70x50, coarse)\n"
+    assert said.out == ""  # which is for data
     options = ("--steps", 3, "--guidance", 2.5, "--seed", 7, "--device", "cpu")
-    assert output(capsys, "decompress", file, out, *model, *options) == f"{out}: 70x50\n"
+    assert run("decompress", file, out, *model, *options) == 0
+    assert capsys.readouterr().err == f"{out}: 70x50\n"
     expected = codec.decompress(file, steps=3, guidance=2.5, seed=7)
     with Image.open(out) as restored:
         np.testing.assert_array_equal(np.asarray(restored), np.asarray(expected))
@@ -54,7 +59,8 @@ def test_a_part_of_the_stages_goes_through_every_command(picture, random_model, 
     assert (record["stages_sent"], record["draw_seed"]) == (3, 9)
     assert "qlds5, stages sent: 3, draw seed 9" in output(capsys, "info", out)
     said = f"{restored}: 70x50, 3 of 5 stages from the file, the others drawn\n"
-    assert output(capsys, "decompress", out, restored, *model) == said
+    assert run("decompress", out, restored, *model) == 0
+    assert capsys.readouterr().err == said
     with Image.open(restored) as found:
         np.testing.assert_array_equal(
             np.asarray(found), np.asarray(codec.decompress([expected])[0])
@@ -68,7 +74,8 @@ def test_a_part_of_the_stages_goes_through_every_command(picture, random_model, 
     (whole,) = codec.compress([image], schedule="qlds5")
     out.write_bytes(whole[:-3])
     assert "check does not match" in failure(capsys, "decompress", out, restored, *model)
-    printed = output(capsys, "decompress", out, restored, *model, "--allow-truncated")
+    assert run("decompress", out, restored, *model, "--allow-truncated") == 0
+    printed = capsys.readouterr().err
     (cut,) = codec.decode([whole[:-3]], allow_truncated=True)
     assert 0 < cut.stages < 5
     said = f"{restored}: 70x50, {cut.stages} of 5 stages from the file, the others drawn\n"
@@ -294,3 +301,12 @@ def test_text_that_the_terminal_lacks_is_escaped(picture, codec, tmp_path):
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""
         assert ("gr\\u00fcn" if options else "gr\\xfcn") in result.stdout
+
+
+def test_data_on_standard_output_is_clean(picture, random_model):
+    """A summary must not follow the bytes of the file into the pipe."""
+    arguments = ("compress", picture, "/dev/stdout", "--model", random_model)
+    command = [sys.executable, "-m", "percov2", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, check=True)
+    assert done.stdout == Codec.from_pretrained(random_model).compress(picture)
+    assert b"bpp" in done.stderr

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from percov2.cli.faults import about
+from percov2.cli.faults import about, say
 from percov2.cli.models import add_captioner, add_model, check_choices, chosen_captioner, open_codec
 from percov2.cli.options import add_command, add_options, options_of
 from percov2.container import bitstream
@@ -27,11 +27,14 @@ def add_parser(commands: Any) -> None:
 
 def compress(arguments: argparse.Namespace) -> None:
     """Run ``percov2 compress``."""
-    from percov2.images import check_outputs, read_image, write_bytes
+    from percov2.files import check_kind, check_outputs, write_bytes
+    from percov2.images import read_image
 
     with about("compress"):
         check_outputs([arguments.output], [arguments.input])
         options = options_of(EncodeOptions, arguments)
+    with about(arguments.output):
+        check_kind(arguments.output, compressed=True)
     check_choices(arguments, options)
     with about(arguments.input):
         image = read_image(arguments.input, options.max_pixels)
@@ -44,7 +47,7 @@ def compress(arguments: argparse.Namespace) -> None:
         write_bytes(arguments.output, data)
     header = bitstream.read(data, options.max_pixels).header
     bpp = 8 * len(data) / (header.height * header.width)
-    print(
+    say(
         f"{arguments.output}: {len(data)} bytes, {bpp:.4f} bpp "
         f"({header.width}x{header.height}, {codec.config.rates[header.rate].name})"
     )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from percov2.cli.faults import about
+from percov2.cli.faults import about, say
 from percov2.cli.info import read_file
 from percov2.cli.models import add_model, check_choices, open_codec
 from percov2.cli.options import add_command, add_options, options_of
@@ -27,12 +27,12 @@ def add_parser(commands: Any) -> None:
 
 def decompress(arguments: argparse.Namespace) -> None:
     """Run ``percov2 decompress``."""
-    from percov2.images import check_outputs, picture_format, write_image
+    from percov2.files import check_kind, check_outputs, write_image
 
     with about("decompress"):
         check_outputs([arguments.output], [arguments.input])
     with about(arguments.output):
-        picture_format(arguments.output)
+        check_kind(arguments.output, compressed=False)
     options = options_of(DecodeOptions, arguments)
     check_choices(arguments, decode=options)
     with about(arguments.input):
@@ -46,4 +46,4 @@ def decompress(arguments: argparse.Namespace) -> None:
         write_image(image, arguments.output)
     sent, total = decoded[0].stages, decoded[0].stage_count
     drawn = f", {sent} of {total} stages from the file, the others drawn" if sent < total else ""
-    print(f"{arguments.output}: {image.width}x{image.height}{drawn}")
+    say(f"{arguments.output}: {image.width}x{image.height}{drawn}")

@@ -238,7 +238,7 @@ def evaluate_captions(arguments: argparse.Namespace) -> str:
     codec = open_codec(arguments, "torch")
     from percov2.evaluation import caption_effect as effect
     from percov2.evaluation.gallery import write_page
-    from percov2.images import write_bytes
+    from percov2.files import write_bytes
 
     rate = arguments.rate or codec.config.default_rate
     sampling = rate, arguments.steps, arguments.guidance

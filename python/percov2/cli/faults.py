@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Fault", "about", "in_flags", "report_faults"]
+__all__ = ["Fault", "about", "in_flags", "report_faults", "say"]
 
 
 class Fault(Exception):
@@ -70,9 +70,14 @@ def report_faults(work: Callable[[], None]) -> int:
     return 0
 
 
+def say(text: str) -> None:
+    """Print a message to standard error, which never carries data; a closed one is ignored."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
+
+
 def _complain(text: str, status: int) -> int:
-    with contextlib.suppress(OSError):  # stderr is closed
-        print(f"percov2: {text}", file=sys.stderr)
+    say(f"percov2: {text}")
     return status
 
 

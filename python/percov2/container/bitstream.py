@@ -37,6 +37,7 @@ __all__ = [
     "ParsedFile",
     "check",
     "header_intervals",
+    "is_file",
     "keeps_dense_promise",
     "prefix",
     "read",
@@ -373,6 +374,11 @@ def read(data: bytes, max_pixels: int = MAX_PIXELS) -> ParsedFile:
         whole=decoder.whole,
         bits={"header": header_bits, "caption": caption_bits, "check": 16.0},
     )
+
+
+def is_file(start: bytes) -> bool:
+    """Return True if bytes begin as a ``.pcv2`` file of any version does."""
+    return len(start) >= 2 and start[0] == _MAGIC >> 4 and start[1] >> 4 == _MAGIC & 15
 
 
 def _read_prefix(data: bytes) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from percov2.images import write_image
+from percov2.files import write_image
 
 __all__ = ["Cell", "half_size", "page", "plot_quality", "write_page"]
 

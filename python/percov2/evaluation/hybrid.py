@@ -19,7 +19,8 @@ from percov2.evaluation.gallery import plot_quality
 from percov2.evaluation.report import round_trip
 from percov2.evaluation.setting import Setting, described
 from percov2.evaluation.writers import write_json
-from percov2.images import read_image, write_image
+from percov2.files import write_image
+from percov2.images import read_image
 
 __all__ = ["plot_stages", "stages_sent"]
 

@@ -35,7 +35,7 @@ from percov2.evaluation.photo_bootstrap import PhotoBootstrap
 from percov2.evaluation.realism import lite_features
 from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.evaluation.writers import write_json
-from percov2.images import write_bytes
+from percov2.files import write_bytes
 
 if TYPE_CHECKING:
     from percov2.photos import Photo, PhotoCrops

@@ -20,7 +20,8 @@ from percov2.evaluation.gallery import Cell, half_size, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
 from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.evaluation.writers import cell, markdown_table, write_json
-from percov2.images import check_outputs, read_image, to_rgb, write_bytes, write_image
+from percov2.files import check_outputs, write_bytes, write_image
+from percov2.images import read_image, to_rgb
 from percov2.options import EncodeOptions
 
 __all__ = [

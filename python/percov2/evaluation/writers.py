@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from percov2.images import write_bytes
+from percov2.files import write_bytes
 
 __all__ = ["cell", "markdown_table", "write_json"]
 

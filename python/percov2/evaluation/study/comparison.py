@@ -18,7 +18,7 @@ from percov2.evaluation.study.coders import CHECK_BITS, StudyCoder, TokenMap, un
 from percov2.evaluation.study.page import draw_stages, page, panels
 from percov2.evaluation.study.schedules import STUDY_SCHEDULES, Order
 from percov2.evaluation.writers import write_json
-from percov2.images import write_bytes
+from percov2.files import write_bytes
 
 __all__ = ["Method", "compare", "measure", "order_methods"]
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from percov2.entropy.int_transformer import IntTransformer
-from percov2.images import write_bytes
+from percov2.files import write_bytes
 from percov2.training.loop import LoopConfig, load_averaged
 from percov2.training.settings import build_phase
 from percov2.training.stage2 import (

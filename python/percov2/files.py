@@ -1,0 +1,138 @@
+"""Output files: what may be replaced, and atomic writing."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from percov2.container.bitstream import is_file
+from percov2.images import open_lazily
+
+__all__ = ["SUFFIX", "check_kind", "check_outputs", "picture_format", "write_bytes", "write_image"]
+
+SUFFIX = ".pcv2"
+_FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".png": ("PNG", {"compress_level": 1}),
+    ".jpg": ("JPEG", {"quality": 95}),
+    ".jpeg": ("JPEG", {"quality": 95}),
+    ".webp": ("WEBP", {"lossless": True}),
+    ".tif": ("TIFF", {}),
+    ".tiff": ("TIFF", {}),
+    ".bmp": ("BMP", {}),
+    ".ppm": ("PPM", {}),
+}
+"""File ending -> Pillow's name of the format, and options for saving with little or no loss."""
+
+
+def picture_format(path: Path | str) -> tuple[str, dict[str, Any]]:
+    """Return Pillow's format and the saving options for the ending of a file name.
+
+    Raises:
+        ValueError: an unknown ending.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise ValueError(f"no picture format for the ending {suffix!r}; use one of {known}")
+    return _FORMATS[suffix]
+
+
+def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
+    """Raise ValueError if an output would overwrite an input or another output.
+
+    Also raises if its folder does not exist. The message names the output.
+    """
+    taken = {os.path.realpath(path): f"the input {path}" for path in inputs}
+    for output in outputs:
+        if not output.parent.is_dir():
+            raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
+        if output.is_dir():
+            raise ValueError(f"cannot write {output}: it is a folder")
+        if (place := os.path.realpath(output)) in taken:
+            raise ValueError(f"cannot write {output}: it is the same file as {taken[place]}")
+        taken[place] = f"the output {output}"
+
+
+def check_kind(path: Path, compressed: bool) -> None:
+    """Raise ValueError unless a result may have this name and replace what is there.
+
+    A compressed file has the ending ``.pcv2``, a restored picture that of a picture format. An
+    existing file is replaced only if it is empty or of the same kind. Devices and pipes accept
+    compressed files under any name.
+
+    Args:
+        path: where the result goes.
+        compressed: True for a compressed file, False for a picture.
+    """
+    if compressed and _is_stream(path):
+        return
+    if compressed and path.suffix.lower() != SUFFIX:
+        raise ValueError(f"the name of a compressed file must end in {SUFFIX}")
+    if not compressed:
+        picture_format(path)
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as stream:
+        if compressed and not is_file(stream.read(2)):
+            raise ValueError(f"it exists and is no {SUFFIX} file, so it is not replaced")
+        if not compressed and not _holds_picture(stream):
+            raise ValueError("it exists and is no picture, so it is not replaced")
+
+
+def _is_stream(path: Path) -> bool:
+    """Return True for devices and pipes, and for standard output redirected to a file."""
+    return (path.exists() and not path.is_file()) or path.is_relative_to("/dev")
+
+
+def _holds_picture(stream: Any) -> bool:
+    try:
+        open_lazily(stream)
+    except Exception:  # decoders raise errors of many types for other files
+        return False
+    return True
+
+
+def write_image(image: Image.Image, path: Path | str) -> None:
+    """Write a picture atomically, in the format of the name's ending; ValueError without one."""
+    name, options = picture_format(path)
+    encoded = io.BytesIO()
+    image.save(encoded, format=name, **options)
+    write_bytes(path, encoded.getvalue())
+
+
+def write_bytes(path: Path | str, data: bytes) -> None:
+    """Write a file atomically: write a temporary neighbour, then rename it.
+
+    Writes the target of a symbolic link, and keeps the permissions of a replaced file. Devices,
+    pipes and files that cannot be replaced, such as mounted ones, are written directly. Raises
+    OSError that names ``path``, and removes the neighbour, if the file cannot be written.
+    """
+    if _is_stream(Path(path)):
+        with open(path, "wb") as stream:
+            stream.write(data)
+        return
+    target = Path(os.path.realpath(path))
+    neighbour = target.with_name(f".{secrets.token_hex(8)}.part")  # fits where any name fits
+    try:
+        with open(neighbour, "xb") as stream:
+            stream.write(data)
+        if target.exists():
+            shutil.copymode(target, neighbour)
+        try:
+            os.replace(neighbour, target)
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.EXDEV):
+                raise
+            target.write_bytes(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        neighbour.unlink(missing_ok=True)
