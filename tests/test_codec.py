@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import io
 import math
+import pickle
 import shutil
 
 import numpy as np
@@ -16,13 +18,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from oracles import independent_coder, independent_decoder
-from percov2 import BitstreamError, Codec
+from percov2 import BackboneOptions, BitstreamError, Codec, EncodeOptions
 from percov2.bench.model import torch_threads
 from percov2.container import bitstream
 from percov2.container.tokens_file import OpenFile, pack, unpack
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, order, stages
 from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
+from percov2.models.config import find_model
+from tools.photos import noise
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -355,3 +359,27 @@ def test_steps_take_one_or_many_as_the_whole_does(codec, file):
     for name, value in (("target_bytes", 90), ("effort", 1), ("slack", 0.1)):
         with pytest.raises(ValueError, match="pack chooses no tokens"):
             codec.pack([tokens], [(50, 70)], **{name: value})
+
+
+def test_a_codec_travels_by_its_folder_and_options(codec, random_model):
+    picture = noise(40, 24)
+    options = BackboneOptions(runtime="torch")
+    opened = Codec.from_pretrained(random_model, options=options)
+    file = opened.compress(picture)
+    for other in (pickle.loads(pickle.dumps(opened)), copy.deepcopy(opened)):
+        assert other.compress(picture) == file
+        assert other.model.opened_with == options and other.model is not opened.model
+    assert pickle.loads(pickle.dumps(EncodeOptions(stages=2))) == EncodeOptions(stages=2)
+
+
+def test_numpy_integers_are_sizes(codec):
+    tokens = codec.encode_tokens([noise(40, 24)])
+    assert codec.pack(tokens, np.array([[24, 40]])) == codec.pack(tokens, [(24, 40)])
+
+
+def test_a_folder_of_another_kind_does_not_hide_an_embedded_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    for text in ("{}", "[", '{"model_type": "bert"}'):
+        (tmp_path / "tiny" / "config.json").write_text(text)
+        assert find_model("tiny")[0].parent.name == "pretrained"

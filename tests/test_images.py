@@ -315,7 +315,8 @@ def test_results_replace_only_files_of_their_kind(tmp_path):
     ours.write_bytes(b"\xfc\x21rest")
     theirs.write_bytes(b"text")
     empty.write_bytes(b"")
-    for path in (ours, empty, tmp_path / "new.pcv2", tmp_path / "NEW.PCV2", Path("/dev/stdout"), Path("/dev/null")):
+    streams = [Path("/dev/stdout"), Path("/dev/null")]
+    for path in (ours, empty, tmp_path / "new.pcv2", tmp_path / "NEW.PCV2", *streams):
         check_kind(path, compressed=True)
     for path in (theirs, tmp_path / "a.png", tmp_path / "a"):
         with pytest.raises(ValueError, match=r"must end in|is no \.pcv2 file"):

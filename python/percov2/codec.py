@@ -7,6 +7,7 @@ file whose check fails.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -99,6 +100,12 @@ class Codec:
             ValueError: the model or the device does not exist, or the model rejects an option.
         """
         return cls(open_backbone(name_or_path, device, options))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process by the model's folder and options; networks load there."""
+        model = self.model
+        place = model.folder, str(model.device), model.opened_with
+        return _reopened, (type(self), *place, self._caption_folder)
 
     @property
     def config(self) -> ModelConfig:
@@ -282,6 +289,7 @@ class Codec:
         texts = _captions_of(caption, False, len(tokens))
         if len(sizes) != len(tokens):
             raise ValueError(f"{len(sizes)} sizes for {len(tokens)} token maps; give one per map")
+        sizes = [(operator.index(height), operator.index(width)) for height, width in sizes]
         maps = [
             tokens_file.checked_tokens(grid, size, point.token_side, point.codebook_size)
             for grid, size in zip(tokens, sizes, strict=True)
@@ -457,6 +465,12 @@ class Codec:
         return OpenFile(
             data, parsed, tokens_file.token_grid((header.height, header.width), side), label
         )
+
+
+def _reopened(
+    kind: type[Codec], folder: Path, device: str, options: BackboneOptions, captions: Path | None
+) -> Codec:
+    return kind(open_backbone(folder, device, options), captions)
 
 
 def _arrays(pictures: Sequence[Any], max_pixels: int) -> list[NDArray[np.uint8]]:

@@ -85,6 +85,9 @@ class Backbone(ABC):
     folder's ``config.json``. Raises ValueError for a folder that is no model.
     """
 
+    opened_with = BackboneOptions()
+    """The options of ``open_backbone``."""
+
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder, self.device = Path(folder), device
         self.config = ModelConfig.load(self.folder)
@@ -214,8 +217,11 @@ def open_backbone(
     folder, config = find_model(name_or_path)
     if check_runtime(folder, config.backbone, str(device), options) == "onnx":
         threads = options.threads or _available_cores()
-        return _home(_ON_ONNX[config.backbone])(folder, threads, options.dtype)
-    return _open_on_torch(folder, config.backbone, str(device), options)
+        opened: Backbone = _home(_ON_ONNX[config.backbone])(folder, threads, options.dtype)
+    else:
+        opened = _open_on_torch(folder, config.backbone, str(device), options)
+    opened.opened_with = options
+    return opened
 
 
 def _home(place: str) -> Any:

@@ -208,7 +208,16 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
 
 
 def _first_model(*folders: Path) -> Path | None:
-    return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    """Return the first folder with a model of ours, else the first with any config.json."""
+    present = [folder for folder in folders if (folder / "config.json").is_file()]
+    return next((folder for folder in present if _has_rates(folder)), next(iter(present), None))
+
+
+def _has_rates(folder: Path) -> bool:
+    try:
+        return "rates" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def _download(hub_id: str) -> Path:
