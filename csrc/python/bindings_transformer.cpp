@@ -7,6 +7,7 @@
 #include <initializer_list>
 #include <list>
 #include <memory>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -168,6 +169,9 @@ py::array_t<std::int32_t> tokens_of(Staged& pass) {
 py::array_t<std::uint8_t> attention_weights_of(py::handle distances) {
   const TensorView<std::int32_t> distance(distances, "distances");
   distance.require_ndim(1);
+  for (std::int64_t i = 0; i < distance.size(); ++i) {
+    if (distance.data()[i] < 0) throw std::invalid_argument("distances must not be negative");
+  }
   py::array_t<std::uint8_t> weights(distance.size());
   attention_kernels().weigh(distance.data(), distance.size(), weights.mutable_data());
   return weights;

@@ -219,6 +219,8 @@ def test_weights_equal_the_table(instruction_set):
     assert weights[:128].tolist() == list(ranges.WEIGHT_TABLE)
     assert not weights[128:].any()
     assert rans.attention_weights(np.array([2**31 - 1, 0], dtype=np.int32)).tolist() == [0, 127]
+    with pytest.raises(ValueError, match="must not be negative"):
+        rans.attention_weights(np.full(64, -(10**8), np.int32))
 
 
 def test_compiled_passes_refuse_wrong_arrays():

@@ -161,3 +161,17 @@ def test_symbols_are_of_the_kind_of_the_logits() -> None:
     found = decode(streams, torch.from_numpy(LOGITS))
     assert isinstance(found, torch.Tensor) and np.array_equal(found.numpy(), SYMBOLS)
     assert isinstance(decode(streams, LOGITS), np.ndarray)
+
+
+def test_tensors_without_data_and_foreign_byte_orders():
+    """A tensor that is only traced has no memory behind its address."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        fake = torch.zeros(1, 2, 8)
+    for logits in (fake, torch.zeros(1, 2, 8, device="meta"), torch.zeros(1, 2, 8).to_sparse()):
+        with pytest.raises(ValueError, match=r"without (dense )?data"):
+            encode(logits, [[0, 0]])
+    swapped = LOGITS.astype(LOGITS.dtype.newbyteorder())
+    assert encode(swapped, SYMBOLS) == encode(LOGITS, SYMBOLS)
+    assert encode(LOGITS, SYMBOLS.astype(">i4")) == encode(LOGITS, SYMBOLS)

@@ -163,8 +163,14 @@ def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
 def _borrowed(values: Any, name: str) -> Any:
     """Return a contiguous and aligned array on the CPU, copied only where necessary."""
     if _is_tensor(values):
-        tensor = values.detach().cpu().contiguous()
-        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+        try:
+            tensor = values.detach().cpu().contiguous()
+            place = tensor.data_ptr()
+        except (RuntimeError, NotImplementedError) as error:  # meta, fake and sparse tensors
+            raise ValueError(f"{name} are a tensor without dense data: {error}") from error
+        if place == 0 and tensor.numel():
+            raise ValueError(f"{name} are a tensor without data, as tracing uses them")
+        return tensor.clone() if place % tensor.element_size() else tensor
     if not isinstance(values, np.ndarray):
         raise ValueError(f"{name} is a {type(values).__name__}; give a numpy array or a tensor")
     return _aligned(values)
@@ -172,7 +178,8 @@ def _borrowed(values: Any, name: str) -> Any:
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:
     """Return the array C-contiguous and aligned; a file mapped from an odd offset is unaligned."""
-    return np.require(array, requirements=("C", "A", "E"))
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return np.require(native, requirements=("C", "A", "E"))
 
 
 def _borrowed_logits(values: Logits) -> tuple[Any, str]:
