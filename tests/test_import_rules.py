@@ -65,7 +65,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "percov2.pipeline": ("@codec", "diffusers PIL torch", ""),
-    "percov2.photos": ("", "numpy PIL torch tqdm", "webdataset"),
+    "percov2.photos": ("images", "numpy torch tqdm", ""),
     "percov2.evaluation": (
         "@codec evaluation photos",
         "numpy PIL torch tqdm",

@@ -12,21 +12,29 @@ import io
 import json
 import os
 import shutil
+import tarfile
+import warnings
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from percov2.images import decode_image, to_rgb
+
 __all__ = [
     "PARTS",
+    "PHOTO_ENDINGS",
     "CropPlan",
     "Photo",
     "PhotoCrops",
+    "PhotoWarning",
     "decode_shards",
     "is_held_out",
     "join_caches",
@@ -44,19 +52,84 @@ class Photo:
     captions: tuple[str, ...]
 
 
+PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")
+"""Endings of photos in a shard, in any case."""
+_MOST_SKIPPED = 0.1
+"""Largest share of damaged photos in a shard."""
+_MOST_BYTES = 1 << 28
+"""Largest member of a shard that is read."""
+
+
+class PhotoWarning(UserWarning):
+    """A photo of a shard that was skipped."""
+
+
+def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the key of every sample of a shard, and the bytes of its photo and captions by ending.
+
+    The names in a shard are only keys: nothing is written to them. WebDataset's own reader would
+    take a shard's path for a URL or a command.
+    """
+    key, parts = "", dict[str, bytes]()
+    with tarfile.open(shard, "r:*") as tar:
+        for member in tar:
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, ending = name.partition(".")
+            if folder + slash + stem != key and parts:
+                yield key, parts
+                parts = {}
+            key = folder + slash + stem
+            ending = ending.lower()
+            if member.isfile() and (ending == "txt" or ending in PHOTO_ENDINGS):
+                if member.size > _MOST_BYTES:
+                    raise ValueError(f"{shard.name}: {member.name} has {member.size} bytes")
+                content = tar.extractfile(member)
+                parts[ending] = content.read() if content else b""
+    if parts:
+        yield key, parts
+
+
+def _photos_of(shard: Path) -> Iterator[tuple[str, NDArray[np.uint8], list[str]]]:
+    """Yield the key, the pixels uint8 [H, W, 3] and the captions of every readable photo."""
+    read, skipped = 0, 0
+    try:
+        for key, parts in _samples(shard):
+            data = next((parts[ending] for ending in PHOTO_ENDINGS if ending in parts), None)
+            if data is None:
+                continue
+            try:
+                pixels = to_rgb(decode_image(io.BytesIO(data)))
+            except ValueError as error:
+                skipped += 1
+                warnings.warn(f"{shard.name}: skipped {key}: {error}", PhotoWarning, stacklevel=3)
+                continue
+            read += 1
+            lines = parts.get("txt", b"").decode("utf-8", "replace").splitlines()
+            yield key, pixels, [line.strip() for line in lines if line.strip()]
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"{shard.name} is not a tar file, or is damaged: {error}") from error
+    if read == 0:
+        raise ValueError(f"{shard.name} contains no readable photo ({', '.join(PHOTO_ENDINGS)})")
+    if skipped > max(1, _MOST_SKIPPED * (read + skipped)):
+        raise ValueError(f"{shard.name}: {skipped} of {read + skipped} photos are damaged")
+
+
 def decode_shards(shards: list[Path], cache: Path) -> None:
     """Decode WebDataset shards into ``cache/photos.bin`` and ``cache/photos.json``.
 
     Args:
-        shards: ``.tar`` files with members ``<key>.webp|jpg|png`` and, optionally, ``<key>.txt``
-            with one caption per line.
+        shards: ``.tar`` files, also compressed, with members ``<key>.webp|jpg|jpeg|png`` and,
+            optionally, ``<key>.txt`` with one caption per line. Photos are converted as
+            ``percov2.images.to_rgb`` does.
         cache: folder to write. If it holds a finished cache, nothing is done.
 
     Raises:
-        ValueError: no shard is given, or a shard contains no photo.
-    """
-    import webdataset as wds
+        ValueError: no shard is given, a shard contains no photo or is damaged, or more than a tenth
+            of its photos are damaged.
 
+    Warns:
+        PhotoWarning: a damaged photo was skipped.
+    """
     if (cache / "photos.json").is_file():
         return
     if not shards:
@@ -66,19 +139,10 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
     offset = 0
     with open(cache / "photos.bin.part", "wb") as out:
         for shard in tqdm(shards, desc="decoding shards", unit="shard"):
-            before = len(entries)
-            for sample in wds.WebDataset(str(shard), shardshuffle=False):
-                data = next((sample[e] for e in ("webp", "jpg", "png") if e in sample), None)
-                if data is None:
-                    continue
-                pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-                lines = sample.get("txt", b"").decode("utf-8").splitlines()
-                captions = [line.strip() for line in lines if line.strip()]
-                entries.append([sample["__key__"], offset, *pixels.shape[:2], captions])
+            for key, pixels, captions in _photos_of(shard):
+                entries.append([key, offset, *pixels.shape[:2], captions])
                 out.write(pixels.tobytes())
                 offset += pixels.size
-            if len(entries) == before:
-                raise ValueError(f"{shard.name} contains no .webp, .jpg or .png photo")
     _finish(cache, entries)
 
 

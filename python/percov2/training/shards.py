@@ -25,14 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from percov2.images import to_rgb
-from percov2.photos import is_held_out
+from percov2.images import open_lazily, to_rgb
+from percov2.photos import PHOTO_ENDINGS, is_held_out
 
-__all__ = ["PHOTO_ENDINGS", "CropFeed", "Member", "Position", "Sample", "ShardStreams"]
+__all__ = ["CropFeed", "Member", "Position", "Sample", "ShardStreams"]
 __all__ += ["image_batch", "read_member", "shard_members", "shard_photos"]
 
 _THREADS = 4
-PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def read_member(shard: Path, member: Member) -> tuple[Image.Image, tuple[str, ..
     """Return a sample's photo, which is not decoded yet, and its captions."""
     with open(shard, "rb") as file:
         file.seek(member.photo[0])
-        photo = Image.open(io.BytesIO(file.read(member.photo[1])))
+        photo = open_lazily(io.BytesIO(file.read(member.photo[1])))
         text = b""
         if member.captions is not None:
             file.seek(member.captions[0])

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from percov2.images import to_rgb
 from percov2.models.windows import sample
+from percov2.photos import PHOTO_ENDINGS
 from percov2.training.autoencoder_stage import save_rows
 from percov2.training.sd3.frozen import FrozenNetworks
 from percov2.training.sd3.networks import SD3Networks
-from percov2.training.shards import PHOTO_ENDINGS
 from percov2.training.stage import append_row
 
 __all__ = ["STEPS", "Pictures"]
