@@ -20,7 +20,7 @@ import torch
 import percov2
 from oracles import independent_model
 from percov2.bench.model import torch_threads
-from percov2.entropy import int_transformer, open_coder, ranges, rans, schedule
+from percov2.entropy import int_transformer, open_coder, ranges, rans, schedule, tensor_file
 from percov2.entropy.int_transformer import (
     IntTransformer,
     check_tensors,
@@ -373,6 +373,37 @@ def test_broken_files_are_refused(model, tmp_path: Path):
         IntTransformer.load(tmp_path)
     with pytest.raises(ValueError, match=r"has no config\.json"):
         open_coder(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("found", "written"),
+    [
+        ('"shape":[16]', '"shape":[Infinity]'),
+        ('"shape":[16]', '"shape":[16.0]'),
+        ('"shape":[16]', '"shape":["16"]'),
+        ('"data_offsets":[0,', '"data_offsets":[Infinity,'),
+        ('"data_offsets":[0,', '"data_offsets":[false,'),
+        ('"data_offsets":[0,', '"data_offsets":[-0.0,'),
+    ],
+)
+def test_numbers_of_a_tensor_file_are_whole(tmp_path, found, written):
+    tensor_file.write_tensors(tmp_path / "a", {"x": np.zeros(16, np.int8)})
+    data = (tmp_path / "a").read_bytes()
+    text = data[8:-16].decode().replace(found, written).encode()
+    assert text != data[8:-16]
+    (tmp_path / "a").write_bytes(len(text).to_bytes(8, "little") + text + data[-16:])
+    with pytest.raises(ValueError, match="must be whole numbers"):
+        tensor_file.read_tensors(tmp_path / "a")
+
+
+def test_a_tensor_file_is_a_regular_file_of_bounded_size(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    with open(tmp_path / "sparse", "wb") as stream:
+        stream.truncate(1 << 31)
+    for name in ("pipe", "device", "sparse"):
+        with pytest.raises(ValueError, match="is no regular file of at most"):
+            tensor_file.read_tensors(tmp_path / name)
 
 
 def test_wrong_tokens_and_stages_are_refused(model):

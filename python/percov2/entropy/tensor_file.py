@@ -21,6 +21,7 @@ __all__ = ["fingerprint", "read_tensors", "write_tensors"]
 
 
 _MAX_HEADER_BYTES = 1 << 20
+_MAX_FILE_BYTES = 1 << 30
 
 _TYPES = {"I8": "<i1", "I16": "<i2", "I32": "<i4"}
 _NAMES = {np.dtype(code).newbyteorder("="): name for name, code in _TYPES.items()}
@@ -61,6 +62,8 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
     Raises ValueError with the path if it is not such a file.
     """
+    if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
+        raise ValueError(f"{path} is no regular file of at most {_MAX_FILE_BYTES} bytes")
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(_MAX_HEADER_BYTES, len(data) - 8):
@@ -75,8 +78,9 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
 def _tensor(data: bytes, entry: dict[str, Any]) -> NDArray[Any]:
     code = _TYPES[entry["dtype"]]
-    shape = [int(side) for side in entry["shape"]]
-    begin, end = (int(offset) for offset in entry["data_offsets"])
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int for number in (*shape, begin, end)):
+        raise ValueError(f"shape {shape} and offsets {begin}, {end} must be whole numbers")
     size = math.prod(shape) * np.dtype(code).itemsize
     if min(shape, default=1) < 0 or not 0 <= begin <= end <= len(data) or end - begin != size:
         raise ValueError(f"shape {shape} does not match the bytes {begin} to {end}")

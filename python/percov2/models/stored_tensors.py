@@ -32,7 +32,7 @@ def read_tensors(path: Path, *names: str, restored: bool = True) -> dict[str, ND
         ValueError: the file is missing or damaged, or lacks a tensor.
     """
     if not path.is_file():
-        raise ValueError(f"{path.parent} contains no {path.name}")
+        raise ValueError(f"{path.parent} contains no {path.name}, or it is no regular file")
     try:
         with safe_open(path, "np") as file:
             stored = set(file.keys())
