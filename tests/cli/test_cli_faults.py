@@ -11,7 +11,7 @@ from PIL import Image
 
 from percov2.cli import compress, decompress, evaluate, info, roundtrip
 from percov2.cli.main import main
-from tools.command_line import failure, run, subprocess_run
+from tools.command_line import failure, output, run, subprocess_run
 
 
 def test_expected_errors_are_one_line_about_the_file(picture, file, random_model, tmp_path, capsys):
@@ -249,3 +249,12 @@ def test_wrong_options_are_reported_before_torch_is_loaded(picture, file, random
     for command, line in zip(commands, lines, strict=True):
         assert commands[command] in line, command
     assert not out.exists() and not (tmp_path / "out").exists()
+
+
+def test_names_cannot_write_to_the_terminal(tmp_path, file, capsys):
+    odd = tmp_path / "a\x1b[31m\n\u202eb.pcv2"
+    message = failure(capsys, "info", odd)
+    assert "a\\x1b[31m\\n\\u202eb.pcv2: No such file" in message
+    odd.write_bytes(file.read_bytes())
+    shown = output(capsys, "info", odd)
+    assert "\x1b" not in shown and "\u202e" not in shown

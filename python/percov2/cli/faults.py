@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Fault", "about", "in_flags", "report_faults", "say"]
+__all__ = ["Fault", "about", "in_flags", "printable", "report_faults", "say"]
 
 
 class Fault(Exception):
@@ -70,10 +70,15 @@ def report_faults(work: Callable[[], None]) -> int:
     return 0
 
 
+def printable(text: object) -> str:
+    """Return a text with control characters and invisible marks escaped, for a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def say(text: str) -> None:
-    """Print a message to standard error, which never carries data; a closed one is ignored."""
+    """Print a line to standard error, which never carries data; a closed one is ignored."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr)
+        print(printable(text), file=sys.stderr)
 
 
 def _complain(text: str, status: int) -> int:
@@ -93,7 +98,7 @@ def _show_own_warnings() -> None:
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if category.__module__.startswith("percov2."):
-            print(f"percov2: warning: {in_flags(str(message))}", file=sys.stderr)
+            say(f"percov2: warning: {in_flags(str(message))}")
         else:
             default(message, category, *place, **more)
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from percov2.cli.faults import Fault, about
+from percov2.cli.faults import Fault, about, printable
 from percov2.cli.models import add_model, check_choices, chosen_flags, open_codec
 from percov2.cli.options import add_command, add_options
 from percov2.container import bitstream
@@ -142,6 +142,6 @@ def _print_info(record: dict[str, Any]) -> None:
     }
     if "sha256" in record:
         lines["tokens"] = f"valid, sha256 {record['sha256']}"
-    print(record["file"])
+    print(printable(record["file"]))
     for name, value in lines.items():
-        print(f"  {name:9}{value}")
+        print(f"  {name:9}{printable(value)}")
