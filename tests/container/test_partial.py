@@ -320,10 +320,9 @@ def test_the_command_says_that_it_takes_a_coarser_rate(
     noise(100, 100).save(path)
     options = ("--model", folder, "--rate", "r125")
     assert run("compress", path, out, *options, "--target-bytes", 30) == 0
-    said = capsys.readouterr()
-    assert said.out.endswith("(100x100, r031)\n")
-    assert said.err.startswith("percov2: warning: ") and said.err.count("\n") == 1
-    assert "r031 instead of r125" in said.err
+    warning, summary = capsys.readouterr().err.splitlines()
+    assert warning.startswith("percov2: warning: ") and "r031 instead of r125" in warning
+    assert summary.endswith("(100x100, r031)")
     assert "64 tokens" in failure(capsys, "compress", path, out, *options, "--stages", 3)
 
 
