@@ -163,11 +163,10 @@ def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
 def _borrowed(values: Any, name: str) -> Any:
     """Return a contiguous and aligned array on the CPU, copied only where necessary."""
     if _is_tensor(values):
-        try:
-            tensor = values.detach().cpu().contiguous()
-            place = tensor.data_ptr()
-        except (RuntimeError, NotImplementedError) as error:  # meta, fake and sparse tensors
-            raise ValueError(f"{name} are a tensor without dense data: {error}") from error
+        if values.is_meta or str(values.layout) != "torch.strided":
+            raise ValueError(f"{name} are a tensor without dense data; give a dense one")
+        tensor = values.detach().cpu().contiguous()
+        place = tensor.data_ptr()
         if place == 0 and tensor.numel():
             raise ValueError(f"{name} are a tensor without data, as tracing uses them")
         return tensor.clone() if place % tensor.element_size() else tensor

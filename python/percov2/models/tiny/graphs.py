@@ -1,7 +1,7 @@
 """Networks of the small model in ONNX Runtime: graphs whose weights lie in a safetensors file.
 
 ``percov2 train export`` writes the graphs. A graph names its weights as the safetensors file does
-and holds the file's SHA-256. The file is read once and its tensors are given to the session, so
+and holds the file's SHA-256. The file's tensors are given to the session by name, so
 that one copy of the weights serves both runtimes.
 """
 
