@@ -145,7 +145,8 @@ void BatchDecoder::decode_logits(const Logits& logits, const std::int64_t* strea
           for (std::int64_t r = 0; r < some; ++r) {
             const std::int64_t stream = streams[first + r];
             const std::uint32_t target = slot(states_[static_cast<std::size_t>(stream)], prob_bits);
-            const Found found = quantizers[static_cast<std::size_t>(r)].find(target);
+            Found found;
+            quantizers[static_cast<std::size_t>(r)].find(target, &found);
             symbols[i + r * count] = found.symbol;
             step(stream, found.start, found.freq, prob_bits);
           }

@@ -103,9 +103,14 @@ class RowQuantizer {
   // Reads a row for `find`. Throws like interval.
   void prepare(std::int64_t row);
   // The symbol of the prepared row whose interval holds `target` < 2^prob_bits.
-  Found find(std::uint32_t target) const;
+  void find(std::uint32_t target, Found* found) const;
 
  private:
+  template <class Number>
+  const Number* at(std::int64_t row) const {
+    return static_cast<const Number*>(logits_.data) + row * logits_.codebook;
+  }
+  static void check_finite(bool finite, std::int64_t row);
   void open(std::int64_t row);
   Interval between(const Share& share, double inverse, std::int64_t symbol) const;
 
@@ -113,6 +118,7 @@ class RowQuantizer {
   Logits logits_;
   std::int64_t blocks_;
   std::uint64_t spread_;                // 2^prob_bits - codebook
+  bool in_one_;                         // the kernels read these logits without rounding them first
   const std::int16_t* line_ = nullptr;  // the open row
   std::int32_t top_ = 0;
   std::vector<std::int16_t> rounded_;

@@ -171,26 +171,25 @@ Share share(const std::int16_t* logits, std::int64_t count, std::int32_t top, st
   return {wide_sum(prefix), wide_sum(total), logit_weight(top - logits[symbol])};
 }
 
+// Writes the sums of a block's groups, given those of its quarters as by sum_parts.
+inline void sum_block(const __m512i quarter[4], std::uint32_t* groups, std::uint32_t* block) {
+  const __m512i sums =
+      add_parts(add_parts(quarter[0], quarter[1]), add_parts(quarter[2], quarter[3]));
+  _mm512_storeu_si512(groups, sums);
+  *block = static_cast<std::uint32_t>(_mm512_reduce_add_epi32(sums));
+}
+
 void weigh(const std::int16_t* logits, std::int64_t count, std::int32_t top, std::uint32_t* weights,
            std::uint32_t* groups, std::uint32_t* blocks) {
   const __m512i tops = _mm512_set1_epi16(static_cast<short>(top));
   for (std::int64_t i = 0; i < count; i += kRowBlock) {
-    __m512i a, b, c, d;
-    if (i + kRowBlock <= count) {
-      a = weigh_four(logits + i, tops, weights);
-      b = weigh_four(logits + i + 64, tops, weights + 64);
-      c = weigh_four(logits + i + 128, tops, weights + 128);
-      d = weigh_four(logits + i + 192, tops, weights + 192);
-    } else {
-      a = weigh_some(logits + i, count - i, tops, weights);
-      b = weigh_some(logits + i + 64, count - i - 64, tops, weights + 64);
-      c = weigh_some(logits + i + 128, count - i - 128, tops, weights + 128);
-      d = weigh_some(logits + i + 192, count - i - 192, tops, weights + 192);
+    __m512i quarter[4];
+    for (int q = 0; q < 4; ++q) {
+      const std::int64_t at = i + 64 * q;
+      quarter[q] = i + kRowBlock <= count ? weigh_four(logits + at, tops, weights + at)
+                                          : weigh_some(logits + at, count - at, tops, weights + at);
     }
-    const __m512i sums = add_parts(add_parts(a, b), add_parts(c, d));
-    _mm512_storeu_si512(groups, sums);
-    *blocks++ = static_cast<std::uint32_t>(_mm512_reduce_add_epi32(sums));
-    weights += kRowBlock;
+    sum_block(quarter, groups, blocks++);
     groups += kRowGroup;
   }
 }
@@ -229,8 +228,8 @@ inline Place search_sixteen(__m512i values, std::int64_t count, std::uint64_t sp
           static_cast<std::uint32_t>(_mm512_cvtsi512_si32(_mm512_permutexvar_epi32(lane, values)))};
 }
 
-Place search(const std::uint32_t* weights, const std::uint32_t* groups, std::int64_t count,
-             std::uint64_t spread, std::uint64_t total, std::uint64_t bound) {
+void search(const std::uint32_t* weights, const std::uint32_t* groups, std::int64_t count,
+            std::uint64_t spread, std::uint64_t total, std::uint64_t bound, Place* place) {
   const Place group =
       search_sixteen(_mm512_loadu_si512(groups), (count + kRowGroup - 1) / kRowGroup, spread,
                      kRowGroup * total, bound);
@@ -239,8 +238,8 @@ Place search(const std::uint32_t* weights, const std::uint32_t* groups, std::int
   const Place symbol =
       search_sixteen(_mm512_loadu_si512(weights + first), some, spread, total,
                      bound - group.prefix * spread - static_cast<std::uint64_t>(first) * total);
-  return {static_cast<std::int32_t>(first) + symbol.index, group.prefix + symbol.prefix,
-          symbol.weight};
+  *place = {static_cast<std::int32_t>(first) + symbol.index, group.prefix + symbol.prefix,
+            symbol.weight};
 }
 
 // Masked loads of 16-bit lanes are many times slower than plain ones on Zen 4, so whole vectors
@@ -248,6 +247,7 @@ Place search(const std::uint32_t* weights, const std::uint32_t* groups, std::int
 
 // The logits of the lanes in `some`; -inf in the others, which are not read.
 inline __m512 load_sixteen(const float* logits, __mmask16 some) {
+  if (some == 0xFFFF) return _mm512_loadu_ps(logits);
   return _mm512_mask_loadu_ps(_mm512_set1_ps(-__builtin_inff()), some, logits);
 }
 
@@ -259,8 +259,9 @@ inline __m512 load_sixteen(const std::uint16_t* logits, __mmask16 some) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(upper), 16));
 }
 
+// The largest logit; NaN if one is NaN or +inf, or none is finite.
 template <class Float>
-bool round_logits(const Float* logits, std::int64_t count, std::int16_t* out) {
+float largest(const Float* logits, std::int64_t count) {
   const __m512 lowest = _mm512_set1_ps(-__builtin_inff());
   __m512 best = lowest;
   __m512 second = lowest;
@@ -273,9 +274,21 @@ bool round_logits(const Float* logits, std::int64_t count, std::int16_t* out) {
     second = _mm512_max_ps(y, second);
     unordered |= _mm512_cmp_ps_mask(x, y, _CMP_UNORD_Q);  // one of the two is NaN
   }
-  best = _mm512_max_ps(best, second);
-  const float top = _mm512_reduce_max_ps(best);
-  if (unordered != 0 || !(__builtin_fabsf(top) < __builtin_inff())) return false;
+  const float top = _mm512_reduce_max_ps(_mm512_max_ps(best, second));
+  return unordered == 0 && __builtin_fabsf(top) < __builtin_inff() ? top : __builtin_nanf("");
+}
+
+// Steps below the largest of sixteen logits. Values outside int32 become -2^31, which saturates to
+// -32768: as a difference of 16 bits, 128 octaves.
+inline __m512i steps_below(__m512 logits, __m512 top) {
+  const __m512 scale = _mm512_set1_ps(kStepsPerNat);
+  return _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_sub_ps(top, logits), scale));
+}
+
+template <class Float>
+bool round_logits(const Float* logits, std::int64_t count, std::int16_t* out) {
+  const float top = largest(logits, count);
+  if (__builtin_isnan(top)) return false;
   const __m512 tops = _mm512_set1_ps(top);
   const __m512 scale = _mm512_set1_ps(kStepsPerNat);
   for (std::int64_t i = 0; i < count; i += 16) {
@@ -288,9 +301,73 @@ bool round_logits(const Float* logits, std::int64_t count, std::int16_t* out) {
   return true;
 }
 
+// Weights of 64 rounded logits, each vector with sixteen in sequence: packing takes turns between
+// the quarters of its two vectors, which is the order of `quarters`. So int16 logits are neither
+// written nor permuted.
+template <class Float>
+inline void weigh_floats(const Float* logits, std::int64_t count, __m512 top, __m512i w[4]) {
+  if (count <= 0) {
+    for (int n = 0; n < 4; ++n) w[n] = _mm512_setzero_si512();
+    return;
+  }
+  __m512i steps[4];
+  for (int n = 0; n < 4; ++n) {
+    const __mmask32 some = count >= 64 ? 0xFFFF : first_lanes(count - 16 * n) & 0xFFFF;
+    steps[n] = steps_below(load_sixteen(logits + 16 * n, static_cast<__mmask16>(some)), top);
+  }
+  weigh_pair(_mm512_packs_epi32(steps[0], steps[1]), _mm512_packs_epi32(steps[2], steps[3]), w);
+}
+
+template <class Float>
+bool share_rounded(const Float* logits, std::int64_t count, std::int32_t symbol, Share* share) {
+  const float top = largest(logits, count);
+  if (__builtin_isnan(top)) return false;
+  const __m512 tops = _mm512_set1_ps(top);
+  const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  // 16 sums each, of 512 weights at most: below 2^31.
+  __m512i total = _mm512_setzero_si512();
+  __m512i prefix = _mm512_setzero_si512();
+  for (std::int64_t i = 0; i < count; i += 64) {
+    __m512i w[4];
+    weigh_floats(logits + i, count - i, tops, w);
+    total = _mm512_add_epi32(
+        total, _mm512_add_epi32(_mm512_add_epi32(w[0], w[1]), _mm512_add_epi32(w[2], w[3])));
+    for (int n = 0; n < 4; ++n) {
+      const __m512i until = _mm512_set1_epi32(static_cast<int>(symbol - i - 16 * n));
+      prefix = _mm512_mask_add_epi32(prefix, _mm512_cmplt_epi32_mask(at, until), prefix, w[n]);
+    }
+  }
+  const __m128i steps = _mm512_castsi512_si128(steps_below(load_sixteen(logits + symbol, 1), tops));
+  const __m128i own = _mm_packs_epi32(steps, steps);
+  *share = {wide_sum(prefix), wide_sum(total), logit_weight(_mm_extract_epi16(own, 0))};
+  return true;
+}
+
+template <class Float>
+bool weigh_rounded(const Float* logits, std::int64_t count, std::uint32_t* weights,
+                   std::uint32_t* groups, std::uint32_t* blocks) {
+  const float top = largest(logits, count);
+  if (__builtin_isnan(top)) return false;
+  const __m512 tops = _mm512_set1_ps(top);
+  for (std::int64_t i = 0; i < count; i += kRowBlock) {
+    __m512i quarter[4];
+    for (int q = 0; q < 4; ++q) {
+      const std::int64_t at = i + 64 * q;
+      __m512i w[4];
+      weigh_floats(logits + at, count - at, tops, w);
+      for (int n = 0; n < 4; ++n) _mm512_storeu_si512(weights + at + 16 * n, w[n]);
+      quarter[q] = sum_parts(w);
+    }
+    sum_block(quarter, groups, blocks++);
+    groups += kRowGroup;
+  }
+  return true;
+}
+
 }  // namespace
 
-const IntervalKernels kAvx512Intervals = {row_max, share,        weigh,
-                                          search,  round_logits, round_logits};
+const IntervalKernels kAvx512Intervals = {row_max,       share,        weigh,         search,
+                                          round_logits,  round_logits, share_rounded, share_rounded,
+                                          weigh_rounded, weigh_rounded};
 
 }  // namespace percov2

@@ -56,26 +56,27 @@ RowQuantizer::RowQuantizer(const Logits& logits, int prob_bits)
   check_codebook(logits.codebook, prob_bits);
   blocks_ = (logits.codebook + kRowBlock - 1) / kRowBlock;
   spread_ = (std::uint64_t{1} << prob_bits) - static_cast<std::uint64_t>(logits.codebook);
-  if (logits.type != LogitType::kInt16) rounded_.resize(static_cast<std::size_t>(logits.codebook));
+  in_one_ = logits.type != LogitType::kInt16 && kernels_.share_floats != nullptr;
+}
+
+void RowQuantizer::check_finite(bool finite, std::int64_t row) {
+  if (finite) return;
+  throw std::invalid_argument("row " + std::to_string(row) +
+                              " of the logits holds NaN or +inf, or nothing finite");
 }
 
 void RowQuantizer::open(std::int64_t row) {
-  const std::int64_t at = row * logits_.codebook;
   if (logits_.type == LogitType::kInt16) {
-    line_ = static_cast<const std::int16_t*>(logits_.data) + at;
+    line_ = at<std::int16_t>(row);
     top_ = kernels_.row_max(line_, logits_.codebook);
     return;
   }
-  const bool finite =
+  rounded_.resize(static_cast<std::size_t>(logits_.codebook));
+  check_finite(
       logits_.type == LogitType::kFloat32
-          ? kernels_.round_floats(static_cast<const float*>(logits_.data) + at, logits_.codebook,
-                                  rounded_.data())
-          : kernels_.round_bfloats(static_cast<const std::uint16_t*>(logits_.data) + at,
-                                   logits_.codebook, rounded_.data());
-  if (!finite) {
-    throw std::invalid_argument("row " + std::to_string(row) +
-                                " of the logits holds NaN or +inf, or nothing finite");
-  }
+          ? kernels_.round_floats(at<float>(row), logits_.codebook, rounded_.data())
+          : kernels_.round_bfloats(at<std::uint16_t>(row), logits_.codebook, rounded_.data()),
+      row);
   line_ = rounded_.data();
   top_ = 0;  // rounding is relative to the largest
 }
@@ -84,10 +85,10 @@ Interval RowQuantizer::between(const Share& share, double inverse, std::int64_t 
   // floor(prefix * spread / total) + index. The product with the inverse is off by less than one,
   // because the quotient is below 2^20 and three roundings err by less than 2^-50 of it.
   const auto boundary = [&](std::uint64_t prefix, std::int64_t index) {
-    const std::uint64_t numerator = prefix * spread_;
+    const auto numerator = static_cast<std::int64_t>(prefix * spread_);  // < 2^56
     const auto total = static_cast<std::int64_t>(share.total);
     auto quotient = static_cast<std::int64_t>(static_cast<double>(numerator) * inverse);
-    const std::int64_t remainder = static_cast<std::int64_t>(numerator) - quotient * total;
+    const std::int64_t remainder = numerator - quotient * total;
     quotient += static_cast<std::int64_t>(remainder >= total);
     quotient -= static_cast<std::int64_t>(remainder < 0);
     return static_cast<std::uint32_t>(quotient + index);
@@ -97,8 +98,16 @@ Interval RowQuantizer::between(const Share& share, double inverse, std::int64_t 
 }
 
 Interval RowQuantizer::interval(std::int64_t row, std::int32_t symbol) {
-  open(row);
-  const Share share = kernels_.share(line_, logits_.codebook, top_, symbol);
+  Share share{};
+  if (!in_one_) {
+    open(row);
+    share = kernels_.share(line_, logits_.codebook, top_, symbol);
+  } else if (logits_.type == LogitType::kFloat32) {
+    check_finite(kernels_.share_floats(at<float>(row), logits_.codebook, symbol, &share), row);
+  } else {
+    check_finite(kernels_.share_bfloats(at<std::uint16_t>(row), logits_.codebook, symbol, &share),
+                 row);
+  }
   return between(share, 1.0 / static_cast<double>(share.total), symbol);
 }
 
@@ -115,15 +124,26 @@ void RowQuantizer::bounds(std::int64_t row, std::int32_t* cdf) {
 }
 
 void RowQuantizer::prepare(std::int64_t row) {
-  open(row);
   weights_.resize(static_cast<std::size_t>(blocks_ * kRowBlock));
-  kernels_.weigh(line_, logits_.codebook, top_, weights_.data(), group_sums_, block_sums_);
+  std::uint32_t* const weights = weights_.data();
+  if (!in_one_) {
+    open(row);
+    kernels_.weigh(line_, logits_.codebook, top_, weights, group_sums_, block_sums_);
+  } else if (logits_.type == LogitType::kFloat32) {
+    check_finite(
+        kernels_.weigh_floats(at<float>(row), logits_.codebook, weights, group_sums_, block_sums_),
+        row);
+  } else {
+    check_finite(kernels_.weigh_bfloats(at<std::uint16_t>(row), logits_.codebook, weights,
+                                        group_sums_, block_sums_),
+                 row);
+  }
   total_ = 0;
   for (std::int64_t b = 0; b < blocks_; ++b) total_ += block_sums_[b];
   inverse_ = 1.0 / static_cast<double>(total_);
 }
 
-Found RowQuantizer::find(std::uint32_t target) const {
+void RowQuantizer::find(std::uint32_t target, Found* found) const {
   // start_i <= target  <=>  P_i * (M - V) + i * S < (target + 1) * S; true for i = 0, and false
   // from some i on. Both sides stay below 2^56.
   const std::uint64_t bound = (static_cast<std::uint64_t>(target) + 1) * total_;
@@ -138,14 +158,14 @@ Found RowQuantizer::find(std::uint32_t target) const {
     before = reached ? prefix : before;
   }
   const std::int64_t first = block * kRowBlock;
-  const Place found =
-      kernels_.search(weights_.data() + first, group_sums_ + block * kRowGroup,
-                      std::min(kRowBlock, logits_.codebook - first), spread_, total_,
-                      bound - before * spread_ - static_cast<std::uint64_t>(first) * total_);
-  const std::int64_t symbol = first + found.index;
+  Place place;
+  kernels_.search(weights_.data() + first, group_sums_ + block * kRowGroup,
+                  std::min(kRowBlock, logits_.codebook - first), spread_, total_,
+                  bound - before * spread_ - static_cast<std::uint64_t>(first) * total_, &place);
+  const std::int64_t symbol = first + place.index;
   const Interval interval =
-      between({before + found.prefix, total_, found.weight}, inverse_, symbol);
-  return {static_cast<std::int32_t>(symbol), interval.start, interval.freq};
+      between({before + place.prefix, total_, place.weight}, inverse_, symbol);
+  *found = {static_cast<std::int32_t>(symbol), interval.start, interval.freq};
 }
 
 void intervals(const Logits& logits, const std::int32_t* symbols, std::int64_t rows, int prob_bits,

@@ -24,7 +24,8 @@ struct Share {
   std::uint32_t weight;  // its own
 };
 
-// The place of a symbol in its block.
+// The place of a symbol in its block. Functions write it through a pointer: returned in registers,
+// it would be stored in parts and loaded whole, which stalls a processor.
 struct Place {
   std::int32_t index;
   std::uint32_t prefix;  // sum of the weights before it in the block, < 2^30
@@ -44,14 +45,24 @@ struct IntervalKernels {
   // With p_i = sum of the first i weights of a block, i < count <= 256: the last i for which
   // p_i * spread + i * total < bound. i = 0 must meet it; spread < 2^20, total < 2^35,
   // bound < 2^56.
-  Place (*search)(const std::uint32_t* weights, const std::uint32_t* groups, std::int64_t count,
-                  std::uint64_t spread, std::uint64_t total, std::uint64_t bound);
+  void (*search)(const std::uint32_t* weights, const std::uint32_t* groups, std::int64_t count,
+                 std::uint64_t spread, std::uint64_t total, std::uint64_t bound, Place* place);
   // Natural-log logits to base-2 logits in 1/256 of an octave below the largest: float32
   // rint((x - max) * (256 / ln 2)), at least -32768. False if one is NaN or none is finite or one
   // is +inf; -inf is allowed. Writes count int16 numbers, the largest of which is 0.
   bool (*round_floats)(const float* logits, std::int64_t count, std::int16_t* out);
   // The same for bfloat16, the upper halves of float32.
   bool (*round_bfloats)(const std::uint16_t* logits, std::int64_t count, std::int16_t* out);
+  // round_floats with share or weigh in one, for units where that is faster; otherwise null. False
+  // as for round_floats.
+  bool (*share_floats)(const float* logits, std::int64_t count, std::int32_t symbol,
+                       Share* share) = nullptr;
+  bool (*share_bfloats)(const std::uint16_t* logits, std::int64_t count, std::int32_t symbol,
+                        Share* share) = nullptr;
+  bool (*weigh_floats)(const float* logits, std::int64_t count, std::uint32_t* weights,
+                       std::uint32_t* groups, std::uint32_t* blocks) = nullptr;
+  bool (*weigh_bfloats)(const std::uint16_t* logits, std::int64_t count, std::uint32_t* weights,
+                        std::uint32_t* groups, std::uint32_t* blocks) = nullptr;
 };
 
 extern const IntervalKernels kScalarIntervals;
@@ -79,9 +90,9 @@ static inline float widened(std::uint16_t upper) {
 static inline float widened(float wide) { return wide; }
 
 // `search` for units without a faster one.
-static inline Place plain_search(const std::uint32_t* weights, const std::uint32_t* groups,
-                                 std::int64_t count, std::uint64_t spread, std::uint64_t total,
-                                 std::uint64_t bound) {
+static inline void plain_search(const std::uint32_t* weights, const std::uint32_t* groups,
+                                std::int64_t count, std::uint64_t spread, std::uint64_t total,
+                                std::uint64_t bound, Place* place) {
   std::uint32_t prefix = 0;
   std::int64_t index = 0;
   for (; index + kRowGroup < count; index += kRowGroup) {
@@ -94,7 +105,7 @@ static inline Place plain_search(const std::uint32_t* weights, const std::uint32
     if (next * spread + static_cast<std::uint64_t>(index + 1) * total >= bound) break;
     prefix = next;
   }
-  return {static_cast<std::int32_t>(index), prefix, weights[index]};
+  *place = {static_cast<std::int32_t>(index), prefix, weights[index]};
 }
 
 }  // namespace percov2
