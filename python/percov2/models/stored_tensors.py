@@ -6,47 +6,81 @@ docs/reference/model-folder.md defines the files. ``percov2.models.torch.storage
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load
 
-__all__ = ["SCALE", "read_tensors"]
+__all__ = ["SCALE", "read_tensors", "read_weights"]
 
 SCALE = ".scale"
 """Suffix of the tensor with the factors of an int8 matrix's rows."""
 
 
-def read_tensors(path: Path, *names: str, restored: bool = True) -> dict[str, NDArray[Any]]:
-    """Return tensors of a safetensors file by name.
+def read_tensors(path: Path, *names: str) -> dict[str, NDArray[Any]]:
+    """Return tensors of a safetensors file by name, all by default; only these are read.
 
-    Args:
-        path: the file.
-        names: the tensors to read; all by default.
-        restored: return float32 arrays (integers that are no matrices stay as they are); False for
-            the stored ones, with the factors of int8 rows under ``NAME.scale``.
+    Values are float32, and integers that are no matrices stay as they are.
 
     Raises:
         ValueError: the file is missing or damaged, or lacks a tensor.
     """
-    if not path.is_file():
-        raise ValueError(f"{path.parent} contains no {path.name}, or it is no regular file")
+    _check_file(path)
     try:
         with safe_open(path, "np") as file:
-            stored = set(file.keys())
-            scales = {name + SCALE for name in stored} & stored
-            chosen = names or (sorted(stored - scales) if restored else sorted(stored))
-            tensors = {}
-            for name in chosen:
-                value = file.get_tensor(name)
-                if restored and value.dtype == np.int8:
-                    factors = file.get_tensor(name + SCALE)
-                    value = value * factors.reshape(-1, *[1] * (value.ndim - 1))
-                elif restored and value.dtype.kind == "f":
-                    value = value.astype(np.float32, copy=False)
-                tensors[name] = value
+            return _restored(names, set(file.keys()), file.get_tensor)
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is damaged or does not match: {error}") from error
+
+
+def read_weights(path: Path, prefix: str, int8: bool) -> tuple[dict[str, NDArray[Any]], str]:
+    """Read a safetensors file once: return tensors for a graph, and the SHA-256 of the file.
+
+    Args:
+        path: the file.
+        prefix: return the tensors whose names begin so.
+        int8: return the int8 matrices as they are stored, and the factors of their rows under
+            ``NAME.scale``, and nothing else; False for tensors as ``read_tensors`` gives them.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    _check_file(path)
+    content = path.read_bytes()
+    try:
+        stored = {name: value for name, value in load(content).items() if name.startswith(prefix)}
+        if int8:
+            matrices = {name for name in stored if name + SCALE in stored}
+            kept = matrices | {name + SCALE for name in matrices}
+            tensors = {name: stored[name] for name in sorted(kept)}
+        else:
+            tensors = _restored((), set(stored), stored.__getitem__)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or does not match: {error}") from error
+    return tensors, hashlib.sha256(content).hexdigest()
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path.parent} contains no {path.name}, or it is no regular file")
+
+
+def _restored(
+    names: tuple[str, ...], stored: set[str], get: Callable[[str], NDArray[Any]]
+) -> dict[str, NDArray[Any]]:
+    scales = {name + SCALE for name in stored} & stored
+    tensors = {}
+    for name in names or sorted(stored - scales):
+        value = get(name)
+        if value.dtype == np.int8:
+            factors = get(name + SCALE)
+            value = value * factors.reshape(-1, *[1] * (value.ndim - 1))
+        elif value.dtype.kind == "f":
+            value = value.astype(np.float32, copy=False)
+        tensors[name] = value
     return tensors

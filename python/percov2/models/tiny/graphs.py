@@ -7,7 +7,6 @@ that one copy of the weights serves both runtimes.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from percov2.models.stored_tensors import SCALE, read_tensors
+from percov2.models.stored_tensors import read_weights
 
-__all__ = ["WEIGHTS_HASH", "Graph", "weights_hash"]
+__all__ = ["WEIGHTS_HASH", "Graph"]
 
 WEIGHTS_HASH = "percov2.weights"
 """Key of a graph's metadata: SHA-256 of its safetensors file, hexadecimal."""
-
-
-def weights_hash(path: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 class Graph:
@@ -56,12 +50,8 @@ class Graph:
                 f"{path.parent} contains no {path.name}; write it with `percov2 train export`, or "
                 "use runtime 'torch'"
             )
-        stored = read_tensors(weights, restored=not int8)
-        tensors = {name: stored[name] for name in stored if name.startswith(prefix)} | (extra or {})
-        if int8:
-            matrices = {name for name in tensors if name + SCALE in tensors}
-            kept = matrices | {name + SCALE for name in matrices}
-            tensors = {name: tensors[name] for name in kept}
+        tensors, weights_hash = read_weights(weights, prefix, int8)
+        tensors |= extra or {}
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -75,7 +65,7 @@ class Graph:
         except Exception as error:  # the runtime raises errors of its own types
             raise ValueError(f"{path} is damaged or does not match {weights}: {error}") from error
         made_for = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS_HASH)
-        if made_for != weights_hash(weights):
+        if made_for != weights_hash:
             raise ValueError(
                 f"{path} was made for other weights than {weights}; write it again with "
                 "`percov2 train export`"

@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from percov2.extras import require
-from percov2.models.tiny.graphs import WEIGHTS_HASH, weights_hash
+from percov2.models.tiny.graphs import WEIGHTS_HASH
 from percov2.models.tiny.torch.backbone import TinyTorchModel
 
 __all__ = ["shrink", "write_graphs"]
@@ -114,7 +115,8 @@ def _write(
         _refer(weight, names[weight.name])
     shrink(graph.graph, names)
     entry = graph.metadata_props.add()
-    entry.key, entry.value = WEIGHTS_HASH, weights_hash(path.with_name("model.safetensors"))
+    weights = path.with_name("model.safetensors").read_bytes()
+    entry.key, entry.value = WEIGHTS_HASH, hashlib.sha256(weights).hexdigest()
     path.write_bytes(graph.SerializeToString(deterministic=True))
 
 

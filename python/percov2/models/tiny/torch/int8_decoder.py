@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from percov2.extras import require
-from percov2.models.stored_tensors import SCALE, read_tensors
+from percov2.models.stored_tensors import SCALE, read_tensors, read_weights
 from percov2.models.tiny.torch.graphs import shrink
 
 __all__ = ["write_int8_decoder"]
@@ -84,7 +84,7 @@ def _share_weights(graph: Any, weights: Path) -> None:
     """Refer to the stored int8 rows and their factors instead of copies of them."""
     import onnx
 
-    stored = read_tensors(weights, restored=False)
+    stored, _ = read_weights(weights, "decoder.", int8=True)
     names: dict[str, str] = {}
     for tensor in graph.graph.initializer:
         name = tensor.name.removesuffix(_QUANTIZED)
