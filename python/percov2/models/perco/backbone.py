@@ -152,7 +152,8 @@ class PerCoModel(TorchBackbone):
             words.append(self._words([""] * len(captions)))
         unet, vae = self._unet(rate), self.autoencoder
         channels = int(vae.config.latent_channels)
-        noise = torch.randn(channels, height, width, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(channels, height, width, generator=generator, dtype=torch.float32)
         x = noise.to(self.device).expand(len(tokens), -1, -1, -1)
         with self.place.at_work(unet):
             for t in scheduler.timesteps:

@@ -147,7 +147,8 @@ class SD3Model(TorchBackbone):
         scheduler = self.base.scheduler()
         scheduler.set_timesteps(steps, device=place.device)
         generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(1, channels, *z_hat.shape[-2:], generator=generator)
+        shape = (1, channels, *z_hat.shape[-2:])
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         x = noise.to(place.device).expand(len(z_hat), -1, -1, -1)
         window, every_row = self.config.window, torch.arange(len(x), device=x.device)
         with place.at_work(flow):

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from percov2.models.torch.flow import widen_patch_embedding
+from percov2.models.torch.isolation import loading
 from percov2.models.torch.placement import load_part
 
 __all__ = ["DELTA_FILE", "apply_delta", "load_delta", "open_flow", "save_delta"]
@@ -130,7 +131,7 @@ def open_flow(folder: Path, location: str, dtype: torch.dtype) -> SD3Transformer
     tensors, scale = load_delta(folder)
     transformer = load_part(SD3Transformer2DModel, location, "transformer", **form)
     try:
-        with torch.inference_mode(False):
+        with loading():
             apply_delta(transformer, tensors, scale)
     except ValueError as error:
         raise ValueError(f"{folder / DELTA_FILE}: {error}") from error

@@ -15,13 +15,17 @@ from torch import Tensor
 
 from percov2.models.backbone import Backbone
 from percov2.models.torch.hyper_encoder import HyperEncoder, load_hyper_encoder
+from percov2.models.torch.isolation import running
 from percov2.models.torch.quantizer import VectorQuantizer, load_quantizer
 
 __all__ = ["TorchBackbone"]
 
 
-def _arrays_too(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method accept an array for its first tensor, and return arrays for it."""
+def _public(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method accept an array for its first tensor, and then return arrays.
+
+    The method does not depend on torch's process-wide settings.
+    """
     signature = inspect.signature(method)
     first = list(signature.parameters)[1]
 
@@ -29,11 +33,12 @@ def _arrays_too(method: Callable[..., Any]) -> Callable[..., Any]:
     def either(*given: Any, **named: Any) -> Any:
         bound = signature.bind(*given, **named)
         value = bound.arguments[first]
-        if isinstance(value, Tensor):
-            return method(*given, **named)
-        bound.arguments[first] = torch.from_numpy(np.ascontiguousarray(value))
-        with torch.inference_mode():
-            found = method(*bound.args, **bound.kwargs)
+        with running(given[0].device):
+            if isinstance(value, Tensor):
+                return method(*given, **named)
+            bound.arguments[first] = torch.from_numpy(np.ascontiguousarray(value))
+            with torch.inference_mode():
+                found = method(*bound.args, **bound.kwargs)
             parts = found if isinstance(found, tuple) else (found,)
             arrays = tuple(part.cpu().numpy() for part in parts)
         return arrays if isinstance(found, tuple) else arrays[0]
@@ -75,30 +80,30 @@ class TorchBackbone(Backbone):
         ``encode_tokens``.
         """
 
-    @_arrays_too
+    @_public
     @torch.inference_mode()
     def directions(self, images: Any, rate: str) -> Any:
         """Return unit vectors, as ``Backbone.directions``."""
         quantizer = self.quantizer(rate)
         return torch.cat([quantizer.directions(z) for z in self.hyper_latents(images, rate)])
 
-    @_arrays_too
+    @_public
     def candidates(self, directions: Any, rate: str, count: int) -> tuple[Any, Any]:
         """Return tokens and similarities, as ``Backbone.candidates``."""
         return self.quantizer(rate).candidates(directions.to(self.device), count)
 
-    @_arrays_too
+    @_public
     def nearest(self, directions: Any, rate: str) -> Any:
         """Return tokens, as ``Backbone.nearest``."""
         return self.quantizer(rate).nearest(directions.to(self.device))
 
-    @_arrays_too
+    @_public
     @torch.inference_mode()
     def encode_tokens(self, images: Any, rate: str) -> Any:
         """Return tokens, as ``Backbone.encode_tokens``, without copies to the host between."""
         return self.nearest(self.directions(images, rate), rate)
 
-    @_arrays_too
+    @_public
     @torch.inference_mode()
     def reconstruct(
         self,

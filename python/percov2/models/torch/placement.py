@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from percov2.models.backbone import BackboneOptions
+from percov2.models.torch.isolation import loading
 
 __all__ = ["Placement", "base_location", "load_part"]
 
@@ -71,8 +72,7 @@ def base_location(folder: Path, base: str) -> str:
     return base
 
 
-# Networks often load inside inference mode, but their weights must stay ordinary tensors.
-@torch.inference_mode(False)
+@loading()
 def load_part(kind: Any, location: str, subfolder: str, **options: Any) -> Any:
     """Load a network, tokenizer or scheduler of a base model (a hub id or folder).
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from percov2.models.stored_tensors import SCALE
+from percov2.models.torch.isolation import loading
 
 __all__ = ["FORMATS", "load_component", "save_component"]
 
@@ -62,8 +63,7 @@ def save_component(model: ModelMixin, folder: Path, weight_format: str) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
-# Networks often load inside inference mode, but their weights must stay ordinary tensors.
-@torch.inference_mode(False)
+@loading()
 def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> Component:
     """Load a network written by :func:`save_component`, as float32, in evaluation mode.
 

@@ -89,9 +89,10 @@ def _write(
     """
     import onnx
 
+    generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for parameter in network.parameters():  # the exporter joins weights of equal values
-            parameter.copy_(torch.rand_like(parameter))
+            parameter.copy_(torch.rand(parameter.shape, generator=generator))
     buffer: Any = io.BytesIO()  # the exporter writes to streams, too
     examples = tuple(example for example, _ in inputs.values())
     axes = {name: axes for name, (_, axes) in inputs.items()}
