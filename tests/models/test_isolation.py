@@ -100,7 +100,7 @@ def plain(openers) -> dict[str, tuple[bytes, np.ndarray]]:
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.parametrize(
-    "kind, setting",
+    ("kind", "setting"),
     [
         *(("tiny", setting) for setting in SETTINGS),
         *(("sd3", setting) for setting in SETTINGS),
