@@ -211,8 +211,10 @@ def test_the_number_format_is_chosen_by_the_processor_and_reported(folder, with_
 
 
 def test_an_int8_decoder_needs_int8_weights_and_latents(folder, random_model, tmp_path):
-    with pytest.raises(ValueError, match="latents of at least one photo"):
-        write_int8_decoder(folder / "autoencoder", [])
+    shapes = ((1, 16, 4, 4), (1, 16, 4, 6))
+    for latents in ([], [np.zeros(shape, np.float32) for shape in shapes]):
+        with pytest.raises(ValueError, match="latents of one shape, of at least one photo"):
+            write_int8_decoder(folder / "autoencoder", latents)
     copy = shutil.copytree(random_model, tmp_path / "copy")
     write_graphs(copy)
     with pytest.raises(ValueError, match="has no int8 weights"):

@@ -202,23 +202,24 @@ def run_export(
 def write_int8_graph(folder: Path, photos: PhotoCrops) -> None:
     """Write the int8 graph of a small model's decoder, with scales measured on training photos.
 
-    Photos smaller than a token of the coarsest rate do not count. Without larger ones, there is no
-    int8 graph.
+    The scales come from crops of one size. Photos smaller than a token of the coarsest rate do not
+    count. Without larger ones, there is no int8 graph.
     """
     model = TinyModel(folder, threads=1)
     side = max(rate.token_side for rate in model.config.rates)
-    large = [photo for photo in photos.photos if min(photo.height, photo.width) >= side]
+    smaller = [min(photo.height, photo.width) // side * side for photo in photos.photos]
+    crop = min(max(smaller, default=0), _CALIBRATION_SIDE)
+    if not crop:
+        return
+    large = [photo for photo in photos.photos if min(photo.height, photo.width) >= crop]
     latents = []
     for i, photo in enumerate(large[:: max(1, len(large) // _CALIBRATION_PHOTOS)]):
         rate = model.config.rates[i % len(model.config.rates)].name
-        sides = (photo.height, photo.width)
-        height, width = (min(n // side * side, _CALIBRATION_SIDE) for n in sides)
-        images = to_unit_range(photos.pixels(photo)[None, :height, :width])
+        images = to_unit_range(photos.pixels(photo)[None, :crop, :crop])
         tokens = model.encode_tokens(images, rate)
         steps = model.config.default_steps(rate)
         latents.append(model.latents(tokens, rate, [""], steps, 1.0, seed=i))
-    if latents:
-        write_int8_decoder(folder / "autoencoder", latents)
+    write_int8_decoder(folder / "autoencoder", latents)
 
 
 def _token_views(
