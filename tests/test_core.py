@@ -14,7 +14,8 @@ from PIL import Image
 
 pytestmark = pytest.mark.core
 
-ABSENT = ("torch", "diffusers", "transformers", "scipy", "torchmetrics", "skimage", "matplotlib")
+ABSENT = ("torch", "diffusers", "transformers", "scipy", "torchmetrics", "skimage")
+ABSENT += ("matplotlib", "huggingface_hub")
 WITHOUT = f"""
 import sys
 sys.modules |= dict.fromkeys({ABSENT!r})  # a None makes the import fail and hides the module
@@ -110,6 +111,7 @@ assert not {name for name, module in sys.modules.items() if module} & {"torch", 
         (["--device", "cuda"], "torch"),
         (["--runtime", "torch"], "torch"),
         (["--captioner", "blip2"], "torch"),
+        (["--model", "sd3:owner/name"], "torch"),
     ],
 )
 def test_options_that_need_an_extra_name_it(picture, tmp_path, arguments, extra):
@@ -133,6 +135,11 @@ def test_commands_that_need_an_extra_name_it(command, extra, tmp_path):
     result = run_without_extras(code, *command.split())
     assert result.returncode == 2
     assert f"pip install 'percov2[{extra}]'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_entropy_models_on_a_gpu_say_what_they_need(tmp_path):
+    result = run_without_extras("import percov2.entropy\npercov2.entropy.open_coder('x', 'cuda')")
+    assert "MissingExtra: an entropy model on cuda needs torch: pip install" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["PerCoV2Pipeline", "Codec"])

@@ -22,8 +22,8 @@ CORE = " ".join(f"entropy.{name}" for name in ENTROPY.split())
 """The entropy engine without torch."""
 # Folder or module -> (first-party prefixes, third-party packages at module level, the same inside
 # functions). The longest matching prefix counts; the standard library is always allowed.
-MODELS = """extras models.backbone models.config models.stored_tensors models.windows
-models.tiny.backbone models.tiny.captions models.tiny.graphs"""
+MODELS = """extras models.backbone models.checksums models.config models.stored_tensors
+models.windows models.tiny.backbone models.tiny.captions models.tiny.graphs"""
 """The small model without torch, and what all models share."""
 TORCH_FOLDERS = {
     "torch": "",
@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2._native": ("", "numpy", ""),
     "percov2.triton_kernels": ("triton_kernels", "torch triton", ""),
     "percov2.entropy": (CORE, "numpy", ""),
+    "percov2.entropy.opening": (f"extras {CORE}", "", ""),
     "percov2.entropy.rans": ("_native", "numpy", ""),
     "percov2.entropy.schedule": ("", "numpy", ""),
     "percov2.entropy.torch": ("entropy", "numpy torch", ""),

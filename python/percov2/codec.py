@@ -130,7 +130,7 @@ class Codec:
         return None if self._caption_folder is None else CaptionModel.load(self._caption_folder)
 
     def _load_entropy(self, rate: str) -> TokenCoder:
-        folder = self.model.folder / rate / "entropy"
+        folder = self.model.component(f"{rate}/entropy")
         coder = open_coder(folder, str(self.model.device))
         size = coder.model.config.codebook_size
         expected = self.config.rate(rate).codebook_size

@@ -151,8 +151,12 @@ def test_a_folder_with_graphs_needs_no_torch_runtime(folder, random_model):
         open_backbone(folder, "cuda", BackboneOptions(runtime="onnx"))
     with pytest.raises(ValueError, match="runtime must be one of"):
         BackboneOptions(runtime="jax")
-    with pytest.raises(ValueError, match="threads must be a whole number"):
-        BackboneOptions(threads=0)
+    with pytest.raises(ValueError, match=f"threads .*which {random_model} needs.* no graphs"):
+        open_backbone(random_model, options=BackboneOptions(threads=2))
+    for threads in (0, 1025, 10**10, True, 2.0, "2"):
+        with pytest.raises(ValueError, match="threads must be a whole number from 1 to 1024"):
+            BackboneOptions(threads=threads)
+    assert type(BackboneOptions(threads=np.int64(2)).threads) is int
 
 
 @pytest.mark.parametrize("fault", ["other weights", "cut", "no graph"])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.token_coder import TokenCoder
+from percov2.extras import require
 
 __all__ = ["open_coder"]
 
@@ -15,6 +16,7 @@ def open_coder(folder: Path | str, device: str = "cpu") -> TokenCoder:
 
     Raises:
         ValueError: as for ``IntTransformer.load``.
+        MissingExtra: the device needs torch, which is not installed.
         RuntimeError: the device is missing or does not compute exactly.
 
     >>> from tempfile import TemporaryDirectory
@@ -26,6 +28,7 @@ def open_coder(folder: Path | str, device: str = "cpu") -> TokenCoder:
     """
     if str(device) == "cpu":
         return TokenCoder(IntTransformer.load(folder))
+    require("torch", f"an entropy model on {device}", "torch")
     from percov2.entropy.torch.int_transformer import IntTransformer as Placed
     from percov2.entropy.torch.token_coder import TokenCoder as PlacedCoder
 

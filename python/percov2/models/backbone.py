@@ -7,15 +7,18 @@ module is imported when it is opened, and its networks load on first use.
 from __future__ import annotations
 
 import importlib
+import operator
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from percov2.extras import require
+from percov2.models.checksums import Checksums
 from percov2.models.config import ModelConfig, find_model
 from percov2.models.stored_tensors import read_tensors
 
@@ -32,14 +35,25 @@ DTYPES = ("fp32", "bf16", "fp16", "int8")
 RUNTIMES = ("onnx", "torch")
 
 
+MAX_THREADS = 1024
+
+
+def _whole(value: Any) -> int:
+    """Return a whole number of any type as an int; -1 for other values."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return -1
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneOptions:
     """Options of the networks' runtime. They never change a file's meaning.
 
     Attributes:
         runtime: "onnx" (ONNX Runtime, for small models on the CPU) or "torch"; None for "onnx" if
-            the model folder has graphs and the device is the CPU, else "torch".
-        threads: threads of "onnx", at least 1; None for all available cores. They never change
+            the model folder has a graph and the device is the CPU, else "torch".
+        threads: threads of "onnx", 1 to 1,024; None for all available cores. They never change
             tokens.
         dtype: number format of the networks. For "tiny" it is that of the decoder: "fp32" or, with
             runtime "onnx", "int8"; None for "int8" if the folder has that graph and the processor
@@ -52,7 +66,7 @@ class BackboneOptions:
         t5: use SD3's third and largest text encoder; False replaces its embeddings with zeros.
 
     Raises:
-        ValueError: an unknown dtype or runtime, or threads below 1.
+        ValueError: an unknown dtype or runtime, or threads outside their range.
     """
 
     runtime: str | None = None
@@ -68,8 +82,13 @@ class BackboneOptions:
             raise ValueError(f"dtype must be one of {DTYPES}, not {self.dtype!r}")
         if self.runtime not in (None, *RUNTIMES):
             raise ValueError(f"runtime must be one of {RUNTIMES}, not {self.runtime!r}")
-        if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
-            raise ValueError(f"threads must be a whole number of at least 1, not {self.threads!r}")
+        if self.threads is not None:
+            threads = -1 if isinstance(self.threads, bool) else _whole(self.threads)
+            if not 1 <= threads <= MAX_THREADS:
+                raise ValueError(
+                    f"threads must be a whole number from 1 to {MAX_THREADS}, not {self.threads!r}"
+                )
+            object.__setattr__(self, "threads", threads)
 
     def large(self) -> list[str]:
         """Return the names of the options of large backbones that are not at their defaults."""
@@ -82,7 +101,9 @@ class Backbone(ABC):
     """The float networks of a model folder: images -> tokens, tokens -> images.
 
     Arrays go in and come out; a backbone on torch returns tensors for tensors. ``config`` is the
-    folder's ``config.json``. Raises ValueError for a folder that is no model.
+    folder's ``config.json``, and ``component`` returns a network's folder by name ("flow",
+    "r031/quantizer") after a comparison with the model's checksums. Raises ValueError for a folder
+    that is no model.
     """
 
     opened_with = BackboneOptions()
@@ -91,6 +112,7 @@ class Backbone(ABC):
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder, self.device = Path(folder), device
         self.config = ModelConfig.load(self.folder)
+        self.component = lru_cache(None)(Checksums(self.folder).checked)
 
     @property
     @abstractmethod
@@ -99,7 +121,7 @@ class Backbone(ABC):
 
     def codebook_bytes(self, rate: str) -> bytes:
         """Return the stored codebook, float32 little-endian, row after row, for the model id."""
-        folder = self.folder / self.config.rate(rate).name / "quantizer"
+        folder = self.component(f"{self.config.rate(rate).name}/quantizer")
         (codebook,) = read_tensors(folder / "model.safetensors", "codebook").values()
         return codebook.astype("<f4").tobytes()
 
@@ -171,6 +193,7 @@ def check_runtime(folder: Path, kind: str, device: str, options: BackboneOptions
 
     Raises:
         ValueError: a device, runtime or option that this kind does not have.
+        MissingExtra: the runtime is torch, which is not installed.
     """
     if not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
         raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
@@ -181,13 +204,16 @@ def check_runtime(folder: Path, kind: str, device: str, options: BackboneOptions
         raise ValueError(
             f"runtime 'onnx' runs small models on the CPU; {kind} on {device} needs 'torch'"
         )
-    has_graphs = possible and (folder / "flow" / "graph.onnx").is_file()
-    runtime = options.runtime or ("onnx" if has_graphs else "torch")
+    without = possible and not any(folder.glob("*/*.onnx"))
+    runtime = options.runtime or ("onnx" if possible and not without else "torch")
     known = ("fp32", "int8") if kind == "tiny" else ("fp32", "bf16", "fp16")
     if options.dtype not in (None, *known) or (options.dtype, runtime) == ("int8", "torch"):
         raise ValueError(f"dtype {options.dtype!r} is not one of {kind} with runtime {runtime!r}")
+    why = f", which {folder} needs, because it has no graphs" if without else ""
     if options.threads is not None and runtime != "onnx":
-        raise ValueError("threads is an option of runtime 'onnx'; torch has OMP_NUM_THREADS")
+        raise ValueError(f"threads is an option of runtime 'onnx', not of torch{why}")
+    if runtime == "torch":
+        require("torch", f"runtime 'torch'{why},", "torch", "diffusers", "transformers")
     return runtime
 
 
@@ -230,7 +256,6 @@ def _home(place: str) -> Any:
 
 
 def _open_on_torch(folder: Path, kind: str, device: str, options: BackboneOptions) -> Backbone:
-    require("torch", f"a {kind!r} model on torch", "torch", "diffusers", "transformers")
     import torch
 
     if device.startswith("cuda"):

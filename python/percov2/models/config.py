@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from percov2.extras import require
+
 __all__ = ["LATENT_SIDE", "PAPER_RATES", "PREDICTIONS", "ModelConfig", "Rate", "find_model"]
+__all__ += ["read_config"]
 
 _EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
 _BACKBONES = ("tiny", "sd3", "perco")
@@ -102,7 +105,7 @@ class ModelConfig:
         if not path.is_file():
             raise ValueError(f"{folder} is not a model folder: it has no config.json")
         try:
-            values: Any = json.loads(path.read_text(encoding="utf-8"))
+            values = _read_json(path)
             if "rates" not in values:
                 raise ValueError("it describes no percov2 model: it has no rates")
             rates = tuple(Rate(**r) for r in values.pop("rates"))
@@ -183,6 +186,44 @@ class ModelConfig:
         return rates[name]
 
 
+def _read_json(path: Path) -> Any:
+    """Return the contents of a JSON file; the ValueError of a damaged one does not name it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_config(folder: Path, *settings: str) -> dict[str, Any]:
+    """Return the ``config.json`` of a network.
+
+    Args:
+        folder: the network's folder.
+        settings: names of settings that must be whole numbers from 1 to 65,536, or two of them
+            from 0 if the name ends in "blocks".
+
+    Raises:
+        ValueError: the file is missing or damaged, or a setting is missing or wrong.
+    """
+    path = folder / "config.json"
+    try:
+        values = _read_json(path)
+        if not isinstance(values, dict):
+            raise ValueError("it contains no settings")
+        for name in settings:
+            value = values.get(name)
+            if name.endswith("blocks"):
+                if not isinstance(value, list) or len(value) != 2:
+                    raise ValueError(f"{name} must be two whole numbers, not {value!r}")
+                for one in value:
+                    _check(name, one, 0, 65536)
+            else:
+                _check(name, value, 1, 65536)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return values
+
+
 def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
     """Return the folder of a model and its configuration; loads no network and no torch.
 
@@ -215,12 +256,13 @@ def _first_model(*folders: Path) -> Path | None:
 
 def _has_rates(folder: Path) -> bool:
     try:
-        return "rates" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return "rates" in _read_json(folder / "config.json")
     except (OSError, ValueError, TypeError):
         return False
 
 
 def _download(hub_id: str) -> Path:
+    require("torch", f"downloading {hub_id}", "huggingface_hub")
     from huggingface_hub import snapshot_download
 
     try:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 
-__all__ = ["SCALE", "read_tensors", "read_weights"]
+__all__ = ["SCALE", "read_network", "read_tensors", "read_weights"]
 
 SCALE = ".scale"
 """Suffix of the tensor with the factors of an int8 matrix's rows."""
@@ -34,8 +34,37 @@ def read_tensors(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     try:
         with safe_open(path, "np") as file:
             return _restored(names, set(file.keys()), file.get_tensor)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or does not match: {error}") from error
+
+
+def read_network(path: Path, shapes: dict[str, str]) -> dict[str, NDArray[Any]]:
+    """Return all tensors of a small network, whose names and shapes are known.
+
+    Args:
+        path: the file.
+        shapes: the shape of each tensor: a letter per axis, the same for equal lengths, and 1.
+
+    Raises:
+        ValueError: the file is missing or damaged, or its tensors have other names or shapes, or a
+            number is not finite.
+    """
+    tensors = read_tensors(path)
+    lengths = {"1": 1}
+    for name in sorted(shapes.keys() | tensors.keys()):
+        value, axes = tensors.get(name), shapes.get(name)
+        if value is None or axes is None:
+            state = "lacks the tensor" if value is None else "has an unknown tensor"
+            raise ValueError(f"{path} {state} {name}; the file belongs to another network")
+        fits = value.ndim == len(axes) and all(
+            lengths.setdefault(axis, length) == length
+            for axis, length in zip(axes, value.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{path}: {name} has shape {value.shape}, which does not match")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{path}: {name} contains numbers that are not finite")
+    return tensors
 
 
 def read_weights(path: Path, prefix: str, int8: bool) -> tuple[dict[str, NDArray[Any]], str]:
@@ -60,7 +89,7 @@ def read_weights(path: Path, prefix: str, int8: bool) -> tuple[dict[str, NDArray
             tensors = {name: stored[name] for name in sorted(kept)}
         else:
             tensors = _restored((), set(stored), stored.__getitem__)
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged or does not match: {error}") from error
     return tensors, hashlib.sha256(content).hexdigest()
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from percov2.images import to_unit_range
+from percov2.models.checksums import write_checksums
 from percov2.models.config import ModelConfig
 from percov2.models.tiny.backbone import TinyModel
 from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
@@ -196,6 +197,7 @@ def run_export(
         shutil.copytree(folder, out / name / "entropy", dirs_exist_ok=True)
     write_graphs(out)
     write_int8_graph(out, photos)
+    write_checksums(out)
     write_model_ids(out)
 
 

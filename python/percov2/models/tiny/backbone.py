@@ -6,7 +6,6 @@ Compressing never loads the flow; decompressing never loads the encoders.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -19,8 +18,8 @@ from numpy.typing import NDArray
 
 from percov2._native import instruction_sets
 from percov2.models.backbone import Backbone
-from percov2.models.config import LATENT_SIDE, PREDICTIONS
-from percov2.models.stored_tensors import read_tensors
+from percov2.models.config import LATENT_SIDE, PREDICTIONS, read_config
+from percov2.models.stored_tensors import read_network
 from percov2.models.tiny.captions import caption_rows
 from percov2.models.tiny.graphs import Graph
 from percov2.models.windows import Windows, sample, whole_patches
@@ -30,6 +29,10 @@ __all__ = ["TinyModel", "draw_noise", "position_table"]
 Array = NDArray[np.float32]
 _WINDOWS_AT_ONCE = 8
 """Windows per call of the flow, which bound the memory."""
+_FLOW_SETTINGS = (
+    *("patch_size", "out_channels", "sample_size", "pos_embed_max_size"),
+    *("num_attention_heads", "attention_head_dim"),
+)
 _TILE = 176
 """Largest side in latents that the decoder sees at once, which bounds the memory."""
 
@@ -93,19 +96,17 @@ class TinyModel(Backbone):
 
     @cached_property
     def _encoder(self) -> Graph:
-        return Graph(self.folder / "autoencoder" / "encoder.onnx", self.threads, "encoder.")
+        return Graph(self.component("autoencoder") / "encoder.onnx", self.threads, "encoder.")
 
     @cached_property
     def _decoder(self) -> Graph:
         int8 = self.dtype == "int8"
         name = "decoder.int8.onnx" if int8 else "decoder.onnx"
-        return Graph(self.folder / "autoencoder" / name, self.threads, "decoder.", int8)
+        return Graph(self.component("autoencoder") / name, self.threads, "decoder.", int8)
 
     @cached_property
     def _flow_config(self) -> dict[str, Any]:
-        path = self.folder / "flow" / "config.json"
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return config
+        return read_config(self.component("flow"), *_FLOW_SETTINGS)
 
     @cached_property
     def _flow(self) -> Graph:
@@ -113,17 +114,27 @@ class TinyModel(Backbone):
         width = config["num_attention_heads"] * config["attention_head_dim"]
         base_side = config["sample_size"] // config["patch_size"]
         table = position_table(width, config["pos_embed_max_size"], base_side)
-        path = self.folder / "flow" / "graph.onnx"
+        path = self.component("flow") / "graph.onnx"
         return Graph(path, self.threads, extra={"pos_embed.pos_embed": table})
 
     def _load_hyper_encoder(self, rate: str) -> Graph:
-        name = self.config.rate(rate).name
-        return Graph(self.folder / name / "hyper_encoder" / "graph.onnx", self.threads)
+        folder = self.component(f"{self.config.rate(rate).name}/hyper_encoder")
+        return Graph(folder / "graph.onnx", self.threads)
 
     def _load_quantizer(self, rate: str) -> dict[str, Array]:
         point = self.config.rate(rate)
-        folder = self.folder / point.name / "quantizer"
-        tensors = read_tensors(folder / "model.safetensors")
+        folder = self.component(f"{point.name}/quantizer")
+        tensors = read_network(
+            folder / "model.safetensors",
+            {
+                "codebook": "Vd",
+                "usage": "V",
+                "project_in.weight": "dM11",
+                "project_in.bias": "d",
+                "project_out.weight": "Cd11",
+                "project_out.bias": "C",
+            },
+        )
         size = len(tensors["codebook"])
         if size != point.codebook_size:
             raise ValueError(
@@ -136,12 +147,18 @@ class TinyModel(Backbone):
 
     def directions(self, images: Array, rate: str) -> Array:
         """Return unit vectors, as ``Backbone.directions``."""
-        self.token_side(images, rate)
         hyper_encoder, tensors = self._hyper_encoder(rate), self._quantizer(rate)
         weight = tensors["project_in.weight"][:, :, 0, 0].T
+        side = self.token_side(images, rate)
+        shape = (1, len(weight), images.shape[2] // side, images.shape[3] // side)
         found = []
         for i in range(len(images)):  # alone, so that its company cannot change its tokens
             latents = hyper_encoder(latents=self._encoder(images=images[i : i + 1]))
+            if latents.shape != shape:
+                raise ValueError(
+                    f"{self.folder / self.config.rate(rate).name / 'hyper_encoder'} gives "
+                    f"{latents.shape}, not {shape}; it belongs to another rate or model"
+                )
             projected = latents[0].transpose(1, 2, 0) @ weight + tensors["project_in.bias"]
             length = np.sqrt(np.square(projected).sum(-1, keepdims=True))
             found.append(projected / np.maximum(length, 1e-12))
@@ -212,8 +229,8 @@ class TinyModel(Backbone):
     @cached_property
     def _reach(self) -> int:
         """Return the number of latents to each side that a decoded pixel depends on."""
-        path = self.folder / "autoencoder" / "config.json"
-        coarse, fine = json.loads(path.read_text(encoding="utf-8"))["decoder_blocks"]
+        config = read_config(self.component("autoencoder"), "decoder_blocks")
+        coarse, fine = config["decoder_blocks"]
         # A block has two 3×3 convolutions; two positions at 1/4 are one latent.
         return int(1 + 2 * coarse + -(-(2 * fine + 1) // 2))
 
@@ -271,11 +288,14 @@ class TinyModel(Backbone):
 
     @cached_property
     def _words(self) -> dict[str, Array]:
-        return read_tensors(self.folder / "text_encoder" / "model.safetensors")
+        path = self.component("text_encoder") / "model.safetensors"
+        return read_network(path, {"words.weight": "nd", "positions": "ld"})
 
     @cached_property
     def _dial(self) -> dict[str, Array]:
-        return read_tensors(self.folder / "dial" / "model.safetensors")
+        shapes = {"layers.0.weight": "wf", "layers.0.bias": "w"}
+        shapes |= {"layers.2.weight": "dw", "layers.2.bias": "d"}
+        return read_network(self.component("dial") / "model.safetensors", shapes)
 
     def _conditioning(self, captions: Sequence[str], realism: float) -> tuple[Array, Array]:
         """Return the flow's conditioning: a sequence [B, L, d] and a pooled vector [B, d]."""

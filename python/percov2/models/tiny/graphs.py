@@ -44,7 +44,7 @@ class Graph:
         int8: bool = False,
         extra: dict[str, NDArray[Any]] | None = None,
     ) -> None:
-        weights = path.with_name("model.safetensors")
+        self._path, weights = path, path.with_name("model.safetensors")
         if not path.is_file():
             raise ValueError(
                 f"{path.parent} contains no {path.name}; write it with `percov2 train export`, or "
@@ -55,12 +55,12 @@ class Graph:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # errors reach the caller as exceptions
         self._kept = [ort.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
         options.add_external_initializers(list(tensors), self._kept)
         try:
             self._session = ort.InferenceSession(
-                path.read_bytes(), options, providers=["CPUExecutionProvider"]
+                path.read_bytes(), options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:  # the runtime raises errors of its own types
             raise ValueError(f"{path} is damaged or does not match {weights}: {error}") from error
@@ -72,6 +72,13 @@ class Graph:
             )
 
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the graph's output for its inputs by name."""
-        (output,) = self._session.run(None, inputs)
+        """Return the graph's output for its inputs by name; ValueError if it does not fit them."""
+        try:
+            (output,) = self._session.run(None, inputs)
+        except Exception as error:  # the runtime raises errors of its own types
+            shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
+            raise ValueError(
+                f"{self._path} does not accept {shapes}; it does not match the model's config.json "
+                f"or another network of the folder: {error}"
+            ) from error
         return output

@@ -65,11 +65,12 @@ class TorchBackbone(Backbone):
 
     def _load_quantizer(self, rate: str) -> VectorQuantizer:
         point = self.config.rate(rate)
-        return load_quantizer(self.folder / point.name / "quantizer", point, self.device)
+        return load_quantizer(self.component(f"{point.name}/quantizer"), point, self.device)
 
     def _load_hyper_encoder(self, rate: str) -> HyperEncoder:
         point = self.config.rate(rate)
-        return load_hyper_encoder(self.folder / point.name / "hyper_encoder", point, self.device)
+        folder = self.component(f"{point.name}/hyper_encoder")
+        return load_hyper_encoder(folder, point, self.device)
 
     @abstractmethod
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:

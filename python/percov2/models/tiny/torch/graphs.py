@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from percov2.extras import require
+from percov2.models.checksums import CHECKSUMS
 from percov2.models.tiny.graphs import WEIGHTS_HASH
 from percov2.models.tiny.torch.backbone import TinyTorchModel
 
@@ -45,13 +46,15 @@ class _Flow(nn.Module):
 def write_graphs(folder: Path) -> None:
     """Write the graphs of every network of a small model's folder, in float32.
 
-    A graph of an int8 decoder, which belongs to other weights, is removed.
+    A graph of an int8 decoder, which belongs to other weights, and the folder's checksums are
+    removed.
 
     Raises:
         MissingExtra: onnx is not installed.
         ValueError: the folder is no small model.
     """
     require("train", "writing graphs", "onnx")
+    (folder / CHECKSUMS).unlink(missing_ok=True)
     model = TinyTorchModel(folder)  # of its own, because the weights are overwritten
     grid = {0: "batch", 2: "height", 3: "width"}
     image, latents = torch.zeros(1, 3, 64, 96), torch.zeros(1, 16, 8, 12)
