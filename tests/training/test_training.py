@@ -156,6 +156,64 @@ def test_killed_and_resumed_equals_uninterrupted(old, begin, tmp_path):
     assert len(lines) == 5 and lines[0].startswith("step,seconds,l1,lpips")
 
 
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "foreign": lambda data: b"no checkpoint",
+}
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(begin, tmp_path, damage):
+    for _ in range(2):
+        stage, loop = begin()
+        train(stage, loop, tmp_path / "run", stop_after_steps=2)
+    path = tmp_path / "run" / "checkpoint.pt"
+    assert not path.with_suffix(".part").exists()
+    assert checkpoint.read(checkpoint.previous(path))["step"] == 2
+    content = path.read_bytes()
+    if damage == "missing":  # the moment between two renames
+        path.unlink()
+    else:
+        path.write_bytes(DAMAGES[damage](content))
+    resumed, loop = begin()
+    with pytest.warns(UserWarning, match="goes on from the checkpoint before"):
+        assert train(resumed, loop, tmp_path / "run") == 4
+    assert not moved(stage.state_dict(), resumed.state_dict())
+    steps = [line.split(",")[0] for line in log_of(tmp_path / "run")]
+    assert steps == ["step", "1", "2", "3", "4"]
+
+
+def log_of(run: Path) -> list[str]:
+    return (run / "log.csv").read_text().splitlines()
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", "number keys", "a list"])
+def test_without_an_earlier_one_a_damaged_checkpoint_is_named(begin, tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save({1: 2} if content == "number keys" else [1], path)
+    stage, loop = begin()
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is .*delete it to start the run again"):
+        train(stage, loop, tmp_path)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is "):
+        load_averaged(tmp_path, stage)
+
+
+def test_a_killed_run_logs_every_step_once(begin, tmp_path):
+    stage, loop = begin()
+    train(stage, loop, tmp_path, stop_after_steps=2)
+    with open(tmp_path / "log.csv", "a") as log:  # steps after the last checkpoint, and a torn row
+        log.write("3,0,0,0\n4,0,0,0\n5,0")
+    stage, loop = begin()
+    train(stage, loop, tmp_path)
+    lines = log_of(tmp_path)
+    assert [line.split(",")[0] for line in lines] == ["step", "1", "2", "3", "4"]
+    assert "3,0,0,0" not in lines
+
+
 def test_a_loss_that_is_not_finite_stops_training(begin, tmp_path):
     stage, loop = begin()
     with torch.no_grad():

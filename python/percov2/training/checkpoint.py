@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,76 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gather_draws", "kept", "read", "restore", "restore_draws", "write"]
+__all__ = ["gather_draws", "is_present", "kept", "previous", "read", "restore", "restore_draws"]
+__all__ += ["write"]
+
+
+_PARTS = ("model", "ema", "optimizer", "generator", "torch_rng", "step")
+"""What every checkpoint contains."""
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Store a checkpoint atomically."""
+    """Store a checkpoint and keep the one before as ``PATH.previous``.
+
+    The data reaches the disk before the names change, so that a crash leaves at least one of them
+    whole.
+    """
     part = path.with_suffix(".part")
-    torch.save(state, part)
+    with open(part, "wb") as stream:
+        torch.save(state, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if path.is_file():
+        os.replace(path, previous(path))
     os.replace(part, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def previous(path: Path) -> Path:
+    """Return the name of the checkpoint before the one at ``path``."""
+    return path.with_name(path.name + ".previous")
+
+
+def is_present(path: Path) -> bool:
+    """Return True if there is a checkpoint, or one before it."""
+    return path.is_file() or previous(path).is_file()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Load a checkpoint to the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Load a checkpoint to the CPU, or the one before with a warning if it is damaged or missing.
+
+    Raises:
+        ValueError: there is none, or both are damaged or no checkpoints.
+    """
+    try:
+        return _read(path)
+    except ValueError as error:
+        if not previous(path).is_file():
+            raise
+        state = _read(previous(path))
+        warnings.warn(f"{error}; the run goes on from the checkpoint before", stacklevel=2)
+        return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist or is no regular file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises errors of many types for damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({reason}); delete it to start the run again"
+        ) from error
+    if not isinstance(state, dict) or not set(_PARTS) <= set(state):
+        raise ValueError(f"{path} is no checkpoint of a run; delete it to start the run again")
+    return state
 
 
 def kept(module: nn.Module, keys: set[str]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from percov2.models.tiny.torch.graphs import write_graphs
 from percov2.models.tiny.torch.int8_decoder import write_int8_decoder
 from percov2.models.torch.storage import save_component
 from percov2.photos import CropPlan, PhotoCrops, decode_shards, is_held_out
-from percov2.training import warm_start
+from percov2.training import checkpoint, warm_start
 from percov2.training.adversary import AdversaryConfig
 from percov2.training.autoencoder_stage import AutoencoderConfig, AutoencoderStage
 from percov2.training.captions import CaptionsConfig, train_captions
@@ -135,7 +135,7 @@ def run_codec(
             raise ValueError("distil needs --start-from with a model folder, the teacher")
         stage.learn_from(TinyTorchModel(start_from).autoencoder)
     # An interrupted run resumes from its own checkpoint, which holds all weights.
-    if not (out / "checkpoint.pt").is_file():
+    if not checkpoint.is_present(out / "checkpoint.pt"):
         if autoencoder_run is not None:
             first, _ = autoencoder_stage(config, crops)
             load_averaged(autoencoder_run, first)

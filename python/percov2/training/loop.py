@@ -24,7 +24,7 @@ from percov2.training import checkpoint
 from percov2.training.averaging import AveragedWeights
 from percov2.training.optimizers import adamw, make_recordable, restore, set_learning_rate
 from percov2.training.recording import CudaRecorder, RecordedSteps
-from percov2.training.stage import Draw, Figures, Place, TrainingStage, append_row
+from percov2.training.stage import Draw, Figures, Place, TrainingStage, append_row, keep_rows
 
 __all__ = ["LoopConfig", "leave_processes", "load_averaged", "train"]
 
@@ -134,7 +134,7 @@ def load_averaged(out: Path, stage: TrainingStage) -> int:
     Raises ValueError if there is no checkpoint or if it does not match.
     """
     path = out / "checkpoint.pt"
-    if not path.is_file():
+    if not checkpoint.is_present(path):
         raise ValueError(f"{out} contains no checkpoint.pt; train this stage first")
     state = checkpoint.read(path)
     checkpoint.restore(stage, state["ema"], stage.stored_keys(), path)
@@ -170,7 +170,7 @@ class _Run:
         self.recorded = RecordedSteps(self._whole_step, CudaRecorder()) if config.record else None
         self.losses: list[Tensor] = []
         self.step, self.earlier, self.started = 0, 0.0, time.monotonic()
-        if self.path.is_file():
+        if checkpoint.is_present(self.path):
             self._restore()
 
     def _restore(self) -> None:
@@ -325,9 +325,11 @@ def _train(
 ) -> int:
     """Train on the current stream."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "log.csv").touch()
     run = _Run(stage, config, out)
     main = run.accelerator.is_main_process
+    if main:
+        for table in {out / "log.csv", *out.glob("*.csv")}:
+            keep_rows(table, run.step)
     started = saved = time.monotonic()
     last = config.steps if most_steps is None else min(config.steps, run.step + most_steps)
     stage.train()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ALONE", "Draw", "Figures", "Place", "TrainingStage", "append_row"]
+__all__ = ["ALONE", "Draw", "Figures", "Place", "TrainingStage", "append_row", "keep_rows"]
 
 Figures = dict[str, Tensor]
 
@@ -110,3 +110,22 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         if log.tell() == 0:
             writer.writeheader()
         writer.writerow(row)
+
+
+def keep_rows(path: Path, step: int) -> None:
+    """Remove the rows of steps after ``step`` from a CSV file, which is made if it is missing.
+
+    A killed run has logged steps after its last checkpoint, and repeats them. A last row without
+    its end is removed, too.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    kept = lines[:1] + [line for line in lines[1:] if _is_up_to(line, step)]
+    if lines != kept or not lines:
+        part = path.with_suffix(".part")
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(path)
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    number = line.partition(",")[0]
+    return line.endswith("\n") and number.isdecimal() and int(number) <= step

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from percov2.models.tiny.torch.backbone import TinyTorchModel
+from percov2.training import checkpoint
 from percov2.training.rates import RateNetworks
 from percov2.training.stage1 import CodecStage
 
@@ -109,8 +110,8 @@ def _model_state(folder: Path) -> State:
 def stored_state(run: Path) -> tuple[State, dict[str, Any], Path]:
     """Return the weights, the discriminators and the path of a codec run or a model folder."""
     path = run / "checkpoint.pt"
-    if path.is_file():
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+    if checkpoint.is_present(path):
+        stored = checkpoint.read(path)
         return stored["ema"], stored.get("side", {}), path
     if (run / "config.json").is_file():
         return _model_state(run), {}, run

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.files import write_bytes
+from percov2.training import checkpoint
 from percov2.training.loop import LoopConfig, load_averaged
 from percov2.training.settings import build_phase
 from percov2.training.stage2 import (
@@ -102,7 +103,7 @@ def finished(
     described = {**facts, "config": asdict(stage.config), "loop": asdict(loop)}
     text = json.dumps(described, indent=2) + "\n"
     path = out / "run.json"
-    if not path.is_file() and not (out / "checkpoint.pt").is_file():
+    if not path.is_file() and not checkpoint.is_present(out / "checkpoint.pt"):
         out.mkdir(parents=True, exist_ok=True)
         write_bytes(path, text.encode())
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -139,7 +140,7 @@ def fine_tuned(
     torch.manual_seed(loop.seed)
     maps = OneOrder(data, order)
     stage = EntropyStage(config, maps)
-    if not (out / "checkpoint.pt").is_file():
+    if not checkpoint.is_present(out / "checkpoint.pt"):
         load_averaged(shared.folder, stage)
     shapes = sorted({tokens.shape for tokens in maps.maps})
     facts = {
