@@ -55,7 +55,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.colour_spaces": ("", "numpy", ""),
     "percov2.declared_colours": ("colour_spaces", "PIL", ""),
     "percov2.images": ("colour_spaces container.bitstream declared_colours", "numpy PIL", ""),
-    "percov2.files": ("container.bitstream images", "PIL", ""),
+    "percov2.files": ("container.bitstream images", "numpy PIL", ""),
     "percov2.inputs": ("images", "numpy PIL", ""),
     "percov2.captioners": ("container.captions extras images", "PIL", "torch transformers"),
     "percov2.tokenizing": (f"batching container images {CORE} {MODELS}", "numpy", ""),

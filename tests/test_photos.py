@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from percov2.images import to_rgb
-from percov2.photos import PhotoWarning, decode_shards
+from percov2.photos import PhotoCrops, PhotoWarning, decode_shards
 from tools.photos import noise, write_tar
 
 
@@ -102,3 +102,24 @@ def test_no_name_is_a_command(tmp_path, monkeypatch):
         shard = write_tar(Path(name), {"a.png": encoded(noise(4, 4))})
         decode_shards([shard], tmp_path / f"cache {name[0]}")
     assert not (tmp_path / "PWNED").exists()
+
+
+DAMAGED_CACHES = {
+    "no pixels": ("[]", None),
+    "too few pixels": ('[["a", 0, 8, 8, []]]', b"abc"),
+    "another table": ('{"a": 1}', b"abc"),
+    "cut": ('[["a", 0, 8', b"abc"),
+    "numbers": ("[1, 2]", b"abc"),
+    "a fraction": ('[["a", 0.5, 1, 1, []]]', b"abc"),
+    "below zero": ('[["a", -3, 1, 1, []]]', b"abc"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CACHES)
+def test_damaged_caches_are_named(damage, tmp_path):
+    table, pixels = DAMAGED_CACHES[damage]
+    (tmp_path / "photos.json").write_text(table)
+    if pixels is not None:
+        (tmp_path / "photos.bin").write_bytes(pixels)
+    with pytest.raises(ValueError, match=r"holds no whole cache of photos .*; delete it"):
+        PhotoCrops(tmp_path, "all")

@@ -7,16 +7,28 @@ import io
 import os
 import secrets
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from percov2.container.bitstream import is_file
 from percov2.images import open_lazily
 
-__all__ = ["SUFFIX", "check_kind", "check_outputs", "picture_format", "write_bytes", "write_image"]
+__all__ = [
+    "SUFFIX",
+    "check_kind",
+    "check_outputs",
+    "picture_format",
+    "read_arrays",
+    "write_bytes",
+    "write_image",
+]
 
 SUFFIX = ".pcv2"
 _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -98,6 +110,17 @@ def _holds_picture(stream: Any) -> bool:
     except Exception:  # decoders raise errors of many types for other files
         return False
     return True
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Return the arrays of an ``.npz`` file by name; ValueError if it is damaged or none."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if isinstance(arrays, np.ndarray):
+                raise ValueError("it holds a single array")
+            return dict(arrays)
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or no .npz file: {error}") from error
 
 
 def write_image(image: Image.Image, path: Path | str) -> None:

@@ -107,7 +107,8 @@ def _photos_of(shard: Path) -> Iterator[tuple[str, NDArray[np.uint8], list[str]]
             lines = parts.get("txt", b"").decode("utf-8", "replace").splitlines()
             yield key, pixels, [line.strip() for line in lines if line.strip()]
     except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise ValueError(f"{shard.name} is not a tar file, or is damaged: {error}") from error
+        reason = str(error).partition(":")[0] if shard.stat().st_size else "it is empty"
+        raise ValueError(f"{shard.name} is not a tar file, or is damaged: {reason}") from error
     if read == 0:
         raise ValueError(f"{shard.name} contains no readable photo ({', '.join(PHOTO_ENDINGS)})")
     if skipped > max(1, _MOST_SKIPPED * (read + skipped)):
@@ -153,8 +154,13 @@ def join_caches(parts: list[Path], cache: Path) -> None:
     with open(cache / "photos.bin.part", "wb") as out:
         for part in parts:
             start = out.tell()
-            for key, offset, *rest in json.loads((part / "photos.json").read_text()):
-                entries.append([key, start + offset, *rest])
+            for photo in _read_photos(part):
+                entries.append(
+                    [
+                        *(photo.key, start + photo.offset, photo.height, photo.width),
+                        list(photo.captions),
+                    ]
+                )
             with open(part / "photos.bin", "rb") as pixels:
                 shutil.copyfileobj(pixels, out, 1 << 24)
     _finish(cache, entries)
@@ -165,6 +171,27 @@ def _finish(cache: Path, entries: list[list[Any]]) -> None:
     (cache / "photos.json.part").write_text(json.dumps(entries))
     os.replace(cache / "photos.bin.part", cache / "photos.bin")
     os.replace(cache / "photos.json.part", cache / "photos.json")
+
+
+def _read_photos(cache: Path) -> list[Photo]:
+    """Return the photos of a cache; ValueError if it is damaged or incomplete."""
+    photos = []
+    try:
+        for key, offset, height, width, captions in json.loads((cache / "photos.json").read_text()):
+            numbers = (offset, height, width)
+            if not all(type(number) is int for number in numbers) or min(height, width, offset) < 0:
+                raise ValueError(f"the place of {key!r} is {numbers}")
+            photos.append(Photo(str(key), *numbers, tuple(map(str, captions))))
+        size = (cache / "photos.bin").stat().st_size
+        needed = max((p.offset + 3 * p.height * p.width for p in photos), default=0)
+        if size < needed or size == 0:
+            raise ValueError(f"photos.bin has {size} of {needed} bytes")
+    except (ValueError, TypeError, RecursionError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{cache} holds no whole cache of photos ({error}); delete it and run "
+            "`percov2 train data` again"
+        ) from error
+    return photos
 
 
 _HELD_OUT_OF_256 = 22
@@ -198,8 +225,7 @@ class PhotoCrops:
             raise ValueError(f"part must be one of {PARTS}, not {part!r}")
         if not (cache / "photos.json").is_file():
             raise ValueError(f"{cache} contains no photos.json; run `percov2 train data` first")
-        entries = json.loads((cache / "photos.json").read_text())
-        photos = [Photo(k, o, h, w, tuple(c)) for k, o, h, w, c in entries]
+        photos = _read_photos(cache)
         self.photos = [
             p for p in photos if part == "all" or is_held_out(p.key) == (part == "held out")
         ]

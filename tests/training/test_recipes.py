@@ -9,6 +9,8 @@ import pytest
 
 import percov2.training
 from percov2.models.config import PAPER_RATES
+from percov2.photos import PhotoCrops
+from percov2.training.commands import codec_stage
 from percov2.training.sd3.commands import sd3_config
 from percov2.training.settings import build_config, read_recipe, read_section
 from percov2.training.stage2 import EntropyConfig
@@ -62,3 +64,37 @@ def test_sd3_recipes_follow_the_paper(rate):
     table = read_recipe(SD3, "entropy", rate.name, "rates")
     table.pop("loop")
     build_config(EntropyConfig, table)
+
+
+AUTOENCODER = "[autoencoder]\nautoencoder = { widths = [32, 32] }\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = [", r"c\.toml is no TOML file: Invalid value"),
+        ("codec = 3", r"\[codec\] must be a table, not 3"),
+        ("[codec]\nloop = 5", "unknown settings 5"),
+        ('[codec]\nloop = { steps = "x" }', "setting steps must be int, not 'x'"),
+        ("[codec]\nloop = { steps = true }", "setting steps must be int, not True"),
+        ("[codec]\nloop = { steps = 1, learning_rate = nan }", "learning_rate must be float"),
+        ("[codec]\nrates = []", r"rates must be a table, not \[\]"),
+        ("[codec]\nrates = { r = 3 }", "a rate must be a table, not 3"),
+        ("[codec]\nlosses = 1\nrates = { r = {} }", "losses must be a table"),
+        ("[codec]\nrates = { r = { losses = { alex = 3 } } }", "unknown settings 3"),
+        ("[codec]\nrates = { r = { losses = { foo = {} } } }", r"unknown settings \['foo'\]"),
+        ('[codec]\nrates = { r = { crops = { sides = "x" } } }', "setting sides must be tuple"),
+        ('[codec]\nloop = { steps = 1 }\nwindow = "a"', "setting window must be int"),
+        (
+            "[codec]\nloop = { steps = 1 }\nrealism_ends = [0.1, 2, 3]",
+            "setting realism_ends must be tuple",
+        ),
+        ("[codec]\nsources = 3", "sources must be a table"),
+        ("[codec]\nrecipes = 3", r"\[codec\.recipes\] must be a table"),
+    ],
+)
+def test_wrong_settings_of_the_joint_phase_are_one_line(text, message, tmp_path, photo_cache):
+    (tmp_path / "c.toml").write_text(f"{text}\n{AUTOENCODER}")
+    with pytest.raises(ValueError, match=message) as caught:
+        codec_stage(tmp_path / "c.toml", PhotoCrops(photo_cache), None)
+    assert "\n" not in str(caught.value)

@@ -35,7 +35,7 @@ from percov2.evaluation.photo_bootstrap import PhotoBootstrap
 from percov2.evaluation.realism import lite_features
 from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.evaluation.writers import write_json
-from percov2.files import write_bytes
+from percov2.files import read_arrays, write_bytes
 
 if TYPE_CHECKING:
     from percov2.photos import Photo, PhotoCrops
@@ -176,11 +176,11 @@ def judge_realism(
         path = cached / f"{name}-{known}.npz"
         if not path.is_file():
             _save(path, {"features": _seen(judge, cut, codec.model.device)})
-        originals.append(_load(path)["features"].astype(np.float64))
+        originals.append(read_arrays(path)["features"].astype(np.float64))
         path = out / _PHOTOS / f"{name}.npz"
         if not path.is_file():
             _save(path, _measured(codec, setting, crops, judge, photo.key, pixels, cut))
-    stored = [_load(out / _PHOTOS / f"{name}.npz") for name in taken]
+    stored = [read_arrays(out / _PHOTOS / f"{name}.npz") for name in taken]
     run, notes = joined(stored), [str(note) for photo in stored for note in photo["notes"]]
     seen = np.concatenate(originals)
     bootstrap = PhotoBootstrap(np.repeat(np.arange(len(originals)), [len(x) for x in originals]))
@@ -318,7 +318,7 @@ def _finished(
     expected = {**facts, "crops_digest": _digest(*(name.encode() for name in names))}
     same = (*_CROPS, "distances", "judge", "judge_weights", "crops_digest")
     _compare(f"{folder} cannot be compared", rival, expected, same)
-    return rival, [_load(folder / _PHOTOS / f"{name}.npz") for name in names]
+    return rival, [read_arrays(folder / _PHOTOS / f"{name}.npz") for name in names]
 
 
 def _compare(
@@ -338,8 +338,3 @@ def _save(path: Path, arrays: Mapping[str, Any]) -> None:
     stream = io.BytesIO()
     np.savez(stream, **arrays)
     write_bytes(path, stream.getvalue())
-
-
-def _load(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return dict(arrays)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
     """Return the captions of ``.txt`` files (one per line) or ``.tar`` shards of such files.
 
     Raises:
-        ValueError: there are no captions, or no ``.pcv2`` file can hold one of them.
+        ValueError: a file is damaged or no text, there are no captions, or no ``.pcv2`` file can
+            hold one of them.
     """
     from percov2.container.captions import encode_caption
 
@@ -77,8 +79,14 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
             members = [m for m in tar if m.isfile() and m.name.endswith(".txt")]
             yield from (file.read() for m in members if (file := tar.extractfile(m)))
 
-    every = [text for source in sources for text in texts(source)]
-    found = [line.strip() for text in every for line in text.decode().splitlines()]
+    found = []
+    for source in sources:
+        try:
+            for text in texts(source):
+                found += [line.strip() for line in text.decode().splitlines()]
+        except (tarfile.TarError, EOFError, UnicodeDecodeError, zlib.error) as error:
+            kind = "tar file" if source.suffix == ".tar" else "file"
+            raise ValueError(f"{source} is no {kind} of UTF-8 text, or is damaged") from error
     lines = [line for line in found if line]
     if not lines:
         raise ValueError(f"no captions in {[str(source) for source in sources]}")

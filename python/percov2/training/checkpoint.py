@@ -15,8 +15,8 @@ __all__ = ["gather_draws", "is_present", "kept", "previous", "read", "restore", 
 __all__ += ["write"]
 
 
-_PARTS = ("model", "ema", "optimizer", "generator", "torch_rng", "step")
-"""What every checkpoint contains."""
+_PARTS = ("ema", "step")
+"""What every checkpoint contains; one joined from a campaign's pieces contains no more."""
 
 
 def write(path: Path, state: dict[str, Any]) -> None:

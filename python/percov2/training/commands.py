@@ -30,6 +30,7 @@ from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.losses import LossTerms, Term
 from percov2.training.rates import RateConfig, RateNetworks
 from percov2.training.settings import (
+    as_table,
     build_config,
     build_phase,
     read_recipe,
@@ -48,12 +49,15 @@ __all__ += ["run_data", "run_entropy", "run_export", "run_tokens"]
 
 
 def _losses(values: dict[str, Any]) -> LossTerms:
-    return build_config(LossTerms, {k: build_config(Term, v) for k, v in values.items()})
+    terms = as_table(values, "losses").items()
+    return build_config(LossTerms, {name: build_config(Term, term) for name, term in terms})
 
 
 def _rate(common: dict[str, Any], own: dict[str, Any]) -> RateConfig:
     """Merge a rate's settings over the phase's settings. Losses are merged one by one."""
-    losses = _losses({**common.get("losses", {}), **own.get("losses", {})})
+    own = as_table(own, "a rate")
+    each = (as_table(table.get("losses", {}), "losses") for table in (common, own))
+    losses = _losses({name: term for table in each for name, term in table.items()})
     crops = build_config(CropPlan, own.get("crops", {}))
     return build_config(RateConfig, {**common, **own, "losses": losses, "crops": crops})
 
@@ -84,12 +88,12 @@ def codec_stage(
     # Settings of the phase that a rate may replace.
     names = {"losses", "aligned", "frozen_tokens"} & values.keys()
     common = {key: values.pop(key) for key in names}
-    rates = values.get("rates", {})
+    rates = as_table(values.get("rates", {}), "rates")
     values["rates"] = {name: _rate(common, rate) for name, rate in rates.items()}
     values["adversary"] = build_config(AdversaryConfig, values.get("adversary", {}))
-    data = data.weighing(values.pop("sources", {}))
-    sizes = read_section(config, "autoencoder").get("autoencoder", {})
-    sizes |= values.pop("decoder", {})
+    data = data.weighing(as_table(values.pop("sources", {}), "sources"))
+    sizes = as_table(read_section(config, "autoencoder").get("autoencoder", {}), "autoencoder")
+    sizes |= as_table(values.pop("decoder", {}), "decoder")
     settings, loop = build_phase(CodecConfig, values)
     torch.manual_seed(loop.seed)
     return CodecStage(settings, PatchAutoencoder(**sizes), data), loop

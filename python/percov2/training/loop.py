@@ -175,6 +175,11 @@ class _Run:
 
     def _restore(self) -> None:
         state = checkpoint.read(self.path)
+        if missing := {"model", "optimizer", "generator", "torch_rng"} - state.keys():
+            raise ValueError(
+                f"{self.path} lacks {sorted(missing)}, so the run cannot go on; start another run "
+                "from it (--start-from)"
+            )
         checkpoint.restore(self.stage, state["model"], self.keys, self.path)
         restore(self.optimizer, state["optimizer"])
         self.averaged.load(state["ema"])

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import tomllib
+import types
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 from percov2.codec import Codec
 from percov2.training.loop import LoopConfig
 
-__all__ = ["build_config", "build_phase", "read_recipe", "read_section", "write_model_ids"]
+__all__ = [
+    "as_table",
+    "build_config",
+    "build_phase",
+    "read_recipe",
+    "read_section",
+    "write_model_ids",
+]
 
 Config = TypeVar("Config")
 Values = dict[str, Any]
@@ -18,10 +27,20 @@ Values = dict[str, Any]
 
 def read_section(path: Path, section: str) -> Values:
     """Return the table of a phase from a TOML file. Raise ValueError if there is none."""
-    tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} is no TOML file: {error}") from error
     if section not in tables:
         raise ValueError(f"{path.name} has no [{section}] section; it has {sorted(tables)}")
-    return tables[section]
+    return as_table(tables[section], f"{path.name}: [{section}]")
+
+
+def as_table(value: Any, name: str) -> Values:
+    """Return a value of a TOML file that must be a table; ValueError otherwise."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a table, not {value!r}")
+    return value
 
 
 def read_recipe(path: Path, section: str, chosen: str | None, table: str = "recipes") -> Values:
@@ -40,12 +59,13 @@ def read_recipe(path: Path, section: str, chosen: str | None, table: str = "reci
         ValueError: the file has no such section or recipe.
     """
     values = read_section(path, section)
-    recipes = values.pop(table, {})
+    recipes = as_table(values.pop(table, {}), f"{path.name}: [{section}.{table}]")
     for name in chosen.split(",") if chosen else ():
         if name not in recipes:
             wanted = f"[{section}.{table}.{name}]"
             raise ValueError(f"{path.name} has no {wanted}; it has {sorted(recipes)}")
-        values = _merged(values, recipes[name])
+        recipe = as_table(recipes[name], f"{path.name}: [{section}.{table}.{name}]")
+        values = _merged(values, recipe)
     return values
 
 
@@ -61,16 +81,43 @@ def _merged(values: Values, own: Values) -> Values:
 def build_config(kind: type[Config], values: Values) -> Config:
     """Return the dataclass ``kind`` with the values of a TOML table.
 
-    Raises ValueError if the values do not match the class.
+    Raises ValueError if the values do not match the fields' types.
     """
-    names = {f.name for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if unknown := sorted(set(values) - names):
-        raise ValueError(f"unknown settings {unknown}; known ones are {sorted(names)}")
+    hints = typing.get_type_hints(kind)
+    if not isinstance(values, dict) or (unknown := sorted(set(values) - hints.keys())):
+        found = values if not isinstance(values, dict) else unknown
+        raise ValueError(f"unknown settings {found}; known ones are {sorted(hints)}")
+    # Settings are tuples, but TOML and JSON have lists.
+    given = {name: _tuples(value) for name, value in values.items()}
+    for name, value in given.items():
+        if not _fits(value, hints[name]):
+            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
+            raise ValueError(f"setting {name} must be {wanted}, not {values[name]!r}")
     try:
-        # Settings are tuples, but TOML and JSON have lists.
-        return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-    except TypeError as error:  # a missing setting, or a text instead of a number
-        raise ValueError(f"{error}; the settings are {sorted(names)}") from error
+        return kind(**given)
+    except TypeError as error:  # a missing setting
+        raise ValueError(f"{error}; the settings are {sorted(hints)}") from error
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return True if a setting has the type of its field."""
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, kind) for kind in kinds)
+    if origin is tuple:
+        if kinds[-1] is Ellipsis:
+            kinds = kinds[:1] * len(value) if isinstance(value, tuple) else kinds
+        return (
+            isinstance(value, tuple) and len(value) == len(kinds) and all(map(_fits, value, kinds))
+        )
+    if hint in (int, float):
+        number = isinstance(value, int | hint) and not isinstance(value, bool)
+        return number and not math.isnan(value)
+    return hint is Any or isinstance(value, origin or hint)
 
 
 def build_phase(kind: type[Config], values: Values) -> tuple[Config, LoopConfig]:

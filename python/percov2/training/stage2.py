@@ -31,6 +31,7 @@ from percov2.entropy.torch.quantization import ActivationRange
 from percov2.entropy.torch.transformer import Crop, TokenBatch, TokenTransformer, crop_batch
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import size_class
+from percov2.files import read_arrays
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.stage import ALONE, Figures, Place, TrainingStage, append_row
 
@@ -59,16 +60,23 @@ class EntropyConfig:
 
 def _read_maps(path: Path) -> tuple[int, list[tuple[Map, bool]]]:
     """Return the codebook size of a file, and its token maps with their held-out flags."""
-    with np.load(path, allow_pickle=False) as stored:
-        for name in ("codebook_size", "held_out"):
-            if name not in stored:
-                raise ValueError(f"{path} has no {name}; make it with `percov2 train tokens`")
-        codebook_size = int(stored["codebook_size"])
-        count = sum(name.startswith("tokens_") for name in stored.files)
-        maps = [stored[f"tokens_{i}"].astype(np.int32) for i in range(count)]
-        held = stored["held_out"].tolist()
+    stored = read_arrays(path)
+    count = sum(name.startswith("tokens_") for name in stored)
+    for name in ("codebook_size", "held_out", *(f"tokens_{i}" for i in range(count))):
+        if name not in stored:
+            raise ValueError(f"{path} has no {name}; make it with `percov2 train tokens`")
+    codebook_size = int(stored["codebook_size"])
+    maps = [stored[f"tokens_{i}"].astype(np.int32) for i in range(count)]
+    held = stored["held_out"].tolist()
+    if len(held) != count:
+        raise ValueError(f"{path} has {count} token maps, but held_out has {len(held)} values")
     for i, tokens in enumerate(maps):
-        if tokens.ndim != 2 or tokens.min() < 0 or tokens.max() >= codebook_size:
+        if (
+            tokens.ndim != 2
+            or tokens.size == 0
+            or tokens.min() < 0
+            or tokens.max() >= codebook_size
+        ):
             found = f"{path}: tokens_{i} of shape {tokens.shape}"
             raise ValueError(f"{found} must be [h, w] with tokens below {codebook_size}")
     return codebook_size, list(zip(maps, held, strict=True))
