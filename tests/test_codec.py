@@ -21,7 +21,7 @@ from oracles import independent_coder, independent_decoder
 from percov2 import BackboneOptions, BitstreamError, Codec, EncodeOptions
 from percov2.bench.model import torch_threads
 from percov2.container import bitstream
-from percov2.container.tokens_file import OpenFile, pack, unpack
+from percov2.container.tokens_file import OpenFile, SparseFileWarning, pack, unpack, unpack_cut
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, order, stages
 from percov2.entropy.staging import one_pass_logits
 from percov2.entropy.transformer_config import TransformerConfig
@@ -212,6 +212,35 @@ def test_giant_plain_pictures_give_up_the_dense_promise(side, dense):
     assert parsed.header.dense is dense
     (back,) = unpack(coder, [OpenFile(data, parsed, (side, side))])
     np.testing.assert_array_equal(back, tokens)
+
+
+def test_large_sparse_files_are_restored_only_if_asked(monkeypatch):
+    monkeypatch.setattr(bitstream, "MAX_SPARSE_TOKENS", 3599)
+    coder = TokenCoder(certain_model())
+    tokens = np.zeros((60, 60), dtype=np.int32)
+    header = bitstream.Header(model_id=7, height=960, width=960)
+    with pytest.warns(SparseFileWarning, match="3600 tokens of this plain picture of 960x960"):
+        (data,) = pack(coder, [header], [tokens])
+    file = OpenFile(data, bitstream.read(data), (60, 60))
+    monkeypatch.setattr(bitstream, "MAX_DRAWN_TOKENS", 3599)
+    for read in (unpack, unpack_cut):
+        with pytest.raises(BitstreamError, match=r"3600 tokens .* more than the 3599 .*_sparse if"):
+            read(coder, [file])
+    assert np.array_equal(unpack(coder, [file], allow_sparse=True)[0], tokens)
+    ((found, held),) = unpack_cut(coder, [file], allow_sparse=True)
+    assert np.array_equal(found, tokens) and held == 12
+
+
+def test_large_files_are_not_restored_in_part(monkeypatch):
+    monkeypatch.setattr(bitstream, "MAX_DRAWN_TOKENS", 255)
+    coder = TokenCoder(IntTransformer.random(TransformerConfig(256, 8, 1, 8, 1, 8), seed=0))
+    tokens = np.random.default_rng(0).integers(0, 256, (16, 16), np.int32)
+    (data,) = pack(coder, [bitstream.Header(model_id=7, height=256, width=256)], [tokens])
+    ((found, _),) = unpack_cut(coder, [OpenFile(data, bitstream.read(data), (16, 16))])
+    assert np.array_equal(found, tokens)
+    cut = data[:-20]
+    with pytest.raises(BitstreamError, match="the file is damaged or cut"):
+        unpack_cut(coder, [OpenFile(cut, bitstream.read(cut), (16, 16))])
 
 
 def test_giant_plain_pictures_need_a_schedule_with_few_stages():

@@ -45,8 +45,8 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.container": (f"container batching {CORE}", "numpy", "transformers"),
     "percov2.container.bitstream": ("", "", ""),
     "percov2.extras": ("", "", ""),
-    "percov2.models": (MODELS, "numpy safetensors", "huggingface_hub torch"),
-    "percov2.models.tiny": (f"_native {MODELS}", "numpy onnxruntime", ""),
+    "percov2.models": (f"images {MODELS}", "numpy safetensors", "huggingface_hub torch"),
+    "percov2.models.tiny": (f"_native images {MODELS}", "numpy onnxruntime tqdm", ""),
     **{
         f"percov2.models.{folder}": ("models extras", "diffusers numpy safetensors torch", more)
         for folder, more in TORCH_FOLDERS.items()

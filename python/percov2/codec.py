@@ -30,7 +30,6 @@ from percov2.entropy.opening import open_coder
 from percov2.entropy.schedule import SCHEDULES, check_name, stage_count
 from percov2.entropy.token_coder import TokenCoder
 from percov2.extras import require
-from percov2.images import from_unit_range
 from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig, Rate
@@ -191,6 +190,7 @@ class Codec:
 
         Warns:
             CoarserRateWarning: target_bytes gave a picture a coarser rate.
+            SparseFileWarning: a file of a large plain picture needs ``allow_sparse`` to restore it.
 
         >>> codec = Codec.from_pretrained("tiny")
         >>> grey = Image.new("RGB", (64, 48), "grey")
@@ -387,7 +387,8 @@ class Codec:
 
         Args:
             files: as for ``decompress``; one file gives a list, too.
-            options: decoding options, of which max_pixels and allow_truncated apply.
+            options: decoding options, of which max_pixels, allow_truncated and allow_sparse
+                apply.
             changes: as for ``decompress``.
 
         Raises:
@@ -409,10 +410,11 @@ class Codec:
             members = [i for i, file in enumerate(opened) if file.parsed.header.rate == index]
             if members:
                 coder, chosen = self._entropy(rate.name), [opened[i] for i in members]
+                sparse = options.allow_sparse
                 if options.allow_truncated:
-                    parts = tokens_file.unpack_cut(coder, chosen, captions)
+                    parts = tokens_file.unpack_cut(coder, chosen, captions, sparse)
                 else:
-                    grids = tokens_file.unpack(coder, chosen, captions)
+                    grids = tokens_file.unpack(coder, chosen, captions, sparse)
                     parts = [(g, f.stages_held) for g, f in zip(grids, chosen, strict=True)]
                 found.update(zip(members, parts, strict=True))
         decoded: list[DecodedFile] = []
@@ -442,13 +444,14 @@ class Codec:
             rate = group[0].rate.name
             evaluations = options.steps or self.config.default_steps(rate)
             captions = [file.caption for file in group]
-            pixels = self.model.reconstruct(
+            pictures = self.model.pictures(
                 tokens, rate, captions, evaluations, strength, options.seed, options.realism
             )
-            return [
-                Image.fromarray(array[: file.header.height, : file.header.width].copy())
-                for array, file in zip(from_unit_range(pixels), group, strict=True)
-            ]
+            cut = (
+                picture[: file.header.height, : file.header.width]
+                for picture, file in zip(pictures, group, strict=True)
+            )
+            return [Image.fromarray(np.ascontiguousarray(picture)) for picture in cut]
 
         alone = str(self.model.device) == "cpu"
         sizes = [TOKENS_AT_ONCE if alone else file.tokens.size for file in decoded]

@@ -166,6 +166,9 @@ class DecodeOptions:
         seed: seed of the starting noise, 0 to 2^63 - 1.
         allow_truncated: True to restore the intact stages of a truncated file and draw the others.
             Damage in a truncated file is not detected. False refuses such a file.
+        allow_sparse: True to restore a file that declares more than 65,536 tokens in almost no
+            bytes, as a large picture of a plain colour does. False refuses such a file at once,
+            because a forged one would cost minutes.
         max_pixels: largest number of pixels that a file may declare, 1 to 2^32.
 
     Raises:
@@ -193,6 +196,9 @@ class DecodeOptions:
     seed: int = _option(0, "seed of the starting noise (default: 0)", 0, 2**63 - 1)
     allow_truncated: bool = _option(
         False, "restore the intact part of a truncated file (default: refuse the file)"
+    )
+    allow_sparse: bool = _option(
+        False, "restore a large plain picture whose tokens cost almost no bytes (default: refuse)"
     )
     max_pixels: int = _option(
         bitstream.MAX_PIXELS,

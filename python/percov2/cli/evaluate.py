@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
     add_flag(one, "--baselines", help_, default="")
     add_options(one, EncodeOptions, "max_pixels")
     add_captioner(one)
-    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
 
     one = command(
         "stages", evaluate_stages, "Measure quality and bytes for each number of stages sent."
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
     help_ = "folder of test photos"
     one.add_argument("folder", type=Path, metavar="DIR", help=help_)
     add_options(one, EncodeOptions, *_SWEPT)
-    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
 
     def crops(one: argparse.ArgumentParser, count: int, side: int) -> None:
         one.add_argument("photos", type=Path, help=_PHOTOS)
@@ -104,7 +104,7 @@ def add_parser(commands: Any) -> None:
     help_ = "compare with a finished run on the same crops; DIR is its --out (default: none)"
     add_flag(one, "--against", help_, Path, metavar="DIR")
     add_options(one, EncodeOptions, "max_pixels")
-    add_options(one, DecodeOptions, "max_pixels", "allow_truncated")
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
 
     one = command("entropy", evaluate_entropy, "Compare entropy schedules on held-out tokens.")
     help_ = ".npz file of token maps made by `percov2 train tokens` (required)"

@@ -36,7 +36,8 @@ def about(name: object) -> Iterator[None]:
 
 
 _FLAGS = re.compile(
-    r"\b(max_pixels|target_bytes|draw_seed|allow_truncated|(?<=needs )stages|(?<=leave )realism)\b"
+    r"\b(max_pixels|target_bytes|draw_seed|allow_truncated|allow_sparse"
+    r"|(?<=needs )stages|(?<=leave )realism)\b"
 )
 
 

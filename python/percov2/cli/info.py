@@ -49,7 +49,7 @@ def info(arguments: argparse.Namespace) -> None:
     """Run ``percov2 info``."""
     if arguments.verify:
         check_choices(arguments)
-    elif given := chosen_flags(arguments):
+    elif given := [*chosen_flags(arguments), *["--allow-sparse"] * arguments.allow_sparse]:
         raise Fault(f"only --verify reads {', '.join(given)}")
     with about(arguments.input):
         data = read_file(arguments.input)
@@ -58,7 +58,8 @@ def info(arguments: argparse.Namespace) -> None:
     if arguments.verify:
         codec = open_codec(arguments)
         with about(arguments.input):
-            (decoded,) = codec.decode([data], max_pixels=arguments.max_pixels)
+            limits = {"max_pixels": arguments.max_pixels, "allow_sparse": arguments.allow_sparse}
+            (decoded,) = codec.decode([data], **limits)
         import hashlib
 
         record["model"], record["rate"] = codec.config.name, decoded.rate.name

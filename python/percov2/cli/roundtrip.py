@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     add_model(added)
     add_options(added, EncodeOptions, "max_pixels")
     add_captioner(added)
-    add_options(added, DecodeOptions, "max_pixels", "allow_truncated")
+    add_options(added, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
 
 
 def roundtrip(arguments: argparse.Namespace) -> None:

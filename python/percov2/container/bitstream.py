@@ -27,6 +27,7 @@ __all__ = [
     "MAX_SEED",
     "MAX_SIDE",
     "MAX_SPARSE_STAGES",
+    "MAX_SPARSE_TOKENS",
     "MAX_STAGES_SENT",
     "PREFIX_BYTES",
     "PROB_BITS",
@@ -66,6 +67,9 @@ DENSE_SLACK = 512
 """Number of tokens that the dense promise allows in addition to eight per byte."""
 MAX_SPARSE_STAGES = 4096
 """Largest number of stages of a file without the dense promise. Each stage costs a model pass."""
+MAX_SPARSE_TOKENS = 1 << 16
+"""Largest token map without the dense promise that a reader decodes unasked. 20 bytes may declare
+any map, and each token costs time."""
 MAX_DRAWN_TOKENS = 1 << 16
 """Largest token map that a file may hold in part, because drawn tokens cost no bits."""
 

@@ -7,6 +7,7 @@ draws the tokens that a file does not hold.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from percov2.entropy.token_coder import CodedGrids, TokenCoder
 __all__ = [
     "EncodedPicture",
     "OpenFile",
+    "SparseFileWarning",
     "Tokens",
     "TooFewBytes",
     "checked_tokens",
@@ -47,6 +49,10 @@ _SHRINKAGE = 4
 """Largest number of bytes by which a file can exceed a file with more stages."""
 
 _Result = TypeVar("_Result")
+
+
+class SparseFileWarning(UserWarning):
+    """A file of a large plain picture, which a reader decodes only if it is asked to."""
 
 
 class TooFewBytes(ValueError):
@@ -185,6 +191,9 @@ def write(pictures: Sequence[EncodedPicture]) -> list[bytes]:
 
     Raises:
         ValueError: a file cannot keep the dense promise and has too many stages.
+
+    Warns:
+        SparseFileWarning: a reader decodes a file only if it is asked to.
     """
     dense = [replace(p, header=replace(p.header, dense=True)) for p in pictures]
     written = _written(dense)
@@ -205,6 +214,15 @@ def write(pictures: Sequence[EncodedPicture]) -> list[bytes]:
     sparse = [replace(dense[i], header=replace(dense[i].header, dense=False)) for i in broken]
     for i, file in zip(broken, _written(sparse), strict=True):
         written[i] = file
+        if (count := dense[i].tokens.size) > bitstream.MAX_SPARSE_TOKENS:
+            header = dense[i].header
+            warnings.warn(
+                f"the {count} tokens of this plain picture of {header.width}x{header.height} cost "
+                "almost nothing, so that its file can only be restored with allow_sparse; a "
+                "coarser rate avoids this",
+                SparseFileWarning,
+                stacklevel=4,
+            )
     return [file for file, _ in written]
 
 
@@ -448,8 +466,12 @@ class OpenFile:
     grid: tuple[int, int]
     label: str = ""
 
-    def check_plausible(self) -> None:
-        """Raise BitstreamError if the data cannot hold the tokens of ``grid``."""
+    def check_plausible(self, allow_sparse: bool = False) -> None:
+        """Raise BitstreamError if the data cannot hold the tokens of ``grid``.
+
+        Also raises for a file without the dense promise and with more than ``MAX_SPARSE_TOKENS``
+        tokens, unless it is allowed.
+        """
         header = self.parsed.header
         self.check_stages()
         count = _sent_tokens(header, self.grid)
@@ -457,6 +479,12 @@ class OpenFile:
             raise self.fault(
                 f"the file is damaged or cut: {len(self.data)} bytes cannot hold the {count} "
                 f"tokens of a picture of {header.width}x{header.height}"
+            )
+        if not header.dense and count > bitstream.MAX_SPARSE_TOKENS and not allow_sparse:
+            raise self.fault(
+                f"{len(self.data)} bytes declare {count} tokens that cost almost nothing, more "
+                f"than the {bitstream.MAX_SPARSE_TOKENS} that are decoded unasked; set "
+                "allow_sparse if you trust the file"
             )
         if not header.dense and _too_many_stages(header.schedule, self.grid):
             raise self.fault(
@@ -512,7 +540,10 @@ def with_captions(files: Sequence[OpenFile], captions: CaptionModel | None) -> l
 
 
 def unpack(
-    coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
+    coder: TokenCoder,
+    files: Sequence[OpenFile],
+    captions: CaptionModel | None = None,
+    allow_sparse: bool = False,
 ) -> list[Tokens]:
     """Decode and check the tokens of files, and draw missing tokens.
 
@@ -520,6 +551,7 @@ def unpack(
         coder: the entropy model of the files' rate.
         files: files of any schedules and grids.
         captions: the caption model, whose fingerprint the check covers. None if no file needs it.
+        allow_sparse: as for ``OpenFile.check_plausible``.
 
     Returns:
         One token map per file, int32 [h, w].
@@ -528,16 +560,20 @@ def unpack(
         BitstreamError: a file is damaged or truncated.
     """
     for file in files:
-        file.check_plausible()
+        file.check_plausible(allow_sparse)
     return _by_file_form(coder, files, lambda group: _unpack_equal(coder, group, captions))
 
 
 def unpack_cut(
-    coder: TokenCoder, files: Sequence[OpenFile], captions: CaptionModel | None = None
+    coder: TokenCoder,
+    files: Sequence[OpenFile],
+    captions: CaptionModel | None = None,
+    allow_sparse: bool = False,
 ) -> list[tuple[Tokens, int]]:
     """Decode the tokens of files that may be truncated.
 
-    The tokens of a truncated file cannot be checked. The arguments are those of ``unpack``.
+    The tokens of a truncated file cannot be checked. The arguments are those of ``unpack``. A file
+    of more than ``MAX_DRAWN_TOKENS`` tokens must be complete.
 
     Returns:
         For each file, the tokens, int32 [h, w], and the number of stages taken from the file. Later
@@ -548,12 +584,14 @@ def unpack_cut(
     """
     for file in files:
         file.check_stages()
+        if _is_large(file):
+            file.check_plausible(allow_sparse)
         if _too_many_stages(file.parsed.header.schedule, file.grid):
             raise file.fault(
                 f"files of more than {bitstream.MAX_SPARSE_STAGES} stages must be complete"
             )
     complete = _by_file_form(
-        coder, files, lambda group: _unpack_equal(coder, group, captions, trusting=True)
+        coder, files, lambda group: _unpack_equal(coder, group, captions, not _is_large(group[0]))
     )
     cut = [file for file, tokens in zip(files, complete, strict=True) if tokens is None]
     for file in cut:
@@ -564,6 +602,10 @@ def unpack_cut(
     for file, tokens in zip(files, complete, strict=True):
         found.append(next(parts) if tokens is None else (tokens, file.stages_held))
     return found
+
+
+def _is_large(file: OpenFile) -> bool:
+    return file.grid[0] * file.grid[1] > bitstream.MAX_DRAWN_TOKENS
 
 
 def _by_file_form(

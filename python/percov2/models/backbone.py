@@ -17,7 +17,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from percov2.extras import require
+from percov2.images import from_unit_range
 from percov2.models.checksums import Checksums
 from percov2.models.config import ModelConfig, find_model
 from percov2.models.stored_tensors import read_tensors
@@ -186,6 +190,24 @@ class Backbone(ABC):
             ValueError: tokens out of range, an unknown rate, steps < 1, realism outside 0 to 1, or
                 any realism for a model without a dial.
         """
+
+    def pictures(
+        self,
+        tokens: Any,
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        realism: float | None = None,
+    ) -> NDArray[np.uint8]:
+        """Return pictures uint8 [B, h·s, w·s, 3] of an array of tokens.
+
+        Arguments and errors are those of ``reconstruct``. A backbone may need less memory for
+        pictures than for images.
+        """
+        images = self.reconstruct(tokens, rate, captions, steps, guidance, seed, realism)
+        return from_unit_range(images)
 
 
 def check_runtime(folder: Path, kind: str, device: str, options: BackboneOptions) -> str:

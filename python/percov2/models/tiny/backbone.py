@@ -6,17 +6,20 @@ Compressing never loads the flow; decompressing never loads the encoders.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from percov2._native import instruction_sets
+from percov2.images import from_unit_range
 from percov2.models.backbone import Backbone
 from percov2.models.config import LATENT_SIDE, PREDICTIONS, read_config
 from percov2.models.stored_tensors import read_network
@@ -64,6 +67,40 @@ def position_table(width: int, side: int, base_side: int) -> Array:
 
 def _pixels(begin: int, end: int) -> slice:
     return slice(LATENT_SIDE * begin, LATENT_SIDE * end)
+
+
+def _progress(parts: Any, description: str, unit: str) -> Any:
+    """Return the parts, with a progress bar on terminals if they take longer than two seconds."""
+    return tqdm(parts, description, unit=unit, delay=2, leave=False, disable=None)
+
+
+@dataclass(frozen=True)
+class _Condition:
+    """The flow's input z_hat: a vector per token, repeated over the latents of the token.
+
+    Attributes:
+        projected: float32 [V, C], the vector of every code.
+        tokens: [B, h, w].
+        ratio: latents per side of a token.
+    """
+
+    projected: Array
+    tokens: NDArray[Any]
+    ratio: int
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        height, width = self.tokens.shape[-2:]
+        return height * self.ratio, width * self.ratio
+
+    def at(self, b: int, ys: slice, xs: slice) -> Array:
+        """Return a window, float32 [C, rows, columns]; the last latents repeat beyond the end."""
+        rows, columns = (
+            np.minimum(np.arange(cut.start, cut.stop) // self.ratio, count - 1)
+            for cut, count in zip((ys, xs), self.tokens.shape[-2:], strict=True)
+        )
+        window: Array = self.projected[self.tokens[b][np.ix_(rows, columns)]].transpose(2, 0, 1)
+        return window
 
 
 class TinyModel(Backbone):
@@ -198,33 +235,52 @@ class TinyModel(Backbone):
         realism: float | None = None,
     ) -> Array:
         """Return images, as ``Backbone.reconstruct``."""
-        ratio = self.config.rate(rate).token_side
-        height, width = (side * ratio for side in tokens.shape[-2:])
+        side = self.config.rate(rate).token_side
+        images = np.empty((len(tokens), 3, *(side * n for n in tokens.shape[-2:])), np.float32)
         latents = self.latents(tokens, rate, captions, steps, guidance, seed, realism)
-        images = np.concatenate([self._decode(one[None]) for one in latents])
-        return np.clip(images[..., :height, :width], -1, 1)
+        for image, one in zip(images, latents, strict=True):
+            for ys, xs, part in self._decoded(one[None]):
+                place = image[:, ys, xs]
+                np.clip(part[0, :, : place.shape[1], : place.shape[2]], -1, 1, out=place)
+        return images
 
-    def _decode(self, latents: Array) -> Array:
-        """Return the image of latents [1, 16, h, w]; a large one is decoded tile by tile.
+    def pictures(
+        self,
+        tokens: NDArray[Any],
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        realism: float | None = None,
+    ) -> NDArray[np.uint8]:
+        """Return pictures, as ``Backbone.pictures``, whose float32 values exist tile by tile."""
+        side = self.config.rate(rate).token_side
+        pictures = np.empty((len(tokens), *(side * n for n in tokens.shape[-2:]), 3), np.uint8)
+        latents = self.latents(tokens, rate, captions, steps, guidance, seed, realism)
+        for picture, one in zip(pictures, latents, strict=True):
+            for ys, xs, part in self._decoded(one[None]):
+                place = picture[ys, xs]
+                place[:] = from_unit_range(part)[0, : place.shape[0], : place.shape[1]]
+        return pictures
 
-        A tile includes all latents that its pixels depend on, so that it equals the same part of
-        the whole.
+    def _decoded(self, latents: Array) -> Iterator[tuple[slice, slice, Array]]:
+        """Yield the image of latents [1, 16, h, w] in parts, with their rows and columns.
+
+        A large image has several parts. The decoder sees all latents that the pixels of a part
+        depend on, so that it equals the same part of the whole.
         """
         height, width = latents.shape[-2:]
         if max(height, width) <= _TILE:
-            return self._decoder(latents=latents)
-        image = np.empty((1, 3, LATENT_SIDE * height, LATENT_SIDE * width), np.float32)
-        for top, bottom in self._tiles(height):
-            for left, right in self._tiles(width):
-                above, before = max(0, top - self._reach), max(0, left - self._reach)
-                ys, xs = slice(above, bottom + self._reach), slice(before, right + self._reach)
-                part = self._decoder(latents=np.ascontiguousarray(latents[..., ys, xs]))
-                inner = (
-                    _pixels(top - above, bottom - above),
-                    _pixels(left - before, right - before),
-                )
-                image[:, :, _pixels(top, bottom), _pixels(left, right)] = part[:, :, *inner]
-        return image
+            yield _pixels(0, height), _pixels(0, width), self._decoder(latents=latents)
+            return
+        tiles = [*product(self._tiles(height), self._tiles(width))]
+        for (top, bottom), (left, right) in _progress(tiles, "decoding", "tile"):
+            above, before = max(0, top - self._reach), max(0, left - self._reach)
+            ys, xs = slice(above, bottom + self._reach), slice(before, right + self._reach)
+            part = self._decoder(latents=np.ascontiguousarray(latents[..., ys, xs]))
+            inner = _pixels(top - above, bottom - above), _pixels(left - before, right - before)
+            yield _pixels(top, bottom), _pixels(left, right), part[:, :, *inner]
 
     @cached_property
     def _reach(self) -> int:
@@ -254,37 +310,36 @@ class TinyModel(Backbone):
 
         Arguments and errors are those of ``reconstruct``.
         """
-        z_hat = self._z_hat(tokens, rate)
-        height, width = z_hat.shape[-2:]
+        condition = _Condition(self._projected(tokens, rate), tokens, self._ratio(rate))
         patch, channels = self._flow_config["patch_size"], self._flow_config["out_channels"]
-        rows, columns = (whole_patches(side, patch) for side in (height, width))
-        z_hat = np.pad(z_hat, ((0, 0), (0, 0), (0, rows - height), (0, columns - width)), "edge")
+        rows, columns = (whole_patches(side, patch) for side in condition.sides)
         realism = self.config.chosen_realism(rate, realism)
         noise, grain = draw_noise((channels, rows, columns), seed)
         texts = [self._conditioning(captions, realism)]
         if guidance != 1.0 and any(captions):
             texts.append(self._conditioning([""] * len(captions), realism))
 
-        def estimate(noisy: Array, z: Array, t: float) -> Array:
-            clean, *without = (self._estimate(noisy, z, t, text) for text in texts)
+        def estimate(noisy: Array, condition: _Condition, t: float) -> Array:
+            clean, *without = (self._estimate(noisy, condition, t, text) for text in texts)
             return without[0] + guidance * (clean - without[0]) if without else clean
 
         start = np.broadcast_to(noise, (len(tokens), *noise.shape))
-        latents = sample(estimate, z_hat, start, steps)
+        latents = sample(estimate, condition, start, steps)
         noisy: Array = latents + np.float32(self.config.grain(rate, realism)) * grain
         return noisy
 
-    def _z_hat(self, tokens: NDArray[Any], rate: str) -> Array:
-        """Return the flow's input [B, C, H/8, W/8] of tokens [B, h, w]; ValueError out of range."""
+    def _ratio(self, rate: str) -> int:
+        return self.config.rate(rate).token_side // LATENT_SIDE
+
+    def _projected(self, tokens: NDArray[Any], rate: str) -> Array:
+        """Return the flow's input for every code, [V, C]; ValueError for tokens out of range."""
         tensors = self._quantizer(rate)
         size, dim = tensors["codebook"].shape
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
             raise ValueError(f"tokens must lie in 0…{size - 1}")
         codes = tensors["codebook"] * np.float32(dim**0.5)
-        projected = codes @ tensors["project_out.weight"][:, :, 0, 0].T
-        z_hat = (projected + tensors["project_out.bias"])[tokens].transpose(0, 3, 1, 2)
-        ratio = self.config.rate(rate).token_side // LATENT_SIDE
-        return z_hat.repeat(ratio, -2).repeat(ratio, -1)
+        projected: Any = codes @ tensors["project_out.weight"][:, :, 0, 0].T
+        return np.add(projected, tensors["project_out.bias"])
 
     @cached_property
     def _words(self) -> dict[str, Array]:
@@ -318,18 +373,22 @@ class TinyModel(Backbone):
         offset: Array = dial["layers.2.weight"] @ hidden + dial["layers.2.bias"]
         return offset
 
-    def _estimate(self, noisy: Array, z_hat: Array, t: float, text: tuple[Array, Array]) -> Array:
+    def _estimate(
+        self, noisy: Array, condition: _Condition, t: float, text: tuple[Array, Array]
+    ) -> Array:
         """Return estimates of the clean latents from those at time t, window by window."""
         config = self.config
         assert config.prediction in PREDICTIONS
         windows = Windows.covering(noisy.shape[2:], config.window, config.overlap)
-        both = np.concatenate([noisy, z_hat], 1, dtype=np.float32)
         total = np.zeros_like(noisy)
         cuts = [(b, place) for b in range(len(noisy)) for place in windows.places]
-        for first in range(0, len(cuts), _WINDOWS_AT_ONCE):
+        firsts = range(0, len(cuts), _WINDOWS_AT_ONCE)
+        for first in _progress(firsts, "painting", f"{_WINDOWS_AT_ONCE} windows"):
             some = cuts[first : first + _WINDOWS_AT_ONCE]
             rows = [b for b, _ in some]
-            cut = np.stack([both[b, :, ys, xs] for b, (ys, xs) in some])
+            cut = np.stack(
+                [np.concatenate([noisy[b, :, *at], condition.at(b, *at)]) for b, at in some]
+            )
             times = np.full(len(some), 1000 * t, np.float32)
             output = self._flow(x=cut, t=times, sequence=text[0][rows], pooled=text[1][rows])
             if config.prediction == "velocity":
