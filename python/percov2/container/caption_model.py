@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from percov2.batching import by_group
 from percov2.container.bitstream import BitstreamError
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import RansDecoder
@@ -212,10 +213,12 @@ class CaptionModel:
     def read(self, files: Sequence[tuple[bytes, int, int]]) -> list[ReadCaption]:
         """Read the captions of files, given as (data, state, position) after each file's header.
 
-        This takes at most ``MAX_PIECES`` passes, even on damaged data.
+        A group of them takes at most ``MAX_PIECES`` passes, even on damaged data.
         """
-        if not files:
-            return []
+        one = [0] * len(files)
+        return by_group(files, one, [MAX_PIECES] * len(files), self._read_group)
+
+    def _read_group(self, files: Sequence[tuple[bytes, int, int]]) -> list[ReadCaption]:
         data, states, positions = zip(*files, strict=True)
         decoder = RansDecoder(
             b"".join(data),
