@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from safetensors.torch import load_file, save_file
 
 from percov2.models.config import ModelConfig, Rate
 from percov2.models.stored_tensors import read_tensors
@@ -185,6 +186,19 @@ def test_damaged_components_are_refused_by_name(tmp_path):
     weights.write_bytes(good)
     with pytest.raises(ValueError, match="codebook"):
         read_tensors(weights, "codebook")
+    for size in (10**8, 10**12, float("inf")):
+        config.write_text(text.replace('"channels": 32', f'"channels": {json.dumps(size)}'))
+        with pytest.raises(ValueError, match=r"config\.json: channels is .*too large for"):
+            load_component(HyperEncoder, tmp_path)
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith(".scale"))
+    save_file({**tensors, name: tensors[name][:1].clone()}, weights)
+    config.write_text(text)
+    with pytest.raises(ValueError, match="rows, but 1 factors"):
+        load_component(HyperEncoder, tmp_path)
+    with pytest.raises(ValueError, match="rows, but 1 factors"):
+        read_tensors(weights)
+    weights.write_bytes(good)
     config.write_text(text.replace('"channels": 32', '"channels": 16'))
     with pytest.raises(ValueError, match=r"model\.safetensors .*does not match"):
         load_component(HyperEncoder, tmp_path)

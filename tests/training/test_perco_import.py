@@ -161,8 +161,42 @@ def test_pickles_give_tensors_and_nothing_else(published, tmp_path, capsys):
     torch.save({**state, "harm": Harmful(witness)}, pickle)
     assert "is damaged or contains more than tensors" in refused(published, capsys)
     assert not witness.exists()
-    torch.save([1], pickle)
-    assert "is not a state dict of tensors" in refused(published, capsys)
+    for content in ([1], {1: torch.zeros(1)}):
+        torch.save(content, pickle)
+        assert "is not a state dict of tensors" in refused(published, capsys)
+
+
+def test_links_out_of_a_download_are_refused_and_folders_left_out(published, tmp_path, capsys):
+    part = published / "tokenizer"
+    (part / "loop").symlink_to(".")
+    (part / "more").mkdir()
+    moved = published / "elsewhere.json"
+    (part / "tokenizer_config.json").rename(moved)
+    (part / "tokenizer_config.json").symlink_to(moved)
+    import_perco(published, tmp_path / "plain")
+    copied = tmp_path / "plain" / "base" / "tokenizer"
+    assert {p.name for p in copied.iterdir()} == {p.name for p in part.iterdir()} - {"loop", "more"}
+    assert not any(path.is_symlink() for path in copied.iterdir())
+    shutil.rmtree(tmp_path / "plain")
+    (part / "secret").symlink_to("/etc/hostname")
+    assert "secret is a link out of" in refused(published, capsys)
+    (part / "secret").unlink()
+    os.mkfifo(part / "pipe")
+    assert "pipe is no regular file" in refused(published, capsys)
+
+
+def test_a_hub_caches_links_to_its_blobs_are_followed(published, tmp_path):
+    home = tmp_path / "models--owner--name"
+    snapshot = home / "snapshots" / "0123"
+    (home / "blobs").mkdir(parents=True)
+    for i, path in enumerate(sorted(p for p in published.rglob("*") if p.is_file())):
+        blob = home / "blobs" / f"{i:04}"
+        shutil.copy(path, blob)
+        link = snapshot / path.relative_to(published)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    import_perco(snapshot, tmp_path / "out")
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
 
 def test_rates_are_named_and_ordered_by_their_bits(tmp_path, capsys):

@@ -108,6 +108,8 @@ def _restored(
         value = get(name)
         if value.dtype == np.int8:
             factors = get(name + SCALE)
+            if factors.shape != value.shape[:1]:
+                raise ValueError(f"{name} has {len(value)} rows, but {factors.size} factors")
             value = value * factors.reshape(-1, *[1] * (value.ndim - 1))
         elif value.dtype.kind == "f":
             value = value.astype(np.float32, copy=False)

@@ -29,6 +29,7 @@ from percov2.models.config import LATENT_SIDE, ModelConfig, Rate
 from percov2.models.perco.checkpoint import hyper_encoder_tensors, quantizer_tensors, unet_tensors
 from percov2.models.torch.hyper_encoder import HyperEncoder
 from percov2.models.torch.quantizer import VectorQuantizer
+from percov2.models.torch.storage import check_sizes
 
 __all__ = ["GRIDS", "Checkpoint", "find_checkpoints", "import_perco"]
 
@@ -82,12 +83,33 @@ def import_perco(folder: Path, out: Path, base: str | None = None) -> list[Check
             _import_rate(checkpoint, partial / checkpoint.rate.name)
         if whole:
             for part in _BASE_PARTS:
-                shutil.copytree(whole / part, partial / _COPY / part)
+                _copy_part(whole, part, partial / _COPY / part)
         _config(checkpoints, base).save(partial)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return checkpoints
+
+
+def _copy_part(folder: Path, part: str, out: Path) -> None:
+    """Copy the files of a part of a download, and no folder in it.
+
+    Raises ValueError for a link out of the download. A hub cache keeps the files of a snapshot in
+    its folder ``blobs``.
+    """
+    inside = folder.resolve()
+    allowed = [inside]
+    if inside.parent.name == "snapshots":
+        allowed.append(inside.parent.parent / "blobs")
+    out.mkdir(parents=True)
+    for path in sorted((folder / part).iterdir()):
+        target = path.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise ValueError(f"{path} is a link out of {folder}; replace it by the file itself")
+        if target.is_file():
+            shutil.copyfile(target, out / path.name)
+        elif not target.is_dir():
+            raise ValueError(f"{path} is no regular file")
 
 
 def _config(checkpoints: list[Checkpoint], base: str) -> ModelConfig:
@@ -180,12 +202,14 @@ def _import_rate(checkpoint: Checkpoint, out: Path) -> None:
             f"{source / 'config.json'}: in_channels is {own!r}, but the hyper-encoder reads "
             f"{channels} latent channels; they are from two models"
         )
+    weights = _read_weights(source)
     try:
+        check_sizes(config, weights)
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config({**config, "in_channels": channels + m})
     except Exception as error:  # the constructor raises exceptions of many types
         raise ValueError(f"{source / 'config.json'}: {error}") from error
-    _write(unet, unet_tensors, _read_weights(source), source, out / "unet" / _WEIGHTS)
+    _write(unet, unet_tensors, weights, source, out / "unet" / _WEIGHTS)
     uniform_model(checkpoint.rate.codebook_size).save(out / "entropy")
 
 
@@ -195,7 +219,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing; the download is incomplete")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -219,7 +243,9 @@ def _read_weights(folder: Path) -> State:
         raise ValueError(f"{path} is damaged: {error}; download it again") from error
     except Exception as error:  # torch raises exceptions of many types for such pickles
         raise ValueError(f"{path} is damaged or contains more than tensors: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{path} is not a state dict of tensors")
     return state
 

@@ -6,6 +6,7 @@ matrix ``name`` comes with ``name.scale``, one float32 factor per row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from percov2.models.stored_tensors import SCALE
 from percov2.models.torch.isolation import loading
 
-__all__ = ["FORMATS", "load_component", "save_component"]
+__all__ = ["FORMATS", "check_sizes", "load_component", "save_component"]
 
 Component = TypeVar("Component", bound=ModelMixin)
 
@@ -73,17 +74,22 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
     if not (folder / "config.json").is_file() or not path.is_file():
         raise ValueError(f"{folder} contains no config.json and model.safetensors")
     try:
-        model: Any = kind.from_config(kind.load_config(folder))
+        stored = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    try:
+        config = kind.load_config(folder)
+        check_sizes(config, stored)
+        model: Any = kind.from_config(config)
     except MemoryError:
         raise
     except Exception as error:  # constructors raise errors of many types for wrong arguments
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     try:
-        stored = load_file(path)
         scales = {name + SCALE for name in stored}
         state = {name: _restored(stored, name) for name in stored if name not in scales}
         missing, unexpected = model.load_state_dict(state, strict=False)
-    except (SafetensorError, RuntimeError, KeyError) as error:
+    except (ValueError, RuntimeError, KeyError) as error:
         raise ValueError(f"{path} is damaged or does not match its config: {error}") from error
     missing = [name for name in missing if name not in _REBUILT]
     if missing or unexpected:
@@ -91,9 +97,33 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
     return model.to(device).eval()
 
 
+def check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a setting that is too large for a network of these tensors.
+
+    A network is constructed before its tensors can be compared, and a forged size would cost
+    minutes or all memory. Every size is at most the number of stored values, and a number of layers
+    or blocks is at most the number of tensors.
+    """
+    values = sum(tensor.numel() for tensor in tensors.values())
+
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, list | tuple):
+            for one in value:
+                check(name, one)
+        most = len(tensors) if "layers" in name or "blocks" in name else values
+        if type(value) in (int, float) and not value <= most:
+            raise ValueError(f"{name} is {value}, too large for {len(tensors)} stored tensors")
+
+    for name, value in config.items():
+        check(name, value)
+
+
 def _restored(stored: dict[str, Tensor], name: str) -> Tensor:
     """Return a stored tensor as float32, or unchanged if it holds plain integers."""
     value = stored[name]
     if value.dtype == torch.int8:
-        return value.float() * stored[name + SCALE].view(-1, *[1] * (value.ndim - 1))
+        factors = stored[name + SCALE]
+        if factors.shape != value.shape[:1]:
+            raise ValueError(f"{name} has {len(value)} rows, but {factors.numel()} factors")
+        return value.float() * factors.view(-1, *[1] * (value.ndim - 1))
     return value.float() if value.is_floating_point() else value
