@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles import independent_coder as reference
-from percov2.entropy import SymbolDecoder, SymbolEncoder, decode, encode
+from percov2.entropy import SymbolDecoder, SymbolEncoder, decode, encode, rans
 from percov2.entropy.torch import cdf
 
 LOGITS = np.random.default_rng(0).integers(-900, 900, (3, 25, 40)).astype(np.int16)
@@ -175,3 +175,40 @@ def test_tensors_without_data_and_foreign_byte_orders():
     swapped = LOGITS.astype(LOGITS.dtype.newbyteorder())
     assert encode(swapped, SYMBOLS) == encode(LOGITS, SYMBOLS)
     assert encode(LOGITS, SYMBOLS.astype(">i4")) == encode(LOGITS, SYMBOLS)
+
+
+@pytest.mark.parametrize("kind", ["row", "stream", "transposed", "tensor"])
+def test_broadcast_logits_are_coded_in_parts(kind, monkeypatch):
+    """A broadcast row may stand for gigabytes, so it is never copied as a whole."""
+    generator = np.random.default_rng(0)
+    row = generator.standard_normal(64).astype(np.float32)
+    views = {
+        "row": np.broadcast_to(row, (3, 100, 64)),
+        "stream": np.broadcast_to(generator.standard_normal((100, 64)), (3, 100, 64)),
+        "transposed": generator.standard_normal((64, 100, 3)).transpose(2, 1, 0),
+        "tensor": torch.from_numpy(row).expand(3, 100, 64),
+    }
+    logits = views[kind] if kind == "tensor" else views[kind].astype(np.float32, copy=False)
+    symbols = generator.integers(0, 64, (3, 100), np.int32)
+    whole = np.ascontiguousarray(np.asarray(logits))
+    expected = encode(whole, symbols)
+    sizes = []
+    borrowed = rans._borrowed_logits
+
+    def watched(values):
+        sizes.append(values.shape[-2])
+        return borrowed(values)
+
+    monkeypatch.setattr(rans, "_MOST_COPIED", 3 * 64 * 4 * 7)
+    monkeypatch.setattr(rans, "_borrowed_logits", watched)
+    assert encode(logits, symbols) == expected
+    assert np.array_equal(np.asarray(decode(expected, logits)), symbols)
+    assert max(sizes) <= 7 and min(sizes) == 100 % 7
+    decoder = rans.RansDecoder(b"".join(expected), np.cumsum([0, *map(len, expected)]))
+    before = decoder.states
+    for wrong in (np.nan, np.inf):
+        bad = np.broadcast_to(row, (3, 100, 64)).transpose(1, 0, 2).copy().transpose(1, 0, 2)
+        bad[2, 99, 5] = wrong
+        with pytest.raises(ValueError, match=r"holds NaN or \+inf"):
+            decoder.decode(bad, 16)
+        assert np.array_equal(decoder.states, before)

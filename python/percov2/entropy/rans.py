@@ -189,6 +189,41 @@ def _borrowed_logits(values: Logits) -> tuple[Any, str]:
     return rows, str(rows.dtype).removeprefix("torch.")
 
 
+_MOST_COPIED = 1 << 24
+"""Bytes of logits that are copied at once if they are not contiguous."""
+
+
+def _parts(logits: Any) -> list[slice]:
+    """Return slices of the last axis but one, of which one is copied at a time.
+
+    Contiguous logits are not copied. A broadcast row, whose strides are 0, may stand for gigabytes.
+    """
+    whole = [slice(None)]
+    if _is_tensor(logits):
+        if logits.is_meta or str(logits.layout) != "torch.strided" or logits.is_contiguous():
+            return whole
+        size = logits.element_size() * logits.numel()
+    elif not isinstance(logits, np.ndarray) or logits.flags.c_contiguous:
+        return whole
+    else:
+        size = logits.itemsize * logits.size
+    if len(logits.shape) < 2 or size <= _MOST_COPIED:
+        return whole
+    count = logits.shape[-2]
+    step = max(1, count * _MOST_COPIED // size)
+    return [slice(begin, begin + step) for begin in range(0, count, step)]
+
+
+def _check_finite(logits: Any, parts: list[slice]) -> None:
+    """Raise ValueError for wrong float logits in any part, before one is decoded."""
+    for part in parts:
+        rows, dtype = _borrowed_logits(logits[..., part, :])
+        if dtype.startswith(("float", "bfloat")):
+            largest = as_array(rows.amax(-1).float() if _is_tensor(rows) else rows.max(-1))
+            if not np.isfinite(largest).all():
+                raise ValueError("a row of the logits holds NaN or +inf, or nothing finite")
+
+
 def intervals(
     logits: Logits,
     symbols: ArrayLike,
@@ -210,6 +245,17 @@ def intervals(
         ValueError: a wrong shape, dtype, symbol or precision, or a row of float logits with NaN,
             with +inf or without a finite value.
     """
+    if len(parts := _parts(logits)) > 1:
+        chosen = _integers(symbols, np.int32, "symbols")
+        if chosen.shape == tuple(logits.shape[:-1]):
+            found = [
+                intervals(logits[..., part, :], chosen[..., part], prob_bits, threads)
+                for part in parts
+            ]
+            starts, freqs = (
+                np.concatenate([as_array(one[i]) for one in found], -1) for i in (0, 1)
+            )
+            return _returned(starts, logits), _returned(freqs, logits)
     rows, dtype = _borrowed_logits(logits)
     chosen = _integers(symbols, np.int32, "symbols")
     if tuple(rows.shape[:-1]) != chosen.shape:
@@ -396,10 +442,14 @@ class RansDecoder:
             ValueError: a wrong shape, dtype, stream or precision, or wrong float logits. Nothing
                 has been decoded then.
         """
-        rows, dtype = _borrowed_logits(logits)
-        chosen = self._streams(streams)
-        symbols = self._native.decode_logits(rows, dtype, chosen, prob_bits, threads)
-        return _returned(symbols, logits)
+        chosen, parts = self._streams(streams), _parts(logits)
+        if len(parts) > 1:
+            _check_finite(logits, parts)
+        symbols = []
+        for part in parts:
+            rows, dtype = _borrowed_logits(logits if part == slice(None) else logits[..., part, :])
+            symbols.append(self._native.decode_logits(rows, dtype, chosen, prob_bits, threads))
+        return _returned(symbols[0] if len(parts) == 1 else np.concatenate(symbols, 1), logits)
 
     def decode_cdf(
         self,
