@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -339,3 +342,39 @@ def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path, monkeypatc
     path.write_bytes(b"a longer text before")
     write_bytes(path, b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.core
+def test_a_killed_writer_leaves_nothing_for_long(tmp_path):
+    """A new file has no name until it is complete; the next writer removes an old neighbour."""
+    kill = """
+import os, signal, sys
+from percov2.files import write_bytes
+die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+setattr(os, sys.argv[2], die)
+write_bytes(sys.argv[1], b"complete")
+"""
+    new, old = tmp_path / "new.pcv2", tmp_path / "old.pcv2"
+    old.write_bytes(b"before")
+    for path, call in ((new, "link"), (old, "replace")):
+        result = subprocess.run([sys.executable, "-c", kill, path, call], check=False)
+        assert result.returncode == -signal.SIGKILL
+    assert not new.exists() and old.read_bytes() == b"before"
+    (left,) = set(tmp_path.iterdir()) - {old}
+    write_bytes(old, b"while another process may write")
+    assert left.exists()
+    os.utime(left, (0, 0))
+    write_bytes(old, b"after")
+    assert old.read_bytes() == b"after" and [*tmp_path.iterdir()] == [old]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("missing", ["O_TMPFILE", "link"])
+def test_files_are_written_where_the_system_has_no_unnamed_ones(tmp_path, monkeypatch, missing):
+    if missing == "link":
+        monkeypatch.setattr(os, "link", lambda *_, **__: (_ for _ in ()).throw(OSError(2, "no")))
+    else:
+        monkeypatch.delattr(os, "O_TMPFILE")
+    for content in (b"one", b"two"):
+        write_bytes(tmp_path / "a", content)
+        assert (tmp_path / "a").read_bytes() == content and len([*tmp_path.iterdir()]) == 1

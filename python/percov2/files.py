@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import hashlib
 import io
 import os
 import secrets
 import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -132,21 +135,23 @@ def write_image(image: Image.Image, path: Path | str) -> None:
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
-    """Write a file atomically: write a temporary neighbour, then rename it.
+    """Write a file atomically: write a file without a name, then give it the name.
 
-    Writes the target of a symbolic link, and keeps the permissions of a replaced file. Devices,
-    pipes and files that cannot be replaced, such as mounted ones, are written directly. Raises
-    OSError that names ``path``, and removes the neighbour, if the file cannot be written.
+    Where the file system has no such files, and to replace a file, a neighbour is renamed. Writes
+    the target of a symbolic link, and keeps the permissions of a replaced file. Devices, pipes and
+    files that cannot be replaced, such as mounted ones, are written directly. Raises OSError that
+    names ``path`` if the file cannot be written. Nothing else is left behind, except by a process
+    that is killed between two calls, and the next one removes that.
     """
     if _is_stream(Path(path)):
         with open(path, "wb") as stream:
             stream.write(data)
         return
     target = Path(os.path.realpath(path))
-    neighbour = target.with_name(f".{secrets.token_hex(8)}.part")  # fits where any name fits
+    neighbour = _neighbour(target)
     try:
-        with open(neighbour, "xb") as stream:
-            stream.write(data)
+        if _write_unnamed(data, target, neighbour):
+            return
         if target.exists():
             shutil.copymode(target, neighbour)
         try:
@@ -159,3 +164,47 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         neighbour.unlink(missing_ok=True)
+
+
+def _write_unnamed(data: bytes, target: Path, neighbour: Path) -> bool:
+    """Write a new file and name it ``target``; return False if its name is ``neighbour``.
+
+    A process that is killed leaves no part of a file that has no name.
+    """
+    try:
+        place = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
+    except (AttributeError, OSError):  # not Linux, or a file system without such files
+        with open(neighbour, "xb") as stream:
+            stream.write(data)
+        return False
+    with open(place, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        unnamed = f"/proc/self/fd/{place}"
+        for name in (target, neighbour):
+            try:
+                os.link(unnamed, name, follow_symlinks=True)
+            except FileExistsError:
+                continue
+            except OSError:  # without /proc
+                neighbour.write_bytes(data)
+                return False
+            return name == target
+    raise FileExistsError(errno.EEXIST, "a temporary name is taken", str(neighbour))
+
+
+_OLD_SECONDS = 60
+
+
+def _neighbour(target: Path) -> Path:
+    """Return a free name beside a file: always the same, so that no killed process leaves two.
+
+    While another process uses it, the name is random.
+    """
+    name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:16]
+    usual = target.with_name(f".{name}.part")  # fits where any name fits
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - usual.lstat().st_mtime <= _OLD_SECONDS:
+            return target.with_name(f".{secrets.token_hex(8)}.part")
+        usual.unlink()
+    return usual
