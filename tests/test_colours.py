@@ -89,19 +89,38 @@ CHUNKS = {
 
 @pytest.mark.parametrize("name", CHUNKS)
 @pytest.mark.parametrize(
-    ("kind", "depth"), [("rgb", 8), ("rgb", 16), ("grey", 16), ("grey", 8), ("grey", 4)]
+    ("kind", "depth"),
+    [
+        *(("grey", depth) for depth in (1, 2, 4, 8, 16)),
+        *(("palette", depth) for depth in (1, 2, 4, 8)),
+        *((kind, depth) for kind in ("rgb", "grey alpha", "rgba") for depth in (8, 16)),
+    ],
 )
 def test_png_samples_mean_what_the_chunks_say(name, kind, depth):
     chunks, light, chromaticities = CHUNKS[name]
-    if kind == "grey" and "iCCP" in name:
+    if kind.startswith("grey") and "iCCP" in name:
         chunks = tuple(c for c in chunks if b"iCCP" not in c)  # a grey picture has no RGB profile
         if name.startswith("iCCP"):
             light, chromaticities = srgb_light, REC709
-    samples = swatches(depth, 3 if kind == "rgb" else 1)
-    found = decoded(files.png(kind, depth, samples, *chunks))
-    colours = np.repeat(samples, 3, 2) if kind == "grey" else samples
-    expected = oracle(colours, (1 << depth) - 1, light, chromaticities)
-    dark_8_bit = depth == 8 and "1" in name.split()[-1]
+    white = (1 << depth) - 1
+    samples = swatches(depth, 1 if kind in ("palette", "grey", "grey alpha") else 3)
+    colours = np.repeat(samples, 3, 2) if kind.startswith("grey") else samples
+    if kind == "palette":
+        palette = swatches(8, 3).reshape(-1, 3)[: 1 << depth]
+        samples = np.minimum(samples, len(palette) - 1)
+        chunks = (*chunks, files.chunk(b"PLTE", palette.astype(np.uint8).tobytes()))
+        colours, white = palette[samples[..., 0]], 255
+    expected = oracle(colours, white, light, chromaticities)
+    if kind in ("grey alpha", "rgba"):
+        alpha = np.random.default_rng(1).integers(0, white + 1, (*samples.shape[:2], 1))
+        share = alpha / white
+        expected = np.rint(share * expected + (1 - share) * 255).astype(int)
+        samples = np.concatenate([samples, alpha], 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImageWarning)
+        found = decoded(files.png(kind, depth, samples, *chunks))
+    # A step of dark 8-bit samples is several levels of sRGB.
+    dark_8_bit = white == 255 and "1" in name.split()[-1]
     assert np.abs(found.astype(int) - expected).max() <= (3 if dark_8_bit else 2)
 
 
@@ -132,15 +151,129 @@ def test_a_transparent_colour_is_compared_in_16_bits():
     assert [(found[y, x] == 255).all() for y, x in np.ndindex(2, 2)] == [True, False, True, False]
 
 
+def flattened(colours: np.ndarray, share: np.ndarray) -> np.ndarray:
+    return share * colours + (1 - share) * 255
+
+
+def drawn(*shape: int, below: int) -> np.ndarray:
+    return np.random.default_rng(below).integers(0, below, shape)
+
+
+GREY_TIFFS = [(bits, way) for bits in (1, 2, 4, 8, 12, 16) for way in (0, 1)]
+
+
 # Pillow has no decoder for 12 bits with white as zero.
-@pytest.mark.parametrize(("bits", "photometric"), [(8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
+@pytest.mark.parametrize(("bits", "photometric"), [one for one in GREY_TIFFS if one != (12, 0)])
 def test_tiff_grey_of_any_depth_and_direction(bits, photometric):
     white = (1 << bits) - 1
-    samples = np.array([[0, white // 2, white, white // 4]] * 2)
-    expected = np.rint(samples * 255 / white)
+    samples = drawn(5, 7, 1, below=white + 1)
+    expected = samples * 255 / white
     expected = 255 - expected if photometric == 0 else expected
-    found = decoded(files.grey_tiff(samples, bits, photometric))
-    assert np.abs(found[..., 0] - expected).max() <= 1
+    found = decoded(files.tiff(samples, bits, photometric))
+    assert np.abs(found - expected).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("extra", [None, 0, 1, 2])
+def test_tiff_colours_and_alpha_of_both_depths(bits, extra):
+    """The fourth sample is unspecified (0), an alpha of premultiplied colours (1) or of plain."""
+    white = (1 << bits) - 1
+    samples = drawn(5, 7, 4, below=white + 1)
+    expected, share = samples[..., :3] * 255 / white, samples[..., 3:] / white
+    if extra == 1:
+        samples[..., :3] = np.rint(samples[..., :3] * share)
+    tags = {} if extra is None else {"t338": [extra]}
+    data = files.tiff(samples[..., : 3 if extra is None else 4], bits, 2, **tags)
+    if extra in (1, 2):
+        expected = flattened(expected, share)
+        with pytest.warns(ImageWarning, match="transparency"):
+            found = decoded(data)
+    else:
+        found = decoded(data)
+    assert np.abs(found - np.rint(expected)).max() <= 2
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_tiff_palettes_of_any_depth(bits):
+    palette, samples = drawn(3, 1 << bits, below=65536), drawn(5, 7, 1, below=1 << bits)
+    found = decoded(files.tiff(samples, bits, 3, t320=palette.ravel().tolist()))
+    assert np.abs(found - palette.T[samples[..., 0]] / 257).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_tiff_inks(bits):
+    white = (1 << bits) - 1
+    inks = drawn(5, 7, 4, below=white + 1)
+    expected = (white - inks[..., :3]) / white * (white - inks[..., 3:]) / white * 255
+    found = decoded(files.tiff(inks, bits, 5, t332=[1]))
+    assert np.abs(found - expected).max() <= 2
+
+
+def from_ycbcr(samples: np.ndarray) -> np.ndarray:
+    y, cb, cr = np.moveaxis(samples.astype(float), -1, 0)
+    cb, cr = cb - 128, cr - 128
+    green = y - 0.344136 * cb - 0.714136 * cr
+    return np.stack([y + 1.402 * cr, green, y + 1.772 * cb], -1).clip(0, 255)
+
+
+def test_tiff_luma_and_chroma():
+    samples = drawn(4, 8, 3, below=256)
+    found = decoded(files.tiff(samples, 8, 6, t530=[1, 1]))
+    assert np.abs(found - from_ycbcr(samples)).max() <= 1
+
+
+def test_tiff_lab():
+    """L is 0 to 100 in 8 bits, a and b are signed; the white is D50."""
+    samples = np.array([[(128, 0, 0), (200, 20, 250), (60, 246, 15)]])
+    expected = np.zeros(samples.shape)
+    adapted = np.array(
+        [
+            [0.9555766, -0.0230393, 0.0631636],
+            [-0.0282895, 1.0099416, 0.0210077],
+            [0.0122982, -0.0204830, 1.3299098],
+        ]
+    )
+    for x, (lightness, a, b) in enumerate(samples[0].tolist()):
+        fy = (lightness / 2.55 + 16) / 116
+        signed = [v - 256 if v > 127 else v for v in (a, b)]
+        f = (fy + signed[0] / 500, fy, fy - signed[1] / 200)
+        xyz = [v**3 if v > 6 / 29 else (v - 4 / 29) * 108 / 841 for v in f]
+        light = np.linalg.inv(xyz_of(REC709)) @ adapted @ (np.array(xyz) * (0.9642, 1, 0.8249))
+        expected[0, x] = [255 * srgb_code(v) for v in light]
+    assert np.abs(decoded(files.tiff(samples, 8, 8)) - expected).max() <= 2
+
+
+def ink_picture(samples: np.ndarray) -> np.ndarray:
+    """What four inks of 0 (none) to 255 give on white paper."""
+    return (255 - samples[..., :3]) * (255 - samples[..., 3:]) / 255
+
+
+@pytest.mark.parametrize("mode", ["grey", "YCbCr", "RGB", "CMYK", "YCCK"])
+def test_jpeg_components_mean_what_the_adobe_marker_says(mode):
+    """Flat pictures, which a JPEG of quality 100 keeps within a level."""
+    expected = np.full((16, 16, 3), (180, 90, 60))
+    out = io.BytesIO()
+    if mode == "grey":
+        expected = np.full((16, 16, 3), 90)
+        Image.fromarray(expected[..., 0].astype(np.uint8)).save(out, "JPEG", quality=100)
+    elif mode in ("YCbCr", "RGB"):
+        whole = Image.fromarray(expected.astype(np.uint8))
+        whole.save(out, "JPEG", quality=100, subsampling=0, keep_rgb=mode == "RGB")
+    else:
+        stored = np.full((16, 16, 4), (40, 120, 160, 50), np.uint8)
+        Image.fromarray(stored, "CMYK").save(out, "JPEG", quality=100)
+        expected = ink_picture(stored.astype(float))
+    data = out.getvalue()
+    marker = b"\xff\xee\0\x0eAdobe"
+    assert (marker in data) == (mode in ("RGB", "CMYK", "YCCK"))
+    if mode == "YCCK":
+        at = data.index(marker) + 4 + 11
+        assert data[at] == 0
+        data = data[:at] + b"\2" + data[at + 1 :]
+        # As Adobe does, the file holds 255 minus each ink, and luma and chroma of 255 minus these.
+        stored[..., :3] = np.rint(from_ycbcr(255.0 - stored[..., :3]))
+        expected = ink_picture(stored.astype(float))
+    assert np.abs(decoded(data) - expected).max() <= 2
 
 
 def test_pages_thumbnails_and_frames_are_dropped_aloud():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -51,23 +52,34 @@ def iccp(profile: bytes) -> bytes:
     return chunk(b"iCCP", b"name\0\0" + zlib.compress(profile))
 
 
-def grey_tiff(samples: np.ndarray, bits: int, photometric: int) -> bytes:
-    """A TIFF file of one uncompressed strip of grey samples [H, W]."""
-    height, width = samples.shape
+def tiff(samples: np.ndarray, bits: int, photometric: int, **more: Sequence[int]) -> bytes:
+    """A TIFF file of one uncompressed strip of samples [H, W, C].
+
+    ``more`` are 16-bit tags by "t" and their number.
+    """
+    height, width, channels = samples.shape
     if bits == 16:
         data = samples.astype("<u2").tobytes()
     else:
         spread = np.unpackbits(
-            samples.astype(">u2").view(np.uint8).reshape(height, width, 2), axis=2
+            samples.astype(">u2").view(np.uint8).reshape(height, width * channels, 2), axis=2
         )
         data = np.packbits(spread[:, :, -bits:].reshape(height, -1), axis=1).tobytes()
-    tags = [
-        (256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric),
-        (273, 4, 8), (277, 3, 1), (278, 4, height), (279, 4, len(data)),
+    data += b"\0" * (len(data) % 2)
+    tags: list[tuple[int, int, Sequence[int]]] = [
+        (256, 4, [width]), (257, 4, [height]), (258, 3, [bits] * channels), (259, 3, [1]),
+        (262, 3, [photometric]), (273, 4, [8]), (277, 3, [channels]), (278, 4, [height]),
+        (279, 4, [len(data)]), *((int(name[1:]), 3, values) for name, values in more.items()),
     ]  # fmt: skip
-    offset = 8 + len(data) + len(data) % 2
-    table = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
-    head = struct.pack("<2sHI", b"II", 42, offset) + data + b"\0" * (len(data) % 2)
+    table = b""
+    for tag, kind, values in sorted(tags):
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(packed) > 4:
+            place, packed = 8 + len(data), packed
+            data += packed + b"\0" * (len(packed) % 2)
+            packed = struct.pack("<I", place)
+        table += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data
     return head + struct.pack("<H", len(tags)) + table + bytes(4)
 
 
