@@ -23,7 +23,15 @@ REC709 = (*D65, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 
 
 def decoded(data: bytes) -> np.ndarray:
-    return to_rgb(decode_image(io.BytesIO(data)))
+    """The pixels of a file, which must be those of the picture that a user opens with Pillow."""
+    found = to_rgb(decode_image(io.BytesIO(data)))
+    lazy = Image.open(io.BytesIO(data))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = [to_rgb(lazy) for _ in range(2)]
+    first_page = lazy.format == "TIFF" and getattr(lazy, "n_frames", 1) > 1  # a user chooses it
+    assert first_page or all(np.array_equal(found, one) for one in again)
+    return found
 
 
 def xyz_of(chromaticities: tuple[float, ...]) -> np.ndarray:

@@ -76,13 +76,8 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
             image = open_lazily(stream)
             _skip_thumbnails(image)
             check_size(image.width, image.height, max_pixels)
-            _scale_key(image)
-            deep_key = _deep_key(image)
-            image.load()
-            if deep_key is not None:
-                _make_transparent(image, stream, deep_key)
+            _decode(image, stream)
         check_size(image.width, image.height, max_pixels)
-        read_declarations(image, stream)
     except UnidentifiedImageError:
         raise ValueError(
             f"not a picture in a format that percov2 reads: {', '.join(READ_FORMATS)}"
@@ -140,19 +135,37 @@ def _deep_key(image: Image.Image) -> tuple[int, ...] | None:
     return key if _raw_mode(image) == "RGB;16B" and isinstance(key, tuple) else None
 
 
-def _make_transparent(image: Image.Image, stream: BinaryIO, key: tuple[int, ...]) -> None:
-    """Give a decoded PNG picture an alpha that is 0 where all 16 bits equal the key.
+def _decode(image: Image.Image, stream: BinaryIO | None) -> None:
+    """Decode a picture in place, and add what Pillow leaves out if there is the file.
+
+    A transparent colour of 16 bits per channel becomes an alpha channel.
+    """
+    _scale_key(image)
+    key = lower = None
+    if stream is not None:
+        read_declarations(image, stream)
+        if (key := _deep_key(image)) is not None:
+            lower = _lower_bytes(stream)
+    image.load()
+    if key is not None and lower is not None:
+        samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
+        opaque = (samples != np.array(key, np.uint16)).any(-1)
+        del image.info["transparency"]
+        image.putalpha(Image.fromarray(np.uint8(255) * opaque))
+
+
+def _lower_bytes(stream: BinaryIO) -> Image.Image:
+    """Return the lower bytes of a PNG picture with 16 bits per colour.
 
     Pillow keeps the upper byte of a sample. Read in the other byte order, it keeps the lower one.
     """
+    place = stream.tell()
     stream.seek(0)
-    low: Any = Image.open(stream, formats=["PNG"])
-    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
-    low.load()
-    samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
-    opaque = (samples != np.array(key, np.uint16)).any(-1)
-    del image.info["transparency"]
-    image.putalpha(Image.fromarray(np.uint8(255) * opaque))
+    lower: Any = Image.open(io.BytesIO(stream.read()), formats=["PNG"])
+    stream.seek(place)
+    lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
+    lower.load()
+    return lower
 
 
 def _scale_key(image: Image.Image) -> None:
@@ -241,9 +254,11 @@ def _load(image: Image.Image) -> None:
         raise ValueError(
             f"a picture of format {image.format} is not read; convert it to PNG, or call its load()"
         )
+    stream = getattr(image, "fp", None) if getattr(image, "tile", None) else None
     try:
-        _scale_key(image)
-        image.load()
+        if stream is not None and (stream.closed or not stream.seekable()):
+            stream = None
+        _decode(image, stream)
     except MemoryError:
         raise
     except Exception as error:  # decoders raise errors of many types for damaged files
