@@ -425,3 +425,34 @@ def test_warnings_as_errors_are_one_exception():
         warnings.simplefilter("error")
         with pytest.raises(ImageWarning, match="transparency"):
             to_rgb(image)
+
+
+def heic(colour: tuple[int, int, int], **options: object) -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    out = io.BytesIO()
+    picture = pillow_heif.from_pillow(Image.new("RGB", (64, 48), colour))
+    picture.save(out, quality=-1, chroma=444, matrix_coefficients=0, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("primaries", "transfer", "expected"),
+    [(1, 13, (200, 100, 50)), (12, 13, (215, 93, 31)), (2, 2, (200, 100, 50))],
+)
+def test_heic_code_points_are_heeded(primaries, transfer, expected):
+    data = heic((200, 100, 50), color_primaries=primaries, transfer_characteristics=transfer)
+    found = decoded(data)
+    assert found.shape == (48, 64, 3)
+    assert np.abs(found.astype(int) - expected).max() <= 2
+
+
+def test_heic_of_high_dynamic_range_is_refused():
+    with pytest.raises(ValueError, match="high dynamic range"):
+        decoded(heic((148, 148, 148), color_primaries=9, transfer_characteristics=16))
+
+
+def test_heic_names_its_extra(monkeypatch):
+    data = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + bytes(100)
+    monkeypatch.setattr("percov2.images.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"needs pillow-heif: pip install 'percov2\[heif\]'"):
+        decode_image(io.BytesIO(data))

@@ -99,6 +99,8 @@ def declared_space(image: Image.Image) -> ColourSpace | bytes | None:
         ValueError: high dynamic range, or a declaration without a known meaning.
     """
     info = image.info
+    if nclx := info.get("nclx_profile"):  # of pillow-heif
+        info[CODE_POINTS] = nclx["color_primaries"], nclx["transfer_characteristics"]
     if CODE_POINTS in info:
         space = from_cicp(*info[CODE_POINTS])
         return None if space == SRGB else space

@@ -5,11 +5,13 @@ The conversion applies EXIF orientation, ICC profile, transparency, palette, CMY
 
 from __future__ import annotations
 
+import importlib
 import io
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -79,6 +81,11 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
             _decode(image, stream)
         check_size(image.width, image.height, max_pixels)
     except UnidentifiedImageError:
+        stream.seek(0)
+        if _is_heif(stream.read(32)) and find_spec("pillow_heif") is None:
+            raise ValueError(
+                "a HEIC picture needs pillow-heif: pip install 'percov2[heif]'"
+            ) from None
         raise ValueError(
             f"not a picture in a format that percov2 reads: {', '.join(READ_FORMATS)}"
         ) from None
@@ -103,7 +110,13 @@ def open_lazily(stream: BinaryIO) -> Image.Image:
     except UnidentifiedImageError:
         stream.seek(start)
         Image.init()
+        if "HEIF" not in Image.OPEN and find_spec("pillow_heif"):
+            importlib.import_module("pillow_heif").register_heif_opener(thumbnails=False)
         return Image.open(stream, formats=[name for name in READ_FORMATS if name in Image.OPEN])
+
+
+def _is_heif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and any(brand in head[8:] for brand in (b"heic", b"heix", b"mif1"))
 
 
 _REDUCED = 1
@@ -226,6 +239,8 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     _load(image)
     if (frames := _frames(image)) > 1:
         _warn(f"the picture has {frames} frames or pages; only the first is stored")
+    if image.info.get("depth_images"):
+        _warn("the picture's depth map is not stored")
     space, samples = declared_space(image), _samples(image)
     unused_alpha = image.format in _WITHOUT_ALPHA
     try:
