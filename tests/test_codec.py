@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import hashlib
 import io
 import math
 import pickle
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -412,3 +414,20 @@ def test_a_folder_of_another_kind_does_not_hide_an_embedded_model(tmp_path, monk
     for text in ("{}", "[", '{"model_type": "bert"}'):
         (tmp_path / "tiny" / "config.json").write_text(text)
         assert find_model("tiny")[0].parent.name == "pretrained"
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_a_deleted_codec_is_freed_at_once(runtime):
+    """Networks may fill gigabytes, so that they must not wait for the collector of cycles."""
+    grey = Image.new("RGB", (64, 64), "grey")
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):  # imports of the first round may keep frames
+            codec = Codec.from_pretrained("tiny", options=BackboneOptions(runtime=runtime))
+            codec.decompress(codec.compress(grey, caption="a wall", rate="r002"))
+            left = weakref.ref(codec), weakref.ref(codec.model)
+            del codec
+        assert [one() for one in left] == [None, None]
+    finally:
+        gc.enable()

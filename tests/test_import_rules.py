@@ -22,7 +22,7 @@ CORE = " ".join(f"entropy.{name}" for name in ENTROPY.split())
 """The entropy engine without torch."""
 # Folder or module -> (first-party prefixes, third-party packages at module level, the same inside
 # functions). The longest matching prefix counts; the standard library is always allowed.
-MODELS = """extras models.backbone models.checksums models.config models.stored_tensors
+MODELS = """caching extras models.backbone models.checksums models.config models.stored_tensors
 models.windows models.tiny.backbone models.tiny.captions models.tiny.graphs"""
 """The small model without torch, and what all models share."""
 TORCH_FOLDERS = {
@@ -42,13 +42,18 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.entropy.schedule": ("", "numpy", ""),
     "percov2.entropy.torch": ("entropy", "numpy torch", ""),
     "percov2.batching": ("", "", ""),
-    "percov2.container": (f"container batching {CORE}", "numpy", "transformers"),
+    "percov2.caching": ("", "", ""),
+    "percov2.container": (f"container batching caching {CORE}", "numpy", "transformers"),
     "percov2.container.bitstream": ("", "", ""),
     "percov2.extras": ("", "", ""),
     "percov2.models": (f"images {MODELS}", "numpy safetensors", "huggingface_hub torch"),
     "percov2.models.tiny": (f"_native images {MODELS}", "numpy onnxruntime tqdm", ""),
     **{
-        f"percov2.models.{folder}": ("models extras", "diffusers numpy safetensors torch", more)
+        f"percov2.models.{folder}": (
+            "caching models extras",
+            "diffusers numpy safetensors torch",
+            more,
+        )
         for folder, more in TORCH_FOLDERS.items()
     },
     "percov2.options": ("container.bitstream", "", ""),

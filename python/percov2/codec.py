@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from percov2.batching import TOKENS_AT_ONCE, by_group
+from percov2.caching import remembered
 from percov2.coarser_rates import encode_bounded
 from percov2.container import bitstream, tokens_file
 from percov2.container.bitstream import MAX_PIXELS, BitstreamError, Header
@@ -79,10 +79,10 @@ class Codec:
 
     def __init__(self, model: Backbone, captions: Path | None = CAPTIONS) -> None:
         self.model, self._caption_folder = model, captions
-        self._captions = lru_cache(None)(self._load_captions)
-        self._entropy = lru_cache(None)(self._load_entropy)
-        self._ids = lru_cache(None)(self._compute_id)
-        self._with_gradients = lru_cache(None)(self._open_with_gradients)
+        self._captions = remembered(self._load_captions)
+        self._entropy = remembered(self._load_entropy)
+        self._ids = remembered(self._compute_id)
+        self._with_gradients = remembered(self._open_with_gradients)
 
     @classmethod
     def from_pretrained(

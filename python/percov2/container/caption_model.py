@@ -12,13 +12,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from percov2.batching import by_group
+from percov2.caching import remembered
 from percov2.container.bitstream import BitstreamError
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.rans import RansDecoder
@@ -150,7 +150,7 @@ class CaptionModel:
             )
         self.alphabet, self._coder = alphabet, TokenCoder(transformer)
         # A caller needs a caption's cost first, then its intervals for every file.
-        self._coded = lru_cache(_REMEMBERED)(self._code)
+        self._coded = remembered(self._code, _REMEMBERED)
 
     @property
     def prob_bits(self) -> int:

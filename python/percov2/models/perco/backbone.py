@@ -9,7 +9,7 @@ encoder; decompressing loads no hyper-encoder. docs/reference/perco.md has the f
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+from percov2.caching import remembered
 from percov2.models.backbone import BackboneOptions
 from percov2.models.config import LATENT_SIDE
 from percov2.models.torch.backbone import TorchBackbone
@@ -41,7 +42,7 @@ class PerCoModel(TorchBackbone):
         self.place = Placement.of(device, options)
         self._base = base_location(self.folder, self.config.base)
         # Two U-Nets would need twice the memory, and a batch has one rate.
-        self._unet = lru_cache(1)(self._load_unet)
+        self._unet = remembered(self._load_unet, 1)
 
     @cached_property
     def autoencoder(self) -> AutoencoderKL:

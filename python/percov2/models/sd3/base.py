@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
+from percov2.caching import remembered
 from percov2.models.backbone import BackboneOptions
 from percov2.models.sd3.flow import open_flow
 from percov2.models.sd3.text import TextNetworks, load_text_networks
@@ -49,7 +50,7 @@ class SD3Folder(SD3Base):
         self.folder, self.options = folder, options
         self.location = base_location(folder, base)
         self.place = Placement.of(device, options)
-        self._flow = lru_cache(1)(self._open_flow)
+        self._flow = remembered(self._open_flow, 1)
 
     @cached_property
     def _autoencoder(self) -> AutoencoderKL:

@@ -7,13 +7,13 @@ concatenated and padded with zeros to T5's width. The pooled vector joins both C
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from percov2.caching import remembered
 from percov2.models.torch.placement import Placement, load_part
 
 __all__ = ["T5_TOKENS", "CaptionEmbedder", "TextNetworks", "load_text_networks"]
@@ -57,7 +57,7 @@ class CaptionEmbedder:
 
     def __init__(self, networks: Callable[[], TextNetworks], place: Placement) -> None:
         self._networks, self._place = networks, place
-        self._known = lru_cache(_REMEMBERED)(self._embed)
+        self._known = remembered(self._embed, _REMEMBERED)
 
     def __call__(self, captions: Sequence[str], width: int) -> tuple[Tensor, Tensor]:
         """Return sequence [B, 77 + 256, width] and pooled [B, p] embeddings of captions.

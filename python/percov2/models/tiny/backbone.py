@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from percov2._native import instruction_sets
+from percov2.caching import remembered
 from percov2.images import from_unit_range
 from percov2.models.backbone import Backbone
 from percov2.models.config import LATENT_SIDE, PREDICTIONS, read_config
@@ -120,8 +121,8 @@ class TinyModel(Backbone):
         graph = self.folder / "autoencoder" / "decoder.int8.onnx"
         chosen = "int8" if graph.is_file() and "avx512" in instruction_sets() else "fp32"
         self.dtype = dtype or chosen
-        self._hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
-        self._quantizer = lru_cache(None)(self._load_quantizer)
+        self._hyper_encoder = remembered(self._load_hyper_encoder)
+        self._quantizer = remembered(self._load_quantizer)
 
     @property
     def runtime(self) -> str:

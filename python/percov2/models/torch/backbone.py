@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from percov2.caching import remembered
 from percov2.models.backbone import Backbone
 from percov2.models.torch.hyper_encoder import HyperEncoder, load_hyper_encoder
 from percov2.models.torch.isolation import running
@@ -55,8 +56,8 @@ class TorchBackbone(Backbone):
 
     def __init__(self, folder: Path, device: str) -> None:
         super().__init__(folder, device)
-        self.quantizer = lru_cache(None)(self._load_quantizer)
-        self.hyper_encoder = lru_cache(None)(self._load_hyper_encoder)
+        self.quantizer = remembered(self._load_quantizer)
+        self.hyper_encoder = remembered(self._load_hyper_encoder)
 
     @property
     def runtime(self) -> str:

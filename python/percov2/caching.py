@@ -1,0 +1,29 @@
+"""Caches of an object's own methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TypeVar
+from weakref import WeakMethod
+
+__all__ = ["remembered"]
+
+Result = TypeVar("Result")
+
+
+def remembered(method: Callable[..., Result], maxsize: int | None = None) -> Callable[..., Result]:
+    """Return a bound method with a cache of its last ``maxsize`` results, all by default.
+
+    Unlike ``lru_cache``, it does not keep the object alive that stores it, whose networks may fill
+    gigabytes.
+    """
+    weak = WeakMethod(method)
+
+    @lru_cache(maxsize)
+    def call(*arguments: object) -> Result:
+        bound = weak()
+        assert bound is not None  # the object holds this function
+        return bound(*arguments)
+
+    return call
