@@ -159,6 +159,21 @@ def test_a_transparent_colour_is_compared_in_16_bits():
     assert [(found[y, x] == 255).all() for y, x in np.ndindex(2, 2)] == [True, False, True, False]
 
 
+@pytest.mark.parametrize("kind", ["rgb", "rgba", "grey alpha"])
+def test_dark_colours_of_16_bits_keep_their_steps(kind):
+    """In linear light, the first 8-bit step would be 13 levels of sRGB."""
+    samples = (np.arange(192).reshape(8, 8, 3) * 6).astype(np.uint16)
+    colours = samples[..., :1].repeat(3, -1) if kind == "grey alpha" else samples
+    stored = samples[..., :1] if kind == "grey alpha" else samples
+    if kind != "rgb":
+        stored = np.concatenate([stored, np.full((8, 8, 1), 65535, np.uint16)], -1)
+    found = decoded(files.png(kind, 16, stored, files.gama(1.0)))
+    expected = oracle(colours, 65535, lambda v: v, REC709)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+    plain = decoded(files.png(kind, 16, stored))
+    assert np.array_equal(plain, np.rint(colours / 257))
+
+
 def flattened(colours: np.ndarray, share: np.ndarray) -> np.ndarray:
     return share * colours + (1 - share) * 255
 

@@ -15,10 +15,12 @@ from PIL import ExifTags, Image
 
 from percov2.colour_spaces import ADOBE_RGB, SRGB, ColourSpace, from_cicp, from_gamma
 
-__all__ = ["CODE_POINTS", "declared_space", "read_declarations"]
+__all__ = ["CODE_POINTS", "CONVERTED", "declared_space", "read_declarations"]
 
 CODE_POINTS = "percov2_cicp"
 """Key of ``Image.info``: primaries and transfer of H.273, which Pillow does not read."""
+CONVERTED = "percov2_space"
+"""Key of ``Image.info``: the space of samples whose curve was changed to that of sRGB."""
 _MOST_BYTES = 1 << 20
 """Longest colour box or chunk that is read."""
 
@@ -99,6 +101,9 @@ def declared_space(image: Image.Image) -> ColourSpace | bytes | None:
         ValueError: high dynamic range, or a declaration without a known meaning.
     """
     info = image.info
+    if CONVERTED in info:
+        space: ColourSpace = info[CONVERTED]
+        return None if space == SRGB else space
     if nclx := info.get("nclx_profile"):  # of pillow-heif
         info[CODE_POINTS] = nclx["color_primaries"], nclx["transfer_characteristics"]
     if CODE_POINTS in info:

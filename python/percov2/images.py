@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from percov2.colour_spaces import ColourSpace, Curve, icc_profile, to_srgb_levels
+from percov2.colour_spaces import SRGB, ColourSpace, Curve, icc_profile, to_srgb_levels
 from percov2.container.bitstream import MAX_PIXELS, MAX_SIDE
-from percov2.declared_colours import declared_space, read_declarations
+from percov2.declared_colours import CONVERTED, declared_space, read_declarations
 
 __all__ = [
     "READ_FORMATS",
@@ -142,43 +142,71 @@ def _raw_mode(image: Any) -> str:
     return raw if isinstance(raw, str) else ""
 
 
-def _deep_key(image: Image.Image) -> tuple[int, ...] | None:
-    """Return the transparent colour of a PNG file with 16 bits per colour."""
-    key = image.info.get("transparency")
-    return key if _raw_mode(image) == "RGB;16B" and isinstance(key, tuple) else None
-
-
 def _decode(image: Image.Image, stream: BinaryIO | None) -> None:
-    """Decode a picture in place, and add what Pillow leaves out if there is the file.
-
-    A transparent colour of 16 bits per channel becomes an alpha channel.
-    """
+    """Decode a picture in place, and add what Pillow leaves out if there is the file."""
     _scale_key(image)
-    key = lower = None
+    raw, second = _raw_mode(image), None
     if stream is not None:
         read_declarations(image, stream)
-        if (key := _deep_key(image)) is not None:
-            lower = _lower_bytes(stream)
+        if raw in _SECOND_READINGS:
+            second = _second_reading(stream, *_SECOND_READINGS[raw])
     image.load()
-    if key is not None and lower is not None:
-        samples = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
-        opaque = (samples != np.array(key, np.uint16)).any(-1)
-        del image.info["transparency"]
-        image.putalpha(Image.fromarray(np.uint8(255) * opaque))
+    if second is not None:
+        second.load()
+        _round(image, _sixteen_bits(image, second, grey=raw == "LA;16B"))
 
 
-def _lower_bytes(stream: BinaryIO) -> Image.Image:
-    """Return the lower bytes of a PNG picture with 16 bits per colour.
+_SECOND_READINGS = {
+    "RGB;16B": ("RGB", "RGB;16L"),
+    "RGBA;16B": ("RGBA", "RGBA;16L"),
+    "LA;16B": ("RGBA", "RGBA"),
+}
+"""Mode and raw mode that give what Pillow drops of a PNG file with 16 bits per sample.
 
-    Pillow keeps the upper byte of a sample. Read in the other byte order, it keeps the lower one.
-    """
+Pillow keeps the upper byte of a sample. Read in the other byte order, it keeps the lower one. Grey
+with alpha is read as four channels of 8 bits.
+"""
+
+
+def _second_reading(stream: BinaryIO, mode: str, raw: str) -> Image.Image:
+    """Open a PNG picture once more, to be decoded to another mode."""
     place = stream.tell()
     stream.seek(0)
-    lower: Any = Image.open(io.BytesIO(stream.read()), formats=["PNG"])
+    second: Any = Image.open(io.BytesIO(stream.read()), formats=["PNG"])
     stream.seek(place)
-    lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]
-    lower.load()
-    return lower
+    second._mode = mode
+    second.tile = [tile._replace(args=raw) for tile in second.tile]
+    return cast(Image.Image, second)
+
+
+def _sixteen_bits(image: Image.Image, second: Image.Image, grey: bool) -> NDArray[np.uint16]:
+    """Return the samples of a picture and its second reading, uint16 [H, W, C]."""
+    if grey:
+        return np.asarray(second).view(">u2").astype(np.uint16)[..., [0, 0, 0, 1]]
+    return np.asarray(image).astype(np.uint16) << 8 | np.asarray(second)
+
+
+def _round(image: Image.Image, samples: NDArray[np.uint16]) -> None:
+    """Put samples of 16 bits into a picture of 8 bits, with the curve of sRGB if one is declared.
+
+    A transparent colour becomes an alpha channel.
+    """
+    values = np.arange(65536)
+    plain = ((values * 255 + 32767) // 65535).astype(np.uint8)
+    levels = plain[samples]
+    try:
+        space = declared_space(image)
+    except ValueError:  # to_rgb refuses this picture
+        space = None
+    if isinstance(space, ColourSpace):
+        levels[..., :3] = to_srgb_levels(values / 65535, space.curve)[samples[..., :3]]
+        image.info[CONVERTED] = ColourSpace(space.chromaticities, SRGB.curve)
+    image.paste(Image.fromarray(levels, image.mode))
+    key = image.info.get("transparency")
+    if isinstance(key, tuple):
+        del image.info["transparency"]
+        opaque = (samples != np.array(key, np.uint16)).any(-1)
+        image.putalpha(Image.fromarray(np.uint8(255) * opaque))
 
 
 def _scale_key(image: Image.Image) -> None:
