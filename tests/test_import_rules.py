@@ -65,8 +65,15 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.captioners": ("container.captions extras images", "PIL", "torch transformers"),
     "percov2.tokenizing": (f"batching container images {CORE} {MODELS}", "numpy", ""),
     "percov2.coarser_rates": ("container models.config", "", ""),
+    "percov2.many_pictures": (
+        f"batching container.bitstream inputs options {CORE} {MODELS}",
+        "numpy PIL",
+        "",
+    ),
+    "percov2.places": ("extras", "", "fsspec"),
     "percov2.codec": (
-        f"batching coarser_rates container images inputs options tokenizing {CORE} {MODELS}",
+        f"batching coarser_rates container images inputs many_pictures options tokenizing {CORE} "
+        f"{MODELS}",
         "numpy PIL",
         "",
     ),
@@ -86,19 +93,25 @@ RULES: dict[str, tuple[str, str, str]] = {
     # Also runs under the peers' interpreter, which has no percov2.
     "percov2.bench.timing": ("", "", ""),
     # Commands load the rest when they run.
-    "percov2.cli": ("cli extras options container.bitstream container.captions", "", "numpy"),
+    "percov2.cli": (
+        "cli extras options places container.bitstream container.captions",
+        "",
+        "numpy",
+    ),
+    "percov2.cli.many": ("cli batching places", "tqdm", ""),
     "percov2.__main__": ("cli", "", ""),
 }
 NATIVE = {"percov2.entropy.rans", "percov2.models.tiny"}
 """Rules of the modules that may import the compiled module."""
 CODEC = """batching captioners coarser_rates codec colour_spaces container declared_colours
-entropy extras files images inputs models options pipeline tokenizing"""
+entropy extras files images inputs many_pictures models options pipeline places tokenizing"""
 """What ``@codec`` stands for: the codec and everything below it."""
 # First-party prefixes that a folder may import inside functions.
 LAZY: dict[str, str] = {
     "percov2.bench": "triton_kernels",
     "percov2.codec": "models.tiny.torch",
     "percov2.cli": "@codec bench evaluation photos training",
+    "percov2.places": "files",
     "percov2.entropy": "entropy.torch",
     "percov2.entropy.torch": "triton_kernels",
     "percov2.models": "triton_kernels",

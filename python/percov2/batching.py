@@ -1,17 +1,31 @@
-"""Batches of pictures of equal shape."""
+"""Many pictures: batches of equal shape, and a pipeline of threads for iterables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import TypeVar
+import contextlib
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import Condition
+from typing import Generic, TypeVar
 
-__all__ = ["TOKENS_AT_ONCE", "by_group"]
+__all__ = [
+    "TOKENS_AT_ONCE",
+    "Outcome",
+    "Pipeline",
+    "by_group",
+    "current_item",
+    "in_order",
+]
 
 
 TOKENS_AT_ONCE = 16384
 """Largest number of tokens per batch of a network. It bounds the memory."""
 
 Item = TypeVar("Item")
+Loaded = TypeVar("Loaded")
 Result = TypeVar("Result")
 
 
@@ -41,3 +55,174 @@ def by_group(
             chosen = members[begin : begin + step]
             results.update(zip(chosen, work([items[i] for i in chosen]), strict=True))
     return [results[i] for i in range(len(items))]
+
+
+def in_order(
+    work: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int
+) -> Iterator[Result]:
+    """Run ``work`` on items in threads. Yield the results in the items' order.
+
+    At most ``ahead`` items are taken from the iterable whose results are not yet yielded. The
+    first exception of ``work`` or of the iterable ends the iterator. Work that has not begun then
+    never begins.
+    """
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) >= ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """The result for one of many inputs, or the error in its place.
+
+    Attributes:
+        value: the result; None if there is an error.
+        error: ValueError for an invalid input, OSError for one that cannot be read, MemoryError.
+    """
+
+    value: Result | None = None
+    error: Exception | None = None
+
+    def get(self) -> Result:
+        """Return the result, or raise the error."""
+        if self.error is not None:
+            raise self.error
+        assert self.value is not None
+        return self.value
+
+
+_FAULTS = (ValueError, OSError, MemoryError)
+_CURRENT: ContextVar[int | None] = ContextVar("percov2_current_item", default=None)
+
+
+def current_item() -> int | None:
+    """Return the index of the input that this thread of a pipeline works on, for warnings."""
+    return _CURRENT.get()
+
+
+@contextlib.contextmanager
+def _working_on(index: int | None) -> Iterator[None]:
+    token = _CURRENT.set(index)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+class _Budget:
+    """A limit on the pixels that are worked on at once. Work that exceeds it runs alone."""
+
+    def __init__(self, pixels: int) -> None:
+        self._limit, self._used = pixels, 0
+        self._changed = Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._limit)
+        with self._changed:
+            self._changed.wait_for(lambda: self._used + pixels <= self._limit)
+            self._used += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= pixels
+                self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Pipeline(Generic[Item, Loaded, Result]):
+    """Load inputs, work on batches of them, and yield outcomes in order, all at the same time.
+
+    Attributes:
+        load: a function from an input to what ``work`` takes. It runs in ``loaders`` threads.
+        work: a function from a list to a list of results. It runs in ``workers`` threads.
+        pixels: the number of pixels of what ``load`` returns.
+        batch_size: largest number of inputs per call of ``work``.
+        loaders, workers: numbers of threads.
+        pixels_at_once: largest number of pixels that are worked on at once, unless one input has
+            more.
+    """
+
+    load: Callable[[Item], Loaded]
+    work: Callable[[list[Loaded]], Sequence[Result]]
+    pixels: Callable[[Loaded], int]
+    batch_size: int
+    loaders: int
+    workers: int
+    pixels_at_once: int
+
+    def run(self, inputs: Iterable[Item]) -> Iterator[Outcome[Result]]:
+        """Yield the outcome of every input, in order.
+
+        An input that ``load`` or ``work`` refuses gives an outcome with an error. Other errors,
+        and those of the iterable, end the run. At most a few batches are in memory.
+        """
+        budget = _Budget(self.pixels_at_once)
+        ahead = self.loaders + 2 * self.batch_size
+        loaded = in_order(self._load, enumerate(inputs), self.loaders, ahead)
+        batches = _chunks(loaded, self.batch_size)
+
+        def work(batch: list[tuple[int, Outcome[Loaded]]]) -> list[Outcome[Result]]:
+            return self._work(batch, budget)
+
+        for outcomes in in_order(work, batches, self.workers, 2 * self.workers):
+            yield from outcomes
+
+    def _load(self, numbered: tuple[int, Item]) -> tuple[int, Outcome[Loaded]]:
+        index, item = numbered
+        try:
+            with _working_on(index):
+                return index, Outcome(self.load(item))
+        except _FAULTS as error:
+            return index, Outcome(error=error)
+
+    def _work(
+        self, batch: list[tuple[int, Outcome[Loaded]]], budget: _Budget
+    ) -> list[Outcome[Result]]:
+        sound = [(index, one.get()) for index, one in batch if one.error is None]
+        found: dict[int, Outcome[Result]] = {
+            index: Outcome(error=one.error) for index, one in batch if one.error is not None
+        }
+        found |= self._attempt(sound, budget)
+        return [found[index] for index, _ in batch]
+
+    def _attempt(
+        self, chosen: list[tuple[int, Loaded]], budget: _Budget
+    ) -> dict[int, Outcome[Result]]:
+        if not chosen:
+            return {}
+        indices = [index for index, _ in chosen]
+        values = [value for _, value in chosen]
+        alone = indices[0] if len(chosen) == 1 else None
+        try:
+            with budget.taken(sum(map(self.pixels, values))), _working_on(alone):
+                results = self.work(values)
+        except _FAULTS as error:
+            if len(chosen) == 1:
+                return {indices[0]: Outcome(error=error)}
+            found: dict[int, Outcome[Result]] = {}
+            for one in chosen:  # the others are not at fault
+                found |= self._attempt([one], budget)
+            return found
+        return {i: Outcome(result) for i, result in zip(indices, results, strict=True)}
+
+
+def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    chunk: list[Item] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from threading import RLock
 from typing import TypeVar
 from weakref import WeakMethod
 
@@ -16,9 +17,9 @@ def remembered(method: Callable[..., Result], maxsize: int | None = None) -> Cal
     """Return a bound method with a cache of its last ``maxsize`` results, all by default.
 
     Unlike ``lru_cache``, it does not keep the object alive that stores it, whose networks may fill
-    gigabytes.
+    gigabytes, and threads that ask for the same result compute it once.
     """
-    weak = WeakMethod(method)
+    weak, turn = WeakMethod(method), RLock()
 
     @lru_cache(maxsize)
     def call(*arguments: object) -> Result:
@@ -26,4 +27,8 @@ def remembered(method: Callable[..., Result], maxsize: int | None = None) -> Cal
         assert bound is not None  # the object holds this function
         return bound(*arguments)
 
-    return call
+    def in_turn(*arguments: object) -> Result:
+        with turn:
+            return call(*arguments)
+
+    return in_turn

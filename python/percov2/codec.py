@@ -8,7 +8,7 @@ file whose check fails.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from percov2.batching import TOKENS_AT_ONCE, by_group
+from percov2.batching import TOKENS_AT_ONCE, Outcome, by_group
 from percov2.caching import remembered
 from percov2.coarser_rates import encode_bounded
 from percov2.container import bitstream, tokens_file
@@ -31,6 +31,7 @@ from percov2.entropy.schedule import SCHEDULES, check_name, stage_count
 from percov2.entropy.token_coder import TokenCoder
 from percov2.extras import require
 from percov2.inputs import OneFile, OnePicture, as_files, as_pictures, rgb_array
+from percov2.many_pictures import CaptionSource, compress_many, decompress_many
 from percov2.models.backbone import Backbone, BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig, Rate
 from percov2.options import DecodeOptions, EncodeOptions, options_from
@@ -235,6 +236,56 @@ class Codec:
         rates = [point, *self.config.coarser(point)]
         return encode_bounded(encode, sizes, rates, SCHEDULES.index(name))
 
+    def compress_many(
+        self,
+        inputs: Iterable[Any],
+        options: EncodeOptions | None = None,
+        *,
+        load: Callable[[Any], OnePicture] | None = None,
+        caption: CaptionSource = "",
+        jobs: int | None = None,
+        batch_size: int | None = None,
+        **changes: Any,
+    ) -> Iterator[Outcome[bytes]]:
+        """Compress the pictures of an iterable, which may be endless; yield outcomes in order.
+
+        Pictures are read, converted and coded in threads, a few ahead of the outcome that is taken
+        next. A picture that cannot be compressed gives an outcome with the error. The bytes are
+        those of ``compress``.
+
+        Args:
+            inputs: pictures, each as for ``compress``, or what ``load`` takes.
+            options: encoding options; None for the defaults.
+            load: a function from an input to a picture, which runs in threads.
+            caption: a text for all pictures, or a captioner: a function from Pillow images to one
+                text each.
+            jobs: number of pictures in work at the same time; None for all cores. More need more
+                memory.
+            batch_size: number of pictures per call of the networks; None for 1 on the CPU, where
+                batches are not faster, and 32 elsewhere.
+            changes: fields of ``EncodeOptions`` that replace those of ``options``.
+
+        Raises:
+            ValueError: an unknown rate or schedule, or options, jobs or batch_size out of range.
+
+        >>> codec = Codec.from_pretrained("tiny")
+        >>> pictures = [Image.new("RGB", (64, 48), name) for name in ("grey", "navy")]
+        >>> all(one.get() == codec.compress(picture, rate="r002") for one, picture in
+        ...     zip(codec.compress_many(pictures, rate="r002"), pictures))
+        True
+        """
+        options = options_from(EncodeOptions, options, changes)
+        self._rate(options.rate), self._schedule(options.schedule)
+        return compress_many(self, inputs, options, load, caption, jobs, batch_size)
+
+    def with_threads(self, threads: int) -> Codec:
+        """Return a codec of the same model whose networks use a number of threads.
+
+        Returns the codec itself if its runtime has no such setting.
+        """
+        model = self.model.with_threads(threads)
+        return self if model is self.model else type(self)(model, self._caption_folder)
+
     def _search(self, rate: str, rounds: int) -> ArraySearch:
         """Return a search for tokens, which needs gradients: torch, whatever the runtime."""
         require("torch", "effort", "torch", "diffusers", "transformers")
@@ -370,6 +421,25 @@ class Codec:
         one, files = as_files(file)
         images = self.paint(self.decode(files, options), options)
         return images[0] if one else images
+
+    def decompress_many(
+        self,
+        inputs: Iterable[Any],
+        options: DecodeOptions | None = None,
+        *,
+        load: Callable[[Any], OneFile] | None = None,
+        jobs: int | None = None,
+        batch_size: int | None = None,
+        **changes: Any,
+    ) -> Iterator[Outcome[Image.Image]]:
+        """Restore the files of an iterable, which may be endless; yield outcomes in order.
+
+        A file that cannot be restored gives an outcome with the error. Arguments and ValueError as
+        for ``compress_many`` and ``decompress``.
+        """
+        options = options_from(DecodeOptions, options, changes)
+        self.config.chosen_realism(self.config.default_rate, options.realism)
+        return decompress_many(self, inputs, options, load, jobs, batch_size)
 
     def decode_tokens(
         self, files: Sequence[bytes], options: DecodeOptions | None = None, **changes: Any

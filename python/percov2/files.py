@@ -27,6 +27,8 @@ __all__ = [
     "SUFFIX",
     "check_kind",
     "check_outputs",
+    "encoded_picture",
+    "is_stream",
     "picture_format",
     "read_arrays",
     "write_bytes",
@@ -87,7 +89,7 @@ def check_kind(path: Path, compressed: bool) -> None:
         path: where the result goes.
         compressed: True for a compressed file, False for a picture.
     """
-    if compressed and _is_stream(path):
+    if compressed and is_stream(path):
         return
     if compressed and path.suffix.lower() != SUFFIX:
         raise ValueError(f"the name of a compressed file must end in {SUFFIX}")
@@ -102,7 +104,7 @@ def check_kind(path: Path, compressed: bool) -> None:
             raise ValueError("it exists and is no picture, so it is not replaced")
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Return True for devices and pipes, and for standard output redirected to a file."""
     return (path.exists() and not path.is_file()) or path.is_relative_to("/dev")
 
@@ -128,10 +130,15 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 def write_image(image: Image.Image, path: Path | str) -> None:
     """Write a picture atomically, in the format of the name's ending; ValueError without one."""
+    write_bytes(path, encoded_picture(image, path))
+
+
+def encoded_picture(image: Image.Image, path: Path | str) -> bytes:
+    """Return a picture file in the format of the name's ending; ValueError without one."""
     name, options = picture_format(path)
     encoded = io.BytesIO()
     image.save(encoded, format=name, **options)
-    write_bytes(path, encoded.getvalue())
+    return encoded.getvalue()
 
 
 def write_bytes(path: Path | str, data: bytes) -> None:
@@ -143,7 +150,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     names ``path`` if the file cannot be written. Nothing else is left behind, except by a process
     that is killed between two calls, and the next one removes that.
     """
-    if _is_stream(Path(path)):
+    if is_stream(Path(path)):
         with open(path, "wb") as stream:
             stream.write(data)
         return

@@ -10,7 +10,7 @@ import io
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -24,6 +24,7 @@ from percov2.container.bitstream import MAX_PIXELS, MAX_SIDE
 from percov2.declared_colours import CONVERTED, declared_space, read_declarations
 
 __all__ = [
+    "ENDINGS",
     "READ_FORMATS",
     "ImageSizeError",
     "ImageWarning",
@@ -50,6 +51,14 @@ READ_FORMATS = (
 an interpreter (EPS, WMF), and some are rarely tested."""
 
 
+ENDINGS = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".dib", ".webp", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".jp2", ".j2k", ".jpx", ".jpf", ".heic"),
+    *(".heif", ".hif", ".tga", ".ico", ".icns", ".pcx", ".qoi", ".sgi"),
+)
+"""Endings of the names of pictures, in lower case, by which they are found in a folder."""
+
+
 class ImageWarning(UserWarning):
     """A part of a picture that the conversion to sRGB ignored or replaced."""
 
@@ -74,7 +83,7 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode the picture file of a stream. Arguments, result and ValueError as ``read_image``."""
     try:
         # Some formats decode on opening, and a container may hold more pixels than its header says.
-        with _pillow_limit(max_pixels):
+        with _PILLOW_LIMIT.held(max_pixels):
             image = open_lazily(stream)
             _skip_thumbnails(image)
             check_size(image.width, image.height, max_pixels)
@@ -217,19 +226,42 @@ def _scale_key(image: Image.Image) -> None:
         image.info["transparency"] = min(key * factor, 255)
 
 
-_PILLOW_LIMIT = threading.Lock()
+class _PillowLimit:
+    """Pillow's process-wide limit on pixels, with its warning made an error.
 
+    Threads with the same limit share it; another limit waits for its turn.
+    """
 
-@contextmanager
-def _pillow_limit(pixels: int) -> Iterator[None]:
-    """Set Pillow's process-wide limit and make its warning an error."""
-    with _PILLOW_LIMIT, warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, pixels
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._users, self._pixels = 0, 0
+        self._restored = ExitStack()
+
+    @contextmanager
+    def held(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users or self._pixels == pixels)
+            if not self._users:
+                self._set(pixels)
+            self._users += 1
         try:
             yield
         finally:
-            Image.MAX_IMAGE_PIXELS = before
+            with self._changed:
+                self._users -= 1
+                if not self._users:
+                    self._restored.close()
+                    self._changed.notify_all()
+
+    def _set(self, pixels: int) -> None:
+        self._pixels = pixels
+        self._restored.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        self._restored.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+        Image.MAX_IMAGE_PIXELS = pixels
+
+
+_PILLOW_LIMIT = _PillowLimit()
 
 
 class ImageSizeError(ValueError):

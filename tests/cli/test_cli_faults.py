@@ -29,18 +29,27 @@ def test_expected_errors_are_one_line_about_the_file(picture, file, random_model
     ours.write_bytes(file.read_bytes())
     for command, message in [
         (("compress", text, small, *model), f"{text}: not a picture"),
-        (("compress", tmp_path, small, *model), f"{tmp_path}: Is a directory"),
+        (("compress", tmp_path, small, *model), f"-o {small} is no folder, but there are several"),
         (
             ("compress", picture, tmp_path / "x/y.pcv2", *model),
             f"there is no folder {tmp_path / 'x'}",
         ),
         (("compress", picture, small, *model, "--max-pixels", 99), "limit of 99"),
         (("compress", picture, small, "--model", "nix"), "model nix: no model 'nix'"),
-        (("compress", picture, out, *model), f"{out}: the name of a compressed file must end in"),
-        (("compress", picture, text, *model), f"{text}: the name of a compressed file must end"),
+        (
+            ("compress", picture, "-o", out, *model),
+            f"{out}: the name of a compressed file must end in",
+        ),
+        (
+            ("compress", picture, "-o", text, *model),
+            f"{text}: the name of a compressed file must end",
+        ),
         (("compress", picture, theirs, *model), f"{theirs}: it exists and is no .pcv2 file"),
         (("decompress", file, ours, *model), f"{ours}: it exists and is no picture"),
-        (("compress", picture, picture, *model), "photo.png: it is the same file as the input"),
+        (
+            ("compress", picture, "-o", picture, *model),
+            "photo.png: it is the same file as the input",
+        ),
         *(
             (("compress", picture, small, *model, "--device", device), f"unknown device '{device}'")
             for device in ("meta", "xpu", "mps", "")
@@ -50,8 +59,10 @@ def test_expected_errors_are_one_line_about_the_file(picture, file, random_model
         (("decompress", cut, out, *model), f"{cut}: the file is damaged or cut"),
         (("decompress", other, out, *model), f"{other}: the file needs the model with id 0000"),
         (("decompress", file, tmp_path / "out.txt", *model), "no picture format"),
-        (("decompress", file, file, *model), "photo.pcv2: it is the same file as the input"),
-        (("decompress", file, tmp_path, *model), f"cannot write {tmp_path}: it is a folder"),
+        (
+            ("decompress", file, "-o", file, *model),
+            "photo.pcv2: it is the same file as the input",
+        ),
         (("decompress", file, out, *model, "--max-pixels", 99), "limit of 99"),
         (("info", text), f"{text}: not a .pcv2 file"),
         (("info", cut, "--verify", *model), f"{cut}: the file is damaged or cut"),

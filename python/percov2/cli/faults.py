@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Fault", "about", "in_flags", "printable", "report_faults", "say"]
+__all__ = ["Fault", "about", "in_flags", "naming", "printable", "reason", "report_faults", "say"]
 
 
 class Fault(Exception):
@@ -28,11 +28,18 @@ def about(name: object) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError, ImportError) as error:
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            other = error.filename is not None and str(error.filename) != str(name)
-            text = f"{error.filename}: {error.strerror}" if other else error.strerror
-        raise Fault(f"{name}: {in_flags(' '.join(text.split()))}") from error
+        raise Fault(f"{name}: {reason(name, error)}") from error
+
+
+def reason(name: object, error: Exception) -> str:
+    """Return the message of an error about ``name`` in one line, with options as flags."""
+    text = str(error)
+    if isinstance(error, MemoryError):
+        text = "not enough memory"
+    if isinstance(error, OSError) and error.strerror:
+        other = error.filename is not None and str(error.filename) != str(name)
+        text = f"{error.filename}: {error.strerror}" if other else error.strerror
+    return in_flags(" ".join(text.split()))
 
 
 _FLAGS = re.compile(
@@ -46,8 +53,11 @@ def in_flags(text: str) -> str:
     return _FLAGS.sub(lambda found: "--" + found.group().replace("_", "-"), text)
 
 
-def report_faults(work: Callable[[], None]) -> int:
-    """Run a command and return its exit status: 0, 2 for an expected error, 130 for Ctrl-C."""
+def report_faults(work: Callable[[], int | None]) -> int:
+    """Run a command and return its exit status.
+
+    It is the command's own, 0 if that is None, 2 for an expected error, 130 for Ctrl-C.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The terminal's encoding may lack characters of a caption or file name.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -55,7 +65,7 @@ def report_faults(work: Callable[[], None]) -> int:
         with warnings.catch_warnings():
             _show_own_warnings()
             try:
-                work()
+                status = work()
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()
@@ -68,7 +78,7 @@ def report_faults(work: Callable[[], None]) -> int:
     except OSError as error:  # about() handles files, so stdout is full or closed
         _drop_stdout()
         return _complain(f"standard output: {error.strerror or error}", 2)
-    return 0
+    return status or 0
 
 
 def printable(text: object) -> str:
@@ -78,7 +88,9 @@ def printable(text: object) -> str:
 
 def say(text: str) -> None:
     """Print a line to standard error, which never carries data; a closed one is ignored."""
-    with contextlib.suppress(OSError, ValueError):
+    bars = sys.modules.get("tqdm")
+    beside_bars = bars.tqdm.external_write_mode(sys.stderr) if bars else contextlib.nullcontext()
+    with contextlib.suppress(OSError, ValueError), beside_bars:
         print(printable(text), file=sys.stderr)
 
 
@@ -93,13 +105,29 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+_current_name: list[Callable[[], str | None]] = []
+
+
+@contextmanager
+def naming(name: Callable[[], str | None]) -> Iterator[None]:
+    """Show every warning of percov2, after the name of the input that the warning is about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning, module=r"percov2\.")
+        _current_name.append(name)
+        try:
+            yield
+        finally:
+            _current_name.pop()
+
+
 def _show_own_warnings() -> None:
     """Print each warning of percov2 on one line."""
     default = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
         if category.__module__.startswith("percov2."):
-            say(f"percov2: warning: {in_flags(str(message))}")
+            name = _current_name[-1]() if _current_name else None
+            say(f"percov2: {f'{name}: ' if name else ''}warning: {in_flags(str(message))}")
         else:
             default(message, category, *place, **more)
 

@@ -7,13 +7,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from percov2.cli.faults import Fault, about, printable
+from percov2.cli.faults import Fault, about, printable, say
 from percov2.cli.models import add_model, check_choices, chosen_flags, open_codec
 from percov2.cli.options import add_command, add_options
 from percov2.container import bitstream
 from percov2.options import DecodeOptions
+from percov2.places import read
 
 if TYPE_CHECKING:
+    from percov2.codec import Codec
     from percov2.container.bitstream import ParsedFile
 
 __all__ = ["EMBEDDED", "add_parser", "info", "read_file"]
@@ -26,9 +28,10 @@ _UNUSED = ("realism", "steps", "guidance", "seed", "allow_truncated")
 
 def add_parser(commands: Any) -> None:
     """Add ``info`` to the commands."""
-    added = add_command(commands, "info", info, "Describe a .pcv2 file.")
-    added.add_argument("input", type=Path, metavar="FILE", help=".pcv2 file to describe")
-    help_ = "print one JSON object (default: print lines of text)"
+    added = add_command(commands, "info", info, "Describe .pcv2 files.")
+    help_ = ".pcv2 file to describe, a URL, or - for standard input"
+    added.add_argument("inputs", nargs="+", metavar="FILE", help=help_)
+    help_ = "print a JSON object, or a list of them for several files (default: lines of text)"
     added.add_argument("--json", action="store_true", help=help_)
     help_ = "decode the tokens, refuse a damaged file, print their SHA-256 (default: header only)"
     added.add_argument("--verify", action="store_true", help=help_)
@@ -36,42 +39,62 @@ def add_parser(commands: Any) -> None:
     add_options(added, DecodeOptions, *_UNUSED)
 
 
-def read_file(path: Path) -> bytes:
-    """Return the bytes of a file; raise ValueError if it is too long for a ``.pcv2`` file."""
-    with open(path, "rb") as stream:
-        data = stream.read(MAX_FILE_BYTES + 1)
+def read_file(name: str) -> bytes:
+    """Return the bytes of a path, URL or pipe; ValueError if too long for a ``.pcv2`` file."""
+    data = read(name, MAX_FILE_BYTES)
     if len(data) > MAX_FILE_BYTES:
         raise ValueError(f"not a .pcv2 file: it is longer than {MAX_FILE_BYTES} bytes")
     return data
 
 
-def info(arguments: argparse.Namespace) -> None:
+def info(arguments: argparse.Namespace) -> int | None:
     """Run ``percov2 info``."""
+    codec = None
     if arguments.verify:
         check_choices(arguments)
     elif given := [*chosen_flags(arguments), *["--allow-sparse"] * arguments.allow_sparse]:
         raise Fault(f"only --verify reads {', '.join(given)}")
-    with about(arguments.input):
-        data = read_file(arguments.input)
-        parsed = bitstream.read(data, arguments.max_pixels)
-        record = _describe(arguments.input, data, parsed)
-    if arguments.verify:
-        codec = open_codec(arguments)
-        with about(arguments.input):
-            limits = {"max_pixels": arguments.max_pixels, "allow_sparse": arguments.allow_sparse}
-            (decoded,) = codec.decode([data], **limits)
-        import hashlib
-
-        record["model"], record["rate"] = codec.config.name, decoded.rate.name
-        record["caption"], record["bytes"] = decoded.caption, _parts(data, decoded.bits)
-        record["sha256"] = hashlib.sha256(decoded.tokens.astype("<i4").tobytes()).hexdigest()
+    records, faults = [], []
+    for name in arguments.inputs:
+        try:
+            with about(name):
+                data = read_file(name)
+                parsed = bitstream.read(data, arguments.max_pixels)
+                record = _describe(name, data, parsed)
+            if arguments.verify:
+                codec = codec or open_codec(arguments)
+                with about(name):
+                    record |= _verified(codec, data, arguments)
+        except Fault as fault:
+            faults.append(fault)
+            if len(arguments.inputs) == 1:
+                raise
+            say(f"percov2: {fault}")
+            continue
+        records.append(record)
+        if not arguments.json:
+            _print_info(record)
     if arguments.json:
-        print(json.dumps(record, indent=2))
-    else:
-        _print_info(record)
+        print(json.dumps(records[0] if len(arguments.inputs) == 1 else records, indent=2))
+    return (1 if records else 2) if faults else 0
 
 
-def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
+def _verified(codec: Codec, data: bytes, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the facts of a file whose tokens are decoded."""
+    import hashlib
+
+    limits = {"max_pixels": arguments.max_pixels, "allow_sparse": arguments.allow_sparse}
+    (decoded,) = codec.decode([data], **limits)
+    return {
+        "model": codec.config.name,
+        "rate": decoded.rate.name,
+        "caption": decoded.caption,
+        "bytes": _parts(data, decoded.bits),
+        "sha256": hashlib.sha256(decoded.tokens.astype("<i4").tobytes()).hexdigest(),
+    }
+
+
+def _describe(name: str, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
     """Return the facts of a file that need no decoding of its tokens."""
     from percov2.container.captions import CAPTION_CODECS, decode_caption
     from percov2.entropy.schedule import SCHEDULES
@@ -80,7 +103,7 @@ def _describe(path: Path, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
     model, rate = _embedded_model(model_id)
     unread = header.caption_codec == bitstream.CAPTION_MODEL  # needs the model: --verify
     return {
-        "file": str(path),
+        "file": name,
         "width": header.width,
         "height": header.height,
         "model_id": model_id,

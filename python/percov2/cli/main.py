@@ -20,9 +20,13 @@ COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit status: 0, 2 for an expected error, 130 for Ctrl-C."""
+    """Run a command line and return its exit status.
 
-    def work() -> None:
+    It is 0 if everything is done, 1 if some of several inputs failed, 2 for another expected error,
+    and 130 for Ctrl-C.
+    """
+
+    def work() -> int | None:
         arguments, unknown = build_parser().parse_known_args(argv)
         if unknown:
             arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -30,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             extra, *modules = arguments.needs
             with about(arguments.parser.prog.removeprefix("percov2 ")):
                 require(extra, "this command", *modules)
-        arguments.run(arguments)
+        status: int | None = arguments.run(arguments)
+        return status
 
     return report_faults(work)
 

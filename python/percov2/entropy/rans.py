@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -47,6 +49,7 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "intervals",
+    "limited_threads",
     "stage_attention",
     "use_instruction_set",
 ]
@@ -89,15 +92,31 @@ def use_instruction_set(name: str) -> None:
 def default_threads() -> int:
     """Return the number of threads for passes of the entropy model.
 
-    If torch is loaded, this is its number of threads. Otherwise it is OMP_NUM_THREADS or, if that
-    is not set, the number of cores that this process may use.
+    Within ``limited_threads``, this is its limit. Otherwise, if torch is loaded, it is torch's
+    number of threads. Otherwise it is OMP_NUM_THREADS or, if that is not set, the number of cores
+    that this process may use.
     """
+    if (limit := _LIMIT.get()) is not None:
+        return limit
     torch = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_num_threads"):
         return int(torch.get_num_threads())
     asked = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, int(asked) if asked.isdigit() else cores or 1)
+
+
+_LIMIT: ContextVar[int | None] = ContextVar("percov2_threads", default=None)
+
+
+@contextmanager
+def limited_threads(count: int) -> Iterator[None]:
+    """Make ``default_threads`` return ``count`` in this thread."""
+    token = _LIMIT.set(count)
+    try:
+        yield
+    finally:
+        _LIMIT.reset(token)
 
 
 def cuda_state() -> str:

@@ -26,7 +26,15 @@ from percov2.models.checksums import Checksums
 from percov2.models.config import ModelConfig, find_model
 from percov2.models.stored_tensors import read_tensors
 
-__all__ = ["DTYPES", "RUNTIMES", "Backbone", "BackboneOptions", "check_runtime", "open_backbone"]
+__all__ = [
+    "DTYPES",
+    "RUNTIMES",
+    "Backbone",
+    "BackboneOptions",
+    "available_cores",
+    "check_runtime",
+    "open_backbone",
+]
 
 _ON_ONNX = {"tiny": "tiny.backbone:TinyModel"}
 _ON_TORCH = {
@@ -122,6 +130,13 @@ class Backbone(ABC):
     @abstractmethod
     def runtime(self) -> str:
         """Return the runtime of the networks, its version and its threads, for reports."""
+
+    parallel = False
+    """Whether several threads may use the networks at once."""
+
+    def with_threads(self, threads: int) -> Backbone:
+        """Return the same model with networks that use a number of threads, if that can be set."""
+        return self
 
     def codebook_bytes(self, rate: str) -> bytes:
         """Return the stored codebook, float32 little-endian, row after row, for the model id."""
@@ -239,7 +254,7 @@ def check_runtime(folder: Path, kind: str, device: str, options: BackboneOptions
     return runtime
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -264,7 +279,7 @@ def open_backbone(
     options = options or BackboneOptions()
     folder, config = find_model(name_or_path)
     if check_runtime(folder, config.backbone, str(device), options) == "onnx":
-        threads = options.threads or _available_cores()
+        threads = options.threads or available_cores()
         opened: Backbone = _home(_ON_ONNX[config.backbone])(folder, threads, options.dtype)
     else:
         opened = _open_on_torch(folder, config.backbone, str(device), options)

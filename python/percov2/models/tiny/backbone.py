@@ -6,6 +6,7 @@ Compressing never loads the flow; decompressing never loads the encoders.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,12 +116,17 @@ class TinyModel(Backbone):
             in float32.
     """
 
+    parallel = True
+
     def __init__(self, folder: Path, threads: int, dtype: str | None = None) -> None:
         super().__init__(folder)
         self.threads = threads
         graph = self.folder / "autoencoder" / "decoder.int8.onnx"
         chosen = "int8" if graph.is_file() and "avx512" in instruction_sets() else "fp32"
         self.dtype = dtype or chosen
+        self._encoder = remembered(self._load_encoder)
+        self._decoder = remembered(self._load_decoder)
+        self._flow = remembered(self._load_flow)
         self._hyper_encoder = remembered(self._load_hyper_encoder)
         self._quantizer = remembered(self._load_quantizer)
 
@@ -130,14 +136,20 @@ class TinyModel(Backbone):
         version = onnxruntime.__version__
         return f"onnxruntime {version}, {self.dtype} decoder, {self.threads} threads"
 
+    def with_threads(self, threads: int) -> TinyModel:
+        """Return the same model, as ``Backbone.with_threads``."""
+        if threads == self.threads:
+            return self
+        other = TinyModel(self.folder, threads, self.dtype)
+        other.opened_with = dataclasses.replace(self.opened_with, threads=threads)
+        return other
+
     # Networks ------------------------------------------------------------------------------------
 
-    @cached_property
-    def _encoder(self) -> Graph:
+    def _load_encoder(self) -> Graph:
         return Graph(self.component("autoencoder") / "encoder.onnx", self.threads, "encoder.")
 
-    @cached_property
-    def _decoder(self) -> Graph:
+    def _load_decoder(self) -> Graph:
         int8 = self.dtype == "int8"
         name = "decoder.int8.onnx" if int8 else "decoder.onnx"
         return Graph(self.component("autoencoder") / name, self.threads, "decoder.", int8)
@@ -146,8 +158,7 @@ class TinyModel(Backbone):
     def _flow_config(self) -> dict[str, Any]:
         return read_config(self.component("flow"), *_FLOW_SETTINGS)
 
-    @cached_property
-    def _flow(self) -> Graph:
+    def _load_flow(self) -> Graph:
         config = self._flow_config
         width = config["num_attention_heads"] * config["attention_head_dim"]
         base_side = config["sample_size"] // config["patch_size"]
@@ -191,7 +202,7 @@ class TinyModel(Backbone):
         shape = (1, len(weight), images.shape[2] // side, images.shape[3] // side)
         found = []
         for i in range(len(images)):  # alone, so that its company cannot change its tokens
-            latents = hyper_encoder(latents=self._encoder(images=images[i : i + 1]))
+            latents = hyper_encoder(latents=self._encoder()(images=images[i : i + 1]))
             if latents.shape != shape:
                 raise ValueError(
                     f"{self.folder / self.config.rate(rate).name / 'hyper_encoder'} gives "
@@ -273,13 +284,13 @@ class TinyModel(Backbone):
         """
         height, width = latents.shape[-2:]
         if max(height, width) <= _TILE:
-            yield _pixels(0, height), _pixels(0, width), self._decoder(latents=latents)
+            yield _pixels(0, height), _pixels(0, width), self._decoder()(latents=latents)
             return
         tiles = [*product(self._tiles(height), self._tiles(width))]
         for (top, bottom), (left, right) in _progress(tiles, "decoding", "tile"):
             above, before = max(0, top - self._reach), max(0, left - self._reach)
             ys, xs = slice(above, bottom + self._reach), slice(before, right + self._reach)
-            part = self._decoder(latents=np.ascontiguousarray(latents[..., ys, xs]))
+            part = self._decoder()(latents=np.ascontiguousarray(latents[..., ys, xs]))
             inner = _pixels(top - above, bottom - above), _pixels(left - before, right - before)
             yield _pixels(top, bottom), _pixels(left, right), part[:, :, *inner]
 
@@ -391,7 +402,7 @@ class TinyModel(Backbone):
                 [np.concatenate([noisy[b, :, *at], condition.at(b, *at)]) for b, at in some]
             )
             times = np.full(len(some), 1000 * t, np.float32)
-            output = self._flow(x=cut, t=times, sequence=text[0][rows], pooled=text[1][rows])
+            output = self._flow()(x=cut, t=times, sequence=text[0][rows], pooled=text[1][rows])
             if config.prediction == "velocity":
                 output = cut[:, : output.shape[1]] - np.float32(t) * output
             for (b, (ys, xs)), part in zip(some, output, strict=True):

@@ -1,0 +1,126 @@
+"""Runs over several inputs: progress, a line per fault, a report and the exit status."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from percov2.batching import Outcome, current_item, in_order
+from percov2.cli.faults import Fault, about, naming, reason, say
+from percov2.cli.operands import Plan, Task
+from percov2.places import exists
+
+__all__ = ["run_many"]
+
+_FAULTS = (ValueError, OSError, MemoryError)
+
+
+def run_many(
+    plan: Plan,
+    arguments: argparse.Namespace,
+    start: Callable[[Sequence[Task]], Iterator[Outcome[Any]]],
+    finish: Callable[[Task, Any], dict[str, Any]],
+) -> int:
+    """Run tasks and return the exit status: 0 all done, 1 some failed, 2 nothing done.
+
+    Args:
+        plan: the tasks.
+        arguments: a command line with the flags of ``operands.add_many``.
+        start: a function from tasks to their outcomes, in order.
+        finish: a function from a task and its outcome's value to facts for the report. It writes
+            the result. It runs in threads.
+    """
+    skipped = [one for one in plan.tasks if arguments.skip_existing and exists(one.target)]
+    tasks = [one for one in plan.tasks if one not in set(skipped)] if skipped else plan.tasks
+    begin, records = time.monotonic(), _Records()
+    with _report(arguments.report) as report, naming(lambda: _source(tasks)):
+        for name, message in plan.faults:
+            records.add(report, {"input": name, "output": None, "error": message})
+        for task in skipped:
+            records.add(report, {"input": task.source, "output": task.target, "skipped": True})
+
+        def store(pair: tuple[Task, Outcome[Any]]) -> dict[str, Any]:
+            task, outcome = pair
+            record: dict[str, Any] = {"input": task.source, "output": task.target}
+            if outcome.error is not None:
+                return record | {"error": reason(task.source, outcome.error)}
+            try:
+                return record | finish(task, outcome.value)
+            except _FAULTS as error:
+                return record | {"error": f"{task.target}: {reason(task.target, error)}"}
+
+        jobs = arguments.jobs or 2
+        try:
+            with tqdm(total=len(tasks), unit="picture", disable=None) as bar:
+                pairs = zip(tasks, start(tasks), strict=True) if tasks else ()
+                for record in in_order(store, pairs, jobs, 2 * jobs):
+                    records.add(report, record)
+                    bar.update()
+        finally:
+            say(records.summary(time.monotonic() - begin, plan.ignored))
+    return records.status()
+
+
+def _source(tasks: Sequence[Task]) -> str | None:
+    index = current_item()
+    return None if index is None else tasks[index].source
+
+
+class _Records:
+    """Counts of a run."""
+
+    def __init__(self) -> None:
+        self.done, self.failed, self.skipped = 0, 0, 0
+        self.bytes, self.pixels = 0, 0
+
+    def add(self, report: IO[str] | None, record: dict[str, Any]) -> None:
+        """Count a record, say its error, and write it to the report."""
+        if "error" in record:
+            self.failed += 1
+            say(f"percov2: {record['input']}: {record['error']}")
+        elif "skipped" in record:
+            self.skipped += 1
+        else:
+            self.done += 1
+            self.bytes += record["bytes"]
+            self.pixels += record["width"] * record["height"] if "bpp" in record else 0
+        if report is not None:
+            report.write(json.dumps(record) + "\n")
+
+    def summary(self, seconds: float, ignored: int) -> str:
+        """Return one line about the run."""
+        total = self.done + self.failed + self.skipped
+        bpp = f", {8 * self.bytes / self.pixels:.4f} bpp" if self.pixels else ""
+        text = f"{self.done} of {total} pictures, {self.bytes} bytes{bpp}"
+        text += f", {self.done / max(seconds, 1e-9):.2f} pictures/s"
+        others = {"failed": self.failed, "skipped": self.skipped, "other files ignored": ignored}
+        return text + "".join(f", {count} {what}" for what, count in others.items() if count)
+
+    def status(self) -> int:
+        """Return the exit status."""
+        if not self.failed:
+            return 0
+        return 1 if self.done or self.skipped else 2
+
+
+@contextlib.contextmanager
+def _report(path: Path | None) -> Iterator[IO[str] | None]:
+    """Open a report; a Fault for a file that is no report."""
+    if path is None:
+        yield None
+        return
+    with about(path):
+        if path.is_file() and path.stat().st_size:
+            with open(path, "rb") as present:
+                if present.read(10) != b'{"input": ':
+                    raise Fault(f"{path}: it exists and is no report, so it is not replaced")
+        stream = open(path, "w", encoding="utf-8")  # noqa: SIM115
+    with stream:
+        yield stream

@@ -1,0 +1,241 @@
+"""Operands of ``compress`` and ``decompress``: files, folders, patterns, URLs and pipes."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from percov2.cli.options import number
+from percov2.places import PIPE, exists, is_local, is_url, listed
+
+__all__ = ["Plan", "Task", "add_many", "check_target", "plan_of", "shown"]
+
+
+def add_many(parser: argparse.ArgumentParser, what: str, example: str) -> None:
+    """Add the operands and flags of a command for several inputs.
+
+    Args:
+        parser: the command's parser.
+        what: one input.
+        example: name of one output.
+    """
+    help_ = f"{what}, folder, pattern, URL, or - for standard input; IN {example} names the output"
+    parser.add_argument("inputs", nargs="+", metavar="IN", help=help_)
+    help_ = "file for one result, folder for several, or - for standard output (default: beside IN)"
+    parser.add_argument("-o", "--output", metavar="OUT", help=help_)
+    help_ = "take files from sub-folders, too (default: only from the folders given)"
+    parser.add_argument("-r", "--recursive", action="store_true", help=help_)
+    help_ = "leave out inputs whose output exists (default: write it again)"
+    parser.add_argument("--skip-existing", action="store_true", help=help_)
+    help_ = "inputs in work at the same time, if there are several (default: all cores)"
+    parser.add_argument("--jobs", type=number(int, 1, 1024), metavar="N", help=help_)
+    help_ = "write a JSON object per input to this file (default: none)"
+    parser.add_argument("--report", type=Path, metavar="FILE.jsonl", help=help_)
+
+
+class Task(NamedTuple):
+    """One input and where its result goes: paths, URLs, or "-" for standard input and output."""
+
+    source: str
+    target: str
+
+
+class Plan(NamedTuple):
+    """What a command line asks for.
+
+    Attributes:
+        tasks: a task per input, in order.
+        faults: (input, message) of inputs that have no task.
+        ignored: number of files of folders that have another ending.
+        several: True if the operands may stand for more than one input.
+        into_folder: True if the outputs go into a folder that is made if it is missing.
+        beside: True if the outputs go beside the inputs.
+    """
+
+    tasks: list[Task]
+    faults: list[tuple[str, str]]
+    ignored: int
+    several: bool
+    into_folder: bool
+    beside: bool
+
+
+class _Found(NamedTuple):
+    """An input, and its path below the operand that it was found with."""
+
+    source: str
+    below: str
+
+
+def plan_of(arguments: argparse.Namespace, endings: Collection[str], compressing: bool) -> Plan:
+    """Return what a command line with the flags of ``add_many`` asks for.
+
+    Args:
+        arguments: the command line.
+        endings: endings of the files that are taken from folders, in lower case.
+        compressing: True if results are compressed files, False if they are pictures.
+
+    Raises:
+        ValueError: the output cannot hold the results, or it would replace an input.
+    """
+    operands, output = arguments.inputs, arguments.output
+    if output is None and len(operands) == 2 and _names_output(operands[1], compressing):
+        *operands, output = operands
+    planned = _plan(operands, output, endings, _ENDINGS[compressing], arguments.recursive)
+    if not planned.several:
+        for _, message in planned.faults:
+            raise ValueError(message)
+        for flag in ("skip_existing", "report", "jobs"):
+            if getattr(arguments, flag) not in (None, False):
+                return planned._replace(several=True)
+        check_target(planned, planned.tasks[0].target, compressing)
+    return planned
+
+
+_ENDINGS = {True: ".pcv2", False: ".png"}
+
+
+def _names_output(operand: str, compressing: bool) -> bool:
+    """Return True if a second operand is an output: by its ending, or because it is a device."""
+    if not is_local(operand) or os.path.isdir(operand):
+        return False
+    from percov2.files import is_stream
+
+    if is_stream(Path(operand)):
+        return os.path.realpath(operand) != os.path.realpath("/dev/stdin")
+    ending = _ending(operand)
+    return (ending == ".pcv2") == compressing
+
+
+def check_target(planned: Plan, target: str, compressed: bool) -> None:
+    """Check that a result may be written under a name, and make its folder if that is planned.
+
+    A picture beside its compressed file is not replaced, because it may be the original.
+
+    Raises:
+        ValueError: as ``percov2.files.check_kind``, a folder, a name in no folder, or a picture
+            that must not be replaced.
+        OSError: the folder cannot be made.
+    """
+    if target == PIPE:
+        return
+    from percov2.files import check_kind, check_outputs, picture_format
+
+    if not is_local(target):
+        if compressed and _ending(target) != ".pcv2":
+            raise ValueError(f"cannot write {target}: its name must end in .pcv2")
+        if not compressed:
+            picture_format(target)
+        return
+    path = Path(target)
+    if planned.into_folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if planned.beside and not compressed and exists(target):
+        raise ValueError(f"{target} exists and may be the original; name another output with -o")
+    check_outputs([path], [])
+    try:
+        check_kind(path, compressed)
+    except ValueError as error:
+        raise ValueError(f"{target}: {error}") from error
+
+
+def shown(target: str) -> str:
+    """Return a name for messages."""
+    return "standard output" if target == PIPE else target
+
+
+def _plan(
+    operands: Sequence[str], output: str | None, endings: Collection[str], ending: str, deep: bool
+) -> Plan:
+    """Return the tasks of operands; ``ending`` is that of the results, ``deep`` for sub-folders."""
+    found: list[_Found] = []
+    faults: list[tuple[str, str]] = []
+    ignored, several = 0, len(operands) > 1
+    for operand in operands:
+        members = _members(operand, deep)
+        if members is None:
+            found.append(_Found(operand, os.path.basename(operand)))
+            continue
+        fitting = [one for one in members if _ending(one.source) in endings]
+        if not fitting:
+            faults.append((operand, f"no file there ends in {', '.join(sorted(endings))}"))
+        ignored, several = ignored + len(members) - len(fitting), True
+        found += fitting
+    folder = _is_folder(output, several)
+    tasks: list[Task] = []
+    taken = {_place(one.source): f"the same file as the input {one.source}" for one in found}
+    for one in found:
+        target = _target(one, output, folder, ending)
+        other = taken.get(_place(target)) if target != PIPE else None
+        if other:
+            faults.append((one.source, f"cannot write {target}: it is {other}"))
+            continue
+        taken[_place(target)] = f"the output for {one.source}"
+        tasks.append(Task(one.source, target))
+    return Plan(tasks, faults, ignored, several, folder, output is None)
+
+
+def _members(operand: str, deep: bool) -> list[_Found] | None:
+    """Return the files of a folder or pattern; None for an operand that is one input."""
+    if operand == PIPE:
+        return None
+    if is_url(operand):
+        urls = listed(operand, deep)
+        return None if urls is None else [_Found(*one) for one in urls]
+    if os.path.isdir(operand):
+        return _files_below(operand, deep)
+    if os.path.lexists(operand) or not glob.has_magic(operand):
+        return None
+    fixed = operand[: min(operand.find(c) for c in "*?[" if c in operand)]
+    start = os.path.dirname(fixed)
+    matches = sorted(glob.glob(operand, recursive=True))
+    return [_Found(one, os.path.relpath(one, start or ".")) for one in matches if not _hidden(one)]
+
+
+def _files_below(folder: str, deep: bool) -> list[_Found]:
+    """Return the files of a folder in the order of their names, without hidden ones."""
+    found: list[_Found] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if deep and not _hidden(name))
+        for name in sorted(names):
+            if not _hidden(name):
+                path = os.path.join(place, name)
+                found.append(_Found(path, os.path.relpath(path, folder)))
+    return found
+
+
+def _hidden(path: str) -> bool:
+    return os.path.basename(path).startswith(".")
+
+
+def _ending(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _is_folder(output: str | None, several: bool) -> bool:
+    """Return True if results go into a folder; ValueError if an output cannot be one but must."""
+    if output is None:
+        return False
+    if output != PIPE and (output.endswith(("/", os.sep)) or os.path.isdir(output)):
+        return True
+    if several and (output == PIPE or os.path.lexists(output) or _ending(output)):
+        raise ValueError(f"-o {output} is no folder, but there are several inputs; end it with /")
+    return several
+
+
+def _target(one: _Found, output: str | None, folder: bool, ending: str) -> str:
+    if output is None:
+        return PIPE if one.source == PIPE else os.path.splitext(one.source)[0] + ending
+    if not folder:
+        return output
+    name = "stdin" if one.source == PIPE else os.path.splitext(one.below)[0]
+    return (output if output.endswith("/") else output + "/") + name + ending
+
+
+def _place(name: str) -> str:
+    """Return what two names of the same file share."""
+    return name if name == PIPE or is_url(name) else os.path.realpath(name)

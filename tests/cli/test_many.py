@@ -1,0 +1,250 @@
+"""Commands with several inputs: folders, patterns, pipes, URLs, faults and their exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from percov2 import Codec
+from tools.command_line import failure, output, run, subprocess_run
+from tools.photos import noise
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Five pictures of several sizes in two folders, one damaged, and other files."""
+    top = tmp_path / "photos"
+    for i, name in enumerate(["a.png", "b.jpg", "sub/a.webp", "sub/deep/d.png", "sub/e.bmp"]):
+        (top / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(40 + 9 * i, 30 + 5 * i).save(top / name)
+    for name in ("notes.txt", ".hidden.png", "sub/._a.webp"):
+        (top / name).write_text("no picture")
+    return top
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_folder_is_mirrored_and_restored(folder, random_model, tmp_path, capsys):
+    codec, model = Codec.from_pretrained(random_model), ("--model", random_model)
+    small, report = tmp_path / "small", tmp_path / "report.jsonl"
+    options = ("--rate", "coarse", "--jobs", 3)
+    assert run("compress", "-r", folder, "-o", small, "--report", report, *model, *options) == 0
+    names = ["a", "b", "sub/a", "sub/deep/d", "sub/e"]
+    assert files(small) == [name + ".pcv2" for name in names]
+    records = [json.loads(line) for line in report.read_text().splitlines()]
+    assert len(records) == 5
+    for record in records:
+        data = Path(record["output"]).read_bytes()
+        assert data == codec.compress(record["input"], rate="coarse")
+        with Image.open(record["input"]) as image:
+            size = {"width": image.width, "height": image.height}
+        bpp = 8 * len(data) / (size["width"] * size["height"])
+        assert record == {
+            "input": record["input"],
+            "output": record["output"],
+            "bytes": len(data),
+            "bpp": bpp,
+            **size,
+        }
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith(f"5 of 5 pictures, {sum(r['bytes'] for r in records)} bytes, ")
+    assert "2 other files ignored" not in said.err and "1 other files ignored" in said.err
+    back = tmp_path / "back"
+    assert run("decompress", "-r", small, "-o", back, *model) == 0
+    assert files(back) == [name + ".png" for name in names]
+    for name in names:
+        with Image.open(back / f"{name}.png") as image:
+            expected = codec.decompress(small / f"{name}.pcv2")
+            np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_faults_are_reported_and_the_rest_goes_on(folder, random_model, tmp_path, capsys):
+    model, report = ("--model", random_model), tmp_path / "report.jsonl"
+    (folder / "b.jpg").write_bytes(b"\xff\xd8\xff" + bytes(50))
+    none = folder / "none.png"
+    assert run("compress", folder, none, "--report", report, *model) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2].partition(": ")[0] for line in said[:2]] == [
+        str(folder / "b.jpg"),
+        str(none),
+    ]
+    assert "damaged" in said[0] or "not a picture" in said[0]
+    assert said[1].endswith("No such file or directory")
+    assert said[2].startswith("1 of 3 pictures") and ", 2 failed" in said[2]
+    records = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [("error" in one) for one in records] == [False, True, True]
+    assert not (folder / "b.pcv2").exists() and (folder / "a.pcv2").exists()
+    assert run("compress", none, folder / "x.png", *model) == 2
+    assert capsys.readouterr().err.endswith("0 of 2 pictures, 0 bytes, 0.00 pictures/s, 2 failed\n")
+
+
+def test_outputs_that_exist_are_left_out_if_asked(folder, random_model, tmp_path, capsys):
+    model, out = ("--model", random_model), tmp_path / "out/"
+    assert run("compress", folder / "a.png", "-o", f"{out}/", *model) == 0
+    (out / "b.pcv2").touch()  # empty: as good as missing
+    first = (out / "a.pcv2").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run("compress", folder, "-o", out, "--skip-existing", *model) == 0
+    assert "1 of 2 pictures" in (said := capsys.readouterr().err) and "1 skipped" in said
+    assert (out / "a.pcv2").stat().st_mtime_ns == first
+    assert (out / "b.pcv2").stat().st_size > 0
+
+
+def test_results_never_replace_what_they_must_not(folder, random_model, tmp_path, capsys):
+    model = ("--model", random_model)
+    (folder / "a.jpg").write_bytes((folder / "b.jpg").read_bytes())
+    before = (folder / "a.png").read_bytes()
+    # Two inputs with one output: the first wins.
+    assert run("compress", folder, *model) == 1
+    assert "a.png: cannot write" in (said := capsys.readouterr().err) and "a.jpg" in said
+    # A restored picture is not written over the original, unless it is named.
+    assert run("decompress", folder, *model) == 1
+    assert "a.png exists and may be the original" in capsys.readouterr().err
+    assert (folder / "a.png").read_bytes() == before and (folder / "b.png").exists()
+    message = failure(capsys, "decompress", folder / "a.pcv2", *model)
+    assert "exists and may be the original" in message
+    assert run("decompress", folder / "a.pcv2", folder / "b.png", *model) == 0
+    # Somebody else's file with our ending, and a report's name.
+    (folder / "b.pcv2").write_text("somebody's")
+    assert run("compress", folder / "b.jpg", folder / "sub", *model) == 1
+    assert (folder / "b.pcv2").read_text() == "somebody's"
+    message = failure(capsys, "compress", folder, "--report", folder / "a.png", *model)
+    assert "it exists and is no report" in message
+
+
+def test_several_inputs_need_a_folder(folder, random_model, tmp_path, capsys):
+    model = ("--model", random_model)
+    for out in ("-", tmp_path / "one.pcv2", folder / "notes.txt"):
+        message = failure(capsys, "compress", folder / "a.png", folder / "b.jpg", "-o", out, *model)
+        assert f"-o {out} is no folder, but there are several inputs" in message
+    assert run("compress", folder / "a.png", folder / "b.jpg", "-o", tmp_path / "new", *model) == 0
+    assert files(tmp_path / "new") == ["a.pcv2", "b.pcv2"]
+
+
+def test_patterns_are_matched_where_no_shell_does_it(folder, random_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    pattern = str(folder / "**" / "*.[pw]*")
+    assert run("compress", pattern, "-o", out, "--model", random_model) == 0
+    assert files(out) == ["a.pcv2", "sub/a.pcv2", "sub/deep/d.pcv2"]
+    assert run("compress", str(folder / "*.tif"), "-o", out, "--model", random_model) == 2
+    assert "no file there ends in" in capsys.readouterr().err
+    odd = folder / "a[1].png"  # a name, not a pattern
+    odd.write_bytes((folder / "a.png").read_bytes())
+    assert run("compress", odd, "--model", random_model) == 0
+    assert (folder / "a[1].pcv2").read_bytes() == (out / "a.pcv2").read_bytes()
+
+
+def test_pipes_carry_one_picture(picture, random_model, tmp_path):
+    codec = Codec.from_pretrained(random_model)
+    paths = os.pathsep.join(path for path in sys.path if path)
+    model = ["--model", str(random_model)]
+
+    def piped(data: bytes, *words: str) -> bytes:
+        command = [sys.executable, "-m", "percov2", *words, *model]
+        environment = {**os.environ, "PYTHONPATH": paths}
+        return subprocess.run(
+            command, input=data, stdout=subprocess.PIPE, check=True, timeout=120, env=environment
+        ).stdout
+
+    data = piped(picture.read_bytes(), "compress", "-")
+    assert data == codec.compress(picture)
+    shown = piped(data, "decompress", "-", "-o", "-")
+    assert shown.startswith(b"\x89PNG")
+    (tmp_path / "x.png").write_bytes(shown)
+    with Image.open(tmp_path / "x.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(codec.decompress(data)))
+
+
+def test_urls_are_read_and_written(picture, random_model, tmp_path, capsys):
+    fsspec = pytest.importorskip("fsspec")
+    store = fsspec.filesystem("memory")
+    for name in ("in/a.png", "in/sub/b.png", "in/sub/c.txt"):
+        store.pipe_file(f"/photos/{name}", picture.read_bytes())
+    model = ("--model", random_model)
+    assert run("compress", "-r", "memory://photos/in/", "-o", "memory://photos/out/", *model) == 0
+    assert store.find("/photos/out") == ["/photos/out/a.pcv2", "/photos/out/sub/b.pcv2"]
+    expected = Codec.from_pretrained(random_model).compress(picture)
+    assert store.cat("/photos/out/a.pcv2") == expected
+    out = tmp_path / "out.pcv2"
+    assert run("compress", "memory://photos/in/a.png", out, *model) == 0
+    assert out.read_bytes() == expected
+    assert run("decompress", "memory://photos/out/a.pcv2", tmp_path / "a.png", *model) == 0
+    assert "8-bit" not in output(capsys, "info", "memory://photos/out/a.pcv2")
+    skip = ("--skip-existing", *model)
+    assert run("compress", "memory://photos/in/", "-o", "memory://photos/out/", *skip) == 0
+    assert "1 skipped" in capsys.readouterr().err
+    assert "ends in .pcv2" in failure(
+        capsys, "compress", picture, "-o", "memory://photos/x.png", *model
+    ).replace("must end in", "ends in")
+
+
+def test_warnings_name_their_input(random_model, tmp_path, capsys):
+    for name in "abc":
+        Image.new("RGBA", (30, 30), (9, 9, 9, 100)).save(tmp_path / f"{name}.png")
+    assert run("compress", tmp_path, "--model", random_model) == 0
+    said = capsys.readouterr().err.splitlines()
+    warned = sorted(line for line in said if "transparency" in line)
+    assert [line.split(": ")[1:3] for line in warned] == [
+        [str(tmp_path / f"{name}.png"), "warning"] for name in "abc"
+    ]
+
+
+def test_info_describes_several_files(file, tmp_path, capsys):
+    shown = json.loads(output(capsys, "info", "--json", file, file))
+    assert [one["file"] for one in shown] == [str(file)] * 2
+    assert shown[0] == json.loads(output(capsys, "info", "--json", file))
+    assert run("info", file, tmp_path / "none.pcv2") == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(str(file)) and "none.pcv2: No such file" in captured.err
+
+
+def test_an_interrupted_run_leaves_no_part_and_goes_on(random_model, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for i in range(60):
+        noise(200, 150).save(folder / f"{i:02}.png")
+    words = ["compress", str(folder), "-o", str(out), "--skip-existing", "--jobs", "2"]
+    command = [sys.executable, "-m", "percov2", *words, "--model", str(random_model)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    environment = {**os.environ, "PYTHONPATH": paths}
+    for sent, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        before = len(files(out)) if out.exists() else 0
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+        deadline = time.monotonic() + 60
+        while (not out.exists() or len(files(out)) < before + 3) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        running.send_signal(sent)
+        said = running.communicate(timeout=60)[1]
+        assert running.returncode == status, said
+        assert "Traceback" not in said
+    done = len(files(out))
+    assert 6 <= done < 60
+    assert all(name.endswith(".pcv2") for name in files(out))
+    result = subprocess_run("-m percov2", *words, "--model", random_model)
+    assert result.returncode == 0, result.stderr
+    assert f"{60 - done} of 60 pictures" in result.stderr
+    assert len(files(out)) == 60
+    codec = Codec.from_pretrained(random_model)
+    codec.decode([path.read_bytes() for path in sorted(out.iterdir())])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_fault_of_each_input(folder, random_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.pcv2").symlink_to("/dev/full")
+    assert run("compress", folder, "-o", out, "--model", random_model) == 1
+    said = capsys.readouterr().err
+    assert "a.pcv2: No space left on device" in said and "1 of 2 pictures" in said
