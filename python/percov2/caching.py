@@ -31,4 +31,5 @@ def remembered(method: Callable[..., Result], maxsize: int | None = None) -> Cal
         with turn:
             return call(*arguments)
 
+    in_turn.cache_info = call.cache_info  # type: ignore[attr-defined]
     return in_turn
