@@ -84,6 +84,7 @@ class Codec:
         self._entropy = remembered(self._load_entropy)
         self._ids = remembered(self._compute_id)
         self._with_gradients = remembered(self._open_with_gradients)
+        self._other_threads = remembered(self._of_threads)
 
     @classmethod
     def from_pretrained(
@@ -281,10 +282,14 @@ class Codec:
     def with_threads(self, threads: int) -> Codec:
         """Return a codec of the same model whose networks use a number of threads.
 
-        Returns the codec itself if its runtime has no such setting.
+        Returns the codec itself if it uses as many, or if its runtime has no such setting.
         """
+        other = self._other_threads(threads)
+        return self if other is None else other
+
+    def _of_threads(self, threads: int) -> Codec | None:
         model = self.model.with_threads(threads)
-        return self if model is self.model else type(self)(model, self._caption_folder)
+        return None if model is self.model else type(self)(model, self._caption_folder)
 
     def _search(self, rate: str, rounds: int) -> ArraySearch:
         """Return a search for tokens, which needs gradients: torch, whatever the runtime."""

@@ -89,6 +89,11 @@ TABLES = {
         "what | tokens | images | peak, MB = peak_mb | of that for the batch, MB = extra_mb",
     ),
     "cold": ("A fresh process", "step | ms"),
+    "phases": (
+        "Pictures per second, each phase alone and all at once",
+        "direction | pictures = set | number = pictures | phase | threads | ms per picture"
+        " | pictures/s = pictures_per_s | time / time of the networks",
+    ),
     "measured": (
         "Measured, after every result was compared with the CPU's",
         "kernel | case | launches | µs | Msym/s | GB/s | of peak, % | CPU engine, Msym/s"
@@ -117,6 +122,8 @@ VALUES: dict[str, Callable[[Record], Any]] = {
     "CPU engine, Msym/s": _rate("cpu"),
     "unfused torch, Msym/s": _rate("unfused"),
     "ms": lambda r: 1e3 * (r["wall"]["median_s"] if "wall" in r else r["s"]),
+    "ms per picture": lambda r: 1e3 * r["s"] / r["pictures"],
+    "time / time of the networks": lambda r: r.get("of_networks"),
     "kernels": lambda r: r["launches"] and r["launches"]["kernels"],
     "copies to the host": lambda r: r["launches"] and r["launches"]["to_host"],
     "from the host": lambda r: r["launches"] and r["launches"]["to_device"],

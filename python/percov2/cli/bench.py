@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from percov2.cli.faults import about
-from percov2.cli.options import add_command
+from percov2.cli.models import add_model, check_choices, open_codec
+from percov2.cli.options import add_command, number
 
 __all__ = ["SECTIONS", "add_parser"]
 
@@ -42,6 +43,14 @@ def add_parser(commands: Any) -> None:
     help_ = "Measure the GPU kernels and compare their results with the CPU engine."
     parser = add_command(added, "gpu", bench_gpu, help_, ("torch", "torch"))
     _add_outputs(parser, "repeat each measurement less often (default: measure for minutes)")
+    help_ = "Measure pictures per second, by phase and in all."
+    parser = add_command(added, "codec", bench_codec, help_, ("torch", "torch"))
+    help_ = "picture files to measure with (default: 24 synthetic photos of one size, 24 of mixed)"
+    parser.add_argument("photos", type=Path, nargs="*", metavar="PHOTO", help=help_)
+    _add_outputs(parser, "measure three small pictures (default: 48)")
+    help_ = "pictures in work at the same time (default: all cores)"
+    parser.add_argument("--jobs", type=number(int, 1, 1024), metavar="N", help=help_)
+    add_model(parser)
 
 
 def _add_outputs(parser: argparse.ArgumentParser, quick: str) -> None:
@@ -87,6 +96,26 @@ def bench_gpu(arguments: argparse.Namespace) -> None:
         from percov2.bench import gpu
 
         report = gpu.run(gpu.QUICK_PLAN if arguments.quick else gpu.FULL_PLAN, gpu.find())
+    _write(arguments, report)
+
+
+def bench_codec(arguments: argparse.Namespace) -> None:
+    """Run ``percov2 bench codec``."""
+    check_choices(arguments)
+    with about("bench codec"):
+        _check_outputs(arguments)
+        from percov2.bench import codec as bench
+        from percov2.models.backbone import available_cores
+
+        sets = bench.photos_of(bench.QUICK_PLAN if arguments.quick else bench.FULL_PLAN)
+    if arguments.photos:
+        sets = {"given": []}
+        for path in arguments.photos:
+            with about(path):
+                sets["given"].append(path.read_bytes())
+    codec = open_codec(arguments)
+    with about("bench codec"):
+        report = bench.run(codec, sets, arguments.jobs or available_cores())
     _write(arguments, report)
 
 
