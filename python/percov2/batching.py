@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import Condition
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 __all__ = [
     "TOKENS_AT_ONCE",
@@ -85,10 +85,12 @@ class Outcome(Generic[Result]):
     """The result for one of many inputs, or the error in its place.
 
     Attributes:
+        input: the input.
         value: the result; None if there is an error.
         error: ValueError for an invalid input, OSError for one that cannot be read, MemoryError.
     """
 
+    input: Any
     value: Result | None = None
     error: Exception | None = None
 
@@ -172,49 +174,47 @@ class Pipeline(Generic[Item, Loaded, Result]):
         loaded = in_order(self._load, enumerate(inputs), self.loaders, ahead)
         batches = _chunks(loaded, self.batch_size)
 
-        def work(batch: list[tuple[int, Outcome[Loaded]]]) -> list[Outcome[Result]]:
+        def work(batch: list[_Loaded[Loaded]]) -> list[Outcome[Result]]:
             return self._work(batch, budget)
 
         for outcomes in in_order(work, batches, self.workers, 2 * self.workers):
             yield from outcomes
 
-    def _load(self, numbered: tuple[int, Item]) -> tuple[int, Outcome[Loaded]]:
+    def _load(self, numbered: tuple[int, Item]) -> _Loaded[Loaded]:
         index, item = numbered
         try:
             with _working_on(index):
-                return index, Outcome(self.load(item))
+                return _Loaded(index, item, self.load(item))
         except _FAULTS as error:
-            return index, Outcome(error=error)
+            return _Loaded(index, item, error=error)
 
-    def _work(
-        self, batch: list[tuple[int, Outcome[Loaded]]], budget: _Budget
-    ) -> list[Outcome[Result]]:
-        sound = [(index, one.get()) for index, one in batch if one.error is None]
-        found: dict[int, Outcome[Result]] = {
-            index: Outcome(error=one.error) for index, one in batch if one.error is not None
-        }
-        found |= self._attempt(sound, budget)
-        return [found[index] for index, _ in batch]
-
-    def _attempt(
-        self, chosen: list[tuple[int, Loaded]], budget: _Budget
-    ) -> dict[int, Outcome[Result]]:
-        if not chosen:
-            return {}
-        indices = [index for index, _ in chosen]
-        values = [value for _, value in chosen]
-        alone = indices[0] if len(chosen) == 1 else None
+    def _work(self, batch: list[_Loaded[Loaded]], budget: _Budget) -> list[Outcome[Result]]:
+        """Return outcomes in order; a batch that is refused is tried one by one."""
+        sound = [one for one in batch if one.error is None]
+        values = [cast(Loaded, one.value) for one in sound]
+        alone = sound[0].index if len(sound) == 1 else None
+        results: Sequence[Result] = []
         try:
-            with budget.taken(sum(map(self.pixels, values))), _working_on(alone):
-                results = self.work(values)
+            if sound:
+                with budget.taken(sum(map(self.pixels, values))), _working_on(alone):
+                    results = self.work(values)
         except _FAULTS as error:
-            if len(chosen) == 1:
-                return {indices[0]: Outcome(error=error)}
-            found: dict[int, Outcome[Result]] = {}
-            for one in chosen:  # the others are not at fault
-                found |= self._attempt([one], budget)
-            return found
-        return {i: Outcome(result) for i, result in zip(indices, results, strict=True)}
+            if len(sound) > 1:  # most of them are not at fault
+                return [self._work([one], budget)[0] for one in batch]
+            sound[0].error = error
+        made = iter(results)
+        return [
+            Outcome(one.input, error=one.error) if one.error else Outcome(one.input, next(made))
+            for one in batch
+        ]
+
+
+@dataclass
+class _Loaded(Generic[Loaded]):
+    index: int
+    input: Any
+    value: Loaded | None = None
+    error: Exception | None = None
 
 
 def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

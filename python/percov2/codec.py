@@ -258,8 +258,8 @@ class Codec:
             inputs: pictures, each as for ``compress``, or what ``load`` takes.
             options: encoding options; None for the defaults.
             load: a function from an input to a picture, which runs in threads.
-            caption: a text for all pictures, or a captioner: a function from Pillow images to one
-                text each.
+            caption: a text for all pictures, an iterable of one text each, or a captioner: a
+                function from Pillow images to one text each.
             jobs: number of pictures in work at the same time; None for all cores. More need more
                 memory.
             batch_size: number of pictures per call of the networks; None for 1 on the CPU, where

@@ -12,9 +12,9 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,7 @@ __all__ = [
     "check_outputs",
     "encoded_picture",
     "is_stream",
+    "open_atomically",
     "picture_format",
     "read_arrays",
     "write_bytes",
@@ -169,6 +170,19 @@ def write_bytes(path: Path | str, data: bytes) -> None:
             target.write_bytes(data)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        neighbour.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name when it is closed without an exception."""
+    target = Path(os.path.realpath(path))
+    neighbour = target.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with open(neighbour, "xb") as stream:
+            yield stream
+        os.replace(neighbour, target)
     finally:
         neighbour.unlink(missing_ok=True)
 

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,8 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CaptionSource", "compress_many", "decompress_many"]
 
-CaptionSource: TypeAlias = "str | Callable[[list[Image.Image]], Sequence[str]]"
-"""A caption for all pictures, or a function from pictures to one caption each."""
+CaptionSource: TypeAlias = "str | Iterable[str] | Callable[[list[Image.Image]], Sequence[str]]"
+"""A caption for all pictures, one for each, or a function from pictures to one caption each."""
 _BATCH_ON_GPU = 32
 _PIXELS_AT_ONCE = 1 << 23
 """Pixels in work at the same time. A larger picture is in work alone."""
@@ -48,20 +50,34 @@ def compress_many(
 ) -> Iterator[Outcome[bytes]]:
     """Yield the outcome of every picture, as ``Codec.compress_many``."""
 
-    def read(item: Item) -> NDArray[np.uint8]:
-        return rgb_array(item if load is None else load(item), options.max_pixels)
+    def read(pair: tuple[Item, str]) -> _Captioned:
+        picture = pair[0] if load is None else load(pair[0])
+        return _Captioned(rgb_array(picture, options.max_pixels), pair[1])
 
-    def work(codec: Codec, arrays: list[NDArray[np.uint8]]) -> Sequence[bytes]:
-        if isinstance(caption, str):
-            texts: Sequence[str] = [caption] * len(arrays)
-        else:
-            texts = caption([Image.fromarray(array) for array in arrays])
+    def work(codec: Codec, pictures: list[_Captioned]) -> Sequence[bytes]:
+        arrays = [one.array for one in pictures]
+        texts = [one.caption for one in pictures]
+        if callable(caption):
+            texts = list(caption([Image.fromarray(array) for array in arrays]))
         return codec.compress(arrays, options, caption=texts)
 
-    def pixels(array: NDArray[np.uint8]) -> int:
-        return array.shape[0] * array.shape[1]
+    def pixels(picture: _Captioned) -> int:
+        return picture.array.shape[0] * picture.array.shape[1]
 
-    return _pipeline(codec, read, work, pixels, jobs, batch_size).run(inputs)
+    pairs: Iterable[tuple[Item, str]]
+    if isinstance(caption, str) or callable(caption):
+        pairs = zip(inputs, repeat(caption if isinstance(caption, str) else ""), strict=False)
+    else:
+        pairs = zip(inputs, caption, strict=True)
+    outcomes = _pipeline(codec, read, work, pixels, jobs, batch_size).run(pairs)
+    return (dataclasses.replace(one, input=one.input[0]) for one in outcomes)
+
+
+class _Captioned(NamedTuple):
+    """A picture uint8 [H, W, 3] and its caption."""
+
+    array: NDArray[np.uint8]
+    caption: str
 
 
 def decompress_many(

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from percov2.extras import require
 
-__all__ = ["PIPE", "exists", "is_local", "is_url", "listed", "read", "write"]
+__all__ = [
+    "PIPE",
+    "Found",
+    "exists",
+    "is_local",
+    "is_url",
+    "members",
+    "open_for_reading",
+    "open_for_writing",
+    "read",
+    "write",
+]
 
 PIPE = "-"
 """Name of standard input and standard output."""
+
+
+class Found(NamedTuple):
+    """A file, and its path below the operand that it was found with."""
+
+    name: str
+    below: str
 
 
 def is_url(name: str) -> bool:
@@ -67,6 +89,40 @@ def write(name: str, data: bytes) -> None:
         write_bytes(name, data)
 
 
+@contextmanager
+def open_for_reading(name: str) -> Iterator[Any]:
+    """Open a path or URL as a stream of bytes; errors are those of ``read``."""
+    if is_url(name):
+        system, path = _file_system(name)
+        with system.open(path, "rb") as stream:
+            yield stream
+    else:
+        with open(name, "rb") as stream:
+            yield stream
+
+
+@contextmanager
+def open_for_writing(name: str) -> Iterator[Any]:
+    """Open a path or URL for writing, and make its folder.
+
+    The file has its name only when it is closed without an exception, so that a process that is
+    killed leaves no half of it under this name.
+    """
+    if not is_url(name):
+        from percov2.files import open_atomically
+
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        with open_atomically(name) as stream:
+            yield stream
+        return
+    system, path = _file_system(name)
+    system.makedirs(path.rpartition("/")[0], exist_ok=True)
+    with system.transaction:  # an exception discards the file
+        stream = system.open(path, "wb")
+        yield stream
+        stream.close()
+
+
 def exists(name: str) -> bool:
     """Return True if there is a file that is not empty. Errors are those of ``read``."""
     if name == PIPE:
@@ -77,11 +133,40 @@ def exists(name: str) -> bool:
     return Path(name).is_file() and Path(name).stat().st_size > 0
 
 
-def listed(url: str, deep: bool) -> list[tuple[str, str]] | None:
-    """Return the files of a URL that ends in "/" or is a folder, or None for another URL.
+def members(operand: str, deep: bool) -> list[Found] | None:
+    """Return the files of a folder or pattern; None for an operand that is one input."""
+    if operand == PIPE:
+        return None
+    if is_url(operand):
+        return _files_of_url(operand, deep)
+    if os.path.isdir(operand):
+        return _files_below(operand, deep)
+    if os.path.lexists(operand) or not glob.has_magic(operand):
+        return None
+    fixed = operand[: min(operand.find(c) for c in "*?[" if c in operand)]
+    start = os.path.dirname(fixed)
+    matches = sorted(glob.glob(operand, recursive=True))
+    return [Found(one, os.path.relpath(one, start or ".")) for one in matches if not _hidden(one)]
 
-    A file is (its URL, its path below the URL); hidden files are left out.
-    """
+
+def _files_below(folder: str, deep: bool) -> list[Found]:
+    """Return the files of a folder in the order of their names, without hidden ones."""
+    found: list[Found] = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if deep and not _hidden(name))
+        for name in sorted(names):
+            if not _hidden(name):
+                path = os.path.join(place, name)
+                found.append(Found(path, os.path.relpath(path, folder)))
+    return found
+
+
+def _hidden(path: str) -> bool:
+    return os.path.basename(path).startswith(".")
+
+
+def _files_of_url(url: str, deep: bool) -> list[Found] | None:
+    """Return the files of a URL that ends in "/" or is a folder, or None for another URL."""
     system, path = _file_system(url)
     if not url.endswith("/") and not system.isdir(path):
         return None
@@ -90,7 +175,7 @@ def listed(url: str, deep: bool) -> list[tuple[str, str]] | None:
     for place in sorted(system.find(path, maxdepth=None if deep else 1)):
         below = place[len(root) :].lstrip("/")
         if not any(part.startswith(".") for part in below.split("/")):
-            found.append((system.unstrip_protocol(place), below))
+            found.append(Found(system.unstrip_protocol(place), below))
     return found
 
 

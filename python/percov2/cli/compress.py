@@ -41,6 +41,12 @@ def compress(arguments: argparse.Namespace) -> int | None:
 
     with about("compress"):
         options = options_of(EncodeOptions, arguments)
+    if arguments.engine:
+        from percov2.cli.datasets import recode
+
+        check_choices(arguments, options)
+        return recode(arguments, options)
+    with about("compress"):
         planned = plan_of(arguments, ENDINGS, compressing=True)
     check_choices(arguments, options)
     if planned.several:

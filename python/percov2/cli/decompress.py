@@ -35,9 +35,14 @@ def decompress(arguments: argparse.Namespace) -> int | None:
     """Run ``percov2 decompress``."""
     from percov2.files import SUFFIX
 
+    options = options_of(DecodeOptions, arguments)
+    if arguments.engine:
+        from percov2.cli.datasets import recode
+
+        check_choices(arguments, decode=options)
+        return recode(arguments, options)
     with about("decompress"):
         planned = plan_of(arguments, [SUFFIX], compressing=False)
-    options = options_of(DecodeOptions, arguments)
     check_choices(arguments, decode=options)
     if planned.several:
         return _decompress_many(arguments, options, planned)

@@ -46,8 +46,8 @@ def run_many(
         for task in skipped:
             records.add(report, {"input": task.source, "output": task.target, "skipped": True})
 
-        def store(pair: tuple[Task, Outcome[Any]]) -> dict[str, Any]:
-            task, outcome = pair
+        def store(outcome: Outcome[Any]) -> dict[str, Any]:
+            task: Task = outcome.input
             record: dict[str, Any] = {"input": task.source, "output": task.target}
             if outcome.error is not None:
                 return record | {"error": reason(task.source, outcome.error)}
@@ -59,8 +59,8 @@ def run_many(
         jobs = arguments.jobs or 2
         try:
             with tqdm(total=len(tasks), unit="picture", disable=None) as bar:
-                pairs = zip(tasks, start(tasks), strict=True) if tasks else ()
-                for record in in_order(store, pairs, jobs, 2 * jobs):
+                outcomes = start(tasks) if tasks else ()
+                for record in in_order(store, outcomes, jobs, 2 * jobs):
                     records.add(report, record)
                     bar.update()
         finally:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_captioner",
     "add_model",
+    "backbone_options",
     "check_choices",
     "chosen_captioner",
     "chosen_flags",
@@ -76,7 +77,7 @@ def check_choices(
         given = _large_flags(arguments)
         if config.backbone == "tiny" and given:
             raise ValueError(f"this small model does not accept {', '.join(given)}")
-        check_runtime(folder, config.backbone, arguments.device, _options(arguments))
+        check_runtime(folder, config.backbone, arguments.device, backbone_options(arguments))
         rate = config.default_rate
         if encode is not None:
             rate = config.rate(rate if encode.rate is None else encode.rate).name
@@ -98,7 +99,8 @@ def chosen_flags(arguments: argparse.Namespace) -> list[str]:
     return given + _large_flags(arguments)
 
 
-def _options(arguments: argparse.Namespace) -> BackboneOptions:
+def backbone_options(arguments: argparse.Namespace) -> BackboneOptions:
+    """Return the options of the flags of ``add_model``."""
     from percov2.models.backbone import BackboneOptions
 
     names = ("runtime", "threads", "dtype", "offload", "vae_tiling", "compile")
@@ -114,7 +116,7 @@ def open_codec(arguments: argparse.Namespace, runtime: str | None = None) -> Cod
     from percov2.codec import Codec
 
     with about(f"model {arguments.model}"):
-        options = _options(arguments)
+        options = backbone_options(arguments)
         if options.runtime is None and options.threads is None:
             options = dataclasses.replace(options, runtime=runtime)
         codec = Codec.from_pretrained(arguments.model, arguments.device, options)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from percov2.cli.options import number
-from percov2.places import PIPE, exists, is_local, is_url, listed
+from percov2.places import PIPE, Found, exists, is_local, is_url, members
 
 __all__ = ["Plan", "Task", "add_many", "check_target", "plan_of", "shown"]
 
@@ -35,6 +34,19 @@ def add_many(parser: argparse.ArgumentParser, what: str, example: str) -> None:
     parser.add_argument("--jobs", type=number(int, 1, 1024), metavar="N", help=help_)
     help_ = "write a JSON object per input to this file (default: none)"
     parser.add_argument("--report", type=Path, metavar="FILE.jsonl", help=help_)
+
+    group = parser.add_argument_group("data sets")
+    help_ = (
+        "recode .tar shards, .parquet tables and folders into the folder of -o, and skip what a "
+        "record there says is finished; ray uses a cluster (default: take single files)"
+    )
+    group.add_argument("--engine", choices=["local", "ray"], help=help_)
+    help_ = "address of a Ray cluster (default: the one of the environment, or this machine)"
+    group.add_argument("--address", help=help_)
+    help_ = "pictures per call of the networks (default: 1 on the CPU, 32 on a GPU)"
+    group.add_argument("--batch-size", type=number(int, 1, 1024), metavar="N", help=help_)
+    help_ = "column of the pictures or files of a table (default: image or pcv2)"
+    group.add_argument("--column", metavar="NAME", help=help_)
 
 
 class Task(NamedTuple):
@@ -62,13 +74,6 @@ class Plan(NamedTuple):
     several: bool
     into_folder: bool
     beside: bool
-
-
-class _Found(NamedTuple):
-    """An input, and its path below the operand that it was found with."""
-
-    source: str
-    below: str
 
 
 def plan_of(arguments: argparse.Namespace, endings: Collection[str], compressing: bool) -> Plan:
@@ -152,64 +157,31 @@ def _plan(
     operands: Sequence[str], output: str | None, endings: Collection[str], ending: str, deep: bool
 ) -> Plan:
     """Return the tasks of operands; ``ending`` is that of the results, ``deep`` for sub-folders."""
-    found: list[_Found] = []
+    found: list[Found] = []
     faults: list[tuple[str, str]] = []
     ignored, several = 0, len(operands) > 1
     for operand in operands:
-        members = _members(operand, deep)
-        if members is None:
-            found.append(_Found(operand, os.path.basename(operand)))
+        several_found = members(operand, deep)
+        if several_found is None:
+            found.append(Found(operand, os.path.basename(operand)))
             continue
-        fitting = [one for one in members if _ending(one.source) in endings]
+        fitting = [one for one in several_found if _ending(one.name) in endings]
         if not fitting:
             faults.append((operand, f"no file there ends in {', '.join(sorted(endings))}"))
-        ignored, several = ignored + len(members) - len(fitting), True
+        ignored, several = ignored + len(several_found) - len(fitting), True
         found += fitting
     folder = _is_folder(output, several)
     tasks: list[Task] = []
-    taken = {_place(one.source): f"the same file as the input {one.source}" for one in found}
+    taken = {_place(one.name): f"the same file as the input {one.name}" for one in found}
     for one in found:
         target = _target(one, output, folder, ending)
         other = taken.get(_place(target)) if target != PIPE else None
         if other:
-            faults.append((one.source, f"cannot write {target}: it is {other}"))
+            faults.append((one.name, f"cannot write {target}: it is {other}"))
             continue
-        taken[_place(target)] = f"the output for {one.source}"
-        tasks.append(Task(one.source, target))
+        taken[_place(target)] = f"the output for {one.name}"
+        tasks.append(Task(one.name, target))
     return Plan(tasks, faults, ignored, several, folder, output is None)
-
-
-def _members(operand: str, deep: bool) -> list[_Found] | None:
-    """Return the files of a folder or pattern; None for an operand that is one input."""
-    if operand == PIPE:
-        return None
-    if is_url(operand):
-        urls = listed(operand, deep)
-        return None if urls is None else [_Found(*one) for one in urls]
-    if os.path.isdir(operand):
-        return _files_below(operand, deep)
-    if os.path.lexists(operand) or not glob.has_magic(operand):
-        return None
-    fixed = operand[: min(operand.find(c) for c in "*?[" if c in operand)]
-    start = os.path.dirname(fixed)
-    matches = sorted(glob.glob(operand, recursive=True))
-    return [_Found(one, os.path.relpath(one, start or ".")) for one in matches if not _hidden(one)]
-
-
-def _files_below(folder: str, deep: bool) -> list[_Found]:
-    """Return the files of a folder in the order of their names, without hidden ones."""
-    found: list[_Found] = []
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if deep and not _hidden(name))
-        for name in sorted(names):
-            if not _hidden(name):
-                path = os.path.join(place, name)
-                found.append(_Found(path, os.path.relpath(path, folder)))
-    return found
-
-
-def _hidden(path: str) -> bool:
-    return os.path.basename(path).startswith(".")
 
 
 def _ending(path: str) -> str:
@@ -227,12 +199,12 @@ def _is_folder(output: str | None, several: bool) -> bool:
     return several
 
 
-def _target(one: _Found, output: str | None, folder: bool, ending: str) -> str:
+def _target(one: Found, output: str | None, folder: bool, ending: str) -> str:
     if output is None:
-        return PIPE if one.source == PIPE else os.path.splitext(one.source)[0] + ending
+        return PIPE if one.name == PIPE else os.path.splitext(one.name)[0] + ending
     if not folder:
         return output
-    name = "stdin" if one.source == PIPE else os.path.splitext(one.below)[0]
+    name = "stdin" if one.name == PIPE else os.path.splitext(one.below)[0]
     return (output if output.endswith("/") else output + "/") + name + ending
 
 

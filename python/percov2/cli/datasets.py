@@ -1,0 +1,74 @@
+"""``percov2 compress`` and ``decompress`` with ``--engine``: data sets, unit by unit."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from percov2.cli.faults import about, say
+from percov2.cli.models import backbone_options
+from percov2.options import DecodeOptions, EncodeOptions
+
+__all__ = ["recode"]
+
+
+def recode(arguments: argparse.Namespace, options: EncodeOptions | DecodeOptions) -> int:
+    """Run a command over shards, tables and folders; return its exit status.
+
+    It is 0 if everything is done, 1 if some pictures or shards failed, 2 if nothing could be done.
+    """
+    from percov2.datasets.engines import run_local, run_ray
+    from percov2.datasets.units import plan_units
+    from percov2.images import ENDINGS
+
+    compressing = isinstance(options, EncodeOptions)
+    command = "compress" if compressing else "decompress"
+    with about(command):
+        if arguments.output is None:
+            raise ValueError("--engine needs -o FOLDER")
+        for flag in ("skip_existing", "report", "caption", "captioner"):
+            if getattr(arguments, flag, None):
+                raise ValueError(f"--engine does not accept --{flag.replace('_', '-')}")
+        endings = ENDINGS if compressing else (".pcv2",)
+        units, faults = plan_units(arguments.inputs, arguments.output, endings, arguments.recursive)
+    settings: dict[str, Any] = {
+        "options": options,
+        "model": arguments.model,
+        "device": arguments.device,
+        "backbone": backbone_options(arguments),
+        "column": arguments.column,
+        "jobs": arguments.jobs,
+        "batch_size": arguments.batch_size,
+    }
+    for name, message in faults:
+        say(f"percov2: {name}: {message}")
+    begin, totals = time.monotonic(), {"pictures": 0, "bytes": 0, "skipped": 0}
+    failed, before = len(faults), 0
+    with about(command), tqdm(total=len(units), unit="shard", disable=None) as bar:
+        if arguments.engine == "ray":
+            records = run_ray(units, settings, arguments.address)
+        else:
+            records = run_local(units, settings)
+        for record in records:
+            before += record.get("finished_before", False)
+            source = record["sources"][0]
+            if "error" in record:
+                say(f"percov2: {source}: {record['error']}")
+                failed += 1
+            for key, message in record["faults"]:
+                say(f"percov2: {source if len(record['sources']) == 1 else ''}: {key}: {message}")
+                failed += 1
+            for name in totals:
+                totals[name] += record.get(name, 0)
+            bar.update()
+    seconds = time.monotonic() - begin
+    text = f"{totals['pictures']} pictures, {totals['bytes']} bytes, {len(units)} units"
+    text += f", {totals['pictures'] / max(seconds, 1e-9):.2f} pictures/s" if not before else ""
+    others = {"units finished before": before, "files skipped": totals["skipped"], "failed": failed}
+    say(text + "".join(f", {count} {what}" for what, count in others.items() if count))
+    if not failed:
+        return 0
+    return 1 if totals["pictures"] or totals["skipped"] else 2

@@ -1,0 +1,119 @@
+"""Units of a data set: a shard, a table, or some files; each is recoded as a whole.
+
+The output of a shard or table is written first, then its record in the folder ``manifest`` of the
+destination. A unit with a record is finished, so a run that was killed at any moment goes on with
+the others. Loose files are written one by one, and those that exist are finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from percov2.places import Found, exists, members, open_for_writing, read
+
+__all__ = ["SHARDS", "TABLES", "Plan", "Unit", "finished_record", "plan_units", "store_record"]
+
+SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
+TABLES = (".parquet",)
+_FILES_PER_UNIT = 256
+_MOST_RECORD_BYTES = 1 << 26
+
+
+class Unit(NamedTuple):
+    """A part of a data set.
+
+    Attributes:
+        kind: "shard", "table" or "files".
+        sources: (name, path below its operand) of the files; one for a shard or table.
+        target: the output of a shard or table; the folder of the outputs of files.
+        record: the record's place; "" for files.
+    """
+
+    kind: str
+    sources: list[Found]
+    target: str
+    record: str
+
+
+class Plan(NamedTuple):
+    """The units of a run, and (input, message) of inputs without one."""
+
+    units: list[Unit]
+    faults: list[tuple[str, str]]
+
+
+def plan_units(
+    operands: Sequence[str], destination: str, endings: Sequence[str], deep: bool
+) -> Plan:
+    """Return the units of files, folders, patterns and URLs.
+
+    Args:
+        operands: shards (``.tar``, also compressed), tables (``.parquet``), and folders of these or
+            of files.
+        destination: folder of the outputs, a path or a URL.
+        endings: endings of loose files, in lower case.
+        deep: take files from sub-folders, too.
+    """
+    root = destination.rstrip("/") + "/"
+    units: list[Unit] = []
+    faults: list[tuple[str, str]] = []
+    targets: dict[str, str] = {}
+    for operand in operands:
+        found = members(operand, deep)
+        if found is None:
+            found = [Found(operand, operand.rpartition("/")[2])]
+        loose = [one for one in found if one.below.lower().endswith(tuple(endings))]
+        groups = [loose[i : i + _FILES_PER_UNIT] for i in range(0, len(loose), _FILES_PER_UNIT)]
+        units += [Unit("files", group, root, "") for group in groups]
+        whole = [one for one in found if one.below.lower().endswith(SHARDS + TABLES)]
+        for one in whole:
+            kind = "table" if one.below.lower().endswith(TABLES) else "shard"
+            below = _output_name(one.below)
+            if below in targets:
+                faults.append((one.name, f"its output {below} is also that of {targets[below]}"))
+                continue
+            targets[below] = one.name
+            units.append(Unit(kind, [one], root + below, f"{root}manifest/{below}.json"))
+        if not loose and not whole:
+            faults.append((operand, f"no file there ends in {', '.join(SHARDS + TABLES)}"))
+    return Plan(units, faults)
+
+
+def _output_name(below: str) -> str:
+    """Return the name of an output: shards are written without compression."""
+    for ending in SHARDS:
+        if below.lower().endswith(ending):
+            return below[: -len(ending)] + ".tar"
+    return below
+
+
+def finished_record(unit: Unit, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of a finished unit; None for a unit that is not finished.
+
+    Raises:
+        ValueError: the unit was finished with other settings, or its record is damaged.
+    """
+    if not unit.record or not exists(unit.record) or not exists(unit.target):
+        return None
+    try:
+        record = json.loads(read(unit.record, _MOST_RECORD_BYTES))
+        before = record["settings"]
+        record["pictures"], record["bytes"], record["faults"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{unit.record} is damaged; delete it to recode its shard") from error
+    differing = sorted(key for key in settings if before.get(key) != settings[key])
+    if differing:
+        key = differing[0]
+        raise ValueError(
+            f"{unit.target} was made with {key} {before.get(key)!r}, not {settings[key]!r}; use "
+            "another folder"
+        )
+    return dict(record)
+
+
+def store_record(unit: Unit, record: dict[str, Any]) -> None:
+    """Write the record of a finished unit."""
+    with open_for_writing(unit.record) as stream:
+        stream.write(json.dumps(record, indent=1).encode())
