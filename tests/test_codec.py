@@ -408,6 +408,29 @@ def test_numpy_integers_are_sizes(codec):
     assert codec.pack(tokens, np.array([[24, 40]])) == codec.pack(tokens, [(24, 40)])
 
 
+def test_numpy_integers_are_options(codec):
+    picture = noise(40, 24)
+    for name, value in (("stages", 3), ("target_bytes", 60)):
+        for more in ({}, {"draw_seed": np.int64(7)}):
+            expected = codec.compress(picture, **{name: value, **more})
+            assert codec.compress(picture, **{name: np.int64(value), **more}) == expected
+    restored = [codec.decompress(expected, seed=seed).tobytes() for seed in (2, np.int64(2))]
+    assert restored[0] == restored[1]
+
+
+def test_a_generator_of_files_is_restored(codec, file):
+    data = file.read_bytes()
+    assert [one.size for one in codec.decompress(data for _ in range(2))] == [(70, 50)] * 2
+
+
+def test_a_codec_works_in_a_spawned_worker(codec):
+    pixels = np.asarray(noise(40, 24))
+    loader = torch.utils.data.DataLoader(
+        [pixels], collate_fn=codec.compress, num_workers=1, multiprocessing_context="spawn"
+    )
+    assert list(loader) == [codec.compress([pixels])]
+
+
 def test_a_folder_of_another_kind_does_not_hide_an_embedded_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").mkdir()

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from percov2.colour_spaces import SRGB, from_cicp, from_gamma, icc_profile
-from percov2.images import ImageWarning, decode_image, to_rgb
+from percov2.images import ImageWarning, decode_image, read_image, to_rgb
 from tools import picture_files as files
 
 pytestmark = pytest.mark.core
@@ -196,6 +196,49 @@ def test_tiff_grey_of_any_depth_and_direction(bits, photometric):
     assert np.abs(found - expected).max() <= 1
 
 
+def flat(*colour: int) -> np.ndarray:
+    return np.full((4, 4, len(colour)), colour)
+
+
+def jpeg_of_adobe_rgb(*colour: int) -> bytes:
+    """A JPEG file whose Exif block says "uncalibrated", as cameras that follow DCF do."""
+    exif, out = Image.Exif(), io.BytesIO()
+    exif.get_ifd(0x8769)[0xA001] = 0xFFFF
+    Image.new("RGB", (16, 16), colour).save(out, "JPEG", quality=100, exif=exif)
+    return out.getvalue()
+
+
+SWAPPED = (*D65, 0.30, 0.60, 0.64, 0.33, 0.15, 0.06)
+KNOWN_COLOURS = {
+    "12-bit white": (files.tiff(flat(4095), 12, 1), (255, 255, 255), 0),
+    "12-bit grey": (files.tiff(flat(2048), 12, 1), (128, 128, 128), 0),
+    "16-bit zero is white": (files.tiff(flat(0), 16, 0), (255, 255, 255), 0),
+    "16-bit zero is white, black": (files.tiff(flat(65535), 16, 0), (0, 0, 0), 0),
+    "gAMA 1": (files.png("grey", 8, flat(55), files.gama(1.0)), (128, 128, 128), 0),
+    "gAMA and cHRM of P3": (
+        files.png("rgb", 8, flat(200, 100, 50), files.gama(1 / 2.2), files.chrm(*P3)),
+        (216, 92, 24),
+        1,
+    ),
+    "cICP P3": (files.png("rgb", 8, flat(200, 100, 50), files.cicp(12, 13)), (215, 93, 31), 1),
+    "Adobe RGB by Exif": (jpeg_of_adobe_rgb(59, 200, 60), (0, 201, 37), 1),
+    "JPEG 2000, red and green swapped": (
+        files.jpeg2000(
+            Image.new("RGB", (32, 32), (200, 100, 50)), icc_profile(from_gamma(None, SWAPPED))
+        ),
+        (100, 200, 50),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_COLOURS)
+def test_known_colours(name):
+    """Values from outside the oracle, saturated ones among them."""
+    data, expected, tolerance = KNOWN_COLOURS[name]
+    assert np.abs(decoded(data).astype(int) - expected).max() <= tolerance
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("extra", [None, 0, 1, 2])
 def test_tiff_colours_and_alpha_of_both_depths(bits, extra):
@@ -316,6 +359,16 @@ def test_pages_thumbnails_and_frames_are_dropped_aloud():
     pages[0].save(gif, "GIF", save_all=True, append_images=pages[1:])
     with pytest.warns(ImageWarning, match="3 frames"):
         decoded(gif.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP"])
+def test_a_file_of_several_frames_says_how_many(kind, tmp_path):
+    """The file is closed when its frames are counted."""
+    frames = [Image.new("L", (20, 10), level) for level in (255, 90, 10)]
+    frames[0].save(tmp_path / "a", kind, save_all=True, append_images=frames[1:])
+    image = read_image(tmp_path / "a")
+    with pytest.warns(ImageWarning, match="has 3 frames or pages; only the first is stored"):
+        assert (to_rgb(image) == 255).all()
 
 
 def test_an_alpha_that_holds_nothing_is_ignored_where_it_is_often_unused():

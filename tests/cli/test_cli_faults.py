@@ -269,3 +269,25 @@ def test_names_cannot_write_to_the_terminal(tmp_path, file, capsys):
     odd.write_bytes(file.read_bytes())
     shown = output(capsys, "info", odd)
     assert "\x1b" not in shown and "\u202e" not in shown
+
+
+@pytest.mark.parametrize("name", ["model", "rate"])
+def test_names_of_models_and_rates_cannot_write_to_the_terminal(name, picture, tmp_path, capsys):
+    line = failure(
+        capsys, "compress", picture, tmp_path / "o.pcv2", f"--{name}", "a\x1b[31m\n\u202eb"
+    )
+    assert "a\\x1b[31m\\n\\u202eb" in line
+
+
+def test_roundtrip_escapes_names(picture, random_model, tmp_path, capsys):
+    odd = picture.rename(tmp_path / "a\x1b[31m\n\u202eb.png")
+    said = output(capsys, "roundtrip", odd, "--out", tmp_path / "out", "--model", random_model)
+    assert "a\\x1b[31m\\n\\u202eb.png: " in said and "\x1b" not in said
+
+
+def test_warnings_as_errors_are_no_traceback(tmp_path):
+    clear, out = tmp_path / "clear.png", tmp_path / "o.pcv2"
+    Image.new("RGBA", (9, 9), (0, 0, 0, 0)).save(clear)
+    result = subprocess_run("-m percov2 compress", clear, out, PYTHONWARNINGS="error")
+    assert "Traceback" not in result.stderr and result.returncode in (0, 2)
+    assert out.exists() == (result.returncode == 0)
