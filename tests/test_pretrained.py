@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,11 @@ import pytest
 from PIL import Image
 
 import percov2
+from oracles.independent_coder import encode
+from percov2 import BitstreamError
 from percov2.bench.model import torch_threads
 from percov2.codec import Codec
+from percov2.container import bitstream
 from percov2.container.caption_model import CaptionModel
 from percov2.evaluation.metrics import measure
 
@@ -63,6 +69,42 @@ def test_folder_is_small_and_holds_no_pickles():
     assert sum(path.stat().st_size for path in files) <= 30_000_000
     known = {"", ".json", ".md", ".onnx", ".safetensors", ".sha256"}
     assert {path.suffix for path in files} <= known
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_few_bytes_cannot_declare_a_giant_picture(codec, cut):
+    header = bitstream.Header(codec.model_id("r031"), 8000, 8000, dense=cut)
+    symbols = [(start, freq, 12) for start, freq in bitstream.header_intervals(header)]
+    data = bitstream.prefix(header) + encode(0x1234, symbols)
+    assert len(data) <= 20
+    message = "cannot hold the 250000 tokens" if cut else "250000 tokens .* more than the 65536"
+    with pytest.raises(BitstreamError, match=message):
+        codec.decode([data], allow_truncated=cut)
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_a_forked_child_paints_or_refuses(runtime):
+    script = """
+import os, signal, sys
+from PIL import Image
+from percov2 import BackboneOptions, Codec
+if sys.argv[1] == "torch":
+    import torch
+    torch.set_num_threads(2)
+codec = Codec.from_pretrained("tiny", options=BackboneOptions(runtime=sys.argv[1]))
+data = codec.compress(Image.new("RGB", (128, 128), "grey"))
+expected = codec.decompress(data).tobytes()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # a child that hangs
+    try:
+        os._exit(codec.decompress(data).tobytes() != expected)
+    except (RuntimeError, ValueError):
+        os._exit(0)
+sys.exit(os.waitpid(child, 0)[1] != 0)
+"""
+    command, threads = [sys.executable, "-c", script, runtime], {"OMP_NUM_THREADS": "2"}
+    assert subprocess.run(command, env={**os.environ, **threads}, check=False).returncode == 0
 
 
 def test_photo_survives_within_the_rate(codec, photo):

@@ -36,6 +36,7 @@ SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "inference mode": torch.inference_mode,
     "deterministic": lambda: changed(torch.use_deterministic_algorithms, True, False),
     "tf32": lambda: changed(torch.set_float32_matmul_precision, "medium", "highest"),
+    "denormals": lambda: changed(torch.set_flush_denormal, True, False),
     "anomaly": torch.autograd.detect_anomaly,
     "numpy raises": lambda: np.errstate(all="raise"),
 }

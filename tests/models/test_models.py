@@ -209,6 +209,22 @@ def test_damaged_components_are_refused_by_name(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("network", "field", "size"),
+    [
+        (lambda: VectorQuantizer(8, 16, 4, 8), "codebook_size", 10**8),
+        (random_sd3.transformer, "num_layers", 10**6),
+    ],
+)
+def test_forged_sizes_are_refused_before_allocation(network, field, size, tmp_path):
+    made = network()
+    save_component(made, tmp_path, "float16")
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, field: size}))
+    with pytest.raises(ValueError, match=rf"config\.json: {field} is {size}, too large for"):
+        load_component(type(made), tmp_path)
+
+
+@pytest.mark.parametrize(
     ("field", "wrong"),
     [
         ("steps", [0, 1001, "4", 1.5, True, None]),

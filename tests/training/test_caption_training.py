@@ -47,6 +47,13 @@ def test_lines_of_texts_and_shards(tmp_path):
         read_lines([tmp_path / "empty.txt"])
 
 
+@pytest.mark.parametrize("content", [b"", b"no tar file" * 99, b"PK\3\4zip", b"\x1f\x8bgzip"])
+def test_damaged_shards_of_captions_are_refused(content, tmp_path):
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar is no tar file of UTF-8 text, or is damaged"):
+        read_lines([tmp_path / "a.tar"])
+
+
 def test_captions_that_cannot_serve_are_refused_before_training(tmp_path):
     (tmp_path / "odd.txt").write_text("a red door\na blue\x7f door\n")
     with pytest.raises(ValueError, match=r"'a blue\\x7f door': a caption cannot hold the control"):

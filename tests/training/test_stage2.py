@@ -241,6 +241,18 @@ def test_broken_token_files_are_refused(arrays, message, tmp_path):
         TokenMaps(tmp_path / "tokens.npz")
 
 
+@pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "one array"])
+def test_damaged_npz_files_are_refused(damage, token_file, tmp_path):
+    path, content = tmp_path / "tokens.npz", token_file.read_bytes()
+    if damage == "one array":
+        np.save(tmp_path / "one.npy", np.zeros(3))
+        content = (tmp_path / "one.npy").read_bytes()
+    kinds = {"empty": b"", "cut": content[: len(content) // 2], "foreign": b"no zip file" * 9}
+    path.write_bytes(kinds.get(damage, content))
+    with pytest.raises(ValueError, match=r"tokens\.npz is damaged or no \.npz file"):
+        TokenMaps(path)
+
+
 def test_a_run_resumes_exactly_and_exports_when_finished(token_file, tmp_path):
     loop = LoopConfig(steps=6, learning_rate=2e-3, warmup=2, log_every=2, precision="bf16")
     cut, whole = tmp_path / "cut", tmp_path / "whole"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(begin, tmp_path, dama
     assert not moved(stage.state_dict(), resumed.state_dict())
     steps = [line.split(",")[0] for line in log_of(tmp_path / "run")]
     assert steps == ["step", "1", "2", "3", "4"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name_changes(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        call = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, call=call, name=name: (calls.append(name), call(*a))
+        )
+    for _ in range(2):
+        checkpoint.write(tmp_path / "checkpoint.pt", {"ema": {}, "step": 1})
+    assert calls == ["fsync", "replace", "fsync", "fsync", "replace", "replace", "fsync"]
 
 
 def log_of(run: Path) -> list[str]:
