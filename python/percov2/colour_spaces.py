@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 __all__ = [
     "ADOBE_RGB",
     "SRGB",
+    "UNSPECIFIED",
     "ColourSpace",
     "Curve",
     "from_cicp",
     "from_gamma",
     "icc_profile",
+    "is_known",
+    "refuse_hdr",
     "to_srgb_levels",
 ]
 
@@ -53,7 +56,8 @@ _PRIMARIES: dict[int, tuple[float, ...]] = {
     22: (*_D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
 }
 """White, red, green and blue as x, y."""
-_UNSPECIFIED = 2
+UNSPECIFIED = (2, 2)
+"""Primaries and transfer that say nothing."""
 _D50 = np.array([0.9642, 1.0, 0.8249])
 _BRADFORD = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
@@ -77,14 +81,10 @@ def from_cicp(primaries: int, transfer: int) -> ColourSpace:
     Raises:
         ValueError: high dynamic range, or a code point without a known meaning.
     """
-    if transfer in _HDR:
-        raise ValueError(
-            f"the picture has a high dynamic range ({_HDR[transfer]}), which 8-bit sRGB cannot "
-            "hold; convert it to sRGB with a tone mapping of your choice first"
-        )
-    known = {**_PRIMARIES, _UNSPECIFIED: SRGB.chromaticities}
-    curves = {**_CURVES, _UNSPECIFIED: SRGB.curve}
-    if primaries not in known or transfer not in curves:
+    refuse_hdr(transfer)
+    known = {**_PRIMARIES, 2: SRGB.chromaticities}
+    curves = {**_CURVES, 2: SRGB.curve}
+    if not is_known(primaries, transfer):
         raise ValueError(
             f"the picture's colours have primaries {primaries} and transfer {transfer} of H.273, "
             "which percov2 does not know; convert it to sRGB first"
@@ -92,12 +92,31 @@ def from_cicp(primaries: int, transfer: int) -> ColourSpace:
     return ColourSpace(known[primaries], curves[transfer])
 
 
+def is_known(primaries: int, transfer: int) -> bool:
+    """Return True if code points have a meaning, among them the unspecified ones (2)."""
+    return primaries in (*_PRIMARIES, 2) and transfer in (*_CURVES, 2)
+
+
+def refuse_hdr(transfer: int) -> None:
+    """Raise ValueError for the transfer of a high dynamic range."""
+    if transfer in _HDR:
+        raise ValueError(
+            f"the picture has a high dynamic range ({_HDR[transfer]}), which 8-bit sRGB cannot "
+            "hold; convert it to sRGB with a tone mapping of your choice first"
+        )
+
+
 def from_gamma(gamma: float | None, chromaticities: tuple[float, ...] | None) -> ColourSpace:
     """Return the space of PNG's gAMA (the encoding exponent) and cHRM, or sRGB's where missing.
 
+    Zeros say nothing.
+
     Raises:
-        ValueError: an exponent that is not positive, or impossible chromaticities.
+        ValueError: an exponent out of any use, or impossible chromaticities.
     """
+    gamma = gamma or None
+    if chromaticities is not None and not any(chromaticities):
+        chromaticities = None
     plain = chromaticities is None or np.allclose(chromaticities, SRGB.chromaticities, atol=1e-3)
     if plain and (gamma is None or abs(gamma - 1 / 2.2) < 1e-4):
         return SRGB  # what writers of sRGB say who leave out the chunk of that name

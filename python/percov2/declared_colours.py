@@ -1,8 +1,9 @@
 """What a picture's container says about its colours: one rule for all formats.
 
-The first declaration that is present wins: cICP (PNG) or nclx (AVIF, HEIF); an ICC profile; sRGB
-(PNG); gAMA and cHRM (PNG); the colour space of Exif. That is the order of the PNG and AVIF
-specifications. Without any, samples are sRGB.
+The first declaration that says something wins: cICP (PNG, QOI); an ICC profile; nclx (AVIF, HEIF);
+sRGB (PNG); gAMA and cHRM (PNG); the colour space of Exif. That is the order of the specifications
+of PNG and MIAF. Without any, samples are sRGB. A high dynamic range is refused wherever it is
+declared.
 """
 
 from __future__ import annotations
@@ -13,14 +14,33 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
-from percov2.colour_spaces import ADOBE_RGB, SRGB, ColourSpace, from_cicp, from_gamma
+from percov2.colour_spaces import (
+    ADOBE_RGB,
+    SRGB,
+    UNSPECIFIED,
+    ColourSpace,
+    from_cicp,
+    from_gamma,
+    is_known,
+    refuse_hdr,
+)
 
-__all__ = ["CODE_POINTS", "CONVERTED", "declared_space", "read_declarations"]
+__all__ = [
+    "CODE_POINTS",
+    "CONVERTED",
+    "declared_space",
+    "has_incomplete_profile",
+    "read_declarations",
+]
 
 CODE_POINTS = "percov2_cicp"
 """Key of ``Image.info``: primaries and transfer of H.273, which Pillow does not read."""
+UNSUPPORTED = "percov2_unsupported"
+"""Key of ``Image.info``: what a container declares that cannot be converted, as a reason."""
 CONVERTED = "percov2_space"
 """Key of ``Image.info``: the space of samples whose curve was changed to that of sRGB."""
+_ENUMERATED = (12, 16, 17, 18)
+"""Colour spaces of JPEG 2000 that Pillow's decoder converts: CMYK, sRGB, grey, sYCC."""
 _MOST_BYTES = 1 << 20
 """Longest colour box or chunk that is read."""
 
@@ -37,18 +57,34 @@ def read_declarations(image: Image.Image, stream: BinaryIO) -> None:
             for name, data in _png_chunks(stream):
                 if name == b"cICP" and len(data) == 4:
                     image.info[CODE_POINTS] = (data[0], data[1])
+                    if data[3] == 0:
+                        image.info[UNSUPPORTED] = "samples of narrow range"
         elif image.format in ("AVIF", "HEIF"):
             for data in _boxes_at(stream, (b"meta", b"iprp", b"ipco", b"colr")):
                 if data[:4] == b"nclx" and len(data) >= 10:
-                    image.info[CODE_POINTS] = struct.unpack(">HH", data[4:8])
-        elif image.format == "JPEG2000" and "icc_profile" not in image.info:
-            for data in _boxes_at(stream, (b"jp2h", b"colr")):
-                if data[:1] in (b"\2", b"\3"):  # a restricted or any ICC profile
-                    image.info["icc_profile"] = data[3:]
+                    image.info.setdefault(CODE_POINTS, struct.unpack(">HH", data[4:8]))
+        elif image.format == "JPEG2000":
+            _read_jpeg2000(image, stream)
+        elif image.format == "QOI":
+            stream.seek(13)
+            if stream.read(1) == b"\1":
+                image.info[CODE_POINTS] = (1, 8)  # linear light
     except (OSError, struct.error):
         pass
     finally:
         stream.seek(start)
+
+
+def _read_jpeg2000(image: Image.Image, stream: BinaryIO) -> None:
+    """Read the first colour box; a reader ignores the others (ISO/IEC 15444-1, I.5.3.3)."""
+    image.info.pop("icc_profile", None)
+    data = next(_boxes_at(stream, (b"jp2h", b"colr")), b"")
+    if data[:1] in (b"\2", b"\3"):  # a restricted or any ICC profile
+        image.info["icc_profile"] = data[3:]
+    elif data[:1] == b"\1" and len(data) >= 7:
+        (space,) = struct.unpack(">I", data[3:7])
+        if space not in _ENUMERATED:
+            image.info[UNSUPPORTED] = f"the enumerated colour space {space} of JPEG 2000"
 
 
 def _png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
@@ -94,6 +130,12 @@ def _boxes_within(
         begin = stop
 
 
+def has_incomplete_profile(image: Image.Image) -> bool:
+    """Return True for a JPEG picture some of whose parts of an ICC profile are missing."""
+    parts = [data for _, data in getattr(image, "applist", []) if data[:12] == b"ICC_PROFILE\0"]
+    return bool(parts) and "icc_profile" not in image.info
+
+
 def declared_space(image: Image.Image) -> ColourSpace | bytes | None:
     """Return the colour space or the ICC profile of a picture's samples; None for sRGB.
 
@@ -104,12 +146,21 @@ def declared_space(image: Image.Image) -> ColourSpace | bytes | None:
     if CONVERTED in info:
         space: ColourSpace = info[CONVERTED]
         return None if space == SRGB else space
+    if UNSUPPORTED in info:
+        raise ValueError(f"the picture has {info[UNSUPPORTED]}; convert it to sRGB first")
     if nclx := info.get("nclx_profile"):  # of pillow-heif
         info[CODE_POINTS] = nclx["color_primaries"], nclx["transfer_characteristics"]
-    if CODE_POINTS in info:
-        space = from_cicp(*info[CODE_POINTS])
-        return None if space == SRGB else space
-    if profile := info.get("icc_profile"):
+    codes, profile = info.get(CODE_POINTS), info.get("icc_profile")
+    if codes is not None:
+        refuse_hdr(codes[1])
+        weak = image.format in ("AVIF", "HEIF") and profile
+        later = profile or {"srgb", "gamma", "chromaticity"} & set(info)
+        silent = codes == UNSPECIFIED or (later and not is_known(*codes))
+        if not (weak or silent):
+            space = from_cicp(*codes)
+            return None if space == SRGB else space
+    if profile:
+        refuse_hdr(_transfer_of(profile))
         return bytes(profile)
     if "srgb" in info:
         return None
@@ -133,3 +184,13 @@ def _exif_says_adobe_rgb(image: Image.Image) -> bool:
     if space == 0xFFFF:
         return not str(index).startswith("R98")
     return space == 2 or (space is None and str(index).startswith("R03"))
+
+
+def _transfer_of(profile: bytes) -> int:
+    """Return the transfer of H.273 that an ICC profile names in its tag cicp; 2 for none."""
+    count = int.from_bytes(profile[128:132], "big")
+    for i in range(min(count, 100)):
+        name, offset, _ = struct.unpack(">4sII", profile[132 + 12 * i :][:12].ljust(12, b"\0"))
+        if name == b"cicp" and len(profile) > offset + 9:
+            return profile[offset + 9]
+    return UNSPECIFIED[1]

@@ -21,7 +21,22 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from percov2.colour_spaces import SRGB, ColourSpace, Curve, icc_profile, to_srgb_levels
 from percov2.container.bitstream import MAX_PIXELS, MAX_SIDE
-from percov2.declared_colours import CONVERTED, declared_space, read_declarations
+from percov2.declared_colours import (
+    CONVERTED,
+    declared_space,
+    has_incomplete_profile,
+    read_declarations,
+)
+from percov2.picture_structure import (
+    StructureError,
+    check_structure,
+    dropped_parts,
+    is_pending,
+    needs_libtiff,
+    reopen_with_libtiff,
+    signature,
+    tiff_pages,
+)
 
 __all__ = [
     "ENDINGS",
@@ -84,8 +99,9 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         # Some formats decode on opening, and a container may hold more pixels than its header says.
         with _PILLOW_LIMIT.held(max_pixels):
+            check_structure(stream)
             image = open_lazily(stream)
-            _skip_thumbnails(image)
+            _skip_thumbnails(image, stream)
             check_size(image.width, image.height, max_pixels)
             _decode(image, stream)
         check_size(image.width, image.height, max_pixels)
@@ -95,6 +111,10 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
             raise ValueError(
                 "a HEIC picture needs pillow-heif: pip install 'percov2[heif]'"
             ) from None
+        if name := signature(stream):
+            raise ValueError(
+                f"the picture is damaged, or a kind of {name} that Pillow does not decode"
+            ) from None
         raise ValueError(
             f"not a picture in a format that percov2 reads: {', '.join(READ_FORMATS)}"
         ) from None
@@ -103,10 +123,11 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
             f"the picture has more pixels than the limit of {max_pixels}; scale it down, or raise "
             "max_pixels"
         ) from None
-    except (ImageSizeError, MemoryError):
+    except (ImageSizeError, StructureError, MemoryError):
         raise
     except Exception as error:  # decoders raise errors of many types for damaged files
-        raise ValueError(f"the picture is truncated or damaged: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the picture is truncated or damaged: {reason}") from error
     return image
 
 
@@ -128,20 +149,16 @@ def _is_heif(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and any(brand in head[8:] for brand in (b"heic", b"heix", b"mif1"))
 
 
-_REDUCED = 1
-"""Bit of TIFF's NewSubfileType that marks a reduced version of another page."""
-
-
-def _skip_thumbnails(image: Image.Image) -> None:
-    """Go to the first page of a TIFF file that is no reduced version of another."""
+def _skip_thumbnails(image: Image.Image, stream: BinaryIO) -> None:
+    """Go to the first page of a TIFF file that is no reduced version of another, and no mask."""
     if image.format != "TIFF":
         return
-    pages = int(getattr(image, "n_frames", 1))
-    for page in range(min(pages, 100)):
+    pages = tiff_pages(stream)
+    page = next((i for i, page in enumerate(pages) if not page.is_secondary), 0)
+    if page:
         image.seek(page)
-        if not int(getattr(image, "tag_v2", {}).get(254, 0)) & _REDUCED:
-            return
-    image.seek(0)
+        if not pages[page].has_profile:  # Pillow keeps that of the page before
+            image.info.pop("icc_profile", None)
 
 
 def _raw_mode(image: Any) -> str:
@@ -154,9 +171,12 @@ def _raw_mode(image: Any) -> str:
 def _decode(image: Image.Image, stream: BinaryIO | None) -> None:
     """Decode a picture in place, and add what Pillow leaves out if there is the file."""
     _scale_key(image)
+    if stream is not None and needs_libtiff(image):
+        reopen_with_libtiff(image, stream)
     raw, second = _raw_mode(image), None
     if stream is not None:
         read_declarations(image, stream)
+        image.info[_FRAMES] = _frames(image)
         if raw in _SECOND_READINGS:
             second = _second_reading(stream, *_SECOND_READINGS[raw])
     image.load()
@@ -219,11 +239,14 @@ def _round(image: Image.Image, samples: NDArray[np.uint16]) -> None:
 
 
 def _scale_key(image: Image.Image) -> None:
-    """Scale PNG's transparent grey as Pillow scales the samples: from 1, 2 or 4 bits to 8."""
+    """Scale PNG's transparent grey as Pillow scales the samples: from 1, 2 or 4 bits to 8.
+
+    Only as many bits of the key count as a sample has.
+    """
     key = image.info.get("transparency")
-    factor = {"L;2": 85, "L;4": 17}.get(_raw_mode(image))
-    if factor and isinstance(key, int):
-        image.info["transparency"] = min(key * factor, 255)
+    white = {"L;2": 3, "L;4": 15}.get(_raw_mode(image))
+    if white and isinstance(key, int):
+        image.info["transparency"] = (key & white) * (255 // white)
 
 
 class _PillowLimit:
@@ -297,10 +320,12 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
             dynamic range, or with numbers outside the range that the mode implies.
     """
     _load(image)
-    if (frames := _frames(image)) > 1:
-        _warn(f"the picture has {frames} frames or pages; only the first is stored")
-    if image.info.get("depth_images"):
-        _warn("the picture's depth map is not stored")
+    if (frames := image.info.get(_FRAMES) or _frames(image)) > 1:
+        _warn(f"the picture has {frames} frames or pages; only one is stored")
+    for part in dropped_parts(image):
+        _warn(f"the picture's {part} is not stored")
+    if has_incomplete_profile(image):
+        _warn("ignored an incomplete colour profile")
     space, samples = declared_space(image), _samples(image)
     unused_alpha = image.format in _WITHOUT_ALPHA
     try:
@@ -325,11 +350,12 @@ def _warn(message: str) -> None:
 
 def _load(image: Image.Image) -> None:
     """Decode a lazily opened picture, before anything else can hide the decoder's error."""
-    if getattr(image, "tile", None) and image.format not in (None, "MPO", *READ_FORMATS):
+    if is_pending(image) and image.format not in (None, "MPO", *READ_FORMATS):
         raise ValueError(
             f"a picture of format {image.format} is not read; convert it to PNG, or call its load()"
         )
-    stream = getattr(image, "fp", None) if getattr(image, "tile", None) else None
+    tiles: Any = getattr(image, "tile", None)
+    stream = getattr(image, "fp", None) if tiles else None
     try:
         if stream is not None and (stream.closed or not stream.seekable()):
             stream = None
@@ -337,10 +363,19 @@ def _load(image: Image.Image) -> None:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise errors of many types for damaged files
-        raise ValueError(f"the picture is truncated, damaged or closed: {error}") from error
+        if tiles:  # Pillow would take the rest of a damaged picture for decoded
+            image.tile = tiles  # type: ignore[attr-defined]
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the picture is truncated, damaged or closed: {reason}") from error
+
+
+_FRAMES = "percov2_frames"
+"""Key of ``Image.info``: the number of frames or pages, counted while the file is open."""
 
 
 def _frames(image: Image.Image) -> int:
+    if image.format == "TIFF" and (stream := getattr(image, "fp", None)) is not None:
+        return max(1, len(tiff_pages(stream)))
     try:
         return int(getattr(image, "n_frames", 1))
     except Exception:  # a damaged later frame
@@ -358,10 +393,19 @@ class _Samples(NamedTuple):
     inverted: bool
 
 
+_SIGNED = 2
+
+
 def _samples(image: Image.Image) -> _Samples:
-    """Return the meaning of a picture's deep grey samples; TIFF says it in tags."""
+    """Return the meaning of a picture's deep grey samples; TIFF says it in tags.
+
+    Raises:
+        ValueError: signed samples.
+    """
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
-    bits = tags.get(258, (16,))
+    bits, form = tags.get(258, (16,)), tags.get(339, (1,))
+    if _SIGNED in (form if isinstance(form, tuple) else (form,)):
+        raise ValueError("the picture has signed samples; convert them to unsigned ones first")
     return _Samples((1 << int(bits[0])) - 1 if bits else 65535, tags.get(262) == 0)
 
 
@@ -375,6 +419,8 @@ def _to_eight_bits(
     if image.mode.startswith("I;16") or image.mode == "I":
         # Pillow gives 16-bit grey as I;16 or I.
         values = np.array(image).astype(np.int64)
+        if samples.white > 1 << 31:
+            values &= samples.white  # Pillow reads unsigned samples of 32 bits as signed ones
         low, high, white = int(values.min()), int(values.max()), samples.white
         if low < 0 or high > white:
             raise ValueError(f"grey values {low} to {high}; integer pictures must be 0 to {white}")
@@ -392,7 +438,8 @@ def _to_eight_bits(
         numbers = np.array(image, dtype=np.float64)
         if not (np.isfinite(numbers).all() and numbers.min() >= 0 and numbers.max() <= 1):
             raise ValueError("a floating-point picture must have finite values from 0 to 1")
-        return Image.fromarray(np.rint(numbers * 255).astype(np.uint8))
+        light = 1 - numbers if samples.inverted else numbers
+        return Image.fromarray(np.rint(light * 255).astype(np.uint8))
     return image
 
 
@@ -421,13 +468,22 @@ def _to_srgb(image: Image.Image, declared: ColourSpace | bytes | None) -> Image.
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             space = source.profile.xcolor_space.strip()
-            if space == "RGB" and image.mode == "L":
-                image = image.convert("RGB")  # a grey picture with a colour profile
-            if space != _PROFILE_SPACE[image.mode]:
+            shown, flags = image, ImageCms.Flags.BLACKPOINTCOMPENSATION
+            if image.mode == "L":
+                # The fast way of littlecms is wrong by up to 10 levels for grey, so the exact one
+                # converts a ramp of all levels.
+                shown = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+                flags |= ImageCms.Flags.NOOPTIMIZE
+            if space == "RGB" and shown.mode == "L":
+                shown = shown.convert("RGB")  # a grey picture with a colour profile
+            if space != _PROFILE_SPACE[shown.mode]:
                 raise ImageCms.PyCMSError(f"a {space} profile in a {image.mode} picture")
-            how = ImageCms.Intent.RELATIVE_COLORIMETRIC, ImageCms.Flags.BLACKPOINTCOMPENSATION
-            transform = ImageCms.buildTransform(source, srgb, image.mode, "RGB", *how)
-            return _converted(image, transform)
+            how = ImageCms.Intent.RELATIVE_COLORIMETRIC
+            transform = ImageCms.buildTransform(source, srgb, shown.mode, "RGB", how, flags)
+            converted = _converted(shown, transform)
+            if image.mode == "L":
+                return Image.fromarray(np.asarray(converted)[0][np.asarray(image)])
+            return converted
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
             _warn(f"ignored a damaged or unsuitable colour profile ({error})")
     return image.convert("RGB")

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from percov2.cli.faults import about
+from percov2.cli.faults import about, show
 from percov2.cli.models import add_captioner, add_model, check_choices, chosen_captioner, open_codec
 from percov2.cli.options import (
     add_command,
@@ -132,7 +132,8 @@ def _evaluate(
     """Run an evaluation and print the text that it returns."""
     with about(name):
         text = run(arguments)
-    print(text)
+    for line in text.splitlines():
+        show(line)
 
 
 def _check(arguments: argparse.Namespace, folder: Path) -> None:

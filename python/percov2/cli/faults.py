@@ -12,7 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["Fault", "about", "in_flags", "naming", "printable", "reason", "report_faults", "say"]
+__all__ = [
+    "Fault",
+    "about",
+    "in_flags",
+    "naming",
+    "printable",
+    "reason",
+    "report_faults",
+    "say",
+    "show",
+]
 
 
 class Fault(Exception):
@@ -86,6 +96,11 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+def show(text: object) -> None:
+    """Print a line to standard output, escaped for a terminal."""
+    print(printable(text))
+
+
 def say(text: str) -> None:
     """Print a line to standard error, which never carries data; a closed one is ignored."""
     bars = sys.modules.get("tqdm")
@@ -121,7 +136,8 @@ def naming(name: Callable[[], str | None]) -> Iterator[None]:
 
 
 def _show_own_warnings() -> None:
-    """Print each warning of percov2 on one line."""
+    """Print each warning of percov2 on one line, also where warnings are errors."""
+    warnings.filterwarnings("default", category=UserWarning, module=r"percov2\.")
     default = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from percov2.cli.faults import about
+from percov2.cli.faults import about, show
 from percov2.cli.options import add_command
 
 __all__ = ["add_parser", "import_perco"]
@@ -32,5 +32,5 @@ def import_perco(arguments: argparse.Namespace) -> None:
     with about("import-perco"):
         found = importer.import_perco(arguments.folder, arguments.out, arguments.base)
     for checkpoint in found:
-        print(f"{checkpoint.rate.name}: {checkpoint.folder}")
-    print(f"{arguments.out}: use this model with --model perco:{arguments.out}")
+        show(f"{checkpoint.rate.name}: {checkpoint.folder}")
+    show(f"{arguments.out}: use this model with --model perco:{arguments.out}")

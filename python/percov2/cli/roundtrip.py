@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from percov2.cli.evaluate import chosen_setting
-from percov2.cli.faults import about
+from percov2.cli.faults import about, say, show
 from percov2.cli.models import add_captioner, add_model, check_choices, open_codec
 from percov2.cli.options import add_command, add_options, options_of
 from percov2.options import DecodeOptions, EncodeOptions
@@ -58,8 +57,8 @@ def roundtrip(arguments: argparse.Namespace) -> None:
         records.append(trip.record)
         notes += trip.notes
         if not arguments.json:
-            print(report.sentence(trip.record))
+            show(report.sentence(trip.record))
     if arguments.json:
         print(json.dumps(records, indent=2))
     for note in sorted(set(notes)):
-        print(f"percov2: note: {note}", file=sys.stderr if arguments.json else sys.stdout)
+        (say if arguments.json else show)(f"percov2: note: {note}")

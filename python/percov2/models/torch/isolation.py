@@ -5,12 +5,16 @@ Other libraries and users change them, and our networks must load and run as wit
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 
 __all__ = ["loading", "running"]
+
+_PROCESS = os.getpid()
+"""The process that imported this module."""
 
 
 @contextmanager
@@ -32,7 +36,13 @@ def loading() -> Iterator[None]:
 
 @contextmanager
 def running(device: str) -> Iterator[None]:
-    """Run networks on a device in the formats of their weights."""
+    """Run networks on a device in the formats of their weights.
+
+    In a forked process, torch's threads do not exist, and it would wait for them for ever. There it
+    runs on one thread, as in the workers of its own loaders.
+    """
+    if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
     kind = torch.device(device).type
     with ExitStack() as stack:
         if torch.is_autocast_enabled(kind):

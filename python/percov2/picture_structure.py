@@ -1,0 +1,205 @@
+"""The structure of picture files, where Pillow would take too long, or drop or mistake a part."""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from PIL import Image, ImageFile, TiffImagePlugin
+
+__all__ = [
+    "StructureError",
+    "TiffPage",
+    "check_structure",
+    "dropped_parts",
+    "is_pending",
+    "needs_libtiff",
+    "reopen_with_libtiff",
+    "signature",
+    "tiff_pages",
+]
+
+_SIGNATURES = {
+    b"\x89PNG\r\n\x1a\n": "PNG",
+    b"\xff\xd8\xff": "JPEG",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"II+\0": "TIFF",
+    b"MM\0+": "TIFF",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"\0\0\0\x0cjP  ": "JPEG 2000",
+}
+_MOST_CHUNKS = 100_000
+_MOST_SCANS = 500
+_MOST_PAGES = 1000
+_PNM_HEADER = 1 << 16
+
+
+class StructureError(ValueError):
+    """A picture whose structure would cost more time than a picture may."""
+
+
+def signature(stream: BinaryIO) -> str:
+    """Return the name of the format that a file begins like, or ""."""
+    stream.seek(0)
+    head = stream.read(16)
+    return next((name for first, name in _SIGNATURES.items() if head.startswith(first)), "")
+
+
+def check_structure(stream: BinaryIO) -> None:
+    """Refuse files that would keep a decoder busy for minutes; leave the position as it was.
+
+    Raises:
+        StructureError: a PNG file with too many chunks, a JPEG file with too many scans, or a
+            portable bitmap with a very long comment.
+    """
+    start = stream.tell()
+    head = stream.read(8)
+    if head == b"\x89PNG\r\n\x1a\n":
+        _check_png(stream)
+    elif head[:3] == b"\xff\xd8\xff":
+        _check_jpeg(stream)
+    elif re.match(rb"P[1-7]\s", head):
+        body = head + stream.read(_PNM_HEADER)
+        without_comments = re.sub(rb"#[^\n\r]*[\n\r]", b"", body)
+        if without_comments.count(b"#") and len(body) > _PNM_HEADER:
+            raise StructureError(f"the picture has a comment of more than {_PNM_HEADER} bytes")
+    stream.seek(start)
+
+
+def _check_png(stream: BinaryIO) -> None:
+    for _ in range(_MOST_CHUNKS):
+        header = stream.read(8)
+        if len(header) < 8 or header[4:] == b"IEND":
+            return
+        stream.seek(int.from_bytes(header[:4], "big") + 4, 1)
+    raise StructureError(f"the picture has more than {_MOST_CHUNKS} chunks")
+
+
+def _check_jpeg(stream: BinaryIO) -> None:
+    """Count scans. In compressed data, a byte 255 is followed by 0, so a marker is one."""
+    scans, last = 0, b""
+    while block := stream.read(1 << 20):
+        scans += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    if scans > _MOST_SCANS:
+        raise StructureError(f"the picture has {scans} scans, more than {_MOST_SCANS}")
+
+
+def is_pending(image: Image.Image) -> bool:
+    """Return True for a picture file that is opened and not decoded yet, also by a stub."""
+    if not isinstance(image, ImageFile.ImageFile):
+        return False
+    if getattr(image, "tile", None):
+        return True
+    try:
+        return getattr(image, "_im", image.im) is None
+    except Exception:  # Pillow's own error for a picture whose decoding failed
+        return True
+
+
+def dropped_parts(image: Image.Image) -> list[str]:
+    """Return the names of parts of a picture file that are no frames, and that are not stored."""
+    info, found = image.info, []
+    text = b"".join(data for _, data in getattr(image, "applist", []))
+    extra = [str(name) for name in info.get("aux") or ()]
+    if info.get("depth_images") or any("depth" in name for name in extra):
+        found.append("depth map")
+    if b'hdrgm:Version="' in text or any("gainmap" in name for name in extra):
+        found.append("gain map")
+    if re.search(rb'MotionPhoto="?1|MicroVideo="?1', text):
+        found.append("video")
+    return found
+
+
+class TiffPage(NamedTuple):
+    """A page of a TIFF file.
+
+    Attributes:
+        is_secondary: it is a reduced version or a mask of another page.
+        has_profile: it has an ICC profile.
+    """
+
+    is_secondary: bool
+    has_profile: bool
+
+
+def tiff_pages(stream: BinaryIO) -> list[TiffPage]:
+    """Return the first 1,000 pages of a TIFF file, in linear time; [] for a damaged one.
+
+    Pillow needs quadratic time to count pages. The stream's position is left as it was.
+    """
+    try:
+        start = stream.tell()
+        try:
+            return _pages(stream)
+        finally:
+            stream.seek(start)
+    except (OSError, ValueError, struct.error):
+        return []
+
+
+def _pages(stream: BinaryIO) -> list[TiffPage]:
+    stream.seek(0)
+    head = stream.read(16)
+    order = "<" if head[:2] == b"II" else ">"
+    big = struct.unpack(order + "H", head[2:4])[0] == 43
+    count_form, entry_form, next_form = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
+    (place,) = struct.unpack(order + next_form, head[8:16] if big else head[4:8])
+    pages: list[TiffPage] = []
+    seen: set[int] = set()
+    while place and place not in seen and len(pages) < _MOST_PAGES:
+        seen.add(place)
+        stream.seek(place)
+        (entries,) = _unpacked(stream, order + count_form)
+        tags: dict[int, int] = {}
+        for _ in range(min(entries, 4096)):
+            tag, kind, _, value = _unpacked(stream, order + entry_form)
+            tags[tag] = struct.unpack(
+                order + ("H" if kind == 3 else "I"), value[: 2 if kind == 3 else 4]
+            )[0]
+        secondary = bool(tags.get(254, 0) & 5) or tags.get(255) == 2
+        pages.append(TiffPage(secondary, 34675 in tags))
+        (place,) = _unpacked(stream, order + next_form)
+    return pages
+
+
+def _unpacked(stream: BinaryIO, form: str) -> tuple[Any, ...]:
+    return struct.unpack(form, stream.read(struct.calcsize(form)))
+
+
+def needs_libtiff(image: Image.Image) -> bool:
+    """Return True for a TIFF picture that Pillow's own decoder reads wrongly.
+
+    These are uncompressed pictures with a plane per colour and more than 8 bits, and uncompressed
+    YCbCr.
+    """
+    tiles: Any = getattr(image, "tile", None)
+    if image.format != "TIFF" or not tiles or tiles[0][0] != "raw":
+        return False
+    tags: Any = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (8,))
+    return tags.get(262) == 6 or (tags.get(284) == 2 and max(bits) > 8)
+
+
+def reopen_with_libtiff(image: Image.Image, stream: BinaryIO) -> None:
+    """Give a TIFF picture the tiles with which libtiff decodes it."""
+    page = image.tell()
+    place = stream.tell()
+    stream.seek(0)
+    before = TiffImagePlugin.READ_LIBTIFF
+    TiffImagePlugin.READ_LIBTIFF = True
+    try:
+        other: Any = Image.open(io.BytesIO(stream.read()), formats=["TIFF"])
+        other.seek(page)
+        other.load()
+    finally:
+        TiffImagePlugin.READ_LIBTIFF = before
+        stream.seek(place)
+    pending = cast(Any, image)
+    pending.tile = []
+    pending._mode = other.mode
+    pending.im = other.im
