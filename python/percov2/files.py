@@ -7,8 +7,10 @@ import errno
 import hashlib
 import io
 import os
+import re
 import secrets
 import shutil
+import sys
 import time
 import zipfile
 import zlib
@@ -32,6 +34,7 @@ __all__ = [
     "open_atomically",
     "picture_format",
     "read_arrays",
+    "same_file",
     "write_bytes",
     "write_image",
 ]
@@ -68,15 +71,23 @@ def check_outputs(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
 
     Also raises if its folder does not exist. The message names the output.
     """
-    taken = {os.path.realpath(path): f"the input {path}" for path in inputs}
+    taken = {same_file(path): f"the input {path}" for path in inputs}
     for output in outputs:
         if not output.parent.is_dir():
             raise ValueError(f"cannot write {output}: there is no folder {output.parent}")
         if output.is_dir():
             raise ValueError(f"cannot write {output}: it is a folder")
-        if (place := os.path.realpath(output)) in taken:
+        if (place := same_file(output)) in taken:
             raise ValueError(f"cannot write {output}: it is the same file as {taken[place]}")
         taken[place] = f"the output {output}"
+
+
+def same_file(path: Path | str) -> tuple[int, int] | str:
+    """Return what two names of one file share: device and inode, or the path of a new file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    return os.path.realpath(path)
 
 
 def check_kind(path: Path, compressed: bool) -> None:
@@ -105,9 +116,35 @@ def check_kind(path: Path, compressed: bool) -> None:
             raise ValueError("it exists and is no picture, so it is not replaced")
 
 
+_DESCRIPTOR = re.compile(r"/dev/(stdout|stderr|fd/(\d+))|/proc/self/fd/(\d+)")
+
+
+def _descriptor(path: Path | str) -> int | None:
+    """Return the open file that a name such as ``/dev/stdout`` stands for, or None."""
+    found = _DESCRIPTOR.fullmatch(os.path.abspath(path))
+    if found is None:
+        return None
+    named = {"stdout": 1, "stderr": 2}.get(found[1])
+    return named or int(found[2] or found[3])
+
+
 def is_stream(path: Path) -> bool:
-    """Return True for devices and pipes, and for standard output redirected to a file."""
-    return (path.exists() and not path.is_file()) or path.is_relative_to("/dev")
+    """Return True for devices and pipes, and for names of open files such as ``/dev/stdout``."""
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    return special or _descriptor(path) is not None
+
+
+def _write_stream(path: Path, data: bytes) -> None:
+    """Write to a device, a pipe or an open file, at its present offset."""
+    number = _descriptor(path)
+    if number == 1 and sys.stdout is None:  # the number may belong to another file by now
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), str(path))
+    try:
+        stream = open(path, "wb") if number is None else os.fdopen(os.dup(number), "wb")  # noqa: SIM115
+        with stream:
+            stream.write(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _holds_picture(stream: Any) -> bool:
@@ -153,8 +190,7 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     that is killed between two calls, and the next one removes that.
     """
     if is_stream(Path(path)):
-        with open(path, "wb") as stream:
-            stream.write(data)
+        _write_stream(Path(path), data)
         return
     target = Path(os.path.realpath(path))
     neighbour = _neighbour(target)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from percov2.cli import bench, compress, decompress, evaluate, import_perco, info, roundtrip, train
-from percov2.cli.faults import about, report_faults
+from percov2.cli.faults import about, printable, report_faults
 from percov2.cli.version import VersionAction
 from percov2.extras import require
 
@@ -47,7 +47,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, printable(f"{self.prog}: {message}; see {self.prog} --help") + "\n")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from percov2.cli.options import number
-from percov2.places import PIPE, Found, exists, is_local, is_url, members
+from percov2.places import PIPE, Found, exists, is_local, members
 
 __all__ = ["Plan", "Task", "add_many", "check_target", "plan_of", "shown"]
 
@@ -208,6 +208,8 @@ def _target(one: Found, output: str | None, folder: bool, ending: str) -> str:
     return (output if output.endswith("/") else output + "/") + name + ending
 
 
-def _place(name: str) -> str:
+def _place(name: str) -> object:
     """Return what two names of the same file share."""
-    return name if name == PIPE or is_url(name) else os.path.realpath(name)
+    from percov2.files import same_file
+
+    return same_file(name) if is_local(name) else name

@@ -466,15 +466,21 @@ class OpenFile:
     grid: tuple[int, int]
     label: str = ""
 
-    def check_plausible(self, allow_sparse: bool = False) -> None:
-        """Raise BitstreamError if the data cannot hold the tokens of ``grid``.
+    def check_plausible(self, prob_bits: int, allow_sparse: bool = False) -> None:
+        """Raise BitstreamError if the data cannot hold the tokens of ``grid``, or holds more.
 
         Also raises for a file without the dense promise and with more than ``MAX_SPARSE_TOKENS``
-        tokens, unless it is allowed.
+        tokens, unless it is allowed. No token costs more than ``prob_bits`` bits.
         """
         header = self.parsed.header
         self.check_stages()
         count = _sent_tokens(header, self.grid)
+        left = len(self.data) - self.parsed.position
+        if 8 * left > prob_bits * count + 32:
+            raise self.fault(
+                f"the file is damaged: {len(self.data)} bytes are too many for the {count} tokens "
+                f"of a picture of {header.width}x{header.height}"
+            )
         if header.dense and not _is_dense(self.data, count, 0):
             raise self.fault(
                 f"the file is damaged or cut: {len(self.data)} bytes cannot hold the {count} "
@@ -560,7 +566,7 @@ def unpack(
         BitstreamError: a file is damaged or truncated.
     """
     for file in files:
-        file.check_plausible(allow_sparse)
+        file.check_plausible(coder.prob_bits, allow_sparse)
     return _by_file_form(coder, files, lambda group: _unpack_equal(coder, group, captions))
 
 
@@ -585,7 +591,7 @@ def unpack_cut(
     for file in files:
         file.check_stages()
         if _is_large(file):
-            file.check_plausible(allow_sparse)
+            file.check_plausible(coder.prob_bits, allow_sparse)
         if _too_many_stages(file.parsed.header.schedule, file.grid):
             raise file.fault(
                 f"files of more than {bitstream.MAX_SPARSE_STAGES} stages must be complete"

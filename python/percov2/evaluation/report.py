@@ -20,7 +20,7 @@ from percov2.evaluation.gallery import Cell, half_size, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
 from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.evaluation.writers import cell, markdown_table, write_json
-from percov2.files import check_outputs, write_bytes, write_image
+from percov2.files import SUFFIX, check_kind, check_outputs, write_bytes, write_image
 from percov2.images import read_image, to_rgb
 from percov2.options import EncodeOptions
 
@@ -136,7 +136,14 @@ def plan_outputs(paths: Sequence[Path], out: Path, reports: Sequence[str] = ()) 
         if stems.count(stem) > 1:
             raise ValueError(f"{path}: another picture is named {stem!r} too; rename one of them")
     names = [*reports, *(stem + ending for stem in stems for ending in _PER_PICTURE)]
-    check_outputs([out / name for name in names], paths)
+    outputs = [out / name for name in names]
+    check_outputs(outputs, paths)
+    for output in outputs:
+        if output.suffix in (SUFFIX, ".png"):
+            try:
+                check_kind(output, compressed=output.suffix == SUFFIX)
+            except ValueError as error:
+                raise ValueError(f"{output}: {error}") from error
     return stems
 
 
