@@ -378,3 +378,29 @@ def test_files_are_written_where_the_system_has_no_unnamed_ones(tmp_path, monkey
     for content in (b"one", b"two"):
         write_bytes(tmp_path / "a", content)
         assert (tmp_path / "a").read_bytes() == content and len([*tmp_path.iterdir()]) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="needs /dev/fd")
+def test_an_open_file_is_written_at_its_offset(tmp_path):
+    with open(tmp_path / "log", "wb") as log:
+        log.write(b"before ")
+        log.flush()
+        write_bytes(f"/dev/fd/{log.fileno()}", b"data")
+        log.write(b" after")
+    assert (tmp_path / "log").read_bytes() == b"before data after"
+
+
+def test_only_devices_and_open_files_are_streams(tmp_path):
+    photo = Path("/dev/..") / tmp_path.relative_to("/") / "photo.png"
+    photo.write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"must end in \.pcv2"):
+        check_kind(photo, compressed=True)
+    check_kind(Path("/dev/null"), compressed=True)
+    check_kind(Path("/dev/stdout"), compressed=True)
+
+
+def test_hard_links_are_the_same_file(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").hardlink_to(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="same file as the input"):
+        check_outputs([tmp_path / "b.png"], [tmp_path / "a.png"])

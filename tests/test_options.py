@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from percov2 import DecodeOptions, EncodeOptions
+from percov2 import BackboneOptions, Codec, DecodeOptions, EncodeOptions
 from percov2.cli.options import add_options, options_of
 from percov2.options import OptionError, options_from
 from tools.photos import noise
@@ -169,3 +169,55 @@ def test_captions_go_with_pictures(codec):
             codec.compress([image], caption=wrong)
     with pytest.raises(ValueError, match="a file must be a path or the bytes of one, not int"):
         codec.decompress([3])
+
+
+def test_wrong_arguments_of_tokens_get_one_clear_sentence(codec):
+    grid = np.zeros((1, 1), np.int32)
+    (data,) = codec.pack(iter([grid]), iter([(5, 7)]), rate="fine")
+    for sizes in ([("4", 4)], [(4.0, 4)], [4], [(4, 4, 3)], [(0, 4)], [(True, 4)], [(4, -4)]):
+        with pytest.raises(ValueError, match=r"size must be \(height, width\)"):
+            codec.pack([grid], sizes, rate="fine")
+    for tokens in (None, 5, "ab"):
+        with pytest.raises(ValueError, match="tokens must be a list"):
+            codec.pack(tokens, [(5, 7)], rate="fine")
+    decoded = codec.decode([data])
+    assert codec.paint(iter(decoded))[0].size == (7, 5)
+    for wrong in (None, decoded[0], b"ab", [data]):
+        with pytest.raises(ValueError, match="decoded must be"):
+            codec.paint(wrong)
+    for limit in (float("nan"), "5", True, 0):
+        with pytest.raises(ValueError, match="max_pixels must be"):
+            codec.encode_tokens([np.zeros((4, 4, 3), np.uint8)], max_pixels=limit)
+    with pytest.raises(ValueError, match=r"unknown rate \[\]"):
+        codec.model_id([])
+
+
+def test_models_and_their_options_are_checked_by_type():
+    for name in (None, 3, b"tiny"):
+        with pytest.raises(ValueError, match="a model must be a name or a folder"):
+            Codec.from_pretrained(name)
+    with pytest.raises(TypeError, match="options must be BackboneOptions"):
+        Codec.from_pretrained("tiny", options={"threads": 1})
+    with pytest.raises(TypeError, match="model must be a Backbone"):
+        Codec(None)
+    with pytest.raises(ValueError, match="unknown device 'cuda:99999999999'"):
+        Codec.from_pretrained("tiny", "cuda:99999999999")
+    with pytest.raises(ValueError, match="offload must be True or False, not 1"):
+        BackboneOptions(offload=1)
+
+
+def test_odd_buffers_are_pictures(codec, picture):
+    data = picture.read_bytes()
+    spread = memoryview(bytes(byte for byte in data for _ in range(2)))[::2]
+    assert codec.compress(spread) == codec.compress(data)
+    grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    assert codec.compress(np.matrix(grey)) == codec.compress(grey)
+
+
+def test_a_model_folder_is_found_after_a_change_of_directory(random_model, monkeypatch, tmp_path):
+    monkeypatch.chdir(random_model.parent)
+    codec = Codec.from_pretrained(random_model.name)
+    monkeypatch.chdir(tmp_path)
+    picture = np.zeros((8, 8, 3), np.uint8)
+    data = codec.compress(picture)
+    assert pickle.loads(pickle.dumps(codec)).compress(picture) == data

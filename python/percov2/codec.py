@@ -79,6 +79,8 @@ class Codec:
     """
 
     def __init__(self, model: Backbone, captions: Path | None = CAPTIONS) -> None:
+        if not isinstance(model, Backbone):
+            raise TypeError(f"model must be a Backbone, not {model!r}; see Codec.from_pretrained")
         self.model, self._caption_folder = model, captions
         self._captions = remembered(self._load_captions)
         self._entropy = remembered(self._load_entropy)
@@ -119,7 +121,7 @@ class Codec:
         Raises:
             ValueError: an unknown rate.
         """
-        return self._ids(rate_name)
+        return self._ids(self.config.rate(rate_name).name)
 
     def _compute_id(self, rate_name: str) -> int:
         rate = self.config.rate(rate_name)
@@ -314,8 +316,9 @@ class Codec:
         Every place takes the nearest code. A picture's tokens do not depend on its batch. Arguments
         and errors as for ``compress``.
         """
-        arrays = _arrays(as_pictures(pictures)[1], max_pixels)
-        return token_maps(self.model, arrays, self._rate(rate))
+        options = EncodeOptions(rate=rate, max_pixels=max_pixels)
+        arrays = _arrays(as_pictures(pictures)[1], options.max_pixels)
+        return token_maps(self.model, arrays, self._rate(options.rate))
 
     def pack(
         self,
@@ -342,10 +345,11 @@ class Codec:
         point, name = self._rate(options.rate), self._schedule(options.schedule)
         if options.target_bytes is not None or options.effort or options.slack:
             raise ValueError("pack chooses no tokens: leave out target_bytes, effort and slack")
+        tokens, sizes = _listed("tokens", tokens), _listed("sizes", sizes)
         texts = _captions_of(caption, False, len(tokens))
         if len(sizes) != len(tokens):
             raise ValueError(f"{len(sizes)} sizes for {len(tokens)} token maps; give one per map")
-        sizes = [(operator.index(height), operator.index(width)) for height, width in sizes]
+        sizes = [_size(size) for size in sizes]
         maps = [
             tokens_file.checked_tokens(grid, size, point.token_side, point.codebook_size)
             for grid, size in zip(tokens, sizes, strict=True)
@@ -512,6 +516,9 @@ class Codec:
         depends on its batch. Arguments and ValueError as for ``decompress``.
         """
         options = options_from(DecodeOptions, options, changes)
+        decoded = _listed("decoded", decoded)
+        if wrong := [one for one in decoded if not isinstance(one, DecodedFile)]:
+            raise ValueError(f"decoded must be results of decode, not {type(wrong[0]).__name__}")
         strength = self.config.guidance if options.guidance is None else options.guidance
 
         def paint_equal(group: list[DecodedFile]) -> list[Image.Image]:
@@ -562,6 +569,24 @@ def _arrays(pictures: Sequence[Any], max_pixels: int) -> list[NDArray[np.uint8]]
                 raise
             raise ValueError(f"picture {i} of {len(pictures)}: {error}") from error
     return arrays
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """Return an iterable as a list; ValueError for anything else."""
+    if isinstance(values, (str, bytes, DecodedFile)) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be a list, not {type(values).__name__}")
+    return list(values)
+
+
+def _size(size: Any) -> tuple[int, int]:
+    """Return (height, width) in pixels as plain numbers; ValueError for anything else."""
+    try:
+        height, width = (-1 if isinstance(side, bool) else operator.index(side) for side in size)
+    except (TypeError, ValueError):
+        height, width = -1, -1
+    if min(height, width) < 1:
+        raise ValueError(f"a size must be (height, width) in whole pixels from 1, not {size!r}")
+    return height, width
 
 
 def _captions_of(caption: str | Sequence[str], one: bool, count: int) -> list[str]:

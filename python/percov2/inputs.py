@@ -96,13 +96,14 @@ def rgb_array(picture: Any, max_pixels: int) -> NDArray[np.uint8]:
     if isinstance(picture, (str, os.PathLike)):
         return to_rgb(read_image(os.fspath(picture), max_pixels))
     if isinstance(picture, _BYTES):
-        return to_rgb(decode_image(io.BytesIO(picture), max_pixels))
+        return to_rgb(decode_image(io.BytesIO(bytes(picture)), max_pixels))
     if isinstance(picture, Image.Image):
         check_size(picture.width, picture.height, max_pixels)
         return to_rgb(picture)
     if _is_tensor(picture):
         picture = _pixels(picture)
     if isinstance(picture, np.ndarray):
+        picture = np.asarray(picture)  # a matrix would keep two dimensions
         fits = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] == 3)
         if picture.dtype != np.uint8 or not fits:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -26,6 +27,9 @@ def test_expected_errors_are_one_line_about_the_file(picture, file, random_model
     model = ("--model", random_model)
     theirs, ours = tmp_path / "theirs.pcv2", tmp_path / "ours.png"
     theirs.write_text("somebody's")
+    unrelated = tmp_path / "sub" / "theirs.png"
+    unrelated.parent.mkdir()
+    unrelated.write_bytes(before)
     ours.write_bytes(file.read_bytes())
     for command, message in [
         (("compress", text, small, *model), f"{text}: not a picture"),
@@ -69,6 +73,7 @@ def test_expected_errors_are_one_line_about_the_file(picture, file, random_model
         (("roundtrip", picture, picture, "--out", tmp_path, *model), "'photo' too"),
         (("roundtrip", picture, "--out", tmp_path, *model), "same file as the input"),
         (("roundtrip", file, "--out", text, *model), f"{text}: File exists"),
+        (("roundtrip", unrelated, "--out", tmp_path, *model), f"{theirs}: it exists and is no"),
         (("eval", "kodak", tmp_path, "--out", tmp_path, *model), "same file as the input"),
         (("roundtrip", text, "--out", tmp_path / "rt", *model), f"{text}: not a picture"),
     ]:
@@ -291,3 +296,11 @@ def test_warnings_as_errors_are_no_traceback(tmp_path):
     result = subprocess_run("-m percov2 compress", clear, out, PYTHONWARNINGS="error")
     assert "Traceback" not in result.stderr and result.returncode in (0, 2)
     assert out.exists() == (result.returncode == 0)
+
+
+def test_messages_of_the_parser_are_printable(capsys):
+    for words in (["--stages", "\x1b[31m"], ["--x\x1b[31m\r"]):
+        with contextlib.suppress(SystemExit):
+            main(["compress", "a.png", "b.pcv2", *words])
+        said = capsys.readouterr().err
+        assert "\\x1b[31m" in said and "\x1b" not in said and "\r" not in said

@@ -78,7 +78,8 @@ class BackboneOptions:
         t5: use SD3's third and largest text encoder; False replaces its embeddings with zeros.
 
     Raises:
-        ValueError: an unknown dtype or runtime, or threads outside their range.
+        ValueError: an unknown dtype or runtime, threads outside their range, or a switch that is
+            neither True nor False.
     """
 
     runtime: str | None = None
@@ -94,6 +95,9 @@ class BackboneOptions:
             raise ValueError(f"dtype must be one of {DTYPES}, not {self.dtype!r}")
         if self.runtime not in (None, *RUNTIMES):
             raise ValueError(f"runtime must be one of {RUNTIMES}, not {self.runtime!r}")
+        for name in ("offload", "vae_tiling", "compile", "t5"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.threads is not None:
             threads = -1 if isinstance(self.threads, bool) else _whole(self.threads)
             if not 1 <= threads <= MAX_THREADS:
@@ -122,7 +126,7 @@ class Backbone(ABC):
     """The options of ``open_backbone``."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        self.folder, self.device = Path(folder), device
+        self.folder, self.device = Path(os.path.abspath(folder)), device
         self.config = ModelConfig.load(self.folder)
         self.component = lru_cache(None)(Checksums(self.folder).checked)
 
@@ -232,7 +236,7 @@ def check_runtime(folder: Path, kind: str, device: str, options: BackboneOptions
         ValueError: a device, runtime or option that this kind does not have.
         MissingExtra: the runtime is torch, which is not installed.
     """
-    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", device):
+    if not re.fullmatch(r"(cpu|cuda)(:\d{1,4})?", device):
         raise ValueError(f"unknown device {device!r}; use cpu, cuda or cuda:N")
     if kind == "tiny" and (given := options.large()):
         raise ValueError(f"this small model accepts no {', '.join(given)}")
@@ -276,7 +280,10 @@ def open_backbone(
             does not accept.
         MissingExtra: the runtime needs torch, which is not installed.
     """
-    options = options or BackboneOptions()
+    if options is None:
+        options = BackboneOptions()
+    elif not isinstance(options, BackboneOptions):
+        raise TypeError(f"options must be BackboneOptions, not {options!r}")
     folder, config = find_model(name_or_path)
     if check_runtime(folder, config.backbone, str(device), options) == "onnx":
         threads = options.threads or available_cores()

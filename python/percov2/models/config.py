@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,10 +181,11 @@ class ModelConfig:
 
     def rate(self, name: str) -> Rate:
         """Return a rate by name; the ValueError for an unknown one lists the rates."""
-        rates = {rate.name: rate for rate in self.rates}
-        if name not in rates:
-            raise ValueError(f"unknown rate {name!r}; model {self.name} has {', '.join(rates)}")
-        return rates[name]
+        found = next((rate for rate in self.rates if rate.name == name), None)
+        if found is None:
+            names = ", ".join(rate.name for rate in self.rates)
+            raise ValueError(f"unknown rate {name!r}; model {self.name} has {names}")
+        return found
 
 
 def _read_json(path: Path) -> Any:
@@ -233,6 +235,8 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
     Raises:
         ValueError: no such model, a damaged configuration, or another kind of backbone.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)):
+        raise ValueError(f"a model must be a name or a folder, not {name_or_path!r}")
     kind, colon, path = str(name_or_path).partition(":")
     if not colon or kind not in _BACKBONES:
         kind, path = "", str(name_or_path)
