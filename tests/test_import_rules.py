@@ -59,7 +59,12 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.options": ("container.bitstream", "", ""),
     "percov2.colour_spaces": ("", "numpy", ""),
     "percov2.declared_colours": ("colour_spaces", "PIL", ""),
-    "percov2.images": ("colour_spaces container.bitstream declared_colours", "numpy PIL", ""),
+    "percov2.picture_structure": ("", "PIL", ""),
+    "percov2.images": (
+        "colour_spaces container.bitstream declared_colours picture_structure",
+        "numpy PIL",
+        "",
+    ),
     "percov2.files": ("container.bitstream images", "numpy PIL", ""),
     "percov2.inputs": ("images", "numpy PIL", ""),
     "percov2.captioners": ("container.captions extras images", "PIL", "torch transformers"),
@@ -77,6 +82,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "numpy PIL",
         "",
     ),
+    "percov2.datasets": ("@codec datasets", "numpy PIL", "pyarrow ray"),
     "percov2.pipeline": ("@codec", "diffusers PIL torch", ""),
     "percov2.photos": ("images", "numpy torch tqdm", ""),
     "percov2.evaluation": (
@@ -90,6 +96,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "accelerate tensorboard tokenizers transformers webdataset",
     ),
     "percov2.bench": ("bench entropy", "numpy torch tqdm", "matplotlib"),
+    "percov2.bench.codec": ("@codec bench", "numpy PIL", ""),
     # Also runs under the peers' interpreter, which has no percov2.
     "percov2.bench.timing": ("", "", ""),
     # Commands load the rest when they run.
@@ -99,18 +106,20 @@ RULES: dict[str, tuple[str, str, str]] = {
         "numpy",
     ),
     "percov2.cli.many": ("cli batching places", "tqdm", ""),
+    "percov2.cli.datasets": ("cli options", "tqdm", ""),
     "percov2.__main__": ("cli", "", ""),
 }
 NATIVE = {"percov2.entropy.rans", "percov2.models.tiny"}
 """Rules of the modules that may import the compiled module."""
 CODEC = """batching captioners coarser_rates codec colour_spaces container declared_colours
-entropy extras files images inputs many_pictures models options pipeline places tokenizing"""
+entropy extras files images inputs many_pictures models options picture_structure pipeline places
+tokenizing"""
 """What ``@codec`` stands for: the codec and everything below it."""
 # First-party prefixes that a folder may import inside functions.
 LAZY: dict[str, str] = {
     "percov2.bench": "triton_kernels",
     "percov2.codec": "models.tiny.torch",
-    "percov2.cli": "@codec bench evaluation photos training",
+    "percov2.cli": "@codec bench datasets evaluation photos training",
     "percov2.places": "files",
     "percov2.entropy": "entropy.torch",
     "percov2.entropy.torch": "triton_kernels",

@@ -1,0 +1,269 @@
+"""Parts of picture files that Pillow drops, mistakes, or takes too long for."""
+
+from __future__ import annotations
+
+import io
+import struct
+import time
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from percov2 import Codec
+from percov2.colour_spaces import SRGB, ColourSpace, icc_profile
+from percov2.images import ImageWarning, decode_image, to_rgb
+from percov2.picture_structure import tiff_pages
+from tools import picture_files as files
+
+pytestmark = pytest.mark.core
+
+LINEAR = icc_profile(ColourSpace(SRGB.chromaticities, (1.0,)))
+"""A profile with which level 128 is 188 of sRGB."""
+
+
+def saved(kind: str, level: int = 128, mode: str = "RGB", **options) -> bytes:
+    out = io.BytesIO()
+    fill = level if mode == "L" else (level,) * 3
+    Image.new(mode, (32, 32), fill).save(out, kind, **options)
+    return out.getvalue()
+
+
+def decoded(data: bytes) -> np.ndarray:
+    return to_rgb(decode_image(io.BytesIO(data)))
+
+
+def test_a_profile_of_avif_comes_before_code_points():
+    data = saved("AVIF", icc_profile=LINEAR, quality=100, subsampling="4:4:4")
+    assert abs(int(decoded(data)[9, 9, 0]) - 188) <= 1
+
+
+@pytest.mark.parametrize("more", [files.iccp(LINEAR), files.gama(1.0)])
+@pytest.mark.parametrize("codes", [(2, 2), (3, 3)])
+def test_code_points_that_say_nothing_leave_it_to_the_next_chunk(codes, more):
+    picture = files.png("rgb", 8, np.full((2, 2, 3), 128), files.cicp(*codes), more)
+    assert (decoded(picture) == 188).all()
+
+
+def test_samples_of_narrow_range_are_refused():
+    narrow = files.chunk(b"cICP", bytes([1, 13, 0, 0]))
+    with pytest.raises(ValueError, match="narrow range"):
+        decoded(files.png("rgb", 8, np.full((2, 2, 3), 128), narrow))
+
+
+def test_zeros_of_gama_and_chrm_say_nothing():
+    plain = files.gama(0.0), files.chrm(*[0.0] * 8)
+    assert (decoded(files.png("rgb", 8, np.full((2, 2, 3), 128), *plain)) == 128).all()
+
+
+def test_high_dynamic_range_in_a_profile_is_refused():
+    body = b"cicp" + bytes(4) + bytes([9, 16, 0, 1])
+    count = struct.unpack(">I", LINEAR[128:132])[0]
+    table = LINEAR[132 : 132 + 12 * count]
+    shifted = b"".join(
+        name + struct.pack(">II", offset + 12, size)
+        for name, offset, size in struct.iter_unpack(">4sII", table)
+    )
+    entry = b"cicp" + struct.pack(">II", len(LINEAR) + 12, len(body))
+    profile = LINEAR[:128] + struct.pack(">I", count + 1) + shifted + entry
+    profile += LINEAR[132 + 12 * count :] + body
+    with pytest.raises(ValueError, match=r"high dynamic range \(PQ\)"):
+        decoded(files.png("rgb", 8, np.full((2, 2, 3), 128), files.iccp(profile)))
+
+
+def test_the_first_colour_box_of_jpeg2000_counts():
+    image = Image.new("RGB", (32, 32), (128, 128, 128))
+    data = files.jpeg2000(image, LINEAR)
+    assert abs(int(decoded(data)[9, 9, 0]) - 188) <= 1
+    at = data.index(b"colr") - 4
+    enumerated = struct.pack(">I4sBBBI", 15, b"colr", 1, 0, 0, 16)
+    outer = data.index(b"jp2h") - 4
+    (length,) = struct.unpack(">I", data[outer : outer + 4])
+    grown = data[:outer] + struct.pack(">I", length + 15) + data[outer + 4 :]
+    assert abs(int(decoded(grown[:at] + enumerated + grown[at:])[9, 9, 0]) - 128) <= 1
+    unknown = enumerated[:-4] + struct.pack(">I", 21)
+    with pytest.raises(ValueError, match="enumerated colour space 21"):
+        decoded(grown[:at] + unknown + grown[at:])
+
+
+def test_linear_qoi_is_converted():
+    head = b"qoif" + struct.pack(">IIBB", 2, 1, 3, 1)
+    data = head + bytes([0xFE, 128, 128, 128, 0xC0]) + bytes(7) + b"\1"
+    assert (decoded(data) == 188).all()
+
+
+def test_grey_profiles_are_exact_in_the_dark():
+    """The optimised transform of littlecms is off by 10 levels."""
+    gray = b"GRAY".join(LINEAR[:132].split(b"RGB "))
+    curve = LINEAR[LINEAR.index(b"para") :][:16]
+    white = (
+        b"XYZ " + bytes(4) + np.rint(np.array([0.9642, 1, 0.8249]) * 65536).astype(">i4").tobytes()
+    )
+    tags = b"wtpt" + struct.pack(">II", 156, 20) + b"kTRC" + struct.pack(">II", 176, 16)
+    profile = gray[4:128] + struct.pack(">I", 2) + tags + white + curve
+    profile = struct.pack(">I", len(profile) + 4) + profile
+    samples = np.arange(256).reshape(16, 16, 1)
+    found = decoded(files.png("grey", 8, samples, files.iccp(profile))).astype(int)
+    light = samples / 255
+    small = 12.92 * light
+    exact = 255 * np.where(light <= 0.0031308, small, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert np.abs(found - exact).max() <= 1
+
+
+def test_a_profile_with_a_missing_part_is_said():
+    data = saved("JPEG", icc_profile=LINEAR + bytes(70000))
+    at = data.index(b"ICC_PROFILE\0\2\2")
+    cut = data[:at] + b"XCC" + data[at + 3 :]
+    with pytest.warns(ImageWarning, match="incomplete colour profile"):
+        decoded(cut)
+
+
+def planar(samples: np.ndarray) -> bytes:
+    """A TIFF file [H, W, 3] of 16 bits with a strip per colour."""
+    height, width, _ = samples.shape
+    planes = samples.transpose(2, 0, 1).astype("<u2").tobytes()
+    tags = [(256, 4, [width]), (257, 4, [height]), (258, 3, [16] * 3), (259, 3, [1]), (262, 3, [2])]
+    tags += [(277, 3, [3]), (278, 4, [height]), (284, 3, [2])]
+    size = height * width * 2
+    tags += [(273, 4, [8, 8 + size, 8 + 2 * size]), (279, 4, [size] * 3)]
+    data, table = planes, b""
+    for tag, kind, values in sorted(tags):
+        packed = struct.pack(f"<{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        if len(packed) > 4:
+            packed, data = struct.pack("<I", 8 + len(data)), data + packed
+        table += struct.pack("<HHI", tag, kind, len(values)) + packed.ljust(4, b"\0")
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    return head + data + struct.pack("<H", len(tags)) + table + bytes(4)
+
+
+def test_planes_of_16_bits_are_read_as_such():
+    samples = np.random.default_rng(0).integers(0, 65536, (5, 7, 3))
+    assert np.abs(decoded(planar(samples)).astype(int) - samples / 257).max() <= 1
+
+
+def test_uncompressed_ycbcr_of_half_size_chroma():
+    red = [76] * 4 + [85, 255]
+    data = files.tiff(np.array(red).reshape(1, 6, 1), 8, 6)
+    whole = [(256, [2]), (257, [2]), (277, [3]), (278, [2])]
+    at = struct.unpack("<I", data[4:8])[0] + 2
+    table = bytearray(data)
+    for i in range(struct.unpack("<H", data[at - 2 : at])[0]):
+        place = at + 12 * i
+        (tag,) = struct.unpack("<H", data[place : place + 2])
+        for wanted, values in whole:
+            if tag == wanted:
+                table[place + 8 : place + 12] = struct.pack("<I", values[0])
+    found = decoded(bytes(table)).reshape(-1, 3)
+    assert np.abs(found.astype(int) - (254, 0, 0)).max() <= 3
+
+
+def test_unsigned_samples_of_32_bits_and_signed_ones():
+    samples = np.array([0xFFFFFFFF, 0x80000000, 0, 0x40000000])
+    low, high = samples & 0xFFFF, samples >> 16
+    words = np.stack([low, high], -1).reshape(1, 8, 1)
+    data = bytearray(files.tiff(words, 16, 1))
+    for tag, value in ((256, 4), (258, 32)):
+        at = data.index(struct.pack("<HH", tag, 4 if tag == 256 else 3))
+        data[at + 8 : at + 10] = struct.pack("<H", value)
+    assert decoded(bytes(data))[0, :, 0].tolist() == [255, 128, 0, 64]
+    with pytest.raises(ValueError, match="signed samples"):
+        decoded(files.tiff(np.array([[[1], [2]]]), 8, 1, t339=[2]))
+
+
+def pages(*tags: dict[str, list[int]]) -> bytes:
+    """A TIFF file with a grey page per dictionary, whose level is 10 times its number."""
+    out = io.BytesIO()
+    images = [Image.new("L", (8, 8), 10 * i) for i in range(len(tags))]
+    infos = []
+    for image, own in zip(images, tags, strict=True):
+        image.encoderinfo = {"tiffinfo": {int(k[1:]): v[0] for k, v in own.items()}}
+        infos.append(image)
+    first, *others = infos
+    first.save(out, "TIFF", save_all=True, append_images=others, **first.encoderinfo)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("tags", [{"t254": [1]}, {"t254": [4]}, {"t255": [2]}])
+def test_masks_and_thumbnails_before_the_page_are_skipped(tags):
+    data = pages(tags, {})
+    found = tiff_pages(io.BytesIO(data))
+    assert [page.is_secondary for page in found] == [True, False]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ImageWarning)
+        assert (decoded(data) == 10).all()
+
+
+def test_many_pages_are_counted_in_linear_time():
+    page = struct.pack("<H", 3) + struct.pack("<HHII", 256, 4, 1, 1) * 3
+    parts, place = [], 8
+    for i in range(40000):
+        following = place + len(page) + 4 if i < 39999 else 0
+        parts.append(page + struct.pack("<I", following))
+        place = following
+    data = struct.pack("<2sHI", b"II", 42, 8) + b"".join(parts)
+    begin = time.process_time()
+    assert len(tiff_pages(io.BytesIO(data))) == 1000
+    assert time.process_time() - begin < 5
+    looped = data[:8] + page + struct.pack("<I", 8)
+    assert len(tiff_pages(io.BytesIO(looped))) == 1
+    assert tiff_pages(io.BytesIO(data[:20])) == []
+
+
+def test_a_handle_whose_decoding_failed_fails_again():
+    whole = saved("PNG")
+    image = Image.open(io.BytesIO(whole[: len(whole) // 2] + bytes(len(whole) // 2)))
+    codec = Codec.from_pretrained("tiny")
+    for _ in range(3):
+        with pytest.raises(ValueError, match=r"truncated, damaged or closed: \w"):
+            codec.compress(image)
+
+
+def test_stubs_that_call_a_handler_are_refused():
+    data = b"BUFR" + bytes(100)
+    image = Image.open(io.BytesIO(data), formats=["BUFR"])
+    with pytest.raises(ValueError, match="format BUFR is not read"):
+        to_rgb(image)
+
+
+def test_parts_that_are_dropped_are_said():
+    data = saved("JPEG")
+    for text, part in (
+        (b'<x hdrgm:Version="1.0"/>', "gain map"),
+        (b'<x GCamera:MotionPhoto="1"/>', "video"),
+    ):
+        xmp = b"http://ns.adobe.com/xap/1.0/\0" + text
+        marked = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
+        with pytest.warns(ImageWarning, match=f"the picture's {part} is not stored"):
+            decoded(marked)
+
+
+def test_structures_without_end_are_refused_at_once():
+    header = b"\x89PNG\r\n\x1a\n" + files.chunk(
+        b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    )
+    many = header + files.chunk(b"teXt", b"") * 100_001
+    with pytest.raises(ValueError, match="more than 100000 chunks"):
+        decoded(many)
+    out = io.BytesIO()
+    Image.new("L", (64, 64), 9).save(out, "JPEG", progressive=True)
+    data = out.getvalue()
+    at = data.rindex(b"\xff\xda")
+    with pytest.raises(ValueError, match="scans, more than 500"):
+        decoded(data[:at] + data[at:-2] * 600 + data[-2:])
+    with pytest.raises(ValueError, match="comment of more than"):
+        decoded(b"P5 1 1\n#" + b"a" * 200_000 + b"\n255\n\0")
+    assert decoded(b"P5 1 1\n# a short one\n255\n\7").tolist() == [[[7, 7, 7]]]
+
+
+def test_a_damaged_file_of_a_known_format_is_called_so():
+    with pytest.raises(ValueError, match="damaged, or a kind of TIFF that Pillow does not decode"):
+        decoded(b"II*\0" + bytes(40))
+
+
+def test_only_the_bits_of_a_sample_count_in_a_transparent_grey():
+    samples = np.array([[[8], [9]]])
+    trns = files.chunk(b"tRNS", b"\0\x18")
+    with pytest.warns(ImageWarning, match="transparency"):
+        found = decoded(files.png("grey", 4, samples, trns))
+    assert found[0, 0, 0] == 255 and found[0, 1, 0] == 153
