@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -55,7 +56,8 @@ def run_ray(
     import ray.data
 
     if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+        ray.init(address=address, include_dashboard=False, **quiet)
     cpus, gpus = settings.get("jobs") or 1, int(settings.get("device") == "cuda")
     available = ray.cluster_resources()
     room = int(available.get("CPU", 0) // cpus)
@@ -69,11 +71,12 @@ def run_ray(
     count = max(1, min(workers or room, room, len(units)))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"unit": json.dumps(unit)} for unit in units]
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         _RayWorker,
         fn_constructor_args=[settings],
-        concurrency=count,
+        compute=ray.data.ActorPoolStrategy(size=count),
         num_cpus=cpus,
         num_gpus=gpus or None,
     )

@@ -48,7 +48,10 @@ def _assigned() -> tuple[float, int]:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return 0, 0
-    resources = ray.get_runtime_context().get_assigned_resources()
+    context = ray.get_runtime_context()
+    if context.get_actor_id() is None and context.get_task_id() is None:  # the driver
+        return 0, 0
+    resources = context.get_assigned_resources()
     return resources.get("GPU", 0), int(resources.get("CPU", 0))
 
 

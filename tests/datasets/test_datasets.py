@@ -1,0 +1,220 @@
+"""Data sets: rows, shards, tables and files through a codec, and runs that are killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from percov2 import Codec, EncodeOptions
+from percov2.datasets import CompressImages, DecompressImages
+from tools.command_line import failure, run
+from tools.photos import noise
+
+
+def jpeg(seed: int, width: int = 40, height: int = 30) -> bytes:
+    out = io.BytesIO()
+    noise(width + seed % 3, height).rotate(seed).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def write_shard(path: Path, keys: range, bad: int = -1) -> Path:
+    mode = "w:gz" if path.suffix in (".gz", ".tgz") else "w"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for key in keys:
+            members = {"jpg": jpeg(key), "txt": f"photo {key}".encode(), "cls": b"7"}
+            if key == bad:
+                members["jpg"] = members["jpg"][:90]
+            for ending, data in members.items():
+                entry = tarfile.TarInfo(f"{key:05}.{ending}")
+                entry.size = len(data)
+                tar.addfile(entry, io.BytesIO(data))
+    return path
+
+
+def members(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path) as tar:
+        return {one.name: tar.extractfile(one).read() for one in tar}
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    """Three shards of five samples; sample 7 is damaged."""
+    write_shard(tmp_path / "in/a.tar", range(5))
+    write_shard(tmp_path / "in/b.tar", range(5, 10), bad=7)
+    write_shard(tmp_path / "in/sub/c.tar.gz", range(10, 15))
+    return tmp_path / "in"
+
+
+def test_rows_get_files_or_errors(random_model):
+    codec = Codec.from_pretrained(random_model)
+    pictures = np.empty(5, object)
+    array = np.asarray(noise(20, 12))
+    pictures[:] = [jpeg(1), {"bytes": jpeg(2), "path": None}, array, b"no picture", None]
+    options = EncodeOptions(rate="coarse")
+    compress = CompressImages(random_model, options=options, jobs=2)
+    made = compress({"image": pictures, "label": np.arange(5)})
+    expected = [codec.compress(one, options) for one in (jpeg(1), jpeg(2), array)]
+    assert made["pcv2"][:3].tolist() == expected and made["pcv2"][3:].tolist() == [None, None]
+    assert made["width"].tolist() == [41, 42, 20, 0, 0] and made["label"].tolist() == [*range(5)]
+    assert made["error"][:3].tolist() == [""] * 3 and "image" not in made
+    assert "not a picture" in made["error"][3] and "no picture" in made["error"][4]
+    assert np.isnan(made["bpp"][3]) and made["bpp"][2] == 8 * len(expected[2]) / 240
+    restore = DecompressImages(random_model, jobs=2)
+    back = restore({"pcv2": made["pcv2"]})
+    np.testing.assert_array_equal(back["image"][2], np.asarray(codec.decompress(expected[2])))
+    assert [bool(error) for error in back["error"]] == [False] * 3 + [True] * 2
+    with pytest.raises(ValueError, match="no column 'image'; there are img"):
+        compress({"img": pictures})
+
+
+def test_captions_of_rows_are_stored(random_model):
+    codec = Codec.from_pretrained(random_model)
+    batch = {"image": np.array([jpeg(1), jpeg(2)], object), "text": np.array(["a", None], object)}
+    made = CompressImages(random_model, caption="text")(batch)
+    decoded = codec.decode(list(made["pcv2"]))
+    assert [one.caption for one in decoded] == ["a", ""]
+
+
+def test_shards_become_shards_of_the_same_samples(shards, random_model, tmp_path, capsys):
+    codec, model = Codec.from_pretrained(random_model), ("--model", random_model)
+    out, engine = tmp_path / "out", ("--engine", "local")
+    assert run("compress", "-r", shards, "-o", out, *engine, *model) == 1
+    said = capsys.readouterr().err
+    assert "b.tar: 00007: the picture is damaged" in said
+    assert "14 pictures, " in said and "3 units" in said and "1 failed" in said
+    made = {name: members(out / name) for name in ("a.tar", "b.tar", "sub/c.tar")}
+    keys = sorted(name for shard in made.values() for name in shard)
+    good = [key for key in range(15) if key != 7]
+    assert keys == sorted(f"{key:05}.{end}" for key in good for end in ("cls", "pcv2", "txt"))
+    for key in good:
+        shard = made["a.tar" if key < 5 else "b.tar" if key < 10 else "sub/c.tar"]
+        assert shard[f"{key:05}.pcv2"] == codec.compress(jpeg(key))
+        assert shard[f"{key:05}.txt"] == f"photo {key}".encode()
+    record = json.loads((out / "manifest/b.tar.json").read_text())
+    assert (record["pictures"], record["faults"][0][0]) == (4, "00007")
+    back = tmp_path / "back"
+    assert run("decompress", "-r", out, "-o", back, *engine, *model) == 0
+    restored = members(back / "sub/c.tar")
+    with Image.open(io.BytesIO(restored["00012.png"])) as image:
+        expected = codec.decompress(made["sub/c.tar"]["00012.pcv2"])
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+def test_finished_units_are_left_out_and_others_redone(shards, random_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ("compress", "-r", shards, "-o", out, "--engine", "local", "--model", random_model)
+    run(*command)
+    first = {name: (out / name).read_bytes() for name in ("a.tar", "b.tar", "sub/c.tar")}
+    times = {name: (out / name).stat().st_mtime_ns for name in first}
+    (out / "manifest/a.tar.json").unlink()  # killed between the shard and its record
+    (out / "sub/c.tar").unlink()
+    capsys.readouterr()
+    run(*command)
+    assert "1 units finished before" in capsys.readouterr().err
+    assert {name: (out / name).read_bytes() for name in first} == first
+    changed = {name for name in first if (out / name).stat().st_mtime_ns != times[name]}
+    assert changed == {"a.tar", "sub/c.tar"}
+    message = failure(capsys, *command, "--rate", "coarse")
+    assert "was made with options" in message and "use another folder" in message
+    (out / "manifest/b.tar.json").write_text("{")
+    assert "b.tar.json is damaged; delete it" in failure(capsys, *command)
+
+
+def test_a_damaged_shard_fails_alone(shards, random_model, tmp_path, capsys):
+    data = (shards / "a.tar").read_bytes()
+    (shards / "a.tar").write_bytes(data[: len(data) // 2])
+    (shards / "empty.tar").touch()
+    out = tmp_path / "out"
+    assert run("compress", shards, "-o", out, "--engine", "local", "--model", random_model) == 1
+    said = capsys.readouterr().err
+    assert "a.tar: not a shard, or damaged" in said and "empty.tar: not a shard" in said
+    assert sorted(path.name for path in out.glob("*.tar")) == ["b.tar"]
+    assert not list(out.rglob("*.part"))
+
+
+def test_tables_keep_their_other_columns(random_model, tmp_path, capsys):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    codec = Codec.from_pretrained(random_model)
+    rows = [{"image": {"bytes": jpeg(i), "path": f"{i}.jpg"}, "label": i} for i in range(150)]
+    rows[99]["image"]["bytes"] = b"no picture"
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
+    out, more = tmp_path / "out", ("--engine", "local", "--model", random_model)
+    assert run("compress", tmp_path / "t.parquet", "-o", out, *more) == 1
+    assert "t.parquet: 99: not a picture" in capsys.readouterr().err
+    made = parquet.read_table(out / "t.parquet").to_pylist()
+    assert [row["label"] for row in made] == list(range(150))
+    assert made[99]["pcv2"] is None and made[99]["error"]
+    assert made[3]["pcv2"] == codec.compress(jpeg(3)) and made[3]["error"] == ""
+    back = tmp_path / "back"
+    assert run("decompress", out / "t.parquet", "-o", back, *more) == 1
+    assert parquet.read_table(back / "t.parquet").to_pylist()[3]["image"].startswith(b"\x89PNG")
+    command = ("compress", tmp_path / "t.parquet", "-o", tmp_path / "o2", "--column", "jpg", *more)
+    assert run(*command) == 2
+    assert "no column 'jpg'; there are image, label" in capsys.readouterr().err
+
+
+def test_loose_files_are_mirrored_and_resumed(random_model, tmp_path, capsys):
+    for i in range(3):
+        path = tmp_path / f"in/sub{i}/p.jpg"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(jpeg(i))
+    out = tmp_path / "out"
+    command = ("compress", "-r", tmp_path / "in", "-o", out, "--engine", "local")
+    assert run(*command, "--model", random_model) == 0
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.pcv2")) == [
+        f"sub{i}/p.pcv2" for i in range(3)
+    ]
+    (out / "sub1/p.pcv2").unlink()
+    capsys.readouterr()
+    assert run(*command, "--model", random_model) == 0
+    assert "1 pictures, " in (said := capsys.readouterr().err) and "2 files skipped" in said
+
+
+def test_an_engine_needs_a_folder_and_refuses_flags_of_single_files(shards, capsys):
+    assert "--engine needs -o FOLDER" in failure(capsys, "compress", shards, "--engine", "local")
+    command = ("compress", shards, "-o", "x", "--engine", "local", "--skip-existing")
+    assert "--engine does not accept --skip-existing" in failure(capsys, *command)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of this machine."""
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_shards(cluster, shards, random_model, tmp_path, capsys):
+    local, out = tmp_path / "local", tmp_path / "ray"
+    model = ("--model", random_model)
+    assert run("compress", "-r", shards, "-o", local, "--engine", "local", *model) == 1
+    assert run("compress", "-r", shards, "-o", out, "--engine", "ray", *model) == 1
+    for name in ("a.tar", "b.tar", "sub/c.tar"):
+        assert (out / name).read_bytes() == (local / name).read_bytes()
+    said = capsys.readouterr().err
+    assert said.count("00007: the picture is damaged") == 2
+    message = failure(
+        capsys, "compress", "-r", shards, "-o", out, "--engine", "ray", *model, "--rate", "coarse"
+    )
+    assert "use another folder" in message
+
+
+def test_ray_maps_rows(cluster, random_model):
+    data = cluster.data.from_items([{"image": jpeg(i), "key": i} for i in range(8)])
+    arguments = {"model": str(random_model), "jobs": 1}
+    made = data.map_batches(
+        CompressImages, fn_constructor_kwargs=arguments, concurrency=1, batch_size=4
+    ).take_all()
+    codec = Codec.from_pretrained(random_model)
+    found = {row["key"]: row["pcv2"] for row in made}
+    assert found == {i: codec.compress(jpeg(i)) for i in range(8)}
