@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import percov2
 from oracles.independent_coder import encode
@@ -19,6 +19,8 @@ from percov2.codec import Codec
 from percov2.container import bitstream
 from percov2.container.caption_model import CaptionModel
 from percov2.evaluation.metrics import measure
+from percov2.models.tiny import backbone
+from tools.photos import noise
 
 FOLDER = Path(percov2.__file__).parent / "pretrained" / "tiny"
 
@@ -133,3 +135,14 @@ def test_tokens_do_not_depend_on_batch_or_threads(codec, photo):
     for count in (1, 2):
         with torch_threads(count):
             assert np.array_equal(codec.encode_tokens([mirrored, photo])[1], alone)
+
+
+@pytest.mark.parametrize("rate", ["r031", "r010", "r002"])
+def test_tiles_of_the_encoders_give_the_tokens_of_the_whole(rate, monkeypatch):
+    codec = Codec.from_pretrained("tiny")
+    picture = noise(900, 700).filter(ImageFilter.GaussianBlur(3))
+    (whole,) = codec.encode_tokens([picture], rate)
+    monkeypatch.setattr(backbone, "_ENCODED", 60)
+    monkeypatch.setattr(backbone, "_REDUCED", 200)
+    (tiled,) = codec.encode_tokens([picture], rate)
+    np.testing.assert_array_equal(tiled, whole)

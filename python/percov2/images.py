@@ -516,7 +516,9 @@ def pad(rgb: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
 def to_unit_range(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return pictures uint8 [B, H, W, 3] as float32 [B, 3, H, W] in [-1, 1]."""
     planes = np.ascontiguousarray(pictures.transpose(0, 3, 1, 2), np.float32)
-    return planes / np.float32(127.5) - np.float32(1)
+    planes /= np.float32(127.5)  # in place: a large picture fills gigabytes
+    planes -= np.float32(1)
+    return planes
 
 
 def from_unit_range(images: NDArray[np.float32]) -> NDArray[np.uint8]:

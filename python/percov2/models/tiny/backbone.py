@@ -7,7 +7,7 @@ Compressing never loads the flow; decompressing never loads the encoders.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise, product
@@ -38,6 +38,8 @@ _FLOW_SETTINGS = (
     *("patch_size", "out_channels", "sample_size", "pos_embed_max_size"),
     *("num_attention_heads", "attention_head_dim"),
 )
+_ENCODED, _REDUCED = 160, 256
+"""Largest sides in latents that encoder and hyper-encoder see at once, which bound the memory."""
 _TILE = 176
 """Largest side in latents that the decoder sees at once, which bounds the memory."""
 
@@ -69,6 +71,53 @@ def position_table(width: int, side: int, base_side: int) -> Array:
 
 def _pixels(begin: int, end: int) -> slice:
     return slice(LATENT_SIDE * begin, LATENT_SIDE * end)
+
+
+def _hyper_reach(ratio: int) -> int:
+    """Return the number of tokens to each side that a hyper-latent depends on.
+
+    The hyper-encoder has three parts, with 3, 6 and 6 convolutions of 3×3. A convolution of 5×5
+    that halves the resolution comes before each of the last parts (``HyperEncoder``).
+    """
+    reach, size = 0, 1
+    for least, convolutions in ((8, 3), (4, 6), (2, 6)):
+        if ratio >= least:
+            reach += 2 * size
+            size *= 2
+        reach += convolutions * size
+    return -(-reach // ratio)
+
+
+def _by_tiles(
+    network: Callable[[Array], Array], values: Array, unit: int, reach: int, tile: int
+) -> Array:
+    """Run a convolutional network, which gives a position per unit, on tiles of a large input.
+
+    A tile has all values that its positions depend on, so that the result is that of the whole.
+
+    Args:
+        network: a function from [1, C, H, W] to [1, D, H / unit, W / unit].
+        values: its input.
+        unit: values per side of a position.
+        reach: positions to each side that a position depends on.
+        tile: largest side in positions of an input that is not cut.
+    """
+    rows, columns = (side // unit for side in values.shape[2:])
+    if max(rows, columns) <= tile:
+        return network(values)
+    step = max(1, tile - 2 * reach)
+    result = np.empty(0, np.float32)
+    for top, left in product(range(0, rows, step), range(0, columns, step)):
+        above, before = max(0, top - reach), max(0, left - reach)
+        cut_rows = slice(above * unit, (top + step + reach) * unit)
+        cut_columns = slice(before * unit, (left + step + reach) * unit)
+        part = network(np.ascontiguousarray(values[:, :, cut_rows, cut_columns]))
+        if not result.size:
+            result = np.empty((1, part.shape[1], rows, columns), np.float32)
+        place = result[:, :, top : top + step, left : left + step]
+        begin_row, begin_column = top - above, left - before
+        place[:] = part[:, :, begin_row:, begin_column:][:, :, : place.shape[2], : place.shape[3]]
+    return result
 
 
 def _progress(parts: Any, description: str, unit: str) -> Any:
@@ -202,7 +251,7 @@ class TinyModel(Backbone):
         shape = (1, len(weight), images.shape[2] // side, images.shape[3] // side)
         found = []
         for i in range(len(images)):  # alone, so that its company cannot change its tokens
-            latents = hyper_encoder(latents=self._encoder()(images=images[i : i + 1]))
+            latents = self._hyper_latents(images[i : i + 1], hyper_encoder, side)
             if latents.shape != shape:
                 raise ValueError(
                     f"{self.folder / self.config.rate(rate).name / 'hyper_encoder'} gives "
@@ -212,6 +261,23 @@ class TinyModel(Backbone):
             length = np.sqrt(np.square(projected).sum(-1, keepdims=True))
             found.append(projected / np.maximum(length, 1e-12))
         return np.stack(found)
+
+    def _hyper_latents(self, image: Array, hyper_encoder: Graph, side: int) -> Array:
+        """Return the hyper-latents of one image, [1, M, H/s, W/s]; large images go by tiles."""
+
+        def encode(part: Array) -> Array:
+            return self._encoder()(images=part)
+
+        def reduce(part: Array) -> Array:
+            return hyper_encoder(latents=part)
+
+        config = read_config(self.component("autoencoder"), "encoder_blocks")
+        fine, coarse = config["encoder_blocks"]
+        # A block has two 3×3 convolutions; two positions at 1/4 are one latent.
+        reach = -(-(2 * fine + 1) // 2) + 2 * coarse
+        latents = _by_tiles(encode, image, LATENT_SIDE, reach, _ENCODED)
+        ratio = side // LATENT_SIDE
+        return _by_tiles(reduce, latents, ratio, _hyper_reach(ratio), _REDUCED // ratio)
 
     def _similarities(self, direction: Array, rate: str) -> Array:
         similarities: Array = direction @ self._quantizer(rate)["codebook"].T
