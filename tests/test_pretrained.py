@@ -146,3 +146,39 @@ def test_tiles_of_the_encoders_give_the_tokens_of_the_whole(rate, monkeypatch):
     monkeypatch.setattr(backbone, "_REDUCED", 200)
     (tiled,) = codec.encode_tokens([picture], rate)
     np.testing.assert_array_equal(tiled, whole)
+
+
+PAINTED = """
+from PIL import Image
+from percov2 import Codec
+from percov2.models.tiny import backbone
+
+bars = []
+backbone.tqdm = lambda parts, name, **more: bars.append((name, len(parts))) or parts
+
+
+def memory(field):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith(field))
+
+
+codec = Codec.from_pretrained("tiny")
+small, large = codec.compress(
+    [Image.new("RGB", (side, side), "navy") for side in (64, 2048)], rate="r002"
+)
+codec.decompress(small)
+before = memory("VmRSS")
+codec.decompress(large)
+print(memory("VmHWM") - before, bars)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_a_large_picture_is_painted_in_bounded_memory_with_a_bar():
+    """Without tiles, the decoder needs 690 MB for it, with tiles 280 MB."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", PAINTED]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    extra, _, bars = done.stdout.partition(" ")
+    assert int(extra) < 450_000
+    assert "('decoding', 4)" in bars and "'painting'" in bars

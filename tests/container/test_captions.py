@@ -306,3 +306,18 @@ def test_unlike_text_costs_two_bytes_at_most(shipped: Codec, text: str) -> None:
     )
     assert len(described) - len(plain) <= len(text.encode()) + 2
     assert shipped.decode([described])[0].caption == text
+
+
+def test_captions_of_many_files_are_read_in_groups(
+    captions: CaptionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group fills at most as much memory as a batch of pictures."""
+    sizes, read = [], CaptionModel._read_group
+
+    def counted(self: CaptionModel, files: Any) -> Any:
+        sizes.append(len(files))
+        return read(self, files)
+
+    monkeypatch.setattr(CaptionModel, "_read_group", counted)
+    captions.read([(b"\1\2\3\4", 1 << 24, 4)] * 700)
+    assert max(sizes) <= 256 and sum(sizes) == 700
