@@ -233,6 +233,9 @@ def test_export_adds_a_rate_and_leaves_the_others_byte_for_byte(
     files = [Codec.from_pretrained(model).compress([picture], rate=name)[0] for name in ALL]
     tokens = Codec.from_pretrained(model).decode_tokens(files)
     entropy = entropies(tmp_path, ["r125"])
+    with pytest.raises(ValueError, match="is no entropy model: it has no config"):
+        run_export(longer / "config.toml", photo_cache, longer / "run", model, [f"r125={tmp_path}"])
+    assert contents(model) == before
     run_export(longer / "config.toml", photo_cache, longer / "run", model, entropy)
 
     after = contents(model)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from percov2.entropy.int_transformer import IntTransformer
 from percov2.images import to_unit_range
 from percov2.models.checksums import write_checksums
 from percov2.models.config import ModelConfig
@@ -168,14 +168,15 @@ def run_export(
         recipe: recipe of the run.
 
     Raises:
-        ValueError: an entropy model is for a rate that is not in the configuration.
+        ValueError: an entropy model is for a rate that is not in the configuration, or a folder is
+            no entropy model.
     """
     photos = PhotoCrops(data)
     stage, _ = codec_stage(config, photos, recipe)
     first = next(iter(stage.rates))
     pairs = [text.partition("=") if "=" in text else (first, "=", text) for text in entropy or ()]
-    folders = {name: Path(folder) for name, _, folder in pairs}
-    if unknown := sorted(set(folders) - set(stage.rates)):
+    coders = {name: IntTransformer.load(folder) for name, _, folder in pairs}
+    if unknown := sorted(set(coders) - set(stage.rates)):
         raise ValueError(f"unknown rates {unknown}; {config.name} has {list(stage.rates)}")
     load_averaged(codec_run, stage)
     old = ModelConfig.load(out) if (out / "config.json").is_file() else None
@@ -197,8 +198,8 @@ def run_export(
         decoder_noise=stage.config.decoder_noise,
         realism=None if stage.dial is None else 1.0,
     ).save(out)
-    for name, folder in folders.items():
-        shutil.copytree(folder, out / name / "entropy", dirs_exist_ok=True)
+    for name, coder in coders.items():
+        coder.save(out / name / "entropy")
     write_graphs(out)
     write_int8_graph(out, photos)
     write_checksums(out)
