@@ -55,9 +55,29 @@ class Turn {
   std::unique_lock<std::mutex> lock_;
 };
 
+// pybind11 makes unset memory of an object that Python made by __new__ without __init__. This
+// caster refuses it.
+template <class Object>
+struct InitialisedCaster : pybind11::detail::type_caster_base<Object> {
+  bool load(pybind11::handle source, bool convert) {
+    if (pybind11::isinstance<Object>(source)) {
+      auto* instance = reinterpret_cast<pybind11::detail::instance*>(source.ptr());
+      if (!instance->get_value_and_holder().holder_constructed()) {
+        throw pybind11::type_error(std::string(Py_TYPE(source.ptr())->tp_name) +
+                                   ".__init__() was not called");
+      }
+    }
+    return pybind11::detail::type_caster_base<Object>::load(source, convert);
+  }
+};
+
 void bind_attention(pybind11::module_& module);
 void bind_coder(pybind11::module_& module);
 void bind_cuda(pybind11::module_& module);
 void bind_transformer(pybind11::module_& module);
 
 }  // namespace percov2
+
+template <class Object>
+class pybind11::detail::type_caster<percov2::Shared<Object>>
+    : public percov2::InitialisedCaster<percov2::Shared<Object>> {};

@@ -17,6 +17,10 @@
 
 namespace py = pybind11;
 
+template <>
+class pybind11::detail::type_caster<percov2::IntegerTransformer>
+    : public percov2::InitialisedCaster<percov2::IntegerTransformer> {};
+
 namespace percov2 {
 namespace {
 

@@ -88,6 +88,7 @@ class TensorView {
     } else {
       fail("is neither an array with the buffer protocol nor a DLPack tensor");
     }
+    if (data_ == nullptr && size() != 0) fail("is a tensor without data");
     if (reinterpret_cast<std::uintptr_t>(data_) % alignof(Element) != 0) {
       fail("does not begin at a multiple of its element size in memory; copy it first");
     }
