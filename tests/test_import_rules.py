@@ -38,7 +38,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.triton_kernels": ("triton_kernels", "torch triton", ""),
     "percov2.entropy": (CORE, "numpy", ""),
     "percov2.entropy.opening": (f"extras {CORE}", "", ""),
-    "percov2.entropy.rans": ("_native", "numpy", ""),
+    "percov2.entropy.rans": ("_native entropy.cdf entropy.ranges", "numpy", ""),
     "percov2.entropy.schedule": ("", "numpy", ""),
     "percov2.entropy.torch": ("entropy", "numpy torch", ""),
     "percov2.batching": ("", "", ""),

@@ -10,16 +10,22 @@ without a table. All numbers are integers, w < 2^22, S < 2^35 and P * (M - V) < 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
+
+from percov2.entropy.ranges import whole_number
 
 __all__ = [
     "MAX_CODEBOOK",
     "MIN_CODEBOOK",
     "WEIGHT_TABLE",
+    "check_codebook",
     "check_precision",
     "default_prob_bits",
     "weights",
+    "whole_bits",
 ]
 
 
@@ -62,6 +68,22 @@ WEIGHT_TABLE: tuple[int, ...] = (
 # fmt: on
 
 
+def check_codebook(codebook_size: Any) -> int:
+    """Return the number of entries of a codebook as a plain int.
+
+    Raises ValueError unless it is a whole number and 2 <= codebook_size <= 8192.
+    """
+    whole = type(codebook_size) is int or isinstance(codebook_size, np.integer)
+    if not whole or not MIN_CODEBOOK <= codebook_size <= MAX_CODEBOOK:
+        raise ValueError(f"the codebook has {codebook_size} entries; it must have 2 to 8192")
+    return int(codebook_size)
+
+
+def whole_bits(prob_bits: Any) -> int:
+    """Return a precision as a plain int. Raise ValueError unless it is a whole number, 8 to 20."""
+    return whole_number("prob_bits", prob_bits, _MIN_PROB_BITS, _MAX_PROB_BITS)
+
+
 def default_prob_bits(codebook_size: int) -> int:
     """Return the precision for a codebook: 16 bits up to 256 entries, 18 up to 1024, 20 above.
 
@@ -70,9 +92,7 @@ def default_prob_bits(codebook_size: int) -> int:
     >>> default_prob_bits(256), default_prob_bits(1024), default_prob_bits(1025)
     (16, 18, 20)
     """
-    if not MIN_CODEBOOK <= codebook_size <= MAX_CODEBOOK:
-        raise ValueError(f"the codebook has {codebook_size} entries; it must have 2 to 8192")
-    if codebook_size <= 256:
+    if check_codebook(codebook_size) <= 256:
         return 16
     return 18 if codebook_size <= 1024 else 20
 
@@ -83,11 +103,7 @@ def check_precision(codebook_size: int, prob_bits: int) -> None:
     They are valid if 2 <= codebook_size <= 8192, 8 <= prob_bits <= 20 and
     2^prob_bits >= 2 * codebook_size.
     """
-    if not _MIN_PROB_BITS <= prob_bits <= _MAX_PROB_BITS:
-        raise ValueError(f"prob_bits is {prob_bits}; it must be 8 to 20")
-    if not MIN_CODEBOOK <= codebook_size <= MAX_CODEBOOK:
-        raise ValueError(f"the codebook has {codebook_size} entries; it must have 2 to 8192")
-    if 1 << prob_bits < 2 * codebook_size:
+    if 1 << whole_bits(prob_bits) < 2 * check_codebook(codebook_size):
         raise ValueError(
             f"prob_bits is {prob_bits}, too few for a codebook of {codebook_size} entries: "
             "2^prob_bits must be at least twice its size"

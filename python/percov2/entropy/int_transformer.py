@@ -178,7 +178,7 @@ class IntTransformer:
 
     def __init__(self, config: TransformerConfig, tensors: dict[str, Any]) -> None:
         self.config = config
-        self.tensors = {name: rans.as_array(tensor) for name, tensor in tensors.items()}
+        self.tensors = {name: rans.as_array(tensor, name) for name, tensor in tensors.items()}
         check_tensors(config, self.tensors)
         self._prepare()
 
@@ -225,7 +225,10 @@ class IntTransformer:
 
     @classmethod
     def random(cls, config: TransformerConfig, seed: int, **options: Any) -> Self:
-        """Return a model of random integers from a seed, whose activations fill their ranges."""
+        """Return a model of random integers from a seed, whose activations fill their ranges.
+
+        Raises ValueError unless 0 <= seed < 2^48.
+        """
         return cls(config, random_tensors(config, seed), **options)
 
     # Passes --------------------------------------------------------------------------------------
@@ -250,11 +253,11 @@ class IntTransformer:
         """Return the tokens as a contiguous int32 array, which the passes read.
 
         Raises:
-            ValueError: the tokens are not int32 or int64, or one lies outside the codebook.
+            ValueError: the tokens are no integers, or one lies outside the codebook.
         """
-        array = rans.as_array(tokens)
-        if array.dtype not in (np.int32, np.int64):
-            raise ValueError(f"tokens have dtype {array.dtype}; they must be int32")
+        array = rans.as_array(tokens, "tokens")
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"tokens have dtype {array.dtype}; they must be integers")
         size = self.config.codebook_size
         if array.size and not 0 <= int(array.min()) <= int(array.max()) < size:
             raise ValueError(
@@ -283,7 +286,7 @@ def random_tensors(config: TransformerConfig, seed: int) -> dict[str, NDArray[An
     """
     # Activations of ~60 times weights of ~73 give sums of ~60 * 73 * sqrt(K). Shifts scale them.
     shifts = {"q": 13, "kv": 13, "up": 13, "out": 8, "down": 8, "head": 11, "attention": 10}
-    ranges = {
+    spans = {
         "embedding": (-9000, 9000),
         "weight": (-127, 127),
         "gain_bits": (1, 2),
@@ -291,6 +294,7 @@ def random_tensors(config: TransformerConfig, seed: int) -> dict[str, NDArray[An
         "gelu": (-127, 127),
         "multiplier": (64, 127),
     }
+    seed = ranges.whole_number("seed", seed, 0, 2**48 - 1)
     tensors: dict[str, NDArray[Any]] = {}
     for i, (name, (dtype, shape)) in enumerate(sorted(tensor_layout(config).items())):
         part, _, kind = name.rpartition(".")
@@ -300,7 +304,7 @@ def random_tensors(config: TransformerConfig, seed: int) -> dict[str, NDArray[An
         elif kind == "bias":
             low, high = (-100, 40) if owner == "attention" else (-9000, 9000)
         else:
-            low, high = ranges["embedding" if owner == "embedding" else kind]
+            low, high = spans["embedding" if owner == "embedding" else kind]
         count = int(np.prod(shape))
         words = sampling.philox(seed << 16 | i, np.arange(-(-count // 4))).ravel()[:count]
         drawn = low + (words % (high + 1 - low)).astype(np.int64)

@@ -1,6 +1,14 @@
-"""Ranges and tables of the integer program, as docs/reference/entropy-model.md defines them."""
+"""Ranges and tables of the integer program, as docs/reference/entropy-model.md defines them.
+
+``whole_number`` checks the whole numbers that callers of the entropy engine give.
+"""
 
 from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import numpy as np
 
 __all__ = [
     "ACC_LIMIT",
@@ -23,6 +31,7 @@ __all__ = [
     "SCORE_STEPS",
     "WEIGHT_AMPLITUDE",
     "WEIGHT_TABLE",
+    "whole_number",
 ]
 
 
@@ -66,3 +75,16 @@ WEIGHT_TABLE: tuple[int, ...] = (
     *(1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1),
 )
 """Softmax weight of a score d sixteenths of an octave below the maximum; it is 0 for d >= 128."""
+
+
+def whole_number(name: str, value: Any, low: int, high: int) -> int:
+    """Return an integer of Python or numpy in low .. high as a plain int.
+
+    Raises ValueError, with the name, the range and the value, for anything else, also for a bool.
+    """
+    if type(value) is int and low <= value <= high:  # at once, because calls per symbol check this
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool) and low <= int(value) <= high:
+        return int(value)
+    shown = int(value) if isinstance(value, np.integer) else repr(value)
+    raise ValueError(f"{name} is {shown}; it must be a whole number from {low} to {high}")

@@ -8,15 +8,20 @@ number of threads never changes a byte. Only this module imports the compiled co
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from percov2.entropy.cdf import check_codebook, whole_bits
+from percov2.entropy.ranges import whole_number
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +42,10 @@ __all__ = [
     "RansEncoder",
     "StagedPass",
     "as_array",
+    "as_bytes",
     "attention_weights",
     "cdf",
+    "codebook_size",
     "cuda_built",
     "cuda_decode",
     "cuda_devices",
@@ -48,10 +55,15 @@ __all__ = [
     "default_threads",
     "instruction_set",
     "instruction_sets",
+    "integers",
+    "interval_arrays",
     "intervals",
     "limited_threads",
+    "returned",
     "stage_attention",
     "use_instruction_set",
+    "whole_array",
+    "whole_threads",
 ]
 
 
@@ -93,8 +105,8 @@ def default_threads() -> int:
     """Return the number of threads for passes of the entropy model.
 
     Within ``limited_threads``, this is its limit. Otherwise, if torch is loaded, it is torch's
-    number of threads. Otherwise it is OMP_NUM_THREADS or, if that is not set, the number of cores
-    that this process may use.
+    number of threads. Otherwise it is OMP_NUM_THREADS, at most 1024, or, if that is not a number,
+    the number of cores that this process may use.
     """
     if (limit := _LIMIT.get()) is not None:
         return limit
@@ -103,7 +115,18 @@ def default_threads() -> int:
         return int(torch.get_num_threads())
     asked = os.environ.get("OMP_NUM_THREADS", "")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, int(asked) if asked.isdigit() else cores or 1)
+    if asked.isdecimal() and len(asked) < 20:
+        return min(max(1, int(asked)), _MOST_THREADS)
+    return _MOST_THREADS if asked.isdecimal() else cores or 1
+
+
+_MOST_THREADS = 1024
+"""Most threads of ``default_threads``."""
+
+
+def whole_threads(threads: Any) -> int:
+    """Return a number of threads as a plain int. Raise ValueError for anything else."""
+    return whole_number("threads", threads, 1, 2**31 - 1)
 
 
 _LIMIT: ContextVar[int | None] = ContextVar("percov2_threads", default=None)
@@ -149,27 +172,93 @@ def _is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def as_array(value: Any) -> NDArray[Any]:
-    """Return an array or a tensor on any device as a contiguous numpy array."""
-    if _is_tensor(value):
-        value = value.detach().cpu().numpy()
-    return np.ascontiguousarray(value)
+def _check_held(values: Any, name: str) -> None:
+    """Raise ValueError for a tensor whose values are not all in memory, and for masked elements."""
+    if not _is_tensor(values):
+        if "numpy.ma" in sys.modules and np.ma.is_masked(values):
+            raise ValueError(f"{name} has masked elements; fill them first")
+        return
+    if values.is_meta or values.is_nested or values.layout is not sys.modules["torch"].strided:
+        raise ValueError(f"{name} are a tensor without dense data; give a dense one")
+    if values.device.type not in ("cpu", "cuda"):
+        return  # such a tensor may have no address, and the copy to the CPU fails without values
+    try:
+        storage, count = values.untyped_storage(), values.numel()
+        if count and not values.is_contiguous():
+            steps = zip(values.shape, values.stride(), strict=True)
+            count = 1 + sum((side - 1) * step for side, step in steps)
+        end = (values.storage_offset() + count) * values.element_size()
+        inside = end <= storage.nbytes() and storage.device.type != "meta"
+        held = count == 0 or (inside and values.data_ptr() != 0)
+    except RuntimeError:  # inside torch.func
+        held = False
+    if not held:
+        raise ValueError(f"{name} are a tensor without data, as tracing and freeing leave it")
 
 
-def _returned(array: NDArray[Any], like: Any) -> Any:
+def _on_cpu(tensor: Any) -> Any:
+    """Return a tensor on the CPU, with the sign and the imaginary part that its flags promise."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg()
+
+
+def _array(values: Any, name: str) -> NDArray[Any]:
+    """Return an array, a tensor or numbers as an array, without a copy where possible."""
+    _check_held(values, name)
+    if not _is_tensor(values):
+        return np.asarray(values)
+    try:
+        return _on_cpu(values).numpy()
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{name} has dtype {values.dtype}, which numpy lacks") from error
+
+
+def as_array(values: Any, name: str = "the array") -> NDArray[Any]:
+    """Return an array or a tensor on any device as a contiguous array of this machine's byte order.
+
+    Raises ValueError, with ``name``, for masked elements and for a tensor whose values are not in
+    memory or not of a dtype of numpy.
+    """
+    return _aligned(_array(values, name))
+
+
+def as_bytes(stream: Any, name: str) -> memoryview:
+    """Return the bytes of an object. Raise ValueError for one with elements of another size."""
+    try:
+        view = memoryview(stream)
+    except TypeError:
+        raise ValueError(f"{name} is a {type(stream).__name__}; it must be bytes") from None
+    if view.itemsize != 1 or view.ndim != 1 or not view.c_contiguous:
+        raise ValueError(
+            f"{name} has shape {view.shape} and elements of {view.itemsize} bytes in steps of "
+            f"{view.strides}; it must be bytes, one after another"
+        )
+    return view
+
+
+def returned(array: NDArray[Any], like: Any) -> Any:
     """Return the array, or a tensor on the device of ``like`` if ``like`` is a tensor."""
     return sys.modules["torch"].from_numpy(array).to(like.device) if _is_tensor(like) else array
 
 
-def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
+def whole_array(values: Any, name: str) -> NDArray[Any]:
+    """Return integers of any dtype as an array. Raise ValueError for other numbers."""
+    array = _array(values, name)
+    if array.dtype.kind in "iu" or array.size == 0:
+        return array
+    if not hasattr(values, "dtype"):
+        # numpy makes floats or objects of a list with integers from 2^63 on.
+        exact = np.asarray(values, dtype=object)
+        if all(isinstance(value, Integral) and not isinstance(value, bool) for value in exact.flat):
+            raise ValueError(
+                f"{name} ranges from {exact.min()} to {exact.max()}; it must stay below 2^63"
+            )
+    raise ValueError(f"{name} has dtype {array.dtype}; it must contain integers")
+
+
+def _fitting(array: NDArray[Any], dtype: Any, name: str) -> NDArray[Any]:
     """Return integers as a contiguous array of ``dtype``. Raise ValueError if one does not fit."""
-    if _is_tensor(values):
-        values = values.detach().cpu().numpy()
-    array = np.asarray(values)
     if array.dtype == dtype:
         return _aligned(array)
-    if array.size and array.dtype.kind not in "iu":
-        raise ValueError(f"{name} has dtype {array.dtype}; it must contain integers")
     limits = np.iinfo(dtype)
     if array.size and (int(array.min()) < limits.min or int(array.max()) > limits.max):
         raise ValueError(
@@ -179,32 +268,48 @@ def _integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
     return np.ascontiguousarray(array.astype(dtype))
 
 
-def _borrowed(values: Any, name: str) -> Any:
-    """Return a contiguous and aligned array on the CPU, copied only where necessary."""
-    if _is_tensor(values):
-        if values.is_meta or str(values.layout) != "torch.strided":
-            raise ValueError(f"{name} are a tensor without dense data; give a dense one")
-        tensor = values.detach().cpu().contiguous()
-        place = tensor.data_ptr()
-        if place == 0 and tensor.numel():
-            raise ValueError(f"{name} are a tensor without data, as tracing uses them")
-        return tensor.clone() if place % tensor.element_size() else tensor
-    if not isinstance(values, np.ndarray):
-        raise ValueError(f"{name} is a {type(values).__name__}; give a numpy array or a tensor")
-    return _aligned(values)
+def integers(values: Any, dtype: Any, name: str) -> NDArray[Any]:
+    """Return integers as a contiguous array of ``dtype``. Raise ValueError for anything else."""
+    return _fitting(whole_array(values, name), dtype, name)
+
+
+def _contiguous(values: Any) -> Any:
+    """Return an array or a tensor contiguous and aligned on the CPU, copied where necessary."""
+    if not _is_tensor(values):
+        return _aligned(values)
+    tensor = _on_cpu(values).contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def _check_lent(values: Any, name: str) -> None:
+    """Raise ValueError unless ``values`` is an array or a tensor with all its values in memory."""
+    if not _is_tensor(values) and not isinstance(values, np.ndarray):
+        raise ValueError(f"give a numpy array or a tensor as {name}, not a {type(values).__name__}")
+    _check_held(values, name)
 
 
 def _aligned(array: NDArray[Any]) -> NDArray[Any]:
     """Return the array C-contiguous and aligned; a file mapped from an odd offset is unaligned."""
+    if array.flags.c_contiguous and array.flags.aligned and array.dtype.isnative:
+        return np.asarray(array)
     native = array.astype(array.dtype.newbyteorder("="), copy=False)
     return np.require(native, requirements=("C", "A", "E"))
 
 
+def codebook_size(logits: Logits) -> int:
+    """Return the size of the last axis of logits.
+
+    Raises ValueError for anything but a numpy array or a tensor in memory, and for a wrong size.
+    """
+    _check_lent(logits, "logits")
+    if len(logits.shape) == 0:
+        raise ValueError("logits have no axis; the last axis is the codebook")
+    return check_codebook(logits.shape[-1])
+
+
 def _borrowed_logits(values: Logits) -> tuple[Any, str]:
     """Return contiguous logits on the CPU and the name of their dtype."""
-    rows = _borrowed(values, "logits")
-    if len(rows.shape) == 0:
-        raise ValueError("logits have no axis; the last axis is the codebook")
+    rows = _contiguous(values)
     return rows, str(rows.dtype).removeprefix("torch.")
 
 
@@ -212,33 +317,32 @@ _MOST_COPIED = 1 << 24
 """Bytes of logits that are copied at once if they are not contiguous."""
 
 
-def _parts(logits: Any) -> list[slice]:
-    """Return slices of the last axis but one, of which one is copied at a time.
+def _step(logits: Any) -> int | None:
+    """Return how many entries of the last axis but one are copied at a time, or None for all.
 
     Contiguous logits are not copied. A broadcast row, whose strides are 0, may stand for gigabytes.
     """
-    whole = [slice(None)]
-    if _is_tensor(logits):
-        if logits.is_meta or str(logits.layout) != "torch.strided" or logits.is_contiguous():
-            return whole
-        size = logits.element_size() * logits.numel()
-    elif not isinstance(logits, np.ndarray) or logits.flags.c_contiguous:
-        return whole
-    else:
-        size = logits.itemsize * logits.size
-    if len(logits.shape) < 2 or size <= _MOST_COPIED:
-        return whole
-    count = logits.shape[-2]
-    step = max(1, count * _MOST_COPIED // size)
-    return [slice(begin, begin + step) for begin in range(0, count, step)]
+    held = logits.is_contiguous() if _is_tensor(logits) else logits.flags.c_contiguous
+    size = logits.dtype.itemsize * math.prod(logits.shape)
+    if held or len(logits.shape) < 2 or size <= _MOST_COPIED:
+        return None
+    return max(1, logits.shape[-2] * _MOST_COPIED // size)
 
 
-def _check_finite(logits: Any, parts: list[slice]) -> None:
+def _parts(logits: Any, step: int) -> Iterator[slice]:
+    """Yield slices of the last axis but one."""
+    for begin in range(0, logits.shape[-2], step):
+        yield slice(begin, begin + step)
+
+
+def _check_finite(logits: Any, step: int) -> None:
     """Raise ValueError for wrong float logits in any part, before one is decoded."""
-    for part in parts:
+    for part in _parts(logits, step):
         rows, dtype = _borrowed_logits(logits[..., part, :])
         if dtype.startswith(("float", "bfloat")):
-            largest = as_array(rows.amax(-1).float() if _is_tensor(rows) else rows.max(-1))
+            largest = as_array(
+                rows.amax(-1).float() if _is_tensor(rows) else rows.max(-1), "logits"
+            )
             if not np.isfinite(largest).all():
                 raise ValueError("a row of the logits holds NaN or +inf, or nothing finite")
 
@@ -264,28 +368,35 @@ def intervals(
         ValueError: a wrong shape, dtype, symbol or precision, or a row of float logits with NaN,
             with +inf or without a finite value.
     """
-    if len(parts := _parts(logits)) > 1:
-        chosen = _integers(symbols, np.int32, "symbols")
-        if chosen.shape == tuple(logits.shape[:-1]):
-            found = [
-                intervals(logits[..., part, :], chosen[..., part], prob_bits, threads)
-                for part in parts
-            ]
-            starts, freqs = (
-                np.concatenate([as_array(one[i]) for one in found], -1) for i in (0, 1)
-            )
-            return _returned(starts, logits), _returned(freqs, logits)
-    rows, dtype = _borrowed_logits(logits)
-    chosen = _integers(symbols, np.int32, "symbols")
-    if tuple(rows.shape[:-1]) != chosen.shape:
+    starts, freqs = interval_arrays(logits, symbols, prob_bits, threads)
+    return returned(starts, logits), returned(freqs, logits)
+
+
+def interval_arrays(
+    logits: Logits, symbols: ArrayLike, prob_bits: int, threads: int = 1
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return what ``intervals`` returns, as arrays also if the logits are a tensor."""
+    prob_bits, threads = whole_bits(prob_bits), whole_threads(threads)
+    codebook_size(logits)
+    chosen = whole_array(symbols, "symbols")
+    if tuple(logits.shape[:-1]) != chosen.shape:
         raise ValueError(
-            f"symbols have shape {chosen.shape} for logits of {tuple(rows.shape)}; "
+            f"symbols have shape {chosen.shape} for logits of {tuple(logits.shape)}; "
             "there must be one symbol for each row of logits"
         )
+    if (step := _step(logits)) is not None:
+        # All memory at once: broadcast rows may be more than any machine can hold the results of.
+        starts, freqs = (np.empty(chosen.shape, dtype=np.int32) for _ in range(2))
+        for part in _parts(logits, step):
+            starts[..., part], freqs[..., part] = interval_arrays(
+                logits[..., part, :], chosen[..., part], prob_bits, threads
+            )
+        return starts, freqs
+    rows, dtype = _borrowed_logits(logits)
+    chosen = _fitting(chosen, np.int32, "symbols")
     flat = rows.reshape(chosen.size, rows.shape[-1])
     starts, freqs = _native.intervals(flat, dtype, chosen.reshape(-1), prob_bits, threads)
-    starts, freqs = starts.reshape(chosen.shape), freqs.reshape(chosen.shape)
-    return _returned(starts, logits), _returned(freqs, logits)
+    return starts.reshape(chosen.shape), freqs.reshape(chosen.shape)
 
 
 def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> Any:
@@ -297,11 +408,13 @@ def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> Any:
         ValueError: a wrong dtype, codebook size or precision, or a row of float logits with NaN,
             with +inf or without a finite value.
     """
+    prob_bits, threads = whole_bits(prob_bits), whole_threads(threads)
+    codebook_size(logits)  # before a copy of a broadcast axis
     rows, dtype = _borrowed_logits(logits)
     lead = tuple(rows.shape[:-1])
     flat = rows.reshape(int(np.prod(lead, dtype=np.int64)), rows.shape[-1])
     bounds = _native.cdf(flat, dtype, prob_bits, threads).reshape(*lead, rows.shape[-1] + 1)
-    return _returned(bounds, logits)
+    return returned(bounds, logits)
 
 
 class RansEncoder:
@@ -321,7 +434,7 @@ class RansEncoder:
     """
 
     def __init__(self, checks: ArrayLike) -> None:
-        self._native = _native.BatchEncoder(_integers(checks, np.uint32, "checks"))
+        self._native = _native.BatchEncoder(integers(checks, np.uint32, "checks"))
 
     @classmethod
     def resumed(cls, buffer: ArrayLike, offsets: ArrayLike, quiet: ArrayLike) -> RansEncoder:
@@ -344,9 +457,9 @@ class RansEncoder:
         """
         encoder = cls.__new__(cls)
         encoder._native = _native.resume_encoder(
-            _integers(buffer, np.uint8, "buffer"),
-            _integers(offsets, np.int64, "offsets"),
-            _integers(quiet, np.int64, "quiet"),
+            integers(buffer, np.uint8, "buffer"),
+            integers(offsets, np.int64, "offsets"),
+            integers(quiet, np.int64, "quiet"),
         )
         return encoder
 
@@ -371,11 +484,11 @@ class RansEncoder:
             ValueError: an argument is invalid. Nothing has been pushed then.
         """
         self._native.push(
-            _integers(starts, np.int32, "starts"),
-            _integers(freqs, np.int32, "freqs"),
-            _integers(counts, np.int64, "counts"),
-            prob_bits,
-            threads,
+            integers(starts, np.int32, "starts"),
+            integers(freqs, np.int32, "freqs"),
+            integers(counts, np.int64, "counts"),
+            whole_bits(prob_bits),
+            whole_threads(threads),
         )
 
     @property
@@ -424,19 +537,19 @@ class RansDecoder:
         if (states is None) != (positions is None):
             raise ValueError("states and positions resume a stream together; give both or neither")
         if isinstance(buffer, bytes | bytearray | memoryview):
-            buffer = np.frombuffer(buffer, dtype=np.uint8)
+            buffer = np.frombuffer(as_bytes(buffer, "buffer"), dtype=np.uint8)
         self._native = _native.BatchDecoder(
-            _integers(buffer, np.uint8, "buffer"),
-            _integers(offsets, np.int64, "offsets"),
-            None if states is None else _integers(states, np.uint32, "states"),
-            None if positions is None else _integers(positions, np.int64, "positions"),
+            integers(buffer, np.uint8, "buffer"),
+            integers(offsets, np.int64, "offsets"),
+            None if states is None else integers(states, np.uint32, "states"),
+            None if positions is None else integers(positions, np.int64, "positions"),
         )
         self._size = len(self._native.states())
 
     def _streams(self, streams: ArrayLike | None) -> NDArray[np.int64]:
         if streams is None:
             return np.arange(self._size, dtype=np.int64)
-        return _integers(streams, np.int64, "streams")
+        return integers(streams, np.int64, "streams")
 
     def decode(
         self,
@@ -461,14 +574,29 @@ class RansDecoder:
             ValueError: a wrong shape, dtype, stream or precision, or wrong float logits. Nothing
                 has been decoded then.
         """
-        chosen, parts = self._streams(streams), _parts(logits)
-        if len(parts) > 1:
-            _check_finite(logits, parts)
-        symbols = []
-        for part in parts:
-            rows, dtype = _borrowed_logits(logits if part == slice(None) else logits[..., part, :])
-            symbols.append(self._native.decode_logits(rows, dtype, chosen, prob_bits, threads))
-        return _returned(symbols[0] if len(parts) == 1 else np.concatenate(symbols, 1), logits)
+        return returned(self.decode_array(logits, prob_bits, streams, threads), logits)
+
+    def decode_array(
+        self,
+        logits: Logits,
+        prob_bits: int,
+        streams: ArrayLike | None = None,
+        threads: int = 1,
+    ) -> NDArray[np.int32]:
+        """Return what ``decode`` returns, as an array also if the logits are a tensor."""
+        prob_bits, threads = whole_bits(prob_bits), whole_threads(threads)
+        codebook_size(logits)
+        chosen, step = self._streams(streams), _step(logits)
+        if step is None:
+            rows, dtype = _borrowed_logits(logits)
+            return self._native.decode_logits(rows, dtype, chosen, prob_bits, threads)
+        # All memory at once: broadcast rows may be more than any machine can hold the results of.
+        symbols = np.empty(tuple(logits.shape[:-1]), dtype=np.int32)
+        _check_finite(logits, step)
+        for part in _parts(logits, step):
+            rows, dtype = _borrowed_logits(logits[..., part, :])
+            symbols[:, part] = self._native.decode_logits(rows, dtype, chosen, prob_bits, threads)
+        return symbols
 
     def decode_cdf(
         self,
@@ -493,10 +621,13 @@ class RansDecoder:
         Raises:
             ValueError: an invalid table, or as for ``decode``. Nothing has been decoded then.
         """
-        tables = _borrowed(cdf, "cdf")
-        chosen = self._streams(streams)
-        symbols = self._native.decode_cdf(tables, chosen, prob_bits, trusted, threads)
-        return _returned(symbols, cdf)
+        prob_bits, threads = whole_bits(prob_bits), whole_threads(threads)
+        if not isinstance(trusted, bool | np.bool_):
+            raise ValueError(f"trusted is {trusted!r}; it must be True or False")
+        _check_lent(cdf, "cdf")
+        tables, chosen = _contiguous(cdf), self._streams(streams)
+        symbols = self._native.decode_cdf(tables, chosen, prob_bits, bool(trusted), threads)
+        return returned(symbols, cdf)
 
     @property
     def states(self) -> NDArray[np.uint32]:
@@ -521,4 +652,4 @@ class RansDecoder:
         A stream that was read from its beginning must not start with a zero byte either. No encoder
         writes one, and each file must have only one valid form.
         """
-        return self._native.finished(_integers(checks, np.uint32, "checks"))
+        return self._native.finished(integers(checks, np.uint32, "checks"))

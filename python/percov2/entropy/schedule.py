@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,7 @@ __all__ = [
     "SCHEDULES",
     "Schedule",
     "check_name",
+    "integer_map",
     "nested_grids",
     "order",
     "qlds",
@@ -73,7 +75,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=16, typed=True)  # 4.0 equals 4, but is refused
 def stages(name: str, height: int, width: int) -> np.ndarray:
     """Return the stage of every position of a token grid.
 
@@ -87,8 +89,8 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
         position.
 
     Raises:
-        ValueError: an unknown name, or a grid without positions or with more than
-            ``MAX_POSITIONS``.
+        ValueError: an unknown name, a side that is no whole number, or a grid without positions or
+            with more than ``MAX_POSITIONS``.
 
     >>> stages("quincunx", 3, 5)
     array([[1, 5, 3, 5, 1],
@@ -97,6 +99,10 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
     """
     if name not in SCHEDULES:
         raise ValueError(f"unknown schedule {name!r}; choose one of {', '.join(SCHEDULES)}")
+    for which, side in (("height", height), ("width", width)):
+        if not isinstance(side, int | np.integer) or isinstance(side, bool):
+            raise ValueError(f"{which} is {side!r}; it must be a whole number of tokens")
+    height, width = int(height), int(width)
     if height < 1 or width < 1:
         raise ValueError(f"a token grid needs height and width >= 1, got {height}x{width}")
     if height * width > MAX_POSITIONS:
@@ -119,16 +125,28 @@ def stages(name: str, height: int, width: int) -> np.ndarray:
     return result
 
 
+def integer_map(stage_map: Any) -> np.ndarray:
+    """Return a stage map as an array. Raise ValueError unless it holds integers."""
+    array = np.asarray(stage_map)
+    if array.dtype.kind not in "iu":
+        raise ValueError(
+            f"a schedule is a {type(stage_map).__name__} of {array.dtype}; give a schedule's name "
+            "or a stage map of integers"
+        )
+    return array
+
+
 def stage_map(schedule: Schedule, height: int, width: int) -> np.ndarray:
     """Return the stage map of a schedule's name, or the given stage map itself.
 
-    Raises ValueError as ``stages`` does, or if the given stage map has another shape.
+    Raises ValueError as ``stages`` does, or if the given stage map has another shape or dtype.
     """
     if isinstance(schedule, str):
         return stages(schedule, height, width)
-    if schedule.shape != (height, width):
-        raise ValueError(f"a stage map of {schedule.shape} for a token grid of {height}x{width}")
-    return schedule
+    given = integer_map(schedule)
+    if given.shape != (height, width):
+        raise ValueError(f"a stage map of {given.shape} for a token grid of {height}x{width}")
+    return given
 
 
 def stage_count(name: str, height: int, width: int) -> int:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from percov2.entropy.int_transformer import IntTransformer
+from percov2.entropy.ranges import whole_number
+from percov2.entropy.schedule import integer_map
 
 __all__ = ["StagedDecoder", "one_pass_logits", "one_pass_residual"]
 
@@ -22,15 +24,17 @@ _MAX_SIDE = 16384
 
 def _check_stages(stages: NDArray[np.int32]) -> NDArray[np.int32]:
     """Return the stage map as int32 [h, w]. Raise ValueError unless it has 1 .. S without gaps."""
-    stages = np.asarray(stages)
+    stages = integer_map(stages)
     if stages.ndim != 2 or stages.size == 0 or max(stages.shape) > _MAX_SIDE:
         raise ValueError(
             f"a stage map must be [height, width] with sides 1 .. {_MAX_SIDE}, got {stages.shape}"
         )
     low, high = int(stages.min()), int(stages.max())
-    if low < 1 or high > stages.size or not (np.bincount(stages.reshape(-1))[1:] > 0).all():
+    inside = low >= 1 and high <= stages.size
+    stages = stages.astype(np.int32, copy=False)
+    if not inside or not (np.bincount(stages.reshape(-1))[1:] > 0).all():
         raise ValueError(f"stages must be 1 .. S, each with a position; they are {low} .. {high}")
-    return stages.astype(np.int32, copy=False)
+    return stages
 
 
 def one_pass_residual(model: IntTransformer, tokens: Any, stages: NDArray[np.int32]) -> Any:
@@ -81,6 +85,7 @@ class StagedDecoder:
 
     Raises:
         ValueError: wrong stages or batch.
+        MemoryError: the batch needs more memory than there is.
 
     >>> from percov2.entropy import IntTransformer, TransformerConfig
     >>> sizes = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=1, hidden=8)
@@ -95,13 +100,14 @@ class StagedDecoder:
 
     def __init__(self, model: IntTransformer, stages: NDArray[np.int32], batch: int) -> None:
         stages = _check_stages(stages)
-        if batch < 1:
-            raise ValueError(f"batch is {batch}; it must be at least 1")
-        self._model, self._batch = model, batch
+        self._model, self._batch = model, whole_number("batch", batch, 1, 2**31 - 1)
         # Positions of the first g stages, g = 0 .. S, and how many stages are known.
         self._ends = np.bincount(stages.reshape(-1)).cumsum()
         self._known, self._asked = 0, False
-        self._staged = model.staged(stages, batch)
+        try:
+            self._staged = model.staged(stages, self._batch)
+        except MemoryError as error:
+            raise MemoryError(f"batch is {batch}; there is no memory for as many grids") from error
 
     @property
     def remaining(self) -> int:

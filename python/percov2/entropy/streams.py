@@ -26,8 +26,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from percov2.entropy import rans
-from percov2.entropy.cdf import default_prob_bits
-from percov2.entropy.rans import ArrayLike, Logits, RansDecoder, RansEncoder, as_array
+from percov2.entropy.cdf import default_prob_bits, whole_bits
+from percov2.entropy.ranges import whole_number
+from percov2.entropy.rans import (
+    ArrayLike,
+    Logits,
+    RansDecoder,
+    RansEncoder,
+    as_bytes,
+    codebook_size,
+    returned,
+    whole_array,
+    whole_threads,
+)
 
 __all__ = ["SymbolDecoder", "SymbolEncoder", "decode", "encode"]
 
@@ -48,7 +59,7 @@ class SymbolEncoder:
         threads: number of threads. It never changes a byte.
 
     Raises:
-        ValueError: the batch is below 1.
+        ValueError: an argument is no whole number in its range.
 
     >>> import numpy as np
     >>> encoder = SymbolEncoder(batch=2)
@@ -59,10 +70,10 @@ class SymbolEncoder:
     """
 
     def __init__(self, batch: int, prob_bits: int | None = None, threads: int = 1) -> None:
-        if batch < 1:
-            raise ValueError(f"batch is {batch}; it must be at least 1")
-        self._batch, self._prob_bits, self._threads = batch, prob_bits, threads
-        self._checks = [_CHECK_START] * batch
+        self._batch = whole_number("batch", batch, 1, 2**31 - 1)
+        self._prob_bits = None if prob_bits is None else whole_bits(prob_bits)
+        self._threads = whole_threads(threads)
+        self._checks = [_CHECK_START] * self._batch
         self._parts: list[tuple[int, NDArray[np.int32], NDArray[np.int32]]] = []
 
     def encode(self, logits: Logits, symbols: ArrayLike) -> None:
@@ -75,15 +86,15 @@ class SymbolEncoder:
         Raises:
             ValueError: a wrong shape, dtype, symbol or precision. Nothing has been appended then.
         """
-        chosen = as_array(symbols)
+        chosen = whole_array(symbols, "symbols")
         if chosen.ndim != 2 or len(chosen) != self._batch:
             raise ValueError(
                 f"symbols have shape {chosen.shape}; they must be [{self._batch}, n], "
                 "one row for each stream"
             )
         bits = _bits(self._prob_bits, logits)
-        found = rans.intervals(logits, chosen, bits, self._threads)
-        self._parts.append((bits, as_array(found[0]), as_array(found[1])))
+        part = (bits, *rans.interval_arrays(logits, chosen, bits, self._threads))
+        self._parts.append(part)
         self._checks = _extended(self._checks, chosen)
 
     def finish(self, checks: ArrayLike | None = None) -> list[bytes]:
@@ -113,11 +124,11 @@ class SymbolDecoder:
     """A reader of B streams written by ``SymbolEncoder``.
 
     Args:
-        streams: at least one byte string.
+        streams: a list of at least one byte string.
         prob_bits, threads: as for ``SymbolEncoder``.
 
     Raises:
-        ValueError: there is no stream.
+        ValueError: there is no stream, one is not bytes, or another argument is wrong.
 
     Do not trust the symbols before ``finish`` has returned: ``decode`` reads wrong symbols from a
     damaged stream without an error.
@@ -133,12 +144,15 @@ class SymbolDecoder:
     def __init__(
         self, streams: Sequence[bytes], prob_bits: int | None = None, threads: int = 1
     ) -> None:
-        if isinstance(streams, bytes | bytearray | memoryview) or not len(streams):
+        single = isinstance(streams, str | bytes | bytearray | memoryview)
+        if single or not isinstance(streams, Sequence | np.ndarray) or not len(streams):
             raise ValueError("give a list of at least one byte string, one for each stream")
-        self._lengths = np.array([len(stream) for stream in streams], dtype=np.int64)
-        self._prob_bits, self._threads = prob_bits, threads
-        self._checks = [_CHECK_START] * len(streams)
-        self._decoder = RansDecoder(b"".join(streams), np.cumsum([0, *self._lengths]))
+        parts = [as_bytes(stream, f"stream {i}") for i, stream in enumerate(streams)]
+        self._lengths = np.array([len(part) for part in parts], dtype=np.int64)
+        self._prob_bits = None if prob_bits is None else whole_bits(prob_bits)
+        self._threads = whole_threads(threads)
+        self._checks = [_CHECK_START] * len(parts)
+        self._decoder = RansDecoder(b"".join(parts), np.cumsum([0, *self._lengths]))
 
     def decode(self, logits: Logits) -> Any:
         """Return the next n symbols of each stream: logits [B, n, V] -> int32 [B, n].
@@ -149,11 +163,10 @@ class SymbolDecoder:
         Raises:
             ValueError: a wrong shape, dtype or precision. Nothing has been read then.
         """
-        symbols = self._decoder.decode(
-            logits, _bits(self._prob_bits, logits), threads=self._threads
-        )
-        self._checks = _extended(self._checks, as_array(symbols))
-        return symbols
+        bits = _bits(self._prob_bits, logits)
+        symbols = self._decoder.decode_array(logits, bits, threads=self._threads)
+        self._checks = _extended(self._checks, symbols)
+        return returned(symbols, logits)
 
     def finish(self, checks: ArrayLike | None = None) -> None:
         """Raise ValueError unless every stream has been read to its end and matches its check.
@@ -192,7 +205,7 @@ def encode(
     'c60102030440'
     """
     bits = _bits(prob_bits, logits)
-    encoder = SymbolEncoder(len(logits), bits, threads)
+    encoder = SymbolEncoder(logits.shape[0], bits, threads)
     encoder.encode(logits, symbols)
     return encoder.finish(checks)
 
@@ -221,20 +234,24 @@ def decode(
 
 def _bits(prob_bits: int | None, logits: Logits) -> int:
     """Return the precision for logits [B, n, V]. Raise ValueError if they have another shape."""
-    shape = getattr(logits, "shape", None)
-    if shape is None or len(shape) != 3:
-        found = f"a {type(logits).__name__}" if shape is None else f"of shape {tuple(shape)}"
-        raise ValueError(f"logits are {found}; they must be an array or a tensor [B, n, V]")
+    try:
+        shape = logits.shape
+    except (AttributeError, RuntimeError):  # no array; torch's nested tensors have no shape
+        shape = (0, 0, codebook_size(logits))
+    if len(shape) != 3:
+        raise ValueError(f"logits have shape {tuple(shape)}; they must be [B, n, V]")
     return default_prob_bits(shape[-1]) if prob_bits is None else prob_bits
 
 
 def _extended(checks: Sequence[int], symbols: NDArray[Any]) -> list[int]:
     """Return the checks extended by symbols [B, n]."""
-    rows = symbols.astype("<i4")
+    rows = symbols.astype("<i4", copy=False)
     return [binascii.crc_hqx(row.tobytes(), c) for row, c in zip(rows, checks, strict=True)]
 
 
 def _one_each(checks: ArrayLike, batch: int) -> ArrayLike:
-    if len(checks) != batch:
-        raise ValueError(f"there are {len(checks)} checks for {batch} streams; give one for each")
+    count = len(checks) if hasattr(checks, "__len__") and np.ndim(checks) else None
+    if count != batch:
+        found = f"a {type(checks).__name__}" if count is None else f"{count} numbers"
+        raise ValueError(f"checks are {found} for {batch} streams; give one number for each")
     return checks

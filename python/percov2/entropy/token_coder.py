@@ -26,7 +26,10 @@ _TOKENS_AT_ONCE = 2**14
 
 def grid_sides(tokens: Any) -> tuple[int, int]:
     """Return the sides (h, w) of token grids [B, h, w]. Raise ValueError for another shape."""
-    shape = np.shape(tokens)
+    try:
+        shape = np.shape(tokens)
+    except RuntimeError as error:  # torch's nested tensors have no shape
+        raise ValueError("tokens are a tensor without dense data; give a dense one") from error
     if len(shape) != 3:
         raise ValueError(f"tokens have shape {tuple(shape)}; they must be [B, h, w]")
     return int(shape[1]), int(shape[2])
@@ -123,7 +126,7 @@ class TokenCoder:
         The caller may then push symbols that a decoder will read before the tokens.
 
         Args:
-            tokens: int32 [B, h, w].
+            tokens: integers [B, h, w] in 0 .. V - 1.
             scheduled: the order of the tokens.
             checks: uint16 [B], the initial states.
             threads: number of threads of the coder. It never changes a byte.
@@ -165,7 +168,7 @@ class TokenCoder:
     def _passed(self, tokens: Any, scheduled: schedule.Schedule) -> tuple[Any, Any]:
         """Return the residual of all tokens after the pass, and the tokens, in coding order."""
         stages = schedule.stage_map(scheduled, *grid_sides(tokens))
-        tokens = as_array(tokens)
+        tokens = as_array(tokens, "tokens")
         residual = one_pass_residual(self.model, tokens, stages)
         coding = schedule.order(stages)
         return residual, tokens.reshape(len(tokens), stages.size)[:, coding].astype(np.int32)
@@ -333,7 +336,8 @@ class TokenCoder:
             ValueError: the shapes differ, the first candidate of a place is not allowed, a token
                 lies outside the codebook, or the schedule is unknown.
         """
-        options, open_ = as_array(candidates), as_array(allowed)
+        options = rans.integers(candidates, np.int64, "candidates")
+        open_ = as_array(allowed, "allowed")
         if options.ndim != 4 or options.shape != open_.shape:
             raise ValueError(
                 f"candidates {options.shape} and allowed {open_.shape} must both be [B, h, w, K]"
@@ -342,7 +346,7 @@ class TokenCoder:
             raise ValueError("the first candidate of every place must be allowed")
         refuse_outsiders(options, self.model.config.codebook_size)
         stages = schedule.stages(name, *options.shape[1:3])
-        flat = options.reshape(len(options), stages.size, options.shape[3]).astype(np.int64)
+        flat = options.reshape(len(options), stages.size, options.shape[3])
         may = open_.reshape(flat.shape)
         staged = StagedDecoder(self.model, stages, len(flat))
         for stage in range(1, int(stages.max()) + 1):

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from percov2.entropy.cdf import MAX_CODEBOOK, MIN_CODEBOOK
-from percov2.entropy.ranges import MAX_DIM, MAX_TERMS
+from percov2.entropy.ranges import MAX_DIM, MAX_TERMS, whole_number
 
 __all__ = ["TransformerConfig"]
 
@@ -56,9 +56,7 @@ class TransformerConfig:
             "hidden": (1, MAX_TERMS),
         }
         for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name} is {value!r}; it must be an integer in {low} .. {high}")
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), low, high))
         if self.inner > MAX_TERMS:
             raise ValueError(
                 f"heads * head_dim is {self.inner}; products are exact only up to {MAX_TERMS} terms"

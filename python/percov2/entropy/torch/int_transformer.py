@@ -22,7 +22,7 @@ from percov2.entropy.int_transformer import TRIAL, random_tensors, trial
 from percov2.entropy.torch import intmath
 from percov2.entropy.transformer_config import TransformerConfig
 
-__all__ = ["IntTransformer", "default_executor", "to_tensors"]
+__all__ = ["IntTransformer", "default_executor", "to_tensors", "whole_dtype"]
 
 
 _EXECUTORS = {"torch": "executor", "triton": "triton_executor"}
@@ -59,6 +59,11 @@ def to_tensors(
 ) -> dict[str, Tensor]:
     """Return copies of arrays as tensors on a device."""
     return {name: torch.from_numpy(array.copy()).to(device) for name, array in arrays.items()}
+
+
+def whole_dtype(dtype: torch.dtype) -> bool:
+    """Return True for the dtypes of integers."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
 
 
 @cache
@@ -160,8 +165,8 @@ class IntTransformer(int_transformer.IntTransformer):
         if not isinstance(tokens, Tensor) or tokens.device.type == "cpu":
             placed = torch.from_numpy(super().place(tokens))
             return placed.to(self.device, torch.int64, non_blocking=True)
-        if tokens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"tokens have dtype {tokens.dtype}; they must be int32")
+        if not whole_dtype(tokens.dtype):
+            raise ValueError(f"tokens have dtype {tokens.dtype}; they must be integers")
         return tokens.to(self.device, torch.int64).clamp(0, self.config.codebook_size - 1)
 
 

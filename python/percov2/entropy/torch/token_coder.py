@@ -14,7 +14,7 @@ from percov2.entropy.staging import StagedDecoder, one_pass_residual
 from percov2.entropy.token_coder import grid_sides, refuse_outsiders
 from percov2.entropy.torch import cdf, rans_cuda, sampling
 from percov2.entropy.torch.coder_proof import prove_coder
-from percov2.entropy.torch.int_transformer import IntTransformer
+from percov2.entropy.torch.int_transformer import IntTransformer, whole_dtype
 
 __all__ = ["CODERS", "CodedGrids", "TokenCoder", "default_coder"]
 
@@ -159,7 +159,9 @@ class TokenCoder(token_coder.TokenCoder):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         stages = schedule.stage_map(scheduled, *grid_sides(tokens))
         if not isinstance(tokens, torch.Tensor):
-            tokens = torch.from_numpy(np.array(tokens))
+            tokens = torch.from_numpy(np.array(rans.as_array(tokens, "tokens")))
+        if whole_dtype(tokens.dtype) and tokens.dtype != torch.int32:
+            tokens = tokens.to(torch.int64)  # torch computes little with unsigned integers
         tokens = tokens.to(self.model.device, non_blocking=self.model.device.type != "cpu")
         # Before the pass, because copying pageable memory may wait for the stream.
         coding = torch.from_numpy(schedule.order(stages)).to(tokens.device, non_blocking=True)
