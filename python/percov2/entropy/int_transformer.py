@@ -182,6 +182,10 @@ class IntTransformer:
         check_tensors(config, self.tensors)
         self._prepare()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process prepares its own program, on its own instruction set.
+        return type(self), (self.config, self.tensors)
+
     def _prepare(self) -> None:
         prove_compiled(rans.instruction_set())
         self._program = _compiled(self.config, self.tensors)

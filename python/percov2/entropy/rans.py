@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ __all__ = [
     "ArrayLike",
     "IntegerTransformer",
     "Logits",
+    "OneWay",
     "RansDecoder",
     "RansEncoder",
     "StagedPass",
@@ -417,7 +418,17 @@ def cdf(logits: Logits, prob_bits: int, threads: int = 1) -> Any:
     return returned(bounds, logits)
 
 
-class RansEncoder:
+class OneWay:
+    """A coder between two symbols of its streams. It is never copied or pickled."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"a {type(self).__name__} is in the middle of its streams and cannot be copied or "
+            "pickled; pass on finished streams, or data to make another one from"
+        )
+
+
+class RansEncoder(OneWay):
     """B stacks that become B byte strings. Concurrent calls from several threads take turns.
 
     Args:
@@ -507,7 +518,7 @@ class RansEncoder:
         return self._native.finish()
 
 
-class RansDecoder:
+class RansDecoder(OneWay):
     """A reader of B streams.
 
     Args:

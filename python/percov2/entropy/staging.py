@@ -6,6 +6,7 @@ Both give the same integers (docs/reference/entropy-model.md). The model's execu
 
 from __future__ import annotations
 
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.ranges import whole_number
+from percov2.entropy.rans import OneWay
 from percov2.entropy.schedule import integer_map
 
 __all__ = ["StagedDecoder", "one_pass_logits", "one_pass_residual"]
@@ -72,11 +74,11 @@ def one_pass_logits(model: IntTransformer, tokens: Any, stages: NDArray[np.int32
     return model.logits(one_pass_residual(model, tokens, stages))
 
 
-class StagedDecoder:
+class StagedDecoder(OneWay):
     """The stages of token grids during decoding.
 
     While ``remaining`` is not 0, call ``logits()`` for the next stage, then ``accept`` with its
-    tokens.
+    tokens. Concurrent calls from several threads take turns.
 
     Args:
         model: the model that runs the passes. It decides whether results are arrays or tensors.
@@ -104,6 +106,7 @@ class StagedDecoder:
         # Positions of the first g stages, g = 0 .. S, and how many stages are known.
         self._ends = np.bincount(stages.reshape(-1)).cumsum()
         self._known, self._asked = 0, False
+        self._turn = Lock()
         try:
             self._staged = model.staged(stages, self._batch)
         except MemoryError as error:
@@ -127,10 +130,11 @@ class StagedDecoder:
 
         The model's ``logits`` turns it into logits. The errors are those of ``logits``.
         """
-        if not self.remaining:
-            raise RuntimeError("every stage is decoded; no logits remain")
-        self._asked = True
-        return self._staged.residual()
+        with self._turn:
+            if not self.remaining:
+                raise RuntimeError("every stage is decoded; no logits remain")
+            self._asked = True
+            return self._staged.residual()
 
     def accept(self, tokens: Any) -> None:
         """Take the tokens of the next stage, int32 [B, n].
@@ -139,16 +143,17 @@ class StagedDecoder:
             ValueError: a wrong shape, dtype or token. (A GPU clamps wrong tokens instead.)
             RuntimeError: neither ``logits`` nor ``residual`` was called for the stage.
         """
-        count = int(self._ends[self._known + 1] - self._ends[self._known]) if self.remaining else 0
-        if count == 0 or tuple(tokens.shape) != (self._batch, count):
-            raise ValueError(
-                f"tokens have shape {tuple(tokens.shape)}; "
-                f"the next stage needs [{self._batch}, {count}]"
-            )
-        if not self._asked:
-            raise RuntimeError("call logits() before accept(): the tokens depend on them")
-        self._staged.accept(self._model.place(tokens))
-        self._known, self._asked = self._known + 1, False
+        with self._turn:
+            ends, known, shape = self._ends, self._known, tuple(np.shape(tokens))
+            count = int(ends[known + 1] - ends[known]) if self.remaining else 0
+            if count == 0 or shape != (self._batch, count):
+                raise ValueError(
+                    f"tokens have shape {shape}; the next stage needs [{self._batch}, {count}]"
+                )
+            if not self._asked:
+                raise RuntimeError("call logits() before accept(): the tokens depend on them")
+            self._staged.accept(self._model.place(tokens))
+            self._known, self._asked = known + 1, False
 
     def tokens(self) -> Any:
         """Return the tokens decoded so far, int32 [B, h, w], with 0 at the other positions."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 import binascii
 from collections.abc import Sequence
 from itertools import groupby, pairwise
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from percov2.entropy.ranges import whole_number
 from percov2.entropy.rans import (
     ArrayLike,
     Logits,
+    OneWay,
     RansDecoder,
     RansEncoder,
     as_bytes,
@@ -47,8 +49,10 @@ _CHECK_START = 0xFFFF
 """The check of an empty stream: a CRC-16 (CCITT) over the symbols as little-endian int32."""
 
 
-class SymbolEncoder:
+class SymbolEncoder(OneWay):
     """An encoder of B streams that takes the symbols in reading order.
+
+    Concurrent calls from several threads take turns.
 
     The last symbol is coded first, so the encoder keeps eight bytes per symbol until ``finish``.
 
@@ -74,6 +78,7 @@ class SymbolEncoder:
         self._prob_bits = None if prob_bits is None else whole_bits(prob_bits)
         self._threads = whole_threads(threads)
         self._checks = [_CHECK_START] * self._batch
+        self._turn = Lock()
         self._parts: list[tuple[int, NDArray[np.int32], NDArray[np.int32]]] = []
 
     def encode(self, logits: Logits, symbols: ArrayLike) -> None:
@@ -94,8 +99,9 @@ class SymbolEncoder:
             )
         bits = _bits(self._prob_bits, logits)
         part = (bits, *rans.interval_arrays(logits, chosen, bits, self._threads))
-        self._parts.append(part)
-        self._checks = _extended(self._checks, chosen)
+        with self._turn:
+            self._checks = _extended(self._checks, chosen)
+            self._parts.append(part)
 
     def finish(self, checks: ArrayLike | None = None) -> list[bytes]:
         """Return the streams so far as B byte strings. You may append more symbols afterwards.
@@ -107,9 +113,11 @@ class SymbolEncoder:
         Raises:
             ValueError: the checks are not B integers in 0 .. 65535.
         """
-        encoder = RansEncoder(_one_each(self._checks if checks is None else checks, self._batch))
+        with self._turn:
+            own, said = self._checks, self._parts[::-1]
+        encoder = RansEncoder(_one_each(own if checks is None else checks, self._batch))
         # The last symbol goes onto the stack first; a push takes symbols of one precision.
-        for bits, group in groupby(reversed(self._parts), key=lambda part: part[0]):
+        for bits, group in groupby(said, key=lambda part: part[0]):
             parts = list(group)[::-1]
             starts = np.concatenate([part[1] for part in parts], axis=1)
             freqs = np.concatenate([part[2] for part in parts], axis=1)
@@ -120,8 +128,10 @@ class SymbolEncoder:
         return [data[begin:end] for begin, end in pairwise(offsets.tolist())]
 
 
-class SymbolDecoder:
+class SymbolDecoder(OneWay):
     """A reader of B streams written by ``SymbolEncoder``.
+
+    Concurrent calls from several threads take turns.
 
     Args:
         streams: a list of at least one byte string.
@@ -152,6 +162,7 @@ class SymbolDecoder:
         self._prob_bits = None if prob_bits is None else whole_bits(prob_bits)
         self._threads = whole_threads(threads)
         self._checks = [_CHECK_START] * len(parts)
+        self._turn = Lock()
         self._decoder = RansDecoder(b"".join(parts), np.cumsum([0, *self._lengths]))
 
     def decode(self, logits: Logits) -> Any:
@@ -164,8 +175,9 @@ class SymbolDecoder:
             ValueError: a wrong shape, dtype or precision. Nothing has been read then.
         """
         bits = _bits(self._prob_bits, logits)
-        symbols = self._decoder.decode_array(logits, bits, threads=self._threads)
-        self._checks = _extended(self._checks, symbols)
+        with self._turn:
+            symbols = self._decoder.decode_array(logits, bits, threads=self._threads)
+            self._checks = _extended(self._checks, symbols)
         return returned(symbols, logits)
 
     def finish(self, checks: ArrayLike | None = None) -> None:
@@ -174,11 +186,12 @@ class SymbolDecoder:
         Args:
             checks: as for the encoder's ``finish``.
         """
-        expected = _one_each(self._checks if checks is None else checks, len(self._lengths))
-        valid = self._decoder.finished(expected)
+        with self._turn:
+            expected = _one_each(self._checks if checks is None else checks, len(self._lengths))
+            valid, positions = self._decoder.finished(expected), self._decoder.positions
         for i in np.flatnonzero(~valid):
             name = f"stream {i} of {len(valid)}"
-            if self._decoder.positions[i] < self._lengths[i]:
+            if positions[i] < self._lengths[i]:
                 raise ValueError(
                     f"{name} has bytes left: it is damaged, was made with other logits, or holds "
                     "more symbols"

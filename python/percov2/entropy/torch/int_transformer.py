@@ -139,6 +139,9 @@ class IntTransformer(int_transformer.IntTransformer):
         self.executor_name = executor or default_executor(self.device)
         super().__init__(config, tensors)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.config, self.tensors, self.device, self.executor_name)
+
     def _prepare(self) -> None:
         with torch.device("cpu"):  # ignore the default device of new tensors
             intmath.self_test(self.device)

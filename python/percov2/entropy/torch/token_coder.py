@@ -105,6 +105,9 @@ class TokenCoder(token_coder.TokenCoder):
         if model.device.type == "cuda":
             prove_coder(model.device, model.config.codebook_size, self.coder_name == "cuda")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model, self.coder_name)
+
     @property
     def tokens_at_once(self) -> int:
         if self.model.device.type != "cuda":
