@@ -175,9 +175,9 @@ def run_export(
     stage, _ = codec_stage(config, photos, recipe)
     first = next(iter(stage.rates))
     pairs = [text.partition("=") if "=" in text else (first, "=", text) for text in entropy or ()]
-    coders = {name: IntTransformer.load(folder) for name, _, folder in pairs}
-    if unknown := sorted(set(coders) - set(stage.rates)):
+    if unknown := sorted({name for name, *_ in pairs} - set(stage.rates)):
         raise ValueError(f"unknown rates {unknown}; {config.name} has {list(stage.rates)}")
+    coders = {name: IntTransformer.load(folder) for name, _, folder in pairs}
     load_averaged(codec_run, stage)
     old = ModelConfig.load(out) if (out / "config.json").is_file() else None
     points = {rate.name: rate for rate in old.rates} if old else {}
