@@ -18,12 +18,12 @@ KERNELS = ROOT / "triton_kernels"
 
 ENTROPY = """cdf int_transformer opening ranges rans sampling schedule staging streams tensor_file
 token_coder transformer_config uniform visibility"""
-CORE = " ".join(f"entropy.{name}" for name in ENTROPY.split())
+CORE = "stored_files " + " ".join(f"entropy.{name}" for name in ENTROPY.split())
 """The entropy engine without torch."""
 # Folder or module -> (first-party prefixes, third-party packages at module level, the same inside
 # functions). The longest matching prefix counts; the standard library is always allowed.
 MODELS = """caching extras models.backbone models.checksums models.config models.stored_tensors
-models.windows models.tiny.backbone models.tiny.captions models.tiny.graphs"""
+models.windows models.tiny.backbone models.tiny.captions models.tiny.graphs stored_files"""
 """The small model without torch, and what all models share."""
 TORCH_FOLDERS = {
     "torch": "",
@@ -46,11 +46,12 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.container": (f"container batching caching {CORE}", "numpy", "transformers"),
     "percov2.container.bitstream": ("", "", ""),
     "percov2.extras": ("", "", ""),
+    "percov2.stored_files": ("", "", ""),
     "percov2.models": (f"images {MODELS}", "numpy safetensors", "huggingface_hub torch"),
     "percov2.models.tiny": (f"_native images {MODELS}", "numpy onnxruntime tqdm", ""),
     **{
         f"percov2.models.{folder}": (
-            "caching models extras",
+            "caching models extras stored_files",
             "diffusers numpy safetensors torch",
             more,
         )
@@ -113,7 +114,7 @@ NATIVE = {"percov2.entropy.rans", "percov2.models.tiny"}
 """Rules of the modules that may import the compiled module."""
 CODEC = """batching captioners coarser_rates codec colour_spaces container declared_colours
 entropy extras files images inputs many_pictures models options picture_structure pipeline places
-tokenizing"""
+stored_files tokenizing"""
 """What ``@codec`` stands for: the codec and everything below it."""
 # First-party prefixes that a folder may import inside functions.
 LAZY: dict[str, str] = {

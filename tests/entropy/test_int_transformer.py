@@ -366,7 +366,7 @@ def test_broken_files_are_refused(model, tmp_path: Path):
         with pytest.raises(ValueError, match=r"version 2|dim is 2000|'other'|more"):
             IntTransformer.load(tmp_path)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not JSON"):
+    with pytest.raises(ValueError, match=r"config\.json: Expecting property name"):
         IntTransformer.load(tmp_path)
     path.unlink()
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -152,3 +153,96 @@ def test_the_runtime_prints_nothing(copy, capfd):
     with pytest.raises(ValueError, match=r"encoder\.onnx"):
         use(copy)
     assert capfd.readouterr() == ("", "")
+
+
+PARTS = (
+    "config.json",
+    "checksums.sha256",
+    "flow/config.json",
+    "flow/graph.onnx",
+    "flow/model.safetensors",
+    "dial/model.safetensors",
+    "fine/entropy/config.json",
+    "fine/entropy/model.safetensors",
+)
+
+
+def replace_by(kind: str, path: Path) -> None:
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with open(path, "wb") as stream:
+            stream.truncate(1 << 40)  # takes no room on the disk
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "terabyte"])
+@pytest.mark.parametrize("runtime", ["onnx", "torch"])
+def test_parts_are_regular_files_of_bounded_size(copy, kind, runtime):
+    """A pipe would wait for a writer for ever, and the others would fill the memory."""
+    for part in PARTS:
+        if (runtime, part) == ("torch", "flow/graph.onnx") or (
+            kind == "terabyte" and part.startswith("dial/")  # only its header is read
+        ):
+            continue
+        kept = (copy / part).read_bytes() if (copy / part).exists() else None
+        replace_by(kind, copy / part)
+        with pytest.raises(
+            ValueError, match=rf"{part}( is no regular file| is damaged|: )"
+        ) as fault:
+            use(copy, runtime)
+        assert "\n" not in str(fault.value)
+        (copy / part).unlink()
+        if kept is not None:
+            (copy / part).write_bytes(kept)
+
+
+def test_parts_may_be_links(copy, tmp_path):
+    """A hub's cache consists of links to files in another folder."""
+    write_checksums(copy)
+    (tmp_path / "blobs").mkdir()
+    for i, path in enumerate(path for path in sorted(copy.rglob("*")) if path.is_file()):
+        path.rename(tmp_path / "blobs" / str(i))
+        path.symlink_to(tmp_path / "blobs" / str(i))
+    use(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"more": 1}, "the model has unknown settings: 'more'"),
+        ({"rates": "fine"}, "rates must be a list of at least one rate, not 'fine'"),
+        ({"rates": []}, "rates must be a list of at least one rate"),
+        ({"rates": ["fine"]}, "a rate must be an object of settings, not 'fine'"),
+        ({"rates": [{"name": "fine"}]}, "a rate lacks the settings token_side, codebook_size"),
+        ({"rates": [{"name": "a", "side": 1}]}, "a rate has unknown settings: 'side'"),
+        ({"default_rate": []}, r"default_rate must be the name of a rate, not \[\]"),
+        ({"name": "a\x1b[31m"}, r"name must consist of printable characters, not 'a\\x1b"),
+        ({"name": 5}, "name must be a text, not 5"),
+    ],
+)
+def test_settings_of_a_model_are_named_in_plain_words(copy, change, message):
+    edit(**change)(copy / "config.json")
+    with pytest.raises(ValueError, match=message):
+        Codec.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["r\x1b[31m", "con\n", "\u202er", "a\0b"])
+def test_names_of_rates_are_printable(copy, name):
+    values = json.loads((copy / "config.json").read_text())
+    values["rates"][1]["name"] = name
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="a rate's name must"):
+        Codec.from_pretrained(copy)
+
+
+def test_a_setting_that_occurs_twice_is_refused(copy):
+    """Which of the two counts would depend on the reader."""
+    for path in (copy / "config.json", copy / "fine" / "entropy" / "config.json"):
+        text = path.read_text()
+        path.write_text(text.replace("{", '{"dim": 1, "dim": 1,', 1))
+        with pytest.raises(ValueError, match=r"config\.json: 'dim' occurs twice"):
+            use(copy)
+        path.write_text(text)

@@ -25,6 +25,7 @@ from percov2.entropy.rans import RansDecoder
 from percov2.entropy.schedule import stages
 from percov2.entropy.staging import StagedDecoder
 from percov2.entropy.token_coder import TokenCoder
+from percov2.stored_files import read_json
 
 __all__ = [
     "END",
@@ -171,7 +172,7 @@ class CaptionModel:
         Raises:
             OSError, ValueError: files are missing, or the folder holds no caption model.
         """
-        stored = json.loads((folder / "pieces.json").read_text(encoding="utf-8"))
+        stored = read_json(folder / "pieces.json")
         if not isinstance(stored, list) or not all(isinstance(piece, str) for piece in stored):
             raise ValueError(f"{folder / 'pieces.json'} must contain a list of texts")
         alphabet = Alphabet([piece.encode("utf-8") for piece in stored])

@@ -23,6 +23,7 @@ from percov2.entropy.visibility import (
     SIZE_CLASSES,
     START_ENTRIES,
 )
+from percov2.stored_files import read_json
 
 __all__ = [
     "TRIAL",
@@ -216,12 +217,9 @@ class IntTransformer:
         """
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
+            if not (folder / name).exists():
                 raise ValueError(f"{folder} is no entropy model: it has no {name}")
-        try:
-            content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / 'config.json'} is not JSON: {error}") from error
+        content = read_json(folder / "config.json")
         if not isinstance(content, dict):
             raise ValueError(f"{folder / 'config.json'} must contain a JSON object")
         config = TransformerConfig.from_dict(content)

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from percov2.stored_files import read_regular
+
 __all__ = ["fingerprint", "read_tensors", "write_tensors"]
 
 
@@ -62,9 +64,7 @@ def read_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
     Raises ValueError with the path if it is not such a file.
     """
-    if not path.is_file() or path.stat().st_size > _MAX_FILE_BYTES:
-        raise ValueError(f"{path} is no regular file of at most {_MAX_FILE_BYTES} bytes")
-    data = path.read_bytes()
+    data = read_regular(path, _MAX_FILE_BYTES)
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(_MAX_HEADER_BYTES, len(data) - 8):
         raise ValueError(f"{path} is not a safetensors file (header length {length})")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from percov2.entropy.cdf import MAX_CODEBOOK, MIN_CODEBOOK
@@ -78,8 +78,8 @@ class TransformerConfig:
         Raises:
             ValueError: another kind, version or field.
         """
-        fields = dict(content)
-        kind, version = fields.pop("kind", None), fields.pop("version", None)
+        sizes = dict(content)
+        kind, version = sizes.pop("kind", None), sizes.pop("version", None)
         if kind != _KIND:
             raise ValueError(
                 f"config.json describes no entropy model: its kind is {kind!r}, not {_KIND!r}; the "
@@ -89,7 +89,12 @@ class TransformerConfig:
             raise ValueError(
                 f"the entropy model has version {version!r}; this percov2 reads {_VERSION}"
             )
-        try:
-            return cls(**fields)
-        except TypeError as error:
-            raise ValueError(f"the entropy model's config.json is invalid: {error}") from error
+        return cls.of(sizes)
+
+    @classmethod
+    def of(cls, sizes: dict[str, Any]) -> TransformerConfig:
+        """Build a config from sizes by name; ValueError for an unknown name or a wrong size."""
+        known = [one.name for one in fields(cls)]
+        if unknown := sorted(sizes.keys() - set(known)):
+            raise ValueError(f"unknown sizes {unknown} of an entropy model; known ones are {known}")
+        return cls(**sizes)

@@ -7,7 +7,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
+
+from percov2.stored_files import check_regular, read_regular
 
 __all__ = ["CHECKSUMS", "Checksums", "write_checksums"]
 
@@ -17,8 +20,15 @@ _EDITABLE = ("README.md", "config.json", "model_id", CHECKSUMS)
 check."""
 
 
+_MOST_LIST_BYTES = 1 << 24
+_MOST_BYTES = 1 << 36
+"""Largest file that is read for its checksum."""
+
+
 def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    check_regular(path, _MOST_BYTES)
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def write_checksums(folder: Path) -> None:
@@ -33,15 +43,16 @@ def write_checksums(folder: Path) -> None:
 
 
 class Checksums:
-    """The checksums of a model folder; ValueError for a file that lists none."""
+    """The checksums of a model folder; ValueError for a list that is damaged or no regular file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, path = folder, folder / CHECKSUMS
         self._known: dict[str, str] = {}
-        if not path.is_file():
+        if not os.path.lexists(path):
             return
+        content = read_regular(path, _MOST_LIST_BYTES)
         try:
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in content.decode("utf-8").splitlines():
                 checksum, name = line.split("  ", 1)
                 self._known[name] = checksum
         except ValueError as error:

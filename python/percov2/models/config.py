@@ -8,17 +8,20 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from percov2.extras import require
+from percov2.stored_files import one_line, read_json
 
-__all__ = ["LATENT_SIDE", "PAPER_RATES", "PREDICTIONS", "ModelConfig", "Rate", "find_model"]
-__all__ += ["read_config"]
+__all__ = ["EMBEDDED", "LATENT_SIDE", "PAPER_RATES", "PREDICTIONS", "ModelConfig", "Rate"]
+__all__ += ["find_model", "read_config"]
 
-_EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
+EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
+"""The folder of the models that are part of percov2."""
 _BACKBONES = ("tiny", "sd3", "perco")
 _IN_PIPELINE = "percov2"
 """The folder of our parts in a saved ``PerCoV2Pipeline``."""
+_Settings = TypeVar("_Settings", "Rate", "ModelConfig")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREDICTIONS = ("velocity", "sample")
 LATENT_SIDE = 8
@@ -47,6 +50,8 @@ class Rate:
         name, side = self.name, self.token_side
         if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
             raise ValueError(f"a rate's name must be that of a folder, not {name!r}")
+        if not name.isprintable():
+            raise ValueError(f"a rate's name must consist of printable characters, not {name!r}")
         _check_ranges(self, f" of {name}", token_side=(LATENT_SIDE, 64), codebook_size=(2, 8192))
         if side % LATENT_SIDE:
             raise ValueError(f"token_side of {name} is {side}, no multiple of {LATENT_SIDE}")
@@ -103,16 +108,19 @@ class ModelConfig:
     def load(cls, folder: Path) -> ModelConfig:
         """Read ``folder/config.json``; ValueError if it is missing or its values do not match."""
         path = folder / "config.json"
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(f"{folder} is not a model folder: it has no config.json")
+        values = read_json(path)
         try:
-            values = _read_json(path)
-            if "rates" not in values:
+            if not isinstance(values, dict) or "rates" not in values:
                 raise ValueError("it describes no percov2 model: it has no rates")
-            rates = tuple(Rate(**r) for r in values.pop("rates"))
-            config = cls(rates=rates, **values)
+            rates = values["rates"]
+            if not isinstance(rates, list) or not rates:
+                raise ValueError(f"rates must be a list of at least one rate, not {rates!r:.60}")
+            values["rates"] = tuple(_built(Rate, rate, "a rate") for rate in rates)
+            config = _built(cls, values, "the model")
             config.check()
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         return config
 
@@ -125,6 +133,10 @@ class ModelConfig:
         for field in ("name", "default_schedule", "base"):
             if not isinstance(getattr(self, field), str):
                 raise ValueError(f"{field} must be a text, not {getattr(self, field)!r}")
+        if not self.name.isprintable():
+            raise ValueError(f"name must consist of printable characters, not {self.name!r}")
+        if not isinstance(self.default_rate, str):
+            raise ValueError(f"default_rate must be the name of a rate, not {self.default_rate!r}")
         self.rate(self.default_rate)
         ranges = {"guidance": (0.0, 100), **_SAMPLING}
         if self.realism is None:
@@ -188,12 +200,17 @@ class ModelConfig:
         return found
 
 
-def _read_json(path: Path) -> Any:
-    """Return the contents of a JSON file; the ValueError of a damaged one does not name it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+def _built(kind: type[_Settings], values: Any, owner: str) -> _Settings:
+    """Return a dataclass of an object of JSON; ValueError for unknown or missing settings."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{owner} must be an object of settings, not {values!r:.60}")
+    known = dataclasses.fields(kind)
+    if unknown := sorted(values.keys() - {field.name for field in known}):
+        raise ValueError(f"{owner} has unknown settings: {', '.join(map(repr, unknown))}")
+    needed = [field.name for field in known if field.default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{owner} lacks the settings {', '.join(missing)}")
+    return kind(**values)
 
 
 def read_config(folder: Path, *settings: str) -> dict[str, Any]:
@@ -206,10 +223,11 @@ def read_config(folder: Path, *settings: str) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is missing or damaged, or a setting is missing or wrong.
+        OSError: the file cannot be read.
     """
     path = folder / "config.json"
+    values = read_json(path)
     try:
-        values = _read_json(path)
         if not isinstance(values, dict):
             raise ValueError("it contains no settings")
         for name in settings:
@@ -221,7 +239,7 @@ def read_config(folder: Path, *settings: str) -> dict[str, Any]:
                     _check(name, one, 0, 65536)
             else:
                 _check(name, value, 1, 65536)
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return values
 
@@ -230,7 +248,9 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
     """Return the folder of a model and its configuration; loads no network and no torch.
 
     Args:
-        name_or_path: as for ``percov2.models.backbone.open_backbone``.
+        name_or_path: as for ``percov2.models.backbone.open_backbone``. The name of an embedded
+            model means a folder of this name only if that holds a model of ours; a path with a
+            slash never means an embedded model.
 
     Raises:
         ValueError: no such model, a damaged configuration, or another kind of backbone.
@@ -240,12 +260,15 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
     kind, colon, path = str(name_or_path).partition(":")
     if not colon or kind not in _BACKBONES:
         kind, path = "", str(name_or_path)
-    folder = _first_model(Path(path), Path(path) / _IN_PIPELINE, _EMBEDDED / path)
+    embedded = sorted(p.parent.name for p in EMBEDDED.glob("*/model_id"))
+    folder = _first_model(Path(path), Path(path) / _IN_PIPELINE)
+    # A folder that happens to have the name, such as a clone of another project, does not count.
+    if path in embedded and (folder is None or not _has_rates(folder)):
+        folder = EMBEDDED / path
     if folder is None and kind and _HUB_ID.fullmatch(path) and not Path(path).exists():
         folder = _download(path)
     if folder is None:
-        known = sorted(p.parent.name for p in _EMBEDDED.glob("*/model_id"))
-        raise ValueError(f"no model {path!r}: give a model folder or one of {known}")
+        raise ValueError(f"no model {path!r}: give a model folder or one of {embedded}")
     config = ModelConfig.load(folder)
     if kind not in ("", config.backbone):
         raise ValueError(f"{folder} holds a {config.backbone!r} model, not a {kind!r} one")
@@ -254,14 +277,17 @@ def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:
 
 def _first_model(*folders: Path) -> Path | None:
     """Return the first folder with a model of ours, else the first with any config.json."""
-    present = [folder for folder in folders if (folder / "config.json").is_file()]
+    present = [folder for folder in folders if os.path.exists(folder / "config.json")]
     return next((folder for folder in present if _has_rates(folder)), next(iter(present), None))
 
 
 def _has_rates(folder: Path) -> bool:
+    """Return True for a model of ours, also a damaged one: its rates have names and token sides."""
     try:
-        return "rates" in _read_json(folder / "config.json")
-    except (OSError, ValueError, TypeError):
+        values = read_json(folder / "config.json")
+        rates = values["rates"]
+        return bool(rates) and all({"name", "token_side"} <= rate.keys() for rate in rates)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
 
 
@@ -272,7 +298,7 @@ def _download(hub_id: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id))
     except Exception as error:  # the hub raises errors of many types; the message has the reason
-        text = f"no model {hub_id!r}: no such folder, and the hub says: {error}"
+        text = f"no model {hub_id!r}: no such folder, and the hub says: {one_line(error)}"
         raise ValueError(text) from error
     if (found := _first_model(folder, folder / _IN_PIPELINE)) is None:
         raise ValueError(f"the hub's {hub_id!r} is no percov2 model: it has no config.json")

@@ -16,8 +16,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load
 
-__all__ = ["SCALE", "read_network", "read_tensors", "read_weights"]
+from percov2.stored_files import check_regular, one_line, read_regular
 
+__all__ = ["MOST_BYTES", "SCALE", "read_network", "read_tensors", "read_weights"]
+
+MOST_BYTES = 1 << 30
+"""Largest file of weights or graph of a small model, which is read whole."""
 SCALE = ".scale"
 """Suffix of the tensor with the factors of an int8 matrix's rows."""
 
@@ -30,12 +34,12 @@ def read_tensors(path: Path, *names: str) -> dict[str, NDArray[Any]]:
     Raises:
         ValueError: the file is missing or damaged, or lacks a tensor.
     """
-    _check_file(path)
+    check_regular(path)
     try:
         with safe_open(path, "np") as file:
             return _restored(names, set(file.keys()), file.get_tensor)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or does not match: {error}") from error
+        raise ValueError(f"{path} is damaged or does not match: {one_line(error)}") from error
 
 
 def read_network(path: Path, shapes: dict[str, str]) -> dict[str, NDArray[Any]]:
@@ -79,8 +83,7 @@ def read_weights(path: Path, prefix: str, int8: bool) -> tuple[dict[str, NDArray
     Raises:
         ValueError: the file is missing or damaged.
     """
-    _check_file(path)
-    content = path.read_bytes()
+    content = read_regular(path, MOST_BYTES)
     try:
         stored = {name: value for name, value in load(content).items() if name.startswith(prefix)}
         if int8:
@@ -90,13 +93,8 @@ def read_weights(path: Path, prefix: str, int8: bool) -> tuple[dict[str, NDArray
         else:
             tensors = _restored((), set(stored), stored.__getitem__)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is damaged or does not match: {error}") from error
+        raise ValueError(f"{path} is damaged or does not match: {one_line(error)}") from error
     return tensors, hashlib.sha256(content).hexdigest()
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path.parent} contains no {path.name}, or it is no regular file")
 
 
 def _restored(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from percov2.models.torch.flow import widen_patch_embedding
 from percov2.models.torch.isolation import loading
 from percov2.models.torch.placement import load_part
+from percov2.stored_files import one_line
 
 __all__ = ["DELTA_FILE", "apply_delta", "load_delta", "open_flow", "save_delta"]
 
@@ -63,7 +64,7 @@ def load_delta(folder: Path) -> tuple[dict[str, Tensor], float]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check_names(tensors)
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is no flow delta: {error}") from error
+        raise ValueError(f"{path} is no flow delta: {one_line(error)}") from error
     return tensors, scale
 
 

@@ -14,7 +14,8 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from percov2.models.stored_tensors import read_weights
+from percov2.models.stored_tensors import MOST_BYTES, read_weights
+from percov2.stored_files import one_line, read_regular
 
 __all__ = ["WEIGHTS_HASH", "Graph"]
 
@@ -45,11 +46,12 @@ class Graph:
         extra: dict[str, NDArray[Any]] | None = None,
     ) -> None:
         self._path, weights = path, path.with_name("model.safetensors")
-        if not path.is_file():
+        if not path.exists():
             raise ValueError(
                 f"{path.parent} contains no {path.name}; write it with `percov2 train export`, or "
                 "use runtime 'torch'"
             )
+        graph = read_regular(path, MOST_BYTES)
         tensors, weights_hash = read_weights(weights, prefix, int8)
         tensors |= extra or {}
         options = ort.SessionOptions()
@@ -60,10 +62,11 @@ class Graph:
         options.add_external_initializers(list(tensors), self._kept)
         try:
             self._session = ort.InferenceSession(
-                path.read_bytes(), options, providers=["CPUExecutionProvider"], enable_fallback=0
+                graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:  # the runtime raises errors of its own types
-            raise ValueError(f"{path} is damaged or does not match {weights}: {error}") from error
+            reason = one_line(error)
+            raise ValueError(f"{path} is damaged or does not match {weights}: {reason}") from error
         made_for = self._session.get_modelmeta().custom_metadata_map.get(WEIGHTS_HASH)
         if made_for != weights_hash:
             raise ValueError(
@@ -79,6 +82,6 @@ class Graph:
             shapes = ", ".join(f"{name} {value.shape}" for name, value in inputs.items())
             raise ValueError(
                 f"{self._path} does not accept {shapes}; it does not match the model's config.json "
-                f"or another network of the folder: {error}"
+                f"or another network of the folder: {one_line(error)}"
             ) from error
         return output

@@ -14,6 +14,7 @@ from torch import nn
 
 from percov2.models.backbone import BackboneOptions
 from percov2.models.torch.isolation import loading
+from percov2.stored_files import one_line
 
 __all__ = ["Placement", "base_location", "load_part"]
 
@@ -84,4 +85,5 @@ def load_part(kind: Any, location: str, subfolder: str, **options: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:  # the libraries raise errors of many types
-        raise ValueError(f"base model {location}: cannot load its {subfolder}: {error}") from error
+        reason = one_line(error)
+        raise ValueError(f"base model {location}: cannot load its {subfolder}: {reason}") from error

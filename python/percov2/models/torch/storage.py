@@ -19,6 +19,7 @@ from torch import Tensor
 
 from percov2.models.stored_tensors import SCALE
 from percov2.models.torch.isolation import loading
+from percov2.stored_files import MOST_JSON_BYTES, check_regular, one_line
 
 __all__ = ["FORMATS", "check_sizes", "load_component", "save_component"]
 
@@ -71,12 +72,12 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
     Raises ValueError for an incomplete folder and for tensors that do not match the config.
     """
     path = folder / "model.safetensors"
-    if not (folder / "config.json").is_file() or not path.is_file():
-        raise ValueError(f"{folder} contains no config.json and model.safetensors")
+    for file, most in ((path.with_name("config.json"), MOST_JSON_BYTES), (path, None)):
+        check_regular(file, most)
     try:
         stored = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
     try:
         config = kind.load_config(folder)
         check_sizes(config, stored)
@@ -84,13 +85,14 @@ def load_component(kind: type[Component], folder: Path, device: str = "cpu") -> 
     except MemoryError:
         raise
     except Exception as error:  # constructors raise errors of many types for wrong arguments
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise ValueError(f"{folder / 'config.json'}: {one_line(error)}") from error
     try:
         scales = {name + SCALE for name in stored}
         state = {name: _restored(stored, name) for name in stored if name not in scales}
         missing, unexpected = model.load_state_dict(state, strict=False)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or does not match its config: {error}") from error
+        reason = one_line(error)
+        raise ValueError(f"{path} is damaged or does not match its config: {reason}") from error
     missing = [name for name in missing if name not in _REBUILT]
     if missing or unexpected:
         raise ValueError(f"{folder}: missing tensors {missing}, unexpected tensors {unexpected}")
