@@ -9,8 +9,10 @@ import hashlib
 import io
 import math
 import pickle
+import re
 import shutil
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from PIL import Image
 from oracles import independent_coder, independent_decoder
 from percov2 import BackboneOptions, BitstreamError, Codec, EncodeOptions
 from percov2.bench.model import torch_threads
+from percov2.cli.options import model_choices
 from percov2.container import bitstream
 from percov2.container.tokens_file import OpenFile, SparseFileWarning, pack, unpack, unpack_cut
 from percov2.entropy import SCHEDULES, IntTransformer, TokenCoder, order, stages
@@ -431,12 +434,33 @@ def test_a_codec_works_in_a_spawned_worker(codec):
     assert list(loader) == [codec.compress([pixels])]
 
 
-def test_a_folder_of_another_kind_does_not_hide_an_embedded_model(tmp_path, monkeypatch):
+OTHERS = ("{}", "[", '{"model_type": "bert"}', '{"rates": {"EUR": 1.1}}', '{"rates": null}')
+OTHERS += ('["rates"]', '"rates of exchange"', '{"rates": [{"EUR": 1.1}]}', '{"rates": []}', "null")
+
+
+@pytest.mark.parametrize("inside", ["tiny", "tiny/percov2"])
+def test_a_folder_of_another_kind_does_not_hide_an_embedded_model(inside, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").mkdir()
-    for text in ("{}", "[", '{"model_type": "bert"}'):
-        (tmp_path / "tiny" / "config.json").write_text(text)
+    Path(inside).mkdir(parents=True)
+    for text in OTHERS:
+        (Path(inside) / "config.json").write_text(text)
         assert find_model("tiny")[0].parent.name == "pretrained"
+        assert "r031" in model_choices()["rate"]
+
+
+def test_a_path_never_means_an_embedded_model(tmp_path, monkeypatch, random_model):
+    monkeypatch.chdir(tmp_path)
+    for path in ("./tiny", "tiny/", "../pretrained/tiny", str(tmp_path / "tiny")):
+        with pytest.raises(ValueError, match=f"no model '{re.escape(path)}'"):
+            find_model(path)
+    Path("tiny").mkdir()
+    Path("tiny/config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tiny/config\.json: it describes no percov2 model"):
+        find_model("./tiny")
+    shutil.rmtree("tiny")
+    shutil.copytree(random_model, "tiny")
+    for path in ("tiny", "./tiny"):
+        assert find_model(path)[0] == Path("tiny")
 
 
 @pytest.mark.parametrize("runtime", ["onnx", "torch"])

@@ -81,9 +81,10 @@ def add_options(
 def model_choices() -> dict[str, str]:
     """Return the help of options that depend on the model, with the default model's choices."""
     from percov2.entropy.schedule import SCHEDULES
-    from percov2.models.config import find_model
+    from percov2.models.config import EMBEDDED, ModelConfig
 
-    _, config = find_model(DEFAULT_MODEL)
+    # Not of a folder of this name, which only --model may read.
+    config = ModelConfig.load(EMBEDDED / DEFAULT_MODEL)
     rates = ", ".join(rate.name for rate in config.rates)
     return {
         "rate": f"rate of the model: for {DEFAULT_MODEL}, {rates} (default: the model's; "
