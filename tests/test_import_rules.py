@@ -85,14 +85,15 @@ RULES: dict[str, tuple[str, str, str]] = {
     ),
     "percov2.datasets": ("@codec datasets", "numpy PIL", "pyarrow ray"),
     "percov2.pipeline": ("@codec", "diffusers PIL torch", ""),
-    "percov2.photos": ("images", "numpy torch tqdm", ""),
+    "percov2.datasets.shards": ("stored_files", "", ""),
+    "percov2.photos": ("datasets.shards images stored_files", "numpy torch tqdm", ""),
     "percov2.evaluation": (
         "@codec evaluation photos",
         "numpy PIL torch tqdm",
         "efficientnet_lite_pytorch imageio_ffmpeg matplotlib skimage torchmetrics",
     ),
     "percov2.training": (
-        "@codec training evaluation photos",
+        "@codec datasets.shards training evaluation photos",
         "diffusers numpy PIL safetensors torch tqdm",
         "accelerate tensorboard tokenizers transformers webdataset",
     ),

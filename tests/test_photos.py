@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import hashlib
 import io
 import json
+import lzma
+import os
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -13,8 +18,10 @@ import pytest
 from PIL import Image
 
 from percov2.colour_spaces import from_gamma, icc_profile
+from percov2.datasets.shards import samples_of
 from percov2.images import to_rgb
-from percov2.photos import PhotoCrops, PhotoWarning, decode_shards
+from percov2.photos import PhotoCrops, PhotoWarning, decode_shards, is_held_out
+from percov2.training.commands import run_data
 from tools.photos import noise, write_tar
 
 
@@ -132,3 +139,114 @@ def test_damaged_caches_are_named(damage, tmp_path):
         (tmp_path / "photos.bin").write_bytes(pixels)
     with pytest.raises(ValueError, match=r"holds no whole cache of photos .*; delete it"):
         PhotoCrops(tmp_path, "all")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_a_shard_is_a_regular_file(kind, tmp_path):
+    """A pipe would wait for a writer for ever, and a device has no end."""
+    shard = tmp_path / "a.tar"
+    if kind == "pipe":
+        os.mkfifo(shard)
+    elif kind == "device":
+        shard.symlink_to("/dev/zero")
+    else:
+        shard.mkdir()
+    with pytest.raises(ValueError, match=r"a\.tar is no regular file"):
+        decode_shards([shard], tmp_path / "cache")
+
+
+def test_every_spelling_of_a_shard_is_taken_and_the_rest_is_named(tmp_path):
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    pack = {"tar": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+    pack["tgz"] = gzip.compress
+    names = ["A.TAR", "b.tar", "c.tar.gz", "d.Tgz", "e.tar.bz2", "f.tar.xz"]
+    for i, name in enumerate(names):
+        plain = write_tar(tmp_path / "plain", {f"p{i}.png": encoded(noise(4, 4, i))})
+        (folder / name).write_bytes(pack[name.lower().rpartition(".")[2]](plain.read_bytes()))
+    (folder / "z.zip").write_bytes(b"PK")
+    (folder / ".hidden").write_bytes(b"")
+    with pytest.warns(PhotoWarning, match=r"left out 1 files that are no \.tar or .*: z\.zip"):
+        run_data(folder, tmp_path / "cache")
+    assert list(cached(tmp_path / "cache")) == [f"p{i}" for i in range(6)]
+    for nothing in (tmp_path / "none", tmp_path / "cache"):
+        with pytest.raises(ValueError, match=f"{nothing} (is no folder|contains no shards)"):
+            run_data(nothing, tmp_path / "other")
+
+
+def shard_of_50(path: Path) -> bytes:
+    return write_tar(path, {f"{i:02}.png": encoded(noise(4, 4, i)) for i in range(50)}).read_bytes()
+
+
+def flip_in_name(shard: bytes) -> bytes:
+    return shard.replace(b"10.png", b"x0.png")
+
+
+def zero_header(shard: bytes) -> bytes:
+    at = shard.find(b"10.png")
+    return shard[:at] + bytes(1024) + shard[at + 1024 :]
+
+
+@pytest.mark.parametrize("damage", [flip_in_name, zero_header, lambda shard: shard * 2])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_shard_damaged_in_the_middle_is_an_error(damage, packed, tmp_path):
+    """tarfile alone takes a damaged header for the end of the file."""
+    shard = tmp_path / "s.tar"
+    data = damage(shard_of_50(shard))
+    shard.write_bytes(gzip.compress(data) if packed else data)
+    with pytest.raises(ValueError, match=r"s\.tar is not a tar file, or is damaged: (a|more) "):
+        decode_shards([shard], tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_long_name_and_padding_are_no_damage(tmp_path):
+    shard = write_tar(tmp_path / "s.tar", {"a" * 300 + ".png": encoded(noise(4, 4))})
+    with open(shard, "ab") as out:
+        out.write(bytes(100_000))
+    decode_shards([shard], tmp_path / "cache")
+    assert list(cached(tmp_path / "cache")) == ["a" * 300]
+
+
+def test_keys_that_are_no_utf8_belong_to_a_part(tmp_path):
+    key = os.fsdecode(b"caf\xe9")
+    shard = write_tar(tmp_path / "s.tar", {f"{key}.png": encoded(noise(4, 4))})
+    decode_shards([shard], tmp_path / "cache")
+    held_out = hashlib.sha256(b"caf\xe9").digest()[0] < 22
+    part = "held out" if held_out else "training"
+    assert [photo.key for photo in PhotoCrops(tmp_path / "cache", part).photos] == [key]
+    assert is_held_out(key) == held_out
+
+
+def test_the_first_kind_of_photo_of_a_sample_is_taken(tmp_path):
+    kinds = {"a.PNG": ("PNG", 1), "a.jpg": ("JPEG", 2), "a.webp": ("WEBP", 3)}
+    members = {name: encoded(noise(4, 4, seed), form) for name, (form, seed) in kinds.items()}
+    decode_shards([write_tar(tmp_path / "s.tar", members)], tmp_path / "cache")
+    expected = to_rgb(Image.open(io.BytesIO(members["a.webp"])))
+    assert np.array_equal(cached(tmp_path / "cache")["a"][0], expected)
+
+
+def test_pictures_with_other_names_are_named(tmp_path):
+    photo = encoded(noise(4, 4))
+    members = {"a.png": photo, "a.seg.png": photo, "IMG.0001.png": photo, "c.bmp": photo}
+    shard = write_tar(tmp_path / "s.tar", members)
+    with pytest.warns(PhotoWarning, match=r"s\.tar: pictures left out: 2, such as IMG\.0001\.png"):
+        decode_shards([shard], tmp_path / "cache")
+
+
+def test_a_member_over_the_limit_is_named_and_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr("percov2.datasets.shards.MOST_BYTES", 1000)
+    members = {"a.png": encoded(noise(4, 4)), "b.png": bytes(1001), "c.mp4": bytes(2000)}
+    with pytest.warns(PhotoWarning, match=r"skipped b: b\.png has 1001 bytes"):
+        decode_shards([write_tar(tmp_path / "s.tar", members)], tmp_path / "cache")
+    assert list(cached(tmp_path / "cache")) == ["a"]
+
+
+def test_samples_of_a_stream_are_those_of_a_file(tmp_path):
+    members = {"a.png": b"1", "a.seg.png": b"22", "__x.png": b"3", "b/c.TXT": b"4", "d": b"5"}
+    shard = write_tar(tmp_path / "s.tar", members)
+    with tarfile.open(shard) as tar, open(shard, "rb") as stream:
+        whole = list(samples_of(tar))
+        with tarfile.open(fileobj=stream, mode="r|*") as streamed:
+            assert list(samples_of(streamed)) == whole
+    expected = {"a": {"png": b"1", "seg.png": b"22"}, "b/c": {"TXT": b"4"}}
+    assert {sample.key: sample.members for sample in whole} == expected

@@ -12,13 +12,12 @@ import io
 import json
 import os
 import shutil
-import tarfile
 import warnings
-import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,7 +25,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from percov2.images import decode_image, to_rgb
+from percov2.datasets.shards import DAMAGE, PLAIN, open_shard, reason_of, samples_of, shards_in
+from percov2.images import ENDINGS, decode_image, to_rgb
+from percov2.stored_files import one_line
 
 __all__ = [
     "PARTS",
@@ -35,9 +36,15 @@ __all__ = [
     "Photo",
     "PhotoCrops",
     "PhotoWarning",
+    "captions_ending",
     "decode_shards",
+    "found_shards",
     "is_held_out",
     "join_caches",
+    "lines_of",
+    "photo_ending",
+    "photos_of",
+    "tell_left_out",
 ]
 
 
@@ -54,61 +61,92 @@ class Photo:
 
 PHOTO_ENDINGS = ("webp", "jpg", "jpeg", "png")
 """Endings of photos in a shard, in any case."""
+_CAPTIONS = "txt"
 _MOST_SKIPPED = 0.1
 """Largest share of damaged photos in a shard."""
-_MOST_BYTES = 1 << 28
-"""Largest member of a shard that is read."""
 
 
 class PhotoWarning(UserWarning):
-    """A photo of a shard that was skipped."""
+    """A photo or file of a shard or a folder of shards that was skipped."""
 
 
-def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield the key of every sample of a shard, and the bytes of its photo and captions by ending.
+def found_shards(folder: Path, endings: tuple[str, ...] = PLAIN) -> list[Path]:
+    """Return the shards of a folder by name, with a PhotoWarning of other files.
 
-    The names in a shard are only keys: nothing is written to them. WebDataset's own reader would
-    take a shard's path for a URL or a command.
+    Raises:
+        ValueError: the folder has no shard, or there is no folder.
     """
-    key, parts = "", dict[str, bytes]()
-    with tarfile.open(shard, "r:*") as tar:
-        for member in tar:
-            folder, slash, name = member.name.rpartition("/")
-            stem, _, ending = name.partition(".")
-            if folder + slash + stem != key and parts:
-                yield key, parts
-                parts = {}
-            key = folder + slash + stem
-            ending = ending.lower()
-            if member.isfile() and (ending == "txt" or ending in PHOTO_ENDINGS):
-                if member.size > _MOST_BYTES:
-                    raise ValueError(f"{shard.name}: {member.name} has {member.size} bytes")
-                content = tar.extractfile(member)
-                parts[ending] = content.read() if content else b""
-    if parts:
-        yield key, parts
+    shards, others = shards_in(folder, endings)
+    if others:
+        names = f"{', '.join(others[:3])}{', …' * (len(others) > 3)}"
+        message = f"left out {len(others)} files that are no {' or '.join(endings)}: {names}"
+        warnings.warn(f"{folder}: {message}", PhotoWarning, stacklevel=2)
+    return shards
 
 
-def _photos_of(shard: Path) -> Iterator[tuple[str, NDArray[np.uint8], list[str]]]:
-    """Yield the key, the pixels uint8 [H, W, 3] and the captions of every readable photo."""
+def photo_ending(endings: Iterable[str]) -> str | None:
+    """Return the ending of a sample's photo, or None without one.
+
+    Of several photos, that of the kind which is first in ``PHOTO_ENDINGS`` counts.
+    """
+    own = {ending.lower(): ending for ending in endings}
+    return next((own[kind] for kind in PHOTO_ENDINGS if kind in own), None)
+
+
+def captions_ending(endings: Iterable[str]) -> str | None:
+    """Return the ending of a sample's captions, or None without any."""
+    return next((ending for ending in endings if ending.lower() == _CAPTIONS), None)
+
+
+def lines_of(text: bytes) -> tuple[str, ...]:
+    """Return the captions in a text, one per line; bytes that are no UTF-8 are replaced."""
+    lines = (line.strip() for line in text.decode("utf-8", "replace").splitlines())
+    return tuple(line for line in lines if line)
+
+
+def tell_left_out(shard: Path, names: list[str]) -> None:
+    """Warn of the pictures among members of a shard that belong to no sample with a photo."""
+    pictures = [name for name in names if name.lower().endswith(ENDINGS)]
+    if pictures:
+        form = f"KEY.{'|'.join(PHOTO_ENDINGS)}, without another dot"
+        message = f"pictures left out: {len(pictures)}, such as {pictures[0]}; photos are {form}"
+        warnings.warn(f"{shard.name}: {message}", PhotoWarning, stacklevel=3)
+
+
+def photos_of(shard: Path) -> Iterator[tuple[str, NDArray[np.uint8], tuple[str, ...]]]:
+    """Yield the key, the pixels uint8 [H, W, 3] and the captions of every readable photo.
+
+    Raises:
+        ValueError: the shard contains no photo or is damaged, or more than a tenth of its photos
+            are damaged.
+
+    Warns:
+        PhotoWarning: a photo was skipped, or pictures with other names were.
+    """
     read, skipped = 0, 0
+    others: list[str] = []
     try:
-        for key, parts in _samples(shard):
-            data = next((parts[ending] for ending in PHOTO_ENDINGS if ending in parts), None)
-            if data is None:
-                continue
-            try:
-                pixels = to_rgb(decode_image(io.BytesIO(data)))
-            except ValueError as error:
-                skipped += 1
-                warnings.warn(f"{shard.name}: skipped {key}: {error}", PhotoWarning, stacklevel=3)
-                continue
-            read += 1
-            lines = parts.get("txt", b"").decode("utf-8", "replace").splitlines()
-            yield key, pixels, [line.strip() for line in lines if line.strip()]
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        reason = str(error).partition(":")[0] if shard.stat().st_size else "it is empty"
+        with open_shard(shard) as tar:
+            for sample in samples_of(tar, (*PHOTO_ENDINGS, _CAPTIONS)):
+                photo, text = photo_ending(sample.members), captions_ending(sample.members)
+                try:
+                    if sample.too_large:
+                        raise ValueError(sample.too_large)
+                    if photo is None:
+                        others += sample.others
+                        continue
+                    pixels = to_rgb(decode_image(io.BytesIO(sample.members[photo])))
+                except ValueError as error:
+                    skipped += 1
+                    message = f"{shard.name}: skipped {sample.key}: {one_line(error)}"
+                    warnings.warn(message, PhotoWarning, stacklevel=3)
+                    continue
+                read += 1
+                yield sample.key, pixels, lines_of(sample.members[text] if text else b"")
+    except DAMAGE as error:
+        reason = reason_of(shard, error)
         raise ValueError(f"{shard.name} is not a tar file, or is damaged: {reason}") from error
+    tell_left_out(shard, others)
     if read == 0:
         raise ValueError(f"{shard.name} contains no readable photo ({', '.join(PHOTO_ENDINGS)})")
     if skipped > max(1, _MOST_SKIPPED * (read + skipped)):
@@ -138,20 +176,19 @@ def decode_shards(shards: list[Path], cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     entries: list[list[Any]] = []
     offset = 0
-    with open(cache / "photos.bin.part", "wb") as out:
+    with _new_pixels(cache, entries) as out:
         for shard in tqdm(shards, desc="decoding shards", unit="shard"):
-            for key, pixels, captions in _photos_of(shard):
+            for key, pixels, captions in photos_of(shard):
                 entries.append([key, offset, *pixels.shape[:2], captions])
                 out.write(pixels.tobytes())
                 offset += pixels.size
-    _finish(cache, entries)
 
 
 def join_caches(parts: list[Path], cache: Path) -> None:
     """Join caches into ``cache``, as if :func:`decode_shards` had decoded all their shards."""
     cache.mkdir(parents=True, exist_ok=True)
     entries: list[list[Any]] = []
-    with open(cache / "photos.bin.part", "wb") as out:
+    with _new_pixels(cache, entries) as out:
         for part in parts:
             start = out.tell()
             for photo in _read_photos(part):
@@ -163,14 +200,21 @@ def join_caches(parts: list[Path], cache: Path) -> None:
                 )
             with open(part / "photos.bin", "rb") as pixels:
                 shutil.copyfileobj(pixels, out, 1 << 24)
-    _finish(cache, entries)
 
 
-def _finish(cache: Path, entries: list[list[Any]]) -> None:
-    """Move a complete cache to its final names."""
-    (cache / "photos.json.part").write_text(json.dumps(entries))
-    os.replace(cache / "photos.bin.part", cache / "photos.bin")
-    os.replace(cache / "photos.json.part", cache / "photos.json")
+@contextmanager
+def _new_pixels(cache: Path, entries: list[list[Any]]) -> Iterator[BinaryIO]:
+    """Open the pixels of a cache, which gets its final names with ``entries`` if nothing fails."""
+    parts = pixels, table = cache / "photos.bin.part", cache / "photos.json.part"
+    try:
+        with open(pixels, "wb") as out:
+            yield out
+        table.write_text(json.dumps(entries))
+        for part in parts:
+            os.replace(part, part.with_suffix(""))
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 def _read_photos(cache: Path) -> list[Photo]:
@@ -201,9 +245,10 @@ PARTS = ("training", "held out", "all")
 def is_held_out(key: str) -> bool:
     """Return True for 8.6 % of all keys. No phase trains on their photos.
 
-    In any data set, these are the keys whose SHA-256 has a first byte below 22.
+    In any data set, these are the keys whose SHA-256 has a first byte below 22. Bytes of a name
+    that are no UTF-8 stand in the key as lone surrogates (``os.fsdecode``).
     """
-    return hashlib.sha256(key.encode()).digest()[0] < _HELD_OUT_OF_256
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()[0] < _HELD_OUT_OF_256
 
 
 class PhotoCrops:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
+from PIL import Image
 
-from percov2.photos import is_held_out
+from percov2.photos import PhotoWarning, decode_shards, is_held_out
 from percov2.training.shards import (
     CropFeed,
     Position,
@@ -16,6 +21,7 @@ from percov2.training.shards import (
     ShardStreams,
     read_member,
     shard_members,
+    shard_photos,
 )
 from tools.photos import png, write_shard, write_tar
 
@@ -163,3 +169,74 @@ def test_refusals(shards, tmp_path):
     ):
         with pytest.raises(ValueError, match=match):
             call()
+
+
+def test_both_readers_take_the_same_photos_and_captions(tmp_path):
+    """`train data` reads whole shards, and `train sd3` seeks in them."""
+    small, large = (png(np.full((side, side, 3), side, np.uint8)) for side in (8, 9))
+    members = {
+        "a.PNG": small,
+        "a.webp": large,  # a PNG file by its content
+        "a.TXT": "ein Weg\n\n café ".encode("latin-1"),
+        "b.png": small,
+        "c.png": small,
+        "b.txt": b"too far from its photo",
+        "__d.png": small,
+    }
+    shard = write_tar(tmp_path / "s.tar", members)
+    decode_shards([shard], tmp_path / "cache")
+    stored = [
+        (key, height, captions)
+        for key, _, height, _, captions in json.loads((tmp_path / "cache/photos.json").read_text())
+    ]
+    assert stored == [("a", 9, ["ein Weg", "caf\ufffd"]), ("b", 8, []), ("c", 8, [])]
+    found = [(member.key, *read_member(shard, member)) for member in shard_members(shard)]
+    sizes = {small: 8, large: 9}
+    assert [(key, sizes[photo], list(words)) for key, photo, words in found] == stored
+    assert [(key, len(pixels)) for key, pixels in shard_photos(shard, 1, 99)] == [
+        (key, height) for key, height, _ in stored
+    ]
+
+
+def test_bad_photos_are_named_skipped_and_counted(tmp_path):
+    """One bad photo ended `train shard-tokens` without its name."""
+    photo = png(np.zeros((8, 8, 3), np.uint8))
+    members = {f"p{i}": photo for i in range(12)} | {"p5": photo[:40]}
+    shard = write_tar(tmp_path / "s.tar", {f"{key}.png": data for key, data in members.items()})
+    with pytest.warns(PhotoWarning, match=r"s\.tar: skipped p5: "):
+        assert len(list(shard_photos(shard, 8, 8))) == 11
+    members |= {"p6": b"", "p7": b"%!PS-Adobe-3.0 EPSF-3.0"}
+    shard = write_tar(tmp_path / "t.tar", {f"{key}.png": data for key, data in members.items()})
+    with (
+        pytest.warns(PhotoWarning, match="skipped p7"),
+        pytest.raises(ValueError, match=r"t\.tar: 3 of 12 photos are damaged"),
+    ):
+        list(shard_photos(shard, 8, 8))
+
+
+def test_a_photo_over_the_pixel_limit_is_skipped(tmp_path):
+    huge = io.BytesIO()
+    Image.new("1", (8001, 8001)).save(huge, "PNG")
+    shard = write_tar(tmp_path / "s.tar", {"x-1.png": huge.getvalue()})
+    with (
+        pytest.warns(PhotoWarning, match="skipped x-1: .* pixels"),
+        pytest.raises(ValueError, match="smaller crop"),
+    ):
+        ShardStreams([shard], 1, 16, 16, 0).next(0, Position())
+
+
+def test_a_shard_that_cannot_be_sought_in_is_one_line(tmp_path):
+    plain = write_shard(tmp_path / "plain.tar", 5, 0)
+    packed = tmp_path / "packed.tar"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    with pytest.raises(ValueError, match=r"packed\.tar is no uncompressed tar file.*unpacked$"):
+        shard_members(packed)
+    os.mkfifo(tmp_path / "pipe.tar")
+    (tmp_path / "device.tar").symlink_to("/dev/zero")
+    for name in ("pipe.tar", "device.tar"):
+        with pytest.raises(ValueError, match=f"{name} is no regular file"):
+            shard_members(tmp_path / name)
+    damaged = plain.read_bytes().replace(b"0-3.png", b"0-x.png")
+    plain.write_bytes(damaged)
+    with pytest.raises(ValueError, match="a header is damaged"):
+        shard_members(plain)

@@ -38,7 +38,8 @@ _HELP = {
     "(default: none)",
 }
 _REQUIRED = ("config", "data", "out", "codec_run", "texts", "model")
-_PATHS = (*_REQUIRED, "autoencoder_run", "start_from", "pictures")
+# A model may be a name, and a path would lose the "./" that tells a folder from a name.
+_PATHS = (*_REQUIRED[:-1], "autoencoder_run", "start_from", "pictures")
 _FORMS: dict[str, dict[str, Any]] = {
     "recipe": {"metavar": "NAME[,NAME]"},
     "minutes": {"type": float},

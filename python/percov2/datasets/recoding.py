@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tarfile
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 
 from percov2.batching import Outcome
 from percov2.datasets.rows import CompressImages, DecompressImages
-from percov2.datasets.shards import Sample, samples_of, write_sample
+from percov2.datasets.shards import DAMAGE, Checked, Sample, samples_of, write_sample
 from percov2.datasets.units import Unit, finished_record, store_record
 from percov2.extras import require
 from percov2.images import ENDINGS
@@ -25,7 +24,6 @@ __all__ = ["Recoder"]
 
 _MOST_BYTES = 1 << 30
 _ROWS_AT_ONCE = 64
-_DAMAGE = (tarfile.TarError, EOFError, OSError, zlib.error, ValueError)
 
 
 class _NoPicture(ValueError):
@@ -98,7 +96,7 @@ class Recoder:
         record |= {"pictures": 0, "bytes": 0, "faults": []}
         try:
             work[unit.kind](unit, record)
-        except _DAMAGE as error:
+        except (*DAMAGE, ValueError) as error:
             text = " ".join(str(error).split())
             return record | {"error": f"not a {unit.kind}, or damaged: {text}"}
         record["seconds"] = time.monotonic() - begin
@@ -117,7 +115,7 @@ class Recoder:
         (source,) = unit.sources
         with (
             open_for_reading(source.name) as stream,
-            tarfile.open(fileobj=stream, mode="r|*") as tar,
+            tarfile.open(fileobj=stream, mode="r|*", tarinfo=Checked) as tar,
             open_for_writing(unit.target) as out,
             tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as made,
         ):

@@ -11,11 +11,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from percov2.datasets.shards import SHARDS
 from percov2.places import Found, exists, members, open_for_writing, read
 
-__all__ = ["SHARDS", "TABLES", "Plan", "Unit", "finished_record", "plan_units", "store_record"]
+__all__ = ["TABLES", "Plan", "Unit", "finished_record", "plan_units", "store_record"]
 
-SHARDS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 TABLES = (".parquet",)
 _FILES_PER_UNIT = 256
 _MOST_RECORD_BYTES = 1 << 26

@@ -23,9 +23,11 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from percov2.container.caption_model import END, MAX_PIECES, Alphabet, CaptionModel
+from percov2.datasets.shards import SHARDS, open_shard
 from percov2.entropy.schedule import stages
 from percov2.entropy.torch.transformer import Crop, TokenBatch, crop_batch
 from percov2.entropy.visibility import size_class
+from percov2.stored_files import read_regular
 from percov2.training.loop import LoopConfig
 from percov2.training.stage import ALONE, Figures, Place
 from percov2.training.stage2 import RoundedStage, trained_model
@@ -34,6 +36,7 @@ __all__ = ["WORDS", "CaptionLines", "CaptionStage", "CaptionsConfig", "is_held_o
 __all__ += ["learn_pieces", "measure", "read_lines", "train_captions"]
 
 _HELD_OUT_EVERY = 20
+_MOST_TEXT_BYTES = 1 << 32
 _WIDTH_STEP = 4
 """Captions share a batch if their lengths round up to the same multiple of this number."""
 WORDS = range(8, 15)
@@ -71,11 +74,14 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
     """
     from percov2.container.captions import encode_caption
 
+    def is_shard(source: Path) -> bool:
+        return source.name.lower().endswith(SHARDS)
+
     def texts(source: Path) -> Iterator[bytes]:
-        if source.suffix != ".tar":
-            yield source.read_bytes()
+        if not is_shard(source):
+            yield read_regular(source, _MOST_TEXT_BYTES)
             return
-        with tarfile.open(source) as tar:
+        with open_shard(source) as tar:
             members = [m for m in tar if m.isfile() and m.name.endswith(".txt")]
             yield from (file.read() for m in members if (file := tar.extractfile(m)))
 
@@ -85,7 +91,7 @@ def read_lines(sources: Sequence[Path]) -> list[str]:
             for text in texts(source):
                 found += [line.strip() for line in text.decode().splitlines()]
         except (tarfile.TarError, EOFError, UnicodeDecodeError, zlib.error) as error:
-            kind = "tar file" if source.suffix == ".tar" else "file"
+            kind = "tar file" if is_shard(source) else "file"
             raise ValueError(f"{source} is no {kind} of UTF-8 text, or is damaged") from error
     lines = [line for line in found if line]
     if not lines:

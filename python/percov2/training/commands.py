@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from percov2.datasets.shards import SHARDS
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.images import to_unit_range
 from percov2.models.checksums import write_checksums
@@ -21,7 +22,7 @@ from percov2.models.tiny.torch.backbone import TinyTorchModel
 from percov2.models.tiny.torch.graphs import write_graphs
 from percov2.models.tiny.torch.int8_decoder import write_int8_decoder
 from percov2.models.torch.storage import save_component
-from percov2.photos import CropPlan, PhotoCrops, decode_shards, is_held_out
+from percov2.photos import CropPlan, PhotoCrops, decode_shards, found_shards, is_held_out
 from percov2.training import checkpoint, warm_start
 from percov2.training.adversary import AdversaryConfig
 from percov2.training.autoencoder_stage import AutoencoderConfig, AutoencoderStage
@@ -101,7 +102,7 @@ def codec_stage(
 
 def run_data(data: Path, out: Path) -> None:
     """Run `percov2 train data`: decode the shards of a folder into a memory-mapped cache."""
-    decode_shards(sorted(data.glob("*.tar")), out)
+    decode_shards(found_shards(data, SHARDS), out)
 
 
 def run_autoencoder(config: Path, data: Path, out: Path, minutes: float | None = None) -> None:
@@ -245,7 +246,7 @@ def _token_views(
 
 
 def run_tokens(
-    model: Path,
+    model: str | Path,
     data: Path,
     out: Path,
     rate: str | None = None,
@@ -269,7 +270,7 @@ def run_tokens(
     """
     if views < 1:
         raise ValueError(f"views must be at least 1, not {views}")
-    codec = TinyTorchModel(model)
+    codec = TinyTorchModel(Path(model))
     point = codec.config.rate(rate or codec.config.default_rate)
     side = point.token_side
     photos = PhotoCrops(data, "all")

@@ -11,7 +11,6 @@ caption per line). The reader seeks in them, so they cannot be pipes.
 from __future__ import annotations
 
 import io
-import tarfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +24,19 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from percov2.images import open_lazily, to_rgb
-from percov2.photos import PHOTO_ENDINGS, is_held_out
+from percov2.datasets.shards import DAMAGE, MOST_BYTES, members_of, open_shard, reason_of
+from percov2.images import check_size, decode_image, open_lazily, to_rgb
+from percov2.photos import (
+    PHOTO_ENDINGS,
+    PhotoWarning,
+    captions_ending,
+    is_held_out,
+    lines_of,
+    photo_ending,
+    photos_of,
+    tell_left_out,
+)
+from percov2.stored_files import one_line
 
 __all__ = ["CropFeed", "Member", "Position", "Sample", "ShardStreams"]
 __all__ += ["image_batch", "read_member", "shard_members", "shard_photos"]
@@ -46,35 +56,44 @@ class Member:
 @lru_cache(maxsize=256)
 def shard_members(shard: Path) -> tuple[Member, ...]:
     """Return the samples of a shard. Raise ValueError if it is not a tar file with photos."""
-    photos: dict[str, tuple[int, int]] = {}
-    captions: dict[str, tuple[int, int]] = {}
+    found: dict[str, Member] = {}
+    others: list[str] = []
     try:
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, ending = name.partition(".")
-                photo = ending.lower() in PHOTO_ENDINGS
-                if member.isfile() and (photo or ending == "txt"):
-                    place = (member.offset_data, member.size)
-                    (photos if photo else captions)[folder + slash + stem] = place
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} is not an uncompressed tar file: {error}") from error
-    if not photos:
+        with open_shard(shard, compressed=False) as tar:
+            for key, members in members_of(tar):
+                named = dict(members)
+                photo, text = photo_ending(named), captions_ending(named)
+                if photo is None:
+                    others += [member.name for member in named.values()]
+                    continue
+                parts = [named[ending] for ending in (photo, text) if ending is not None]
+                if large := [part for part in parts if part.size > MOST_BYTES]:
+                    message = f"skipped {key}: {large[0].name} has {large[0].size} bytes"
+                    warnings.warn(f"{shard.name}: {message}", PhotoWarning, stacklevel=2)
+                    continue
+                places = [(part.offset_data, part.size) for part in parts]
+                found[key] = Member(key, places[0], places[1] if text else None)
+    except DAMAGE as error:
+        reason = reason_of(shard, error)
+        raise ValueError(
+            f"{shard} is no uncompressed tar file, or is damaged: {reason}; compressed shards must "
+            "be unpacked"
+        ) from error
+    tell_left_out(shard, others)
+    if not found:
         raise ValueError(f"{shard.name} contains no photo ({', '.join(PHOTO_ENDINGS)})")
-    return tuple(Member(key, place, captions.get(key)) for key, place in photos.items())
+    return tuple(found.values())
 
 
-def read_member(shard: Path, member: Member) -> tuple[Image.Image, tuple[str, ...]]:
-    """Return a sample's photo, which is not decoded yet, and its captions."""
+def read_member(shard: Path, member: Member) -> tuple[bytes, tuple[str, ...]]:
+    """Return the file of a sample's photo, and its captions."""
     with open(shard, "rb") as file:
         file.seek(member.photo[0])
-        photo = open_lazily(io.BytesIO(file.read(member.photo[1])))
-        text = b""
+        photo, text = file.read(member.photo[1]), b""
         if member.captions is not None:
             file.seek(member.captions[0])
             text = file.read(member.captions[1])
-    lines = (line.strip() for line in text.decode("utf-8").splitlines())
-    return photo, tuple(line for line in lines if line)
+    return photo, lines_of(text)
 
 
 def shard_photos(shard: Path, side: int, longest: int) -> Iterator[tuple[str, NDArray[np.uint8]]]:
@@ -82,16 +101,15 @@ def shard_photos(shard: Path, side: int, longest: int) -> Iterator[tuple[str, ND
 
     The pixels are uint8 [H, W, 3], and H and W are multiples of ``side``. If a photo's shorter side
     exceeds ``longest``, the photo is scaled down until its shorter side is ``longest``. Photos with
-    a shorter side below ``side`` are left out.
+    a shorter side below ``side`` are left out. Errors and warnings are those of ``photos_of``.
     """
-    for member in shard_members(shard):
-        photo, _ = read_member(shard, member)
-        picture = Image.fromarray(to_rgb(photo))
+    for key, photo, _ in photos_of(shard):
+        picture = Image.fromarray(photo)
         scale = min(1.0, longest / min(picture.size))
         width, height = (round(length * scale) for length in picture.size)
         if min(width, height) >= side:
             pixels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS))
-            yield member.key, pixels[: height - height % side, : width - width % side]
+            yield key, pixels[: height - height % side, : width - width % side]
 
 
 def image_batch(pixels: NDArray[np.uint8]) -> Tensor:
@@ -195,9 +213,13 @@ class ShardStreams:
 
     def _crop(self, shard: Path, member: Member, random: np.random.Generator) -> Sample | None:
         try:
-            photo, captions = read_member(shard, member)
+            data, captions = read_member(shard, member)
+            photo = open_lazily(io.BytesIO(data))
             if min(photo.size) < self.side:
                 return None
+            check_size(*photo.size)
+            if photo.format not in ("JPEG", "MPO"):
+                photo = decode_image(io.BytesIO(data))
             shorter = int(random.integers(self.side, min(self.longest, min(photo.size)) + 1))
             # JPEG decodes several times faster to a half, a quarter or an eighth of its size.
             photo.draft("RGB", (shorter, shorter))
@@ -206,7 +228,8 @@ class ShardStreams:
             width, height = (max(self.side, round(length * scale)) for length in picture.size)
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            warnings.warn(f"{shard.name}: skipped {member.key}: {error}", stacklevel=2)
+            message = f"{shard.name}: skipped {member.key}: {one_line(error)}"
+            warnings.warn(message, PhotoWarning, stacklevel=2)
             return None
         left = int(random.integers(width - self.side + 1))
         top = int(random.integers(height - self.side + 1))

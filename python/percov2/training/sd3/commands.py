@@ -16,7 +16,7 @@ from percov2.models.backbone import open_backbone
 from percov2.models.config import LATENT_SIDE, ModelConfig, Rate
 from percov2.models.sd3.flow import save_delta
 from percov2.models.torch.storage import save_component
-from percov2.photos import is_held_out
+from percov2.photos import found_shards, is_held_out
 from percov2.training.loop import LoopConfig, load_averaged, train
 from percov2.training.lora import low_rank_tensors
 from percov2.training.sd3.networks import SD3Config, SD3Networks
@@ -60,7 +60,7 @@ def run_sd3(
     shown = None if pictures is None else Pictures.load(pictures, settings.crop)
     torch.manual_seed(loop.seed)
     networks = SD3Networks(settings, loop.precision, Path())
-    stage = SD3Stage(networks, sorted(data.glob("*.tar")), loop.seed, shown)
+    stage = SD3Stage(networks, found_shards(data), loop.seed, shown)
     train(stage, loop, out, stop_after_minutes=minutes)
 
 
@@ -148,9 +148,7 @@ def run_shard_tokens(
     from accelerate import PartialState
 
     place = PartialState(cpu=not torch.cuda.is_available())
-    shards = sorted(data.glob("*.tar"))
-    if not shards:
-        raise ValueError(f"{data} contains no .tar shards")
+    shards = found_shards(data)
     out.mkdir(parents=True, exist_ok=True)
     backbone = open_backbone(model, str(place.device))
     point = backbone.config.rate(rate or backbone.config.default_rate)
