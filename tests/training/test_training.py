@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import signal
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from percov2.training.autoencoder_stage import AutoencoderStage
 from percov2.training.averaging import AveragedWeights
 from percov2.training.commands import autoencoder_stage, read_section
 from percov2.training.loop import LoopConfig, _learning_rate, load_averaged, train
+from percov2.training.stage import keep_rows
 from tools.photos import png, write_tar
 from tools.rate_runs import config_text, moved, snapshot, written
 
@@ -164,6 +167,39 @@ DAMAGES = {
 }
 
 
+def flipped(data: bytes) -> bytes:
+    """The bytes with a changed one in the largest tensor, which torch reads without a word."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda info: info.file_size)
+    at = largest.header_offset + largest.file_size // 2
+    return data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
+
+
+def changed(**parts: object) -> Callable[[bytes], bytes]:
+    """A function that replaces parts of a checkpoint."""
+
+    def change(data: bytes) -> bytes:
+        state = torch.load(io.BytesIO(data), weights_only=True)
+        out = io.BytesIO()
+        torch.save({**state, **parts}, out)
+        return out.getvalue()
+
+    return change
+
+
+DAMAGES |= {
+    "flipped": flipped,
+    "no averages": changed(ema=None),
+    "averages without tensors": changed(ema={"a": None}),
+    "a list of averages": changed(ema=[1]),
+    "no weights": changed(model=None),
+    "a text as step": changed(step="20"),
+    "half a step": changed(step=1.5),
+    "a huge step": changed(step=10**30),
+    "a negative step": changed(step=-5),
+}
+
+
 @pytest.mark.parametrize("damage", [*DAMAGES, "missing"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(begin, tmp_path, damage):
     for _ in range(2):
@@ -199,6 +235,61 @@ def test_a_checkpoint_is_on_the_disk_before_its_name_changes(tmp_path, monkeypat
 
 def log_of(run: Path) -> list[str]:
     return (run / "log.csv").read_text().splitlines()
+
+
+WRONG_PARTS = ("optimizer", "generator", "torch_rng", "minutes", "other_processes")
+
+
+@pytest.mark.parametrize("part", [*WRONG_PARTS, "ema"])
+def test_parts_of_a_wrong_type_are_one_line(part, begin, tmp_path):
+    stage, loop = begin()
+    train(stage, loop, tmp_path, stop_after_steps=1)
+    path = tmp_path / "checkpoint.pt"
+    wrong = {"ema": {}, "other_processes": 3}.get(part, ["x"])
+    path.write_bytes(changed(**{part: wrong})(path.read_bytes()))
+    stage, loop = begin()
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt (does not match|contains other)"
+    ) as fault:
+        train(stage, loop, tmp_path)
+    assert "\n" not in str(fault.value)
+
+
+def test_messages_repeat_no_advice_to_run_code(begin, tmp_path):
+    """torch advises to read a file without weights_only, which runs any code in it."""
+    stage, loop = begin()
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+        torch.save({"ema": {}, "step": 1, "more": Path()}, tmp_path / name)
+    with pytest.raises(ValueError, match=r"more than tensors.*, and .*previous is") as fault:
+        train(stage, loop, tmp_path)
+    assert "weights_only" not in str(fault.value) and "\n" not in str(fault.value)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.pt.previous", "log.csv"])
+def test_a_folder_in_the_place_of_a_file_is_refused_before_the_first_step(name, begin, tmp_path):
+    stage, loop = begin()
+    (tmp_path / name).mkdir()
+    stage.forward = lambda generator: pytest.fail("a step was done")
+    with pytest.raises(ValueError, match=f"{name} is (a folder|no regular file)"):
+        train(stage, loop, tmp_path)
+
+
+def test_tables_of_others_in_the_folder_of_a_run_are_left_alone(begin, tmp_path):
+    text = "my,own,notes\nhello,1,2\n30,4,5\n"
+    for name in ("notes.csv", "held_out.csv"):  # this phase writes no held_out.csv
+        (tmp_path / name).write_text(text)
+    for _ in range(2):
+        stage, loop = begin()
+        train(stage, loop, tmp_path, stop_after_steps=2)
+    assert {(tmp_path / name).read_text() for name in ("notes.csv", "held_out.csv")} == {text}
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_rows_that_repeat_or_are_no_text_are_removed(tmp_path):
+    log = tmp_path / "log.csv"
+    log.write_bytes(b"step,loss\n1,a\n2,b\n1,c\n2,d\n\xff,e\n3,f\n4,g\n")
+    keep_rows(log, 3)
+    assert log.read_text() == "step,loss\n1,a\n2,b\n3,f\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", "number keys", "a list"])

@@ -29,6 +29,7 @@ from percov2.entropy.torch.transformer import Crop, TokenBatch, crop_batch
 from percov2.entropy.visibility import size_class
 from percov2.stored_files import read_regular
 from percov2.training.loop import LoopConfig
+from percov2.training.ranges import check_ranges
 from percov2.training.stage import ALONE, Figures, Place
 from percov2.training.stage2 import RoundedStage, trained_model
 
@@ -47,13 +48,17 @@ _SPACE = "\u2581"
 
 @dataclass(frozen=True)
 class CaptionsConfig:
-    """Configuration of the captions phase."""
+    """Configuration of the captions phase; ValueError for a number outside its range."""
 
     model: dict  # sizes of the transformer (``TransformerConfig`` without codebook_size)
     pieces: int = 3839  # learned pieces, without the end and the single bytes
     captions_per_step: int = 256  # captions in a batch, over all processes
     round_from: float = 0.7  # share of the steps before rounding starts
     observe_until: float = 0.9  # share of the steps before the scales are fixed
+
+    def __post_init__(self) -> None:
+        check_ranges(self, pieces=(1, 1 << 16), captions_per_step=(1, 1 << 24))
+        check_ranges(self, round_from=(0, 1), observe_until=(0, 1))
 
 
 def is_held_out(line: str) -> bool:
@@ -180,6 +185,8 @@ class CaptionLines:
 
 class CaptionStage(RoundedStage):
     """The stage that trains the transformer on the bits per piece of captions."""
+
+    tables = ("held_out.csv",)
 
     def __init__(self, config: CaptionsConfig, data: CaptionLines) -> None:
         super().__init__(config, data.counts())

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import os
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gather_draws", "is_present", "kept", "previous", "read", "restore", "restore_draws"]
-__all__ += ["write"]
+from percov2.stored_files import check_regular, one_line
+from percov2.training.ranges import MOST_STEPS
+
+__all__ = ["CheckpointWarning", "check_names", "gather_draws", "is_present", "kept", "previous"]
+__all__ += ["read", "restore", "restore_draws", "write"]
 
 
-_PARTS = ("ema", "step")
-"""What every checkpoint contains; one joined from a campaign's pieces contains no more."""
+class CheckpointWarning(UserWarning):
+    """A checkpoint that is damaged or missing, so that the one before is used."""
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
@@ -46,7 +51,14 @@ def previous(path: Path) -> Path:
 
 
 def is_present(path: Path) -> bool:
-    """Return True if there is a checkpoint, or one before it."""
+    """Return True if there is a checkpoint, or one before it.
+
+    Raises:
+        ValueError: a folder has the name of one of them, which could not be written at the end.
+    """
+    for place in (path, previous(path)):
+        if place.is_dir():
+            raise ValueError(f"{place} is a folder; remove it or choose another folder for the run")
     return path.is_file() or previous(path).is_file()
 
 
@@ -55,32 +67,56 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: there is none, or both are damaged or no checkpoints.
+
+    Warns:
+        CheckpointWarning: the one before is used.
     """
     try:
         return _read(path)
     except ValueError as error:
         if not previous(path).is_file():
-            raise
+            raise ValueError(f"{error}; delete it to start the run again") from error
+        fault = error
+    try:
         state = _read(previous(path))
-        warnings.warn(f"{error}; the run goes on from the checkpoint before", stacklevel=2)
-        return state
+    except ValueError as error:
+        raise ValueError(f"{fault}, and {error}; delete both to start the run again") from error
+    message = f"{fault}; the run goes on from the checkpoint before"
+    warnings.warn(message, CheckpointWarning, stacklevel=2)
+    return state
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist or is no regular file")
+    check_regular(path)
+    try:
+        # torch does not compare the checksums of what it reads.
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{path} is damaged: wrong checksum of {damaged}")
+    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, zlib.error) as error:
+        reason = one_line(error)
+        raise ValueError(f"{path} is damaged or no checkpoint: {reason}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
-    except Exception as error:  # torch raises errors of many types for damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path} is damaged or no checkpoint ({reason}); delete it to start the run again"
-        ) from error
-    if not isinstance(state, dict) or not set(_PARTS) <= set(state):
-        raise ValueError(f"{path} is no checkpoint of a run; delete it to start the run again")
-    return state
+    except Exception as error:  # of many types; torch's advice is to run the file's code
+        text = "it holds more than tensors, numbers and texts"
+        raise ValueError(f"{path} is no checkpoint: {text}") from error
+    if not _is_checkpoint(state):
+        raise ValueError(f"{path} is no checkpoint of a run")
+    return cast(dict[str, Any], state)
+
+
+def _is_checkpoint(state: Any) -> bool:
+    """Return True for averages, a step and possibly more; a campaign joins no more than these."""
+    if not isinstance(state, dict):
+        return False
+    step, networks = state.get("step"), (state.get("ema"), state.get("model", {}))
+    return (type(step) is int and 0 <= step <= MOST_STEPS) and all(
+        isinstance(network, dict) and all(isinstance(value, Tensor) for value in network.values())
+        for network in networks
+    )
 
 
 def kept(module: nn.Module, keys: set[str]) -> dict[str, Tensor]:
@@ -93,13 +129,18 @@ def restore(module: nn.Module, state: dict[str, Tensor], keys: set[str], path: P
 
     ``keys`` are the expected names, and ``path`` is the checkpoint that messages name.
     """
-    if set(state) != keys:
-        odd = sorted(set(state) ^ keys)
-        raise ValueError(f"{path} contains other networks: {odd[:3]} ({len(odd)} names differ)")
+    check_names(state, keys, path)
     try:
         module.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{path} does not match the configuration: {error}") from error
+        raise ValueError(f"{path} does not match the configuration: {one_line(error)}") from error
+
+
+def check_names(state: dict[str, Tensor], keys: set[str], path: Path) -> None:
+    """Raise ValueError unless the names of stored tensors are ``keys``."""
+    if set(state) != keys:
+        odd = sorted(set(state) ^ keys, key=str)
+        raise ValueError(f"{path} contains other networks: {odd[:3]} ({len(odd)} names differ)")
 
 
 def gather_draws(generator: np.random.Generator) -> list[dict[str, Any]]:

@@ -20,13 +20,30 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from percov2.stored_files import one_line
 from percov2.training import checkpoint
 from percov2.training.averaging import AveragedWeights
 from percov2.training.optimizers import adamw, make_recordable, restore, set_learning_rate
+from percov2.training.ranges import MOST_STEPS, check_above_0, check_ranges
 from percov2.training.recording import CudaRecorder, RecordedSteps
 from percov2.training.stage import Draw, Figures, Place, TrainingStage, append_row, keep_rows
 
 __all__ = ["LoopConfig", "leave_processes", "load_averaged", "train"]
+
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "steps": (1, MOST_STEPS),
+    "learning_rate": (0.0, 1e6),
+    "warmup": (0, MOST_STEPS),
+    "weight_decay": (0.0, 1e6),
+    "beta2": (0.0, 0.999999),
+    "ema": (0.0, 1.0),
+    "seed": (0, 2**63 - 1),
+    "accumulate": (1, 65536),
+    "checkpoint_seconds": (0.0, math.inf),
+    "log_every": (1, MOST_STEPS),
+}
+"""Ranges of a run's settings."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +51,8 @@ class LoopConfig:
     """The settings of a run.
 
     Raises:
-        ValueError: the schedule or precision is unknown, ``accumulate`` or ``log_every`` is below
-            1, or ``record`` is True with more than one pass per step.
+        ValueError: the schedule or precision is unknown, a number is outside its range, or
+            ``record`` is True with more than one pass per step.
     """
 
     steps: int  # length of the run and of its learning-rate schedule
@@ -62,11 +79,8 @@ class LoopConfig:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, not {getattr(self, name)!r}")
-        if not self.minutes > 0:
-            raise ValueError(f"minutes must be above 0, not {self.minutes}")
-        for name in ("accumulate", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_ranges(self, **_RANGES)
+        check_above_0(self, "minutes", "learning_rate", "clip")
         if self.record and self.accumulate > 1:
             raise ValueError(f"recorded steps have one pass, not accumulate = {self.accumulate}")
 
@@ -180,16 +194,22 @@ class _Run:
                 f"{self.path} lacks {sorted(missing)}, so the run cannot go on; start another run "
                 "from it (--start-from)"
             )
-        checkpoint.restore(self.stage, state["model"], self.keys, self.path)
-        restore(self.optimizer, state["optimizer"])
-        self.averaged.load(state["ema"])
+        checkpoint.check_names(state["ema"], self.keys, self.path)
         if self.stage.whole_batches:
             state.pop("other_processes", None)
         process, processes = self.draws_of
-        checkpoint.restore_draws(state, self.generator, process, processes, self.path)
-        self.stage.load_side_state(state.get("side", {}))
-        self.step = int(state["step"])
-        self.earlier = float(state.get("minutes", 0.0))
+        try:
+            checkpoint.restore(self.stage, state["model"], self.keys, self.path)
+            restore(self.optimizer, state["optimizer"])
+            self.averaged.load(state["ema"])
+            checkpoint.restore_draws(state, self.generator, process, processes, self.path)
+            self.stage.load_side_state(state.get("side", {}))
+            self.step, self.earlier = state["step"], float(state.get("minutes", 0.0))
+        except (TypeError, LookupError, AttributeError, RuntimeError, ValueError) as error:
+            if str(self.path) in str(error):
+                raise
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise ValueError(f"{self.path} does not match this run ({reason})") from error
 
     @property
     def minutes(self) -> float:
@@ -313,11 +333,14 @@ def train(
 
     Raises:
         FloatingPointError: the loss is not finite.
-        ValueError: ``out`` holds a run of other networks, or of another number of processes.
+        ValueError: ``out`` holds a run of other networks or of another number of processes, or a
+            folder in the place of a file; ``stop_after_minutes`` is negative.
     """
     # The default stream does not allow recording.
     recording = config.record and torch.cuda.is_available()
     minutes = math.inf if stop_after_minutes is None else stop_after_minutes
+    if not minutes >= 0:
+        raise ValueError(f"the time to stop after must be at least 0 minutes, not {minutes}")
     with torch.cuda.stream(torch.cuda.Stream()) if recording else nullcontext():
         step = _train(stage, config, out, stop_after_steps, minutes)
     if recording:
@@ -333,8 +356,10 @@ def _train(
     run = _Run(stage, config, out)
     main = run.accelerator.is_main_process
     if main:
-        for table in {out / "log.csv", *out.glob("*.csv")}:
-            keep_rows(table, run.step)
+        keep_rows(out / "log.csv", run.step)
+        for table in stage.tables:
+            if (out / table).exists():
+                keep_rows(out / table, run.step)
     started = saved = time.monotonic()
     last = config.steps if most_steps is None else min(config.steps, run.step + most_steps)
     stage.train()

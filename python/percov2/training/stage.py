@@ -12,6 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from percov2.stored_files import read_regular
+
+_MOST_BYTES = 1 << 30
+"""Largest log that is read."""
+
 __all__ = ["ALONE", "Draw", "Figures", "Place", "TrainingStage", "append_row", "keep_rows"]
 
 Figures = dict[str, Tensor]
@@ -54,11 +59,14 @@ class TrainingStage(nn.Module):
         recordable: True if :meth:`compute` and :meth:`after_step` may be recorded. They must not
             read anything back from a GPU, and the state that they keep must have fixed addresses.
         frozen_parts: prefixes of the keys of ``state_dict()`` that checkpoints leave out.
+        tables: names of the CSV files that :meth:`draw_samples` appends to. When a run resumes,
+            their rows after its checkpoint are removed, as those of log.csv.
     """
 
     whole_batches = False
     recordable = False
     frozen_parts: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
     place = ALONE
     step = 0
 
@@ -115,17 +123,23 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def keep_rows(path: Path, step: int) -> None:
     """Remove the rows of steps after ``step`` from a CSV file, which is made if it is missing.
 
-    A killed run has logged steps after its last checkpoint, and repeats them. A last row without
-    its end is removed, too.
+    A killed run has logged steps after its last checkpoint, and repeats them. Rows that repeat
+    earlier steps and a last row without its end are removed, too.
+
+    Raises:
+        ValueError: something other than a file has the name.
     """
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    kept = lines[:1] + [line for line in lines[1:] if _is_up_to(line, step)]
+    lines = []
+    if path.exists():
+        text = read_regular(path, _MOST_BYTES).decode("utf-8", "replace")
+        lines = text.splitlines(keepends=True)
+    kept, last = lines[:1], -1
+    for line in lines[1:]:
+        number = line.partition(",")[0]
+        if line.endswith("\n") and number.isdecimal() and last < int(number) <= step:
+            kept.append(line)
+            last = int(number)
     if lines != kept or not lines:
         part = path.with_suffix(".part")
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(path)
-
-
-def _is_up_to(line: str, step: int) -> bool:
-    number = line.partition(",")[0]
-    return line.endswith("\n") and number.isdecimal() and int(number) <= step

@@ -40,6 +40,7 @@ class SD3Stage(TrainingStage):
     """
 
     whole_batches = True
+    tables = ("validation.csv",)
 
     def __init__(
         self, networks: SD3Networks, shards: list[Path], seed: int, pictures: Pictures | None = None
