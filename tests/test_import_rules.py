@@ -66,7 +66,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "numpy PIL",
         "",
     ),
-    "percov2.files": ("container.bitstream images", "numpy PIL", ""),
+    "percov2.files": ("container.bitstream images stored_files", "numpy PIL", ""),
     "percov2.inputs": ("images", "numpy PIL", ""),
     "percov2.captioners": ("container.captions extras images", "PIL", "torch transformers"),
     "percov2.tokenizing": (f"batching container images {CORE} {MODELS}", "numpy", ""),

@@ -24,6 +24,7 @@ from PIL import Image
 
 from percov2.container.bitstream import is_file
 from percov2.images import open_lazily
+from percov2.stored_files import check_regular, one_line
 
 __all__ = [
     "SUFFIX",
@@ -157,14 +158,18 @@ def _holds_picture(stream: Any) -> bool:
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of an ``.npz`` file by name; ValueError if it is damaged or none."""
+    check_regular(path)
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is damaged or no .npz file: it is no zip archive")
     try:
-        arrays = np.load(path, allow_pickle=False)
-        if isinstance(arrays, np.ndarray):
-            raise ValueError("it holds a single array")
-        with arrays:
+        with np.load(path, allow_pickle=False) as arrays:
             return dict(arrays)
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or no .npz file: {error}") from error
+    except MemoryError:
+        reason = "its arrays do not fit in memory"
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        # numpy's advice is to load pickled objects, which may run any code.
+        reason = "it holds objects, not numbers" if "pickle" in str(error) else one_line(error)
+    raise ValueError(f"{path} is damaged or no .npz file: {reason}")
 
 
 def write_image(image: Image.Image, path: Path | str) -> None:

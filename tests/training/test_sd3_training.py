@@ -225,7 +225,7 @@ def test_low_rank_updates_are_the_base_plus_a_product():
         ({"rate": '{ name = "../r", token_side = 16, codebook_size = 16 }'}, "must be that of a"),
         ({"rate": '{ name = "r", token_side = 16, codebook_size = 9000 }'}, "codebook_size of r"),
         ({"rate": '{ name = "r", token_side = 16 }'}, "missing .*'codebook_size'"),
-        ({"batch": '"four"'}, "setting batch must be int, not 'four'"),
+        ({"batch": '"four"'}, "setting batch must be a whole number, not 'four'"),
         ({"ema": '0.5\nprecision = "fp16"'}, "precision must be one of .* not 'fp16'"),
         ({"log_every": "0"}, "log_every must be at least 1"),
     ],

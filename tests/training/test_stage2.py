@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import os
+import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ from percov2.entropy.torch.transformer import (
 )
 from percov2.entropy.torch.window_attention import window_attention
 from percov2.training import checkpoint
+from percov2.training.commands import run_entropy
 from percov2.training.loop import LoopConfig
 from percov2.training.stage2 import EntropyConfig, TokenMaps, random_stages, train_entropy
 from tools.executors import equal, same
@@ -269,3 +274,129 @@ def test_a_run_resumes_exactly_and_exports_when_finished(token_file, tmp_path):
     assert stored["qlds12"] == result["qlds12"]
     assert abs(stored["qlds12"]["integer"] / stored["qlds12"]["rounded"] - 1) < 0.01
     assert (whole / "held_out.csv").read_text().startswith("step,bits\n6,")
+
+
+def stored(path: Path, **changes: object) -> Path:
+    """A file of two small token maps, with some arrays replaced."""
+    arrays = {f"tokens_{i}": smooth_map(4, 5, i) for i in range(2)}
+    arrays |= {"codebook_size": np.int32(16), "held_out": np.array([False, True])}
+    np.savez(path, **{**arrays, **changes})
+    return path
+
+
+WRONG_MAPS = {
+    "wraps": ({"tokens_0": np.full((4, 5), 2**32 + 1)}, "tokens_0, int64 .* below 16"),
+    "unsigned": ({"tokens_1": np.full((4, 5), 2**64 - 1, np.uint64)}, "tokens_1, uint64"),
+    "negative": ({"tokens_1": np.full((4, 5), -1)}, "tokens_1, int64"),
+    "fractions": ({"tokens_0": np.full((4, 5), 1.5)}, "tokens_0, float64"),
+    "bool": ({"tokens_0": np.ones((4, 5), bool)}, "tokens_0, bool"),
+    "texts": ({"tokens_0": np.full((4, 5), "a")}, "tokens_0, <U1"),
+    "one axis": ({"tokens_0": np.ones(5, int)}, r"tokens_0, int64 \[5\]"),
+    "empty": ({"tokens_0": np.ones((0, 5), int)}, r"tokens_0, int64 \[0, 5\]"),
+    "size 16.7": ({"codebook_size": 16.7}, "codebook_size must be .* 2 to 8192, not 16.7"),
+    "size text": ({"codebook_size": "16"}, "codebook_size must be .* not '16'"),
+    "size list": ({"codebook_size": [16]}, r"codebook_size must be .* not \[16\]"),
+    "size 10**12": ({"codebook_size": 10**12}, "codebook_size must be .* not 1000000000000"),
+    "numbers": ({"held_out": [0, 5]}, r"held_out is int64 \[2\] instead of bool \[2\]"),
+    "one": ({"held_out": True}, r"held_out is bool \[\] instead of bool \[2\]"),
+    "two axes": ({"held_out": np.zeros((2, 2), bool)}, r"held_out is bool \[2, 2\]"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_MAPS)
+def test_token_maps_of_another_kind_are_refused(wrong, tmp_path):
+    """2**32 + 1 became 1, 1.5 became 1, and 16.7 entries became 16."""
+    changes, message = WRONG_MAPS[wrong]
+    with pytest.raises(ValueError, match=rf"a\.npz.*{message}"):
+        TokenMaps(stored(tmp_path / "a.npz", **changes))
+
+
+def test_whole_numbers_of_any_width_are_tokens(tmp_path):
+    expected = smooth_map(4, 5, 0)
+    for kind in (np.uint8, np.uint16, np.int64):
+        maps = TokenMaps(stored(tmp_path / "a.npz", tokens_0=expected.astype(kind)))
+        assert np.array_equal(maps.maps[0], expected) and maps.maps[0].dtype == np.int32
+
+
+def test_files_of_token_maps_are_regular_files_without_objects(tmp_path):
+    """numpy's own message advises to load objects, which may run any code."""
+    os.mkfifo(tmp_path / "pipe.npz")
+    (tmp_path / "device.npz").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        with pytest.raises(ValueError, match=rf"{name}\.npz is no regular file"):
+            TokenMaps(tmp_path / f"{name}.npz")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none contains no \.npz files"):
+        TokenMaps(tmp_path / "none")
+    (tmp_path / "pickle.npz").write_bytes(pickle.dumps([1]))
+    np.savez(tmp_path / "objects.npz", tokens_0=np.array([{}]))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<i8", "fortran_order": False, "shape": (1 << 50,)}
+    )
+    with zipfile.ZipFile(tmp_path / "claims.npz", "w") as archive:
+        archive.writestr("tokens_0.npy", header.getvalue())
+    for name in ("pickle", "objects", "claims"):
+        with pytest.raises(ValueError, match=rf"{name}\.npz is damaged or no \.npz") as fault:
+            TokenMaps(tmp_path / f"{name}.npz")
+        assert "pickle" not in str(fault.value).replace("pickle.npz", "")
+
+
+LOOP_SETTINGS = (
+    "steps = 0",
+    "steps = -1",
+    f"steps = {10**18}",
+    "learning_rate = inf",
+    "learning_rate = 0.0",
+    "warmup = -1",
+    "weight_decay = -1.0",
+    "beta2 = 1.0",
+    "clip = 0.0",
+    "clip = -1.0",
+    "ema = 2.0",
+    "ema = -0.1",
+    "seed = -1",
+    "checkpoint_seconds = -1.0",
+    "minutes = 0.0",
+    "log_every = 0",
+)
+PHASE_SETTINGS = (
+    "shapes = []",
+    "shapes = [[0, 4]]",
+    "shapes = [[-4, 4]]",
+    "shapes = [[4, 4, 4]]",
+    "tokens_per_step = 0",
+    "tokens_per_step = -64",
+    "tokens_per_step = 100_000_000_000",
+    "real_orders = 1.5",
+    "round_from = -0.1",
+    "model = { zims = 3 }",
+    "model = { dim = 1.5 }",
+    "model = { codebook_size = 16 }",
+)
+
+
+@pytest.mark.parametrize("setting", [*LOOP_SETTINGS, *PHASE_SETTINGS])
+def test_settings_without_sense_are_one_line(setting, token_file, tmp_path):
+    loop = "{ steps = 1 }" if setting in PHASE_SETTINGS else f"{{ steps = 1, {setting} }}"
+    if setting.startswith("steps"):
+        loop = f"{{ {setting} }}"
+    own = setting if setting in PHASE_SETTINGS else ""
+    (tmp_path / "c.toml").write_text(f"[entropy]\nloop = {loop}\n{own}\n")
+    name = setting.split(" = {")[-1].split()[0]
+    with pytest.raises(ValueError, match=name) as fault:
+        run_entropy(tmp_path / "c.toml", token_file, tmp_path / "run")
+    assert "\n" not in str(fault.value) and "__init__" not in str(fault.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lists_of_settings_are_described_as_lists(token_file, tmp_path):
+    (tmp_path / "c.toml").write_text("[entropy]\nloop = { steps = 1 }\nshapes = [[4, 4, 4]]\n")
+    with pytest.raises(ValueError, match="shapes must be a list, each a list of 2 values"):
+        run_entropy(tmp_path / "c.toml", token_file, tmp_path / "run")
+
+
+@pytest.mark.parametrize("minutes", [float("nan"), -1.0])
+def test_a_time_to_stop_after_is_checked(minutes, token_file, tmp_path):
+    with pytest.raises(ValueError, match=f"at least 0 minutes, not {minutes}"):
+        train_entropy(CONFIG, LoopConfig(steps=1), token_file, tmp_path, minutes=minutes)

@@ -31,13 +31,13 @@ class Fault(Exception):
 
 @contextmanager
 def about(name: object) -> Iterator[None]:
-    """Turn ValueError, OSError, ImportError and torch's RuntimeError into a Fault.
+    """Turn ValueError, OSError, ImportError, torch's RuntimeError and a lost run into a Fault.
 
     The message starts with ``name``. The file of an OSError follows if it is another one.
     """
     try:
         yield
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError, FloatingPointError) as error:
         raise Fault(f"{name}: {reason(name, error)}") from error
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from percov2.cli.faults import about
-from percov2.cli.options import add_command
+from percov2.cli.options import add_command, number
 
 __all__ = ["OPTIONS", "PHASES", "add_parser", "home", "train"]
 
@@ -42,7 +42,7 @@ _REQUIRED = ("config", "data", "out", "codec_run", "texts", "model")
 _PATHS = (*_REQUIRED[:-1], "autoencoder_run", "start_from", "pictures")
 _FORMS: dict[str, dict[str, Any]] = {
     "recipe": {"metavar": "NAME[,NAME]"},
-    "minutes": {"type": float},
+    "minutes": {"type": number(float, 0.001, 1e9)},
     "texts": {"nargs": "+"},
     "views": {"type": int, "default": 1},
     "precision": {"choices": ["no", "bf16"], "default": "no"},

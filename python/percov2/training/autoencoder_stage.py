@@ -13,6 +13,7 @@ from torch import Tensor
 from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
 from percov2.photos import CropPlan, PhotoCrops
 from percov2.training.losses import LossTerms, PerceptualNetworks, Term, draw_view, weighted
+from percov2.training.settings import constructed
 from percov2.training.stage import Figures, Place, TrainingStage
 
 __all__ = ["AutoencoderConfig", "AutoencoderStage", "save_rows"]
@@ -43,7 +44,7 @@ class AutoencoderStage(TrainingStage):
     def __init__(self, config: AutoencoderConfig, data: PhotoCrops) -> None:
         super().__init__()
         self.config, self.data = config, data
-        self.autoencoder = PatchAutoencoder(**config.autoencoder)
+        self.autoencoder = constructed(PatchAutoencoder, "autoencoder", config.autoencoder)
         self.autoencoder.to(memory_format=torch.channels_last)
         self.perceptual = PerceptualNetworks({"alex", "vgg"} & set(config.losses.named()))
 

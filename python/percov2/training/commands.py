@@ -34,6 +34,7 @@ from percov2.training.settings import (
     as_table,
     build_config,
     build_phase,
+    constructed,
     read_recipe,
     read_section,
     write_model_ids,
@@ -97,7 +98,8 @@ def codec_stage(
     sizes |= as_table(values.pop("decoder", {}), "decoder")
     settings, loop = build_phase(CodecConfig, values)
     torch.manual_seed(loop.seed)
-    return CodecStage(settings, PatchAutoencoder(**sizes), data), loop
+    autoencoder = constructed(PatchAutoencoder, "autoencoder and decoder", sizes)
+    return CodecStage(settings, autoencoder, data), loop
 
 
 def run_data(data: Path, out: Path) -> None:

@@ -14,6 +14,7 @@ from percov2.models.torch.hyper_encoder import HyperEncoder
 from percov2.models.torch.quantizer import Quantized, VectorQuantizer
 from percov2.photos import CropPlan
 from percov2.training.losses import LossTerms, least_side
+from percov2.training.settings import constructed
 
 __all__ = ["RateConfig", "RateNetworks", "build_rates", "draw_rate", "perplexity"]
 
@@ -77,9 +78,10 @@ class RateNetworks(nn.Module):
     def __init__(self, config: RateConfig) -> None:
         super().__init__()
         self.config = config
-        self.hyper_encoder = HyperEncoder(**config.hyper_encoder)
+        sizes = config.hyper_encoder
+        self.hyper_encoder = constructed(HyperEncoder, "hyper_encoder", sizes)
         self.hyper_encoder.to(memory_format=torch.channels_last)
-        self.quantizer = VectorQuantizer(**config.quantizer)
+        self.quantizer = constructed(VectorQuantizer, "quantizer", config.quantizer)
         unit = max(self.token_side, _PATCH_PIXELS)
         if odd := [side for side in config.crops.sides if side % unit]:
             raise ValueError(

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from percov2.codec import Codec
+from percov2.stored_files import one_line, read_regular
 from percov2.training.loop import LoopConfig
 
 __all__ = [
     "as_table",
     "build_config",
     "build_phase",
+    "constructed",
     "read_recipe",
     "read_section",
     "write_model_ids",
 ]
 
 Config = TypeVar("Config")
+Network = TypeVar("Network")
+_MOST_BYTES = 1 << 24
 Values = dict[str, Any]
 
 
 def read_section(path: Path, section: str) -> Values:
     """Return the table of a phase from a TOML file. Raise ValueError if there is none."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(read_regular(path, _MOST_BYTES).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is no TOML file: {error}") from error
+        raise ValueError(f"{path.name} is no TOML file: {one_line(error)}") from error
     if section not in tables:
         raise ValueError(f"{path.name} has no [{section}] section; it has {sorted(tables)}")
     return as_table(tables[section], f"{path.name}: [{section}]")
@@ -91,12 +98,57 @@ def build_config(kind: type[Config], values: Values) -> Config:
     given = {name: _tuples(value) for name, value in values.items()}
     for name, value in given.items():
         if not _fits(value, hints[name]):
-            wanted = getattr(hints[name], "__name__", None) or str(hints[name])
+            wanted = _wanted(hints[name])
             raise ValueError(f"setting {name} must be {wanted}, not {values[name]!r}")
+    missing = dataclasses.MISSING
+    needed = [
+        field.name
+        for field in dataclasses.fields(cast(Any, kind))
+        if field.default is missing and field.default_factory is missing
+    ]
+    if lacking := [name for name in needed if name not in given]:
+        raise ValueError(f"missing settings {lacking}; known ones are {sorted(hints)}")
+    return kind(**given)
+
+
+def constructed(kind: Callable[..., Network], table: str, sizes: Values, **fixed: Any) -> Network:
+    """Return a network with the sizes of a table.
+
+    Args:
+        kind: class or function that makes the network.
+        table: name of the table, for messages.
+        sizes: keyword arguments by name.
+        fixed: further ones, which the table must not have.
+
+    Raises:
+        ValueError: a size is unknown, or of a wrong type or value.
+    """
+    accepted = inspect.signature(kind).parameters
+    known = sorted(accepted.keys() - fixed.keys())
+    anything = any(one.kind is one.VAR_KEYWORD for one in accepted.values())
+    if not anything and (unknown := sorted(sizes.keys() - set(known))):
+        raise ValueError(f"unknown settings {unknown} of {table}; known ones are {known}")
     try:
-        return kind(**given)
-    except TypeError as error:  # a missing setting
-        raise ValueError(f"{error}; the settings are {sorted(hints)}") from error
+        return kind(**sizes, **fixed)
+    except MemoryError:
+        raise
+    except Exception as error:  # constructors raise errors of many types for wrong arguments
+        raise ValueError(f"settings of {table}: {one_line(error)}") from error
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _wanted(hint: Any) -> str:
+    """Return a type in words of TOML, which has lists instead of tuples."""
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_wanted(kind) for kind in kinds if kind is not types.NoneType)
+    if origin is tuple and kinds[-1] is Ellipsis:
+        return f"a list, each {_wanted(kinds[0])}"
+    if origin is tuple:
+        return f"a list of {len(kinds)} values"
+    return _WORDS.get(hint, "a table")
 
 
 def _tuples(value: Any) -> Any:

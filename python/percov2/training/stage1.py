@@ -27,6 +27,7 @@ from percov2.training.adversary import Adversary, AdversaryConfig
 from percov2.training.autoencoder_stage import save_rows
 from percov2.training.losses import View, draw_view
 from percov2.training.rates import RateConfig, RateNetworks, build_rates, draw_rate
+from percov2.training.settings import constructed
 from percov2.training.stage import Draw, Figures, Place, TrainingStage
 
 __all__ = ["CodecConfig", "CodecStage"]
@@ -83,12 +84,14 @@ class CodecStage(TrainingStage):
         self.autoencoder.encoder.requires_grad_(False)
         self.rates = build_rates(config.rates)
         channels = int(self._rate(next(iter(self.rates))).quantizer.config["output_channels"])
-        self.flow = build_flow(channels, **config.flow)
+        self.flow = constructed(build_flow, "flow", config.flow, extra_channels=channels)
         self.flow.pos_embed.proj.reset_parameters()
-        self.text_encoder = HashedTextEncoder(**config.text_encoder)
+        self.text_encoder = constructed(HashedTextEncoder, "text_encoder", config.text_encoder)
         self.autoencoder.to(memory_format=torch.channels_last)
         pooled = int(self.flow.config["pooled_projection_dim"])
-        self.dial = None if config.dial is None else RealismDial(**config.dial, pooled=pooled)
+        self.dial: RealismDial | None = None
+        if config.dial is not None:
+            self.dial = constructed(RealismDial, "dial", config.dial, pooled=pooled)
         terms = {name for rate in config.rates.values() for name in rate.losses.named()}
         networks = {"alex", "vgg"} & terms
         if "features" in terms:

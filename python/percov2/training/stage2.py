@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from percov2.entropy.cdf import MAX_CODEBOOK, MIN_CODEBOOK
 from percov2.entropy.int_transformer import IntTransformer
 from percov2.entropy.schedule import DEFAULT_SCHEDULE, SCHEDULES, stages
 from percov2.entropy.token_coder import TokenCoder
@@ -33,6 +34,7 @@ from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import size_class
 from percov2.files import read_arrays
 from percov2.training.loop import LoopConfig, load_averaged, train
+from percov2.training.ranges import check_ranges
 from percov2.training.stage import ALONE, Figures, Place, TrainingStage, append_row
 
 __all__ = ["EntropyConfig", "EntropyStage", "RoundedStage", "TokenMaps", "evenly_spread"]
@@ -40,13 +42,18 @@ __all__ += ["integer_bits", "random_stages", "train_entropy", "trained_model"]
 
 _MAX_HELD_OUT = 48
 _OBSERVE_EVERY = 4
+_MAX_SIDE = 8192
 Shape = tuple[int, int]
 Map = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class EntropyConfig:
-    """The configuration of the entropy phase."""
+    """The configuration of the entropy phase.
+
+    Raises:
+        ValueError: a number is outside its range, or there is no shape.
+    """
 
     model: dict = field(default_factory=dict)  # ``TransformerConfig`` without codebook_size
     # Crop heights and widths in tokens; a step draws one shape.
@@ -57,6 +64,13 @@ class EntropyConfig:
     round_from: float = 0.6  # share of the steps before rounding starts
     observe_until: float = 0.85  # share of the steps before the scales are fixed
 
+    def __post_init__(self) -> None:
+        shares = ("real_orders", "default_orders", "round_from", "observe_until")
+        check_ranges(self, tokens_per_step=(1, 1 << 24), **dict.fromkeys(shares, (0, 1)))
+        sides = [side for shape in self.shapes for side in shape]
+        if not sides or not 1 <= min(sides) <= max(sides) <= _MAX_SIDE:
+            raise ValueError(f"shapes must be pairs of 1 to {_MAX_SIDE}, not {self.shapes}")
+
 
 def _read_maps(path: Path) -> tuple[int, list[tuple[Map, bool]]]:
     """Return the codebook size of a file, and its token maps with their held-out flags."""
@@ -65,21 +79,23 @@ def _read_maps(path: Path) -> tuple[int, list[tuple[Map, bool]]]:
     for name in ("codebook_size", "held_out", *(f"tokens_{i}" for i in range(count))):
         if name not in stored:
             raise ValueError(f"{path} has no {name}; make it with `percov2 train tokens`")
-    codebook_size = int(stored["codebook_size"])
-    maps = [stored[f"tokens_{i}"].astype(np.int32) for i in range(count)]
-    held = stored["held_out"].tolist()
-    if len(held) != count:
-        raise ValueError(f"{path} has {count} token maps, but held_out has {len(held)} values")
-    for i, tokens in enumerate(maps):
-        if (
-            tokens.ndim != 2
-            or tokens.size == 0
-            or tokens.min() < 0
-            or tokens.max() >= codebook_size
-        ):
-            found = f"{path}: tokens_{i} of shape {tokens.shape}"
-            raise ValueError(f"{found} must be [h, w] with tokens below {codebook_size}")
-    return codebook_size, list(zip(maps, held, strict=True))
+    size, held = stored["codebook_size"], stored["held_out"]
+    if size.dtype.kind not in "iu" or size.ndim or not MIN_CODEBOOK <= size <= MAX_CODEBOOK:
+        wanted = f"a whole number from {MIN_CODEBOOK} to {MAX_CODEBOOK}"
+        raise ValueError(f"{path}: codebook_size must be {wanted}, not {size.tolist()!r:.60}")
+    # Without maps, numpy stores no bool.
+    if held.shape != (count,) or (count and held.dtype != np.bool_):
+        found = f"held_out is {held.dtype} {list(held.shape)}"
+        raise ValueError(f"{path} has {count} token maps, but {found} instead of bool [{count}]")
+    maps = []
+    for i in range(count):
+        tokens = stored[f"tokens_{i}"]
+        whole = tokens.dtype.kind in "iu" and tokens.ndim == 2 and tokens.size > 0
+        if not whole or not 0 <= tokens.min() <= tokens.max() < size:
+            found = f"{path}: tokens_{i}, {tokens.dtype} {list(tokens.shape)},"
+            raise ValueError(f"{found} must be whole numbers [h, w], 0 or above and below {size}")
+        maps.append(tokens.astype(np.int32))
+    return int(size), list(zip(maps, held.tolist(), strict=True))
 
 
 def evenly_spread(held_out: list[Any]) -> list[Any]:
@@ -110,6 +126,8 @@ class TokenMaps:
     def __init__(self, path: Path, order: Callable[[str, int, int], Map] = stages) -> None:
         files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
         stored = [_read_maps(file) for file in files]
+        if not stored:
+            raise ValueError(f"{path} contains no .npz files of `percov2 train tokens`")
         codebooks = {size for size, _ in stored}
         if len(codebooks) != 1:
             raise ValueError(
@@ -192,7 +210,9 @@ class RoundedStage(TrainingStage):
     def __init__(self, config: Any, counts: NDArray[np.int64]) -> None:
         super().__init__()
         self.config = config
-        sizes = TransformerConfig(codebook_size=len(counts), **config.model)
+        if "codebook_size" in config.model:
+            raise ValueError("model must not have codebook_size, which is that of the data")
+        sizes = TransformerConfig.of({**config.model, "codebook_size": len(counts)})
         self.transformer = TokenTransformer(sizes)
         self.transformer.set_frequencies(torch.from_numpy(counts))
 
@@ -220,6 +240,8 @@ class RoundedStage(TrainingStage):
 
 class EntropyStage(RoundedStage):
     """The stage that trains the transformer on the bits per token."""
+
+    tables = ("held_out.csv",)
 
     def __init__(self, config: EntropyConfig, data: TokenMaps) -> None:
         super().__init__(config, data.counts())

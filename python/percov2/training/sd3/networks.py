@@ -18,6 +18,7 @@ from percov2.models.torch.hyper_encoder import HyperEncoder
 from percov2.models.torch.placement import load_part
 from percov2.models.torch.quantizer import VectorQuantizer
 from percov2.training.lora import add_low_rank
+from percov2.training.settings import constructed
 
 __all__ = ["SD3Config", "SD3Networks"]
 
@@ -89,10 +90,11 @@ class SD3Networks(nn.Module):
         location = self.open_base("cpu").location
         stride, codes = config.rate.token_side // LATENT_SIDE, config.rate.codebook_size
         # With CompressAI's attention blocks.
-        self.hyper_encoder = HyperEncoder(
-            stride=stride, rectified_attention=True, **config.hyper_encoder
-        )
-        self.quantizer = VectorQuantizer(codebook_size=codes, **config.quantizer)
+        fixed = {"stride": stride, "rectified_attention": True}
+        sizes = config.hyper_encoder
+        self.hyper_encoder = constructed(HyperEncoder, "hyper_encoder", sizes, **fixed)
+        sizes = config.quantizer
+        self.quantizer = constructed(VectorQuantizer, "quantizer", sizes, codebook_size=codes)
         stored = {"torch_dtype": torch.float32, "use_safetensors": True}
         self.flow = load_part(SD3Transformer2DModel, location, "transformer", **stored)
         if config.trained != "full":
