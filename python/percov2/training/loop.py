@@ -80,7 +80,7 @@ class LoopConfig:
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {values}, not {getattr(self, name)!r}")
         check_ranges(self, **_RANGES)
-        check_above_0(self, "minutes", "learning_rate", "clip")
+        check_above_0(self, "minutes", "clip")
         if self.record and self.accumulate > 1:
             raise ValueError(f"recorded steps have one pass, not accumulate = {self.accumulate}")
 
