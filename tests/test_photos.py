@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from percov2.colour_spaces import from_gamma, icc_profile
-from percov2.datasets.shards import samples_of
+from percov2.datasets.shards import Checked, samples_of
 from percov2.images import to_rgb
 from percov2.photos import PhotoCrops, PhotoWarning, decode_shards, is_held_out
 from percov2.training.commands import run_data
@@ -197,6 +197,12 @@ def test_a_shard_damaged_in_the_middle_is_an_error(damage, packed, tmp_path):
     with pytest.raises(ValueError, match=r"s\.tar is not a tar file, or is damaged: (a|more) "):
         decode_shards([shard], tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+    with (
+        open(shard, "rb") as stream,
+        pytest.raises(tarfile.ReadError),
+        tarfile.open(fileobj=stream, mode="r|*", tarinfo=Checked) as tar,
+    ):
+        list(samples_of(tar))
 
 
 def test_a_long_name_and_padding_are_no_damage(tmp_path):

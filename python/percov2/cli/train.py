@@ -91,7 +91,7 @@ PHASES: dict[str, tuple[str, tuple[str, ...]]] = {
 """Help text and options of each phase."""
 _SHARDS = "folder of photo shards, .tar files (required)"
 _OWN_HELP = {
-    "data --data": _SHARDS,
+    "data --data": "folder of photo shards, .tar files, also compressed (required)",
     "data --out": "folder to write the decoded photos to (required)",
     "tokens --out": ".npz file to write (required)",
     "entropy --data": "token maps: .npz file of `train tokens`, or folder of such files (required)",
