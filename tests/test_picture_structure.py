@@ -16,6 +16,7 @@ from percov2.colour_spaces import SRGB, ColourSpace, icc_profile
 from percov2.images import ImageWarning, decode_image, to_rgb
 from percov2.picture_structure import tiff_pages
 from tools import picture_files as files
+from tools.photos import noise
 
 pytestmark = pytest.mark.core
 
@@ -267,3 +268,13 @@ def test_only_the_bits_of_a_sample_count_in_a_transparent_grey():
     with pytest.warns(ImageWarning, match="transparency"):
         found = decoded(files.png("grey", 4, samples, trns))
     assert found[0, 0, 0] == 255 and found[0, 1, 0] == 153
+
+
+def test_an_icon_is_not_taken_for_a_tga_picture():
+    """TGA has no signature, and the length of the icon stands where it has its depth."""
+    out = io.BytesIO()
+    image = noise(180, 180)
+    image.save(out, "ICO", sizes=[(180, 180)])
+    with Image.open(io.BytesIO(out.getvalue()), formats=["TGA"]) as other:
+        assert other.size != image.size
+    np.testing.assert_array_equal(decoded(out.getvalue()), np.asarray(image))

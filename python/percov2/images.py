@@ -60,7 +60,8 @@ _PROFILE_SPACE = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
 
 READ_FORMATS = (
     *("PNG", "JPEG", "GIF", "BMP", "PPM"),
-    *("WEBP", "AVIF", "TIFF", "JPEG2000", "HEIF", "TGA", "ICO", "ICNS", "DIB", "PCX", "QOI", "SGI"),
+    *("WEBP", "AVIF", "TIFF", "JPEG2000", "HEIF", "ICO", "ICNS", "DIB", "PCX", "QOI", "SGI"),
+    "TGA",  # last, because it has no signature, and an icon may look like one
 )
 """Pillow's names of the formats that are read. Others are refused: some of Pillow's decoders start
 an interpreter (EPS, WMF), and some are rarely tested."""
