@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -37,6 +38,7 @@ SETTINGS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "deterministic": lambda: changed(torch.use_deterministic_algorithms, True, False),
     "tf32": lambda: changed(torch.set_float32_matmul_precision, "medium", "highest"),
     "denormals": lambda: changed(torch.set_flush_denormal, True, False),
+    "empty weights": accelerate.init_empty_weights,
     "anomaly": torch.autograd.detect_anomaly,
     "numpy raises": lambda: np.errstate(all="raise"),
 }

@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
 __all__ = ["loading", "running"]
 
@@ -27,11 +29,24 @@ def loading() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.device("cpu"))
+        for name in ("register_parameter", "register_buffer"):
+            # accelerate replaces them to put weights on the meta device.
+            stack.callback(setattr, nn.Module, name, getattr(nn.Module, name))
+            setattr(nn.Module, name, _of_torch(name))
         # Networks often load inside inference mode.
         stack.enter_context(torch.inference_mode(False))
         stack.callback(torch.set_default_dtype, dtype)
         torch.set_default_dtype(torch.float32)
         yield
+
+
+def _of_torch(name: str) -> Any:
+    """Return torch's own method of a module, also if another function wraps it."""
+    method = found = getattr(nn.Module, name)
+    while found is not None and found.__module__ != nn.Module.__module__:
+        cells = [cell.cell_contents for cell in found.__closure__ or ()]
+        found = next((one for one in cells if getattr(one, "__name__", "") == name), None)
+    return method if found is None else found
 
 
 @contextmanager
