@@ -19,12 +19,13 @@ import atheris
 
 with atheris.instrument_imports(include=["percov2"]):
     from percov2 import Codec
-    from percov2.colour_spaces import from_cicp, from_gamma
+    from percov2.colour_spaces import SRGB, from_cicp, from_gamma, icc_profile
     from percov2.container import bitstream, captions
     from percov2.container.bitstream import BitstreamError
     from percov2.container.caption_model import CaptionModel
     from percov2.declared_colours import declared_space, read_declarations
     from percov2.images import ImageWarning, decode_image, to_rgb
+    from percov2.picture_structure import StructureError, check_structure, tiff_pages
 
 from PIL import Image
 
@@ -76,19 +77,26 @@ def colours() -> tuple[Callable[[bytes], None], list[bytes]]:
     samples = np.arange(48).reshape(4, 4, 3)
     chunks = (picture_files.cicp(12, 13), picture_files.gama(1.0), picture_files.srgb())
     red = Image.new("RGB", (16, 16), "red")
-    webp = io.BytesIO()
+    webp, pages, jpeg = io.BytesIO(), io.BytesIO(), io.BytesIO()
     red.save(webp, "WEBP")
+    red.save(pages, "TIFF", save_all=True, append_images=[red])
+    red.save(jpeg, "JPEG", icc_profile=icc_profile(SRGB), progressive=True)
     seeds = [
         *(picture_files.png("rgb", 8, samples, chunk) for chunk in chunks),
         picture_files.png("rgb", 16, samples, picture_files.chunk(b"tRNS", bytes(6))),
         picture_files.avif(red, 12, 13),
         picture_files.jpeg2000(red, b"profile"),
         picture_files.tiff(samples[..., :1], 4, 0),
-        webp.getvalue(),
+        *(stream.getvalue() for stream in (webp, pages, jpeg)),
+        b"qoif" + bytes([0, 0, 0, 2, 0, 0, 0, 1, 3, 1, 0xFE, 9, 9, 9, 0xC0]) + bytes(7) + b"\1",
+        b"P5 2 1\n# comment\n255\n\0\1",
     ]
 
     def target(data: bytes) -> None:
-        for name in ("PNG", "AVIF", "JPEG2000"):
+        tiff_pages(io.BytesIO(data))
+        with suppress(StructureError):
+            check_structure(io.BytesIO(data))
+        for name in ("PNG", "AVIF", "JPEG2000", "QOI"):
             image = Image.new("RGB", (2, 2))
             image.format = name
             read_declarations(image, io.BytesIO(data))

@@ -46,11 +46,12 @@ inline void score(const HeadKeys& keys, const HeadScores& scores, const std::int
   for (int r = 0; r < kCellRows; ++r) {
     acc[r] = _mm512_add_epi32(_mm512_loadu_si512(sum + r * keys.columns), half);
   }
-  for (std::int64_t c = 0; c < count; ++c) {
+  // One pointer that walks keeps the addresses of all rows in registers.
+#pragma GCC unroll 1
+  for (std::int64_t c = 0; c < count; ++c, key += plane) {
     const __m512i same = _mm512_set1_epi32(q[c]);
     for (int r = 0; r < kCellRows; ++r) {
-      const __m512i k = _mm512_loadu_si512(key + r * line + c * plane);
-      acc[r] = _mm512_dpbusd_epi32(acc[r], same, k);
+      acc[r] = _mm512_dpbusd_epi32(acc[r], same, _mm512_loadu_si512(key + r * line));
     }
   }
   const __m128i shift = _mm_cvtsi32_si128(scores.shift);
