@@ -22,8 +22,9 @@ CORE = "stored_files " + " ".join(f"entropy.{name}" for name in ENTROPY.split())
 """The entropy engine without torch."""
 # Folder or module -> (first-party prefixes, third-party packages at module level, the same inside
 # functions). The longest matching prefix counts; the standard library is always allowed.
-MODELS = """caching extras models.backbone models.checksums models.config models.stored_tensors
-models.windows models.tiny.backbone models.tiny.captions models.tiny.graphs stored_files"""
+MODELS = """batching caching extras models.backbone models.checksums models.config
+models.stored_tensors models.windows models.tiny.backbone models.tiny.captions
+models.tiny.graphs stored_files"""
 """The small model without torch, and what all models share."""
 TORCH_FOLDERS = {
     "torch": "",

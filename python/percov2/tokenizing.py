@@ -67,12 +67,12 @@ def token_maps(
     the search.
     """
     padded = [pad(array, rate.token_side) for array in arrays]
+    if choice is None and search is None:
+        return model.encode_pictures(padded, rate.name)
     indices = range(len(arrays))
 
     def encode(group: list[int]) -> list[Tokens]:
         pixels = to_unit_range(np.stack([padded[i] for i in group]))
-        if choice is None and search is None:
-            return list(model.encode_tokens(pixels, rate.name))
         if search is None:
             directions = model.directions(pixels, rate.name)
         else:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from percov2.batching import by_group
 from percov2.extras import require
-from percov2.images import from_unit_range
+from percov2.images import from_unit_range, to_unit_range
 from percov2.models.checksums import Checksums
 from percov2.models.config import ModelConfig, find_model
 from percov2.models.stored_tensors import read_tensors
@@ -181,6 +182,22 @@ class Backbone(ABC):
         ValueError if H or W is not a multiple of s, and for an unknown rate.
         """
         return self.nearest(self.directions(images, rate), rate)
+
+    def encode_pictures(
+        self, pictures: Sequence[NDArray[np.uint8]], rate: str
+    ) -> list[NDArray[np.int32]]:
+        """Return tokens [H/s, W/s] of each picture uint8 [H, W, 3]; sizes may differ.
+
+        Errors are those of ``encode_tokens``. A picture's tokens do not depend on the others.
+        """
+        shapes = [picture.shape for picture in pictures]
+        side = self.config.rate(rate).token_side
+        sizes = [height * width // side**2 for height, width, _ in shapes]
+
+        def encode(group: list[NDArray[np.uint8]]) -> list[NDArray[np.int32]]:
+            return list(self.encode_tokens(to_unit_range(np.stack(group)), rate))
+
+        return by_group(pictures, shapes, sizes, encode)
 
     @abstractmethod
     def reconstruct(

@@ -5,12 +5,15 @@ Compressing never loads the flow transformer; decompressing never loads the hype
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import SD3Transformer2DModel
+from numpy.typing import NDArray
 from torch import Tensor
 
 from percov2.models.backbone import BackboneOptions
@@ -20,11 +23,33 @@ from percov2.models.tiny.torch.dial import RealismDial
 from percov2.models.tiny.torch.text_encoder import HashedTextEncoder
 from percov2.models.torch import flow as flows
 from percov2.models.torch.backbone import TorchBackbone
+from percov2.models.torch.borders import own_borders
 from percov2.models.torch.hyper_encoder import HyperEncoder
+from percov2.models.torch.isolation import running
 from percov2.models.torch.storage import load_component
 from percov2.models.windows import sample, whole_patches
 
-__all__ = ["TinyTorchModel"]
+__all__ = ["BatchWarning", "TinyTorchModel"]
+
+
+_BUCKET = 128
+"""Sides of batches are multiples of this many pixels."""
+_PIXELS_AT_ONCE = 1 << 23
+_MOST_AT_ONCE = 64
+
+
+class BatchWarning(UserWarning):
+    """A device that computes a picture's tokens in dependence on other pictures of a batch."""
+
+
+def _whole_buckets(length: int) -> int:
+    return -(-length // _BUCKET) * _BUCKET
+
+
+def _pictures_at_once(bucket: tuple[int, int]) -> int:
+    """Return the number of pictures of a batch, a power of two that bounds the memory."""
+    fitting = max(1, _PIXELS_AT_ONCE // (bucket[0] * bucket[1]))
+    return min(_MOST_AT_ONCE, 1 << (fitting.bit_length() - 1))
 
 
 class TinyTorchModel(TorchBackbone):
@@ -74,6 +99,86 @@ class TinyTorchModel(TorchBackbone):
         for image in images.to(self.device).split(1):
             latents = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
             yield hyper_encoder(latents)
+
+    @cached_property
+    def mixes_sizes(self) -> bool:
+        """Whether pictures of different sizes share a batch.
+
+        Only on GPUs, where a batch is faster, and only if a trial shows that a picture's tokens do
+        not depend on its company there.
+        """
+        if str(self.device) == "cpu":
+            return False
+        rate, random = self.config.default_rate, np.random.default_rng(0)
+        sizes = ((64, 128), (128, 64), (128, 128), (64, 64))
+        pictures = [random.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+        together = self._in_bucket(pictures[::-1], rate, (_BUCKET, _BUCKET))[::-1]
+        for picture, expected in zip(pictures, together, strict=True):
+            (alone,) = self._in_bucket([picture], rate, (_BUCKET, _BUCKET))
+            if not np.array_equal(alone, expected):
+                warnings.warn(
+                    f"on {self.device}, tokens depend on other pictures of a batch, so pictures "
+                    "are encoded one at a time",
+                    BatchWarning,
+                    stacklevel=2,
+                )
+                return False
+        return True
+
+    def encode_pictures(
+        self, pictures: Sequence[NDArray[np.uint8]], rate: str
+    ) -> list[NDArray[np.int32]]:
+        """Return tokens, as ``Backbone.encode_pictures``; on GPUs in batches of mixed sizes."""
+        if not self.mixes_sizes:
+            return super().encode_pictures(pictures, rate)
+        for picture in pictures:
+            self.token_side(picture.transpose(2, 0, 1), rate)
+        buckets = [
+            (_whole_buckets(picture.shape[0]), _whole_buckets(picture.shape[1]))
+            for picture in pictures
+        ]
+        found: dict[int, NDArray[np.int32]] = {}
+        for bucket in dict.fromkeys(buckets):
+            members = [i for i, one in enumerate(buckets) if one == bucket]
+            step = _pictures_at_once(bucket)
+            for begin in range(0, len(members), step):
+                some = members[begin : begin + step]
+                tokens = self._in_bucket([pictures[i] for i in some], rate, bucket)
+                found.update(zip(some, tokens, strict=True))
+        return [found[i] for i in range(len(pictures))]
+
+    @torch.inference_mode()
+    def _in_bucket(
+        self, pictures: Sequence[NDArray[np.uint8]], rate: str, bucket: tuple[int, int]
+    ) -> list[NDArray[np.int32]]:
+        """Encode pictures in a batch whose shape depends on the bucket alone.
+
+        Convolution libraries choose their order of sums by the shape of a batch, so blank pictures
+        fill it up.
+        """
+        count, side = _pictures_at_once(bucket), self.config.rate(rate).token_side
+        pixels = torch.zeros(count, *bucket, 3, dtype=torch.uint8)
+        sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
+        for place, picture, (height, width) in zip(pixels, pictures, sizes, strict=False):
+            place[:height, :width] = torch.from_numpy(picture)
+        sizes += [(0, 0)] * (count - len(pictures))
+        with running(self.device):
+            images = pixels.to(self.device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+            for image, (height, width) in zip(images, sizes, strict=True):
+                image[:, height:] = 0
+                image[:, :, width:] = 0
+            encoder, stride = self.autoencoder, PatchAutoencoder.stride
+            with own_borders(encoder.encoder, sizes, stride):
+                latents = encoder.encode(images.contiguous(memory_format=torch.channels_last))
+            hyper_encoder, quantizer = self.hyper_encoder(rate), self.quantizer(rate)
+            small = [(height // stride, width // stride) for height, width in sizes]
+            with own_borders(hyper_encoder, small, side // stride):
+                hyper_latents = hyper_encoder(latents)
+            tokens = quantizer.nearest(quantizer.directions(hyper_latents)).cpu().numpy()
+        return [
+            tokens[i, : height // side, : width // side]
+            for i, (height, width) in enumerate(sizes[: len(pictures)])
+        ]
 
     def z_hat(self, tokens: Tensor, rate: str) -> Tensor:
         """Return the flow's input z_hat [B, C, H/8, W/8] of tokens int [B, h, w].
