@@ -209,6 +209,8 @@ def test_many_pages_are_counted_in_linear_time():
     looped = data[:8] + page + struct.pack("<I", 8)
     assert len(tiff_pages(io.BytesIO(looped))) == 1
     assert tiff_pages(io.BytesIO(data[:20])) == []
+    beyond = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 2**64 - 1)
+    assert tiff_pages(io.BytesIO(beyond)) == []
 
 
 def test_a_handle_whose_decoding_failed_fails_again():

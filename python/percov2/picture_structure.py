@@ -138,7 +138,7 @@ def tiff_pages(stream: BinaryIO) -> list[TiffPage]:
             return _pages(stream)
         finally:
             stream.seek(start)
-    except (OSError, ValueError, struct.error):
+    except (OSError, ValueError, OverflowError, struct.error):
         return []
 
 
