@@ -254,9 +254,19 @@ def test_structures_without_end_are_refused_at_once():
     at = data.rindex(b"\xff\xda")
     with pytest.raises(ValueError, match="scans, more than 500"):
         decoded(data[:at] + data[at:-2] * 600 + data[-2:])
-    with pytest.raises(ValueError, match="comment of more than"):
-        decoded(b"P5 1 1\n#" + b"a" * 200_000 + b"\n255\n\0")
+    for filler in (b"#" + b"a" * 200_000 + b"\n", b"#" * 200_000 + b"\n", b"#\n" * 90_000):
+        for begin in (b"P5 1 1\n", b"P4 1 ", b"Pf\n"):
+            with pytest.raises(ValueError, match="header of more than 65536 bytes"):
+                decoded(begin + filler + b"255\n\0")
     assert decoded(b"P5 1 1\n# a short one\n255\n\7").tolist() == [[[7, 7, 7]]]
+
+
+@pytest.mark.parametrize("level", [9, 10, 32, 35])
+def test_pixels_of_a_portable_bitmap_are_no_header(level):
+    """35 begins a comment in the header, and the others are white space."""
+    head = b"P5 300 300 # a comment\n255\n"
+    assert (decoded(head + bytes([level]) * 90_000) == level).all()
+    assert (decoded(head + bytes(range(level + 1)) * 90_000)[0, level] == level).all()
 
 
 def test_a_damaged_file_of_a_known_format_is_called_so():

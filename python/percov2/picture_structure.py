@@ -54,7 +54,7 @@ def check_structure(stream: BinaryIO) -> None:
 
     Raises:
         StructureError: a PNG file with too many chunks, a JPEG file with too many scans, or a
-            portable bitmap with a very long comment.
+            portable bitmap with a very long header.
     """
     start = stream.tell()
     head = stream.read(8)
@@ -62,11 +62,8 @@ def check_structure(stream: BinaryIO) -> None:
         _check_png(stream)
     elif head[:3] == b"\xff\xd8\xff":
         _check_jpeg(stream)
-    elif re.match(rb"P[1-7]\s", head):
-        body = head + stream.read(_PNM_HEADER)
-        without_comments = re.sub(rb"#[^\n\r]*[\n\r]", b"", body)
-        if without_comments.count(b"#") and len(body) > _PNM_HEADER:
-            raise StructureError(f"the picture has a comment of more than {_PNM_HEADER} bytes")
+    elif re.match(rb"P[0-6fy]", head):
+        _check_pnm(head + stream.read(_PNM_HEADER))
     stream.seek(start)
 
 
@@ -87,6 +84,16 @@ def _check_jpeg(stream: BinaryIO) -> None:
         last = block[-1:]
     if scans > _MOST_SCANS:
         raise StructureError(f"the picture has {scans} scans, more than {_MOST_SCANS}")
+
+
+def _check_pnm(begin: bytes) -> None:
+    """Look for the end of the header, which Pillow reads a byte at a time, comments and all."""
+    words = re.sub(rb"#[^\n\r]*(?:[\n\r]|\Z)", b"", begin)
+    numbers = 2 if begin[:2] in (b"P1", b"P4") else 3
+    found = words.split(None, 1 + numbers)
+    ended = len(found) > 1 + numbers or (len(found) == 1 + numbers and words[-1:].isspace())
+    if not ended and len(begin) > _PNM_HEADER:
+        raise StructureError(f"the picture has a header of more than {_PNM_HEADER} bytes")
 
 
 def is_pending(image: Image.Image) -> bool:
