@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from percov2.colour_spaces import SRGB, from_cicp, from_gamma, icc_profile
+from percov2.colour_spaces import SRGB, from_cicp, from_gamma, icc_profile, to_srgb_levels
 from percov2.images import ImageWarning, decode_image, read_image, to_rgb
 from tools import picture_files as files
 
@@ -409,11 +409,18 @@ def test_jpeg2000_profiles_are_heeded():
     assert np.abs(found.astype(int) - expected).max() <= 2
 
 
-@pytest.mark.parametrize(("space", "adobe"), [(1, False), (2, True), (0xFFFF, True)])
-def test_exif_may_say_adobe_rgb(space, adobe):
+@pytest.mark.parametrize(
+    ("space", "index", "adobe"),
+    [
+        *((1, "", False), (2, "", True), (0xFFFF, "", True), (0xFFFF, "R03", True)),
+        *((0xFFFF, "R98", False), (None, "R03", True), (None, "R98", False)),
+    ],
+)
+def test_exif_may_say_adobe_rgb(space, index, adobe):
     image = Image.new("RGB", (16, 16), (150, 110, 100))
     exif = Image.Exif()
-    exif.get_ifd(0x8769)[0xA001] = space
+    told = {0xA001: space, 0xA005: {1: index} if index else None}
+    exif.get_ifd(0x8769).update({tag: value for tag, value in told.items() if value})
     out = io.BytesIO()
     image.save(out, "JPEG", quality=100, exif=exif)
     expected = (150, 110, 100)
@@ -438,6 +445,65 @@ def test_exif_may_say_adobe_rgb(space, adobe):
 def test_impossible_declarations_are_refused(chunks):
     with pytest.raises(ValueError, match=r"impossible chromaticities|does not know"):
         decoded(files.png("rgb", 8, swatches(8, 3), *chunks))
+
+
+CODE_POINTS = {
+    1: (*D65, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06),
+    4: (0.310, 0.316, 0.67, 0.33, 0.21, 0.71, 0.14, 0.08),
+    5: (*D65, 0.64, 0.33, 0.29, 0.60, 0.15, 0.06),
+    6: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    7: (*D65, 0.630, 0.340, 0.310, 0.595, 0.155, 0.070),
+    8: (0.310, 0.316, 0.681, 0.319, 0.243, 0.692, 0.145, 0.049),
+    9: BT2020,
+    11: (0.314, 0.351, *P3[2:]),
+    12: P3,
+    22: (*D65, 0.630, 0.340, 0.295, 0.605, 0.155, 0.077),
+}
+"""Primaries of table 2 of H.273: white, red, green and blue."""
+
+
+def broadcast_light(value: float) -> float:
+    """The inverse of the transfer of BT.709, 601 and 2020."""
+    return value / 4.5 if value < 4.5 * 0.018 else ((value + 0.099) / 1.099) ** (1 / 0.45)
+
+
+def test_code_points_mean_what_h273_says():
+    for primaries in range(256):
+        if primaries in CODE_POINTS:
+            found = from_cicp(primaries, 13).chromaticities
+            np.testing.assert_allclose(found, CODE_POINTS[primaries], atol=1e-9)
+        elif primaries != 2:
+            with pytest.raises(ValueError, match=f"primaries {primaries} "):
+                from_cicp(primaries, 13)
+    lights = {
+        **dict.fromkeys((1, 6, 14, 15), broadcast_light),
+        13: srgb_light,
+        4: lambda v: v**2.2,
+        5: lambda v: v**2.8,
+        8: lambda v: v,
+    }
+    samples = np.linspace(0, 1, 101)[:, None, None]
+    for transfer in set(range(256)) - {2, 16, 18}:
+        if transfer not in lights:
+            with pytest.raises(ValueError, match=f"transfer {transfer} "):
+                from_cicp(1, transfer)
+            continue
+        light = np.array([lights[transfer](v) for v in samples.ravel()])
+        exact = np.array([255 * srgb_code(v) for v in light])
+        found = to_srgb_levels(samples, from_cicp(1, transfer).curve).ravel()
+        assert np.abs(found - exact).max() <= 0.6
+
+
+def test_white_of_any_temperature_stays_white():
+    for primaries in CODE_POINTS:
+        picture = files.png("rgb", 8, flat(255, 255, 255), files.cicp(primaries, 13))
+        assert decoded(picture).min() >= 254
+
+
+@pytest.mark.parametrize("gamma", [0.005, 20])
+def test_a_gamma_out_of_any_use_is_refused(gamma):
+    with pytest.raises(ValueError, match="a gamma of"):
+        decoded(files.png("grey", 8, flat(9), files.gama(gamma)))
 
 
 def test_profiles_of_spaces_are_the_identity_for_srgb():

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
+from percov2 import images
 from percov2.files import check_kind, check_outputs, write_bytes, write_image
 from percov2.images import ImageWarning, pad, read_image, reflected, to_rgb
 from tools.photos import noise
@@ -193,6 +194,25 @@ def test_giant_pictures_are_refused_before_they_are_decoded(tmp_path, monkeypatc
     with pytest.raises(ValueError, match="limit of 2499"):
         read_image(path, max_pixels=2499)
     assert Image.MAX_IMAGE_PIXELS == 100
+
+
+def test_threads_share_a_limit_on_pixels_or_wait_for_their_turn():
+    """The limit is Pillow's, for the whole process."""
+    seen, before = [], Image.MAX_IMAGE_PIXELS
+
+    def work(pixels: int) -> None:
+        with images._PILLOW_LIMIT.held(pixels):
+            seen.append((pixels, Image.MAX_IMAGE_PIXELS))
+
+    same, other = (threading.Thread(target=work, args=(n,), daemon=True) for n in (100, 200))
+    with images._PILLOW_LIMIT.held(100):
+        same.start()
+        same.join(10)
+        other.start()
+        other.join(0.2)
+        assert seen == [(100, 100)] and Image.MAX_IMAGE_PIXELS == 100
+    other.join(10)
+    assert seen == [(100, 100), (200, 200)] and before == Image.MAX_IMAGE_PIXELS
 
 
 @pytest.mark.filterwarnings("ignore:Image was not the expected size")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import time
 import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from percov2 import Codec
 from percov2.colour_spaces import SRGB, ColourSpace, icc_profile
@@ -140,7 +141,16 @@ def planar(samples: np.ndarray) -> bytes:
 
 def test_planes_of_16_bits_are_read_as_such():
     samples = np.random.default_rng(0).integers(0, 65536, (5, 7, 3))
-    assert np.abs(decoded(planar(samples)).astype(int) - samples / 257).max() <= 1
+    data = planar(samples)
+    entries = {254: 1, 256: 1, 257: 1, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 1}
+    small = struct.pack("<H", len(entries)) + data[4:8]
+    for tag, value in reversed(entries.items()):
+        small = small[:2] + struct.pack("<HHII", tag, 4, 1, value) + small[2:]
+    after_a_thumbnail = data[:4] + struct.pack("<I", len(data)) + data[8:] + small
+    before = TiffImagePlugin.READ_LIBTIFF
+    for one in (data, after_a_thumbnail):
+        assert np.abs(decoded(one).astype(int) - samples / 257).max() <= 1
+    assert before == TiffImagePlugin.READ_LIBTIFF  # a setting of the whole process
 
 
 def test_uncompressed_ycbcr_of_half_size_chroma():
@@ -172,7 +182,7 @@ def test_unsigned_samples_of_32_bits_and_signed_ones():
         decoded(files.tiff(np.array([[[1], [2]]]), 8, 1, t339=[2]))
 
 
-def pages(*tags: dict[str, list[int]]) -> bytes:
+def pages(*tags: dict[str, list[int]], **options: bool) -> bytes:
     """A TIFF file with a grey page per dictionary, whose level is 10 times its number."""
     out = io.BytesIO()
     images = [Image.new("L", (8, 8), 10 * i) for i in range(len(tags))]
@@ -181,18 +191,36 @@ def pages(*tags: dict[str, list[int]]) -> bytes:
         image.encoderinfo = {"tiffinfo": {int(k[1:]): v[0] for k, v in own.items()}}
         infos.append(image)
     first, *others = infos
-    first.save(out, "TIFF", save_all=True, append_images=others, **first.encoderinfo)
+    more = first.encoderinfo | options
+    first.save(out, "TIFF", save_all=True, append_images=others, **more)
     return out.getvalue()
 
 
+@pytest.mark.parametrize("big", [False, True])
 @pytest.mark.parametrize("tags", [{"t254": [1]}, {"t254": [4]}, {"t255": [2]}])
-def test_masks_and_thumbnails_before_the_page_are_skipped(tags):
-    data = pages(tags, {})
+def test_masks_and_thumbnails_before_the_page_are_skipped(tags, big):
+    data = pages(tags, {}, big_tiff=big)
+    assert data.startswith(b"II+\0" if big else b"II*\0")
     found = tiff_pages(io.BytesIO(data))
     assert [page.is_secondary for page in found] == [True, False]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ImageWarning)
         assert (decoded(data) == 10).all()
+
+
+@pytest.mark.parametrize(("profiled", "level"), [(0, 128), (1, 188)])
+def test_a_page_has_its_own_profile_and_not_that_of_its_thumbnail(profiled, level):
+    small, whole = Image.new("L", (8, 8), 10), Image.new("L", (16, 16), 128)
+    whole.encoderinfo = {"tiffinfo": {254: 0}}
+    out, more = io.BytesIO(), {"save_all": True, "append_images": [whole]}
+    small.save(out, "TIFF", tiffinfo={254: 1}, icc_profile=LINEAR, **more)
+    before, tag, middle, again, after = re.split(b"(\x73\x87\7\0)", out.getvalue())
+    tags = [tag, again]
+    tags[1 - profiled] = b"\xe8\xfd\7\0"  # an unknown one
+    data = before + tags[0] + middle + tags[1] + after
+    assert [page.has_profile for page in tiff_pages(io.BytesIO(data))] == [not profiled, profiled]
+    with pytest.warns(ImageWarning, match="2 frames"):
+        assert (decoded(data) == level).all()
 
 
 def test_many_pages_are_counted_in_linear_time():
@@ -239,6 +267,15 @@ def test_parts_that_are_dropped_are_said():
         marked = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
         with pytest.warns(ImageWarning, match=f"the picture's {part} is not stored"):
             decoded(marked)
+    image = Image.new("RGB", (4, 4))
+    for info, part in (
+        ({"depth_images": [b"x"]}, "depth map"),
+        ({"aux": {"urn:mpeg:hevc:2015:auxid:2:depth": [1]}}, "depth map"),
+        ({"aux": {"urn:com:apple:photo:2020:aux:hdrgainmap": [1]}}, "gain map"),
+    ):
+        image.info = info  # as pillow-heif gives it
+        with pytest.warns(ImageWarning, match=f"the picture's {part} is not stored"):
+            to_rgb(image)
 
 
 def test_structures_without_end_are_refused_at_once():
