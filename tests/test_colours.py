@@ -371,12 +371,26 @@ def test_a_file_of_several_frames_says_how_many(kind, tmp_path):
         assert (to_rgb(image) == 255).all()
 
 
+def test_several_pictures_of_a_phone_in_a_file_are_read_as_one(tmp_path):
+    frames = [Image.new("RGB", (16, 8), (level,) * 3) for level in (90, 10)]
+    frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:], quality=100)
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    with pytest.warns(ImageWarning, match="has 2 frames"):
+        assert (decoded((tmp_path / "a.jpg").read_bytes()) == 90).all()
+
+
 def test_an_alpha_that_holds_nothing_is_ignored_where_it_is_often_unused():
     image = Image.new("RGBA", (8, 8), (200, 100, 50, 0))
-    for kind, pixel in (("TGA", (200, 100, 50)), ("PNG", (255, 255, 255))):
+    used = image.copy()
+    used.putpixel((7, 7), (0, 0, 0, 255))
+    colour, white = (200, 100, 50), (255, 255, 255)
+    for kind, picture, pixel in (
+        *(("TGA", image, colour), ("SGI", image, colour), ("PNG", image, white)),
+        *(("TGA", used, white), ("SGI", used, white)),
+    ):
         out = io.BytesIO()
-        image.save(out, kind)
-        with pytest.warns(ImageWarning, match=r"unused|flattened"):
+        picture.save(out, kind)
+        with pytest.warns(ImageWarning, match="unused" if pixel == colour else "flattened"):
             assert tuple(decoded(out.getvalue())[0, 0]) == pixel
 
 

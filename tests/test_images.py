@@ -105,6 +105,14 @@ def test_exif_orientation_is_applied():
         np.testing.assert_array_equal(quiet(image), expected)
 
 
+def test_a_damaged_exif_block_is_ignored_and_said():
+    deep = Image.fromarray(np.full((2, 3), 9 * 257, np.uint16))
+    for plain in (Image.new("RGB", (3, 2), (9, 9, 9)), deep):
+        image = stored(plain, "PNG", exif=b"no Exif block")
+        with pytest.warns(ImageWarning, match="ignored a damaged EXIF block"):
+            assert (to_rgb(image) == 9).all()
+
+
 def wide_gamut_profile() -> bytes:
     """sRGB's profile with red and green swapped: conversion must swap the channels."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
@@ -239,6 +247,8 @@ def test_only_regular_files_are_read_and_a_lack_of_memory_is_no_damage(tmp_path,
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
     with pytest.raises(MemoryError):
         read_image(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as lazy, pytest.raises(MemoryError):
+        to_rgb(lazy)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "JPEG", "webp", "tif", "tiff", "bmp", "ppm"])
@@ -320,12 +330,15 @@ def test_outputs_overwrite_neither_inputs_nor_each_other(tmp_path):
     photo, link = tmp_path / "a.png", tmp_path / "link.png"
     photo.write_bytes(b"original")
     link.symlink_to(photo)
+    again = tmp_path / ".." / tmp_path.name / "b.png"
+    new = tmp_path / "new.png"
+    new.symlink_to("b.png")
     check_outputs([tmp_path / "b.png", tmp_path / "c.png"], [photo])
     for outputs, match in [
         ([photo], r"a\.png: it is the same file as the input"),
         ([tmp_path / ".." / tmp_path.name / "a.png"], "same file as the input"),
         ([link], "same file as the input"),
-        ([tmp_path / "b.png", tmp_path / "b.png"], "same file as the output"),
+        *(([tmp_path / "b.png", one], "same file as the output") for one in (again, new)),
         ([tmp_path / "none" / "b.png"], "there is no folder"),
         ([tmp_path], "it is a folder"),
     ]:
@@ -353,9 +366,10 @@ def test_results_replace_only_files_of_their_kind(tmp_path):
             check_kind(path, compressed=False)
 
 
-def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV])
+def test_a_file_that_cannot_be_replaced_is_written_in_place(tmp_path, monkeypatch, number):
     def busy(*_: object) -> None:
-        raise OSError(errno.EBUSY, "Device or resource busy")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "replace", busy)
     path = tmp_path / "mounted"
@@ -415,8 +429,17 @@ def test_only_devices_and_open_files_are_streams(tmp_path):
     photo.write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match=r"must end in \.pcv2"):
         check_kind(photo, compressed=True)
-    check_kind(Path("/dev/null"), compressed=True)
-    check_kind(Path("/dev/stdout"), compressed=True)
+    for path in (Path("/dev/null"), Path("/dev/stdout")):
+        check_kind(path, compressed=True)
+        with pytest.raises(ValueError, match="no picture format"):
+            check_kind(path, compressed=False)
+
+
+def test_nothing_is_written_to_a_standard_output_that_is_closed(monkeypatch):
+    """Another file may have its number by now."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        write_bytes("/dev/stdout", b"data")
 
 
 def test_hard_links_are_the_same_file(tmp_path):

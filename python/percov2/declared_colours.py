@@ -180,6 +180,8 @@ def _exif_says_adobe_rgb(image: Image.Image) -> bool:
         space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
         index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
     except Exception:  # a damaged block, which the caller reports
+        unread: Any = image
+        unread._exif = None  # Pillow would not raise its error again
         return False
     if space == 0xFFFF:
         return not str(index).startswith("R98")
