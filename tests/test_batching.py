@@ -11,7 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from percov2.batching import Outcome, Pipeline, current_item, in_order
+from percov2.batching import Outcome, Pipeline, by_group, current_item, in_order
+
+
+def test_equal_keys_share_calls_of_bounded_size():
+    calls = []
+
+    def work(some: list[str]) -> list[str]:
+        calls.append("".join(some))
+        return [one.upper() for one in some]
+
+    sizes = [{"b": 40, "c": 500}.get(key, 30) for key in "abacaaba"]
+    items = list("stuvwxyz")
+    assert by_group(items, list("abacaaba"), sizes, work, at_once=100) == list("STUVWXYZ")
+    assert calls == ["suw", "xz", "ty", "v"]
 
 
 def slowly(value: int) -> int:
@@ -97,6 +110,17 @@ def test_threads_know_the_input_they_work_on():
     assert sorted(seen) == [("a", 0), ("b", 1), ("c", 2), ("d", 3)]
     assert [one.get() for one in found] == [0, 1, 2, 3]
     assert current_item() is None
+    together = lambda some: [str(current_item()) for _ in some]  # noqa: E731
+    found = pipeline(load, together, batch_size=2).run("abc")
+    assert [one.get() for one in found] == ["None", "None", "2"]
+
+
+def test_a_pipeline_takes_few_inputs_that_are_not_finished():
+    taken = []
+    inputs = (taken.append(i) or i for i in range(5000))
+    for _ in itertools.islice(pipeline().run(inputs), 30):
+        pass
+    assert len(taken) < 100
 
 
 def test_large_pictures_are_in_work_alone():

@@ -69,6 +69,7 @@ def test_expected_errors_are_one_line_about_the_file(picture, file, random_model
         ),
         (("decompress", file, out, *model, "--max-pixels", 99), "limit of 99"),
         (("info", text), f"{text}: not a .pcv2 file"),
+        (("info", file, "--max-pixels", 99), "limit of 99"),
         (("info", cut, "--verify", *model), f"{cut}: the file is damaged or cut"),
         (("roundtrip", picture, picture, "--out", tmp_path, *model), "'photo' too"),
         (("roundtrip", picture, "--out", tmp_path, *model), "same file as the input"),
@@ -80,6 +81,17 @@ def test_expected_errors_are_one_line_about_the_file(picture, file, random_model
         assert message in failure(capsys, *command), command
     assert not out.exists() and not small.exists() and theirs.read_text() == "somebody's"
     assert not list(tmp_path.rglob("*.part")) and picture.read_bytes() == before
+
+
+def test_endless_inputs_are_read_only_in_part(file, picture, tmp_path, monkeypatch, capsys):
+    store = pytest.importorskip("fsspec").filesystem("memory")
+    store.pipe_file("/endless.png", picture.read_bytes())
+    monkeypatch.setattr(info, "MAX_FILE_BYTES", file.stat().st_size - 1)
+    monkeypatch.setattr(compress, "_MOST_BYTES", picture.stat().st_size - 1)
+    for command in (("info", file), ("decompress", file, tmp_path / "o.png")):
+        assert f"is longer than {file.stat().st_size - 1} bytes" in failure(capsys, *command)
+    said = failure(capsys, "compress", "memory://endless.png", tmp_path / "o.pcv2")
+    assert f"is longer than {picture.stat().st_size - 1} bytes" in said
 
 
 def test_what_is_left_out_is_said_of_the_file_where_several_are_given(

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from percov2 import Codec
+from percov2.places import exists, open_for_writing, read
 from tools.command_line import failure, output, run, subprocess_run
 from tools.photos import noise
 
@@ -23,10 +24,11 @@ from tools.photos import noise
 def folder(tmp_path) -> Path:
     """Five pictures of several sizes in two folders, one damaged, and other files."""
     top = tmp_path / "photos"
-    for i, name in enumerate(["a.png", "b.jpg", "sub/a.webp", "sub/deep/d.png", "sub/e.bmp"]):
+    for i, name in enumerate(["a.png", "b.jpg", "sub/a.webp", "sub/deep/d.png", "sub/e.BMP"]):
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         noise(40 + 9 * i, 30 + 5 * i).save(top / name)
-    for name in ("notes.txt", ".hidden.png", "sub/._a.webp"):
+    (top / ".bin").mkdir()
+    for name in ("notes.txt", ".hidden.png", "sub/._a.webp", ".bin/f.png"):
         (top / name).write_text("no picture")
     return top
 
@@ -60,13 +62,15 @@ def test_a_folder_is_mirrored_and_restored(folder, random_model, tmp_path, capsy
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
     assert said.err.startswith(f"5 of 5 pictures, {sum(r['bytes'] for r in records)} bytes, ")
+    bpp = sum(8 * r["bytes"] for r in records) / sum(r["width"] * r["height"] for r in records)
+    assert f" bytes, {bpp:.4f} bpp, " in said.err
     assert "2 other files ignored" not in said.err and "1 other files ignored" in said.err
     back = tmp_path / "back"
-    assert run("decompress", "-r", small, "-o", back, *model) == 0
+    assert run("decompress", "-r", small, "-o", back, *model, "--seed", 5) == 0
     assert files(back) == [name + ".png" for name in names]
     for name in names:
         with Image.open(back / f"{name}.png") as image:
-            expected = codec.decompress(small / f"{name}.pcv2")
+            expected = codec.decompress(small / f"{name}.pcv2", seed=5)
             np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
 
 
@@ -100,6 +104,13 @@ def test_outputs_that_exist_are_left_out_if_asked(folder, random_model, tmp_path
     assert "1 of 2 pictures" in (said := capsys.readouterr().err) and "1 skipped" in said
     assert (out / "a.pcv2").stat().st_mtime_ns == first
     assert (out / "b.pcv2").stat().st_size > 0
+    report = tmp_path / "report.jsonl"
+    skip = ("-o", out, "--skip-existing", *model)
+    assert run("compress", folder / "a.png", *skip) == 0  # one input, too
+    assert run("compress", folder / "a.png", folder / "none.png", *skip) == 1
+    assert (out / "a.pcv2").stat().st_mtime_ns == first
+    assert run("compress", folder / "a.png", "-o", out, "--report", report, *model) == 0
+    assert json.loads(report.read_text())["output"] == str(out / "a.pcv2")
 
 
 def test_results_never_replace_what_they_must_not(folder, random_model, tmp_path, capsys):
@@ -122,6 +133,18 @@ def test_results_never_replace_what_they_must_not(folder, random_model, tmp_path
     assert (folder / "b.pcv2").read_text() == "somebody's"
     message = failure(capsys, "compress", folder, "--report", folder / "a.png", *model)
     assert "it exists and is no report" in message
+
+
+def test_a_caption_and_an_existing_folder_serve_one_input_or_several(
+    folder, random_model, tmp_path
+):
+    codec = Codec.from_pretrained(random_model)
+    more = ("-o", tmp_path, "--caption", "a red door", "--model", random_model)
+    assert run("compress", folder / "a.png", *more) == 0
+    assert run("compress", folder / "b.jpg", folder / "sub/e.BMP", *more) == 0
+    for name in "abe":
+        (decoded,) = codec.decode([(tmp_path / f"{name}.pcv2").read_bytes()])
+        assert decoded.caption == "a red door"
 
 
 def test_several_inputs_need_a_folder(folder, random_model, tmp_path, capsys):
@@ -170,7 +193,7 @@ def test_pipes_carry_one_picture(picture, random_model, tmp_path):
 def test_urls_are_read_and_written(picture, random_model, tmp_path, capsys):
     fsspec = pytest.importorskip("fsspec")
     store = fsspec.filesystem("memory")
-    for name in ("in/a.png", "in/sub/b.png", "in/sub/c.txt"):
+    for name in ("in/a.png", "in/sub/b.png", "in/sub/c.txt", "in/.d.png", "in/.bin/e.png"):
         store.pipe_file(f"/photos/{name}", picture.read_bytes())
     model = ("--model", random_model)
     assert run("compress", "-r", "memory://photos/in/", "-o", "memory://photos/out/", *model) == 0
@@ -184,7 +207,15 @@ def test_urls_are_read_and_written(picture, random_model, tmp_path, capsys):
     assert "8-bit" not in output(capsys, "info", "memory://photos/out/a.pcv2")
     skip = ("--skip-existing", *model)
     assert run("compress", "memory://photos/in/", "-o", "memory://photos/out/", *skip) == 0
-    assert "1 skipped" in capsys.readouterr().err
+    assert "0 of 1 pictures" in (said := capsys.readouterr().err) and "1 skipped" in said
+    store.pipe_file("/photos/out/a.pcv2", b"")  # as good as missing
+    assert run("compress", "memory://photos/in", "-o", "memory://photos/out/", *skip) == 0
+    assert store.cat("/photos/out/a.pcv2") == expected
+    store.pipe_file("/photos/in/a.jpg", picture.read_bytes())
+    assert run("compress", "memory://photos/in/", *model) == 1
+    assert "it is the output for memory:" in capsys.readouterr().err
+    small = ("compress", "memory://photos/in/a.png", out, *model, "--max-pixels", 99)
+    assert "limit of 99" in failure(capsys, *small)
     assert "ends in .pcv2" in failure(
         capsys, "compress", picture, "-o", "memory://photos/x.png", *model
     ).replace("must end in", "ends in")
@@ -201,10 +232,36 @@ def test_warnings_name_their_input(random_model, tmp_path, capsys):
     ]
 
 
+def failing(capsys, status: int, *arguments: object) -> str:
+    """What a command prints that ends with a status."""
+    capsys.readouterr()
+    assert run(*arguments) == status
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["memory://unfinished", ""])
+def test_a_file_that_is_not_finished_gets_no_name(place, tmp_path):
+    pytest.importorskip("fsspec")
+    name = f"{place or tmp_path}/new/a.tar"
+
+    def write(*parts: bytes | None) -> None:
+        with open_for_writing(name) as stream:
+            for part in parts:
+                stream.write(part)
+
+    with pytest.raises(TypeError):
+        write(b"half of it", None)
+    assert not exists(name) and not list(tmp_path.rglob("*.part"))
+    write(b"all ", b"of it")
+    assert read(name, 99) == b"all of it"
+
+
 def test_info_describes_several_files(file, tmp_path, capsys):
     shown = json.loads(output(capsys, "info", "--json", file, file))
     assert [one["file"] for one in shown] == [str(file)] * 2
     assert shown[0] == json.loads(output(capsys, "info", "--json", file))
+    assert len(json.loads(failing(capsys, 1, "info", "--json", file, tmp_path / "none.pcv2"))) == 1
+    assert json.loads(failing(capsys, 2, "info", "--json", tmp_path / "x", tmp_path / "y")) == []
     assert run("info", file, tmp_path / "none.pcv2") == 1
     captured = capsys.readouterr()
     assert captured.out.startswith(str(file)) and "none.pcv2: No such file" in captured.err

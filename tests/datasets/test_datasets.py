@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from percov2 import Codec, EncodeOptions
+from percov2 import Codec, DecodeOptions, EncodeOptions
 from percov2.datasets import CompressImages, DecompressImages
+from percov2.datasets.shards import write_sample
 from tools.command_line import failure, run
 from tools.photos import noise
 
@@ -72,6 +73,24 @@ def test_rows_get_files_or_errors(random_model):
     assert [bool(error) for error in back["error"]] == [False] * 3 + [True] * 2
     with pytest.raises(ValueError, match="no column 'image'; there are img"):
         compress({"img": pictures})
+    with pytest.raises(ValueError, match="a format of Pillow, not 'pngg'"):
+        DecompressImages(random_model, form="pngg")
+
+
+def test_rows_name_files_and_keep_them_if_asked(random_model, tmp_path):
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    column = np.empty(2, object)
+    column[:] = [{"bytes": None, "path": str(tmp_path / "a.jpg")}, {"bytes": None, "path": None}]
+    made = CompressImages(random_model, keep=True)({"image": column})
+    assert made["pcv2"][0] == Codec.from_pretrained(random_model).compress(jpeg(1))
+    assert made["error"].tolist() == ["", "the row has no picture"]
+    assert made["image"] is column
+    options = DecodeOptions(seed=5)
+    (back,) = DecompressImages(random_model, options=options, keep=True, form="PNG")(
+        {"pcv2": made["pcv2"][:1]}
+    )["image"]
+    expected = Codec.from_pretrained(random_model).decompress(made["pcv2"][0], options)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(back))), np.asarray(expected))
 
 
 def test_captions_of_rows_are_stored(random_model):
@@ -139,6 +158,33 @@ def test_a_damaged_shard_fails_alone(shards, random_model, tmp_path, capsys):
     assert not list(out.rglob("*.part"))
 
 
+def test_samples_of_any_kind_stay_in_their_shard(random_model, tmp_path, monkeypatch, capsys):
+    """An ending in capitals, a sample without a picture, and one that is too large."""
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in/A.TAR", "w") as tar:
+        write_sample(tar, "a", {"JPG": jpeg(1), "seg.PNG": b"mask"})
+        write_sample(tar, "b", {"txt": b"words alone"})
+        write_sample(tar, "c", {"jpg": bytes(100_000), "txt": b"too large"})
+    write_shard(tmp_path / "in/a.tar.gz", range(2))
+    write_shard(tmp_path / "in/a.tgz", range(2))
+    monkeypatch.setattr("percov2.datasets.shards.MOST_BYTES", 50_000)
+    out = tmp_path / "out"
+    command = ("compress", tmp_path / "in", "-o", out, "--engine", "local")
+    assert run(*command, "--model", random_model) == 1
+    said = capsys.readouterr().err
+    assert "A.TAR: c: c.jpg has 100000 bytes" in said
+    assert f"a.tgz: its output a.tar is also that of {tmp_path / 'in/a.tar.gz'}" in said
+    expected = Codec.from_pretrained(random_model).compress(jpeg(1))
+    assert members(out / "A.tar") == {
+        "a.pcv2": expected,
+        "a.seg.PNG": b"mask",
+        "b.txt": b"words alone",
+    }
+    assert sorted(members(out / "a.tar")) == sorted(
+        f"0000{key}.{end}" for key in range(2) for end in ("cls", "pcv2", "txt")
+    )
+
+
 def test_tables_keep_their_other_columns(random_model, tmp_path, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
@@ -162,14 +208,16 @@ def test_tables_keep_their_other_columns(random_model, tmp_path, capsys):
     assert "no column 'jpg'; there are image, label" in capsys.readouterr().err
 
 
-def test_loose_files_are_mirrored_and_resumed(random_model, tmp_path, capsys):
+def test_loose_files_are_mirrored_and_resumed(random_model, tmp_path, monkeypatch, capsys):
     for i in range(3):
         path = tmp_path / f"in/sub{i}/p.jpg"
         path.parent.mkdir(parents=True)
         path.write_bytes(jpeg(i))
+    monkeypatch.setattr("percov2.datasets.units._FILES_PER_UNIT", 2)
     out = tmp_path / "out"
     command = ("compress", "-r", tmp_path / "in", "-o", out, "--engine", "local")
     assert run(*command, "--model", random_model) == 0
+    assert "2 units" in capsys.readouterr().err
     assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.pcv2")) == [
         f"sub{i}/p.pcv2" for i in range(3)
     ]
