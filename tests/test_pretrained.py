@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageFilter
 
 import percov2
@@ -20,6 +21,7 @@ from percov2.container import bitstream
 from percov2.container.caption_model import CaptionModel
 from percov2.evaluation.metrics import measure
 from percov2.models.tiny import backbone
+from percov2.models.torch.hyper_encoder import HyperEncoder
 from tools.photos import noise
 
 FOLDER = Path(percov2.__file__).parent / "pretrained" / "tiny"
@@ -148,10 +150,48 @@ def test_tiles_of_the_encoders_give_the_tokens_of_the_whole(rate, monkeypatch):
     np.testing.assert_array_equal(tiled, whole)
 
 
+@pytest.mark.parametrize(("unit", "reach", "tile"), [(1, 0, 1), (2, 1, 4), (3, 2, 6), (1, 3, 7)])
+def test_tiles_have_all_that_their_positions_depend_on(unit, reach, tile):
+    """The network gives the largest value of all that a position depends on."""
+
+    sides = []
+
+    def network(part: np.ndarray) -> np.ndarray:
+        height, width = part.shape[2] // unit, part.shape[3] // unit
+        sides.append(max(height, width))
+        found = np.empty((1, 1, height, width), np.float32)
+        for y, x in np.ndindex(height, width):
+            rows = slice(max(0, y - reach) * unit, (y + reach + 1) * unit)
+            columns = slice(max(0, x - reach) * unit, (x + reach + 1) * unit)
+            found[0, 0, y, x] = part[:, :, rows, columns].max()
+        return found
+
+    values = np.random.default_rng(0).random((1, 2, 13 * unit, 6 * unit), np.float32)
+    for some in (values, values.swapaxes(2, 3)):
+        tiled = backbone._by_tiles(network, some, unit, reach, tile)
+        assert max(sides) <= max(tile, 1 + 2 * reach)
+        np.testing.assert_array_equal(tiled, network(some))
+        sides.clear()
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 4, 8])
+def test_the_reach_of_the_hyper_encoder_is_that_of_its_gradient(ratio):
+    network = HyperEncoder(1, 4, 4, stride=ratio).double()
+    for parameter in network.parameters():
+        parameter.data.abs_().div_(8)  # so that nothing cancels and nothing is rectified
+    middle, side = 20, 41 * ratio
+    latents = torch.zeros(1, 1, side, side, dtype=torch.float64, requires_grad=True)
+    network(latents)[0, :, middle, middle].sum().backward()
+    (rows,) = np.nonzero(latents.grad[0, 0].sum(1).numpy())
+    before, after = middle * ratio - rows.min(), rows.max() - (middle + 1) * ratio + 1
+    assert backbone._hyper_reach(ratio) == -(-max(before, after) // ratio)
+
+
 PAINTED = """
 from PIL import Image
 from percov2 import Codec
 from percov2.models.tiny import backbone
+from percov2.models.torch.hyper_encoder import HyperEncoder
 
 bars = []
 backbone.tqdm = lambda parts, name, **more: bars.append((name, len(parts))) or parts

@@ -143,6 +143,13 @@ def junk_after(codec: Codec, size: int, seed: int, **fields: Any) -> bytes:
     return bitstream.prefix(header) + encode(0x1234, symbols + junk)
 
 
+@pytest.mark.parametrize(("side", "tokens"), [(64, 1), (256, 16)])
+def test_more_bytes_than_the_tokens_can_need_are_refused_at_once(codec, side, tokens):
+    data = junk_after(codec, 40 * tokens, 0, height=side, width=side)
+    with pytest.raises(BitstreamError, match=f"bytes are too many for the {tokens} tokens"):
+        codec.decode([data])
+
+
 def memory(field: str) -> int:
     """Resident memory of this process in kB: VmRSS now, VmHWM at its peak.
 
