@@ -140,7 +140,6 @@ def test_large_pictures_are_in_work_alone():
     budget = {"batch_size": 1, "loaders": 4, "workers": 4, "pixels_at_once": 100}
     found = Pipeline(int, work, lambda i: sizes[i], **budget).run(range(len(sizes)))
     assert [one.get() for one in found] == list(range(len(sizes)))
-    assert max(map(len, most)) == 2
     for together in most:
         assert len(together) == 1 or not {2, 5} & set(together)
 
