@@ -108,7 +108,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "",
         "numpy",
     ),
-    "percov2.cli.many": ("cli batching places", "tqdm", ""),
+    "percov2.cli.many": ("cli batching models.backbone places", "tqdm", ""),
     "percov2.cli.datasets": ("cli options", "tqdm", ""),
     "percov2.__main__": ("cli", "", ""),
 }

@@ -274,3 +274,11 @@ def test_ray_maps_rows(cluster):
     codec = Codec.from_pretrained("tiny")
     found = {row["key"]: row["pcv2"] for row in made}
     assert found == {i: codec.compress(jpeg(i)) for i in range(8)}
+
+
+def test_a_shard_is_never_its_own_output(shards, random_model, capsys):
+    before = (shards / "a.tar").read_bytes()
+    command = ("compress", shards, "-o", shards, "--engine", "local", "--model", random_model)
+    assert run(*command) == 2
+    assert "a.tar is an input; use another folder" in capsys.readouterr().err
+    assert (shards / "a.tar").read_bytes() == before

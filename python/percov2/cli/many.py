@@ -15,6 +15,7 @@ from tqdm import tqdm
 from percov2.batching import Outcome, current_item, in_order
 from percov2.cli.faults import Fault, about, naming, reason, say
 from percov2.cli.operands import Plan, Task
+from percov2.models.backbone import available_cores
 from percov2.places import exists
 
 __all__ = ["run_many"]
@@ -37,8 +38,10 @@ def run_many(
         finish: a function from a task and its outcome's value to facts for the report. It writes
             the result. It runs in threads.
     """
-    skipped = [one for one in plan.tasks if arguments.skip_existing and exists(one.target)]
-    tasks = [one for one in plan.tasks if one not in set(skipped)] if skipped else plan.tasks
+    skipped: list[Task] = []
+    tasks: list[Task] = []
+    for one in plan.tasks:
+        (skipped if arguments.skip_existing and exists(one.target) else tasks).append(one)
     begin, records = time.monotonic(), _Records()
     with _report(arguments.report) as report, naming(lambda: _source(tasks)):
         for name, message in plan.faults:
@@ -56,7 +59,7 @@ def run_many(
             except _FAULTS as error:
                 return record | {"error": f"{task.target}: {reason(task.target, error)}"}
 
-        jobs = arguments.jobs or 2
+        jobs = arguments.jobs or available_cores()
         try:
             with tqdm(total=len(tasks), unit="picture", disable=None) as bar:
                 outcomes = start(tasks) if tasks else ()

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from percov2.datasets.shards import SHARDS
-from percov2.places import Found, exists, members, open_for_writing, read
+from percov2.files import same_file
+from percov2.places import Found, exists, is_local, members, open_for_writing, read
 
 __all__ = ["TABLES", "Plan", "Unit", "finished_record", "plan_units", "store_record"]
 
@@ -60,10 +61,12 @@ def plan_units(
     units: list[Unit] = []
     faults: list[tuple[str, str]] = []
     targets: dict[str, str] = {}
+    inputs: set[object] = set()
     for operand in operands:
         found = members(operand, deep)
         if found is None:
             found = [Found(operand, operand.rpartition("/")[2])]
+        inputs |= {_place(one.name) for one in found}
         loose = [one for one in found if one.below.lower().endswith(tuple(endings))]
         groups = [loose[i : i + _FILES_PER_UNIT] for i in range(0, len(loose), _FILES_PER_UNIT)]
         units += [Unit("files", group, root, "") for group in groups]
@@ -78,7 +81,17 @@ def plan_units(
             units.append(Unit(kind, [one], root + below, f"{root}manifest/{below}.json"))
         if not loose and not whole:
             faults.append((operand, f"no file there ends in {', '.join(SHARDS + TABLES)}"))
-    return Plan(units, faults)
+    sound = [unit for unit in units if unit.kind == "files" or _place(unit.target) not in inputs]
+    for unit in units:
+        if unit not in sound:
+            name = unit.sources[0].name
+            faults.append((name, f"its output {unit.target} is an input; use another folder"))
+    return Plan(sound, faults)
+
+
+def _place(name: str) -> object:
+    """Return what two names of one file share."""
+    return same_file(name) if is_local(name) else name
 
 
 def _output_name(below: str) -> str:
