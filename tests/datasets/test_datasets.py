@@ -282,3 +282,13 @@ def test_a_shard_is_never_its_own_output(shards, random_model, capsys):
     assert run(*command) == 2
     assert "a.tar is an input; use another folder" in capsys.readouterr().err
     assert (shards / "a.tar").read_bytes() == before
+
+
+def test_two_pictures_with_one_output_are_said(random_model, tmp_path, capsys):
+    for name, seed in (("a.jpg", 1), ("a.png", 2)):
+        (tmp_path / name).write_bytes(jpeg(seed))
+    command = ("compress", tmp_path, "-o", tmp_path / "out", "--engine", "local")
+    assert run(*command, "--model", random_model) == 1
+    assert f"its output would be that of {tmp_path / 'a.jpg'}" in capsys.readouterr().err
+    expected = Codec.from_pretrained(random_model).compress(jpeg(1))
+    assert (tmp_path / "out/a.pcv2").read_bytes() == expected

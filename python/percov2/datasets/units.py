@@ -67,7 +67,16 @@ def plan_units(
         if found is None:
             found = [Found(operand, operand.rpartition("/")[2])]
         inputs |= {_place(one.name) for one in found}
-        loose = [one for one in found if one.below.lower().endswith(tuple(endings))]
+        loose = []
+        for one in found:
+            if not one.below.lower().endswith(tuple(endings)):
+                continue
+            stem = one.below.rpartition(".")[0]
+            if stem in targets:
+                faults.append((one.name, f"its output would be that of {targets[stem]}"))
+                continue
+            targets[stem] = one.name
+            loose.append(one)
         groups = [loose[i : i + _FILES_PER_UNIT] for i in range(0, len(loose), _FILES_PER_UNIT)]
         units += [Unit("files", group, root, "") for group in groups]
         whole = [one for one in found if one.below.lower().endswith(SHARDS + TABLES)]
@@ -79,7 +88,7 @@ def plan_units(
                 continue
             targets[below] = one.name
             units.append(Unit(kind, [one], root + below, f"{root}manifest/{below}.json"))
-        if not loose and not whole:
+        if not whole and not any(one.below.lower().endswith(tuple(endings)) for one in found):
             faults.append((operand, f"no file there ends in {', '.join(SHARDS + TABLES)}"))
     sound = [unit for unit in units if unit.kind == "files" or _place(unit.target) not in inputs]
     for unit in units:
