@@ -46,5 +46,5 @@ def test_pictures_and_files_over_the_limit_are_refused_alone(codec):
 def test_numbers_of_jobs_and_pictures_are_checked(codec, wrong):
     for numbers in ({"jobs": wrong}, {"batch_size": wrong}):
         (name,) = numbers
-        with pytest.raises(ValueError, match=f"{name} must be a whole number from 1 to 1024"):
+        with pytest.raises(ValueError, match=f"{name} is .*a whole number from 1 to 1024"):
             codec.compress_many([], **numbers)

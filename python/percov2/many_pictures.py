@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
@@ -18,6 +17,7 @@ from PIL import Image
 from percov2.batching import Outcome, Pipeline
 from percov2.container import bitstream
 from percov2.entropy import rans
+from percov2.entropy.ranges import whole_number
 from percov2.inputs import as_files, rgb_array
 from percov2.models.backbone import available_cores
 from percov2.options import DecodeOptions, EncodeOptions
@@ -114,8 +114,8 @@ def _pipeline(
 ) -> Pipeline[Item, Loaded, Result]:
     on_cpu = str(codec.model.device) == "cpu"
     size = 1 if on_cpu else _BATCH_ON_GPU
-    loaders = _positive("jobs", available_cores() if jobs is None else jobs)
-    batch = _positive("batch_size", size if batch_size is None else batch_size)
+    loaders = whole_number("jobs", available_cores() if jobs is None else jobs, 1, _MOST_JOBS)
+    batch = whole_number("batch_size", size if batch_size is None else batch_size, 1, _MOST_JOBS)
     workers = loaders if codec.model.parallel else 1
     # With several jobs, a thread for each is faster than all threads for one after the other.
     one = codec.with_threads(1) if workers > 1 else codec
@@ -125,13 +125,3 @@ def _pipeline(
             return work(one, some)
 
     return Pipeline(load, run, pixels, batch, loaders, workers, _PIXELS_AT_ONCE)
-
-
-def _positive(name: str, value: Any) -> int:
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if not 1 <= number <= _MOST_JOBS:
-        raise ValueError(f"{name} must be a whole number from 1 to {_MOST_JOBS}, not {value!r}")
-    return number

@@ -175,19 +175,19 @@ class Recoder:
                     values = np.empty(len(batch), object)
                     values[:] = batch.column(self._column).to_pylist()
                     made = self._rows({self._column: values})
-                    results = made["pcv2" if self._made == "pcv2" else "image"]
+                    name = "pcv2" if "pcv2" in made else "image"
+                    results = made[name]
                     for i, (result, error) in enumerate(zip(results, made["error"], strict=True)):
                         fault = ValueError(error) if error else None
                         self._count(record, str(row + i), Outcome(i, result, fault))
                     row += len(batch)
                     others = {
-                        name: batch.column(name)
-                        for name in batch.schema.names
-                        if name != self._column and name not in made
+                        key: batch.column(key)
+                        for key in batch.schema.names
+                        if key != self._column and key not in made
                     }
-                    columns = {name: pyarrow.array(list(made[name])) for name in made}
-                    kind = pyarrow.binary()
-                    columns[self._named(made)] = pyarrow.array(list(results), kind)
+                    columns = {key: pyarrow.array(list(made[key])) for key in made}
+                    columns[name] = pyarrow.array(list(results), pyarrow.binary())
                     table = pyarrow.table(others | columns)
                     writer = writer or pyarrow.parquet.ParquetWriter(out, table.schema)
                     writer.write_table(table)
@@ -198,6 +198,3 @@ class Recoder:
                     writer.close()
             if writer is None:
                 raise ValueError("the table has no rows")
-
-    def _named(self, made: dict[str, Any]) -> str:
-        return "pcv2" if "pcv2" in made else "image"
