@@ -132,7 +132,9 @@ def test_finished_units_are_left_out_and_others_redone(shards, random_model, tmp
     run(*command)
     first = {name: (out / name).read_bytes() for name in ("a.tar", "b.tar", "sub/c.tar")}
     times = {name: (out / name).stat().st_mtime_ns for name in first}
-    (out / "manifest/a.tar.json").unlink()  # killed between the shard and its record
+    record = json.loads((out / "manifest/a.tar.json").read_text())
+    record["begun"] = True  # killed between the shard and its last record
+    (out / "manifest/a.tar.json").write_text(json.dumps(record))
     (out / "sub/c.tar").unlink()
     capsys.readouterr()
     run(*command)
@@ -144,6 +146,15 @@ def test_finished_units_are_left_out_and_others_redone(shards, random_model, tmp
     assert "was made with options" in message and "use another folder" in message
     (out / "manifest/b.tar.json").write_text("{")
     assert "b.tar.json is damaged; delete it" in failure(capsys, *command)
+
+
+def test_an_output_of_others_is_never_replaced(shards, random_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.tar").write_bytes(b"somebody's backup")
+    command = ("compress", shards, "-o", out, "--engine", "local", "--model", random_model)
+    assert "a.tar exists, and no run wrote it; use another folder" in failure(capsys, *command)
+    assert (out / "a.tar").read_bytes() == b"somebody's backup"
 
 
 def test_a_damaged_shard_fails_alone(shards, random_model, tmp_path, capsys):

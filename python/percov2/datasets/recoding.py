@@ -94,6 +94,8 @@ class Recoder:
         sources = [one.name for one in unit.sources]
         record = {"sources": sources, "target": unit.target, "settings": self.settings}
         record |= {"pictures": 0, "bytes": 0, "faults": []}
+        if unit.record:
+            store_record(unit, record | {"begun": True})
         try:
             work[unit.kind](unit, record)
         except (*DAMAGE, ValueError) as error:

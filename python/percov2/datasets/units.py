@@ -1,8 +1,9 @@
 """Units of a data set: a shard, a table, or some files; each is recoded as a whole.
 
-The output of a shard or table is written first, then its record in the folder ``manifest`` of the
-destination. A unit with a record is finished, so a run that was killed at any moment goes on with
-the others. Loose files are written one by one, and those that exist are finished.
+A record in the folder ``manifest`` of the destination says that a shard or table is begun, then
+that it is finished. A run that was killed at any moment goes on with units that are not finished.
+An output without a record is not ours and is never replaced. Loose files are written one by one,
+and those that exist are finished.
 """
 
 from __future__ import annotations
@@ -115,17 +116,24 @@ def finished_record(unit: Unit, settings: dict[str, Any]) -> dict[str, Any] | No
     """Return the record of a finished unit; None for a unit that is not finished.
 
     Raises:
-        ValueError: the unit was finished with other settings, or its record is damaged.
+        ValueError: the unit was finished with other settings, its record is damaged, or its output
+            exists without a record.
     """
-    if not unit.record or not exists(unit.record) or not exists(unit.target):
+    if not unit.record or not exists(unit.target):
         return None
+    if not exists(unit.record):
+        raise ValueError(f"{unit.target} exists, and no run wrote it; use another folder")
     try:
         record = json.loads(read(unit.record, _MOST_RECORD_BYTES))
         before = record["settings"]
         record["pictures"], record["bytes"], record["faults"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{unit.record} is damaged; delete it to recode its shard") from error
+        raise ValueError(
+            f"{unit.record} is damaged; delete it and {unit.target} to recode the unit"
+        ) from error
     differing = sorted(key for key in settings if before.get(key) != settings[key])
+    if record.get("begun"):
+        return None
     if differing:
         key = differing[0]
         raise ValueError(
@@ -136,6 +144,6 @@ def finished_record(unit: Unit, settings: dict[str, Any]) -> dict[str, Any] | No
 
 
 def store_record(unit: Unit, record: dict[str, Any]) -> None:
-    """Write the record of a finished unit."""
+    """Write the record of a begun or finished unit."""
     with open_for_writing(unit.record) as stream:
         stream.write(json.dumps(record, indent=1).encode())
