@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 from functools import cache
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "Plan",
     "attention",
+    "attention_biases",
     "attention_blocks",
     "check_device",
     "layer_norm",
@@ -142,45 +144,77 @@ def layer_norm(residual: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def attention(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    plan: tuple[torch.Tensor, ...],
-    biases: torch.Tensor,
-    shifts: torch.Tensor,
-    gain_bits: int,
-    weights: torch.Tensor,
-) -> torch.Tensor:
-    """Return the integer attention of docs/reference/entropy-model.md, int8 [B, E, H * D].
+Plan: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]"
+"""Blocks of readers and the keys that they may see: reader_places, readers, first_keys, listed_keys
+and size.
+
+- reader_places: int32 [2, E], the place and ``reads`` of every reader. A place is row * 2^16 +
+  column, with row and column below 2^14.
+- readers: int32 [blocks, BLOCK], indices of readers, or -1 for none.
+- first_keys: int32 [blocks + 1]. Block i reads listed_keys[:, first_keys[i] : first_keys[i + 1]],
+  whose length is a multiple of GROUP.
+- listed_keys: int32 [3, L], the index, place and key_stage of keys. A key with key_stage 2^31 - 1
+  is always hidden. Start entry j has the place (2^15 - 1) * 2^16 + j and key_stage 0.
+- size: the number of keys that the blocks list, first_keys[-1] - first_keys[0].
+
+The list of a reader contains every key that the reader sees, which must be at least one, and may
+contain hidden keys. The results of readers in no block are undefined. Indices are not checked,
+because a check would wait for the device.
+"""
+
+
+def attention_biases(plan: Plan, table: torch.Tensor, shifts: torch.Tensor) -> torch.Tensor:
+    """Return the biases of all pairs of a reader and a listed key, for ``attention``.
+
+    All images share them, so they are computed once for a plan and a layer.
 
     Args:
-        queries: int8 [B, E, H * D] in +-127, with D <= 64.
-        keys, values: int8 [B, at least K, H * D] in +-127. The first three keys are the start
-            entries.
-        plan: four int32 tensors, described below.
-        biases: int16 [H, 964].
-        shifts: int8 [H].
-        gain_bits: 0 .. 5.
-        weights: int8 [128], the WEIGHT_TABLE of percov2.entropy.ranges.
+        plan: blocks of readers and their keys.
+        table: int16 [H, 964] in +-2047, the biases by relative position.
+        shifts: int8 [H] in 5 .. 12.
 
-    The plan consists of reader_places [2, E] (place, reads), readers [blocks, BLOCK] (indices, or
-    -1 for none), first_keys [blocks + 1] and listed_keys [3, L] (index, place, key_stage). Block i
-    reads listed_keys[:, first_keys[i] : first_keys[i + 1]], whose length is a multiple of GROUP. A
-    key with key_stage 2^31 - 1 is always hidden. A place is row * 2^16 + column, with row and
-    column below 2^14. Start entry j has the place (2^15 - 1) * 2^16 + j and key_stage 0. The list
-    of a reader contains every key that the reader sees, and may contain hidden keys. The results of
-    readers in no block are undefined. Indices are not checked, because a check would wait for the
-    device.
+    Returns:
+        int32 [H, size / GROUP, BLOCK, GROUP].
 
     Raises:
         RuntimeError: triton is not installed.
         ValueError: a wrong shape, dtype or device.
     """
-    result: torch.Tensor = _kernel("stage_attention").launch(
-        queries, keys, values, plan, biases, shifts, gain_bits, weights
-    )
+    result: torch.Tensor = _kernel("stage_attention").launch_biases(plan, table, shifts)
     return result
+
+
+def attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    plan: Plan,
+    biases: torch.Tensor,
+    shifts: torch.Tensor,
+    gain_bits: int,
+    weights: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Write the integer attention of docs/reference/entropy-model.md for the readers of a plan.
+
+    Args:
+        queries: int8 [B, E, H * D] in +-127, with D <= 64.
+        keys, values: int8 [B, at least K, H * D] in +-127. The first three keys are the start
+            entries.
+        plan: blocks of readers and their keys.
+        biases: the result of ``attention_biases`` for the plan.
+        shifts: int8 [H] in 5 .. 12.
+        gain_bits: 0 .. 5.
+        weights: int8 [129], the WEIGHT_TABLE of percov2.entropy.ranges and a 0.
+        out: int8 [B, E, H * D], where the results of the plan's readers are written.
+
+    Raises:
+        RuntimeError: triton is not installed.
+        ValueError: a wrong shape, dtype or device.
+    """
+    _kernel("stage_attention").launch(
+        queries, keys, values, plan, biases, shifts, gain_bits, weights, out
+    )
 
 
 def attention_blocks() -> tuple[int, int]:

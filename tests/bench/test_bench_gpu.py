@@ -140,7 +140,7 @@ def test_what_a_card_runs_runs_here(request: pytest.FixtureRequest) -> None:
         ("linear", "up, 24 -> 40, table", 4 * (24 + 40) + 40 * (24 + 9)),
         ("linear", "down, 40 -> 24, residual", 4 * (40 + 8 * 24) + 24 * (40 + 9)),
         ("linear", "head, 24 -> 16, int16", 4 * (24 + 2 * 16) + 16 * (24 + 9)),
-        ("attention", "1 heads of 32, qlds12", 2 * 32 * (10 + 6) + 12 * 64),
+        ("attention", "1 heads of 32, qlds12", 2 * 32 * (10 + 6) + 4 * 32 * 64),
         ("nearest_codes", "16 codes of 32", 4 * (4 * 32 + 4) + 4 * 32 * 16),
     ]
     for r in sections["measured"]:

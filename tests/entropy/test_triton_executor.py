@@ -14,6 +14,7 @@ import torch
 from percov2.entropy.int_transformer import random_tensors, trial
 from percov2.entropy.torch import int_transformer
 from percov2.entropy.torch.int_transformer import default_executor
+from percov2.entropy.torch.triton_layers import Plan
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import content_entries, join, start_entries
 from tools.compiled_kernels import needs_triton
@@ -35,12 +36,13 @@ def test_each_stream_keeps_its_own_plans_up_to_a_limit(monkeypatch) -> None:
 
     executor = triton_executor.Executor.__new__(triton_executor.Executor)
     executor.device, executor._blocks = torch.device("cpu"), (32, 32)
+    executor._pairs, executor._key_bytes = 128, 1
     executor._plans, executor._lock = OrderedDict(), threading.Lock()
     current = 1
     monkeypatch.setattr(rans_cuda, "queue", lambda device: current)
-    monkeypatch.setattr(triton_executor, "_KEPT_KEYS", 160)
+    monkeypatch.setattr(triton_executor, "_KEPT_BYTES", 160)
 
-    def plan(tokens: int) -> tuple[torch.Tensor, ...]:
+    def plan(tokens: int) -> Plan:
         stage = np.ones(tokens, dtype=np.int32)
         contents = content_entries(stage, np.arange(tokens, dtype=np.int64), tokens)
         return executor.plan(contents, join(start_entries(), contents))
@@ -52,10 +54,10 @@ def test_each_stream_keeps_its_own_plans_up_to_a_limit(monkeypatch) -> None:
     assert second is not first and plan(20) is second
     current = 1
     assert plan(20) is first
-    assert plan(300)[-1].shape[1] > 160  # too large to be kept, and nobody goes for it
+    assert plan(300).kept_bytes == 0  # too large to be kept, and nobody goes for it
     assert plan(20) is first
-    for tokens in (25, 26, 27, 28):  # 192 keys with these: the plan used longest ago has to go
-        assert plan(tokens)[-1].shape[1] == 32
+    for tokens in (25, 26, 27, 28):  # 192 bytes with these: the plan used longest ago has to go
+        assert plan(tokens).kept_bytes == 32
     assert plan(20) is first
     current = 2
     assert plan(20) is not second

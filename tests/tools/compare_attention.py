@@ -11,10 +11,15 @@ from hypothesis import strategies as st
 
 from percov2.entropy import ranges, schedule, visibility
 from percov2.entropy.torch.reader_plan import plan_readers
-from percov2.triton_kernels import attention, attention_blocks, stage_attention
+from percov2.triton_kernels import (
+    attention,
+    attention_biases,
+    attention_blocks,
+    stage_attention,
+)
 
 DEVICE = torch.device(sys.argv[1])
-WEIGHTS = torch.tensor(ranges.WEIGHT_TABLE, dtype=torch.int8)
+WEIGHTS = torch.tensor([*ranges.WEIGHT_TABLE, 0], dtype=torch.int8)
 
 
 def plain_attention(
@@ -34,7 +39,7 @@ def plain_attention(
     score = (product + (1 << shift - 1) >> shift) + bias
     score = score.masked_fill(hidden, -(2**40))
     below = score.amax(-1, keepdim=True) - score
-    weight = torch.nn.functional.pad(WEIGHTS.long(), (0, 1))[below.clamp(max=128)]
+    weight = WEIGHTS.long()[below.clamp(max=128)]
     total = weight.sum(-1).T[:, :, None]
     weighted = torch.einsum("hek,khd->ehd", weight, v.long())
     numerator = (weighted << gain_bits) + (total << 7 + gain_bits) + total // 2
@@ -49,8 +54,12 @@ def compare(
     batch: int,
     seed: int,
     spare: int = 0,
+    most: int = 2**30,
 ) -> None:
-    """Random activations; ``spare`` unused keys lie behind the planned ones."""
+    """Random activations; ``spare`` unused keys lie behind the planned ones.
+
+    ``most`` limits the keys of a part of the plan.
+    """
     rng = torch.Generator().manual_seed(seed)
     inner = heads * head_dim
 
@@ -65,23 +74,29 @@ def compare(
     biases //= (1, 8, 300)[seed % 3]
     shifts = torch.randint(5, 13, (heads,), generator=rng).to(torch.int8)
     gain_bits = seed % 6
-    plan = plan_readers(reader, key, DEVICE, *attention_blocks())
-    placed = [x.to(DEVICE) for x in (q, both, biases, shifts, WEIGHTS)]
-    sides = placed[1].split(inner, 2)
-    result = attention(placed[0], *sides, plan, *placed[2:4], gain_bits, placed[4]).cpu()
+    parts = plan_readers(reader, key, DEVICE, *attention_blocks(), most)
+    assert (len(parts) > 1) == (most < sum(part.size for part in parts))
+    queries, sides, table, shift, weights = (
+        x.to(DEVICE) for x in (q, both, biases, shifts, WEIGHTS)
+    )
+    out = torch.zeros_like(queries)
+    for part in parts:
+        made = attention_biases(part, table, shift)
+        attention(queries, *sides.split(inner, 2), part, made, shift, gain_bits, weights, out)
+    result = out.cpu()
     index = torch.from_numpy(visibility.relative_index(reader, key).astype(np.int64))
-    parts = (heads, head_dim)
+    sizes = (heads, head_dim)
     for b in range(batch):
         expected = plain_attention(
-            q[b].unflatten(1, parts),
-            k[b, : len(key)].unflatten(1, parts),
-            v[b, : len(key)].unflatten(1, parts),
+            q[b].unflatten(1, sizes),
+            k[b, : len(key)].unflatten(1, sizes),
+            v[b, : len(key)].unflatten(1, sizes),
             index,
             biases,
             shifts,
             gain_bits,
         )
-        assert torch.equal(result[b].unflatten(1, parts), expected)
+        assert torch.equal(result[b].unflatten(1, sizes), expected)
 
 
 def grid_entries(
@@ -125,6 +140,8 @@ grids()
 keys, queries = grid_entries("qlds5", 34, 35)
 compare(queries.take(slice(0, None, 7)), keys, 1, 8, 1, seed=3)
 compare(queries.take(slice(40, 300, 3)), keys.take(slice(0, 43)), 1, 16, 1, seed=4)
+# A plan in parts.
+compare(queries.take(slice(0, None, 9)), keys, 2, 8, 2, seed=5, most=2000)
 # Nobody reads, nobody is there, and a reader with start entries only.
 keys, queries = grid_entries("raster", 2, 3)
 compare(queries.take(slice(0, 0)), keys, 1, 8, 1, seed=5)

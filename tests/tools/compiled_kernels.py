@@ -86,6 +86,17 @@ class Report(Usage):
         """Integer products of tensor cores in the machine code."""
         return len(re.findall(r"\b(?:IMMA|IGMMA|UTC\w*MMA)\b", self.machine))
 
+    @property
+    def loops(self) -> list[int]:
+        """Instructions in the body of every loop of the machine code."""
+        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", self.machine)
+        places = [int(place, 16) for place, _ in lines]
+        jumps = [
+            (i, re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)) for i, (_, text) in enumerate(lines)
+        ]
+        targets = [(i, places.index(int(jump[1], 16))) for i, jump in jumps if jump]
+        return [i - target + 1 for i, target in targets if target < i]
+
 
 @dataclass(frozen=True)
 class Source:

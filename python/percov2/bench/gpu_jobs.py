@@ -162,7 +162,7 @@ def layer_jobs(place: torch.device, size: Size) -> Iterator[Job]:
 
     Linear maps are measured on queries, and the attention on all entries.
     """
-    from percov2.triton_kernels import attention, attention_blocks, layer_norm
+    from percov2.triton_kernels import attention, attention_biases, attention_blocks, layer_norm
 
     config, dim, inner = size.config, size.config.dim, size.config.inner
     residual = _integers(2**17, (size.symbols, dim), torch.int32)
@@ -182,16 +182,22 @@ def layer_jobs(place: torch.device, size: Size) -> Iterator[Job]:
     yield linear_job(place, size, "head", dim, config.codebook_size, "int16")
     case = AttentionCase(config, SCHEDULE, size.side, size.images)
     _, readers, keys = pass_entries(case.stages)
-    plan = plan_readers(readers, keys, place, *attention_blocks())
-    weights = torch.tensor(ranges.WEIGHT_TABLE, dtype=torch.int8)
+    (plan,) = plan_readers(readers, keys, place, *attention_blocks())
+    weights = torch.tensor((*ranges.WEIGHT_TABLE, 0), dtype=torch.int8)
     made = (torch.from_numpy(case.q), torch.from_numpy(case.kv), case.bias, case.shift, weights)
     q, both, bias, shift, table = (t.to(place) for t in made)
     k, v = both.chunk(2, -1)
+    biases, attended = attention_biases(plan, bias, shift), torch.empty_like(q)
+
+    def attend() -> Tensor:
+        attention(q, k, v, plan, biases, shift, case.gain_bits, table, attended)
+        return attended
+
     yield Job(
         "attention",
         f"{config.heads} heads of {config.head_dim}, {SCHEDULE}",
-        2 * size.images * inner * (len(readers) + len(keys)) + 12 * plan[3].shape[1],
-        lambda: attention(q, k, v, plan, bias, shift, case.gain_bits, table),
+        2 * size.images * inner * (len(readers) + len(keys)) + 4 * biases.numel(),
+        attend,
         lambda: [case.compiled()],
         engine=True,
     )

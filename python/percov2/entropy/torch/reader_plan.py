@@ -1,6 +1,8 @@
-"""Blocks of readers and keys in the form of percov2.triton_kernels.attention."""
+"""Blocks of readers and keys for percov2.triton_kernels.attention."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ from numpy.typing import NDArray
 
 from percov2.entropy.visibility import NEVER, Entries, split_readers
 
-__all__ = ["plan_readers"]
+__all__ = ["Blocks", "plan_readers"]
 
 
 _TILE = 8
@@ -22,15 +24,33 @@ def _places(entries: Entries) -> NDArray[np.int32]:
     return np.where(start, nowhere, entries.row * np.int32(2**16) + entries.column)
 
 
+class Blocks(NamedTuple):
+    """Blocks of readers in the form of percov2.triton_kernels.Plan, which describes the parts."""
+
+    reader_places: torch.Tensor
+    readers: torch.Tensor
+    first_keys: torch.Tensor
+    listed_keys: torch.Tensor
+    size: int
+
+
 def plan_readers(
-    reader: Entries, key: Entries, device: torch.device, block: int, group: int
-) -> tuple[torch.Tensor, ...]:
+    reader: Entries,
+    key: Entries,
+    device: torch.device,
+    block: int,
+    group: int,
+    most: int = 2**30,
+) -> list[Blocks]:
     """Return blocks of at most ``block`` readers and the keys that any of them may see.
 
-    Start entries must come first in ``key``. The results are int32 tensors on ``device``, placed by
-    one upload: reader_places [2, E] (place, reads), readers [blocks, block], first_keys
-    [blocks + 1] and listed_keys [3, L] (index, place, key_stage). Blocks are padded with -1. Lists
-    of keys are padded with hidden keys to multiples of ``group``. The split affects only the speed.
+    Start entries must come first in ``key``. The tensors are placed on ``device`` by one upload.
+    Blocks are padded with -1. Lists of keys are padded with hidden keys to multiples of ``group``.
+    Consecutive blocks are together, as long as they list no more than ``most`` keys. The split
+    affects only the speed.
+
+    Raises:
+        ValueError: the blocks list 2^30 keys or more.
     """
     parts = [
         (readers[first : first + block], keys)  # all start entries are one part
@@ -59,6 +79,21 @@ def plan_readers(
         begin = end - (-(-array.size // 4) * 4)
         joined[begin : begin + array.size] = array.reshape(-1)
     placed = torch.from_numpy(joined).to(device, non_blocking=True).split(sizes)
-    return tuple(
+    whole, all_readers, all_first, all_listed = (
         part[: array.size].view(array.shape) for part, array in zip(placed, arrays, strict=True)
     )
+    result, begin = [], 0
+    while begin < len(parts):
+        end = int(np.searchsorted(first_keys, first_keys[begin] + most, side="right")) - 1
+        end = max(end, begin + 1)
+        result.append(
+            Blocks(
+                whole,
+                all_readers[begin:end],
+                all_first[begin : end + 1],
+                all_listed,
+                int(first_keys[end] - first_keys[begin]),
+            )
+        )
+        begin = end
+    return result

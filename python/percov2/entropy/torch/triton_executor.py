@@ -25,8 +25,10 @@ __all__ = ["Executor"]
 
 
 _KEPT_PLANS = 64
-_KEPT_KEYS = 2**22
-"""Limit of listed keys (50 MB) over all kept plans. Images often have the same size and plan."""
+_KEPT_BYTES = 2**29
+"""Memory of all kept plans and their biases. Images often have the same size and plan."""
+_PART_BYTES = 2**28
+"""Memory of the biases of a part of a plan, in one layer."""
 
 
 class Executor(executor.Executor):
@@ -49,6 +51,8 @@ class Executor(executor.Executor):
         triton_kernels.check_device(device)
         self._blocks = triton_kernels.attention_blocks()
         self._plans: OrderedDict[tuple[int, bytes], Plan] = OrderedDict()
+        self._pairs = 4 * config.heads * self._blocks[0]  # bytes of biases per listed key and layer
+        self._key_bytes = 12 + self._pairs * config.layers
         self._lock = threading.Lock()
         super().__init__(config, tensors, device)
 
@@ -65,17 +69,15 @@ class Executor(executor.Executor):
         with self._lock:
             plan = self._plans.pop(name, None)
             if plan is None:
-                plan = plan_readers(reader, key, self.device, *self._blocks)
-            if _listed(plan) <= _KEPT_KEYS:
+                most = _PART_BYTES // self._pairs
+                parts = plan_readers(reader, key, self.device, *self._blocks, most)
+                size = sum(part.size for part in parts) * self._key_bytes
+                plan = Plan(parts, size if size <= _KEPT_BYTES else 0)
+            if plan.kept_bytes:
                 self._plans[name] = plan
-                while len(self._plans) > _KEPT_PLANS or self._kept_keys() > _KEPT_KEYS:
+                while len(self._plans) > _KEPT_PLANS or self._kept_bytes() > _KEPT_BYTES:
                     self._plans.popitem(last=False)
         return plan
 
-    def _kept_keys(self) -> int:
-        return sum(map(_listed, self._plans.values()))
-
-
-def _listed(plan: Plan) -> int:
-    """Return the number of keys that a plan lists."""
-    return plan[-1].shape[1]
+    def _kept_bytes(self) -> int:
+        return sum(plan.kept_bytes for plan in self._plans.values())

@@ -2,17 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from percov2.entropy import ranges
+from percov2.entropy.torch.reader_plan import Blocks
 from percov2.entropy.transformer_config import TransformerConfig
 
 __all__ = ["Head", "Layer", "Plan"]
 
 
-Plan = tuple[Tensor, ...]
-"""Blocks of readers and keys, made by ``reader_plan.plan_readers``."""
+class Plan:
+    """Blocks of readers and keys, and the biases that layers made for them.
+
+    Args:
+        parts: the result of ``reader_plan.plan_readers``.
+        kept_bytes: memory of the plan and its biases; 0 for a plan that keeps no biases.
+    """
+
+    def __init__(self, parts: list[Blocks], kept_bytes: int) -> None:
+        self.parts, self.kept_bytes = parts, kept_bytes
+        self._kept: dict[tuple[int, int], Tensor] = {}
+
+    def biases(self, part: int, layer: int, make: Callable[[Blocks], Tensor]) -> Tensor:
+        """Return the biases of a part and a layer, made by ``make`` unless they are kept."""
+        found = self._kept.get((part, layer))
+        if found is None:
+            found = make(self.parts[part])
+            if self.kept_bytes:
+                self._kept[part, layer] = found
+        return found
 
 
 class _Linear:
@@ -46,7 +67,8 @@ class Layer:
         self._bias = tensors[f"{prefix}.attention.bias"].contiguous()
         self._shift = tensors[f"{prefix}.attention.shift"]
         self._gain_bits = int(tensors[f"{prefix}.attention.gain_bits"])
-        table = torch.tensor(ranges.WEIGHT_TABLE, dtype=torch.int8)
+        self._index = index
+        table = torch.tensor((*ranges.WEIGHT_TABLE, 0), dtype=torch.int8)
         self._weights = table.to(self._shift.device)
         self._q, self._kv, self._out, self._up, self._down = (
             _Linear(tensors, f"{prefix}.{name}") for name in ("q", "kv", "out", "up", "down")
@@ -64,10 +86,16 @@ class Layer:
 
         ``k`` and ``v`` are int8 [B, K, heads * head_dim] and include all keys of the plan.
         """
-        from percov2.triton_kernels import attention, layer_norm
+        from percov2.triton_kernels import attention, attention_biases, layer_norm
 
         q = self._q(layer_norm(residual, self._attention_gain))
-        attended = attention(q, k, v, plan, self._bias, self._shift, self._gain_bits, self._weights)
+        attended = torch.empty_like(q)
+        scale = self._shift, self._gain_bits, self._weights
+        for i, blocks in enumerate(plan.parts):
+            biases = plan.biases(
+                i, self._index, lambda part: attention_biases(part, self._bias, self._shift)
+            )
+            attention(q, k, v, blocks, biases, *scale, attended)
         residual = self._out(attended, residual=residual)
         hidden = self._up(layer_norm(residual, self._mlp_gain), table=self._gelu)
         return self._down(hidden, residual=residual)
