@@ -157,8 +157,8 @@ def test_what_a_card_runs_runs_here(request: pytest.FixtureRequest) -> None:
     encoded = paths["encode", "cuda", False]["launches"]
     assert encoded["after_transformer"] == ["intervals_kernel", "encode_kernel", "pack_kernel"]
     assert encoded["to_host"] == 1
-    # Two layers make keys and values of contents; queries pass through both, contents through one.
-    norms, maps, attended = 2 + 2 * 3 + 1, 2 + 4 * 3 + 1, 3
+    # Contents and queries pass both layers together. The biases are those of an earlier call.
+    norms, maps, attended = 2 * 2 + 1, 2 * 4 + 1, 2
     assert encoded["kernels"] == norms + maps + attended + 3
     assert [line["value"] for line in report["summary"][1:]] == [3, 1]
     assert report["summary"][0]["value"] == pytest.approx((2 * 16 + 12) / (2 * 16 + 6))

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from percov2.entropy import ranges
 from percov2.entropy.torch import intmath
+from percov2.entropy.torch.executor import places
 from percov2.entropy.torch.int_transformer import IntTransformer
 from percov2.entropy.torch.transformer import TokenTransformer
 from percov2.entropy.visibility import (
@@ -152,15 +153,16 @@ def int_direct_logits(
         raise ValueError(f"executor {model.executor_name!r} runs the model; it must be 'torch'")
     executor = model.executor
     raster = entries.row.astype(np.int64) * shape[1] + entries.column
-    place = executor.place_payload(*shape, torch.from_numpy(raster).to(model.device))
+    position = torch.from_numpy(raster).to(model.device)
+    place = executor.place_payload(places(*shape, position))
     tokens = torch.from_numpy(payload).to(model.device)
     contents = executor.content_payload(tokens.clamp(min=0)[None], place)
     known = (tokens != UNKNOWN)[None, :, None]
-    residual = torch.where(known, contents, executor.query_payload(1, place))
+    residual = torch.where(known, contents, executor.query_payload(place))
     residual = torch.cat([executor.start_payload(*shape)[None], residual], 1)
     every = join(start_entries(), entries)
     plan = executor.plan(every, every)
     with intmath.exact_float32(model.device):
         for layer in executor.layers:
-            residual = layer.advance(residual, *layer.keys_values(residual), plan)
+            residual = layer.advance(residual, *layer.project(residual), plan)
         return model.logits(residual[:, START_ENTRIES:])[0]

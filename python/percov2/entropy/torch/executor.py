@@ -7,6 +7,7 @@ the same keys either way and the arithmetic is exact, so the results are equal i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from percov2.entropy.visibility import (
     start_entries,
 )
 
-__all__ = ["Executor"]
+__all__ = ["Executor", "places"]
 
 
 class Executor:
@@ -71,21 +72,45 @@ class Executor:
         known = int(np.searchsorted(stage, stage[-1]))
         contents = content_entries(stage[:known], coding[:known], width)
         keys = join(start_entries(), contents)
-        content_plan = self.plan(keys, keys)
-        query_plan = self.plan(query_entries(stage, coding, width), keys)
+        queries = query_entries(stage, coding, width)
 
         batch = tokens.shape[0]
         sequence = torch.from_numpy(coding).to(self.device, non_blocking=True)
-        place = self.place_payload(height, width, sequence)
-        ordered = tokens.flatten(1)[:, sequence[:known]]
+        place = self.place_payload(places(height, width, sequence))
         start = self.start_payload(height, width).expand(batch, -1, -1)
-        known_residual = torch.cat([start, self.content_payload(ordered, place[:known])], 1)
-        residual = self.query_payload(batch, place)
-        for layer in self.layers:
-            k, v = layer.keys_values(known_residual)
-            residual = layer.advance(residual, k, v, query_plan)
-            if layer is not self.layers[-1]:  # no entry reads contents after the last layer
-                known_residual = layer.advance(known_residual, k, v, content_plan)
+        known_payload = self.content_payload(tokens.flatten(1)[:, sequence[:known]], place[:known])
+        query_payload = self.query_payload(place).expand(batch, -1, -1)
+        residual = torch.cat([start, known_payload, query_payload], 1)
+        return self.through_layers(residual, keys, queries, keys, lambda i, kv: kv)
+
+    def through_layers(
+        self,
+        residual: Tensor,
+        contents: Entries,
+        queries: Entries,
+        keys: Entries,
+        known: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        """Return the residual of queries after all layers, int32 [B, n, dim].
+
+        Contents and queries pass the layers together, and read the keys of the same layer.
+
+        Args:
+            residual: the payloads of contents and queries, int32 [B, m + n, dim].
+            contents: the m entries that become keys, start entries first.
+            queries: the n entries that do not.
+            keys: all entries that are read.
+            known: a function of the index of a layer and of k beside v of the contents, int8
+                [B, m, 2 * inner]. It returns those of all keys.
+        """
+        count = len(contents)
+        plan, query_plan = self.plan(join(contents, queries), keys), self.plan(queries, keys)
+        for i, layer in enumerate(self.layers):
+            q, kv = layer.project(residual)
+            kv = known(i, kv[:, :count])
+            if layer is self.layers[-1]:  # no entry reads contents after the last layer
+                residual, q, plan = residual[:, count:].contiguous(), q[:, count:], query_plan
+            residual = layer.advance(residual, q, kv, plan)
         return residual
 
     def staged(self, stages: NDArray[np.int32], batch: int) -> _Staged:
@@ -103,11 +128,9 @@ class Executor:
         payload[2] += self._tables["width"][size_class(width)]
         return payload
 
-    def place_payload(self, height: int, width: int, position: Tensor) -> Tensor:
-        """Return the embeddings, int32 [n, dim], of raster positions, int64 [n]."""
-        rows = sixteenth(position // width, height)
-        columns = sixteenth(position % width, width)
-        return self._tables["row"][rows] + self._tables["column"][columns]
+    def place_payload(self, place: Tensor) -> Tensor:
+        """Return the embeddings, int32 [n, dim], of places, int32 [2, n] from ``places``."""
+        return self._tables["row"][place[0]] + self._tables["column"][place[1]]
 
     def content_payload(self, tokens: Tensor, place: Tensor) -> Tensor:
         """Return the residual of contents, int32 [B, n, dim].
@@ -116,9 +139,15 @@ class Executor:
         """
         return self._tables["token"][tokens] + place
 
-    def query_payload(self, batch: int, place: Tensor) -> Tensor:
-        """Return the residual of queries, int32 [batch, n, dim], at ``place``, int32 [n, dim]."""
-        return (self._tables["query"] + place).repeat(batch, 1, 1)
+    def query_payload(self, place: Tensor) -> Tensor:
+        """Return the residual of queries, int32 [n, dim], at ``place``, int32 [n, dim]."""
+        return self._tables["query"] + place
+
+
+def places(height: int, width: int, position: Tensor) -> Tensor:
+    """Return the sixteenths of both sides, int32 [2, n], that hold raster positions, int64 [n]."""
+    sides = sixteenth(position // width, height), sixteenth(position % width, width)
+    return torch.stack(sides).to(torch.int32)
 
 
 def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -146,34 +175,36 @@ class _Staged:
         self._coding = torch.from_numpy(coding).to(executor.device, non_blocking=True)
         # In coding order; stage g occupies [ends[g - 1], ends[g]).
         self._tokens = torch.zeros(batch, len(coding), dtype=torch.int64, device=executor.device)
-        shape = (batch, START_ENTRIES + int(self._ends[-2]), executor.inner)
-        self._cache = [
-            tuple(_untouched(shape, executor.device) for _ in "kv") for _ in executor.layers
-        ]
+        self._places = places(stages.shape[0], width, self._coding)
+        shape = (batch, START_ENTRIES + int(self._ends[-2]), 2 * executor.inner)
+        self._cache = [_untouched(shape, executor.device) for _ in executor.layers]
 
     def residual(self) -> Tensor:
         """Return the residual of the next stage's queries: int32 [B, n, dim]."""
         executor = self._executor
         known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
         first = int(self._ends[self._stage - 1]) if self._stage else 0
-        height, width = self._shape
-        place = executor.place_payload(height, width, self._coding[first:end])
+        place = executor.place_payload(self._places[:, first:end])
         if self._stage:
             new = executor.content_payload(self._tokens[:, first:known], place[: known - first])
             fresh = slice(START_ENTRIES + first, START_ENTRIES + known)
         else:
-            new = executor.start_payload(height, width).repeat(self._batch, 1, 1)
+            new = executor.start_payload(*self._shape).expand(self._batch, -1, -1)
             fresh = slice(0, START_ENTRIES)
-        residual = executor.query_payload(self._batch, place[known - first :])
-        keys = self._keys.take(slice(0, fresh.stop))
-        content_plan = executor.plan(self._keys.take(fresh), keys)
-        query_plan = executor.plan(self._queries.take(slice(known, end)), keys)
-        for layer, (k, v) in zip(executor.layers, self._cache, strict=True):
-            k[:, fresh], v[:, fresh] = layer.keys_values(new)
-            residual = layer.advance(residual, k, v, query_plan)
-            if layer is not executor.layers[-1]:
-                new = layer.advance(new, k, v, content_plan)
-        return residual
+        queries = executor.query_payload(place[known - first :]).expand(self._batch, -1, -1)
+
+        def known_keys(layer: int, kv: Tensor) -> Tensor:
+            cache = self._cache[layer]
+            cache[:, fresh] = kv
+            return cache[:, : fresh.stop]
+
+        return executor.through_layers(
+            torch.cat([new, queries], 1),
+            self._keys.take(fresh),
+            self._queries.take(slice(known, end)),
+            self._keys.take(slice(0, fresh.stop)),
+            known_keys,
+        )
 
     def accept(self, tokens: Tensor) -> None:
         """Take the tokens of the next stage, [B, n]."""

@@ -68,20 +68,23 @@ class Layer:
         parts_of_rows = torch.cat(parts).unflatten(1, (-1, self._heads, self._head_dim))
         return parts_of_rows.unflatten(0, residual.shape[:2])
 
-    def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (k, v), int8 [B, K, heads * head_dim], of a residual, int32 [B, K, dim]."""
-        k, v = self._project(contents, self._kv).flatten(3).unbind(2)
-        return k, v
+    def project(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return q, int8 [B, E, inner], and k beside v, int8 [B, E, 2 * inner].
 
-    def advance(self, residual: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+        The residual is int32 [B, E, dim], and inner is heads * head_dim.
+        """
+        q, kv = (self._project(residual, linear) for linear in (self._q, self._kv))
+        return q.flatten(2), kv.flatten(2)
+
+    def advance(self, residual: Tensor, q: Tensor, kv: Tensor, plan: Plan) -> Tensor:
         """Return the residual of the readers after this layer, int32 [B, E, dim].
 
-        ``k`` and ``v`` are int8 [B, K, heads * head_dim] and include all keys of the plan.
+        ``q`` is that of the readers. ``kv``, int8 [B, K, 2 * inner], includes all keys of the plan.
         """
         residual = residual.clone()
-        q = self._project(residual, self._q).squeeze(2)
         heads = (self._heads, self._head_dim)
-        inputs = self._attend(q, k.unflatten(2, heads), v.unflatten(2, heads), plan)
+        k, v = (half.unflatten(2, heads) for half in kv.chunk(2, 2))
+        inputs = self._attend(q.unflatten(2, heads), k, v, plan)
         rows = residual.view(-1, residual.shape[-1]).split(_ROWS_AT_ONCE)
         parts = inputs.view(-1, self._heads * self._head_dim).split(_ROWS_AT_ONCE)
         for part, x in zip(rows, parts, strict=True):
@@ -92,7 +95,7 @@ class Layer:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
         """Return the attention's output for q int8 [B, E, heads, head_dim], in the same shape."""
-        result = torch.empty_like(q)
+        result = q.new_empty(q.shape)
         for block in plan:
             shape = (self._heads, len(block.readers), len(block.keys))
             bias = self._bias.index_select(1, block.relative()).view(shape)

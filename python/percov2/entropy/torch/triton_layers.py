@@ -37,11 +37,11 @@ class Plan:
 
 
 class _Linear:
-    """The tensors of one linear map."""
+    """The tensors of one linear map, or of several maps of the same input, side by side."""
 
-    def __init__(self, tensors: dict[str, Tensor], name: str) -> None:
+    def __init__(self, tensors: dict[str, Tensor], *names: str) -> None:
         kinds = ("weight", "bias", "multiplier", "shift")
-        self._tensors = [tensors[f"{name}.{kind}"].contiguous() for kind in kinds]
+        self._tensors = [torch.cat([tensors[f"{name}.{kind}"] for name in names]) for kind in kinds]
 
     def __call__(
         self,
@@ -70,26 +70,30 @@ class Layer:
         self._index = index
         table = torch.tensor((*ranges.WEIGHT_TABLE, 0), dtype=torch.int8)
         self._weights = table.to(self._shift.device)
-        self._q, self._kv, self._out, self._up, self._down = (
-            _Linear(tensors, f"{prefix}.{name}") for name in ("q", "kv", "out", "up", "down")
+        self._qkv = _Linear(tensors, f"{prefix}.q", f"{prefix}.kv")
+        self._out, self._up, self._down = (
+            _Linear(tensors, f"{prefix}.{name}") for name in ("out", "up", "down")
         )
 
-    def keys_values(self, contents: Tensor) -> tuple[Tensor, Tensor]:
-        """Return (k, v), int8 [B, K, heads * head_dim], of a residual, int32 [B, K, dim]."""
+    def project(self, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Return q, int8 [B, E, inner], and k beside v, int8 [B, E, 2 * inner].
+
+        The residual is int32 [B, E, dim], and inner is heads * head_dim.
+        """
         from percov2.triton_kernels import layer_norm
 
-        both = self._kv(layer_norm(contents, self._attention_gain))
-        return both[..., : self._inner], both[..., self._inner :]
+        every = self._qkv(layer_norm(residual, self._attention_gain))
+        return every[..., : self._inner], every[..., self._inner :]
 
-    def advance(self, residual: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
+    def advance(self, residual: Tensor, q: Tensor, kv: Tensor, plan: Plan) -> Tensor:
         """Return the residual of the readers after this layer, int32 [B, E, dim].
 
-        ``k`` and ``v`` are int8 [B, K, heads * head_dim] and include all keys of the plan.
+        ``q`` is that of the readers. ``kv``, int8 [B, K, 2 * inner], includes all keys of the plan.
         """
         from percov2.triton_kernels import attention, attention_biases, layer_norm
 
-        q = self._q(layer_norm(residual, self._attention_gain))
-        attended = torch.empty_like(q)
+        k, v = kv[..., : self._inner], kv[..., self._inner :]
+        attended = q.new_empty(q.shape)
         scale = self._shift, self._gain_bits, self._weights
         for i, blocks in enumerate(plan.parts):
             biases = plan.biases(
