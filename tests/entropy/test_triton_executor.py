@@ -6,14 +6,19 @@ import importlib.util
 import threading
 import warnings
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from percov2.entropy import schedule
 from percov2.entropy.int_transformer import random_tensors, trial
-from percov2.entropy.torch import int_transformer
-from percov2.entropy.torch.int_transformer import default_executor
+from percov2.entropy.staging import StagedDecoder
+from percov2.entropy.torch import int_transformer, triton_executor
+from percov2.entropy.torch.int_transformer import IntTransformer, default_executor
+from percov2.entropy.torch.reader_plan import plan_readers
 from percov2.entropy.torch.triton_layers import Plan
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import content_entries, join, start_entries
@@ -32,15 +37,15 @@ def test_a_cpu_without_interpreter_is_refused() -> None:
 
 @needs_triton
 def test_each_stream_keeps_its_own_plans_up_to_a_limit(monkeypatch) -> None:
-    from percov2.entropy.torch import rans_cuda, triton_executor
+    from percov2.entropy.torch import rans_cuda
 
     executor = triton_executor.Executor.__new__(triton_executor.Executor)
     executor.device, executor._blocks = torch.device("cpu"), (32, 32)
-    executor._pairs, executor._key_bytes = 128, 1
+    executor._key_bytes, executor.layers = 1, [None]
     executor._plans, executor._lock = OrderedDict(), threading.Lock()
     current = 1
     monkeypatch.setattr(rans_cuda, "queue", lambda device: current)
-    monkeypatch.setattr(triton_executor, "_KEPT_BYTES", 160)
+    monkeypatch.setattr(triton_executor, "_KEPT_BYTES", 12 * 160)
 
     def plan(tokens: int) -> Plan:
         stage = np.ones(tokens, dtype=np.int32)
@@ -54,13 +59,66 @@ def test_each_stream_keeps_its_own_plans_up_to_a_limit(monkeypatch) -> None:
     assert second is not first and plan(20) is second
     current = 1
     assert plan(20) is first
-    assert plan(300).kept_bytes == 0  # too large to be kept, and nobody goes for it
+    assert not plan(6000).keep  # too large to be kept, and nobody goes for it
     assert plan(20) is first
-    for tokens in (25, 26, 27, 28):  # 192 bytes with these: the plan used longest ago has to go
-        assert plan(tokens).kept_bytes == 32
+    for tokens in (25, 26, 27, 28):  # 192 keys with these: the plan used longest ago has to go
+        assert plan(tokens).size == 12 * 32
     assert plan(20) is first
     current = 2
     assert plan(20) is not second
+
+
+@needs_triton
+def test_kept_biases_count_as_memory() -> None:
+    """A second layer gets its own biases, and the same layer the same ones."""
+    blocks = plan_readers(start_entries(), start_entries(), torch.device("cpu"), 32, 32)
+    made = [torch.zeros(5, dtype=torch.int32) for _ in range(2)]
+    left = list(made)
+    plan = Plan(blocks, keep=True)
+    assert [plan.biases(0, layer, lambda _: left.pop(0)) for layer in (0, 1, 0)] == [*made, made[0]]
+    assert plan.size == 12 * 32 + 2 * 20
+    once = Plan(blocks, keep=False)
+    left = list(made)
+    assert [once.biases(0, 0, lambda _: left.pop(0)) for _ in range(2)] == made
+    assert once.size == 12 * 32
+
+
+@needs_triton
+def test_a_staged_decode_starts_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 stages and 6 layers: kernels, and operators of torch that compute or copy."""
+    started: list[str] = []
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            written = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
+            name = func._schema.name.removeprefix("aten::")
+            fresh = name.startswith(("empty", "new_empty", "_unsafe_view", "lift_fresh", "detach"))
+            if not fresh and all(alias.is_write for alias in written):
+                started.append(name)
+            return func(*args, **(kwargs or {}))
+
+    for module in ("int_linear", "int_layernorm", "stage_attention"):
+        kernels = importlib.import_module(f"percov2.triton_kernels.{module}")
+        monkeypatch.setattr(kernels, "queue", lambda kernel, *_, **__: started.append("kernel"))
+        monkeypatch.setattr(kernels, "require_runnable", lambda **_: None)
+    monkeypatch.setattr("percov2.triton_kernels.check_device", lambda device: None)
+    monkeypatch.setattr(int_transformer, "_executor", lambda *_: triton_executor)
+    config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=6, hidden=8)
+    model = IntTransformer.random(config, 1, executor="triton")
+    counts = []
+    for _ in range(2):
+        started.clear()
+        with Operators():
+            staged = StagedDecoder(model, schedule.stages("qlds12", 16, 16), 2)
+            while staged.remaining:
+                tokens = staged.logits().shape[1]
+                staged.accept(torch.zeros(2, tokens, dtype=torch.int32))
+        counts.append((len(started) + 12, started.count("kernel")))  # 12 decode symbols
+    # Per stage: 5 layers of 7, one of 7, LayerNorm and head; the first call also makes biases.
+    assert [kernels for _, kernels in counts] == [12 * (6 * 7 + 2 + 6), 12 * (6 * 7 + 2)]
+    assert counts[1][0] <= 900
 
 
 @needs_triton

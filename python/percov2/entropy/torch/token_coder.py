@@ -113,8 +113,10 @@ class TokenCoder(token_coder.TokenCoder):
         if self.model.device.type != "cuda":
             return super().tokens_at_once
         config = self.model.config
-        # Residuals of four bytes, hidden activations, and the cache of staged decoding.
-        bytes_per_token = 16 * config.dim + config.hidden + 2 * config.layers * config.inner
+        # A content and a query per token: residuals of four bytes before and after a map, hidden
+        # activations, queries, keys and values. The cache of staged decoding comes on top.
+        bytes_per_token = 16 * config.dim + 2 * config.hidden + 6 * config.inner
+        bytes_per_token += 2 * config.layers * config.inner
         return min(_TOKENS_AT_ONCE, _BYTES_AT_ONCE // bytes_per_token)
 
     def encode(

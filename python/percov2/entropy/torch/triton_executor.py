@@ -25,7 +25,7 @@ __all__ = ["Executor"]
 
 
 _KEPT_PLANS = 64
-_KEPT_BYTES = 2**29
+_KEPT_BYTES = 2**30
 """Memory of all kept plans and their biases. Images often have the same size and plan."""
 _PART_BYTES = 2**28
 """Memory of the biases of a part of a plan, in one layer."""
@@ -51,8 +51,7 @@ class Executor(executor.Executor):
         triton_kernels.check_device(device)
         self._blocks = triton_kernels.attention_blocks()
         self._plans: OrderedDict[tuple[int, bytes], Plan] = OrderedDict()
-        self._pairs = 4 * config.heads * self._blocks[0]  # bytes of biases per listed key and layer
-        self._key_bytes = 12 + self._pairs * config.layers
+        self._key_bytes = 4 * config.heads * self._blocks[0]  # biases of a listed key and layer
         self._lock = threading.Lock()
         super().__init__(config, tensors, device)
 
@@ -69,15 +68,15 @@ class Executor(executor.Executor):
         with self._lock:
             plan = self._plans.pop(name, None)
             if plan is None:
-                most = _PART_BYTES // self._pairs
+                most = _PART_BYTES // self._key_bytes
                 parts = plan_readers(reader, key, self.device, *self._blocks, most)
-                size = sum(part.size for part in parts) * self._key_bytes
-                plan = Plan(parts, size if size <= _KEPT_BYTES else 0)
-            if plan.kept_bytes:
+                size = sum(part.size for part in parts) * self._key_bytes * len(self.layers)
+                plan = Plan(parts, size <= _KEPT_BYTES)
+            if plan.keep:
                 self._plans[name] = plan
                 while len(self._plans) > _KEPT_PLANS or self._kept_bytes() > _KEPT_BYTES:
                     self._plans.popitem(last=False)
         return plan
 
     def _kept_bytes(self) -> int:
-        return sum(plan.kept_bytes for plan in self._plans.values())
+        return sum(plan.size for plan in self._plans.values())

@@ -19,11 +19,11 @@ class Plan:
 
     Args:
         parts: the result of ``reader_plan.plan_readers``.
-        kept_bytes: memory of the plan and its biases; 0 for a plan that keeps no biases.
+        keep: True to keep biases. They take 128 bytes per listed key, head and layer.
     """
 
-    def __init__(self, parts: list[Blocks], kept_bytes: int) -> None:
-        self.parts, self.kept_bytes = parts, kept_bytes
+    def __init__(self, parts: list[Blocks], keep: bool) -> None:
+        self.parts, self.keep = parts, keep
         self._kept: dict[tuple[int, int], Tensor] = {}
 
     def biases(self, part: int, layer: int, make: Callable[[Blocks], Tensor]) -> Tensor:
@@ -31,9 +31,15 @@ class Plan:
         found = self._kept.get((part, layer))
         if found is None:
             found = make(self.parts[part])
-            if self.kept_bytes:
+            if self.keep:
                 self._kept[part, layer] = found
         return found
+
+    @property
+    def size(self) -> int:
+        """Return the memory of the plan and of the biases that it keeps, in bytes."""
+        listed = sum(part.size for part in self.parts)
+        return 12 * listed + sum(biases.nbytes for biases in self._kept.values())
 
 
 class _Linear:
