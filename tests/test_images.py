@@ -383,14 +383,19 @@ def test_a_killed_writer_leaves_nothing_for_long(tmp_path):
     """A new file has no name until it is complete; the next writer removes an old neighbour."""
     kill = """
 import os, signal, sys
-from percov2.files import write_bytes
+from percov2.files import open_atomically, write_bytes
 die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-setattr(os, sys.argv[2], die)
-write_bytes(sys.argv[1], b"complete")
+path, call = sys.argv[1:]
+if call == "write":
+    with open_atomically(path) as stream:
+        stream.write(bytes(100_000))
+        die()
+setattr(os, call, die)
+write_bytes(path, b"complete")
 """
     new, old = tmp_path / "new.pcv2", tmp_path / "old.pcv2"
     old.write_bytes(b"before")
-    for path, call in ((new, "link"), (old, "replace")):
+    for path, call in ((new, "link"), (new, "write"), (old, "replace")):
         result = subprocess.run([sys.executable, "-c", kill, path, call], check=False)
         assert result.returncode == -signal.SIGKILL
     assert not new.exists() and old.read_bytes() == b"before"

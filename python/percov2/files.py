@@ -197,11 +197,32 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     if is_stream(Path(path)):
         _write_stream(Path(path), data)
         return
+    try:
+        with open_atomically(path) as stream:
+            stream.write(data)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+@contextlib.contextmanager
+def open_atomically(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name when it is closed without an exception.
+
+    ``write_bytes`` explains how, and also writes streams.
+    """
     target = Path(os.path.realpath(path))
     neighbour = _neighbour(target)
     try:
-        if _write_unnamed(data, target, neighbour):
-            return
+        place = _open_unnamed(target.parent)
+        if place is None:
+            with open(neighbour, "xb") as stream:
+                yield stream
+        else:
+            with open(place, "w+b") as stream:
+                yield stream
+                stream.flush()
+                if _named(stream, target, neighbour):
+                    return
         if target.exists():
             shutil.copymode(target, neighbour)
         try:
@@ -209,50 +230,35 @@ def write_bytes(path: Path | str, data: bytes) -> None:
         except OSError as error:
             if error.errno not in (errno.EBUSY, errno.EXDEV):
                 raise
-            target.write_bytes(data)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+            shutil.copyfile(neighbour, target)
     finally:
         neighbour.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def open_atomically(path: Path | str) -> Iterator[BinaryIO]:
-    """Open a file for writing that gets its name when it is closed without an exception."""
-    target = Path(os.path.realpath(path))
-    neighbour = target.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with open(neighbour, "xb") as stream:
-            yield stream
-        os.replace(neighbour, target)
-    finally:
-        neighbour.unlink(missing_ok=True)
+def _open_unnamed(folder: Path) -> int | None:
+    """Open a file without a name, of which a process that is killed leaves no part.
 
-
-def _write_unnamed(data: bytes, target: Path, neighbour: Path) -> bool:
-    """Write a new file and name it ``target``; return False if its name is ``neighbour``.
-
-    A process that is killed leaves no part of a file that has no name.
+    None: not Linux, or a file system without such files.
     """
     try:
-        place = os.open(target.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
-    except (AttributeError, OSError):  # not Linux, or a file system without such files
-        with open(neighbour, "xb") as stream:
-            stream.write(data)
-        return False
-    with open(place, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        unnamed = f"/proc/self/fd/{place}"
-        for name in (target, neighbour):
-            try:
-                os.link(unnamed, name, follow_symlinks=True)
-            except FileExistsError:
-                continue
-            except OSError:  # without /proc
-                neighbour.write_bytes(data)
-                return False
-            return name == target
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o666)
+    except (AttributeError, OSError):
+        return None
+
+
+def _named(stream: BinaryIO, target: Path, neighbour: Path) -> bool:
+    """Name a file without a name ``target``; return False if its name is ``neighbour``."""
+    for name in (target, neighbour):
+        try:
+            os.link(f"/proc/self/fd/{stream.fileno()}", name, follow_symlinks=True)
+        except FileExistsError:
+            continue
+        except OSError:  # without /proc
+            stream.seek(0)
+            with open(neighbour, "xb") as copy:
+                shutil.copyfileobj(stream, copy)
+            return False
+        return name == target
     raise FileExistsError(errno.EEXIST, "a temporary name is taken", str(neighbour))
 
 
