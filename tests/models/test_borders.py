@@ -9,6 +9,7 @@ import torch
 from percov2 import BackboneOptions
 from percov2.models.backbone import open_backbone
 from percov2.models.tiny.torch import backbone
+from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
 from percov2.models.torch.borders import own_borders
 
 SIZES = [(64, 128), (192, 64), (128, 128), (64, 64)]
@@ -107,3 +108,19 @@ def test_a_card_gives_the_same_tokens_in_every_company(rate):
     model = open_backbone("tiny", "cuda")
     assert model.mixes_sizes
     tokens_in_every_company(model, rate)
+
+
+def test_pictures_are_painted_in_batches_off_the_cpu(random_model, monkeypatch):
+    plain = open_backbone(random_model, options=BackboneOptions(runtime="torch"))
+    model = open_backbone(random_model, options=BackboneOptions(runtime="torch"))
+    model.device = torch.device("cpu:0")  # a name that is not "cpu"
+    sizes: list[int] = []
+    decode = PatchAutoencoder.decode
+    monkeypatch.setattr(
+        PatchAutoencoder, "decode", lambda self, x: sizes.append(len(x)) or decode(self, x)
+    )
+    tokens = np.random.default_rng(2).integers(0, 64, (3, 4, 5))
+    arguments = (tokens, "fine", ["", "a dog", ""], 1, 1.0, 0)
+    painted, expected = model.reconstruct(*arguments), plain.reconstruct(*arguments)
+    assert sizes == [3, 1, 1, 1]
+    np.testing.assert_allclose(painted, expected, atol=1e-4)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from percov2.codec import Codec
-from percov2.images import to_unit_range
+from percov2.images import from_unit_range, to_unit_range
 from percov2.models.backbone import BackboneOptions, open_backbone
 from percov2.models.config import ModelConfig
 from percov2.models.stored_tensors import read_tensors
@@ -200,6 +200,26 @@ def test_an_int8_decoder_paints_nearly_the_same(folder, with_int8):
     assert 0 < error < np.square(plain - plain.mean()).mean() / 300
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_on_torch_paints_nearly_the_same(folder, dtype):
+    tokens = np.random.default_rng(9).integers(0, 64, (2, 6, 5))
+    full, half = (
+        open_backbone(folder, options=BackboneOptions(runtime="torch", dtype=one))
+        for one in (None, dtype)
+    )
+    plain, painted = (
+        model.reconstruct(tokens, "fine", ["", "a red door"], 2, 1.5, 0) for model in (full, half)
+    )
+    assert painted.dtype == np.float32
+    error = np.square(painted - plain).mean()
+    assert 0 < error < np.square(plain - plain.mean()).mean() / 300
+    assert half.runtime.endswith(f"painting in {dtype}")
+    pictures = half.pictures(tokens, "fine", ["", "a red door"], 2, 1.5, 0)
+    assert np.array_equal(pictures, from_unit_range(painted))
+    image = np.random.default_rng(1).uniform(-1, 1, (1, 3, 32, 48)).astype(np.float32)
+    assert np.array_equal(half.encode_tokens(image, "fine"), full.encode_tokens(image, "fine"))
+
+
 def test_the_number_format_is_chosen_by_the_processor_and_reported(folder, with_int8, monkeypatch):
     for sets, expected in ((("scalar", "avx2"), "fp32"), (("scalar", "avx2", "avx512"), "int8")):
         monkeypatch.setattr("percov2.models.tiny.backbone.instruction_sets", lambda sets=sets: sets)
@@ -209,7 +229,7 @@ def test_the_number_format_is_chosen_by_the_processor_and_reported(folder, with_
         open_backbone(folder, options=BackboneOptions(dtype="int8")).reconstruct(
             np.zeros((1, 2, 2), int), "fine", [""], 1, 1.0, 0
         )
-    for wrong in ({"dtype": "bf16"}, {"dtype": "int8", "runtime": "torch"}):
+    for wrong in ({"dtype": "bf16", "runtime": "onnx"}, {"dtype": "int8", "runtime": "torch"}):
         with pytest.raises(ValueError, match=r"dtype '(bf16|int8)' is not one of tiny"):
             open_backbone(folder, options=BackboneOptions(**wrong))
 

@@ -45,8 +45,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     help_ = "threads of runtime onnx, 1 to 1024; never changes tokens (default: all cores)"
     parser.add_argument("--threads", type=number(int, 1, 1024), metavar="N", help=help_)
     help_ = (
-        "number format of the decoder of small models, fp32 or int8 (default: int8 where it is "
-        "fast), or of large models, fp32, bf16 or fp16 (default: fp32 on cpu, bf16 on cuda)"
+        "number format of painting: fp32 or int8 with runtime onnx (default: int8 where it is "
+        "fast); fp32, bf16 or fp16 with torch (default: bf16 for large models on cuda, else fp32)"
     )
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16", "int8"], help=help_)
     group = parser.add_argument_group("options of large models (sd3, perco)")

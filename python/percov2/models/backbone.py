@@ -68,10 +68,11 @@ class BackboneOptions:
             the model folder has a graph and the device is the CPU, else "torch".
         threads: threads of "onnx", 1 to 1,024; None for all available cores. They never change
             tokens.
-        dtype: number format of the networks. For "tiny" it is that of the decoder: "fp32" or, with
-            runtime "onnx", "int8"; None for "int8" if the folder has that graph and the processor
-            has AVX-512 VNNI. For large backbones: "fp32", "bf16" or "fp16" for the base model's
-            networks; None for "fp32" on the CPU and "bf16" elsewhere.
+        dtype: number format of the networks that paint. For "tiny" with runtime "onnx": "fp32" or
+            "int8" for the decoder; None for "int8" if the folder has that graph and the processor
+            has AVX-512 VNNI. For "tiny" on torch: "fp32" (None), "bf16" or "fp16". For large
+            backbones: "fp32", "bf16" or "fp16" for the base model's networks; None for "fp32" on
+            the CPU and "bf16" elsewhere.
         offload: keep networks in CPU memory and move each to the device only while it runs. This
             option and the following ones are for large backbones.
         vae_tiling: run the base model's autoencoder in tiles, to bound its memory.
@@ -264,8 +265,8 @@ def check_runtime(folder: Path, kind: str, device: str, options: BackboneOptions
         )
     without = possible and not any(folder.glob("*/*.onnx"))
     runtime = options.runtime or ("onnx" if possible and not without else "torch")
-    known = ("fp32", "int8") if kind == "tiny" else ("fp32", "bf16", "fp16")
-    if options.dtype not in (None, *known) or (options.dtype, runtime) == ("int8", "torch"):
+    known = ("fp32", "int8") if runtime == "onnx" else ("fp32", "bf16", "fp16")
+    if options.dtype not in (None, *known):
         raise ValueError(f"dtype {options.dtype!r} is not one of {kind} with runtime {runtime!r}")
     why = f", which {folder} needs, because it has no graphs" if without else ""
     if options.threads is not None and runtime != "onnx":

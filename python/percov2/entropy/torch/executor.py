@@ -30,7 +30,7 @@ from percov2.entropy.visibility import (
     start_entries,
 )
 
-__all__ = ["Executor", "places"]
+__all__ = ["Executor", "Staged", "places"]
 
 
 class Executor:
@@ -81,30 +81,29 @@ class Executor:
         known_payload = self.content_payload(tokens.flatten(1)[:, sequence[:known]], place[:known])
         query_payload = self.query_payload(place).expand(batch, -1, -1)
         residual = torch.cat([start, known_payload, query_payload], 1)
-        return self.through_layers(residual, keys, queries, keys, lambda i, kv: kv)
+        plans = self.plan(join(keys, queries), keys), self.plan(queries, keys)
+        return self.through_layers(residual, len(keys), plans, lambda i, kv: kv)
 
     def through_layers(
         self,
         residual: Tensor,
-        contents: Entries,
-        queries: Entries,
-        keys: Entries,
+        count: int,
+        plans: tuple[Any, Any],
         known: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
         """Return the residual of queries after all layers, int32 [B, n, dim].
 
-        Contents and queries pass the layers together, and read the keys of the same layer.
+        Contents, which become keys, and queries pass the layers together. They read the keys of the
+        same layer.
 
         Args:
-            residual: the payloads of contents and queries, int32 [B, m + n, dim].
-            contents: the m entries that become keys, start entries first.
-            queries: the n entries that do not.
-            keys: all entries that are read.
+            residual: the payloads of contents and queries, int32 [B, count + n, dim].
+            count: number of contents.
+            plans: a plan of contents and queries, and one of the queries alone.
             known: a function of the index of a layer and of k beside v of the contents, int8
-                [B, m, 2 * inner]. It returns those of all keys.
+                [B, count, 2 * inner]. It returns those of all keys.
         """
-        count = len(contents)
-        plan, query_plan = self.plan(join(contents, queries), keys), self.plan(queries, keys)
+        plan, query_plan = plans
         for i, layer in enumerate(self.layers):
             q, kv = layer.project(residual)
             kv = known(i, kv[:, :count])
@@ -113,9 +112,9 @@ class Executor:
             residual = layer.advance(residual, q, kv, plan)
         return residual
 
-    def staged(self, stages: NDArray[np.int32], batch: int) -> _Staged:
+    def staged(self, stages: NDArray[np.int32], batch: int) -> Staged:
         """Return the stage-by-stage passes that decode ``batch`` grids."""
-        return _Staged(self, stages, batch)
+        return Staged(self, stages, batch)
 
     def logits(self, residual: Tensor) -> Tensor:
         """Return the base-2 logits, int16 [B, n, V], of a residual, int32 [B, n, dim]."""
@@ -160,7 +159,7 @@ def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=torch.int8, device=device)
 
 
-class _Staged:
+class Staged:
     """The passes of decoding. Per stage, call ``residual``, then ``accept`` with the tokens."""
 
     def __init__(self, executor: Executor, stages: NDArray[np.int32], batch: int) -> None:
@@ -168,7 +167,7 @@ class _Staged:
         coding = order(stages)
         stage = stages.reshape(-1)[coding]
         self._ends = np.searchsorted(stage, np.arange(stage[-1] + 1), side="right")
-        self._stage = 0  # the last stage whose tokens are known
+        self.stage = 0  # number of stages whose tokens are known
         width = stages.shape[1]
         self._keys = join(start_entries(), content_entries(stage, coding, width))
         self._queries = query_entries(stage, coding, width)
@@ -179,18 +178,40 @@ class _Staged:
         shape = (batch, START_ENTRIES + int(self._ends[-2]), 2 * executor.inner)
         self._cache = [_untouched(shape, executor.device) for _ in executor.layers]
 
+    def begin(self) -> None:
+        """Forget all tokens."""
+        self.stage = 0
+        self._tokens.zero_()
+
     def residual(self) -> Tensor:
         """Return the residual of the next stage's queries: int32 [B, n, dim]."""
-        executor = self._executor
-        known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
-        first = int(self._ends[self._stage - 1]) if self._stage else 0
+        return self.through_stage(self.stage, self.plans(self.stage))
+
+    def _fresh(self, stage: int) -> slice:
+        """Return the keys that appear in a stage: start entries, or contents of the one before."""
+        if not stage:
+            return slice(0, START_ENTRIES)
+        begin, end = (START_ENTRIES + int(self._ends[stage - i]) for i in (1, 0))
+        return slice(begin, end)
+
+    def plans(self, stage: int) -> tuple[Any, Any]:
+        """Return the plans of a stage, counted from 0, for ``Executor.through_layers``."""
+        fresh = self._fresh(stage)
+        keys = self._keys.take(slice(0, fresh.stop))
+        queries = self._queries.take(slice(int(self._ends[stage]), int(self._ends[stage + 1])))
+        plan = self._executor.plan
+        return plan(join(self._keys.take(fresh), queries), keys), plan(queries, keys)
+
+    def through_stage(self, stage: int, plans: tuple[Any, Any]) -> Tensor:
+        """Return the residual of the queries of a stage, whose earlier tokens are known."""
+        executor, fresh = self._executor, self._fresh(stage)
+        known, end = int(self._ends[stage]), int(self._ends[stage + 1])
+        first = int(self._ends[stage - 1]) if stage else 0
         place = executor.place_payload(self._places[:, first:end])
-        if self._stage:
+        if stage:
             new = executor.content_payload(self._tokens[:, first:known], place[: known - first])
-            fresh = slice(START_ENTRIES + first, START_ENTRIES + known)
         else:
             new = executor.start_payload(*self._shape).expand(self._batch, -1, -1)
-            fresh = slice(0, START_ENTRIES)
         queries = executor.query_payload(place[known - first :]).expand(self._batch, -1, -1)
 
         def known_keys(layer: int, kv: Tensor) -> Tensor:
@@ -198,19 +219,14 @@ class _Staged:
             cache[:, fresh] = kv
             return cache[:, : fresh.stop]
 
-        return executor.through_layers(
-            torch.cat([new, queries], 1),
-            self._keys.take(fresh),
-            self._queries.take(slice(known, end)),
-            self._keys.take(slice(0, fresh.stop)),
-            known_keys,
-        )
+        residual = torch.cat([new, queries], 1)
+        return executor.through_layers(residual, fresh.stop - fresh.start, plans, known_keys)
 
     def accept(self, tokens: Tensor) -> None:
         """Take the tokens of the next stage, [B, n]."""
-        known, end = int(self._ends[self._stage]), int(self._ends[self._stage + 1])
+        known, end = int(self._ends[self.stage]), int(self._ends[self.stage + 1])
         self._tokens[:, known:end] = tokens.to(self._tokens.device)
-        self._stage += 1
+        self.stage += 1
 
     def tokens(self) -> Tensor:
         """Return the tokens so far, int32 [B, h, w], with 0 at the other positions."""

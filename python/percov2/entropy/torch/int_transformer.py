@@ -19,6 +19,7 @@ from torch import Tensor
 
 from percov2.entropy import int_transformer
 from percov2.entropy.int_transformer import TRIAL, random_tensors, trial
+from percov2.entropy.schedule import order
 from percov2.entropy.torch import intmath
 from percov2.entropy.transformer_config import TransformerConfig
 
@@ -94,6 +95,44 @@ def _executor(name: str, device: torch.device) -> Any:
     return module
 
 
+@cache
+def _replays(name: str, device: torch.device) -> bool:
+    """Return True if an executor replays recorded passes on a GPU, as a trial shows.
+
+    A warning says why a GPU does not.
+    """
+    module = _executor(name, device)
+    if not hasattr(module.Executor, "replay"):
+        return False
+    tokens, stages = trial(3)
+    grids = torch.from_numpy(tokens).to(device, torch.int64)
+    coding = order(stages)
+    executor = module.Executor(TRIAL, to_tensors(random_tensors(TRIAL, 0), device), device)
+    expected = executor.encode(grids, stages)
+    executor.replay()
+    reason = "the results differ"
+    try:
+        for _ in range(3):  # as they are, recorded, and replayed
+            staged, found = executor.staged(stages, len(grids)), []
+            for stage in range(1, int(stages.max()) + 1):
+                found.append(staged.residual().clone())
+                places = coding[stages.reshape(-1)[coding] == stage]
+                staged.accept(grids.flatten(1)[:, torch.from_numpy(places).to(device)])
+            if not torch.equal(torch.cat(found, 1), expected):
+                break
+        else:
+            return True
+    except RuntimeError as error:
+        reason = str(error)
+    warnings.warn(
+        f"CUDA graphs do not work on {torch.cuda.get_device_name(device)}, so decoding launches "
+        f"every kernel: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return False
+
+
 def _numbered(device: torch.device) -> torch.device:
     """Return the device with its number, because plain "cuda" depends on the thread."""
     if device.type == "cuda" and device.index is None:
@@ -148,6 +187,8 @@ class IntTransformer(int_transformer.IntTransformer):
             placed = to_tensors(self.tensors, self.device)
             module = _executor(self.executor_name, self.device)
             self.executor = module.Executor(self.config, placed, self.device)
+            if self.device.type == "cuda" and _replays(self.executor_name, self.device):
+                self.executor.replay()
 
     def encode(self, tokens: Tensor, stages: NDArray[np.int32]) -> Tensor:
         with intmath.exact_float32(self.device):

@@ -10,13 +10,17 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from percov2.entropy.torch import executor, rans_cuda
 from percov2.entropy.torch.reader_plan import plan_readers
+from percov2.entropy.torch.recorded import Recordings, graph_recorder
 from percov2.entropy.torch.triton_layers import Head, Layer, Plan
 from percov2.entropy.transformer_config import TransformerConfig
 from percov2.entropy.visibility import Entries
@@ -27,6 +31,8 @@ __all__ = ["Executor"]
 _KEPT_PLANS = 64
 _KEPT_BYTES = 2**30
 """Memory of all kept plans and their biases. Images often have the same size and plan."""
+_MOST_RECORDED = 2**19
+"""Largest number of tokens of a recorded batch, whose memory stays on the device."""
 _PART_BYTES = 2**28
 """Memory of the biases of a part of a plan, in one layer."""
 
@@ -53,7 +59,20 @@ class Executor(executor.Executor):
         self._plans: OrderedDict[tuple[int, bytes], Plan] = OrderedDict()
         self._key_bytes = 4 * config.heads * self._blocks[0]  # biases of a listed key and layer
         self._lock = threading.Lock()
+        self._recordings: Recordings | None = None
         super().__init__(config, tensors, device)
+
+    def replay(self) -> None:
+        """Record staged decoding in CUDA graphs, and replay them. Results do not change."""
+        self._recordings = Recordings(partial(graph_recorder, self.device))
+
+    def staged(self, stages: NDArray[np.int32], batch: int) -> Any:
+        """Return the passes that decode grids, as ``executor.Executor``."""
+        make = partial(super().staged, stages, batch)
+        if self._recordings is None or batch * stages.size > _MOST_RECORDED:
+            return make()
+        key = rans_cuda.queue(self.device), stages.shape, stages.tobytes(), batch
+        return self._recordings.staged(key, make)
 
     def plan(self, reader: Entries, key: Entries) -> Plan:
         """Return the plan of readers and keys. The latest plans stay on the device.

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from percov2.caching import remembered
@@ -119,6 +120,23 @@ class TorchBackbone(Backbone):
     ) -> Any:
         """Return images, as ``Backbone.reconstruct``."""
         return self.paint(tokens, rate, captions, steps, guidance, seed, realism)
+
+    @torch.inference_mode()
+    def pictures(
+        self,
+        tokens: Any,
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        realism: float | None = None,
+    ) -> NDArray[np.uint8]:
+        """Return pictures, as ``Backbone.pictures``; only their bytes leave the device."""
+        placed = torch.from_numpy(np.ascontiguousarray(tokens))
+        images = self.reconstruct(placed, rate, captions, steps, guidance, seed, realism)
+        levels = images.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+        return levels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     @abstractmethod
     def paint(

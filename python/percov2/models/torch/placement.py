@@ -16,9 +16,10 @@ from percov2.models.backbone import BackboneOptions
 from percov2.models.torch.isolation import loading
 from percov2.stored_files import one_line
 
-__all__ = ["Placement", "base_location", "load_part"]
+__all__ = ["TORCH_DTYPES", "Placement", "base_location", "load_part"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Number formats by the names of ``BackboneOptions``."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Placement:
     def of(cls, device: str, options: BackboneOptions) -> Placement:
         """Return the placement for a device, as set by the options."""
         default = "fp32" if torch.device(device).type == "cpu" else "bf16"
-        return cls(device, _DTYPES[options.dtype or default], options.offload)
+        return cls(device, TORCH_DTYPES[options.dtype or default], options.offload)
 
     def settle(self, network: nn.Module) -> Any:
         """Prepare a loaded network for inference and move it to where it stays."""

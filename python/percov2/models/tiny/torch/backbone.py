@@ -26,6 +26,7 @@ from percov2.models.torch.backbone import TorchBackbone
 from percov2.models.torch.borders import own_borders
 from percov2.models.torch.hyper_encoder import HyperEncoder
 from percov2.models.torch.isolation import running
+from percov2.models.torch.placement import TORCH_DTYPES
 from percov2.models.torch.storage import load_component
 from percov2.models.windows import sample, whole_patches
 
@@ -59,6 +60,13 @@ class TinyTorchModel(TorchBackbone):
         self, folder: Path, device: str = "cpu", options: BackboneOptions | None = None
     ) -> None:
         super().__init__(folder, device)
+        self.dtype = (options or BackboneOptions()).dtype or "fp32"
+        self._kind = torch.device(device).type
+
+    @property
+    def runtime(self) -> str:
+        """Return the runtime of the networks, as ``Backbone.runtime``."""
+        return f"{super().runtime}, painting in {self.dtype}"
 
     @cached_property
     @torch.inference_mode(False)  # a token search needs gradients through it
@@ -100,6 +108,11 @@ class TinyTorchModel(TorchBackbone):
             latents = self.autoencoder.encode(image.contiguous(memory_format=torch.channels_last))
             yield hyper_encoder(latents)
 
+    @property
+    def _in_batches(self) -> bool:
+        """Whether batches are faster than single pictures, as on GPUs."""
+        return str(self.device) != "cpu"
+
     @cached_property
     def mixes_sizes(self) -> bool:
         """Whether pictures of different sizes share a batch.
@@ -107,7 +120,7 @@ class TinyTorchModel(TorchBackbone):
         Only on GPUs, where a batch is faster, and only if a trial shows that a picture's tokens do
         not depend on its company there.
         """
-        if str(self.device) == "cpu":
+        if not self._in_batches:
             return False
         rate, random = self.config.default_rate, np.random.default_rng(0)
         sizes = ((64, 128), (128, 64), (128, 128), (64, 64))
@@ -157,13 +170,15 @@ class TinyTorchModel(TorchBackbone):
         fill it up.
         """
         count, side = _pictures_at_once(bucket), self.config.rate(rate).token_side
-        pixels = torch.zeros(count, *bucket, 3, dtype=torch.uint8)
+        pinned = self._kind == "cuda"  # the copy to the device does not stop this thread
+        pixels = torch.zeros(count, *bucket, 3, dtype=torch.uint8, pin_memory=pinned)
         sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
         for place, picture, (height, width) in zip(pixels, pictures, sizes, strict=False):
             place[:height, :width] = torch.from_numpy(picture)
         sizes += [(0, 0)] * (count - len(pictures))
         with running(self.device):
-            images = pixels.to(self.device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+            placed = pixels.to(self.device, non_blocking=True)
+            images = placed.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
             for image, (height, width) in zip(images, sizes, strict=True):
                 image[:, height:] = 0
                 image[:, :, width:] = 0
@@ -204,6 +219,22 @@ class TinyTorchModel(TorchBackbone):
         If the flow's patches do not divide the latent grid, the last row and column of z_hat are
         repeated, and the picture is cropped.
         """
+        half = TORCH_DTYPES[self.dtype]
+        with torch.autocast(self._kind, half, enabled=half != torch.float32):
+            images = self._paint(tokens, rate, captions, steps, guidance, seed, realism)
+        return images.float().clamp(-1, 1)
+
+    def _paint(
+        self,
+        tokens: Tensor,
+        rate: str,
+        captions: Sequence[str],
+        steps: int,
+        guidance: float,
+        seed: int,
+        realism: float | None,
+    ) -> Tensor:
+        """Return unclamped images, as ``paint``, in the numbers of the networks."""
         z_hat = self.z_hat(tokens, rate)
         height, width = z_hat.shape[-2:]
         z_hat = flows.pad_to_patches(z_hat, self.patch)
@@ -222,7 +253,7 @@ class TinyTorchModel(TorchBackbone):
             return unconditional + guidance * (conditional - unconditional)
 
         latents = sample(estimate, z_hat, noise.expand(len(tokens), -1, -1, -1), steps)
-        return self._decode(latents + grain, height, width).clamp(-1, 1)
+        return self._decode(latents + grain, height, width)
 
     def conditioning(self, captions: Sequence[str], realism: float) -> tuple[Tensor, Tensor]:
         """Return the flow's conditioning: a sequence and a pooled vector."""
@@ -268,8 +299,10 @@ class TinyTorchModel(TorchBackbone):
         return flows.WindowedEstimate(window, config.window, config.overlap)(noisy, z_hat)
 
     def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
-        """Return unclamped images of height × width latents."""
-        parts = (x.contiguous(memory_format=torch.channels_last) for x in latents.split(1))
+        """Return unclamped images of height × width latents; on GPUs in batches."""
         stride = self.autoencoder.stride
+        bucket = stride * latents.shape[2], stride * latents.shape[3]
+        count = _pictures_at_once(bucket) if self._in_batches else 1
+        parts = (x.contiguous(memory_format=torch.channels_last) for x in latents.split(count))
         images = torch.cat([self.autoencoder.decode(x) for x in parts])
         return images[..., : height * stride, : width * stride]
