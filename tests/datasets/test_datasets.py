@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from percov2 import Codec, DecodeOptions, EncodeOptions
-from percov2.datasets import CompressImages, DecompressImages
+from percov2.datasets import CompressImages, DecompressImages, PictureDecoder
 from percov2.datasets.shards import write_sample
 from tools.command_line import failure, run
 from tools.photos import noise
@@ -124,6 +124,29 @@ def test_shards_become_shards_of_the_same_samples(shards, random_model, tmp_path
     with Image.open(io.BytesIO(restored["00012.png"])) as image:
         expected = codec.decompress(made["sub/c.tar"]["00012.pcv2"])
         np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loaders_restore_pictures_in_spawned_workers(shards, random_model, tmp_path, workers):
+    webdataset = pytest.importorskip("webdataset")
+    torch = pytest.importorskip("torch")
+    out = tmp_path / "out"
+    run("compress", shards, "-o", out, "--engine", "local", "--model", random_model)
+    options = DecodeOptions(seed=3)
+    decode = PictureDecoder(random_model, options)
+    samples = webdataset.WebDataset(str(out / "a.tar"), shardshuffle=False).decode(decode)
+    context = "spawn" if workers else None
+    loader = torch.utils.data.DataLoader(
+        samples.to_tuple("pcv2", "txt"),
+        batch_size=None,
+        num_workers=workers,
+        multiprocessing_context=context,
+    )
+    codec, found = Codec.from_pretrained(random_model), list(loader)
+    assert [text for _, text in found] == [f"photo {key}" for key in range(5)]
+    for key, (picture, _) in enumerate(found):
+        expected = codec.decompress(codec.compress(jpeg(key)), options)
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
 
 
 def test_finished_units_are_left_out_and_others_redone(shards, random_model, tmp_path, capsys):
