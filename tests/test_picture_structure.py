@@ -13,7 +13,7 @@ from PIL import Image, TiffImagePlugin
 
 from percov2 import Codec
 from percov2.colour_spaces import SRGB, ColourSpace, icc_profile
-from percov2.images import ImageWarning, decode_image, to_rgb
+from percov2.images import ImageWarning, decode_image, read_image, to_rgb
 from percov2.picture_structure import tiff_pages
 from tools import picture_files as files
 from tools.photos import noise
@@ -157,6 +157,23 @@ def test_planes_of_16_bits_are_read_as_such():
     for one in (data, after_a_thumbnail):
         assert np.abs(decoded(one).astype(int) - samples / 257).max() <= 1
     assert before == TiffImagePlugin.READ_LIBTIFF  # a setting of the whole process
+
+
+@pytest.mark.parametrize("pages", [1, 2])
+@pytest.mark.parametrize("planes", [True, False])
+def test_exif_of_tiff_is_read_before_the_file_is_closed(planes, pages, tmp_path):
+    samples = np.full((4, 4, 3), (200, 100, 50)) * 257
+    data = planar(samples) if planes else files.tiff(samples, 16, 2)
+    (first,) = struct.unpack("<I", data[4:8])
+    adobe_rgb = struct.pack("<HHHIHH", 1, 0xA001, 3, 1, 2, 0) + bytes(4)
+    path = tmp_path / "adobe.tif"
+    path.write_bytes(
+        files.with_tags(data + adobe_rgb, {34665: len(data)}, first if pages == 2 else 0)
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert to_rgb(read_image(path))[0, 0].tolist() == [227, 100, 42]
+    assert ["2 frames" in str(warning.message) for warning in caught] == [True] * (pages - 1)
 
 
 def test_uncompressed_ycbcr_of_half_size_chroma():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
@@ -65,6 +66,8 @@ def read_declarations(image: Image.Image, stream: BinaryIO) -> None:
                     image.info.setdefault(CODE_POINTS, struct.unpack(">HH", data[4:8]))
         elif image.format == "JPEG2000":
             _read_jpeg2000(image, stream)
+        elif image.format == "TIFF":
+            _read_exif(image)
         elif image.format == "QOI":
             stream.seek(13)
             if stream.read(1) == b"\1":
@@ -85,6 +88,14 @@ def _read_jpeg2000(image: Image.Image, stream: BinaryIO) -> None:
         (space,) = struct.unpack(">I", data[3:7])
         if space not in _ENUMERATED:
             image.info[UNSUPPORTED] = f"the enumerated colour space {space} of JPEG 2000"
+
+
+def _read_exif(image: Image.Image) -> None:
+    """Have Pillow keep the Exif block of a TIFF file; it reads it late, from a closed file."""
+    with suppress(Exception):  # a damaged block, which the caller reports
+        exif = image.getexif()
+        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.Interop):
+            exif.get_ifd(ifd)
 
 
 def _png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:

@@ -33,9 +33,9 @@ from percov2.picture_structure import (
     dropped_parts,
     is_pending,
     needs_libtiff,
-    reopen_with_libtiff,
     signature,
     tiff_pages,
+    use_libtiff,
 )
 
 __all__ = [
@@ -172,8 +172,8 @@ def _raw_mode(image: Any) -> str:
 def _decode(image: Image.Image, stream: BinaryIO | None) -> None:
     """Decode a picture in place, and add what Pillow leaves out if there is the file."""
     _scale_key(image)
-    if stream is not None and needs_libtiff(image):
-        reopen_with_libtiff(image, stream)
+    if needs_libtiff(image):
+        use_libtiff(image)
     raw, second = _raw_mode(image), None
     if stream is not None:
         read_declarations(image, stream)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import struct
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -16,9 +15,9 @@ __all__ = [
     "dropped_parts",
     "is_pending",
     "needs_libtiff",
-    "reopen_with_libtiff",
     "signature",
     "tiff_pages",
+    "use_libtiff",
 ]
 
 _SIGNATURES = {
@@ -192,21 +191,11 @@ def needs_libtiff(image: Image.Image) -> bool:
     return tags.get(262) == 6 or (tags.get(284) == 2 and max(bits) > 8)
 
 
-def reopen_with_libtiff(image: Image.Image, stream: BinaryIO) -> None:
-    """Give a TIFF picture the tiles with which libtiff decodes it."""
-    page = image.tell()
-    place = stream.tell()
-    stream.seek(0)
+def use_libtiff(image: Image.Image) -> None:
+    """Have libtiff decode a TIFF picture that is opened and not decoded yet."""
     before = TiffImagePlugin.READ_LIBTIFF
     TiffImagePlugin.READ_LIBTIFF = True
     try:
-        other: Any = Image.open(io.BytesIO(stream.read()), formats=["TIFF"])
-        other.seek(page)
-        other.load()
+        cast(Any, image)._setup()
     finally:
         TiffImagePlugin.READ_LIBTIFF = before
-        stream.seek(place)
-    pending = cast(Any, image)
-    pending.tile = []
-    pending._mode = other.mode
-    pending.im = other.im
