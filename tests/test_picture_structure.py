@@ -246,6 +246,16 @@ def test_a_page_has_its_own_profile_and_not_that_of_its_thumbnail(profiled, leve
         assert (decoded(data) == level).all()
 
 
+def test_a_picture_in_a_sub_directory_is_not_replaced_by_its_thumbnail():
+    """DNG files are such."""
+    whole = files.tiff(np.full((8, 8, 1), 200), 8, 1)
+    (place,) = struct.unpack("<I", whole[4:8])
+    for tags in ({254: 1}, {330: place}):
+        assert (decoded(files.with_tags(whole, tags)) == 200).all()
+    with pytest.raises(ValueError, match=r"^the picture is in a sub-directory"):
+        decoded(files.with_tags(whole, {254: 1, 330: place}))
+
+
 class CountedReads(io.BytesIO):
     """A stream that counts its reads."""
 

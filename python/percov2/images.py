@@ -32,6 +32,7 @@ from percov2.picture_structure import (
     check_structure,
     dropped_parts,
     is_pending,
+    main_page,
     needs_libtiff,
     signature,
     tiff_pages,
@@ -151,11 +152,11 @@ def _is_heif(head: bytes) -> bool:
 
 
 def _skip_thumbnails(image: Image.Image, stream: BinaryIO) -> None:
-    """Go to the first page of a TIFF file that is no reduced version of another, and no mask."""
+    """Go to the first page of a TIFF file that is no reduced version of a picture, and no mask."""
     if image.format != "TIFF":
         return
     pages = tiff_pages(stream)
-    page = next((i for i, page in enumerate(pages) if not page.is_secondary), 0)
+    page = main_page(pages)
     if page:
         image.seek(page)
         if not pages[page].has_profile:  # Pillow keeps that of the page before

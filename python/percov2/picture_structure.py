@@ -14,6 +14,7 @@ __all__ = [
     "check_structure",
     "dropped_parts",
     "is_pending",
+    "main_page",
     "needs_libtiff",
     "signature",
     "tiff_pages",
@@ -38,7 +39,7 @@ _PNM_HEADER = 1 << 16
 
 
 class StructureError(ValueError):
-    """A picture whose structure would cost more time than a picture may."""
+    """A picture whose structure costs too much time, or hides the picture from Pillow."""
 
 
 def signature(stream: BinaryIO) -> str:
@@ -127,10 +128,12 @@ class TiffPage(NamedTuple):
     Attributes:
         is_secondary: it is a reduced version or a mask of another page.
         has_profile: it has an ICC profile.
+        has_directories: it has sub-directories, which may hold the picture it is a version of.
     """
 
     is_secondary: bool
     has_profile: bool
+    has_directories: bool
 
 
 def tiff_pages(stream: BinaryIO) -> list[TiffPage]:
@@ -146,6 +149,21 @@ def tiff_pages(stream: BinaryIO) -> list[TiffPage]:
             stream.seek(start)
     except (OSError, ValueError, OverflowError, struct.error):
         return []
+
+
+def main_page(pages: list[TiffPage]) -> int:
+    """Return the number of the first page that is no reduced version or mask; 0 if all are.
+
+    Raises:
+        StructureError: the picture is in a sub-directory, as in DNG.
+    """
+    number = next((i for i, page in enumerate(pages) if not page.is_secondary), None)
+    if number is None and any(page.has_directories for page in pages):
+        raise StructureError(
+            "the picture is in a sub-directory of the TIFF file, which percov2 does not read; the "
+            "file's pages are reduced versions; convert the file first"
+        )
+    return number or 0
 
 
 def _pages(stream: BinaryIO) -> list[TiffPage]:
@@ -168,7 +186,7 @@ def _pages(stream: BinaryIO) -> list[TiffPage]:
                 order + ("H" if kind == 3 else "I"), value[: 2 if kind == 3 else 4]
             )[0]
         secondary = bool(tags.get(254, 0) & 5) or tags.get(255) == 2
-        pages.append(TiffPage(secondary, 34675 in tags))
+        pages.append(TiffPage(secondary, 34675 in tags, 330 in tags))
         (place,) = _unpacked(stream, order + next_form)
     return pages
 
