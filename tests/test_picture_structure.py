@@ -256,6 +256,21 @@ def test_a_picture_in_a_sub_directory_is_not_replaced_by_its_thumbnail():
         decoded(files.with_tags(whole, {254: 1, 330: place}))
 
 
+def test_an_opened_thumbnail_is_stored_as_the_page_that_it_is_and_said():
+    data = pages({"t254": [1]}, {})
+    with pytest.warns(
+        ImageWarning, match="page 1, which is a reduced version .* page 2 is a whole"
+    ):
+        assert (to_rgb(Image.open(io.BytesIO(data))) == 0).all()
+    whole = Image.open(io.BytesIO(data))
+    whole.seek(1)
+    with pytest.warns(ImageWarning, match="2 frames or pages; only one is stored$"):
+        assert (to_rgb(whole) == 10).all()
+    small = files.with_tags(files.tiff(np.full((8, 8, 1), 200), 8, 1), {254: 1, 330: 8})
+    with pytest.warns(ImageWarning, match="reduced version of a picture that is not stored"):
+        assert (to_rgb(Image.open(io.BytesIO(small))) == 200).all()
+
+
 class CountedReads(io.BytesIO):
     """A stream that counts its reads."""
 

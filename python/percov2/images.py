@@ -178,7 +178,7 @@ def _decode(image: Image.Image, stream: BinaryIO | None) -> None:
     raw, second = _raw_mode(image), None
     if stream is not None:
         read_declarations(image, stream)
-        image.info[_FRAMES] = _frames(image)
+        image.info[_FRAMES] = _frames_left(image)
         if raw in _SECOND_READINGS:
             second = _second_reading(stream, *_SECOND_READINGS[raw])
     image.load()
@@ -322,8 +322,8 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
             dynamic range, or with numbers outside the range that the mode implies.
     """
     _load(image)
-    if (frames := image.info.get(_FRAMES) or _frames(image)) > 1:
-        _warn(f"the picture has {frames} frames or pages; only one is stored")
+    if left := image.info[_FRAMES] if _FRAMES in image.info else _frames_left(image):
+        _warn(left)
     for part in dropped_parts(image):
         _warn(f"the picture's {part} is not stored")
     if has_incomplete_profile(image):
@@ -372,16 +372,34 @@ def _load(image: Image.Image) -> None:
 
 
 _FRAMES = "percov2_frames"
-"""Key of ``Image.info``: the number of frames or pages, counted while the file is open."""
+"""Key of ``Image.info``: the result of ``_frames_left`` while the file was open."""
 
 
-def _frames(image: Image.Image) -> int:
-    if image.format == "TIFF" and (stream := getattr(image, "fp", None)) is not None:
-        return max(1, len(tiff_pages(stream)))
+def _frames_left(image: Image.Image) -> str:
+    """Return a warning of the frames or pages that are not stored, or ""."""
+    stream = getattr(image, "fp", None)
+    if image.format == "TIFF" and stream is not None:
+        pages = tiff_pages(stream)
+        said, here = _counted(len(pages)), image.tell()
+        if here < len(pages) and pages[here].is_secondary:
+            try:
+                main = main_page(pages)
+            except StructureError:
+                return "the page is a reduced version of a picture that is not stored"
+            if main != here and not pages[main].is_secondary:
+                said += (
+                    f", page {here + 1}, which is a reduced version or a mask; page {main + 1} is a "
+                    "whole picture, which the path of the file gives"
+                )
+        return said
     try:
-        return int(getattr(image, "n_frames", 1))
+        return _counted(int(getattr(image, "n_frames", 1)))
     except Exception:  # a damaged later frame
-        return 2
+        return _counted(2)
+
+
+def _counted(frames: int) -> str:
+    return f"the picture has {frames} frames or pages; only one is stored" if frames > 1 else ""
 
 
 _WITHOUT_ALPHA = ("TGA", "BMP", "DIB", "SGI")
