@@ -6,6 +6,7 @@ import io
 import re
 import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -375,6 +376,69 @@ def test_only_the_bits_of_a_sample_count_in_a_transparent_grey():
     with pytest.warns(ImageWarning, match="transparency"):
         found = decoded(files.png("grey", 4, samples, trns))
     assert found[0, 0, 0] == 255 and found[0, 1, 0] == 153
+
+
+def interlaced(samples: np.ndarray, passes: int) -> bytes:
+    """A PNG file of grey samples [H, W] of 8 bits with the first passes of Adam7."""
+    places = [np.s_[::8, ::8], np.s_[::8, 4::8], np.s_[4::8, ::4], np.s_[::4, 2::4]]
+    places += [np.s_[2::4, ::2], np.s_[::2, 1::2], np.s_[1::2]]
+    rows = b"".join(
+        b"\0" + bytes(row) for place in places[:passes] for row in samples[place] if len(row)
+    )
+    height, width = samples.shape
+    header = files.chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1))
+    data = files.chunk(b"IDAT", zlib.compress(rows)) + files.chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + data
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (5, 9), (8, 8), (17, 13)])
+def test_an_interlaced_picture_needs_all_its_passes(size):
+    samples = np.random.default_rng(0).integers(1, 256, size, np.uint8)
+    np.testing.assert_array_equal(decoded(interlaced(samples, 7))[..., 0], samples)
+    for passes in range(1, 7):
+        if interlaced(samples, passes) != interlaced(samples, 7):
+            with pytest.raises(ValueError, match="ends before the last row"):
+                decoded(interlaced(samples, passes))
+
+
+@pytest.mark.parametrize("depth", [1, 8, 16])
+def test_a_picture_with_fewer_rows_than_it_says_is_refused(depth):
+    """Every checksum is right."""
+    samples = np.random.default_rng(0).integers(0, 2**depth, (300, 700, 1))
+    whole = files.png("grey", depth, samples)
+    rows = zlib.decompress(whole[41:-16])
+    for kept, pieces in ((len(rows), 1), (len(rows), 5), (len(rows) - 1, 1), (100, 1)):
+        packed = zlib.compress(rows[:kept])
+        step = -(-len(packed) // pieces)
+        chunks = [files.chunk(b"IDAT", packed[i : i + step]) for i in range(0, len(packed), step)]
+        data = whole[:33] + b"".join(chunks) + whole[-12:]
+        if kept == len(rows):
+            expected = (samples * 255 + (2**depth - 1) // 2) // (2**depth - 1)
+            np.testing.assert_array_equal(decoded(data)[..., :1], expected)
+        else:
+            for read in (decoded, lambda one: to_rgb(Image.open(io.BytesIO(one)))):
+                with pytest.raises(ValueError, match="ends before the last row"):
+                    read(data)
+
+
+def test_a_tiff_file_with_too_few_strips_or_tiles_is_refused():
+    samples = np.full((20, 24, 3), 200)
+    data = files.tiff(samples, 8, 2)
+    tile = {273: None, 278: None, 322: 32, 323: 32, 324: 8}
+    padded = {**tile, 322: 16}
+    for tags, found in (
+        ({278: 10}, "1 of 2"),
+        ({278: 7}, "1 of 3"),
+        ({284: 2}, "1 of 3"),
+        ({284: 2, 278: 10}, "1 of 6"),
+        (padded, "1 of 2"),
+        ({**padded, 323: 16}, "1 of 4"),
+    ):
+        with pytest.raises(ValueError, match=f"it has {found} strips or tiles"):
+            decoded(files.with_tags(data, tags))
+    assert (decoded(files.with_tags(data, {278: 2**32 - 1})) == 200).all()
+    whole = files.tiff(np.full((32, 32, 3), 200), 8, 2)
+    assert (decoded(files.with_tags(whole, {**tile, 256: 24, 257: 20})) == 200).all()
 
 
 def test_an_icon_is_not_taken_for_a_tga_picture():

@@ -29,6 +29,7 @@ from percov2.declared_colours import (
 )
 from percov2.picture_structure import (
     StructureError,
+    check_data,
     check_structure,
     dropped_parts,
     is_pending,
@@ -177,6 +178,7 @@ def _decode(image: Image.Image, stream: BinaryIO | None) -> None:
         use_libtiff(image)
     raw, second = _raw_mode(image), None
     if stream is not None:
+        check_data(image, stream)
         read_declarations(image, stream)
         image.info[_FRAMES] = _frames_left(image)
         if raw in _SECOND_READINGS:
@@ -388,8 +390,8 @@ def _frames_left(image: Image.Image) -> str:
                 return "the page is a reduced version of a picture that is not stored"
             if main != here and not pages[main].is_secondary:
                 said += (
-                    f", page {here + 1}, which is a reduced version or a mask; page {main + 1} is a "
-                    "whole picture, which the path of the file gives"
+                    f", page {here + 1}, which is a reduced version or a mask; page {main + 1} is "
+                    "a whole picture, which the path of the file gives"
                 )
         return said
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple, cast
 
 from PIL import Image, ImageFile, TiffImagePlugin
@@ -11,6 +13,7 @@ from PIL import Image, ImageFile, TiffImagePlugin
 __all__ = [
     "StructureError",
     "TiffPage",
+    "check_data",
     "check_structure",
     "dropped_parts",
     "is_pending",
@@ -36,6 +39,14 @@ _MOST_CHUNKS = 100_000
 _MOST_SCANS = 500
 _MOST_PAGES = 1000
 _PNM_HEADER = 1 << 16
+_BLOCK = 1 << 18
+_OLD_JPEG = 6
+"""The compression of TIFF whose data other tags may locate."""
+_ADAM7 = [
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+]
+"""First column and row, and the distances of columns and of rows, of each pass of a PNG picture."""
 
 
 class StructureError(ValueError):
@@ -94,6 +105,82 @@ def _check_pnm(begin: bytes) -> None:
     ended = len(found) > 1 + numbers or (len(found) == 1 + numbers and words[-1:].isspace())
     if not ended and len(begin) > _PNM_HEADER:
         raise StructureError(f"the picture has a header of more than {_PNM_HEADER} bytes")
+
+
+def check_data(image: Image.Image, stream: BinaryIO) -> None:
+    """Refuse files with too little data for their size; Pillow leaves the rest of them black.
+
+    The stream's position is left as it was.
+
+    Raises:
+        ValueError: a PNG file with too few rows, or a TIFF file with too few strips or tiles.
+    """
+    start = stream.tell()
+    if image.format == "PNG":
+        _check_rows(stream)
+    elif image.format == "TIFF":
+        _check_strips(image)
+    stream.seek(start)
+
+
+def _check_rows(stream: BinaryIO) -> None:
+    """Count the decompressed bytes of a PNG picture; other damage is left to its decoder."""
+    stream.seek(16)
+    missing, inflate = _png_bytes(stream.read(13)), zlib.decompressobj()
+    stream.seek(4, 1)
+    try:
+        for piece in _png_data(stream):
+            while missing and (rows := inflate.decompress(piece, min(missing, _BLOCK))):
+                missing -= len(rows)
+                piece = inflate.unconsumed_tail
+            if not missing:
+                return
+    except zlib.error:
+        return
+    raise ValueError("the data ends before the last row")
+
+
+def _png_bytes(header: bytes) -> int:
+    """Return how many bytes the rows of a PNG picture fill, each after the byte of its filter."""
+    width, height, depth, kind, *_, interlaced = struct.unpack(">IIBBBBB", header)
+    bits, total = depth * {2: 3, 4: 2, 6: 4}.get(kind, 1), 0
+    for x, y, right, down in _ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -((x - width) // right), -((y - height) // down)
+        if columns > 0:
+            total += max(0, rows) * (1 - (-columns * bits // 8))
+    return total
+
+
+def _png_data(stream: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of the first chunks IDAT in pieces."""
+    started = False
+    while len(header := stream.read(8)) == 8:
+        length, name = struct.unpack(">I4s", header)
+        if name == b"IDAT":
+            started = True
+            for place in range(0, length, _BLOCK):
+                yield stream.read(min(_BLOCK, length - place))
+            stream.seek(4, 1)
+        elif started:
+            return
+        else:
+            stream.seek(length + 4, 1)
+
+
+def _check_strips(image: Any) -> None:
+    tags = image.tag_v2
+    if tags.get(259) == _OLD_JPEG:
+        return
+    width, height = tags[256], tags[257]
+    offsets, counts, columns, rows = 273, 279, width, tags.get(278, height)
+    if offsets not in tags:
+        offsets, counts, columns, rows = 324, 325, tags.get(322), tags.get(323)
+    needed = -(width // -columns) * -(height // -rows)
+    if tags.get(284) == 2:
+        needed *= tags.get(277, 1)
+    for tag in (offsets, counts):
+        if tag in tags and len(tags[tag]) < needed:
+            raise ValueError(f"it has {len(tags[tag])} of {needed} strips or tiles")
 
 
 def is_pending(image: Image.Image) -> bool:

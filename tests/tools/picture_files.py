@@ -83,15 +83,21 @@ def tiff(samples: np.ndarray, bits: int, photometric: int, **more: Sequence[int]
     return head + struct.pack("<H", len(tags)) + table + bytes(4)
 
 
-def with_tags(data: bytes, tags: dict[int, int], following: int = 0) -> bytes:
-    """Return a TIFF file with other tags (of 32 bits) in its first page, and another next page."""
+def with_tags(data: bytes, tags: dict[int, int | None], following: int = 0) -> bytes:
+    """Return a TIFF file with other tags in its first page, and another next page.
+
+    Tags have a value of 32 bits, or None, which removes them.
+    """
     (place,) = struct.unpack("<I", data[4:8])
     (count,) = struct.unpack("<H", data[place : place + 2])
     entries = {}
     for i in range(count):
         entry = data[place + 2 + 12 * i :][:12]
         entries[struct.unpack("<H", entry[:2])[0]] = entry
-    entries |= {tag: struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items()}
+    for tag, value in tags.items():
+        entries.pop(tag, None)
+        if value is not None:
+            entries[tag] = struct.pack("<HHII", tag, 4, 1, value)
     table = struct.pack("<H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
     return data[:4] + struct.pack("<I", len(data)) + data[8:] + table + struct.pack("<I", following)
 
