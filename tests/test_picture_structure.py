@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
-from percov2 import Codec
+from percov2 import Codec, images
 from percov2.colour_spaces import SRGB, ColourSpace, icc_profile
 from percov2.images import ImageWarning, decode_image, read_image, to_rgb
 from percov2.picture_structure import tiff_pages
@@ -399,6 +399,17 @@ def test_an_interlaced_picture_needs_all_its_passes(size):
         if interlaced(samples, passes) != interlaced(samples, 7):
             with pytest.raises(ValueError, match="ends before the last row"):
                 decoded(interlaced(samples, passes))
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_truncated_avif_picture_is_no_heic(extra, monkeypatch):
+    """It has a brand in common with HEIC."""
+    monkeypatch.setattr(images, "find_spec", lambda name: extra or None)
+    data = saved("AVIF")
+    for brand in (b"avif", b"mif1"):
+        cut = data[:8] + brand + data[12 : len(data) // 2]
+        with pytest.raises(ValueError, match="truncated or damaged, or a kind of AVIF"):
+            decoded(cut)
 
 
 @pytest.mark.parametrize("depth", [1, 8, 16])

@@ -109,14 +109,15 @@ def decode_image(stream: BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image:
             _decode(image, stream)
         check_size(image.width, image.height, max_pixels)
     except UnidentifiedImageError:
+        if name := signature(stream):
+            raise ValueError(
+                f"the picture is truncated or damaged, or a kind of {name} that Pillow does not "
+                "decode"
+            ) from None
         stream.seek(0)
         if _is_heif(stream.read(32)) and find_spec("pillow_heif") is None:
             raise ValueError(
                 "a HEIC picture needs pillow-heif: pip install 'percov2[heif]'"
-            ) from None
-        if name := signature(stream):
-            raise ValueError(
-                f"the picture is damaged, or a kind of {name} that Pillow does not decode"
             ) from None
         raise ValueError(
             f"not a picture in a format that percov2 reads: {', '.join(READ_FORMATS)}"

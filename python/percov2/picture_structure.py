@@ -56,7 +56,9 @@ class StructureError(ValueError):
 def signature(stream: BinaryIO) -> str:
     """Return the name of the format that a file begins like, or ""."""
     stream.seek(0)
-    head = stream.read(16)
+    head = stream.read(32)
+    if head[4:8] == b"ftyp" and b"avif" in head[8:]:
+        return "AVIF"
     return next((name for first, name in _SIGNATURES.items() if head.startswith(first)), "")
 
 
