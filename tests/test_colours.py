@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
-from percov2.colour_spaces import SRGB, from_cicp, from_gamma, icc_profile, to_srgb_levels
+from percov2.colour_spaces import (
+    SRGB,
+    ColourSpace,
+    from_cicp,
+    from_gamma,
+    icc_profile,
+    to_srgb_levels,
+)
 from percov2.images import ImageWarning, decode_image, read_image, to_rgb
 from tools import picture_files as files
 
@@ -392,6 +400,41 @@ def test_an_alpha_that_holds_nothing_is_ignored_where_it_is_often_unused():
         picture.save(out, kind)
         with pytest.warns(ImageWarning, match="unused" if pixel == colour else "flattened"):
             assert tuple(decoded(out.getvalue())[0, 0]) == pixel
+
+
+def test_an_embedded_profile_of_bmp_is_applied():
+    linear = icc_profile(ColourSpace(SRGB.chromaticities, (1.0,)))
+    assert (decoded(files.bmp((128, 128, 128), b"MBED", b"", linear)) == 188).all()
+    assert (decoded(files.bmp((128, 128, 128), b"sRGB", b"", linear)) == 128).all()
+    with pytest.warns(ImageWarning, match="unsuitable colour profile"):
+        assert (decoded(files.bmp((128, 128, 128), b"MBED", b"", linear[:60])) == 128).all()
+
+
+def test_declarations_that_are_not_applied_are_said():
+    gammas = bytes(36) + struct.pack("<III", 1 << 16, 1 << 16, 1 << 16)
+    samples = np.full((2, 2, 3), 128)
+    linear = np.linspace(0, 65535, 256).astype(int).tolist()
+    for data, name in (
+        (files.bmp((128, 128, 128), bytes(4), gammas), "calibrated RGB space"),
+        (files.bmp((128, 128, 128), b"LINK", b"", b"a.icc"), "linked colour profile"),
+        (files.tiff(samples, 8, 2, t301=linear), "transfer function"),
+    ):
+        with pytest.warns(ImageWarning, match=f"^the picture's {name} is not applied$"):
+            assert (decoded(data) == 128).all()
+    assert (decoded(files.bmp((128, 128, 128), bytes(4), b"")) == 128).all()
+
+
+def test_chromaticities_of_tiff_are_those_of_png():
+    samples = swatches(8, 3)
+    expected = oracle(samples, 255, srgb_light, P3)
+    for white in ({318: P3[:2]}, {}):
+        out = io.BytesIO()
+        Image.fromarray(samples.astype(np.uint8)).save(out, "TIFF", tiffinfo={**white, 319: P3[2:]})
+        found = decoded(out.getvalue()).astype(int)
+        assert np.abs(found - expected).max() <= 1
+    grey = io.BytesIO()
+    Image.new("L", (2, 2), 128).save(grey, "TIFF", tiffinfo={319: P3[2:]})
+    assert (decoded(grey.getvalue()) == 128).all()
 
 
 @pytest.mark.parametrize(("primaries", "transfer"), [(12, 13), (9, 8), (2, 2)])

@@ -1,9 +1,9 @@
 """What a picture's container says about its colours: one rule for all formats.
 
 The first declaration that says something wins: cICP (PNG, QOI); an ICC profile; nclx (AVIF, HEIF);
-sRGB (PNG); gAMA and cHRM (PNG); the colour space of Exif. That is the order of the specifications
-of PNG and MIAF. Without any, samples are sRGB. A high dynamic range is refused wherever it is
-declared.
+sRGB (PNG); gAMA and cHRM (PNG), chromaticities (TIFF); the colour space of Exif. That is the order
+of the specifications of PNG and MIAF. Without any, samples are sRGB. A high dynamic range is
+refused wherever it is declared.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from percov2.colour_spaces import (
 __all__ = [
     "CODE_POINTS",
     "CONVERTED",
+    "UNAPPLIED",
     "declared_space",
     "has_incomplete_profile",
     "read_declarations",
@@ -38,16 +39,20 @@ CODE_POINTS = "percov2_cicp"
 """Key of ``Image.info``: primaries and transfer of H.273, which Pillow does not read."""
 UNSUPPORTED = "percov2_unsupported"
 """Key of ``Image.info``: what a container declares that cannot be converted, as a reason."""
+UNAPPLIED = "percov2_unapplied"
+"""Key of ``Image.info``: the name of a declaration that is not applied."""
 CONVERTED = "percov2_space"
 """Key of ``Image.info``: the space of samples whose curve was changed to that of sRGB."""
 _ENUMERATED = (12, 16, 17, 18)
 """Colour spaces of JPEG 2000 that Pillow's decoder converts: CMYK, sRGB, grey, sYCC."""
+_COLOURED = (2, 3)
+"""Photometric interpretations of TIFF that chromaticities apply to: RGB and palettes."""
 _MOST_BYTES = 1 << 20
-"""Longest colour box or chunk that is read."""
+"""Longest colour box, chunk or profile that is read."""
 
 
 def read_declarations(image: Image.Image, stream: BinaryIO) -> None:
-    """Add to ``image.info`` what Pillow leaves out: code points, and ICC profiles of JPEG 2000.
+    """Add to ``image.info`` what Pillow leaves out: code points, some profiles and chromaticities.
 
     ``stream`` is the picture's file. A damaged structure adds nothing, because Pillow has already
     decoded the picture.
@@ -68,6 +73,9 @@ def read_declarations(image: Image.Image, stream: BinaryIO) -> None:
             _read_jpeg2000(image, stream)
         elif image.format == "TIFF":
             _read_exif(image)
+            _read_tiff(image)
+        elif image.format in ("BMP", "DIB"):
+            _read_bmp(image, stream)
         elif image.format == "QOI":
             stream.seek(13)
             if stream.read(1) == b"\1":
@@ -88,6 +96,35 @@ def _read_jpeg2000(image: Image.Image, stream: BinaryIO) -> None:
         (space,) = struct.unpack(">I", data[3:7])
         if space not in _ENUMERATED:
             image.info[UNSUPPORTED] = f"the enumerated colour space {space} of JPEG 2000"
+
+
+def _read_bmp(image: Image.Image, stream: BinaryIO) -> None:
+    """Read the embedded profile of a header of version 5, and name what else it declares."""
+    begin = 14 if image.format == "BMP" else 0
+    stream.seek(begin)
+    header = stream.read(124)
+    size, space = int.from_bytes(header[:4], "little"), header[56:60][::-1]
+    if size >= 124 and space == b"MBED":
+        place, length = struct.unpack("<II", header[112:120])
+        stream.seek(begin + place)
+        if length <= _MOST_BYTES:
+            image.info["icc_profile"] = stream.read(length)
+    elif size >= 124 and space == b"LINK":
+        image.info[UNAPPLIED] = "linked colour profile"
+    elif size >= 108 and space == bytes(4) and any(header[60:108]):
+        image.info[UNAPPLIED] = "calibrated RGB space"
+
+
+def _read_tiff(image: Any) -> None:
+    """Read chromaticities as those of PNG, and name a transfer function, of the current page."""
+    tags = image.tag_v2
+    image.info.pop("chromaticity", None)
+    image.info.pop(UNAPPLIED, None)
+    white, primaries = tags.get(318, SRGB.chromaticities[:2]), tags.get(319, ())
+    if tags.get(262) in _COLOURED and (len(white), len(primaries)) == (2, 6):
+        image.info["chromaticity"] = tuple(map(float, (*white, *primaries)))
+    if 301 in tags and 34675 not in tags:
+        image.info[UNAPPLIED] = "transfer function"
 
 
 def _read_exif(image: Image.Image) -> None:

@@ -23,6 +23,7 @@ from percov2.colour_spaces import SRGB, ColourSpace, Curve, icc_profile, to_srgb
 from percov2.container.bitstream import MAX_PIXELS, MAX_SIDE
 from percov2.declared_colours import (
     CONVERTED,
+    UNAPPLIED,
     declared_space,
     has_incomplete_profile,
     read_declarations,
@@ -331,6 +332,8 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
         _warn(f"the picture's {part} is not stored")
     if has_incomplete_profile(image):
         _warn("ignored an incomplete colour profile")
+    if UNAPPLIED in image.info:
+        _warn(f"the picture's {image.info[UNAPPLIED]} is not applied")
     space, samples = declared_space(image), _samples(image)
     unused_alpha = image.format in _WITHOUT_ALPHA
     try:

@@ -102,6 +102,19 @@ def with_tags(data: bytes, tags: dict[int, int | None], following: int = 0) -> b
     return data[:4] + struct.pack("<I", len(data)) + data[8:] + table + struct.pack("<I", following)
 
 
+def bmp(colour: tuple[int, int, int], space: bytes, rest: bytes, profile: bytes = b"") -> bytes:
+    """A BMP file of 4 x 4 pixels, with a header of version 5.
+
+    ``space`` is its colour space, and ``rest`` its end points and gammas.
+    """
+    pixels = bytes(colour[::-1]) * 16
+    header = struct.pack("<IiiHHIIiiII", 124, 4, 4, 1, 24, 0, len(pixels), 0, 0, 0, 0) + bytes(16)
+    header += space[::-1] + rest.ljust(48, b"\0")
+    header += struct.pack("<IIII", 4, 124 + len(pixels), len(profile), 0)
+    total = 14 + len(header) + len(pixels) + len(profile)
+    return b"BM" + struct.pack("<IHHI", total, 0, 0, 138) + header + pixels + profile
+
+
 def avif(image: Image.Image, primaries: int, transfer: int) -> bytes:
     """An AVIF file whose nclx box has these code points."""
     out = io.BytesIO()
