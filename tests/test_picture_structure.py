@@ -337,6 +337,48 @@ def test_parts_that_are_dropped_are_said():
             to_rgb(image)
 
 
+@pytest.mark.parametrize(
+    "one",
+    [
+        b"P4 9 2\n\0\0\0\0",
+        b"P5 3 2 255\n" + bytes(6),
+        b"P5 3 2 65535\n" + bytes(12),
+        b"P5 3 2 300\n" + bytes(12),
+        b"P6 3 2 255\n" + bytes(18),
+        b"P6 3 2 15\n" + bytes(18),
+        b"P6 3 2 1023\n" + bytes(36),
+        b"Pf\n3 2\n-1.0\n" + bytes(24),
+        saved("JPEG"),
+        saved("JPEG", progressive=True),
+    ],
+    ids=lambda data: repr(data[:12]),
+)
+def test_a_second_picture_in_a_file_is_said(one):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected = decoded(one)
+        np.testing.assert_array_equal(decoded(one + b"\n"), expected)
+    for read in (decoded, lambda data: to_rgb(Image.open(io.BytesIO(data)))):
+        with pytest.warns(ImageWarning, match="another picture follows in the file"):
+            np.testing.assert_array_equal(read(one + one), expected)
+
+
+def test_previews_before_the_scan_of_a_jpeg_file_are_no_second_picture():
+    data = saved("JPEG")
+    two = data * 2
+    held = data[:2] + b"\xff\xe5" + struct.pack(">H", len(two) + 2) + two + data[2:]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(decoded(held), decoded(data))
+
+
+def test_a_profile_that_cannot_be_inflated_is_said():
+    broken = files.chunk(b"iCCP", b"name\0\0no zlib data")
+    with pytest.warns(ImageWarning, match="ignored a damaged or incomplete colour profile"):
+        found = decoded(files.png("rgb", 8, np.full((2, 2, 3), 128), broken, files.gama(1.0)))
+    assert (found == 188).all()
+
+
 def test_structures_without_end_are_refused_at_once():
     header = b"\x89PNG\r\n\x1a\n" + files.chunk(
         b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)

@@ -179,9 +179,9 @@ def _boxes_within(
 
 
 def has_incomplete_profile(image: Image.Image) -> bool:
-    """Return True for a JPEG picture some of whose parts of an ICC profile are missing."""
-    parts = [data for _, data in getattr(image, "applist", []) if data[:12] == b"ICC_PROFILE\0"]
-    return bool(parts) and not image.info.get("icc_profile")
+    """Return True for a JPEG or PNG picture whose ICC profile Pillow could not put together."""
+    known = image.format in ("JPEG", "MPO", "PNG") and "icc_profile" in image.info
+    return known and not image.info["icc_profile"]
 
 
 def declared_space(image: Image.Image) -> ColourSpace | bytes | None:

@@ -33,6 +33,7 @@ from percov2.picture_structure import (
     check_data,
     check_structure,
     dropped_parts,
+    is_followed,
     is_pending,
     main_page,
     needs_libtiff,
@@ -331,7 +332,7 @@ def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
     for part in dropped_parts(image):
         _warn(f"the picture's {part} is not stored")
     if has_incomplete_profile(image):
-        _warn("ignored an incomplete colour profile")
+        _warn("ignored a damaged or incomplete colour profile")
     if UNAPPLIED in image.info:
         _warn(f"the picture's {image.info[UNAPPLIED]} is not applied")
     space, samples = declared_space(image), _samples(image)
@@ -399,9 +400,12 @@ def _frames_left(image: Image.Image) -> str:
                 )
         return said
     try:
-        return _counted(int(getattr(image, "n_frames", 1)))
+        frames = int(getattr(image, "n_frames", 1))
     except Exception:  # a damaged later frame
-        return _counted(2)
+        frames = 2
+    if frames == 1 and stream is not None and is_followed(image, stream):
+        return "another picture follows in the file; it is not stored"
+    return _counted(frames)
 
 
 def _counted(frames: int) -> str:

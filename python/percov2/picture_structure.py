@@ -16,6 +16,7 @@ __all__ = [
     "check_data",
     "check_structure",
     "dropped_parts",
+    "is_followed",
     "is_pending",
     "main_page",
     "needs_libtiff",
@@ -209,6 +210,47 @@ def dropped_parts(image: Image.Image) -> list[str]:
     if re.search(rb'MotionPhoto="?1|MicroVideo="?1', text):
         found.append("video")
     return found
+
+
+def is_followed(image: Image.Image, stream: BinaryIO) -> bool:
+    """Return True if another picture follows one of JPEG or Netpbm that is not decoded yet.
+
+    The stream's position is left as it was.
+    """
+    tiles: Any = getattr(image, "tile", None)
+    if image.format not in ("JPEG", "PPM") or not tiles:
+        return False
+    start = stream.tell()
+    try:
+        return _jpeg_follows(stream) if image.format == "JPEG" else _pnm_follows(image, stream)
+    finally:
+        stream.seek(start)
+
+
+def _jpeg_follows(stream: BinaryIO) -> bool:
+    """Look for another start right after an end; the segments before the scan may hold previews."""
+    stream.seek(2)
+    while len(head := stream.read(4)) == 4 and head[1] != 0xDA:
+        stream.seek(int.from_bytes(head[2:], "big") - 2, 1)
+    last = b""
+    while block := stream.read(_BLOCK):
+        if b"\xff\xd9\xff\xd8\xff" in last + block:
+            return True
+        last = block[-4:]
+    return False
+
+
+def _pnm_follows(image: Any, stream: BinaryIO) -> bool:
+    """Look for another header after the samples; a plain file has one picture."""
+    decoder, _, place, args = image.tile[0]
+    if decoder == "ppm_plain":
+        return False
+    bits = {"1": 1, "F": 32}.get(image.mode, 8)
+    if args == "I;16B" or (decoder == "ppm" and args[1] > 255):
+        bits = 16
+    row = -(-image.width * len(image.getbands()) * bits // 8)
+    stream.seek(place + image.height * row)
+    return re.match(rb"P[1-7Ff]\s", stream.read(3)) is not None
 
 
 class TiffPage(NamedTuple):
