@@ -86,6 +86,7 @@ def colours() -> tuple[Callable[[bytes], None], list[bytes]]:
         picture_files.png("rgb", 16, samples, picture_files.chunk(b"tRNS", bytes(6))),
         picture_files.avif(red, 12, 13),
         picture_files.jpeg2000(red, b"profile"),
+        picture_files.bmp((1, 2, 3), b"MBED", b"", b"profile"),
         picture_files.tiff(samples[..., :1], 4, 0),
         *(stream.getvalue() for stream in (webp, pages, jpeg)),
         b"qoif" + bytes([0, 0, 0, 2, 0, 0, 0, 1, 3, 1, 0xFE, 9, 9, 9, 0xC0]) + bytes(7) + b"\1",
@@ -96,7 +97,7 @@ def colours() -> tuple[Callable[[bytes], None], list[bytes]]:
         tiff_pages(io.BytesIO(data))
         with suppress(StructureError):
             check_structure(io.BytesIO(data))
-        for name in ("PNG", "AVIF", "JPEG2000", "QOI"):
+        for name in ("PNG", "AVIF", "JPEG2000", "QOI", "BMP"):
             image = Image.new("RGB", (2, 2))
             image.format = name
             read_declarations(image, io.BytesIO(data))
