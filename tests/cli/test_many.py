@@ -136,6 +136,38 @@ def test_results_never_replace_what_they_must_not(folder, random_model, tmp_path
     assert "it exists and is no report" in message
 
 
+def test_a_folder_of_originals_is_never_restored_over_them(folder, random_model, tmp_path, capsys):
+    model = ("--model", random_model)
+    assert run("compress", "-r", folder, "-o", folder, *model) == 0
+    before = {name: (folder / name).read_bytes() for name in ("a.png", "sub/deep/d.png")}
+    (folder / "sub/here").symlink_to(folder)
+    places = {folder: 1, f"{folder}/": 2, folder / "sub/here": 2, folder / "sub/..": 2}
+    for place, status in places.items():  # only the first restores b.jpg and others
+        capsys.readouterr()
+        assert run("decompress", "-r", folder, "-o", place, *model) == status
+        said = capsys.readouterr().err
+        assert said.count("exists and may be the original") >= 2
+        assert f"{place}/a.png exists".replace("//", "/") in said
+        assert {name: (folder / name).read_bytes() for name in before} == before
+    assert "may be the original" in failure(
+        capsys, "decompress", folder / "a.pcv2", "-o", folder, *model
+    )
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links/a.png").symlink_to(folder / "a.png")
+    message = failure(capsys, "decompress", folder / "a.pcv2", "-o", tmp_path / "links", *model)
+    assert "may be the original" in message
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    # A named picture and results in another folder are replaced.
+    out = tmp_path / "out"
+    assert run("decompress", folder / "a.pcv2", "-o", folder / "a.png", *model) == 0
+    assert (folder / "a.png").read_bytes() != before["a.png"]
+    for seed in (1, 2):
+        assert run("decompress", "-r", folder, "-o", out, "--seed", seed, *model) == 0
+    expected = Codec.from_pretrained(random_model).decompress(folder / "sub/deep/d.pcv2", seed=2)
+    with Image.open(out / "sub/deep/d.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), np.asarray(expected))
+
+
 def test_a_caption_and_an_existing_folder_serve_one_input_or_several(
     folder, random_model, tmp_path
 ):

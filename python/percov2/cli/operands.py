@@ -65,7 +65,7 @@ class Plan(NamedTuple):
         ignored: number of files of folders that have another ending.
         several: True if the operands may stand for more than one input.
         into_folder: True if the outputs go into a folder that is made if it is missing.
-        beside: True if the outputs go beside the inputs.
+        derived: True if the names of the outputs are derived from those of the inputs.
     """
 
     tasks: list[Task]
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
     ignored: int
     several: bool
     into_folder: bool
-    beside: bool
+    derived: bool
 
 
 def plan_of(arguments: argparse.Namespace, endings: Collection[str], compressing: bool) -> Plan:
@@ -97,7 +97,7 @@ def plan_of(arguments: argparse.Namespace, endings: Collection[str], compressing
         for flag in ("skip_existing", "report", "jobs"):
             if getattr(arguments, flag) not in (None, False):
                 return planned._replace(several=True)
-        check_target(planned, planned.tasks[0].target, compressing)
+        check_target(planned, planned.tasks[0], compressing)
     return planned
 
 
@@ -116,20 +116,25 @@ def _names_output(operand: str, compressing: bool) -> bool:
     return (ending == ".pcv2") == compressing
 
 
-def check_target(planned: Plan, target: str, compressed: bool) -> None:
-    """Check that a result may be written under a name, and make its folder if that is planned.
+def check_target(planned: Plan, task: Task, compressed: bool) -> None:
+    """Check that a task's result may be written, and make its folder if that is planned.
 
-    A picture beside its compressed file is not replaced, because it may be the original.
+    A picture beside its compressed file is replaced only if the command line names it, because it
+    may be the original.
 
     Raises:
         ValueError: as ``percov2.files.check_kind``, a folder, a name in no folder, or a picture
             that must not be replaced.
         OSError: the folder cannot be made.
     """
+    target = task.target
     if target == PIPE:
         return
     from percov2.files import check_kind, check_outputs, picture_format
 
+    original = planned.derived and not compressed and _beside(task) and exists(target)
+    if original:
+        raise ValueError(f"{target} exists and may be the original; name another output with -o")
     if not is_local(target):
         if compressed and _ending(target) != ".pcv2":
             raise ValueError(f"cannot write {target}: its name must end in .pcv2")
@@ -139,13 +144,19 @@ def check_target(planned: Plan, target: str, compressed: bool) -> None:
     path = Path(target)
     if planned.into_folder:
         path.parent.mkdir(parents=True, exist_ok=True)
-    if planned.beside and not compressed and exists(target):
-        raise ValueError(f"{target} exists and may be the original; name another output with -o")
     check_outputs([path], [])
     try:
         check_kind(path, compressed)
     except ValueError as error:
         raise ValueError(f"{target}: {error}") from error
+
+
+def _beside(task: Task) -> bool:
+    """Return True if input and output share a folder, also where the output is a link to it."""
+    if not is_local(task.source) or not is_local(task.target):
+        return task.source.rpartition("/")[0] == task.target.rpartition("/")[0]
+    folders = (os.path.dirname(path) for path in (task.target, os.path.realpath(task.target)))
+    return _place(os.path.dirname(task.source) or ".") in {_place(one or ".") for one in folders}
 
 
 def shown(target: str) -> str:
@@ -181,7 +192,7 @@ def _plan(
             continue
         taken[_place(target)] = f"the output for {one.name}"
         tasks.append(Task(one.name, target))
-    return Plan(tasks, faults, ignored, several, folder, output is None)
+    return Plan(tasks, faults, ignored, several, folder, output is None or folder)
 
 
 def _ending(path: str) -> str:
