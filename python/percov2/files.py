@@ -57,10 +57,14 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 def picture_format(path: Path | str) -> tuple[str, dict[str, Any]]:
     """Return Pillow's format and the saving options for the ending of a file name.
 
+    Devices and pipes with other names take PNG.
+
     Raises:
         ValueError: an unknown ending.
     """
     suffix = Path(path).suffix.lower()
+    if suffix not in _FORMATS and is_stream(Path(path)):
+        suffix = ".png"
     if suffix not in _FORMATS:
         known = ", ".join(_FORMATS)
         raise ValueError(f"no picture format for the ending {suffix!r}; use one of {known}")
@@ -96,13 +100,13 @@ def check_kind(path: Path, compressed: bool) -> None:
 
     A compressed file has the ending ``.pcv2``, a restored picture that of a picture format. An
     existing file is replaced only if it is empty or of the same kind. Devices and pipes accept
-    compressed files under any name.
+    both under any name.
 
     Args:
         path: where the result goes.
         compressed: True for a compressed file, False for a picture.
     """
-    if compressed and is_stream(path):
+    if is_stream(path):
         return
     if compressed and path.suffix.lower() != SUFFIX:
         raise ValueError(f"the name of a compressed file must end in {SUFFIX}")

@@ -105,7 +105,20 @@ def test_outputs_that_exist_are_left_out_if_asked(folder, random_model, tmp_path
     assert "1 of 2 pictures" in (said := capsys.readouterr().err) and "1 skipped" in said
     assert (out / "a.pcv2").stat().st_mtime_ns == first
     assert (out / "b.pcv2").stat().st_size > 0
+    # Files of another kind are no results.
+    (out / "b.pcv2").write_text("somebody's")
     report = tmp_path / "report.jsonl"
+    assert run("compress", folder, "-o", out, "--skip-existing", "--report", report, *model) == 1
+    said = capsys.readouterr().err
+    assert f"{out / 'b.pcv2'}: it exists and is no .pcv2 file, so it is not replaced" in said
+    assert "0 of 2 pictures" in said and "1 failed, 1 skipped" in said
+    assert ["error" in json.loads(line) for line in report.read_text().splitlines()] == [0, 1]
+    assert (out / "b.pcv2").read_text() == "somebody's"
+    (tmp_path / "back").mkdir()
+    (tmp_path / "back/a.png").write_text("somebody's")
+    back = ("decompress", out / "a.pcv2", "-o", tmp_path / "back", "--skip-existing", *model)
+    assert run(*back) == 2
+    assert "it exists and is no picture" in capsys.readouterr().err
     skip = ("-o", out, "--skip-existing", *model)
     assert run("compress", folder / "a.png", *skip) == 0  # one input, too
     assert run("compress", folder / "a.png", folder / "none.png", *skip) == 1
@@ -214,10 +227,13 @@ def test_pipes_carry_one_picture(picture, random_model, tmp_path):
             command, input=data, stdout=subprocess.PIPE, check=True, timeout=120, env=environment
         ).stdout
 
-    data = piped(picture.read_bytes(), "compress", "-")
+    data = piped(picture.read_bytes(), "compress", "-", "-")
     assert data == codec.compress(picture)
     shown = piped(data, "decompress", "-", "-o", "-")
     assert shown.startswith(b"\x89PNG")
+    (tmp_path / "x.pcv2").write_bytes(data)
+    for output in ("-", "/dev/stdout"):
+        assert piped(b"", "decompress", str(tmp_path / "x.pcv2"), output) == shown
     (tmp_path / "x.png").write_bytes(shown)
     with Image.open(tmp_path / "x.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(codec.decompress(data)))

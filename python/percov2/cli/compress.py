@@ -77,7 +77,7 @@ def _compress_many(arguments: argparse.Namespace, options: EncodeOptions, planne
     codec = open_codec(arguments)
 
     def load(task: Task) -> Image.Image:
-        check_target(planned, task, compressed=True)
+        check_target(planned, task)
         return _picture(task.source, options)
 
     def start(tasks: Sequence[Task]) -> Iterator[Outcome[bytes]]:

@@ -68,7 +68,7 @@ def _decompress_many(arguments: argparse.Namespace, options: DecodeOptions, plan
     codec = open_codec(arguments)
 
     def load(task: Task) -> bytes:
-        check_target(planned, task, compressed=False)
+        check_target(planned, task)
         return read_file(task.source)
 
     def start(tasks: Sequence[Task]) -> Iterator[Outcome[Image.Image]]:

@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from percov2.batching import Outcome, current_item, in_order
 from percov2.cli.faults import Fault, about, naming, reason, say
-from percov2.cli.operands import Plan, Task
+from percov2.cli.operands import Plan, Task, is_done
 from percov2.models.backbone import available_cores
-from percov2.places import exists
 
 __all__ = ["run_many"]
 
@@ -41,7 +40,8 @@ def run_many(
     skipped: list[Task] = []
     tasks: list[Task] = []
     for one in plan.tasks:
-        (skipped if arguments.skip_existing and exists(one.target) else tasks).append(one)
+        done = arguments.skip_existing and is_done(one, plan.compressing)
+        (skipped if done else tasks).append(one)
     begin, records = time.monotonic(), _Records()
     with _report(arguments.report) as report, naming(lambda: _source(tasks)):
         for name, message in plan.faults:

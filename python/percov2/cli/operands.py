@@ -8,10 +8,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from percov2.cli.faults import about
 from percov2.cli.options import number
 from percov2.places import PIPE, Found, exists, is_local, members
 
-__all__ = ["Plan", "Task", "add_many", "check_target", "plan_of", "shown"]
+__all__ = ["Plan", "Task", "add_many", "check_target", "is_done", "plan_of", "shown"]
 
 
 def add_many(parser: argparse.ArgumentParser, what: str, example: str) -> None:
@@ -22,7 +23,10 @@ def add_many(parser: argparse.ArgumentParser, what: str, example: str) -> None:
         what: one input.
         example: name of one output.
     """
-    help_ = f"{what}, folder, pattern, URL, or - for standard input; IN {example} names the output"
+    help_ = (
+        f"{what}, folder, pattern, URL, or - for standard input; in IN {example} or IN -, the "
+        "second one is the output"
+    )
     parser.add_argument("inputs", nargs="+", metavar="IN", help=help_)
     help_ = "file for one result, folder for several, or - for standard output (default: beside IN)"
     parser.add_argument("-o", "--output", metavar="OUT", help=help_)
@@ -66,6 +70,7 @@ class Plan(NamedTuple):
         several: True if the operands may stand for more than one input.
         into_folder: True if the outputs go into a folder that is made if it is missing.
         derived: True if the names of the outputs are derived from those of the inputs.
+        compressing: True if results are compressed files, False if they are pictures.
     """
 
     tasks: list[Task]
@@ -74,6 +79,7 @@ class Plan(NamedTuple):
     several: bool
     into_folder: bool
     derived: bool
+    compressing: bool
 
 
 def plan_of(arguments: argparse.Namespace, endings: Collection[str], compressing: bool) -> Plan:
@@ -90,14 +96,14 @@ def plan_of(arguments: argparse.Namespace, endings: Collection[str], compressing
     operands, output = arguments.inputs, arguments.output
     if output is None and len(operands) == 2 and _names_output(operands[1], compressing):
         *operands, output = operands
-    planned = _plan(operands, output, endings, _ENDINGS[compressing], arguments.recursive)
+    planned = _plan(operands, output, endings, compressing, arguments.recursive)
     if not planned.several:
         for _, message in planned.faults:
             raise ValueError(message)
         for flag in ("skip_existing", "report", "jobs"):
             if getattr(arguments, flag) not in (None, False):
                 return planned._replace(several=True)
-        check_target(planned, planned.tasks[0], compressing)
+        check_target(planned, planned.tasks[0])
     return planned
 
 
@@ -105,7 +111,9 @@ _ENDINGS = {True: ".pcv2", False: ".png"}
 
 
 def _names_output(operand: str, compressing: bool) -> bool:
-    """Return True if a second operand is an output: by its ending, or because it is a device."""
+    """Return True if a second operand is an output: by its ending, or as a stream."""
+    if operand == PIPE:
+        return True
     if not is_local(operand) or os.path.isdir(operand):
         return False
     from percov2.files import is_stream
@@ -116,7 +124,7 @@ def _names_output(operand: str, compressing: bool) -> bool:
     return (ending == ".pcv2") == compressing
 
 
-def check_target(planned: Plan, task: Task, compressed: bool) -> None:
+def check_target(planned: Plan, task: Task) -> None:
     """Check that a task's result may be written, and make its folder if that is planned.
 
     A picture beside its compressed file is replaced only if the command line names it, because it
@@ -127,7 +135,7 @@ def check_target(planned: Plan, task: Task, compressed: bool) -> None:
             that must not be replaced.
         OSError: the folder cannot be made.
     """
-    target = task.target
+    target, compressed = task.target, planned.compressing
     if target == PIPE:
         return
     from percov2.files import check_kind, check_outputs, picture_format
@@ -151,6 +159,25 @@ def check_target(planned: Plan, task: Task, compressed: bool) -> None:
         raise ValueError(f"{target}: {error}") from error
 
 
+def is_done(task: Task, compressing: bool) -> bool:
+    """Return True if a task's output exists and is of the right kind, so that it may be left out.
+
+    ``check_target`` refuses a file of another kind.
+    """
+    with about(task.target):
+        if not exists(task.target):
+            return False
+    if not is_local(task.target):
+        return True
+    from percov2.files import check_kind
+
+    try:
+        check_kind(Path(task.target), compressing)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
 def _beside(task: Task) -> bool:
     """Return True if input and output share a folder, also where the output is a link to it."""
     if not is_local(task.source) or not is_local(task.target):
@@ -165,9 +192,13 @@ def shown(target: str) -> str:
 
 
 def _plan(
-    operands: Sequence[str], output: str | None, endings: Collection[str], ending: str, deep: bool
+    operands: Sequence[str],
+    output: str | None,
+    endings: Collection[str],
+    compressing: bool,
+    deep: bool,
 ) -> Plan:
-    """Return the tasks of operands; ``ending`` is that of the results, ``deep`` for sub-folders."""
+    """Return the tasks of operands; ``deep`` for sub-folders."""
     found: list[Found] = []
     faults: list[tuple[str, str]] = []
     ignored, several = 0, len(operands) > 1
@@ -185,14 +216,15 @@ def _plan(
     tasks: list[Task] = []
     taken = {_place(one.name): f"the same file as the input {one.name}" for one in found}
     for one in found:
-        target = _target(one, output, folder, ending)
+        target = _target(one, output, folder, _ENDINGS[compressing])
         other = taken.get(_place(target)) if target != PIPE else None
         if other:
             faults.append((one.name, f"cannot write {target}: it is {other}"))
             continue
         taken[_place(target)] = f"the output for {one.name}"
         tasks.append(Task(one.name, target))
-    return Plan(tasks, faults, ignored, several, folder, output is None or folder)
+    derived = output is None or folder
+    return Plan(tasks, faults, ignored, several, folder, derived, compressing)
 
 
 def _ending(path: str) -> str:
