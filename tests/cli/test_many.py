@@ -232,8 +232,8 @@ def test_pipes_carry_one_picture(picture, random_model, tmp_path):
     shown = piped(data, "decompress", "-", "-o", "-")
     assert shown.startswith(b"\x89PNG")
     (tmp_path / "x.pcv2").write_bytes(data)
-    for output in ("-", "/dev/stdout"):
-        assert piped(b"", "decompress", str(tmp_path / "x.pcv2"), output) == shown
+    for name in ("-", "/dev/stdout"):
+        assert piped(b"", "decompress", str(tmp_path / "x.pcv2"), name) == shown
     (tmp_path / "x.png").write_bytes(shown)
     with Image.open(tmp_path / "x.png") as image:
         np.testing.assert_array_equal(np.asarray(image), np.asarray(codec.decompress(data)))
