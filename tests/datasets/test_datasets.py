@@ -219,6 +219,43 @@ def test_samples_of_any_kind_stay_in_their_shard(random_model, tmp_path, monkeyp
     )
 
 
+def test_samples_lose_no_member_unsaid(random_model, tmp_path, capsys):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        write_sample(tar, "twice", {"png": jpeg(1)})
+        write_sample(tar, "twice", {"png": jpeg(2), "txt": b"same key"})
+        write_sample(tar, "words", {"txt": b"one"})
+        write_sample(tar, "words", {"txt": b"two"})
+        write_sample(tar, "taken", {"PCV2": b"older", "jpg": jpeg(3)})
+        write_sample(tar, "both", {"png": jpeg(4), "jpg": jpeg(5)})
+        write_sample(tar, "long", {"a.png": jpeg(6)})
+        write_sample(tar, "kept", {"pcv2": b"no picture beside it"})
+    small, back = tmp_path / "small", tmp_path / "back"
+    more = ("--engine", "local", "--model", random_model)
+    assert run("compress", tmp_path / "s.tar", "-o", small, *more) == 1
+    said = capsys.readouterr().err
+    assert "s.tar: twice: two members are named twice.png" in said
+    assert "s.tar: words: two members are named words.txt" in said
+    assert "s.tar: taken: its member PCV2 would be lost" in said
+    assert "1 pictures, " in said and "2 samples without a picture copied, 3 failed" in said
+    codec = Codec.from_pretrained(random_model)
+    assert members(small / "s.tar") == {
+        "both.pcv2": codec.compress(jpeg(4)),
+        "both.jpg": jpeg(5),
+        "long.a.png": jpeg(6),
+        "kept.pcv2": b"no picture beside it",
+    }
+    record = json.loads((small / "manifest/s.tar.json").read_text())
+    assert (record["pictures"], record["copied"], len(record["faults"])) == (1, 2, 3)
+    with tarfile.open(small / "t.tar", "w") as tar:
+        write_sample(tar, "a", {"pcv2": codec.compress(jpeg(1)), "png": b"older"})
+        write_sample(tar, "b", {"txt": b"words"})
+    assert run("decompress", small / "t.tar", "-o", back, *more) == 1
+    said = capsys.readouterr().err
+    assert "t.tar: a: its member png would be lost" in said
+    assert "1 samples without a .pcv2 file copied, 1 failed" in said
+    assert members(back / "t.tar") == {"b.txt": b"words"}
+
+
 def test_tables_keep_their_other_columns(random_model, tmp_path, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow

@@ -45,7 +45,7 @@ def recode(arguments: argparse.Namespace, options: EncodeOptions | DecodeOptions
     }
     for name, message in faults:
         say(f"percov2: {name}: {message}")
-    begin, totals = time.monotonic(), {"pictures": 0, "bytes": 0, "skipped": 0}
+    begin, totals = time.monotonic(), {"pictures": 0, "bytes": 0, "skipped": 0, "copied": 0}
     failed, before = len(faults), 0
     with about(command), tqdm(total=len(units), unit="shard", disable=None) as bar:
         if arguments.engine == "ray":
@@ -67,8 +67,13 @@ def recode(arguments: argparse.Namespace, options: EncodeOptions | DecodeOptions
     seconds = time.monotonic() - begin
     text = f"{totals['pictures']} pictures, {totals['bytes']} bytes, {len(units)} units"
     text += f", {totals['pictures'] / max(seconds, 1e-9):.2f} pictures/s" if not before else ""
-    others = {"units finished before": before, "files skipped": totals["skipped"], "failed": failed}
+    others = {
+        "units finished before": before,
+        "files skipped": totals["skipped"],
+        f"samples without a {'picture' if compressing else '.pcv2 file'} copied": totals["copied"],
+        "failed": failed,
+    }
     say(text + "".join(f", {count} {what}" for what, count in others.items() if count))
     if not failed:
         return 0
-    return 1 if totals["pictures"] or totals["skipped"] else 2
+    return 1 if any(totals.values()) else 2

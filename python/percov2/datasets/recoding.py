@@ -77,8 +77,9 @@ class Recoder:
     def __call__(self, unit: Unit) -> dict[str, Any]:
         """Recode a unit unless it is finished, and return its record.
 
-        A record has the number of pictures, the bytes of their files, and the faults: lists of a
-        key and a message. A unit that is damaged as a whole has an "error" and no output.
+        A record has the number of pictures, the bytes of their files, the number of samples without
+        a picture that were copied, and the faults: lists of a key and a message. A unit that is
+        damaged as a whole has an "error" and no output.
 
         Raises:
             ValueError: the unit was finished with other settings.
@@ -93,7 +94,7 @@ class Recoder:
         begin = time.monotonic()
         sources = [one.name for one in unit.sources]
         record = {"sources": sources, "target": unit.target, "settings": self.settings}
-        record |= {"pictures": 0, "bytes": 0, "faults": []}
+        record |= {"pictures": 0, "bytes": 0, "copied": 0, "faults": []}
         if unit.record:
             store_record(unit, record | {"begun": True})
         try:
@@ -126,6 +127,7 @@ class Recoder:
                 members: dict[str, Any] = sample.members
                 if isinstance(outcome.error, _NoPicture):
                     write_sample(made, sample.key, members)
+                    record["copied"] += 1
                     continue
                 self._count(record, sample.key, outcome)
                 if outcome.value is None:
@@ -141,8 +143,13 @@ class Recoder:
         name = self._taken_from(sample)
         if sample.too_large:
             raise ValueError(sample.too_large)
+        if sample.repeated:
+            raise ValueError(f"two members are named {sample.repeated}")
         if name is None:
             raise _NoPicture("the sample has no picture")
+        others = (one for one in sample.members if one != name and one.lower() == self._made)
+        for other in others:
+            raise ValueError(f"its member {other} would be lost; the result has this name")
         return sample.members[name]
 
     def _files(self, unit: Unit, record: dict[str, Any]) -> None:

@@ -35,12 +35,14 @@ class Sample:
         key: its name, without ending.
         members: the bytes by ending ("jpg", "txt", "seg.png"), as written, in order.
         too_large: the name and length of a member that was not read, "" for none.
+        repeated: the name that two members share, "" for none.
         others: names of members with endings that were not asked for.
     """
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
     too_large: str = ""
+    repeated: str = ""
     others: list[str] = field(default_factory=list)
 
 
@@ -137,6 +139,8 @@ def samples_of(tar: tarfile.TarFile, endings: Collection[str] | None = None) -> 
             if endings is not None and ending.lower() not in endings:
                 sample.others.append(member.name)
                 continue
+            if ending in sample.members:
+                sample.repeated = member.name
             if member.size > MOST_BYTES:
                 sample.too_large = f"{member.name} has {member.size} bytes"
                 continue
