@@ -19,8 +19,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from percov2 import images
-from percov2.files import check_kind, check_outputs, write_bytes, write_image
+from percov2.files import (
+    check_kind,
+    check_outputs,
+    open_atomically,
+    picture_format,
+    write_bytes,
+    write_image,
+)
 from percov2.images import ImageWarning, pad, read_image, reflected, to_rgb
+from tools.full_disk import file_limit
 from tools.photos import noise
 
 pytestmark = pytest.mark.core
@@ -294,6 +302,26 @@ def test_written_files_appear_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out.png"]
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("unnamed", [True, False])
+def test_errors_of_writing_name_the_output_and_others_pass(tmp_path, monkeypatch, unnamed):
+    if not unnamed:
+        monkeypatch.delattr(os, "O_TMPFILE", raising=False)
+    out, none = tmp_path / "out", tmp_path / "none"
+    for path, error in ((none / "out", "No such file"), (tmp_path / "a/out", "Not a directory")):
+        (tmp_path / "a").write_bytes(b"")
+        with pytest.raises(OSError, match=error) as raised, open_atomically(path):
+            pass
+        assert raised.value.filename == str(path)
+    with pytest.raises(OSError, match="too large") as raised, file_limit(99):
+        write_bytes(out, bytes(10_000))
+    assert raised.value.filename == str(out)
+    with pytest.raises(OSError, match="No such file") as raised, open_atomically(out):
+        none.read_bytes()
+    assert raised.value.filename == str(none)
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
+
+
 def test_links_stay_links_and_permissions_stay(tmp_path):
     target, link = tmp_path / "target", tmp_path / "link"
     link.symlink_to(target)
@@ -436,8 +464,8 @@ def test_only_devices_and_open_files_are_streams(tmp_path):
         check_kind(photo, compressed=True)
     for path in (Path("/dev/null"), Path("/dev/stdout")):
         check_kind(path, compressed=True)
-        with pytest.raises(ValueError, match="no picture format"):
-            check_kind(path, compressed=False)
+        check_kind(path, compressed=False)
+        assert picture_format(path)[0] == "PNG"
 
 
 def test_nothing_is_written_to_a_standard_output_that_is_closed(monkeypatch):

@@ -201,42 +201,73 @@ def write_bytes(path: Path | str, data: bytes) -> None:
     if is_stream(Path(path)):
         _write_stream(Path(path), data)
         return
-    try:
-        with open_atomically(path) as stream:
-            stream.write(data)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    with open_atomically(path) as stream:
+        stream.write(data)
 
 
 @contextlib.contextmanager
 def open_atomically(path: Path | str) -> Iterator[BinaryIO]:
     """Open a file for writing that gets its name when it is closed without an exception.
 
-    ``write_bytes`` explains how, and also writes streams.
+    ``write_bytes`` explains how, and also writes streams. An OSError of the file names ``path``;
+    other errors of the ``with`` block pass unchanged.
     """
     target = Path(os.path.realpath(path))
-    neighbour = _neighbour(target)
+    with _as_errors_of(path):
+        neighbour = _neighbour(target)
     try:
-        place = _open_unnamed(target.parent)
-        if place is None:
-            with open(neighbour, "xb") as stream:
-                yield stream
-        else:
-            with open(place, "w+b") as stream:
-                yield stream
+        with _as_errors_of(path):
+            place = _open_unnamed(target.parent)
+            stream: BinaryIO
+            if place is None:
+                stream = io.BufferedWriter(_NamedFile(neighbour, "xb", path))
+            else:
+                stream = io.BufferedRandom(_NamedFile(place, "w+b", path))
+        with stream:
+            yield stream
+            with _as_errors_of(path):
                 stream.flush()
-                if _named(stream, target, neighbour):
+                if place is not None and _named(stream, target, neighbour):
                     return
-        if target.exists():
-            shutil.copymode(target, neighbour)
-        try:
-            os.replace(neighbour, target)
-        except OSError as error:
-            if error.errno not in (errno.EBUSY, errno.EXDEV):
-                raise
-            shutil.copyfile(neighbour, target)
+        with _as_errors_of(path):
+            _replace(neighbour, target)
     finally:
-        neighbour.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            neighbour.unlink(missing_ok=True)
+
+
+class _NamedFile(io.FileIO):
+    """A file whose errors of writing have the name of the output."""
+
+    def __init__(self, place: Path | int, mode: str, name: Path | str) -> None:
+        super().__init__(place, mode)
+        self._output = name
+
+    def write(self, data: Any, /) -> Any:
+        """Write bytes, as FileIO."""
+        with _as_errors_of(self._output):
+            return super().write(data)
+
+
+@contextlib.contextmanager
+def _as_errors_of(path: Path | str) -> Iterator[None]:
+    """Give every OSError the name of an output."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _replace(neighbour: Path, target: Path) -> None:
+    """Give a file the name of another one, with its permissions."""
+    if target.exists():
+        shutil.copymode(target, neighbour)
+    try:
+        os.replace(neighbour, target)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):
+            raise
+        shutil.copyfile(neighbour, target)
 
 
 def _open_unnamed(folder: Path) -> int | None:

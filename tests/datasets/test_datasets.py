@@ -15,6 +15,7 @@ from percov2 import Codec, DecodeOptions, EncodeOptions
 from percov2.datasets import CompressImages, DecompressImages, PictureDecoder
 from percov2.datasets.shards import write_sample
 from tools.command_line import failure, run
+from tools.full_disk import file_limit
 from tools.photos import noise
 
 
@@ -254,6 +255,31 @@ def test_samples_lose_no_member_unsaid(random_model, tmp_path, capsys):
     assert "t.tar: a: its member png would be lost" in said
     assert "1 samples without a .pcv2 file copied, 1 failed" in said
     assert members(back / "t.tar") == {"b.txt": b"words"}
+
+
+def test_outputs_that_cannot_be_written_are_named(shards, random_model, tmp_path, capsys):
+    more = ("--engine", "local", "--model", random_model)
+    loose, out = tmp_path / "loose", tmp_path / "out"
+    for name in ("a.jpg", "b/b.jpg"):
+        (loose / name).parent.mkdir(exist_ok=True, parents=True)
+        (loose / name).write_bytes(jpeg(1))
+    out.mkdir()
+    (out / "b").touch()  # where a folder would have to be
+    assert run("compress", "-r", loose, "-o", out, *more) == 1
+    said = capsys.readouterr().err
+    assert f"percov2: {loose / 'b/b.jpg'}: {out / 'b'}: " in said
+    assert "1 pictures, " in said and "1 failed" in said
+    write_shard(tmp_path / "big/a.tar", range(30))
+    with file_limit(8000):
+        assert run("compress", tmp_path / "big", "-o", out, *more) == 2
+    source = tmp_path / "big/a.tar"
+    said = capsys.readouterr().err
+    assert f"percov2: {source}: {out / 'a.tar'}: File too large\n" in said
+    assert "0 pictures, 0 bytes, " in said
+    assert not list(out.rglob("*.tar")) and not list(out.rglob("*.part"))
+    assert run("compress", tmp_path / "none.tar", "-o", out, *more) == 2
+    none = f"percov2: {tmp_path / 'none.tar'}: No such file or directory\n"
+    assert none in capsys.readouterr().err
 
 
 def test_tables_keep_their_other_columns(random_model, tmp_path, capsys):

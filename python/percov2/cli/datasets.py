@@ -59,7 +59,8 @@ def recode(arguments: argparse.Namespace, options: EncodeOptions | DecodeOptions
                 say(f"percov2: {source}: {record['error']}")
                 failed += 1
             for key, message in record["faults"]:
-                say(f"percov2: {source if len(record['sources']) == 1 else ''}: {key}: {message}")
+                place = key if key in record["sources"] else f"{source}: {key}"
+                say(f"percov2: {place}: {message}")
                 failed += 1
             for name in totals:
                 totals[name] += record.get(name, 0)

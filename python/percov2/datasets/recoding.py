@@ -30,6 +30,14 @@ class _NoPicture(ValueError):
     """A sample without a picture, which is copied."""
 
 
+def _reason(error: Exception | None, about: str) -> str:
+    """Return an error in one line; that of another file than ``about`` names it."""
+    if isinstance(error, OSError) and error.strerror:
+        other = error.filename not in (None, about)
+        return f"{error.filename}: {error.strerror}" if other else error.strerror
+    return " ".join(str(error).split())
+
+
 class Recoder:
     """A worker that compresses or restores units, with one codec.
 
@@ -100,8 +108,11 @@ class Recoder:
         try:
             work[unit.kind](unit, record)
         except (*DAMAGE, ValueError) as error:
-            text = " ".join(str(error).split())
-            return record | {"error": f"not a {unit.kind}, or damaged: {text}"}
+            text = _reason(error, sources[0])
+            named = isinstance(error, OSError) and error.filename is not None
+            if unit.kind != "files":  # whose output does not exist
+                record |= {"pictures": 0, "bytes": 0, "copied": 0}
+            return record | {"error": text if named else f"not a {unit.kind}, or damaged: {text}"}
         record["seconds"] = time.monotonic() - begin
         if unit.record:
             store_record(unit, record)
@@ -109,7 +120,7 @@ class Recoder:
 
     def _count(self, record: dict[str, Any], key: str, outcome: Outcome[bytes]) -> None:
         if outcome.value is None:
-            record["faults"].append([key, " ".join(str(outcome.error).split())])
+            record["faults"].append([key, _reason(outcome.error, key)])
         else:
             record["pictures"] += 1
             record["bytes"] += len(outcome.value)
@@ -162,10 +173,14 @@ class Recoder:
         todo = [one for one in unit.sources if not exists(target(one))]
         record["skipped"] = len(unit.sources) - len(todo)
         for outcome in self._rows.files_of(todo, load):
-            self._count(record, outcome.input.name, outcome)
+            made = outcome
             if outcome.value is not None:
-                with open_for_writing(target(outcome.input)) as stream:
-                    stream.write(outcome.value)
+                try:
+                    with open_for_writing(target(outcome.input)) as stream:
+                        stream.write(outcome.value)
+                except OSError as error:
+                    made = Outcome(outcome.input, error=error)
+            self._count(record, outcome.input.name, made)
 
     def _table(self, unit: Unit, record: dict[str, Any]) -> None:
         require("ray", "a parquet file", "pyarrow")
