@@ -282,6 +282,24 @@ def test_outputs_that_cannot_be_written_are_named(shards, random_model, tmp_path
     assert none in capsys.readouterr().err
 
 
+def test_warnings_name_shard_and_sample(random_model, tmp_path, capsys):
+    clear = io.BytesIO()
+    Image.new("RGBA", (30, 30), (9, 9, 9, 100)).save(clear, "PNG")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    with tarfile.open(folder / "s.tar", "w") as tar:
+        write_sample(tar, "none", {"txt": b"words"})
+        for key in "abc":
+            write_sample(tar, key, {"png": clear.getvalue() if key != "b" else jpeg(1)})
+    (folder / "loose.png").write_bytes(clear.getvalue())
+    command = ("compress", folder, "-o", tmp_path / "out", "--engine", "local")
+    assert run(*command, "--model", random_model) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "transparency" in line]
+    about = "warning: transparency was flattened on white; it is not stored"
+    names = [f"{folder / 's.tar'}: a", f"{folder / 's.tar'}: c", str(folder / "loose.png")]
+    assert sorted(warned) == sorted(f"percov2: {name}: {about}" for name in names)
+
+
 def test_tables_keep_their_other_columns(random_model, tmp_path, capsys):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
@@ -289,10 +307,15 @@ def test_tables_keep_their_other_columns(random_model, tmp_path, capsys):
     codec = Codec.from_pretrained(random_model)
     rows = [{"image": {"bytes": jpeg(i), "path": f"{i}.jpg"}, "label": i} for i in range(150)]
     rows[99]["image"]["bytes"] = b"no picture"
+    clear = io.BytesIO()
+    Image.new("RGBA", (30, 30), (9, 9, 9, 100)).save(clear, "PNG")
+    rows[98]["image"]["bytes"] = clear.getvalue()
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
     out, more = tmp_path / "out", ("--engine", "local", "--model", random_model)
     assert run("compress", tmp_path / "t.parquet", "-o", out, *more) == 1
-    assert "t.parquet: 99: not a picture" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "t.parquet: 99: not a picture" in said
+    assert "t.parquet: 98: warning: transparency was flattened" in said
     made = parquet.read_table(out / "t.parquet").to_pylist()
     assert [row["label"] for row in made] == list(range(150))
     assert made[99]["pcv2"] is None and made[99]["error"]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from typing import Any
 
 from tqdm import tqdm
 
-from percov2.cli.faults import about, say
+from percov2.cli.faults import about, naming, say
 from percov2.cli.models import backbone_options
 from percov2.options import DecodeOptions, EncodeOptions
 
@@ -20,7 +21,8 @@ def recode(arguments: argparse.Namespace, options: EncodeOptions | DecodeOptions
 
     It is 0 if everything is done, 1 if some pictures or shards failed, 2 if nothing could be done.
     """
-    from percov2.datasets.engines import run_local, run_ray
+    from percov2.datasets.engines import run_ray
+    from percov2.datasets.recoding import Recoder
     from percov2.datasets.units import plan_units
     from percov2.images import ENDINGS
 
@@ -47,11 +49,14 @@ def recode(arguments: argparse.Namespace, options: EncodeOptions | DecodeOptions
         say(f"percov2: {name}: {message}")
     begin, totals = time.monotonic(), {"pictures": 0, "bytes": 0, "skipped": 0, "copied": 0}
     failed, before = len(faults), 0
-    with about(command), tqdm(total=len(units), unit="shard", disable=None) as bar:
+    with about(command), contextlib.ExitStack() as stack:
         if arguments.engine == "ray":
             records = run_ray(units, settings, arguments.address)
         else:
-            records = run_local(units, settings)
+            recode_unit = Recoder(**settings)
+            stack.enter_context(naming(recode_unit.current_input))
+            records = map(recode_unit, units)
+        bar = stack.enter_context(tqdm(total=len(units), unit="shard", disable=None))
         for record in records:
             before += record.get("finished_before", False)
             source = record["sources"][0]

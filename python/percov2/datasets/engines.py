@@ -1,4 +1,4 @@
-"""Units of a data set on this machine, or on a Ray cluster."""
+"""Units of a data set on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,18 +13,7 @@ from percov2.datasets.units import Unit
 from percov2.extras import require
 from percov2.places import Found
 
-__all__ = ["run_local", "run_ray"]
-
-
-def run_local(units: Sequence[Unit], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Recode units one after the other; yield their records, as ``Recoder`` returns them.
-
-    Args:
-        units: the units.
-        settings: arguments of ``Recoder`` by name.
-    """
-    recode = Recoder(**settings)
-    return map(recode, units)
+__all__ = ["run_ray"]
 
 
 def run_ray(

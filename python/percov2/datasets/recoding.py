@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from percov2.batching import Outcome
+from percov2.batching import Outcome, current_item
 from percov2.datasets.rows import CompressImages, DecompressImages
 from percov2.datasets.shards import DAMAGE, Checked, Sample, samples_of, write_sample
 from percov2.datasets.units import Unit, finished_record, store_record
@@ -74,6 +74,7 @@ class Recoder:
                 *place, options=options, column=self._column, form="PNG", **size
             )
             self._taken, self._made, self._suffix = ("pcv2",), "png", ".png"
+        self._inputs: list[str] = []
         codec = self._rows.codec
         self.settings: dict[str, Any] = {
             "result": self._made,
@@ -99,6 +100,7 @@ class Recoder:
             "table": self._table,
             "files": self._files,
         }
+        self._inputs = []
         begin = time.monotonic()
         sources = [one.name for one in unit.sources]
         record = {"sources": sources, "target": unit.target, "settings": self.settings}
@@ -118,6 +120,11 @@ class Recoder:
             store_record(unit, record)
         return record
 
+    def current_input(self) -> str | None:
+        """Return the name of the picture or file that this thread works on, for warnings."""
+        index = current_item()
+        return self._inputs[index] if index is not None else None
+
     def _count(self, record: dict[str, Any], key: str, outcome: Outcome[bytes]) -> None:
         if outcome.value is None:
             record["faults"].append([key, _reason(outcome.error, key)])
@@ -133,7 +140,8 @@ class Recoder:
             open_for_writing(unit.target) as out,
             tarfile.open(fileobj=out, mode="w|", format=tarfile.PAX_FORMAT) as made,
         ):
-            for outcome in self._rows.files_of(samples_of(tar), self._picture_in):
+            samples = self._noted(source.name, samples_of(tar))
+            for outcome in self._rows.files_of(samples, self._picture_in):
                 sample: Sample = outcome.input
                 members: dict[str, Any] = sample.members
                 if isinstance(outcome.error, _NoPicture):
@@ -146,6 +154,11 @@ class Recoder:
                 taken = self._taken_from(sample)
                 renamed = {self._made if name == taken else name: members[name] for name in members}
                 write_sample(made, sample.key, renamed | {self._made: outcome.value})
+
+    def _noted(self, source: str, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            self._inputs.append(f"{source}: {sample.key}")
+            yield sample
 
     def _taken_from(self, sample: Sample) -> str | None:
         return next((name for name in sample.members if name.lower() in self._taken), None)
@@ -172,6 +185,7 @@ class Recoder:
 
         todo = [one for one in unit.sources if not exists(target(one))]
         record["skipped"] = len(unit.sources) - len(todo)
+        self._inputs = [one.name for one in todo]
         for outcome in self._rows.files_of(todo, load):
             made = outcome
             if outcome.value is not None:
@@ -198,6 +212,7 @@ class Recoder:
                         raise ValueError(f"no column {self._column!r}; there are {names}")
                     values = np.empty(len(batch), object)
                     values[:] = batch.column(self._column).to_pylist()
+                    self._inputs = [f"{source.name}: {row + i}" for i in range(len(values))]
                     made = self._rows({self._column: values})
                     name = "pcv2" if "pcv2" in made else "image"
                     results = made[name]
