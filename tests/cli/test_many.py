@@ -145,8 +145,31 @@ def test_results_never_replace_what_they_must_not(folder, random_model, tmp_path
     (folder / "b.pcv2").write_text("somebody's")
     assert run("compress", folder / "b.jpg", folder / "sub", *model) == 1
     assert (folder / "b.pcv2").read_text() == "somebody's"
-    message = failure(capsys, "compress", folder, "--report", folder / "a.png", *model)
-    assert "it exists and is no report" in message
+    report = ("--report", folder / "notes.txt")
+    message = failure(capsys, "compress", folder, *report, *model)
+    assert "notes.txt: it exists and is no report" in message
+
+
+def test_a_report_is_no_input_and_no_output(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    for command, name, said in (
+        ((folder,), folder / "a.png", "the same file as the input"),
+        ((folder / "a.png",), folder / "sub/../a.png", "the same file as the input"),
+        ((folder, "-o", out), out / "b.pcv2", f"the output for {folder / 'b.jpg'}"),
+        ((folder / "a.png", out / "x.pcv2"), out / "x.pcv2", "the output for"),
+    ):
+        message = failure(capsys, "compress", *command, "--report", name)
+        assert f"cannot write the report {name}: it is {said}" in message
+    assert not out.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_report_on_a_full_disk_is_named(folder, random_model, tmp_path, capsys):
+    command = ("compress", folder, "-o", tmp_path / "out", "--model", random_model)
+    assert run(*command, "--report", "/dev/full") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == "percov2: /dev/full: No space left on device"
+    assert "2 of 2 pictures" in said[-2]
 
 
 def test_a_folder_of_originals_is_never_restored_over_them(folder, random_model, tmp_path, capsys):
@@ -322,7 +345,9 @@ def test_an_interrupted_run_leaves_no_part_and_goes_on(random_model, tmp_path):
     noise(200, 150).save(folder / "000.png")
     for i in range(1, 400):  # they take seconds, so that the signal comes in time
         shutil.copyfile(folder / "000.png", folder / f"{i:03}.png")
+    report = tmp_path / "report.jsonl"
     words = ["compress", str(folder), "-o", str(out), "--skip-existing", "--jobs", "2"]
+    words += ["--report", str(report)]
     command = [sys.executable, "-m", "percov2", *words, "--model", str(random_model)]
     paths = os.pathsep.join(path for path in sys.path if path)
     environment = {**os.environ, "PYTHONPATH": paths}
@@ -336,6 +361,11 @@ def test_an_interrupted_run_leaves_no_part_and_goes_on(random_model, tmp_path):
         said = running.communicate(timeout=60)[1]
         assert running.returncode == status, said
         assert "Traceback" not in said
+        if sent == signal.SIGINT:
+            written = len(files(out))
+            assert f"{written} of 400 pictures" in said
+            lines = report.read_text().splitlines()
+            assert len({json.loads(line)["output"] for line in lines}) == len(lines) == written
     done = len(files(out))
     assert 6 <= done < 400
     assert all(name.endswith(".pcv2") for name in files(out))

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from tqdm import tqdm
 
@@ -42,12 +42,18 @@ def run_many(
     for one in plan.tasks:
         done = arguments.skip_existing and is_done(one, plan.compressing)
         (skipped if done else tasks).append(one)
-    begin, records = time.monotonic(), _Records()
+    begin, records = time.monotonic(), _Records(len(plan.tasks) + len(plan.faults))
+    stored: dict[int, dict[str, Any]] = {}
+
+    def add(record: dict[str, Any]) -> None:
+        records.count(record)
+        report(record)
+
     with _report(arguments.report) as report, naming(lambda: _source(tasks)):
         for name, message in plan.faults:
-            records.add(report, {"input": name, "output": None, "error": message})
+            add({"input": name, "output": None, "error": message})
         for task in skipped:
-            records.add(report, {"input": task.source, "output": task.target, "skipped": True})
+            add({"input": task.source, "output": task.target, "skipped": True})
 
         def store(outcome: Outcome[Any]) -> dict[str, Any]:
             task: Task = outcome.input
@@ -55,19 +61,27 @@ def run_many(
             if outcome.error is not None:
                 return record | {"error": reason(task.source, outcome.error)}
             try:
-                return record | finish(task, outcome.value)
+                record |= finish(task, outcome.value)
             except _FAULTS as error:
-                return record | {"error": f"{task.target}: {reason(task.target, error)}"}
+                record |= {"error": f"{task.target}: {reason(task.target, error)}"}
+            stored[id(record)] = record
+            return record
 
         jobs = arguments.jobs or available_cores()
         try:
             with tqdm(total=len(tasks), unit="picture", disable=None) as bar:
                 outcomes = start(tasks) if tasks else ()
-                for record in in_order(store, outcomes, jobs, 2 * jobs):
-                    records.add(report, record)
-                    bar.update()
-        finally:
+                with contextlib.closing(in_order(store, outcomes, jobs, 2 * jobs)) as made:
+                    for record in made:
+                        stored.pop(id(record), None)
+                        add(record)
+                        bar.update()
+        finally:  # an interrupted run has stored more than it has counted
+            for record in stored.values():
+                records.count(record)
             say(records.summary(time.monotonic() - begin, plan.ignored))
+            for record in stored.values():
+                report(record)
     return records.status()
 
 
@@ -77,14 +91,15 @@ def _source(tasks: Sequence[Task]) -> str | None:
 
 
 class _Records:
-    """Counts of a run."""
+    """Counts of a run over ``total`` inputs."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int) -> None:
+        self.total = total
         self.done, self.failed, self.skipped = 0, 0, 0
         self.bytes, self.pixels = 0, 0
 
-    def add(self, report: IO[str] | None, record: dict[str, Any]) -> None:
-        """Count a record, say its error, and write it to the report."""
+    def count(self, record: dict[str, Any]) -> None:
+        """Count a record, and say its error."""
         if "error" in record:
             self.failed += 1
             say(f"percov2: {record['input']}: {record['error']}")
@@ -94,14 +109,11 @@ class _Records:
             self.done += 1
             self.bytes += record["bytes"]
             self.pixels += record["width"] * record["height"] if "bpp" in record else 0
-        if report is not None:
-            report.write(json.dumps(record) + "\n")
 
     def summary(self, seconds: float, ignored: int) -> str:
         """Return one line about the run."""
-        total = self.done + self.failed + self.skipped
         bpp = f", {8 * self.bytes / self.pixels:.4f} bpp" if self.pixels else ""
-        text = f"{self.done} of {total} pictures, {self.bytes} bytes{bpp}"
+        text = f"{self.done} of {self.total} pictures, {self.bytes} bytes{bpp}"
         text += f", {self.done / max(seconds, 1e-9):.2f} pictures/s"
         others = {"failed": self.failed, "skipped": self.skipped, "other files ignored": ignored}
         return text + "".join(f", {count} {what}" for what, count in others.items() if count)
@@ -114,10 +126,14 @@ class _Records:
 
 
 @contextlib.contextmanager
-def _report(path: Path | None) -> Iterator[IO[str] | None]:
-    """Open a report; a Fault for a file that is no report."""
+def _report(path: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Open a report, for a function that writes a record.
+
+    Raises:
+        Fault: the file is no report, or it cannot be written.
+    """
     if path is None:
-        yield None
+        yield lambda _: None
         return
     with about(path):
         if path.is_file() and path.stat().st_size:
@@ -125,5 +141,13 @@ def _report(path: Path | None) -> Iterator[IO[str] | None]:
                 if present.read(10) != b'{"input": ':
                     raise Fault(f"{path}: it exists and is no report, so it is not replaced")
         stream = open(path, "w", encoding="utf-8")  # noqa: SIM115
-    with stream:
-        yield stream
+
+    def write(record: dict[str, Any]) -> None:
+        with about(path):
+            stream.write(json.dumps(record) + "\n")
+
+    try:
+        yield write
+    finally:
+        with about(path):
+            stream.close()

@@ -96,7 +96,7 @@ def plan_of(arguments: argparse.Namespace, endings: Collection[str], compressing
     operands, output = arguments.inputs, arguments.output
     if output is None and len(operands) == 2 and _names_output(operands[1], compressing):
         *operands, output = operands
-    planned = _plan(operands, output, endings, compressing, arguments.recursive)
+    planned = _plan(operands, output, endings, compressing, arguments.recursive, arguments.report)
     if not planned.several:
         for _, message in planned.faults:
             raise ValueError(message)
@@ -197,8 +197,13 @@ def _plan(
     endings: Collection[str],
     compressing: bool,
     deep: bool,
+    report: Path | None,
 ) -> Plan:
-    """Return the tasks of operands; ``deep`` for sub-folders."""
+    """Return the tasks of operands; ``deep`` for sub-folders.
+
+    Raises:
+        ValueError: an output must be a folder but is none, or the report is an input or output.
+    """
     found: list[Found] = []
     faults: list[tuple[str, str]] = []
     ignored, several = 0, len(operands) > 1
@@ -223,6 +228,8 @@ def _plan(
             continue
         taken[_place(target)] = f"the output for {one.name}"
         tasks.append(Task(one.name, target))
+    if report is not None and (other := taken.get(_place(str(report)))):
+        raise ValueError(f"cannot write the report {report}: it is {other}")
     derived = output is None or folder
     return Plan(tasks, faults, ignored, several, folder, derived, compressing)
 
