@@ -345,6 +345,12 @@ def test_loose_files_are_mirrored_and_resumed(random_model, tmp_path, monkeypatc
     capsys.readouterr()
     assert run(*command, "--model", random_model) == 0
     assert "1 pictures, " in (said := capsys.readouterr().err) and "2 files skipped" in said
+    (out / "sub2/p.pcv2").write_text("somebody's")
+    assert run(*command, "--model", random_model) == 1
+    said = capsys.readouterr().err
+    assert f"{out / 'sub2/p.pcv2'}: it exists and is no .pcv2 file" in said
+    assert "2 files skipped, 1 failed" in said
+    assert (out / "sub2/p.pcv2").read_text() == "somebody's"
 
 
 def test_an_engine_needs_a_folder_and_refuses_flags_of_single_files(shards, capsys):

@@ -15,10 +15,11 @@ from percov2.datasets.rows import CompressImages, DecompressImages
 from percov2.datasets.shards import DAMAGE, Checked, Sample, samples_of, write_sample
 from percov2.datasets.units import Unit, finished_record, store_record
 from percov2.extras import require
+from percov2.files import check_kind
 from percov2.images import ENDINGS
 from percov2.models.backbone import BackboneOptions
 from percov2.options import DecodeOptions, EncodeOptions
-from percov2.places import Found, exists, open_for_reading, open_for_writing, read
+from percov2.places import Found, exists, is_local, open_for_reading, open_for_writing, read
 
 __all__ = ["Recoder"]
 
@@ -183,8 +184,17 @@ class Recoder:
         def load(found: Found) -> bytes:
             return read(found.name, _MOST_BYTES)
 
-        todo = [one for one in unit.sources if not exists(target(one))]
-        record["skipped"] = len(unit.sources) - len(todo)
+        todo: list[Found] = []
+        for one in unit.sources:
+            if not exists(target(one)):
+                todo.append(one)
+                continue
+            try:
+                if is_local(target(one)):
+                    check_kind(Path(target(one)), compressed=self._made == "pcv2")
+            except ValueError as error:
+                record["faults"].append([one.name, f"{target(one)}: {error}"])
+        record["skipped"] = len(unit.sources) - len(todo) - len(record["faults"])
         self._inputs = [one.name for one in todo]
         for outcome in self._rows.files_of(todo, load):
             made = outcome
