@@ -190,11 +190,13 @@ def test_failures_have_no_traceback(tmp_path):
     assert result.stderr == f"percov2: {tmp_path / 'none.pcv2'}: No such file or directory\n"
 
 
-def test_a_full_or_closed_stdout_is_one_line(file):
-    with open("/dev/full", "wb") as full:
-        result = subprocess_run("-m percov2 info", file, stdout=full)
-    assert result.stderr == "percov2: standard output: No space left on device\n"
-    assert result.returncode == 2
+def test_a_full_or_closed_stdout_is_one_line(file, picture, random_model):
+    compressing = ("-m percov2 compress", picture, "-", "--model", random_model)
+    for command in (("-m percov2 info", file), compressing):
+        with open("/dev/full", "wb") as full:
+            result = subprocess_run(*command, stdout=full)
+        assert result.stderr == "percov2: standard output: No space left on device\n"
+        assert result.returncode == 2
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "wb") as pipe:

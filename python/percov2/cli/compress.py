@@ -59,7 +59,7 @@ def compress(arguments: argparse.Namespace) -> int | None:
     with about(task.source):
         (caption,) = captioner([image])
         data = codec.compress(image, options, caption=caption)
-    with about(task.target):
+    with about(shown(task.target)):
         write(task.target, data)
     facts = _facts(data, options)
     rate = codec.config.rates[bitstream.read(data, options.max_pixels).header.rate].name

@@ -54,7 +54,7 @@ def decompress(arguments: argparse.Namespace) -> int | None:
     with about(task.source):
         decoded = codec.decode([data], options)
         (image,) = codec.paint(decoded, options)
-    with about(task.target):
+    with about(shown(task.target)):
         _store(task, image)
     sent, total = decoded[0].stages, decoded[0].stage_count
     drawn = f", {sent} of {total} stages from the file, the others drawn" if sent < total else ""

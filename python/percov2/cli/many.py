@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from percov2.batching import Outcome, current_item, in_order
 from percov2.cli.faults import Fault, about, naming, reason, say
-from percov2.cli.operands import Plan, Task, is_done
+from percov2.cli.operands import Plan, Task, is_done, shown
 from percov2.models.backbone import available_cores
 
 __all__ = ["run_many"]
@@ -63,7 +63,7 @@ def run_many(
             try:
                 record |= finish(task, outcome.value)
             except _FAULTS as error:
-                record |= {"error": f"{task.target}: {reason(task.target, error)}"}
+                record |= {"error": f"{shown(task.target)}: {reason(task.target, error)}"}
             stored[id(record)] = record
             return record
 
