@@ -107,7 +107,7 @@ def test_shards_become_shards_of_the_same_samples(shards, random_model, tmp_path
     out, engine = tmp_path / "out", ("--engine", "local")
     assert run("compress", "-r", shards, "-o", out, *engine, *model) == 1
     said = capsys.readouterr().err
-    assert "b.tar: 00007: the picture is damaged" in said
+    assert "b.tar: 00007: the picture is truncated or damaged" in said
     assert "14 pictures, " in said and "3 units" in said and "1 failed" in said
     made = {name: members(out / name) for name in ("a.tar", "b.tar", "sub/c.tar")}
     keys = sorted(name for shard in made.values() for name in shard)
@@ -382,7 +382,7 @@ def test_ray_gives_the_same_shards(cluster, shards, tmp_path, capsys):
     for name in ("a.tar", "b.tar", "sub/c.tar"):
         assert (out / name).read_bytes() == (local / name).read_bytes()
     said = capsys.readouterr().err
-    assert said.count("00007: the picture is damaged") == 2
+    assert said.count("00007: the picture is truncated or damaged") == 2
     message = failure(
         capsys, "compress", "-r", shards, "-o", out, "--engine", "ray", "--rate", "r010"
     )
