@@ -78,9 +78,13 @@ py::array_t<std::int8_t> stage_attention(py::handle stages, py::handle bias, py:
       const std::int64_t image = b * entries.count() * inner;
       for (std::int64_t h = 0; h < heads; ++h) {
         const std::int64_t at = image + h * (inner / heads);
+        std::vector<Reader> readers;
+        for (std::int64_t i = 0; i < entries.count(); ++i) {
+          readers.push_back({entries.sights[static_cast<std::size_t>(i)],
+                             queries.data() + at + i * inner, out + at + i * inner});
+        }
         attention_kernels().attend(layout.head(grid, memory.data(), h), scores.head(h),
-                                   entries.sights.data(), entries.count(), queries.data() + at,
-                                   inner, out + at, inner);
+                                   readers.data(), entries.count());
       }
     }
   }

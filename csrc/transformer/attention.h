@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "support/aligned_array.h"
@@ -28,9 +29,16 @@ class StageGrid {
   std::int64_t stages() const { return static_cast<std::int64_t>(ends_.size()) - 1; }
   const std::int32_t* stage() const { return stage_.data(); }
   const std::int32_t* first_stage() const { return first_stage_.data(); }
-  // The sight of the content (or, one stage earlier, of the query) at a raster position.
-  Sight content_sight(std::int32_t position) const;
-  Sight query_sight(std::int32_t position) const;
+  // The sight of the content (or, one stage earlier, of the query) at a raster position. Its cells
+  // contain the windows of this position and of a partner (`paired`), or of this position alone.
+  Sight content_sight(std::int32_t position, std::int32_t partner) const;
+  Sight query_sight(std::int32_t position, std::int32_t partner) const;
+  Sight content_sight(std::int32_t position) const { return content_sight(position, position); }
+  Sight query_sight(std::int32_t position) const { return query_sight(position, position); }
+  // Pairs of entries whose windows fit into one sight, by raster position. An entry is a position
+  // and a number; it is its own partner if it finds none.
+  using Entry = std::pair<std::int32_t, std::int64_t>;
+  std::vector<std::pair<Entry, Entry>> paired(std::vector<Entry> entries) const;
   static Sight start_sight() { return {0, 0, 0, 0, 0, 0}; }
 
  private:
@@ -71,7 +79,7 @@ class ScoreTables {
  private:
   int gain_bits_;
   std::vector<std::int32_t> shift_;
-  AlignedArray<std::int32_t> window_;  // [heads, 37, 64]
+  AlignedArray<std::int32_t> window_;  // [heads, 41, 64]
   AlignedArray<std::int32_t> start_;   // [heads, 16]
 };
 

@@ -204,20 +204,18 @@ inline void attend_one(const HeadKeys& keys, const HeadScores& scores, const Sig
 }
 
 template <int blocks>
-void attend_all(const HeadKeys& keys, const HeadScores& scores, const Sight* sights,
-                std::int64_t readers, const std::int8_t* q, std::int64_t q_stride,
-                std::int8_t* mean, std::int64_t mean_stride) {
-  for (std::int64_t i = 0; i < readers; ++i) {
-    attend_one<blocks>(keys, scores, sights[i], q + i * q_stride, mean + i * mean_stride);
+void attend_all(const HeadKeys& keys, const HeadScores& scores, const Reader* readers,
+                std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    attend_one<blocks>(keys, scores, readers[i].sight, readers[i].q, readers[i].mean);
   }
 }
 
-void attend(const HeadKeys& keys, const HeadScores& scores, const Sight* sights,
-            std::int64_t readers, const std::int8_t* q, std::int64_t q_stride, std::int8_t* mean,
-            std::int64_t mean_stride) {
+void attend(const HeadKeys& keys, const HeadScores& scores, const Reader* readers,
+            std::int64_t count) {
   constexpr decltype(&attend_all<1>) kByBlocks[] = {attend_all<1>, attend_all<2>, attend_all<3>,
                                                     attend_all<4>};
-  kByBlocks[keys.value_blocks - 1](keys, scores, sights, readers, q, q_stride, mean, mean_stride);
+  kByBlocks[keys.value_blocks - 1](keys, scores, readers, count);
 }
 
 void weigh(const std::int32_t* distances, std::int64_t count, std::uint8_t* weights) {
@@ -230,6 +228,6 @@ void weigh(const std::int32_t* distances, std::int64_t count, std::uint8_t* weig
 
 }  // namespace
 
-const AttentionKernels kAttentionAvx2 = {attend, weigh};
+const AttentionKernels kAttentionAvx2 = {attend, weigh, false};
 
 }  // namespace percov2

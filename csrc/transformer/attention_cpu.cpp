@@ -10,9 +10,11 @@ namespace percov2 {
 namespace {
 
 constexpr std::int32_t kNever = std::numeric_limits<std::int32_t>::max();
-// A sight extends the window by at most 3 rows above and below and 15 columns left and right.
-// Biases in this margin are hidden.
-constexpr std::int64_t kBiasTop = kCellRows - 1;
+// Partners are at most this many rows apart, and one column.
+constexpr std::int64_t kApart = 2;
+// A sight extends the window by at most 3 rows above and below and 15 columns left and right, and
+// by the rows and the column that only its partner reads. Biases in this margin are hidden.
+constexpr std::int64_t kBiasTop = kCellRows - 1 + kApart;
 constexpr std::int64_t kBiasLeft = 16;
 constexpr std::int64_t kBiasRows = kWindow + 2 * kBiasTop;
 
@@ -77,12 +79,14 @@ StageGrid::StageGrid(const std::int32_t* stages, std::int64_t height, std::int64
   }
 }
 
-Sight StageGrid::content_sight(std::int32_t position) const {
+Sight StageGrid::content_sight(std::int32_t position, std::int32_t partner) const {
   const std::int64_t row = position / width_, column = position % width_;
-  const std::int64_t top = std::max<std::int64_t>(0, row - kRadius) / kCellRows * kCellRows;
-  const std::int64_t bottom = std::min(height_ - 1, row + kRadius);
-  const std::int64_t left = std::max<std::int64_t>(0, column - kRadius);
-  const std::int64_t right = std::min(width_ - 1, column + kRadius);
+  const std::int64_t other_row = partner / width_, other_column = partner % width_;
+  const std::int64_t top =
+      std::max<std::int64_t>(0, std::min(row, other_row) - kRadius) / kCellRows * kCellRows;
+  const std::int64_t bottom = std::min(height_ - 1, std::max(row, other_row) + kRadius);
+  const std::int64_t left = std::max<std::int64_t>(0, std::min(column, other_column) - kRadius);
+  const std::int64_t right = std::min(width_ - 1, std::max(column, other_column) + kRadius);
   // Aligned reads are faster, but may need one vector more.
   const std::int64_t vectors = (right - left) / kCellColumns + 1;
   const std::int64_t aligned = left / kCellColumns * kCellColumns;
@@ -98,10 +102,39 @@ Sight StageGrid::content_sight(std::int32_t position) const {
   return sight;
 }
 
-Sight StageGrid::query_sight(std::int32_t position) const {
-  Sight sight = content_sight(position);
+Sight StageGrid::query_sight(std::int32_t position, std::int32_t partner) const {
+  Sight sight = content_sight(position, partner);
   --sight.reads;
   return sight;
+}
+
+std::vector<std::pair<StageGrid::Entry, StageGrid::Entry>> StageGrid::paired(
+    std::vector<Entry> entries) const {
+  std::sort(entries.begin(), entries.end());
+  std::vector<bool> taken(entries.size());
+  // The first entry without a partner at row + down, from column - 1 to column + 1; else i.
+  const auto partner = [&](std::size_t i, std::int64_t down) {
+    const std::int64_t row = entries[i].first / width_ + down, column = entries[i].first % width_;
+    const std::int64_t begin = row * width_ + std::max<std::int64_t>(0, column - 1);
+    const std::int64_t end = row * width_ + std::min(width_ - 1, column + 1);
+    auto at = std::lower_bound(
+        entries.begin() + static_cast<std::ptrdiff_t>(i) + 1, entries.end(), begin,
+        [](const Entry& one, std::int64_t position) { return one.first < position; });
+    for (; at != entries.end() && at->first <= end; ++at) {
+      const auto j = static_cast<std::size_t>(at - entries.begin());
+      if (!taken[j]) return j;
+    }
+    return i;
+  };
+  std::vector<std::pair<Entry, Entry>> pairs;
+  for (std::size_t i = 0; i < entries.size(); ++i) {
+    if (taken[i]) continue;
+    std::size_t other = i;
+    for (std::int64_t down = 0; down <= kApart && other == i; ++down) other = partner(i, down);
+    taken[i] = taken[other] = true;
+    pairs.emplace_back(entries[i], entries[other]);
+  }
+  return pairs;
 }
 
 KeyLayout::KeyLayout(const StageGrid& grid, std::int64_t heads, std::int64_t head_dim)

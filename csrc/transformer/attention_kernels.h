@@ -41,7 +41,7 @@ struct HeadKeys {
 
 // The biases of a head and its scaling of products.
 struct HeadScores {
-  const std::int32_t* window;  // [37][64]: bias of (dy, dx) at (dy + 18, dx + 31), else hidden
+  const std::int32_t* window;  // [41][64]: bias of (dy, dx) at (dy + 20, dx + 31), else hidden
   const std::int32_t* start;   // [16]: bias of the start entries, hidden from the third on
   std::int32_t shift;          // 5 .. 12: products stay far above kHidden
   std::int32_t gain_bits;      // 0 .. 5
@@ -58,15 +58,21 @@ struct Sight {
   std::int32_t bias;          // where its first cell is in HeadScores::window
 };
 
+// One entry that reads keys.
+struct Reader {
+  Sight sight;
+  const std::int8_t*
+      q;              // 4 * quads readable bytes in -127 .. 127; those beyond head_dim are ignored
+  std::int8_t* mean;  // head_dim numbers in -127 .. 127, the result
+};
+
 struct AttentionKernels {
-  // mean[i] = the mean of reader i, head_dim numbers in -127 .. 127. q [readers] has 4 * quads
-  // readable bytes in -127 .. 127, q_stride apart; those beyond head_dim are ignored. mean
-  // [readers] is mean_stride apart.
-  void (*attend)(const HeadKeys& keys, const HeadScores& scores, const Sight* sights,
-                 std::int64_t readers, const std::int8_t* q, std::int64_t q_stride,
-                 std::int8_t* mean, std::int64_t mean_stride);
+  void (*attend)(const HeadKeys& keys, const HeadScores& scores, const Reader* readers,
+                 std::int64_t count);
   // The softmax weights of scores `distances` (>= 0) below the maximum, as `attend` computes them.
   void (*weigh)(const std::int32_t* distances, std::int64_t count, std::uint8_t* weights);
+  // Consecutive readers of the same cells take less time together.
+  bool pairs;
 };
 
 // floor(126.61 * 2^(-d / 16) + 1/2) for d = 0 .. 127; 0 beyond.

@@ -181,12 +181,11 @@ void attend_one(const Weights& weights, const HeadKeys& keys, const HeadScores& 
   __builtin_memcpy(mean, bytes, static_cast<std::size_t>(keys.head_dim));
 }
 
-void attend(const HeadKeys& keys, const HeadScores& scores, const Sight* sights,
-            std::int64_t readers, const std::int8_t* q, std::int64_t q_stride, std::int8_t* mean,
-            std::int64_t mean_stride) {
+void attend(const HeadKeys& keys, const HeadScores& scores, const Reader* readers,
+            std::int64_t count) {
   const Weights weights;
-  for (std::int64_t i = 0; i < readers; ++i) {
-    attend_one(weights, keys, scores, sights[i], q + i * q_stride, mean + i * mean_stride);
+  for (std::int64_t i = 0; i < count; ++i) {
+    attend_one(weights, keys, scores, readers[i].sight, readers[i].q, readers[i].mean);
   }
 }
 
@@ -201,6 +200,6 @@ void weigh(const std::int32_t* distances, std::int64_t count, std::uint8_t* weig
 
 }  // namespace
 
-const AttentionKernels kAttentionNeon = {attend, weigh};
+const AttentionKernels kAttentionNeon = {attend, weigh, false};
 
 }  // namespace percov2

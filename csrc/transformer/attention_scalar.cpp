@@ -83,11 +83,10 @@ void attend_one(const HeadKeys& keys, const HeadScores& scores, const Sight& sig
   }
 }
 
-void attend(const HeadKeys& keys, const HeadScores& scores, const Sight* sights,
-            std::int64_t readers, const std::int8_t* q, std::int64_t q_stride, std::int8_t* mean,
-            std::int64_t mean_stride) {
-  for (std::int64_t i = 0; i < readers; ++i) {
-    attend_one(keys, scores, sights[i], q + i * q_stride, mean + i * mean_stride);
+void attend(const HeadKeys& keys, const HeadScores& scores, const Reader* readers,
+            std::int64_t count) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    attend_one(keys, scores, readers[i].sight, readers[i].q, readers[i].mean);
   }
 }
 
@@ -99,6 +98,6 @@ void weigh(const std::int32_t* distances, std::int64_t count, std::uint8_t* weig
 
 }  // namespace
 
-const AttentionKernels kAttentionScalar = {attend, weigh};
+const AttentionKernels kAttentionScalar = {attend, weigh, false};
 
 }  // namespace percov2

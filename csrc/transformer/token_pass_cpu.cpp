@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "support/parallel.h"
 #include "transformer/transformer.h"
@@ -43,6 +45,11 @@ struct TokenPass::Chunk {
 
   std::int64_t content_rows() const { return images * entries.contents; }
   std::int64_t rows() const { return images * entries.count(); }
+  std::int64_t row_of(std::int64_t image, std::int64_t entry) const {
+    return entry < entries.contents
+               ? image * entries.contents + entry
+               : content_rows() + image * entries.queries() + entry - entries.contents;
+  }
   // The image of a row, and its entry.
   std::int64_t image_of(std::int64_t row) const {
     return row < content_rows() ? row / entries.contents
@@ -61,28 +68,47 @@ TokenPass::TokenPass(const IntegerTransformer& model, const std::int32_t* stages
       layout_(grid_, model.heads(), model.head_dim()) {}
 
 void TokenPass::add_starts(Entries& entries) const {
-  for (std::int32_t s = 0; s < kStartEntries; ++s) {
-    entries.position.push_back(-1 - s);
-    entries.sight.push_back(StageGrid::start_sight());
-  }
+  for (std::int32_t s = 0; s < kStartEntries; ++s) entries.position.push_back(-1 - s);
   entries.contents += kStartEntries;
 }
 
 void TokenPass::add_contents(Entries& entries, std::int64_t first, std::int64_t last) const {
-  for (std::int64_t i = first; i < last; ++i) {
-    const std::int32_t position = grid_.order()[static_cast<std::size_t>(i)];
-    entries.position.push_back(position);
-    entries.sight.push_back(grid_.content_sight(position));
-  }
+  add_queries(entries, first, last);
   entries.contents += last - first;
 }
 
 void TokenPass::add_queries(Entries& entries, std::int64_t first, std::int64_t last) const {
-  for (std::int64_t i = first; i < last; ++i) {
-    const std::int32_t position = grid_.order()[static_cast<std::size_t>(i)];
-    entries.position.push_back(position);
-    entries.sight.push_back(grid_.query_sight(position));
-  }
+  const auto order = grid_.order().begin();
+  entries.position.insert(entries.position.end(), order + first, order + last);
+}
+
+void TokenPass::plan(Entries& entries) const {
+  const auto readings = [&](std::int64_t first) {
+    std::vector<Reading> result;
+    std::vector<StageGrid::Entry> placed;
+    const auto take = [&](std::int64_t entry, std::int32_t position, std::int32_t partner) {
+      const bool content = entry < entries.contents;
+      result.push_back({entry, content ? grid_.content_sight(position, partner)
+                                       : grid_.query_sight(position, partner)});
+    };
+    for (std::int64_t i = first; i < entries.count(); ++i) {
+      const std::int32_t position = entries.position[static_cast<std::size_t>(i)];
+      if (position < 0) {
+        result.push_back({i, StageGrid::start_sight()});
+      } else if (attention_kernels().pairs) {
+        placed.emplace_back(position, i);
+      } else {
+        take(i, position, position);
+      }
+    }
+    for (const auto& [one, other] : grid_.paired(std::move(placed))) {
+      take(one.second, one.first, other.first);
+      if (other.second != one.second) take(other.second, other.first, one.first);
+    }
+    return result;
+  };
+  entries.all = readings(0);
+  entries.last = readings(entries.contents);
 }
 
 void TokenPass::embed(Chunk& chunk, std::int64_t first, std::int64_t last) const {
@@ -144,8 +170,9 @@ void TokenPass::attend(Chunk& chunk, std::int64_t layer, int threads) const {
   const IntegerTransformer::Layer& l = model_.layers_[static_cast<std::size_t>(layer)];
   const std::int64_t inner = row_bytes(model_.inner());
   const bool last_layer = layer + 1 == model_.layers();
-  const std::int64_t splits =
-      threads == 1 ? 1 : std::max<std::int64_t>(1, chunk.entries.count() / 32);
+  const std::vector<Reading>& readings = last_layer ? chunk.entries.last : chunk.entries.all;
+  const auto count = static_cast<std::int64_t>(readings.size());
+  const std::int64_t splits = threads == 1 ? 1 : std::max<std::int64_t>(1, count / 32);
   parallel_pieces(chunk.images * model_.heads() * splits, threads, [&](std::int64_t piece) {
     const std::int64_t split = piece % splits;
     const std::int64_t h = piece / splits % model_.heads();
@@ -153,17 +180,14 @@ void TokenPass::attend(Chunk& chunk, std::int64_t layer, int threads) const {
     const HeadKeys keys = layout_.head(
         grid_, chunk.keys.base + image * chunk.keys.image_stride + layer * chunk.keys.layer_stride,
         h);
-    const auto read = [&](std::int64_t row, std::int64_t entry, std::int64_t count) {
-      const std::int64_t first = count * split / splits;
-      const std::int64_t at = (row + first) * inner + h * model_.head_dim();
-      attention_kernels().attend(keys, l.scores.head(h), chunk.entries.sight.data() + entry + first,
-                                 count * (split + 1) / splits - first, chunk.q.data() + at, inner,
-                                 chunk.mean.data() + at, inner);
-    };
-    const std::int64_t contents = chunk.entries.contents;
-    const std::int64_t queries = chunk.entries.queries();
-    if (!last_layer) read(image * contents, 0, contents);
-    read(chunk.content_rows() + image * queries, contents, queries);
+    std::vector<Reader> readers;
+    for (std::int64_t i = count * split / splits; i < count * (split + 1) / splits; ++i) {
+      const Reading& reading = readings[static_cast<std::size_t>(i)];
+      const std::int64_t at = chunk.row_of(image, reading.entry) * inner + h * model_.head_dim();
+      readers.push_back({reading.sight, chunk.q.data() + at, chunk.mean.data() + at});
+    }
+    attention_kernels().attend(keys, l.scores.head(h), readers.data(),
+                               static_cast<std::int64_t>(readers.size()));
   });
 }
 
@@ -259,6 +283,7 @@ void TokenPass::encode(const std::int32_t* tokens, std::int64_t batch, int threa
   // No entry reads the contents of the last stage.
   add_contents(entries, 0, grid_.ends()[static_cast<std::size_t>(grid_.stages() - 1)]);
   add_queries(entries, 0, grid_.positions());
+  plan(entries);
   run(entries, own.data(), batch, nullptr, threads, out);
 }
 
@@ -297,6 +322,7 @@ void StagedPass::decode(int threads, std::int32_t* out) {
     add_contents(entries, grid_.ends()[g - 1], grid_.ends()[g]);
   }
   add_queries(entries, grid_.ends()[g], grid_.ends()[g + 1]);
+  plan(entries);
   const KeyMemory cache{cache_.data(), model_.layers() * layout_.bytes(), layout_.bytes()};
   run(entries, tokens_.data(), batch_, &cache, threads, out);
 }

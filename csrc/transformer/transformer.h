@@ -99,9 +99,15 @@ class TokenPass {
  protected:
   // The entries of every image in one pass: contents (start entries and tokens of known stages),
   // which become keys, then queries.
+  // An entry that reads, and the cells that it reads.
+  struct Reading {
+    std::int64_t entry;
+    Sight sight;
+  };
   struct Entries {
-    std::vector<std::int32_t> position;  // in raster order, -1 - s for start entry s
-    std::vector<Sight> sight;
+    std::vector<std::int32_t> position;  // in coding order, -1 - s for start entry s
+    std::vector<Reading> all;            // contents and queries, partners side by side
+    std::vector<Reading> last;           // queries alone, for the last layer
     std::int64_t contents = 0;
 
     std::int64_t count() const { return static_cast<std::int64_t>(position.size()); }
@@ -121,6 +127,8 @@ class TokenPass {
   // Positions first .. last of the coding order.
   void add_contents(Entries& entries, std::int64_t first, std::int64_t last) const;
   void add_queries(Entries& entries, std::int64_t first, std::int64_t last) const;
+  // Finds partners. Comes after all entries are added.
+  void plan(Entries& entries) const;
   // The residual of the queries, out [batch, queries, dim]. `cache` stores keys for later passes
   // and provides those of earlier ones; without it, the contents are all keys.
   void run(const Entries& entries, const std::int32_t* tokens, std::int64_t batch,

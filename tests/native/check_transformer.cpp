@@ -167,14 +167,24 @@ void check_attention(Random& random, Subject& subject, const std::vector<percov2
   }
   std::vector<percov2::Sight> sights;
   for (std::int64_t i = random.between(1, 20); i > 0; --i) {
-    const auto at = static_cast<std::int32_t>(random.between(0, high * wide - 1));
-    const bool content = random.one_in(2);
     if (random.one_in(10)) {
       sights.push_back(percov2::StageGrid::start_sight());
       readers.add(-1, -1, 0);
-    } else {
-      sights.push_back(content ? grid.content_sight(at) : grid.query_sight(at));
+      continue;
+    }
+    // A reader and its partner, at most two rows and one column away, or the reader alone.
+    const std::int64_t row = random.between(0, high - 1), column = random.between(0, wide - 1);
+    const std::int64_t below = std::min(high - 1, row + random.between(0, 2));
+    const std::int64_t beside =
+        std::clamp<std::int64_t>(column + random.between(-1, 1), 0, wide - 1);
+    const auto one = static_cast<std::int32_t>(row * wide + column);
+    const auto other = static_cast<std::int32_t>(below * wide + beside);
+    const bool alone = random.one_in(4);
+    for (const auto& [at, partner] : {std::pair{one, alone ? one : other}, {other, one}}) {
+      const bool content = random.one_in(2);
+      sights.push_back(content ? grid.content_sight(at, partner) : grid.query_sight(at, partner));
       readers.add(at / wide, at % wide, stages[static_cast<std::size_t>(at)] - (content ? 0 : 1));
+      if (alone) break;
     }
   }
   const auto count = static_cast<std::int64_t>(sights.size());
@@ -191,9 +201,14 @@ void check_attention(Random& random, Subject& subject, const std::vector<percov2
     percov2::use_isa(isa);
     Fenced<std::int8_t> mean(count * inner, random.one_in(2));
     for (std::int64_t h = 0; h < layer.heads; ++h) {
+      std::vector<percov2::Reader> all;
+      for (std::int64_t i = 0; i < count; ++i) {
+        all.push_back({sights[static_cast<std::size_t>(i)],
+                       q.data() + i * stride + h * layer.head_dim,
+                       mean.data() + i * inner + h * layer.head_dim});
+      }
       percov2::attention_kernels().attend(layout.head(grid, memory.data(), h), scores.head(h),
-                                          sights.data(), count, q.data() + h * layer.head_dim,
-                                          stride, mean.data() + h * layer.head_dim, inner);
+                                          all.data(), count);
     }
     subject.compare(mean.data(), expected.data(), mean.size(), keys.row.size(), layer.head_dim);
   }
