@@ -91,7 +91,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.evaluation": (
         "@codec evaluation photos",
         "numpy PIL torch tqdm",
-        "efficientnet_lite_pytorch imageio_ffmpeg matplotlib skimage torchmetrics",
+        "efficientnet_lite_pytorch imageio_ffmpeg matplotlib skimage torchmetrics transformers",
     ),
     "percov2.training": (
         "@codec datasets.shards training evaluation photos",

