@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from percov2.evaluation import clean_fid, realism
+from percov2.evaluation import clean_fid, feature_sets, realism
 from percov2.evaluation.clean_fid import InceptionFeatures, InceptionMissing, fid, kid, resized
-from percov2.evaluation.feature_sets import FeatureSet, collect, patches
+from percov2.evaluation.feature_sets import FeatureNetwork, FeatureSet, collect, patches
 from percov2.evaluation.realism import KernelSums, LiteNetwork, frechet_distance
 from tools import tiny_judges
 from tools.judging import absent
@@ -80,6 +81,35 @@ def test_the_number_of_pictures_changes_no_features(inception):
     whole = network.features(given)
     parts = [network.features(given[a:b]) for a, b in ((0, 1), (1, 4), (4, 7))]
     assert np.array_equal(whole, np.concatenate(parts))
+
+
+class Recording(FeatureNetwork):
+    """Means of colours, and the number of pictures in each call."""
+
+    title = "recording"
+
+    def __init__(self, **options: int) -> None:
+        super().__init__(**options)
+        self.calls: list[int] = []
+
+    def _prepared(self, picture: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(picture.mean((0, 1), keepdims=True)).float().permute(2, 0, 1)
+
+    def _seen(self, batch: torch.Tensor) -> torch.Tensor:
+        self.calls.append(len(batch))
+        return batch.flatten(1)
+
+
+def test_every_batch_has_the_same_shape():
+    network, given = Recording(batch_size=4), pictures(9)
+    found = network.features(given)
+    assert network.calls == [4, 4, 4]
+    np.testing.assert_allclose(found, given.mean((1, 2)), rtol=1e-5)
+    network.calls.clear()
+    collect(network, ((str(i), picture) for i, picture in enumerate(given)), 16)
+    assert network.calls == [4] * 27  # 12 patches per picture
+    with pytest.raises(ValueError, match="at least 1"):
+        Recording(batch_size=0)
 
 
 def test_a_missing_file_says_what_to_fetch(tmp_path):
@@ -196,6 +226,10 @@ def test_patches_are_two_grids():
     assert len(patches(picture[:48, :48], 32)) == 2
     assert len(patches(picture[:47, :90], 32)) == 2  # the second grid needs 1.5 patches
     assert patches(picture[:31], 32) == []
+
+
+def test_docstring_examples():
+    assert doctest.testmod(feature_sets) == (0, 2)
 
 
 def sized() -> list[tuple[str, np.ndarray]]:

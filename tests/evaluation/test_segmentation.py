@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import transformers
 from PIL import Image
 from transformers import AutoImageProcessor, SegformerForSemanticSegmentation
 
+from percov2.evaluation import segmentation
 from percov2.evaluation.segmentation import ConfusionCounts, Segmenter, read_labels
 from tools import tiny_judges
 
@@ -56,11 +58,16 @@ def test_miou_by_hand():
     expected = np.array([[0, 0, 1], [1, 2, 255]])
     found = np.array([[0, 1, 1], [1, 0, 2]])
     counts = ConfusionCounts.of(expected, found, 5)
+    assert counts.counts[:3].tolist() == [[1, 1, 0, 0, 0], [0, 2, 0, 0, 0], [1, 0, 0, 0, 0]]
     # Class 0: 1 of 3, class 1: 2 of 3, class 2: 0 of 1; nothing is of class 3 or 4.
     np.testing.assert_allclose(counts.ious(), [1 / 3, 2 / 3, 0, np.nan, np.nan])
     assert counts.mean_iou == pytest.approx(1 / 3)
     only_found = ConfusionCounts.of(np.array([[0, 0]]), np.array([[0, 3]]), 5)
     assert only_found.mean_iou == pytest.approx(0.25)  # class 3 occurs in the found labels
+
+
+def test_docstring_examples():
+    assert doctest.testmod(segmentation) == (0, 5)
 
 
 def test_sums_run_over_the_set_not_over_pictures():

@@ -43,9 +43,9 @@ def patches(pixels: Pixels, side: int = PATCH_SIDE) -> list[Pixels]:
 
     They are those of FID/256 in HiFiC (Mentzer et al. 2020, arXiv 2006.09965) as the code of
     MS-ILLM cuts them (NeuralCompression, ``update_patch_fid``). The first grid begins at the top
-    left. The second grid begins at (side // 2, side // 2), and exists if both sides of the picture
-    have 1.5 patches or more. In both grids, a rest at the right or at the bottom belongs to no
-    patch. A picture with a shorter side than a patch has no patches.
+    left. The second grid begins at (side // 2, side // 2), so it has patches if both sides of the
+    picture have 1.5 patches or more. In both grids, a rest at the right or at the bottom belongs to
+    no patch. A picture with a shorter side than a patch has no patches.
 
     >>> [len(patches(np.zeros((*size, 3), np.uint8))) for size in [(255, 512), (256, 512)]]
     [0, 2]
@@ -53,12 +53,9 @@ def patches(pixels: Pixels, side: int = PATCH_SIDE) -> list[Pixels]:
     8
     """
     height, width = pixels.shape[:2]
-    starts = [0]
-    if 2 * min(height, width) >= 3 * side:
-        starts.append(side // 2)
     return [
         pixels[top : top + side, left : left + side]
-        for start in starts
+        for start in (0, side // 2)
         for top in range(start, height - side + 1, side)
         for left in range(start, width - side + 1, side)
     ]

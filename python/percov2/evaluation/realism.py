@@ -2,8 +2,8 @@
 
 FID and KID use an Inception network, whose weights must be downloaded. Here, the same distances use
 features of EfficientNet-Lite0 (ImageNet) from two packages of the extra ``eval``. The values cannot
-be compared with FID or KID. No loss uses EfficientNet-Lite0. They need no download, so they are the
-default.
+be compared with FID or KID. No loss uses EfficientNet-Lite0. It is the default, because it needs no
+download.
 """
 
 from __future__ import annotations
