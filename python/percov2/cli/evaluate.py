@@ -1,4 +1,4 @@
-"""``percov2 eval kodak|stages|modes|captions|realism|entropy``."""
+"""``percov2 eval kodak|stages|modes|captions|realism|paper|entropy``."""
 
 from __future__ import annotations
 
@@ -104,6 +104,37 @@ def add_parser(commands: Any) -> None:
     help_ = "compare with a finished run on the same crops; DIR is its --out (default: none)"
     add_flag(one, "--against", help_, Path, metavar="DIR")
     add_options(one, EncodeOptions, "max_pixels")
+    add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
+
+    help_ = "Evaluate a data set as the paper does, in shards that can be merged."
+    one = command("paper", evaluate_paper, help_)
+    help_ = "folder of photos, after the word kodak or coco for these data sets"
+    one.add_argument("photos", nargs="+", metavar="[kodak|coco] DIR", help=help_)
+    help_ = (
+        "native, 512 (squashed to 512×512) or 512-crop (the central square at 512×512) (default: "
+        "512 for coco, else native)"
+    )
+    one.add_argument("--protocol", choices=["native", "512", "512-crop"], help=help_)
+    help_ = "text file with the names of the photos to take, one per line (default: all)"
+    add_flag(one, "--names", help_, Path, metavar="FILE")
+    help_ = "evaluate shard I of N, from 0 on, e.g. 0/4 (default: all photos)"
+    add_flag(one, "--shard", help_, metavar="I/N")
+    help_ = "folders of other shards' runs, to report on all together"
+    one.add_argument("--merge", type=Path, nargs="+", default=[], metavar="DIR", help=help_)
+    help_ = "Inception's TorchScript file for FID and KID (default: they are not measured)"
+    add_flag(one, "--inception", help_, Path, metavar="FILE")
+    help_ = "name or folder of a CLIP model (default: the CLIP score is not measured)"
+    add_flag(one, "--clip", help_, metavar="MODEL")
+    help_ = "JSON file of captions by photo, or COCO's caption file, for the CLIP score"
+    add_flag(one, "--captions", help_, Path, metavar="FILE")
+    help_ = "name or folder of a segmentation model (default: mIoU is not measured)"
+    add_flag(one, "--segmenter", help_, metavar="MODEL")
+    help_ = "folder of label maps, PNG files (default: labels of the originals by --segmenter)"
+    add_flag(one, "--labels", help_, Path, metavar="DIR")
+    help_ = "photos per call of the codec (default: 1 on the CPU, else 16)"
+    add_flag(one, "--batch-size", help_, number(int, 1, 1024), metavar="N")
+    add_options(one, EncodeOptions, "max_pixels")
+    add_captioner(one)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
 
     one = command("entropy", evaluate_entropy, "Compare entropy schedules on held-out tokens.")
@@ -266,6 +297,68 @@ def evaluate_realism(arguments: argparse.Namespace) -> str:
     setting, folders = chosen_setting(arguments), (arguments.cache, arguments.against)
     judge_realism(codec, photos, arguments.out, setting, crops, *folders)
     return (arguments.out / "realism.md").read_text(encoding="utf-8").removesuffix("\n")
+
+
+def evaluate_paper(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval paper``."""
+    *kind, folder = arguments.photos
+    if len(kind) > 1 or (kind and kind[0] not in ("kodak", "coco")):
+        raise ValueError(f"{' '.join(arguments.photos)!r} is not a folder, kodak DIR or coco DIR")
+    name = kind[0] if kind else ""
+    _check(arguments, Path(folder))
+    if arguments.captions and not arguments.clip:
+        raise ValueError("--captions is for the CLIP score; name a model with --clip")
+    if arguments.labels and not arguments.segmenter:
+        raise ValueError("--labels is for mIoU; name a model with --segmenter")
+    if name == "coco" and arguments.names is None:
+        raise ValueError("coco needs --names, the list of its 30,000 photos")
+    from percov2.evaluation import paper
+
+    shard = paper.Shard.parse(arguments.shard) if arguments.shard else None
+    photos = paper.photo_list(Path(folder), arguments.names)
+    if name == "kodak" and tuple(path.stem for path in photos) != paper.KODAK:
+        raise ValueError(f"{folder} does not hold the 24 photos kodim01 to kodim24 alone")
+    captions = paper.captions_in(arguments.captions) if arguments.captions else None
+    judges = _judges(arguments)
+    codec = open_codec(arguments)
+    on_cpu = str(codec.model.device) == "cpu"
+    result = paper.evaluate_paper(
+        codec,
+        photos,
+        arguments.out,
+        arguments.protocol or ("512" if name == "coco" else "native"),
+        judges,
+        chosen_setting(arguments),
+        captions=captions,
+        labels=arguments.labels,
+        shard=shard,
+        merge=arguments.merge,
+        batch=arguments.batch_size or (1 if on_cpu else 16),
+    )
+    if result is None:
+        return f"the records are in {arguments.out}; a run with --merge reports on all shards"
+    return (arguments.out / "paper.md").read_text(encoding="utf-8").removesuffix("\n")
+
+
+def _judges(arguments: argparse.Namespace) -> Any:
+    """Return the networks of ``eval paper`` that the command line names or the package has."""
+    from percov2.evaluation.clean_fid import InceptionFeatures
+    from percov2.evaluation.clip_score import Clip
+    from percov2.evaluation.paper import Judges
+    from percov2.evaluation.realism import LiteNetwork
+    from percov2.evaluation.segmentation import Segmenter
+    from percov2.models.torch.perceptual import MetricWeightsMissing
+
+    device = arguments.device
+    size = 1 if device == "cpu" else 16
+    try:
+        lite = LiteNetwork(device, batch_size=size)
+    except MetricWeightsMissing:
+        lite = None
+    inception = arguments.inception and InceptionFeatures(arguments.inception, device, size)
+    clip = arguments.clip and Clip(arguments.clip, device)
+    segmenter = arguments.segmenter and Segmenter(arguments.segmenter, device)
+    return Judges(lite, inception or None, clip or None, segmenter or None)
 
 
 def evaluate_entropy(arguments: argparse.Namespace) -> str:
