@@ -91,7 +91,8 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.evaluation": (
         "@codec evaluation photos",
         "numpy PIL torch tqdm",
-        "efficientnet_lite_pytorch imageio_ffmpeg matplotlib skimage torchmetrics transformers",
+        "efficientnet_lite_pytorch imageio_ffmpeg matplotlib pillow_heif pillow_jxl skimage "
+        "torchmetrics transformers",
     ),
     "percov2.training": (
         "@codec datasets.shards training evaluation photos",

@@ -52,8 +52,20 @@ def add_parser(commands: Any) -> None:
 
     one = command("kodak", evaluate_kodak, "Measure bytes and quality on the photos in a folder.")
     one.add_argument("folder", type=Path, metavar="DIR", help="folder of test photos")
-    help_ = "comma-separated codecs to compare at equal bytes: jpeg, webp, avif, jpeg2000, vvc"
+    help_ = (
+        "comma-separated codecs to compare at equal bytes: jpeg, webp, avif, jpeg2000, jpegxl, "
+        "heic, vvc"
+    )
     add_flag(one, "--baselines", help_, default="")
+    help_ = (
+        "another system to compare at its own bytes; may be repeated: a command with {in}, {bits} "
+        "and {out}, or a folder with bpp.csv; NAME:Q1,Q2=… gives operating points to {q} "
+        "(default: none)"
+    )
+    form = "NAME=COMMAND|FOLDER"
+    one.add_argument("--rival", action="append", default=[], metavar=form, help=help_)
+    help_ = "time limit of a rival's command for one picture, in seconds"
+    add_flag(one, "--rival-seconds", help_, number(float, 0.1, 10**6), 600.0, metavar="SECONDS")
     add_options(one, EncodeOptions, "max_pixels")
     add_captioner(one)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
@@ -211,14 +223,18 @@ def evaluate_kodak(arguments: argparse.Namespace) -> str:
     """Run ``percov2 eval kodak``."""
     _check(arguments, arguments.folder)
     from percov2.evaluation import report
+    from percov2.evaluation.rivals import parse_rivals
 
     folder, out = arguments.folder, arguments.out
     baselines = [name for name in arguments.baselines.split(",") if name]
-    report.plan_evaluation(folder, out, baselines)
-    codec = open_codec(arguments)
-    result = report.evaluate(codec, folder, out, chosen_setting(arguments), baselines)
+    rivals = [
+        rival for text in arguments.rival for rival in parse_rivals(text, arguments.rival_seconds)
+    ]
+    report.plan_evaluation(folder, out, baselines, rivals)
+    codec, setting = open_codec(arguments), chosen_setting(arguments)
+    result = report.evaluate(codec, folder, out, setting, baselines, rivals=rivals)
     mean = report.table([{"image": "mean", **result["mean"]}], "kodak")
-    return f"{mean}\n{out / 'report.md'}"
+    return "\n".join([mean, *report.missing(baselines), str(out / "report.md")])
 
 
 def evaluate_stages(arguments: argparse.Namespace) -> str:

@@ -1,4 +1,4 @@
-"""Classical codecs at a given number of bytes: Pillow's codecs and VVC.
+"""Classical codecs at a given number of bytes: Pillow's codecs, JPEG XL, HEIC and VVC.
 
 At ultra-low rates, the best result often comes from coding a smaller picture and enlarging it. So
 every scale of ``SCALES`` is tried, at the highest quality that fits.
@@ -10,6 +10,8 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -27,16 +29,16 @@ LEVELS = 100
 
 @dataclass(frozen=True)
 class Attempt:
-    """A picture that a classical codec coded in ``size`` bytes and restored.
+    """A picture that a classical codec or a rival coded in ``size`` bytes and restored.
 
-    ``restored`` has the size of the original. The sides of the coded picture were ``scale`` times
-    those of the original, and its quality was ``level``.
+    ``restored`` has the size of the original. A classical codec coded a picture whose sides were
+    ``scale`` times those of the original, at the quality ``level``.
     """
 
     restored: Image.Image
     size: int
-    scale: float
-    level: int
+    scale: float = 1.0
+    level: int | None = None
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Baseline:
 
     ``encode`` takes a picture (RGB) and a quality 0..LEVELS. ``decode`` takes a file and the
     picture's (width, height). ``available`` returns True if the codec works on this machine.
+    ``install`` is the command that installs it.
     """
 
     encode: Callable[[Image.Image, int], bytes]
     decode: Callable[[bytes, tuple[int, int]], Image.Image]
     available: Callable[[], bool]
+    install: str
 
 
 def _pillow(form: str, feature: str, options: Callable[[int], dict[str, Any]]) -> Baseline:
@@ -63,7 +67,8 @@ def _pillow(form: str, feature: str, options: Callable[[int], dict[str, Any]]) -
     def decode(data: bytes, size: tuple[int, int]) -> Image.Image:
         return Image.open(io.BytesIO(data)).convert("RGB")
 
-    return Baseline(encode, decode, lambda: bool(features.check(feature)))
+    install = "pip install --upgrade pillow"
+    return Baseline(encode, decode, lambda: bool(features.check(feature)), install)
 
 
 def _jpeg2000(level: int) -> dict[str, Any]:
@@ -73,6 +78,39 @@ def _jpeg2000(level: int) -> dict[str, Any]:
     return {**layers, "irreversible": True, "no_jp2": True}
 
 
+_BEST_LOSSY_JPEGXL = 99
+"""The plugin refuses 100 without its option for lossless files."""
+
+
+def _encode_jpegxl(image: Image.Image, level: int) -> bytes:
+    import_module("pillow_jxl")  # adds the format to Pillow
+    stream = io.BytesIO()
+    image.save(stream, format="JXL", quality=min(level, _BEST_LOSSY_JPEGXL))
+    return stream.getvalue()
+
+
+def _decode_jpegxl(data: bytes, size: tuple[int, int]) -> Image.Image:
+    import_module("pillow_jxl")
+    return Image.open(io.BytesIO(data), formats=["JXL"]).convert("RGB")
+
+
+def _encode_heic(image: Image.Image, level: int) -> bytes:
+    stream = io.BytesIO()
+    import_module("pillow_heif").from_pillow(image).save(stream, quality=level)
+    return stream.getvalue()
+
+
+def _decode_heic(data: bytes, size: tuple[int, int]) -> Image.Image:
+    restored: Image.Image = import_module("pillow_heif").open_heif(io.BytesIO(data)).to_pillow()
+    return restored.convert("RGB")
+
+
+def _has_heic() -> bool:
+    if find_spec("pillow_heif") is None:
+        return False
+    return bool(import_module("pillow_heif").libheif_info()["HEIF"])
+
+
 BASELINES: dict[str, Baseline] = {
     "jpeg": _pillow(
         "JPEG", "jpg", lambda q: {"quality": max(q, 1), "optimize": True, "progressive": True}
@@ -80,7 +118,14 @@ BASELINES: dict[str, Baseline] = {
     "webp": _pillow("WEBP", "webp", lambda q: {"quality": q, "method": 6}),
     "avif": _pillow("AVIF", "avif", lambda q: {"quality": q, "speed": 6}),
     "jpeg2000": _pillow("JPEG2000", "jpg_2000", _jpeg2000),
-    "vvc": Baseline(vvc.encode, vvc.decode, vvc.available),
+    "jpegxl": Baseline(
+        _encode_jpegxl,
+        _decode_jpegxl,
+        lambda: find_spec("pillow_jxl") is not None,
+        "pip install pillow-jxl-plugin",
+    ),
+    "heic": Baseline(_encode_heic, _decode_heic, _has_heic, "pip install 'percov2[heif]'"),
+    "vvc": Baseline(vvc.encode, vvc.decode, vvc.available, "pip install imageio-ffmpeg"),
 }
 
 

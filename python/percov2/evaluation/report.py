@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,7 @@ from percov2.codec import Codec
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.gallery import Cell, half_size, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
+from percov2.evaluation.rivals import Rival, check_names
 from percov2.evaluation.setting import Setting, compress, described, restore
 from percov2.evaluation.writers import cell, markdown_table, write_json
 from percov2.files import SUFFIX, check_kind, check_outputs, write_bytes, write_image
@@ -29,7 +31,9 @@ __all__ = [
     "evaluate",
     "markdown",
     "means",
+    "missing",
     "pictures_in",
+    "pictures_of",
     "plan_evaluation",
     "plan_outputs",
     "round_trip",
@@ -98,7 +102,11 @@ def round_trip(
     return RoundTrip(picture, measured, restored, file, record, notes)
 
 
-def side_by_side(pictures: Iterable[Image.Image], gap: int = 8) -> Image.Image:
+_GAP = 8
+"""Width between the pictures of ``side_by_side``."""
+
+
+def side_by_side(pictures: Iterable[Image.Image], gap: int = _GAP) -> Image.Image:
     """Return one picture that shows the given pictures in a row on white."""
     row = list(pictures)
     width = sum(picture.width for picture in row) + gap * (len(row) - 1)
@@ -156,18 +164,21 @@ def pictures_in(folder: Path) -> list[Path]:
 
 
 def plan_evaluation(
-    folder: Path, out: Path, baselines: Sequence[str] = ()
+    folder: Path, out: Path, baselines: Sequence[str] = (), rivals: Sequence[Rival] = ()
 ) -> tuple[list[Path], list[str]]:
     """Return the pictures of a folder and the names of their results in ``out``.
 
     The function makes ``out`` if it is missing. Raises ValueError if there is no picture, if a
-    baseline is unknown or if a result would overwrite a file, and OSError if a folder cannot be
-    read or made.
+    baseline is unknown, if two rivals have one name or if a result would overwrite a file, OSError
+    if a folder cannot be read or made, and the errors of ``Folder.check``.
     """
     unknown = sorted(set(baselines) - set(BASELINES))
     if unknown:
         raise ValueError(f"unknown baselines {unknown}; choose from {', '.join(BASELINES)}")
+    check_names(rivals)
     paths = pictures_in(folder)
+    for rival in rivals:
+        rival.check(paths)
     out.mkdir(parents=True, exist_ok=True)
     return paths, plan_outputs(paths, out, _PER_REPORT)
 
@@ -179,28 +190,33 @@ def evaluate(
     setting: Setting,
     baselines: Sequence[str] = (),
     progress: bool = True,
+    rivals: Sequence[Rival] = (),
 ) -> dict[str, Any]:
     """Compress, restore and measure all pictures of a folder, and write a report to ``out``.
 
     The files are report.json, report.md and, per picture, STEM.pcv2, STEM.png and STEM_compare.png
-    (original | restored | baselines). With baselines, gallery.jpg shows all pictures at half size:
-    original | restored | the baseline that is best by LPIPS-VGG.
+    (original | restored | baselines | rivals). With baselines, gallery.jpg shows all pictures at
+    half size: original | restored | the baseline that is best by LPIPS-VGG.
 
     Each of ``baselines`` (names from ``BASELINES``) may use as many bytes as percov2 used. For each
     metric, the report shows the baseline at the scale that is best by that metric. A baseline's
     bytes are those of its largest file. The picture shown is the best by LPIPS-VGG, or by PSNR if
-    LPIPS-VGG is missing.
+    LPIPS-VGG is missing. A baseline that is not installed is left out, and a note says how to
+    install it. ``rivals`` are measured at their own number of bytes.
 
-    Returns the contents of report.json: setting, images, means, notes and baselines. The "wins" of
-    a baseline are the number of pictures on which percov2 is better, by metric. Raises the errors
-    of ``plan_evaluation`` and ``round_trip``.
+    Returns the contents of report.json: setting, images, means, notes and baselines. "baselines"
+    holds baselines and rivals; "kind" tells them apart ("codec", "command" or "folder"). The "wins"
+    are the number of pictures on which percov2 is better, by metric. Raises the errors of
+    ``plan_evaluation``, ``round_trip`` and ``Rival.restore``.
     """
-    paths, stems = plan_evaluation(folder, out, baselines)
+    paths, stems = plan_evaluation(folder, out, baselines, rivals)
+    notes = missing(baselines)
+    baselines = [name for name in baselines if BASELINES[name].available()]
     warm_up(codec, setting)
     records: list[dict[str, Any]] = []
-    rivals: dict[str, list[dict[str, Any]]] = {name: [] for name in baselines}
+    others: dict[str, list[dict[str, Any]]] = {name: [] for name in baselines}
+    others |= {rival.name: [] for rival in rivals}
     gallery: list[list[Cell]] = []
-    notes: list[str] = []
     for path, stem in zip(tqdm(paths, disable=not progress), stems, strict=True):
         try:
             trip = round_trip(codec, path, setting, METRICS)
@@ -216,30 +232,36 @@ def evaluate(
             if not attempts:
                 notes.append(f"{name} has no file of {len(trip.file)} bytes for {path.name}")
                 continue
-            best = best_of(trip.measured, attempts)
-            values = {metric: best[metric][0] if metric in best else None for metric in METRICS}
-            size = max(attempt.size for _, attempt in best.values())
-            rivals[name].append({"image": path.name, "bytes": size, **values})
-            shown[name] = best.get("lpips_vgg") or (-best["psnr"][0], best["psnr"][1])
-            row.append(shown[name][1].restored)
+            record, value, attempt = _compared(trip, path, attempts)
+            others[name].append(record)
+            shown[name] = value, attempt
+            row.append(attempt.restored)
         if shown:
-            write_image(side_by_side(row), out / f"{stem}_compare.png")
             name = min(shown, key=lambda codec: shown[codec][0])
-            rival = shown[name][1]
+            best = shown[name][1]
             cells = [
                 (stem, trip.original),
                 (f"percov2, {len(trip.file):,} bytes", trip.restored),
-                (f"{name}, {rival.size:,} bytes", rival.restored),
+                (f"{name}, {best.size:,} bytes", best.restored),
             ]
             gallery.append([(label, half_size(picture)) for label, picture in cells])
+        for rival in rivals:
+            attempt, seconds = rival.restore(trip.original, path)
+            record, _, _ = _compared(trip, path, [attempt])
+            others[rival.name].append(record if seconds is None else {**record, "seconds": seconds})
+            row.append(attempt.restored)
+        if len(row) > 2:
+            write_image(side_by_side(row), out / f"{stem}_compare.png")
+    kinds = {name: {"kind": "codec"} for name in baselines}
+    kinds |= {rival.name: {"kind": rival.kind, "source": rival.source} for rival in rivals}
     report = {
         "percov2": __version__,
         **described(codec, setting),
         "mean": means(records),
         "images": records,
         "baselines": {
-            name: {"mean": means(rows), "wins": wins(records, rows), "images": rows}
-            for name, rows in rivals.items()
+            name: {**kinds[name], "mean": means(rows), "wins": wins(records, rows), "images": rows}
+            for name, rows in others.items()
         },
         "notes": sorted(set(notes)),
     }
@@ -248,6 +270,59 @@ def evaluate(
     if gallery:
         write_page(gallery, out / "gallery.jpg")
     return report
+
+
+def missing(baselines: Sequence[str]) -> list[str]:
+    """Return a note for each baseline that is not installed, with the command that installs it."""
+    return [
+        f"{name} was not measured: it is not installed ({BASELINES[name].install})"
+        for name in baselines
+        if not BASELINES[name].available()
+    ]
+
+
+def _compared(
+    trip: RoundTrip, path: Path, attempts: list[Attempt]
+) -> tuple[dict[str, Any], float, Attempt]:
+    """Return the record of attempts at a picture, and the attempt to show after its value.
+
+    The value is LPIPS-VGG, or the negative of PSNR if LPIPS-VGG is missing.
+    """
+    best = best_of(trip.measured, attempts)
+    values = {metric: best[metric][0] if metric in best else None for metric in METRICS}
+    size = max((attempt.size for _, attempt in best.values()), default=attempts[0].size)
+    value, shown = math.inf, attempts[0]
+    if "lpips_vgg" in best:
+        value, shown = best["lpips_vgg"]
+    elif "psnr" in best:
+        value, shown = -best["psnr"][0], best["psnr"][1]
+    bpp = 8 * size / (trip.original.width * trip.original.height)
+    sizes = {"bytes": size, "bpp": bpp, "shown_bytes": shown.size}
+    return {"image": path.name, **sizes, **values}, value, shown
+
+
+def pictures_of(report: dict[str, Any], folder: Path, image: str) -> list[Cell]:
+    """Return the original, percov2's picture and those of all codecs, cut from STEM_compare.png.
+
+    The labels are "original" and those of ``systems_of``; ``folder`` holds the report's files.
+    Raises OSError if the file is missing, and ValueError if it does not match the report.
+    """
+    path = folder / f"{Path(image).stem}_compare.png"
+    labels = ["original", *(name for name, _ in systems_of(report, image))]
+    page = Image.fromarray(to_rgb(read_image(path)))
+    width = (page.width + _GAP) // len(labels) - _GAP
+    if width < 1 or len(labels) * (width + _GAP) - _GAP != page.width:
+        raise ValueError(f"{path} does not show {len(labels)} pictures: {', '.join(labels)}")
+    lefts = (i * (width + _GAP) for i in range(len(labels)))
+    cut = (page.crop((left, 0, left + width, page.height)) for left in lefts)
+    return list(zip(labels, cut, strict=True))
+
+
+def systems_of(report: dict[str, Any], image: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the name and the record of every system that coded a picture, percov2 first."""
+    named = [(f"percov2 {report['rate']}", report["images"])]
+    named += [(name, entry["images"]) for name, entry in report["baselines"].items()]
+    return [(name, row) for name, rows in named for row in rows if row["image"] == image]
 
 
 def means(records: Sequence[dict[str, Any]]) -> dict[str, float | None]:
@@ -277,7 +352,7 @@ def wins(
 
 
 _DIGITS = {"bytes": 0, "bpp": 4, "psnr": 2, "ms_ssim": 4, "lpips_alex": 3, "lpips_vgg": 3}
-_DIGITS |= {"dists": 3, "encode_s": 2, "decode_s": 2}
+_DIGITS |= {"dists": 3, "encode_s": 2, "decode_s": 2, "seconds": 2}
 """Number of decimals of each column."""
 
 
@@ -315,26 +390,38 @@ def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
         f"{report['runtime']}. bpp counts the whole file.",
         table(images, "image"),
     ]
-    baselines = report["baselines"].items()
-    rivals = [{"image": name, **entry["mean"]} for name, entry in baselines if entry["images"]]
-    if rivals:
+    codecs, rivals = (
+        {name: e for name, e in report["baselines"].items() if (e["kind"] == "codec") == classical}
+        for classical in (True, False)
+    )
+    own = {key: report["mean"][key] for key in ("bytes", "bpp", *METRICS)}
+    own["image"] = f"percov2 {report['rate']}"
+
+    def compared(entries: dict[str, Any]) -> str:
+        rows = [{"image": name, **e["mean"]} for name, e in entries.items() if e["images"]]
+        return table([own, *rows], "codec")
+
+    if any(entry["images"] for entry in codecs.values()):
         counts = [
             [f"{name}, on … of {len(report['images'])}"]
             + [cell("{}", entry["wins"][metric]) for metric in METRICS]
-            for name, entry in baselines
+            for name, entry in codecs.items()
         ]
-        own = {key: report["mean"][key] for key in ("bytes", *METRICS)}
         parts += [
             "## At the same number of bytes",
-            table([{"image": f"percov2 {report['rate']}", **own}, *rivals], "codec"),
+            compared(codecs),
             "For a classical codec, each metric takes the scale that is best by it.",
             markdown_table(["percov2 is better than", *METRICS], counts),
         ]
+    if rivals:
+        sources = [f"- {name}: {e['kind']} `` {e['source']} ``" for name, e in rivals.items()]
+        parts += ["## Other systems, each at its own number of bytes", compared(rivals)]
+        parts.append("\n".join(sources))
     if report["notes"]:
         parts.append("\n".join(f"- {note}" for note in report["notes"]))
     order = " | ".join(["original", "percov2", *report["baselines"]])
     parts += ["## Pictures", order]
-    if rivals:
+    if any(entry["images"] for entry in codecs.values()):
         parts.append("[All at half size](gallery.jpg), beside the best classical codec.")
     parts += [f"### {stem}\n\n![{stem}]({stem}_compare.png)" for stem in stems]
     return "\n\n".join(parts) + "\n"
