@@ -12,8 +12,9 @@ from PIL import Image
 
 from percov2.evaluation import caption_effect
 from percov2.evaluation.caption_effect import paired_interval
+from percov2.evaluation.figures import draw_modes
 from percov2.evaluation.metrics import psnr
-from percov2.evaluation.modes import operating_modes, plot_modes
+from percov2.evaluation.modes import operating_modes
 from percov2.evaluation.realism import FrechetDistance, LiteFeatures
 from percov2.models.torch.perceptual import LPIPS, MetricWeightsMissing
 from percov2.photos import decode_shards, is_held_out
@@ -72,7 +73,7 @@ def test_modes_are_measured_and_kept(codec, tmp_path):
     kept = operating_modes(codec, photos, texts, tmp_path, **options)
     assert kept[:2] == first and len(kept) == 4
     assert json.loads((tmp_path / "modes.json").read_text()) == kept
-    plot_modes(kept, tmp_path / "modes.png")
+    draw_modes(kept, tmp_path / "modes.png")
     with Image.open(tmp_path / "modes.png") as picture:
         assert picture.width > 500
 

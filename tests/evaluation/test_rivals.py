@@ -195,7 +195,8 @@ def test_points_may_be_folders(tmp_path):
     for point in ("low", "high"):
         (tmp_path / point).mkdir()
     rivals = parse_rivals(f"x:low,high={tmp_path}/{{q}}")
-    assert rivals == [Folder("x low", tmp_path / "low"), Folder("x high", tmp_path / "high")]
+    assert rivals == [Folder("x", tmp_path / point, point) for point in ("low", "high")]
+    assert [rival.name for rival in rivals] == ["x low", "x high"]
 
 
 def test_names_are_unique():

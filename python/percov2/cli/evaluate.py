@@ -1,4 +1,4 @@
-"""``percov2 eval kodak|stages|modes|captions|realism|paper|entropy``."""
+"""``percov2 eval kodak|stages|modes|captions|realism|paper|entropy|figure|html``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def add_parser(commands: Any) -> None:
     form = "NAME=COMMAND|FOLDER"
     one.add_argument("--rival", action="append", default=[], metavar=form, help=help_)
     help_ = "time limit of a rival's command for one picture, in seconds"
-    add_flag(one, "--rival-seconds", help_, number(float, 0.1, 10**6), 600.0, metavar="SECONDS")
+    seconds = number(float, 0.1, 10**6)
+    add_flag(one, "--rival-seconds", help_, seconds, 600.0, metavar="SECONDS")
+    help_ = "also write report.html, one file with all tables and pictures (default: do not)"
+    one.add_argument("--html", action="store_true", help=help_)
     add_options(one, EncodeOptions, "max_pixels")
     add_captioner(one)
     add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
@@ -168,6 +171,43 @@ def add_parser(commands: Any) -> None:
     help_ = f"{_PHOTOS}, source of the token maps; multiscale needs it (default: none)"
     add_flag(one, "--photos", help_, Path)
 
+    help_ = "Write one HTML page about other evaluations, with their tables, curves and pictures."
+    run = partial(_evaluate, "eval html", write_page)
+    one = add_command(added, "html", run, help_, ("eval", "matplotlib"))
+    help_ = "report.json or realism.json of an evaluation"
+    one.add_argument("files", nargs="+", type=Path, metavar="JSON", help=help_)
+    help_ = "the page, .html (required)"
+    one.add_argument("--out", type=Path, required=True, metavar="FILE", help=help_)
+    help_ = "data set whose published points are added, for example Kodak (default: none)"
+    add_flag(one, "--published", help_, metavar="DATASET")
+
+    help_ = "Draw a figure from JSON files of other evaluations."
+    drawn = added.add_parser("figure", help=help_, description=help_)
+    kinds = drawn.add_subparsers(dest="kind", required=True, metavar="KIND")
+
+    def figure(name: str, help_: str, given: str | None = "report.json") -> argparse.ArgumentParser:
+        run = partial(_evaluate, f"eval figure {name}", draw_figure)
+        one = add_command(kinds, name, run, help_, ("eval", "matplotlib"))
+        if given is not None:
+            help_ = f"{given} of an evaluation"
+            one.add_argument("files", nargs="+", type=Path, metavar="JSON", help=help_)
+        help_ = "the figure, .png or .svg (required)"
+        one.add_argument("--out", type=Path, required=True, metavar="FILE", help=help_)
+        return one
+
+    figure("modes", "Distortion over realism for each mode.", "modes.json")
+    both = "report.json or realism.json"
+    one = figure("rates", "Each metric over bits per pixel.", both)
+    add_flag(one, "--metrics", "comma-separated metrics (default: all that were measured)")
+    help_ = "data set whose published points are added, for example Kodak (default: none)"
+    add_flag(one, "--published", help_, metavar="DATASET")
+    figure("clip", "CLIP scores over bits per pixel.", both)
+    one = figure("pictures", "Rows of pictures: the original and each system.")
+    add_flag(one, "--images", "comma-separated names of pictures (default: the first four)")
+    add_flag(one, "--systems", "comma-separated systems, for example percov2,vvc (default: all)")
+    one = figure("schedules", "Stage maps of the entropy schedules.", None)
+    add_flag(one, "--schedules", "comma-separated schedules (default: all)")
+
 
 def _evaluate(
     name: str, run: Callable[[argparse.Namespace], str], arguments: argparse.Namespace
@@ -234,7 +274,42 @@ def evaluate_kodak(arguments: argparse.Namespace) -> str:
     codec, setting = open_codec(arguments), chosen_setting(arguments)
     result = report.evaluate(codec, folder, out, setting, baselines, rivals=rivals)
     mean = report.table([{"image": "mean", **result["mean"]}], "kodak")
-    return "\n".join([mean, *report.missing(baselines), str(out / "report.md")])
+    written = [out / "report.md"]
+    if arguments.html:
+        from percov2.evaluation.html_report import write_html
+
+        written.append(out / "report.html")
+        write_html([out / "report.json"], written[-1])
+    return "\n".join([mean, *report.missing(baselines), *map(str, written)])
+
+
+def write_page(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval html``."""
+    from percov2.evaluation.html_report import write_html
+
+    write_html(arguments.files, arguments.out, arguments.published)
+    return str(arguments.out)
+
+
+def draw_figure(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval figure``."""
+    from percov2.evaluation import figures
+
+    def named(option: str) -> list[str]:
+        return [part for part in (getattr(arguments, option) or "").split(",") if part]
+
+    out = arguments.out
+    if arguments.kind == "schedules":
+        figures.schedules_figure(out, named("schedules"))
+    elif arguments.kind == "modes":
+        figures.modes_figure(arguments.files, out)
+    elif arguments.kind == "rates":
+        figures.rates_figure(arguments.files, out, named("metrics"), arguments.published)
+    elif arguments.kind == "clip":
+        figures.clip_figure(arguments.files, out)
+    else:
+        figures.pictures_figure(arguments.files, out, named("images"), named("systems"))
+    return str(out)
 
 
 def evaluate_stages(arguments: argparse.Namespace) -> str:
@@ -264,11 +339,12 @@ def evaluate_modes(arguments: argparse.Namespace) -> str:
         check_choices(arguments, EncodeOptions(rate=arguments.rate), decode)
     crops, captions = _held_out(arguments, captioned=False)
     codec = open_codec(arguments)
-    from percov2.evaluation.modes import operating_modes, plot_modes
+    from percov2.evaluation.figures import draw_modes
+    from percov2.evaluation.modes import operating_modes
 
     modes = arguments.rate, steps, guidances, realisms
     records = operating_modes(codec, crops, captions, arguments.out, *modes)
-    plot_modes(records, arguments.out / "modes.png")
+    draw_modes(records, arguments.out / "modes.png")
     return "\n".join(
         f"realism {record['realism']:g}, {record['steps']} steps, guidance "
         f"{record['guidance']:g}: PSNR "

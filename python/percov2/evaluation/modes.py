@@ -16,13 +16,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from percov2.codec import Codec
-from percov2.evaluation.gallery import plot_quality
 from percov2.evaluation.metrics import measure
 from percov2.evaluation.realism import FrechetDistance
 from percov2.evaluation.writers import write_json
 from percov2.images import from_unit_range, to_unit_range
 
-__all__ = ["operating_modes", "plot_modes", "require_captioned"]
+__all__ = ["operating_modes", "require_captioned"]
 
 MODE_METRICS = ("psnr", "lpips_alex")
 _BATCH = 16
@@ -121,20 +120,3 @@ def _measured(crops: NDArray[np.uint8], restored: NDArray[np.uint8]) -> list[lis
             raise ValueError("; ".join(notes))
         rows.append([float(values[metric] or 0.0) for metric in MODE_METRICS])
     return rows
-
-
-def plot_modes(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot PSNR and LPIPS over the Fréchet distance as PNG.
-
-    A line joins the settings of the dial, or the numbers of steps if there is only one setting.
-    """
-    dialled = len({record["realism"] for record in records}) > 1
-    joined, other = ("realism", "steps") if dialled else ("steps", "realism")
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for record in sorted(records, key=lambda r: (r[other], r["guidance"])):
-        name = f"{other} {record[other]:g}, guidance {record['guidance']:g}"
-        lines.setdefault(name, []).append(record)
-    x = ("frechet", "Fréchet distance, EfficientNet-Lite0 (lower is better)")
-    count = records[0]["crops"]
-    title = f"{records[0]['rate']}: numbers are {joined}; {count} held-out crops"
-    plot_quality(lines, x, joined, title, path)

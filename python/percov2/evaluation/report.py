@@ -119,7 +119,7 @@ def side_by_side(pictures: Iterable[Image.Image], gap: int = _GAP) -> Image.Imag
 
 
 _PER_PICTURE = (".pcv2", ".png", "_compare.png")
-_PER_REPORT = ("report.json", "report.md", "gallery.jpg")
+_PER_REPORT = ("report.json", "report.md", "report.html", "gallery.jpg")
 
 
 def write_round_trip(trip: RoundTrip, folder: Path, stem: str) -> None:
@@ -205,8 +205,9 @@ def evaluate(
     install it. ``rivals`` are measured at their own number of bytes.
 
     Returns the contents of report.json: setting, images, means, notes and baselines. "baselines"
-    holds baselines and rivals; "kind" tells them apart ("codec", "command" or "folder"). The "wins"
-    are the number of pictures on which percov2 is better, by metric. Raises the errors of
+    holds baselines and rivals; "kind" tells them apart ("codec", "command" or "folder"), and the
+    operating points of one "system" form a curve. The "wins" are the number of pictures on which
+    percov2 is better, by metric. Raises the errors of
     ``plan_evaluation``, ``round_trip`` and ``Rival.restore``.
     """
     paths, stems = plan_evaluation(folder, out, baselines, rivals)
@@ -252,8 +253,11 @@ def evaluate(
             row.append(attempt.restored)
         if len(row) > 2:
             write_image(side_by_side(row), out / f"{stem}_compare.png")
-    kinds = {name: {"kind": "codec"} for name in baselines}
-    kinds |= {rival.name: {"kind": rival.kind, "source": rival.source} for rival in rivals}
+    kinds = {name: {"kind": "codec", "system": name} for name in baselines}
+    kinds |= {
+        rival.name: {"kind": rival.kind, "system": rival.system, "source": rival.source}
+        for rival in rivals
+    }
     report = {
         "percov2": __version__,
         **described(codec, setting),

@@ -44,16 +44,23 @@ class Command:
     """A rival that is an external command, which runs once per picture and without a shell.
 
     Attributes:
-        name: the name of the rival in reports.
+        system: the name of the system.
         words: the command. It contains the placeholders {in}, {bits} and {out}.
         limit: the longest time that it may take for one picture, in seconds.
+        point: the operating point of the system, or "".
     """
 
-    name: str
+    system: str
     words: tuple[str, ...]
     limit: float = 600.0
+    point: str = ""
 
     kind = "command"
+
+    @property
+    def name(self) -> str:
+        """Return the name in reports: system and operating point."""
+        return f"{self.system} {self.point}".strip()
 
     @property
     def source(self) -> str:
@@ -121,10 +128,16 @@ class Folder:
     or "bpp". A number of bits per pixel is rounded to whole bytes.
     """
 
-    name: str
+    system: str
     folder: Path
+    point: str = ""
 
     kind = "folder"
+
+    @property
+    def name(self) -> str:
+        """Return the name in reports: system and operating point."""
+        return f"{self.system} {self.point}".strip()
 
     @property
     def source(self) -> str:
@@ -214,7 +227,7 @@ def parse_rivals(text: str, limit: float = 600.0) -> list[Rival]:
     if marked != bool(colon):
         missing = f"points in the name, like {name}:1,2=…" if marked else f"{_POINT} in the command"
         raise ValueError(f"the rival {name!r} needs {missing}")
-    return [_rival(f"{name} {point}".strip(), value.strip(), point, limit) for point in each]
+    return [_rival(name, value.strip(), point, limit) for point in each]
 
 
 def check_names(rivals: Sequence[Rival]) -> None:
@@ -228,7 +241,7 @@ def check_names(rivals: Sequence[Rival]) -> None:
 def _rival(name: str, value: str, point: str, limit: float) -> Rival:
     folder = Path(value.replace(_POINT, point))
     if folder.is_dir():
-        return Folder(name, folder)
+        return Folder(name, folder, point)
     try:
         words = shlex.split(value)
     except ValueError as error:
@@ -238,7 +251,7 @@ def _rival(name: str, value: str, point: str, limit: float) -> Rival:
         raise ValueError(
             f"{value!r} is neither a folder nor a command with {_IN}, {_BITS} and {_OUT}"
         )
-    return Command(name, tuple(word.replace(_POINT, point) for word in words), limit)
+    return Command(name, tuple(word.replace(_POINT, point) for word in words), limit, point)
 
 
 def _filled(word: str, files: dict[str, Path]) -> str:
