@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import sys
 import time
@@ -12,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from percov2.evaluation import report
+from percov2.evaluation import report, vvc
 from percov2.evaluation.baselines import BASELINES
 from percov2.evaluation.metrics import psnr
 from percov2.evaluation.rivals import Command, Folder, RivalError, check_names, parse_rivals
@@ -75,6 +77,7 @@ def test_a_command_and_a_folder_are_measured_like_other_codecs(
         ("dark", "folder"),
     ]
     assert found["dark"]["source"] == "outputs"
+    assert found["mine 5"]["source"].endswith(" 5 {in} {bits} {out}")
     assert [row["bytes"] for row in found["dark"]["images"]] == [300, 200]
     for name, quality in (("mine 5", 5), ("mine 60", 60)):
         for row, path in zip(found[name]["images"], sorted(photos.iterdir()), strict=True):
@@ -248,3 +251,45 @@ def test_faults_of_a_folder_are_known_before_a_model_is_loaded(
     assert "outputs/1.png is missing" in failure(capsys, *common)
     (outputs / "bpp.csv").unlink()
     assert "bpp.csv: No such file" in failure(capsys, *common)
+
+
+STAND_INS = {
+    "EncoderAppStatic": """#!/bin/sh
+while [ $# -gt 0 ]; do
+  case $1 in -i) in=$2;; -wdt) w=$2;; -hgt) h=$2;; -q) qp=$2;; -b) bits=$2;; esac
+  shift
+done
+exec "$FFMPEG" -loglevel error -y -f rawvideo -pix_fmt yuv444p -s "${w}x$h" -i "$in" \\
+  -c:v libvvenc -preset faster -qp "$qp" -pix_fmt yuv420p10le -f vvc "$bits"
+""",
+    "DecoderAppStatic": """#!/bin/sh
+while [ $# -gt 0 ]; do case $1 in -b) bits=$2;; -o) out=$2;; esac; shift; done
+exec "$FFMPEG" -loglevel error -y -f vvc -i "$bits" -frames:v 1 -pix_fmt yuv444p -f rawvideo "$out"
+""",
+}
+"""vvenc in the place of VTM's programs."""
+
+
+def test_the_recipe_of_vtm_runs_with_vvenc_in_its_place(tmp_path, monkeypatch):
+    if not vvc.available():
+        pytest.skip("this machine has no vvenc")
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    page = Path(__file__).parents[2] / "docs" / "how-to" / "compare-systems.md"
+    (script,) = re.findall(r"```sh\n(#!/bin/sh\n# vtm\.sh .*?)```", page.read_text(), re.DOTALL)
+    (tmp_path / "vtm.sh").write_text(script)
+    (tmp_path / "bin").mkdir()
+    python = {"../python3": f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'}
+    for name, text in {**STAND_INS, **python}.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("VTM", str(tmp_path))
+    monkeypatch.setenv("FFMPEG", get_ffmpeg_exe())
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    picture = Image.fromarray(np.tile(np.arange(96, dtype=np.uint8)[:, None, None], (1, 64, 3)))
+    (line,) = re.findall(r"--rival '(VTM:.*?)'", page.read_text())
+    text = line.replace("41,45,49,52", "30,50").replace("vtm.sh", str(tmp_path / "vtm.sh"))
+    good, bad = (rival.restore(picture, Path("a.png"))[0] for rival in parse_rivals(text))
+    assert good.size > bad.size > 20
+    values = [psnr(np.asarray(picture), np.asarray(attempt.restored)) for attempt in (good, bad)]
+    assert values[0] > values[1] > 25

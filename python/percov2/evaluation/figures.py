@@ -99,7 +99,7 @@ def measured_points(paths: Sequence[Path]) -> tuple[list[MeasuredPoint], list[st
             found, left_out = _points(record)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no report of percov2 eval kodak or realism") from error
-        points += found
+        points += [point for point in found if point not in points]  # a rival in two reports
         notes += [f"{note} ({path.parent.name}/{path.name})" for note in left_out]
     return points, notes
 
@@ -352,15 +352,20 @@ def _number(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
         taken.append(box)
 
 
+_ACROSS = 4
+"""The largest number of pictures beside each other."""
+
+
 def pictures_figure(
     paths: Sequence[Path],
     out: Path,
     images: Sequence[str] = (),
     systems: Sequence[str] = (),
 ) -> None:
-    """Draw a row per picture: the original and each system, with bytes and factors (Figs. 2, 5).
+    """Draw rows of pictures: the original and each system, with bytes and factors (Figs. 2, 5).
 
-    The factor of a system is its number of bytes divided by that of the row's first percov2 file.
+    More than four pictures continue in the next row. The factor of a system is its number of bytes
+    divided by that of the first percov2 file of the picture.
 
     Args:
         paths: report.json files; their folders hold the pictures.
@@ -386,20 +391,20 @@ def pictures_figure(
             raise ValueError(
                 f"no system {system!r} among {', '.join(sorted(shown - {'original'}))}"
             )
-    columns = max(map(len, rows))
-    width = 2.5
-    heights = [width * max(p.shape[0] / p.shape[1] for _, _, p in row) + 0.45 for row in rows]
+    columns, width = min(_ACROSS, max(map(len, rows))), 2.5
+    lines = [row[i : i + columns] for row in rows for i in range(0, len(row), columns)]
+    heights = [width * max(p.shape[0] / p.shape[1] for _, _, p in line) + 0.45 for line in lines]
     pyplot = _pyplot()
     with pyplot.rc_context({**_STYLE, "savefig.dpi": 200}):
         figure, grid = pyplot.subplots(
-            len(rows), columns, figsize=(columns * (width + 0.06), sum(heights)),
+            len(lines), columns, figsize=(columns * (width + 0.06), sum(heights)),
             height_ratios=heights, layout="constrained", squeeze=False,
         )  # fmt: skip
         figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0, hspace=0)
-        for row, line in zip(rows, grid, strict=True):
-            for axis in line:
+        for line, places in zip(lines, grid, strict=True):
+            for axis in places:
                 axis.axis("off")
-            for (name, size, pixels), axis in zip(row, line, strict=False):
+            for (name, size, pixels), axis in zip(line, places, strict=False):
                 axis.imshow(pixels, interpolation="lanczos")
                 axis.set_title(f"{name}\n{size}", fontsize=FONT, loc="left")
         _save(figure, out)

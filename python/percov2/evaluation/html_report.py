@@ -41,6 +41,7 @@ _COLUMNS = {
     "decode_s": "{:.2f}",
     "seconds": "{:.2f}",
 }
+_RIGHT = ' class="n"'
 _KINDS = {"codec": "at most as many bytes", "command": "own bytes", "folder": "own bytes"}
 Cell = str | tuple[str, float]
 """A text, or a number as text with its value for sorting."""
@@ -104,7 +105,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     lines = []
     for row in rows:
         cells = "".join(
-            f"<td>{escape(one)}</td>"
+            f"<td{_RIGHT * (one == '–')}>{escape(one)}</td>"
             if isinstance(one, str)
             else f'<td class="n" data-v="{one[1]!r}">{escape(one[0])}</td>'
             for one in row
@@ -298,7 +299,7 @@ for (const section of document.querySelectorAll("section")) {
     const select = document.createElement("select");
     select.setAttribute("aria-label", label);
     images.forEach((one, i) => {
-      const option = new Option(one.nextElementSibling.textContent, i);
+      const option = new Option(one.nextElementSibling.textContent.split(";")[0], i);
       select.add(option);
     });
     select.selectedIndex = first;

@@ -65,7 +65,10 @@ class Command:
     @property
     def source(self) -> str:
         """Return the command as text."""
-        return shlex.join(self.words)
+        text = shlex.join(self.words)
+        for mark in (_IN, _BITS, _OUT):
+            text = text.replace(f"'{mark}'", mark)
+        return text
 
     def check(self, paths: Sequence[Path]) -> None:
         """Do nothing: a command shows only when it runs whether it works."""
