@@ -161,7 +161,7 @@ def test_clip_scores_are_drawn_and_must_exist(reports, drawn, tmp_path):
     judged.write_text(json.dumps({"model": "small", "rate": "r1", "measures": measures}))
     clip_figure([judged, *reports], tmp_path / "clip.png")
     ((figure, _),) = drawn
-    assert [axis.get_title() for axis in figure.axes] == ["clip_text"]
+    assert [axis.get_title() for axis in figure.axes] == ["clip_text (higher is better)"]
     (line,) = figure.axes[0].get_lines()
     assert list(line.get_xdata()) == [0.1] and list(line.get_ydata()) == [0.3]
 

@@ -82,7 +82,8 @@ class MeasuredPoint:
 
 def label_of(metric: str) -> str:
     """Return the axis label of a metric."""
-    return METRIC_LABELS.get(metric, metric)
+    other = f"{metric} (higher is better)" if metric.startswith(("clip", "miou")) else metric
+    return METRIC_LABELS.get(metric, other)
 
 
 def measured_points(paths: Sequence[Path]) -> tuple[list[MeasuredPoint], list[str]]:
