@@ -108,7 +108,7 @@ def test_published_points_are_marked_and_no_line_joins_them(reports, drawn, tmp_
     assert len({line.get_marker() for line in marked.values()}) == len(marked)
     for source in {point.source for point in points}:
         assert any(source in note for note in notes)
-    assert "published points of Kodak, not measured here" in notes[0]
+    assert "those of others on Kodak, not measured here" in notes[0]
     assert set(lines) - set(marked) == {"percov2 small", "vvc", ODD}
 
 

@@ -249,8 +249,8 @@ def _credits(others: Sequence[PublishedPoint]) -> list[str]:
         return []
     sets = ", ".join(dict.fromkeys(point.dataset for point in others))
     lines = [
-        f"Grey markers are published points of {sets}, not measured here. Pictures and protocol "
-        "may differ. Sources:"
+        f"Points named published are those of others on {sets}, not measured here. Pictures and "
+        "protocol may differ. Sources:"
     ]
     return lines + [f"{', '.join(names)}: {source}" for source, names in sources(others).items()]
 
