@@ -205,7 +205,9 @@ def test_points_may_be_folders(tmp_path):
 def test_names_are_unique():
     (one,) = parse_rivals("x={in} {bits} {out}")
     check_names([one])
-    for others in ([one, one], [Command("vvc", ("x",))], [Command("percov2", ("x",))]):
+    taken = (("vvc", ""), ("vvc", "1"), ("percov2 tiny", ""), ("original", ""))
+    named = ([Command(system, ("x",), point=point)] for system, point in taken)
+    for others in ([one, one], *named):
         with pytest.raises(ValueError, match="is used twice"):
             check_names(others)
 

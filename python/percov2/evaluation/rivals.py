@@ -234,11 +234,12 @@ def parse_rivals(text: str, limit: float = 600.0) -> list[Rival]:
 
 
 def check_names(rivals: Sequence[Rival]) -> None:
-    """Raise ValueError if two rivals have one name or a rival has the name of a baseline."""
+    """Raise ValueError if two rivals have one name, or a rival that of a baseline or of percov2."""
     names = [rival.name for rival in rivals]
-    for name in names:
-        if names.count(name) > 1 or name in (*BASELINES, "percov2", "original"):
-            raise ValueError(f"the name {name!r} is used twice; rename the rival")
+    for rival in rivals:
+        own = rival.system == "original" or rival.system.split()[0] == "percov2"
+        if own or rival.system in BASELINES or names.count(rival.name) > 1:
+            raise ValueError(f"the name {rival.name!r} is used twice; rename the rival")
 
 
 def _rival(name: str, value: str, point: str, limit: float) -> Rival:
