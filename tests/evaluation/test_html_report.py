@@ -180,9 +180,9 @@ def chromium():
 
 @pytest.fixture
 def browser():
+    path = chromium()
     from playwright.sync_api import sync_playwright
 
-    path = chromium()
     with sync_playwright() as started:
         opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield opened

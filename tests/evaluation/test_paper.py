@@ -10,6 +10,7 @@ from PIL import Image
 
 from percov2 import Codec
 from percov2.evaluation import clean_fid, paper
+from percov2.evaluation.figures import measured_points
 from percov2.evaluation.metrics import measure
 from percov2.evaluation.paper import Judges, Shard, captions_in, photo_list, prepared
 from percov2.evaluation.segmentation import ConfusionCounts, Segmenter
@@ -76,6 +77,8 @@ def test_every_measure_is_that_of_a_plain_statement(photos, random_model, networ
     counts = Segmenter(str(networks[2])).compare(originals, restored)
     assert found["miou"] == counts.mean_iou
     assert 0 <= found["clip_score"] <= 100 and -1 <= found["clip_likeness"] <= 1
+    (point,), _ = measured_points([out / "paper.json"])
+    assert point.bpp == found["bpp"] and point.values["clip_score"] == found["clip_score"]
     page = (out / "paper.md").read_text()
     for text in (
         "| FID |",

@@ -134,13 +134,15 @@ def add_parser(commands: Any) -> None:
     add_flag(one, "--names", help_, Path, metavar="FILE")
     help_ = "evaluate shard I of N, from 0 on, e.g. 0/4 (default: all photos)"
     add_flag(one, "--shard", help_, metavar="I/N")
-    help_ = "folders of other shards' runs, to report on all together"
+    help_ = "folders of other shards' runs, to report on all together (default: none)"
     one.add_argument("--merge", type=Path, nargs="+", default=[], metavar="DIR", help=help_)
     help_ = "Inception's TorchScript file for FID and KID (default: they are not measured)"
     add_flag(one, "--inception", help_, Path, metavar="FILE")
     help_ = "name or folder of a CLIP model (default: the CLIP score is not measured)"
     add_flag(one, "--clip", help_, metavar="MODEL")
-    help_ = "JSON file of captions by photo, or COCO's caption file, for the CLIP score"
+    help_ = (
+        "JSON file of captions by photo, or COCO's caption file, for the CLIP score (default: none)"
+    )
     add_flag(one, "--captions", help_, Path, metavar="FILE")
     help_ = "name or folder of a segmentation model (default: mIoU is not measured)"
     add_flag(one, "--segmenter", help_, metavar="MODEL")

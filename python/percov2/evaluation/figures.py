@@ -87,7 +87,7 @@ def label_of(metric: str) -> str:
 
 
 def measured_points(paths: Sequence[Path]) -> tuple[list[MeasuredPoint], list[str]]:
-    """Return the points of report.json and realism.json files, and notes on points left out.
+    """Return the points of report.json, realism.json and paper.json files, and notes on points left out.
 
     A codec that has no file for some picture is left out, because its means cover fewer pictures.
     Raises ValueError if a file is no such report.
@@ -99,7 +99,9 @@ def measured_points(paths: Sequence[Path]) -> tuple[list[MeasuredPoint], list[st
         try:
             found, left_out = _points(record)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no report of percov2 eval kodak or realism") from error
+            raise ValueError(
+                f"{path} is no report of percov2 eval kodak, realism or paper"
+            ) from error
         points += [point for point in found if point not in points]  # a rival in two reports
         notes += [f"{note} ({path.parent.name}/{path.name})" for note in left_out]
     return points, notes
@@ -110,6 +112,8 @@ def _points(record: dict[str, Any]) -> tuple[list[MeasuredPoint], list[str]]:
     if "measures" in record:
         values = {name: one["value"] for name, one in record["measures"].items() if one}
         return [MeasuredPoint(own, values.pop("bpp"), values)], []
+    if "values" in record:
+        return [_point(own, record["values"])], []
     points, notes = [_point(own, record["mean"])], []
     for name, entry in record["baselines"].items():
         missing = len(record["images"]) - len(entry["images"])

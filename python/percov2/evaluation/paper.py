@@ -243,7 +243,7 @@ def evaluate_paper(
         "protocol": protocol,
         "photos": len(photos),
         "names": _digest_of([path.stem for path in photos]),
-        "measures": judges.described(),
+        "definitions": judges.described(),
         "captions": captions is not None,
         "labels": "files" if labels else "network",
         "batch": batch,
@@ -454,7 +454,7 @@ def _page(result: Mapping[str, Any]) -> str:
     title = f"# {result['model']} {result['rate']}: {result['photos']} photos, {result['protocol']}"
     setting = f"percov2 {result['percov2']}, model id {result['model_id']}, {result['runtime']}, "
     setting += f"schedule {result['schedule']}, {result['steps']} steps, seed {result['seed']}."
-    notes = [*result["measures"], *result["notes"]]
+    notes = [*result["definitions"], *result["notes"]]
     if result["captions_cut"]:
         notes.append(f"{result['captions_cut']} captions were cut to the length of the model.")
     table = markdown_table(["measure", "value"], rows, 1)
