@@ -87,7 +87,7 @@ def label_of(metric: str) -> str:
 
 
 def measured_points(paths: Sequence[Path]) -> tuple[list[MeasuredPoint], list[str]]:
-    """Return the points of report.json, realism.json and paper.json files, and notes on points left out.
+    """Return the points of reports of eval kodak, realism and paper, and notes on those left out.
 
     A codec that has no file for some picture is left out, because its means cover fewer pictures.
     Raises ValueError if a file is no such report.
