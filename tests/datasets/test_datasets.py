@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 import tarfile
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +16,10 @@ from PIL import Image
 
 from percov2 import Codec, DecodeOptions, EncodeOptions
 from percov2.datasets import CompressImages, DecompressImages, PictureDecoder
+from percov2.datasets.engines import run_ray
 from percov2.datasets.shards import write_sample
+from percov2.datasets.units import Unit
+from percov2.places import Found
 from tools.command_line import failure, run
 from tools.full_disk import file_limit
 from tools.photos import noise
@@ -387,6 +393,48 @@ def test_ray_gives_the_same_shards(cluster, shards, tmp_path, capsys):
         capsys, "compress", "-r", shards, "-o", out, "--engine", "ray", "--rate", "r010"
     )
     assert "use another folder" in message
+
+
+def test_a_unit_that_kills_its_workers_fails_alone(monkeypatch):
+    """A pretended Ray, whose workers die on one unit and once on another."""
+    died, killed = [], []
+
+    class Died(Exception):
+        pass
+
+    class Worker:
+        def __init__(self, settings):
+            self.recode = SimpleNamespace(remote=Reference)
+
+    class Reference:
+        def __init__(self, unit):
+            self.unit = unit
+
+    def get(done):
+        name = done.unit.sources[0].name
+        if name == "poison" or (name == "b" and "b" not in died):
+            died.append(name)
+            raise Died
+        return {"sources": [name], "faults": []}
+
+    ray = ModuleType("ray")
+    ray.__spec__ = ModuleSpec("ray", None)
+    ray.is_initialized = lambda: True
+    ray.cluster_resources = lambda: {"CPU": 2.0}
+    ray.remote = lambda **_: lambda kind: SimpleNamespace(remote=Worker)
+    ray.wait = lambda references: (references[:1], references[1:])
+    ray.get, ray.kill = get, killed.append
+    ray.exceptions = SimpleNamespace(RayActorError=Died)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    units = [Unit("shard", [Found(name, name)], name, name) for name in ("a", "poison", "b", "c")]
+    records = {record["sources"][0]: record for record in run_ray(units, {})}
+    assert "3 workers died on it" in records.pop("poison")["error"]
+    assert sorted(records) == ["a", "b", "c"] and died.count("poison") == 3
+    assert len(killed) == 2  # the workers that are left
+    stopped = run_ray(units, {})
+    next(stopped)
+    stopped.close()
+    assert len(killed) == 4
 
 
 def test_ray_maps_rows(cluster):

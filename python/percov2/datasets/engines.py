@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,11 @@ from typing import Any
 from percov2.datasets.recoding import Recoder
 from percov2.datasets.units import Unit
 from percov2.extras import require
-from percov2.places import Found
 
 __all__ = ["run_ray"]
+
+_ATTEMPTS = 3
+"""Number of workers that may die on a unit."""
 
 
 def run_ray(
@@ -25,8 +27,8 @@ def run_ray(
     """Recode units on a Ray cluster; yield their records in any order.
 
     Each worker is a process with a codec. It has the CPUs of ``settings["jobs"]``, 1 by default,
-    and a GPU if ``settings["device"]`` is "cuda". A worker that dies is replaced, and its units are
-    recoded again.
+    and a GPU if ``settings["device"]`` is "cuda". A worker that dies is replaced, and its unit is
+    recoded again, up to three times.
 
     Args:
         units: the units.
@@ -42,7 +44,6 @@ def run_ray(
     """
     require("ray", "engine ray", "ray")
     import ray
-    import ray.data
 
     if not ray.is_initialized():
         quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -58,22 +59,35 @@ def run_ray(
             f"{available.get('CPU', 0):g} and {available.get('GPU', 0):g}"
         )
     count = max(1, min(workers or room, room, len(units)))
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = [{"unit": json.dumps(unit)} for unit in units]
-    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        _RayWorker,
-        fn_constructor_args=[settings],
-        compute=ray.data.ActorPoolStrategy(size=count),
-        num_cpus=cpus,
-        num_gpus=gpus or None,
-    )
-    for row in data.iter_rows():
-        record: dict[str, Any] = json.loads(row["record"])
-        if "fatal" in record:
-            raise ValueError(record["fatal"])
-        yield record
+    kind = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD")(_RayWorker)
+    waiting = deque((unit, 1) for unit in units)
+    free = [kind.remote(settings) for _ in range(count)]
+    busy: dict[Any, tuple[Any, Unit, int]] = {}
+    try:
+        while waiting or busy:
+            while waiting and free:
+                worker, (unit, attempt) = free.pop(), waiting.popleft()
+                busy[worker.recode.remote(unit)] = worker, unit, attempt
+            (done, *_), _ = ray.wait(list(busy))
+            worker, unit, attempt = busy.pop(done)
+            try:
+                record: dict[str, Any] = ray.get(done)
+            except ray.exceptions.RayActorError:
+                free.append(kind.remote(settings))
+                if attempt < _ATTEMPTS:
+                    waiting.append((unit, attempt + 1))
+                    continue
+                names = [one.name for one in unit.sources]
+                error = f"{attempt} workers died on it; they may need more memory"
+                record = {"sources": names, "target": unit.target, "faults": [], "error": error}
+            else:
+                free.append(worker)
+            if "fatal" in record:
+                raise ValueError(record["fatal"])
+            yield record
+    finally:
+        for worker in [*free, *(one for one, *_ in busy.values())]:
+            ray.kill(worker)
 
 
 class _RayWorker:
@@ -86,10 +100,9 @@ class _RayWorker:
     def _recode(self) -> Recoder:
         return Recoder(**self._settings)
 
-    def __call__(self, row: dict[str, str]) -> dict[str, str]:
-        kind, sources, target, record = json.loads(row["unit"])
-        unit = Unit(kind, [Found(*one) for one in sources], target, record)
+    def recode(self, unit: Unit) -> dict[str, Any]:
+        """Return the record of a unit, or {"fatal": message} for wrong settings."""
         try:
-            return {"record": json.dumps(self._recode(unit))}
-        except (ValueError, ImportError) as error:  # Ray would try it again
-            return {"record": json.dumps({"fatal": str(error)})}
+            return self._recode(unit)
+        except (ValueError, ImportError) as error:
+            return {"fatal": str(error)}
