@@ -47,6 +47,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.container": (f"container batching caching {CORE}", "numpy", "transformers"),
     "percov2.container.bitstream": ("", "", ""),
     "percov2.extras": ("", "", ""),
+    "percov2.machine": ("", "", ""),
     "percov2.stored_files": ("", "", ""),
     "percov2.models": (f"images {MODELS}", "numpy safetensors", "huggingface_hub torch"),
     "percov2.models.tiny": (f"_native images {MODELS}", "numpy onnxruntime tqdm", ""),
@@ -89,7 +90,7 @@ RULES: dict[str, tuple[str, str, str]] = {
     "percov2.datasets.shards": ("stored_files", "", ""),
     "percov2.photos": ("datasets.shards images stored_files", "numpy torch tqdm", ""),
     "percov2.evaluation": (
-        "@codec evaluation photos",
+        "@codec evaluation machine photos",
         "numpy PIL torch tqdm",
         "efficientnet_lite_pytorch imageio_ffmpeg matplotlib pillow_heif pillow_jxl skimage "
         "torchmetrics transformers",
@@ -99,7 +100,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "diffusers numpy PIL safetensors torch tqdm",
         "accelerate tensorboard tokenizers transformers webdataset",
     ),
-    "percov2.bench": ("bench entropy", "numpy torch tqdm", "matplotlib"),
+    "percov2.bench": ("bench entropy machine", "numpy torch tqdm", "matplotlib"),
     "percov2.bench.codec": ("@codec bench", "numpy PIL", ""),
     # Also runs under the peers' interpreter, which has no percov2.
     "percov2.bench.timing": ("", "", ""),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from percov2.evaluation.gallery import half_size, page, write_page
+from percov2.evaluation.gallery import page, reduced, write_page
 
 RED, BLUE = (Image.new("RGB", (60, 40), colour) for colour in ("red", "blue"))
 
@@ -32,7 +32,7 @@ def test_long_labels_are_broken_and_stay_above_their_pictures(tmp_path):
     pixels = np.asarray(page([[("w" * 40, RED), ("", BLUE)]]))
     assert pixels.shape[0] == 40 + 12 + 16
     assert (pixels[:20, 60:] == 255).all()
-    write_page([[("a", half_size(RED)), ("b", half_size(BLUE))]], tmp_path / "page.png")
+    write_page([[("a", reduced(RED, 2)), ("b", reduced(BLUE, 2))]], tmp_path / "page.png")
     with Image.open(tmp_path / "page.png") as image:
         assert image.size == (2 * 30 + 6, 16 + 12 + 20)
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from percov2.evaluation import baselines, metric_networks, metrics, report
+from percov2.evaluation import baselines, comparisons, metric_networks, metrics, report
 from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
 from percov2.evaluation.metrics import METRICS, Original, measure
 from percov2.models.torch.perceptual import INSTALL_HINT, MetricWeightsMissing
@@ -169,7 +169,7 @@ def test_a_report_holds_what_it_says(codec, tmp_path):
     assert result["steps"] == 1
     page = (out / "report.md").read_text()
     assert f"| **mean** | {mean['bytes']:.0f} |" in page
-    assert "![0](0_compare.png)" in page
+    assert "![0: original, percov2](0_compare.png)" in page
 
 
 def test_the_gallery_shows_the_best_rival(codec, tmp_path, monkeypatch):
@@ -178,7 +178,7 @@ def test_the_gallery_shows_the_best_rival(codec, tmp_path, monkeypatch):
     photo.save(tmp_path / "photos" / "a.png")
     black = Image.new("RGB", photo.size)
     rivals = {"jpeg": Attempt(black, 10, 1.0, 1), "webp": Attempt(photo, 9, 1.0, 2)}
-    monkeypatch.setattr(report, "attempts_within", lambda name, *_: [rivals[name]])
+    monkeypatch.setattr(comparisons, "attempts_within", lambda name, *_: [rivals[name]])
     setting = report.Setting(decode=DecodeOptions(steps=1))
     report.evaluate(codec, tmp_path / "photos", tmp_path / "out", setting, list(rivals))
     with Image.open(tmp_path / "out" / "gallery.jpg") as page:

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 from percov2 import __version__
 from percov2.bench.timing import Record
 from percov2.entropy import rans
+from percov2.machine import processor
 
 __all__ = ["Table", "environment", "number", "page", "tables"]
 
@@ -40,14 +40,6 @@ def environment() -> Record:
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
     }
-
-
-def processor() -> str:
-    """Return the name of the processor, from Linux or, on other systems, from Python."""
-    source = Path("/proc/cpuinfo")
-    lines = source.read_text(encoding="utf-8").splitlines() if source.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def _rate(*ways: str) -> Callable[[Record], float | None]:

@@ -1,15 +1,16 @@
-"""``percov2 eval kodak|stages|modes|captions|realism|paper|entropy|figure|html``."""
+"""``percov2 eval kodak|report|stages|modes|captions|realism|paper|entropy|figure|html``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from percov2.cli.faults import about, show
+from percov2.cli.faults import about, say, show
 from percov2.cli.models import add_captioner, add_model, check_choices, chosen_captioner, open_codec
 from percov2.cli.options import (
     add_command,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from percov2.evaluation.rivals import Rival
     from percov2.evaluation.setting import Setting
     from percov2.evaluation.study.coders import TokenMap
     from percov2.evaluation.study.comparison import Method
@@ -42,36 +44,52 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("eval", help="Evaluate a model.", description="Evaluate a model.")
     added = parser.add_subparsers(dest="benchmark", required=True, metavar="EVALUATION")
 
-    def command(name: str, run: Any, help_: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, help_: str, *needs: str) -> argparse.ArgumentParser:
         run = partial(_evaluate, f"eval {name}", run)
-        one = add_command(added, name, run, help_, ("eval", "torch", "torchmetrics"))
+        one = add_command(added, name, run, help_, ("eval", "torch", "torchmetrics", *needs))
         add_model(one)
         help_ = "folder for the report and its files (required)"
         one.add_argument("--out", type=Path, required=True, metavar="DIR", help=help_)
         return one
 
+    def photos(one: argparse.ArgumentParser, *left_out: str) -> None:
+        one.add_argument("folder", type=Path, metavar="DIR", help="folder of test photos")
+        help_ = (
+            "comma-separated codecs to compare at equal bytes: jpeg, webp, avif, jpeg2000, jpegxl, "
+            "heic, vvc"
+        )
+        add_flag(one, "--baselines", help_, default="")
+        help_ = (
+            "another system to compare at its own bytes; may be repeated: a command with {in}, "
+            "{bits} and {out}, or a folder with bpp.csv; NAME:Q1,Q2=… gives operating points to "
+            "{q} (default: none)"
+        )
+        form = "NAME=COMMAND|FOLDER"
+        one.add_argument("--rival", action="append", default=[], metavar=form, help=help_)
+        help_ = "time limit of a rival's command for one picture, in seconds"
+        seconds = number(float, 0.1, 10**6)
+        add_flag(one, "--rival-seconds", help_, seconds, 600.0, metavar="SECONDS")
+        add_options(one, EncodeOptions, "max_pixels", *left_out)
+        add_captioner(one)
+        add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
+
     one = command("kodak", evaluate_kodak, "Measure bytes and quality on the photos in a folder.")
-    one.add_argument("folder", type=Path, metavar="DIR", help="folder of test photos")
-    help_ = (
-        "comma-separated codecs to compare at equal bytes: jpeg, webp, avif, jpeg2000, jpegxl, "
-        "heic, vvc"
-    )
-    add_flag(one, "--baselines", help_, default="")
-    help_ = (
-        "another system to compare at its own bytes; may be repeated: a command with {in}, {bits} "
-        "and {out}, or a folder with bpp.csv; NAME:Q1,Q2=… gives operating points to {q} "
-        "(default: none)"
-    )
-    form = "NAME=COMMAND|FOLDER"
-    one.add_argument("--rival", action="append", default=[], metavar=form, help=help_)
-    help_ = "time limit of a rival's command for one picture, in seconds"
-    seconds = number(float, 0.1, 10**6)
-    add_flag(one, "--rival-seconds", help_, seconds, 600.0, metavar="SECONDS")
     help_ = "also write report.html, one file with all tables and pictures (default: do not)"
     one.add_argument("--html", action="store_true", help=help_)
-    add_options(one, EncodeOptions, "max_pixels")
-    add_captioner(one)
-    add_options(one, DecodeOptions, "max_pixels", "allow_truncated", "allow_sparse")
+    photos(one)
+
+    help_ = "Run eval kodak at all rates, and write one report with figures about them."
+    one = command("report", report_rates, help_, "matplotlib")
+    help_ = "comma-separated rates, in the order of the report (default: all rates of the model)"
+    add_flag(one, "--rates", help_)
+    help_ = (
+        "folder of results of other codecs, which reports on several models may share (default: "
+        "compared in --out)"
+    )
+    add_flag(one, "--cache", help_, Path, metavar="DIR")
+    help_ = "data set whose published points are added, for example Kodak (default: none)"
+    add_flag(one, "--published", help_, metavar="DATASET")
+    photos(one, "rate")
 
     one = command(
         "stages", evaluate_stages, "Measure quality and bytes for each number of stages sent."
@@ -265,17 +283,14 @@ def evaluate_kodak(arguments: argparse.Namespace) -> str:
     """Run ``percov2 eval kodak``."""
     _check(arguments, arguments.folder)
     from percov2.evaluation import report
-    from percov2.evaluation.rivals import parse_rivals
+    from percov2.evaluation.report_page import table
 
     folder, out = arguments.folder, arguments.out
-    baselines = [name for name in arguments.baselines.split(",") if name]
-    rivals = [
-        rival for text in arguments.rival for rival in parse_rivals(text, arguments.rival_seconds)
-    ]
+    baselines, rivals = _others(arguments)
     report.plan_evaluation(folder, out, baselines, rivals)
     codec, setting = open_codec(arguments), chosen_setting(arguments)
     result = report.evaluate(codec, folder, out, setting, baselines, rivals=rivals)
-    mean = report.table([{"image": "mean", **result["mean"]}], "kodak")
+    mean = table([{"image": "mean", **result["mean"]}], "kodak")
     written = [out / "report.md"]
     if arguments.html:
         from percov2.evaluation.html_report import write_html
@@ -283,6 +298,69 @@ def evaluate_kodak(arguments: argparse.Namespace) -> str:
         written.append(out / "report.html")
         write_html([out / "report.json"], written[-1])
     return "\n".join([mean, *report.missing(baselines), *map(str, written)])
+
+
+def _others(arguments: argparse.Namespace) -> tuple[list[str], list[Rival]]:
+    """Return the baselines and the rivals of a command line."""
+    from percov2.evaluation.rivals import parse_rivals
+
+    limit = arguments.rival_seconds
+    rivals = [rival for text in arguments.rival for rival in parse_rivals(text, limit)]
+    return _names(arguments.baselines), rivals
+
+
+def _names(text: str | None) -> list[str]:
+    return [part for part in (text or "").split(",") if part]
+
+
+def report_rates(arguments: argparse.Namespace) -> str:
+    """Run ``percov2 eval report``."""
+    _check(arguments, arguments.folder)
+    from percov2.evaluation import rates, report
+    from percov2.models.config import find_model
+
+    folder, out = arguments.folder, arguments.out
+    baselines, rivals = _others(arguments)
+    _, config = find_model(arguments.model)
+    names = _names(arguments.rates) or [rate.name for rate in config.rates]
+    for name in names:
+        check_choices(arguments, EncodeOptions(rate=name), options_of(DecodeOptions, arguments))
+    rates.plan_rates(folder, out, names, baselines, rivals, arguments.published)
+    rates.evaluate_rates(
+        open_codec(arguments),
+        folder,
+        out,
+        chosen_setting(arguments),
+        names,
+        baselines,
+        rivals,
+        kept=arguments.cache,
+        dataset=arguments.published,
+        command=_command_of(arguments),
+        say=say,
+    )
+    return "\n".join([*report.missing(baselines), str(out / "report.md")])
+
+
+_PLACES = {"folder": "FOLDER", "out": "OUT", "cache": "CACHE"}
+"""Words for the folders of a command line in a report."""
+
+
+def _command_of(arguments: argparse.Namespace) -> str:
+    """Return the command of ``eval report``, with words for folders, without the defaults."""
+    words = ["percov2", "eval", "report"]
+    for action in sorted(arguments.parser._actions, key=lambda one: bool(one.option_strings)):
+        value = getattr(arguments, action.dest, None)
+        if value is None or value == action.default:
+            continue
+        flags = action.option_strings[-1:]
+        if isinstance(value, Path):
+            value = _PLACES.get(action.dest, value.name)
+        elif action.dest == "model":
+            value = Path(value).name
+        for one in value if isinstance(value, list) else [value]:
+            words += flags if value is True else [*flags, shlex.quote(str(one))]
+    return " ".join(words)
 
 
 def write_page(arguments: argparse.Namespace) -> str:
@@ -298,7 +376,7 @@ def draw_figure(arguments: argparse.Namespace) -> str:
     from percov2.evaluation import figures
 
     def named(option: str) -> list[str]:
-        return [part for part in (getattr(arguments, option) or "").split(",") if part]
+        return _names(getattr(arguments, option))
 
     out = arguments.out
     if arguments.kind == "schedules":

@@ -47,13 +47,14 @@ class Baseline:
 
     ``encode`` takes a picture (RGB) and a quality 0..LEVELS. ``decode`` takes a file and the
     picture's (width, height). ``available`` returns True if the codec works on this machine.
-    ``install`` is the command that installs it.
+    ``install`` is the command that installs it, and ``package`` the package that holds it.
     """
 
     encode: Callable[[Image.Image, int], bytes]
     decode: Callable[[bytes, tuple[int, int]], Image.Image]
     available: Callable[[], bool]
     install: str
+    package: str = "pillow"
 
 
 def _pillow(form: str, feature: str, options: Callable[[int], dict[str, Any]]) -> Baseline:
@@ -123,9 +124,14 @@ BASELINES: dict[str, Baseline] = {
         _decode_jpegxl,
         lambda: find_spec("pillow_jxl") is not None,
         "pip install pillow-jxl-plugin",
+        "pillow-jxl-plugin",
     ),
-    "heic": Baseline(_encode_heic, _decode_heic, _has_heic, "pip install 'percov2[heif]'"),
-    "vvc": Baseline(vvc.encode, vvc.decode, vvc.available, "pip install imageio-ffmpeg"),
+    "heic": Baseline(
+        _encode_heic, _decode_heic, _has_heic, "pip install 'percov2[heif]'", "pillow-heif"
+    ),
+    "vvc": Baseline(
+        vvc.encode, vvc.decode, vvc.available, "pip install imageio-ffmpeg", "imageio-ffmpeg"
+    ),
 }
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from percov2.files import write_image
 
-__all__ = ["Cell", "half_size", "page", "plot_quality", "write_page"]
+__all__ = ["Cell", "page", "plot_quality", "reduced", "write_page"]
 
 Cell = tuple[str, Image.Image]
 """A label and a picture."""
@@ -57,9 +57,9 @@ def write_page(rows: Sequence[Sequence[Cell]], path: Path) -> None:
     write_image(page(rows), path)
 
 
-def half_size(picture: Image.Image) -> Image.Image:
-    """Return a picture with half the width and half the height."""
-    size = (max(1, picture.width // 2), max(1, picture.height // 2))
+def reduced(picture: Image.Image, divisor: int) -> Image.Image:
+    """Return a picture whose sides are divided by a number."""
+    size = (max(1, picture.width // divisor), max(1, picture.height // divisor))
     return picture.resize(size, Image.Resampling.LANCZOS)
 
 

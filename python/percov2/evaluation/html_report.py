@@ -21,6 +21,7 @@ from percov2.evaluation.figures import label_of, measured_points, rates_svg
 from percov2.evaluation.metrics import METRICS
 from percov2.evaluation.published import PUBLISHED_METRICS, published
 from percov2.evaluation.report import pictures_of, systems_of
+from percov2.evaluation.report_page import FORMS
 from percov2.evaluation.writers import cell
 from percov2.files import write_bytes
 from percov2.stored_files import read_json
@@ -29,18 +30,6 @@ __all__ = ["html_page", "write_html"]
 
 _QUALITY = 90
 """WebP quality of the pictures in the page."""
-_COLUMNS = {
-    "bytes": "{:,.0f}",
-    "bpp": "{:.4f}",
-    "psnr": "{:.2f}",
-    "ms_ssim": "{:.4f}",
-    "lpips_alex": "{:.3f}",
-    "lpips_vgg": "{:.3f}",
-    "dists": "{:.3f}",
-    "encode_s": "{:.2f}",
-    "decode_s": "{:.2f}",
-    "seconds": "{:.2f}",
-}
 _RIGHT = ' class="n"'
 _KINDS = {"codec": "at most as many bytes", "command": "own bytes", "folder": "own bytes"}
 Cell = str | tuple[str, float]
@@ -120,12 +109,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
 
 
 def _cells(record: dict[str, Any], keys: Sequence[str]) -> list[Cell]:
-    return [_number(_COLUMNS[key], record.get(key)) for key in keys]
+    return [_number(FORMS[key], record.get(key)) for key in keys]
 
 
 def _keys(records: Iterable[dict[str, Any]]) -> list[str]:
     known = {key for record in records for key in record}
-    return [key for key in _COLUMNS if key in known]
+    return [key for key in FORMS if key in known]
 
 
 def _means(reports: Sequence[tuple[Path, dict[str, Any]]]) -> str:
@@ -203,7 +192,7 @@ def _pictures(reports: Sequence[tuple[Path, dict[str, Any]]]) -> list[str]:
                 bpp = 8 * size / (picture.width * picture.height)
                 caption = f"{name}, {size:,} bytes, {bpp:.4f} bpp"
                 values = [
-                    f"{label_of(m).split(' (')[0]} {cell(_COLUMNS[m], record[m])}"
+                    f"{label_of(m).split(' (')[0]} {cell(FORMS[m], record[m])}"
                     for m in METRICS
                     if record.get(m) is not None and size == record["bytes"]
                 ]

@@ -33,7 +33,14 @@ from percov2.evaluation.judge_report import as_json, differences, estimates, joi
 from percov2.evaluation.metrics import METRICS, measure_batch
 from percov2.evaluation.photo_bootstrap import PhotoBootstrap
 from percov2.evaluation.realism import lite_features
-from percov2.evaluation.setting import Setting, compress, described, restore
+from percov2.evaluation.setting import (
+    Setting,
+    compress,
+    described,
+    digest,
+    restore,
+    weights_digest,
+)
 from percov2.evaluation.writers import write_json
 from percov2.files import read_arrays, write_bytes
 
@@ -158,7 +165,7 @@ def judge_realism(
     large = crops.photos(photos)
     judge = (lite_features() if features is None else features).eval().to(codec.model.device)
     names = [
-        _digest(p.key.encode(), f"{p.height}x{p.width}".encode(), photos.pixels(p).tobytes())
+        digest(p.key.encode(), f"{p.height}x{p.width}".encode(), photos.pixels(p).tobytes())
         for p in large
     ]
     facts = _facts(codec, setting, crops, judge, names)
@@ -168,7 +175,7 @@ def judge_realism(
         rival, rival_photos = _finished(against, facts, taken)
     _claim(out, facts)
     cached = cache or out / "originals"
-    known = _digest(*(str(facts[key]).encode() for key in (*_CROPS, "judge", "device")))
+    known = digest(*(str(facts[key]).encode() for key in (*_CROPS, "judge", "device")))
     originals = []
     for photo, name in tqdm(chosen, unit="photo", disable=not progress):
         pixels = np.array(photos.pixels(photo))
@@ -194,7 +201,7 @@ def judge_realism(
         "photos_given": len(photos.photos),
         "crops": len(seen),
         "crops_with_distances": sum(len(photo["with_distances"]) for photo in stored),
-        "crops_digest": _digest(*(name.encode() for name in taken)),
+        "crops_digest": digest(*(name.encode() for name in taken)),
         "mean_bytes": float(np.mean([int(photo["file_bytes"]) for photo in stored])),
         "measures": as_json(own),
         "against": None,
@@ -261,40 +268,16 @@ def _facts(
         torchmetrics = None
     return {
         **described(codec, setting),
-        "weights": _weights(codec, setting.rate(codec)),
+        "weights": weights_digest(codec, setting.rate(codec)),
         **{name: getattr(crops, name) for name in (*_CROPS, "distances")},
         "judge": getattr(judge, "title", type(judge).__name__),
-        "judge_weights": _digest(*(v.cpu().numpy().tobytes() for v in judge.state_dict().values())),
-        "photos_digest": _digest(*(name.encode() for name in names)),
+        "judge_weights": digest(*(v.cpu().numpy().tobytes() for v in judge.state_dict().values())),
+        "photos_digest": digest(*(name.encode() for name in names)),
         "device": str(codec.model.device),
         "percov2": __version__,
         "torch": torch.__version__,
         "torchmetrics": torchmetrics,
     }
-
-
-def _weights(codec: Codec, rate: str) -> str:
-    """Return a digest of the configurations and weights of one rate in a model folder.
-
-    It does not cover the base models of large backbones, which lie outside the folder.
-    """
-    folder = codec.model.folder
-    others = {one.name for one in codec.config.rates} - {rate}
-    parts = []
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if path.suffix in (".json", ".safetensors") and inside.parts[0] not in others:
-            parts += [inside.as_posix().encode(), path.read_bytes()]
-    return _digest(*parts)
-
-
-def _digest(*parts: bytes) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 of the parts and their lengths."""
-    sha = hashlib.sha256()
-    for part in parts:
-        sha.update(len(part).to_bytes(8, "little"))
-        sha.update(part)
-    return sha.hexdigest()[:16]
 
 
 def _claim(out: Path, facts: dict[str, Any]) -> None:
@@ -315,7 +298,7 @@ def _finished(
     if not path.is_file():
         raise ValueError(f"{folder} contains no finished run: it has no realism.json")
     rival = json.loads(path.read_text("utf-8"))
-    expected = {**facts, "crops_digest": _digest(*(name.encode() for name in names))}
+    expected = {**facts, "crops_digest": digest(*(name.encode() for name in names))}
     same = (*_CROPS, "distances", "judge", "judge_weights", "crops_digest")
     _compare(f"{folder} cannot be compared", rival, expected, same)
     return rival, [read_arrays(folder / _PHOTOS / f"{name}.npz") for name in names]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import platform
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,30 @@ from tqdm import tqdm
 
 from percov2 import __version__
 from percov2.codec import Codec
-from percov2.evaluation.baselines import BASELINES, Attempt, attempts_within, best_of
-from percov2.evaluation.gallery import Cell, half_size, write_page
+from percov2.evaluation.baselines import BASELINES
+from percov2.evaluation.comparisons import Comparison, Comparisons, versions
+from percov2.evaluation.gallery import Cell, reduced, write_page
 from percov2.evaluation.metrics import HIGHER_IS_BETTER, METRICS, Original, measure
+from percov2.evaluation.report_page import markdown
 from percov2.evaluation.rivals import Rival, check_names
-from percov2.evaluation.setting import Setting, compress, described, restore
-from percov2.evaluation.writers import cell, markdown_table, write_json
+from percov2.evaluation.setting import (
+    Setting,
+    compress,
+    described,
+    digest,
+    restore,
+    weights_digest,
+)
+from percov2.evaluation.writers import cell, write_json
 from percov2.files import SUFFIX, check_kind, check_outputs, write_bytes, write_image
 from percov2.images import read_image, to_rgb
+from percov2.machine import processor
 from percov2.options import EncodeOptions
 
 __all__ = [
     "RoundTrip",
     "evaluate",
-    "markdown",
+    "facts_of",
     "means",
     "missing",
     "pictures_in",
@@ -39,7 +49,6 @@ __all__ = [
     "round_trip",
     "sentence",
     "side_by_side",
-    "table",
     "warm_up",
     "wins",
     "write_round_trip",
@@ -183,6 +192,43 @@ def plan_evaluation(
     return paths, plan_outputs(paths, out, _PER_REPORT)
 
 
+def facts_of(
+    codec: Codec,
+    paths: Sequence[Path],
+    setting: Setting,
+    baselines: Sequence[str] = (),
+    rivals: Sequence[Rival] = (),
+) -> dict[str, Any]:
+    """Return everything that determines a report, as JSON values.
+
+    A change in the program of a rival's command is not seen.
+    """
+    known = {**described(codec, setting), "weights": weights_digest(codec, setting.rate(codec))}
+    options = [asdict(setting.encode), asdict(setting.decode)]
+    options.append(
+        {k: str(v) for k, v in vars(setting.captioner).items() if k.strip("_") in _TEXTS}
+    )
+    options.append({k: v for k, v in asdict(codec.model.opened_with).items() if k != "threads"})
+    more = {key: value for some in options for key, value in some.items() if key not in known}
+    found = [name for name in baselines if BASELINES[name].available()]
+    runtime = "onnxruntime" if codec.model.runtime == "onnx" else "torch"
+    packages = ["numpy", "pillow", runtime, *(BASELINES[name].package for name in found)]
+    return {
+        "percov2": __version__,
+        **known,
+        "options": more,
+        "device": str(codec.model.device),
+        "software": {"python": platform.python_version(), **versions(packages)},
+        "photos": {path.name: digest(path.read_bytes()) for path in paths},
+        "codecs": found,
+        "rivals": [[rival.name, rival.source, rival.state(paths)] for rival in rivals],
+    }
+
+
+_TEXTS = ("text", "location")
+"""The attributes that determine the captions of a captioner."""
+
+
 def evaluate(
     codec: Codec,
     folder: Path,
@@ -191,6 +237,7 @@ def evaluate(
     baselines: Sequence[str] = (),
     progress: bool = True,
     rivals: Sequence[Rival] = (),
+    kept: Path | None = None,
 ) -> dict[str, Any]:
     """Compress, restore and measure all pictures of a folder, and write a report to ``out``.
 
@@ -202,7 +249,8 @@ def evaluate(
     metric, the report shows the baseline at the scale that is best by that metric. A baseline's
     bytes are those of its largest file. The picture shown is the best by LPIPS-VGG, or by PSNR if
     LPIPS-VGG is missing. A baseline that is not installed is left out, and a note says how to
-    install it. ``rivals`` are measured at their own number of bytes.
+    install it. ``rivals`` are measured at their own number of bytes. Results of baselines and
+    rivals are kept in the folder ``kept`` and taken from there; None keeps none.
 
     Returns the contents of report.json: setting, images, means, notes and baselines. "baselines"
     holds baselines and rivals; "kind" tells them apart ("codec", "command" or "folder"), and the
@@ -211,13 +259,15 @@ def evaluate(
     ``plan_evaluation``, ``round_trip`` and ``Rival.restore``.
     """
     paths, stems = plan_evaluation(folder, out, baselines, rivals)
+    facts = facts_of(codec, paths, setting, baselines, rivals)
     notes = missing(baselines)
-    baselines = [name for name in baselines if BASELINES[name].available()]
+    comparisons = Comparisons(kept)
     warm_up(codec, setting)
     records: list[dict[str, Any]] = []
-    others: dict[str, list[dict[str, Any]]] = {name: [] for name in baselines}
+    others: dict[str, list[dict[str, Any]]] = {name: [] for name in facts["codecs"]}
     others |= {rival.name: [] for rival in rivals}
     gallery: list[list[Cell]] = []
+    pictures: list[tuple[str, str]] = []
     for path, stem in zip(tqdm(paths, disable=not progress), stems, strict=True):
         try:
             trip = round_trip(codec, path, setting, METRICS)
@@ -226,41 +276,31 @@ def evaluate(
         write_round_trip(trip, out, stem)
         records.append({**trip.record, "image": path.name})
         notes += trip.notes
-        row = [trip.original, trip.restored]
-        shown: dict[str, tuple[float, Attempt]] = {}
-        for name in baselines:
-            attempts = attempts_within(name, trip.original, len(trip.file))
-            if not attempts:
-                notes.append(f"{name} has no file of {len(trip.file)} bytes for {path.name}")
-                continue
-            record, value, attempt = _compared(trip, path, attempts)
-            others[name].append(record)
-            shown[name] = value, attempt
-            row.append(attempt.restored)
-        if shown:
-            name = min(shown, key=lambda codec: shown[codec][0])
-            best = shown[name][1]
-            cells = [
-                (stem, trip.original),
-                (f"percov2, {len(trip.file):,} bytes", trip.restored),
-                (f"{name}, {best.size:,} bytes", best.restored),
-            ]
-            gallery.append([(label, half_size(picture)) for label, picture in cells])
-        for rival in rivals:
-            attempt, seconds = rival.restore(trip.original, path)
-            record, _, _ = _compared(trip, path, [attempt])
-            others[rival.name].append(record if seconds is None else {**record, "seconds": seconds})
-            row.append(attempt.restored)
-        if len(row) > 2:
+        photo, size = trip.measured, len(trip.file)
+        known = [metric for metric in METRICS if trip.record[metric] is not None]
+        found = {name: comparisons.within(name, photo, size, known) for name in facts["codecs"]}
+        fitting = {name: one for name, one in found.items() if one is not None}
+        if fitting:
+            gallery.append(_gallery_row(stem, trip, fitting))
+        fitting |= {r.name: comparisons.by_rival(r, photo, path, known) for r in rivals}
+        for name, one in fitting.items():
+            others[name].append({"image": path.name, **one.record})
+        if fitting:
+            row = [trip.original, trip.restored, *(one.shown for one in fitting.values())]
             write_image(side_by_side(row), out / f"{stem}_compare.png")
-    kinds = {name: {"kind": "codec", "system": name} for name in baselines}
+        systems = ["original", "percov2", *fitting]
+        pictures.append((f"{stem}: {', '.join(systems)}", f"{stem}_compare.png"))
+    for name in facts["codecs"]:
+        if absent := len(records) - len(others[name]):
+            notes.append(f"{name} has no file that small for {absent} of {len(records)} pictures")
+    kinds = {name: {"kind": "codec", "system": name} for name in facts["codecs"]}
     kinds |= {
         rival.name: {"kind": rival.kind, "system": rival.system, "source": rival.source}
         for rival in rivals
     }
     report = {
-        "percov2": __version__,
-        **described(codec, setting),
+        **facts,
+        "processor": processor(),
         "mean": means(records),
         "images": records,
         "baselines": {
@@ -270,10 +310,29 @@ def evaluate(
         "notes": sorted(set(notes)),
     }
     write_json(out / "report.json", report)
-    write_bytes(out / "report.md", markdown(report, stems).encode(errors="backslashreplace"))
     if gallery:
         write_page(gallery, out / "gallery.jpg")
+        pictures.insert(0, (GALLERY, "gallery.jpg"))
+    write_bytes(out / "report.md", markdown([report], pictures).encode(errors="backslashreplace"))
     return report
+
+
+GALLERY = (
+    "The original, percov2, and the best classical codec at no more bytes, by LPIPS (VGG), at half "
+    "their size"
+)
+"""The title of gallery.jpg."""
+
+
+def _gallery_row(stem: str, trip: RoundTrip, found: dict[str, Comparison]) -> list[Cell]:
+    """Return a photo, percov2's copy and that of the best classical codec, at half size."""
+    name, best = min(found.items(), key=lambda one: one[1].distance)
+    cells = [
+        (stem, trip.original),
+        (f"percov2, {len(trip.file):,} bytes", trip.restored),
+        (f"{name}, {best.record['shown_bytes']:,} bytes", best.shown),
+    ]
+    return [(label, reduced(picture, 2)) for label, picture in cells]
 
 
 def missing(baselines: Sequence[str]) -> list[str]:
@@ -283,26 +342,6 @@ def missing(baselines: Sequence[str]) -> list[str]:
         for name in baselines
         if not BASELINES[name].available()
     ]
-
-
-def _compared(
-    trip: RoundTrip, path: Path, attempts: list[Attempt]
-) -> tuple[dict[str, Any], float, Attempt]:
-    """Return the record of attempts at a picture, and the attempt to show after its value.
-
-    The value is LPIPS-VGG, or the negative of PSNR if LPIPS-VGG is missing.
-    """
-    best = best_of(trip.measured, attempts)
-    values = {metric: best[metric][0] if metric in best else None for metric in METRICS}
-    size = max((attempt.size for _, attempt in best.values()), default=attempts[0].size)
-    value, shown = math.inf, attempts[0]
-    if "lpips_vgg" in best:
-        value, shown = best["lpips_vgg"]
-    elif "psnr" in best:
-        value, shown = -best["psnr"][0], best["psnr"][1]
-    bpp = 8 * size / (trip.original.width * trip.original.height)
-    sizes = {"bytes": size, "bpp": bpp, "shown_bytes": shown.size}
-    return {"image": path.name, **sizes, **values}, value, shown
 
 
 def pictures_of(report: dict[str, Any], folder: Path, image: str) -> list[Cell]:
@@ -355,21 +394,6 @@ def wins(
     return result
 
 
-_DIGITS = {"bytes": 0, "bpp": 4, "psnr": 2, "ms_ssim": 4, "lpips_alex": 3, "lpips_vgg": 3}
-_DIGITS |= {"dists": 3, "encode_s": 2, "decode_s": 2, "seconds": 2}
-"""Number of decimals of each column."""
-
-
-def table(rows: Sequence[dict[str, Any]], first: str) -> str:
-    """Return records as a Markdown table, with dashes for missing values."""
-    columns = {key: f"{{:.{n}f}}" for key, n in _DIGITS.items() if any(key in row for row in rows)}
-    cells = (
-        [str(row["image"]), *(cell(form, row.get(key)) for key, form in columns.items())]
-        for row in rows
-    )
-    return markdown_table([first, *columns], cells)
-
-
 def sentence(record: dict[str, Any]) -> str:
     """Return the record of a round trip as one line."""
     return (
@@ -378,54 +402,3 @@ def sentence(record: dict[str, Any]) -> str:
         f"LPIPS {cell('{:.3f}', record['lpips_alex'])}, "
         f"encode {record['encode_s']:.2f} s, decode {record['decode_s']:.2f} s"
     )
-
-
-def markdown(report: dict[str, Any], stems: Sequence[str]) -> str:
-    """Return the report as a Markdown page with tables and pictures."""
-    images = [*report["images"], {"image": "**mean**", **report["mean"]}]
-    held = f"{report['stages'] or 'all'} stages sent"
-    if report["target_bytes"]:
-        held = f"stages for {report['target_bytes']} bytes"
-    parts = [
-        f"# {report['model']} {report['rate']}, {len(stems)} pictures",
-        f"percov2 {report['percov2']}, model id {report['model_id']}, schedule "
-        f"{report['schedule']}, {report['steps']} steps, guidance {report['guidance']}, seed "
-        f"{report['seed']}, effort {report['effort']}, slack {report['slack']}, {held}; "
-        f"{report['runtime']}. bpp counts the whole file.",
-        table(images, "image"),
-    ]
-    codecs, rivals = (
-        {name: e for name, e in report["baselines"].items() if (e["kind"] == "codec") == classical}
-        for classical in (True, False)
-    )
-    own = {key: report["mean"][key] for key in ("bytes", "bpp", *METRICS)}
-    own["image"] = f"percov2 {report['rate']}"
-
-    def compared(entries: dict[str, Any]) -> str:
-        rows = [{"image": name, **e["mean"]} for name, e in entries.items() if e["images"]]
-        return table([own, *rows], "codec")
-
-    if any(entry["images"] for entry in codecs.values()):
-        counts = [
-            [f"{name}, on … of {len(report['images'])}"]
-            + [cell("{}", entry["wins"][metric]) for metric in METRICS]
-            for name, entry in codecs.items()
-        ]
-        parts += [
-            "## At the same number of bytes",
-            compared(codecs),
-            "For a classical codec, each metric takes the scale that is best by it.",
-            markdown_table(["percov2 is better than", *METRICS], counts),
-        ]
-    if rivals:
-        sources = [f"- {name}: {e['kind']} `` {e['source']} ``" for name, e in rivals.items()]
-        parts += ["## Other systems, each at its own number of bytes", compared(rivals)]
-        parts.append("\n".join(sources))
-    if report["notes"]:
-        parts.append("\n".join(f"- {note}" for note in report["notes"]))
-    order = " | ".join(["original", "percov2", *report["baselines"]])
-    parts += ["## Pictures", order]
-    if any(entry["images"] for entry in codecs.values()):
-        parts.append("[All at half size](gallery.jpg), beside the best classical codec.")
-    parts += [f"### {stem}\n\n![{stem}]({stem}_compare.png)" for stem in stems]
-    return "\n\n".join(parts) + "\n"

@@ -23,6 +23,7 @@ from typing import IO
 from PIL import Image
 
 from percov2.evaluation.baselines import BASELINES, Attempt
+from percov2.evaluation.setting import digest
 from percov2.files import write_image
 from percov2.images import read_image, to_rgb
 
@@ -72,6 +73,10 @@ class Command:
 
     def check(self, paths: Sequence[Path]) -> None:
         """Do nothing: a command shows only when it runs whether it works."""
+
+    def state(self, paths: Sequence[Path]) -> str:
+        """Return "": what a command runs may change without being noticed."""
+        return ""
 
     def restore(self, original: Image.Image, path: Path) -> tuple[Attempt, float | None]:
         """Code and restore a picture. Return the attempt and the time in seconds.
@@ -154,6 +159,11 @@ class Folder:
                 warnings.simplefilter("ignore")  # the evaluation gives them
                 original = Image.fromarray(to_rgb(read_image(path)))
             self.restore(original, path)
+
+    def state(self, paths: Sequence[Path]) -> str:
+        """Return a digest of the table and of the restored pictures of all paths."""
+        files = [self.folder / SIZES, *(self.folder / f"{path.stem}.png" for path in paths)]
+        return digest(*(file.read_bytes() for file in files))
 
     def restore(self, original: Image.Image, path: Path) -> tuple[Attempt, float | None]:
         """Return the attempt for the picture of ``path``, and no time.

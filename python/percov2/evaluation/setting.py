@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from percov2.codec import Codec
 from percov2.container.captions import Captioner, NoCaptioner
 from percov2.options import DecodeOptions, EncodeOptions
 
-__all__ = ["Setting", "compress", "described", "restore"]
+__all__ = ["Setting", "compress", "described", "digest", "restore", "weights_digest"]
 
 
 @dataclass(frozen=True)
@@ -58,3 +59,27 @@ def described(codec: Codec, setting: Setting) -> dict[str, Any]:
         "target_bytes": encode.target_bytes,
         "captioner": type(setting.captioner).__name__,
     }
+
+
+def weights_digest(codec: Codec, rate: str) -> str:
+    """Return a digest of the configurations and weights of one rate in a model folder.
+
+    It does not cover the base models of large backbones, which lie outside the folder.
+    """
+    folder = codec.model.folder
+    others = {one.name for one in codec.config.rates} - {rate}
+    parts = []
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.suffix in (".json", ".safetensors") and inside.parts[0] not in others:
+            parts += [inside.as_posix().encode(), path.read_bytes()]
+    return digest(*parts)
+
+
+def digest(*parts: bytes) -> str:
+    """Return the first 16 hexadecimal digits of the SHA-256 of the parts and their lengths."""
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()[:16]
