@@ -19,6 +19,7 @@ from percov2.evaluation.report_page import names_of
 from percov2.options import DecodeOptions
 from tools import random_model as builder
 from tools.command_line import failure, run
+from tools.docs_scripts import script
 from tools.photos import noise
 
 
@@ -268,6 +269,38 @@ def test_the_command_line_writes_the_report(photos, random_model, tmp_path, caps
     captured = capsys.readouterr()
     assert "coarse is finished; its results" in captured.err
     assert list(json.loads((out / "report.json").read_text())["rates"]) == ["fine", "coarse"]
+
+
+def test_the_pages_take_their_numbers_from_a_report(codec, photos, tmp_path, calls):
+    result, _ = evaluated(codec, photos, tmp_path / "out")
+    figures = script("update_figures")
+    root, mark = tmp_path / "clone", "<!--kodak:{}-->{}<!--/-->".format
+    for place in (figures.PAGE, *figures.PLACES):
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_text(f"{mark('fine.bytes', 1)} and {mark('coarse.flat.psnr', 0.5)}")
+    (root / figures.PAGE).write_text(f"# Kodak\n\nHand {mark('page', 'old')} written\n")
+    (root / "README.md").write_text(f"{mark('means', '')} on {mark('photos', 'some')}")
+    (root / "docs" / "images").mkdir()
+    report_file = tmp_path / "out" / "report.json"
+    assert len(figures.update(report_file, root)) == 1 + len(figures.PLACES)
+    page = (root / figures.PAGE).read_text()
+    assert page.startswith("# Kodak\n\nHand <!--kodak:page-->\n") and "old" not in page
+    assert page.endswith("<!--/--> written\n") and "# random" not in page
+    for name in ("curves.png", "rates.jpg", "classical.jpg"):
+        copy = root / "docs" / "images" / f"kodak_{name}"
+        assert f"](../images/{copy.name})" in page
+        assert copy.read_bytes() == (tmp_path / "out" / name).read_bytes()
+    fine, coarse = result["rates"]["fine"], result["rates"]["coarse"]
+    psnr = coarse["baselines"]["flat"]["mean"]["psnr"]
+    text = (root / "docs" / "how-to" / "target-bytes.md").read_text()
+    size = f"{fine['mean']['bytes']:.0f}"
+    assert text == f"{mark('fine.bytes', size)} and {mark('coarse.flat.psnr', f'{psnr:.1f}')}"
+    text = (root / "README.md").read_text()
+    assert f"| `coarse` | {coarse['mean']['bytes']:.0f} |" in text and ">photo1–2<" in text
+    facts = figures.facts_of(page)
+    for metric, count in fine["baselines"]["flat"]["wins"].items():
+        assert facts[f"fine.flat.wins.{metric}"] == ("–" if count is None else str(count))
+    assert figures.update(None, root) == []
 
 
 @pytest.mark.parametrize(

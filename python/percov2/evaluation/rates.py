@@ -21,7 +21,7 @@ from percov2.evaluation.writers import write_json
 from percov2.files import check_outputs, write_bytes
 from percov2.stored_files import read_json
 
-__all__ = ["KEPT", "evaluate_rates", "plan_rates"]
+__all__ = ["KEPT", "evaluate_rates", "plan_rates", "rates_page"]
 
 KEPT = "compared"
 """The folder of the results of other codecs, in the folder of an evaluation."""
@@ -149,25 +149,32 @@ def _write(
     rates_figure(files, out / _CURVES, dataset=dataset)
     write_html(files, out / "report.html", dataset)
     _write_pictures(out / _RATES, reports, folders)
-    shown = [("The original and all rates, at a third of their size", _RATES)]
-    galleries = [
-        folder / "gallery.jpg" for name, folder in folders.items() if _gallery(reports[name])
-    ]
-    if galleries:
-        shutil.copyfile(galleries[0], out / _CLASSICAL)
-        shown.insert(0, (GALLERY.replace("percov2", galleries[0].parent.name), _CLASSICAL))
-    page = markdown(list(reports.values()), shown, command, _CURVES)
-    write_bytes(out / "report.md", page.encode(errors="backslashreplace"))
+    if (name := _compared(reports)) is not None:
+        shutil.copyfile(folders[name] / "gallery.jpg", out / _CLASSICAL)
     first = next(iter(reports.values()))
     result = {"model": first["model"], "percov2": first["percov2"], "command": command}
     result |= {"published": dataset, "rates": reports}
+    write_bytes(out / "report.md", rates_page(result).encode(errors="backslashreplace"))
     write_json(out / "report.json", result)
     return result
 
 
-def _gallery(report: dict[str, Any]) -> bool:
-    entries = report["baselines"].values()
-    return any(entry["kind"] == "codec" and entry["images"] for entry in entries)
+def rates_page(result: dict[str, Any]) -> str:
+    """Return the Markdown page of a result of ``evaluate_rates``."""
+    reports = result["rates"]
+    pictures = [("The original and all rates, at a third of their size", _RATES)]
+    if (name := _compared(reports)) is not None:
+        pictures.insert(0, (GALLERY.replace("percov2", name), _CLASSICAL))
+    return markdown(list(reports.values()), pictures, result["command"], _CURVES)
+
+
+def _compared(reports: dict[str, dict[str, Any]]) -> str | None:
+    """Return the first rate for which a classical codec has a file, or None."""
+    for name, report in reports.items():
+        entries = report["baselines"].values()
+        if any(entry["kind"] == "codec" and entry["images"] for entry in entries):
+            return name
+    return None
 
 
 def _write_pictures(

@@ -113,7 +113,7 @@ def _setting(reports: Sequence[Report], photos: str) -> str:
         f"Photos: {photos}. bpp counts all bytes of a file.",
         f"Settings: {', '.join(settings)}.",
         f"Software: {versions}.",
-        f"Machine: {first['processor']}; {first['runtime']}.",
+        f"Machine: {'; '.join(filter(None, (first['processor'], first['runtime'])))}.",
     ]
     return "\n".join(f"- {line}" for line in lines)
 
