@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from percov2.codec import Codec
+from percov2.container.captions import TextCaptioner
 from percov2.evaluation import comparisons, rates, report
 from percov2.evaluation.baselines import BASELINES, Baseline
 from percov2.evaluation.figures import measured_points
@@ -138,6 +139,7 @@ def test_a_run_resumes_at_the_first_unfinished_rate(codec, photos, tmp_path, cal
     [
         ("steps", "fine is evaluated again: steps was 1 and is 2"),
         ("max_pixels", "fine is evaluated again: options differs in"),
+        ("caption", "fine is evaluated again: options differs in captioner text"),
         ("photo", "fine is evaluated again: photos differs in photo2.png"),
         ("name", "fine is evaluated again: photos differs in photo2.png, photo3.png"),
         ("codec", "fine is evaluated again: codecs was ['flat'] and is []"),
@@ -148,10 +150,14 @@ def test_a_change_repeats_a_rate_and_is_named(
     codec, photos, tmp_path, calls, change, said, undrawn
 ):
     out = tmp_path / "out"
-    evaluated(codec, photos, out, names=["fine"])
-    compressed(calls)
     setting = MORE
-    if change == "steps":
+    if change == "caption":
+        setting = dataclasses.replace(MORE, captioner=TextCaptioner("a cat"))
+    evaluated(codec, photos, out, setting, ["fine"])
+    compressed(calls)
+    if change == "caption":
+        setting = dataclasses.replace(MORE, captioner=TextCaptioner("a dog"))
+    elif change == "steps":
         setting = report.Setting(decode=DecodeOptions(steps=2))
     elif change == "max_pixels":
         setting = dataclasses.replace(MORE, decode=DecodeOptions(steps=1, max_pixels=10**6))

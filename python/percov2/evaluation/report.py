@@ -204,15 +204,13 @@ def facts_of(
     A change in the program of a rival's command is not seen.
     """
     known = {**described(codec, setting), "weights": weights_digest(codec, setting.rate(codec))}
-    options = [asdict(setting.encode), asdict(setting.decode)]
-    options.append(
-        {k: str(v) for k, v in vars(setting.captioner).items() if k.strip("_") in _TEXTS}
-    )
+    options, captioner = [asdict(setting.encode), asdict(setting.decode)], setting.captioner
+    words = {name.strip("_"): one for name, one in getattr(captioner, "__dict__", {}).items()}
+    options.append({f"captioner {name}": str(words[name]) for name in _TEXTS if name in words})
     options.append({k: v for k, v in asdict(codec.model.opened_with).items() if k != "threads"})
     more = {key: value for some in options for key, value in some.items() if key not in known}
     found = [name for name in baselines if BASELINES[name].available()]
-    runtime = "onnxruntime" if codec.model.runtime == "onnx" else "torch"
-    packages = ["numpy", "pillow", runtime, *(BASELINES[name].package for name in found)]
+    packages = ["numpy", "pillow", "torch", *(BASELINES[name].package for name in found)]
     return {
         "percov2": __version__,
         **known,

@@ -97,7 +97,7 @@ def names_of(images: Sequence[str]) -> str:
     return f"{len(images)} photo{'s' * (len(images) > 1)}"
 
 
-_USUAL = {"realism": None, "effort": 0, "slack": 0.0, "captioner": "NoCaptioner"}
+_USUAL = {"realism": 1.0, "effort": 0, "slack": 0.0, "captioner": "NoCaptioner"}
 _USUAL |= {"stages": None, "target_bytes": None}
 """Settings that the page names only if they have other values."""
 
@@ -105,8 +105,11 @@ _USUAL |= {"stages": None, "target_bytes": None}
 def _setting(reports: Sequence[Report], photos: str) -> str:
     first = reports[0]
     names = ["schedule", "guidance", "seed"]
-    names += [name for name, usual in _USUAL.items() if first.get(name, usual) != usual]
-    settings = [f"{name} {first[name]}" for name in names]
+    for name, usual in _USUAL.items():
+        if any(report.get(name, usual) != usual for report in reports):
+            names.append(name)
+    values = {name: dict.fromkeys(str(report.get(name)) for report in reports) for name in names}
+    settings = [f"{name} {'/'.join(found)}" for name, found in values.items()]
     software = {"percov2": first["percov2"], **first["software"]}
     versions = ", ".join(f"{name} {version}" for name, version in software.items())
     lines = [

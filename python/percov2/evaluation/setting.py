@@ -68,18 +68,29 @@ def weights_digest(codec: Codec, rate: str) -> str:
     """
     folder = codec.model.folder
     others = {one.name for one in codec.config.rates} - {rate}
-    parts = []
+    sha = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.suffix in (".json", ".safetensors") and inside.parts[0] not in others:
-            parts += [inside.as_posix().encode(), path.read_bytes()]
-    return digest(*parts)
+            _add(sha, inside.as_posix().encode())
+            sha.update(path.stat().st_size.to_bytes(8, "little"))
+            with open(path, "rb") as stream:
+                while block := stream.read(_BLOCK):
+                    sha.update(block)
+    return sha.hexdigest()[:_DIGITS]
 
 
 def digest(*parts: bytes) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of the parts and their lengths."""
     sha = hashlib.sha256()
     for part in parts:
-        sha.update(len(part).to_bytes(8, "little"))
-        sha.update(part)
-    return sha.hexdigest()[:16]
+        _add(sha, part)
+    return sha.hexdigest()[:_DIGITS]
+
+
+_BLOCK, _DIGITS = 1 << 24, 16
+
+
+def _add(sha: hashlib._Hash, part: bytes) -> None:
+    sha.update(len(part).to_bytes(8, "little"))
+    sha.update(part)
