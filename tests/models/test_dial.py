@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from percov2.codec import Codec
-from percov2.evaluation.modes import operating_modes, plot_modes
+from percov2.evaluation.figures import draw_modes
+from percov2.evaluation.modes import operating_modes
 from percov2.evaluation.setting import Setting, described
 from percov2.models.config import ModelConfig
 from percov2.models.tiny.torch.dial import RealismDial
@@ -117,5 +118,5 @@ def test_modes_follow_the_dial(dialled, tmp_path):
     )
     assert [record["realism"] for record in records] == [0, 0.5, 0.75]
     assert len({record["psnr"] for record in records}) == 3
-    plot_modes(records, tmp_path / "modes.png")
+    draw_modes(records, tmp_path / "modes.png")
     assert (tmp_path / "modes.png").is_file()
