@@ -60,6 +60,7 @@ def decode(data: bytes, size: tuple[int, int]) -> Image.Image:
     """Decode a stream of ``encode``. ``size`` is the (width, height) of the encoded picture."""
     width, height = _padded(size)
     target = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    raw = _run(["-f", "vvc", "-i", "-", "-frames:v", "1", *target], data)
+    # With several threads, ffmpeg 9.0 sometimes returns a damaged first picture.
+    raw = _run(["-threads", "1", "-f", "vvc", "-i", "-", "-frames:v", "1", *target], data)
     pixels = np.frombuffer(raw, np.uint8).reshape(height, width, 3)
     return Image.fromarray(pixels[: size[1], : size[0]].copy())
