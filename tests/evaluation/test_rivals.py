@@ -266,7 +266,8 @@ exec "$FFMPEG" -loglevel error -y -f rawvideo -pix_fmt yuv444p -s "${w}x$h" -i "
 """,
     "DecoderAppStatic": """#!/bin/sh
 while [ $# -gt 0 ]; do case $1 in -b) bits=$2;; -o) out=$2;; esac; shift; done
-exec "$FFMPEG" -loglevel error -y -threads 1 -f vvc -i "$bits" -frames:v 1 -pix_fmt yuv444p -f rawvideo "$out"
+exec "$FFMPEG" -loglevel error -y -threads 1 -f vvc -i "$bits" \\
+  -frames:v 1 -pix_fmt yuv444p -f rawvideo "$out"
 """,
 }
 """vvenc in the place of VTM's programs."""
