@@ -7,7 +7,6 @@ run on several machines. A report over shards equals that of one run.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import re
@@ -30,7 +29,7 @@ from percov2.evaluation.feature_sets import PATCH_SIDE, PATCHES, FeatureNetwork,
 from percov2.evaluation.metrics import METRICS, measure
 from percov2.evaluation.realism import describe as describe_lite
 from percov2.evaluation.segmentation import ConfusionCounts, Segmenter, read_labels
-from percov2.evaluation.setting import Setting, described
+from percov2.evaluation.setting import Setting, described, digest, weights_digest
 from percov2.evaluation.writers import cell, markdown_table, write_json
 from percov2.files import read_arrays, write_bytes
 from percov2.images import ENDINGS, read_image, to_rgb
@@ -240,9 +239,10 @@ def evaluate_paper(
         raise ValueError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
     facts = {
         **described(codec, setting),
+        "weights": weights_digest(codec, setting.rate(codec)),
         "protocol": protocol,
         "photos": len(photos),
-        "names": _digest_of([path.stem for path in photos]),
+        "names": digest(*(path.stem.encode() for path in photos)),
         "definitions": judges.described(),
         "captions": captions is not None,
         "labels": "files" if labels else "network",
@@ -377,10 +377,6 @@ def _claim(folder: Path, facts: Mapping[str, Any], make: bool) -> None:
     if unlike:
         key = unlike[0]
         raise ValueError(f"{folder} holds another run: {key} is {stored.get(key)!r}")
-
-
-def _digest_of(names: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
 
 
 def _summary(paths: Sequence[Path | None], judges: Judges) -> dict[str, Any]:
