@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from percov2.codec import Codec
+from percov2.models.tiny.torch.autoencoder import ResidualBlock
 from percov2.models.tiny.torch.backbone import TinyTorchModel
 from percov2.photos import CropPlan, PhotoCrops
 from percov2.training import checkpoint
@@ -123,6 +124,30 @@ def test_a_grown_decoder_starts_as_the_one_it_grew_from(first, photo_cache, tmp_
     train(stage, loop, tmp_path / "grown")
     last = {k: v for k, v in stage.autoencoder.decoder.state_dict().items() if "conv2" in k}
     assert len(last) == 20 and all(value.any() for value in last.values())
+
+
+def test_a_shallower_decoder_keeps_the_blocks_that_change_most(first, photo_cache, tmp_path):
+    run = shutil.copytree(first[1], tmp_path / "first")
+    stored = checkpoint.read(run / "checkpoint.pt")
+    decoder, weak = first[0].autoencoder.decoder, []
+    blocks = [i for i, layer in enumerate(decoder) if isinstance(layer, ResidualBlock)]
+    for index in (blocks[0], blocks[4]):  # the first of three at 1/8, the second at 1/4
+        weak += [f"autoencoder.decoder.{index}.conv2.{name}" for name in ("weight", "bias")]
+    for key in weak:
+        stored["ema"][key] = torch.zeros_like(stored["ema"][key])
+    checkpoint.write(run / "checkpoint.pt", stored)
+    smaller = config_text(["r031"])
+    smaller = smaller.replace("widths = [8, 16]", "widths = [8, 16], decoder_blocks = [2, 2]")
+    whole, cut = (
+        stage_of(tmp_path, photo_cache, text)[0] for text in (config_text(["r031"]), smaller)
+    )
+    start_from(whole, run)
+    assert "decoder" not in start_from(cut, run)
+    latents = torch.randn(2, 16, 4, 5)
+    with torch.no_grad():
+        expected = whole.autoencoder.decode(latents)
+        assert expected.std() > 0.01
+        assert torch.equal(cut.autoencoder.decode(latents), expected)
 
 
 def test_a_smaller_decoder_learns_from_the_one_before(first, photo_cache, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -61,37 +62,46 @@ def _inherit(networks: RateNetworks, donor: State) -> list[str]:
     return fresh
 
 
-def _places(state: State) -> dict[tuple[int, int], str]:
-    """Return the prefixes of a decoder's layers by (number of plain layers so far, block).
-
-    A plain layer is block 0.
-    """
-    indices = sorted({int(k.split(".")[1]) for k in state if k.startswith("decoder.")})
-    plain = block = 0
-    places = {}
-    for index in indices:
-        if f"decoder.{index}.conv1.weight" in state:
-            block += 1
+def _places(state: State) -> dict[int, tuple[str, list[str]]]:
+    """Return the prefixes of a decoder's plain layers, each with those of the blocks after it."""
+    places: dict[int, tuple[str, list[str]]] = {}
+    for index in sorted({int(k.split(".")[1]) for k in state if k.startswith("decoder.")}):
+        prefix = f"decoder.{index}."
+        if f"{prefix}conv1.weight" in state:
+            places[len(places) - 1][1].append(prefix)
         else:
-            plain, block = plain + 1, 0
-        places[plain, block] = f"decoder.{index}."
+            places[len(places)] = prefix, []
     return places
+
+
+def _strongest(state: State, blocks: list[str], count: int) -> list[str]:
+    """Return at most ``count`` blocks in their order, those with the largest weights.
+
+    A block adds the output of two convolutions to its input, so small weights change little.
+    """
+    size = {b: state[f"{b}conv1.weight"].norm() * state[f"{b}conv2.weight"].norm() for b in blocks}
+    kept = sorted(blocks, key=lambda block: -float(size[block]))[:count]
+    return [block for block in blocks if block in kept]
 
 
 def _fitted(fresh: State, stored: State) -> tuple[State, int]:
     """Return weights for a decoder of another depth or width, and the number of new tensors.
 
     New blocks start as the identity, so a deeper decoder starts with the stored decoder's output. A
-    shallower or narrower decoder keeps what fits and needs training (``CodecConfig.distil``).
+    shallower decoder keeps the blocks with the largest weights, a narrower one what fits
+    (``CodecConfig.distil``).
     """
-    fitted = {k: v for k, v in stored.items() if not k.startswith("decoder.")}
-    old, new = _places(stored), 0
-    for place, prefix in _places(fresh).items():
-        for name, value in _part(fresh, prefix).items():
-            known = stored.get(old[place] + name, value[:0]) if place in old else value
-            fits = known.shape == value.shape
-            fitted[prefix + name] = known if fits else value
-            new += not fits
+    fitted, new = {k: v for k, v in stored.items() if not k.startswith("decoder.")}, 0
+    known = _places(stored)
+    for place, (plain, blocks) in _places(fresh).items():
+        old_plain, old_blocks = known.get(place, ("", []))
+        old = [old_plain, *_strongest(stored, old_blocks, len(blocks))]
+        for prefix, old_prefix in zip_longest([plain, *blocks], old):
+            for name, value in _part(fresh, prefix).items():
+                candidate = stored.get(f"{old_prefix}{name}", value[:0])
+                fits = candidate.shape == value.shape
+                fitted[prefix + name] = candidate if fits else value
+                new += not fits
     return fitted, new
 
 
