@@ -14,7 +14,7 @@ import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -160,14 +160,19 @@ def _holds_picture(stream: Any) -> bool:
     return True
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an ``.npz`` file by name; ValueError if it is damaged or none."""
+def read_arrays(
+    path: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, NDArray[Any]]:
+    """Return arrays of an ``.npz`` file by name; ValueError if it is damaged or none.
+
+    Other arrays than those of ``wanted`` names are not read.
+    """
     check_regular(path)
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is damaged or no .npz file: it is no zip archive")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return dict(arrays)
+            return {name: arrays[name] for name in arrays.files if wanted(name)}
     except MemoryError:
         reason = "its arrays do not fit in memory"
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:

@@ -112,6 +112,12 @@ def test_folders_of_other_runs_are_refused(photos, random_model, tmp_path, capsy
     run(*base, "--shard", "0/2")
     again = (*base, "--protocol", "512")
     assert "holds another run: protocol is 'native'" in failure(capsys, *again)
+    replaced = photos / "p2.png"
+    before = replaced.read_bytes()
+    with Image.open(replaced) as image:
+        image.rotate(180).crop((0, 0, 40, 50)).save(replaced)
+    assert "holds another run: files is" in failure(capsys, *base)
+    replaced.write_bytes(before)
     other.mkdir()
     assert "holds no run" in failure(capsys, *base, "--merge", other)
     base = ("eval", "paper", "--out", out, "--model", random_model)

@@ -242,7 +242,7 @@ def evaluate_paper(
         "weights": weights_digest(codec, setting.rate(codec)),
         "protocol": protocol,
         "photos": len(photos),
-        "names": digest(*(path.stem.encode() for path in photos)),
+        "files": digest(*(f"{path.stem} {path.stat().st_size}".encode() for path in photos)),
         "definitions": judges.described(),
         "captions": captions is not None,
         "labels": "files" if labels else "network",
@@ -264,9 +264,10 @@ def evaluate_paper(
             target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(target, stream.getvalue())
     found = [_record_of(path, [out, *merge]) for path in photos]
-    if any(one is None for one in found):
+    complete = [path for path in found if path is not None]
+    if len(complete) < len(photos):
         return None
-    result = {**facts, **_summary(found, judges)}
+    result = {**facts, **_summary(complete, judges)}
     write_json(out / "paper.json", result)
     write_bytes(out / "paper.md", _page(result).encode())
     return result
@@ -379,45 +380,45 @@ def _claim(folder: Path, facts: Mapping[str, Any], make: bool) -> None:
         raise ValueError(f"{folder} holds another run: {key} is {stored.get(key)!r}")
 
 
-def _summary(paths: Sequence[Path | None], judges: Judges) -> dict[str, Any]:
+def _summary(paths: Sequence[Path], judges: Judges) -> dict[str, Any]:
     """Return means over photos and distances between the sets, in the order of the photos."""
-
-    def every(name: str) -> Iterator[NDArray[Any]]:
-        for path in paths:
-            assert path is not None
-            stored = read_arrays(path)
-            if name in stored:
-                yield stored[name]
+    networks = tuple(f"{name}." for name in judges.networks)
+    records = [read_arrays(path, lambda name: not name.startswith(networks)) for path in paths]
 
     def mean(name: str) -> float | None:
-        values = np.array([float(value) for value in every(name)])
-        known = values[~np.isnan(values)]
+        every = np.array([float(record[name]) for record in records if name in record])
+        known = every[~np.isnan(every)]
         return float(known.mean()) if len(known) else None
 
-    sizes = np.array([np.prod(size, dtype=np.int64) for size in every("size")])
-    files = np.array([int(size) for size in every("bytes")])
+    sizes = np.array([np.prod(record["size"], dtype=np.int64) for record in records])
+    files = np.array([int(record["bytes"]) for record in records])
     values: dict[str, float | None] = {"bytes": float(files.mean())}
     values["bpp"] = float((8 * files / sizes).mean())
     values |= {name: mean(name) for name in METRICS}
     values["clip_score"], values["clip_likeness"] = mean("clip.score"), mean("clip.likeness")
     for network, first, second in (("lite", "frechet", "kernel"), ("inception", "fid", "kid")):
         for suffix, part in (("", ""), (f"_{PATCH_SIDE}", ".patches")):
-            sets = [list(every(f"{network}.{side}{part}")) for side in ("original", "restored")]
-            rows, others = (np.concatenate(one) if one else np.empty((0, 1)) for one in sets)
-            enough = min(len(rows), len(others)) > 1
-            values[first + suffix] = clean_fid.fid(rows, others) if enough else None
-            values[second + suffix] = clean_fid.kid(rows, others) if enough else None
+            names = [f"{network}.{side}{part}" for side in ("original", "restored")]
+            values[first + suffix] = values[second + suffix] = None
+            if network in judges.networks:
+                # One kind of features at a time: of all photos, they are the largest data.
+                read = [read_arrays(path, names.__contains__) for path in paths]
+                rows, others = (np.concatenate([one[name] for one in read]) for name in names)
+                del read
+                if len(rows) > 1:
+                    values[first + suffix] = clean_fid.fid(rows, others)
+                    values[second + suffix] = clean_fid.kid(rows, others)
     values["miou"] = None
     if judges.segmenter is not None:
         total = np.zeros(judges.segmenter.classes**2, np.int64)
-        for places, counts in every("confusion"):
+        for record in records:
+            places, counts = record["confusion"]
             total[places] += counts
         values["miou"] = ConfusionCounts(total.reshape(2 * (judges.segmenter.classes,))).mean_iou
-    notes = sorted({str(note) for some in every("notes") for note in some})
     return {
         "values": values,
-        "notes": notes,
-        "captions_cut": int(sum(map(bool, every("clip.cut")))),
+        "notes": sorted({str(note) for record in records for note in record["notes"]}),
+        "captions_cut": int(sum(bool(record.get("clip.cut", False)) for record in records)),
     }
 
 
