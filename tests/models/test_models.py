@@ -7,6 +7,8 @@ import json
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from percov2.models.config import ModelConfig, Rate
@@ -21,7 +23,7 @@ from percov2.models.torch.flow import (
 from percov2.models.torch.hyper_encoder import HyperEncoder
 from percov2.models.torch.quantizer import VectorQuantizer
 from percov2.models.torch.storage import load_component, save_component
-from percov2.models.windows import sample, window_starts
+from percov2.models.windows import sample, window_side, window_starts
 from tools import random_sd3
 
 
@@ -99,6 +101,26 @@ def test_windows_cover_everything_and_stay_inside():
         assert all(s + 8 <= max(length, 8) for s in starts)
 
 
+@given(st.integers(1, 300), st.integers(1, 12), st.integers(0, 12), st.sampled_from([1, 2, 8]))
+def test_no_other_windows_take_less_work(length, units, overlap, unit):
+    window = units * unit
+    overlap = min(overlap, window - 1)
+    found = window_side(length, window, overlap, unit)
+
+    def work(side: int) -> tuple[int, int]:
+        return len(window_starts(length, side, side - overlap)), side
+
+    allowed = [side for side in range(unit, window * 9 // 8 + 1, unit) if overlap < side]
+    assert found == (window if length <= window else min(allowed, key=work))
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 20))
+def test_windows_that_no_unit_divides_are_not_longer(length, window, unit):
+    found = window_side(length, window, window // 4, unit)
+    assert window // 4 < found <= window * 9 // 8
+    assert found == window or found % unit == 0
+
+
 def test_windowed_estimate_blends_to_the_dense_one():
     noisy, z_hat = torch.randn(2, 16, 21, 13), torch.randn(2, 3, 21, 13)
     seen = []
@@ -109,9 +131,9 @@ def test_windowed_estimate_blends_to_the_dense_one():
 
     rows = torch.arange(2).view(-1, 1, 1, 1)
     dense = 2 * noisy + z_hat.mean(1, keepdim=True) + rows
-    windowed = WindowedEstimate(pointwise, window=8, overlap=3, batch=4)(noisy, z_hat)
+    windowed = WindowedEstimate(pointwise, windows=(8, 6), overlap=3, batch=4)(noisy, z_hat)
     torch.testing.assert_close(windowed, dense)
-    assert all(max(shape) <= 8 for shape in seen)
+    assert {tuple(shape) for shape in seen} == {(8, 6)}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])

@@ -82,7 +82,8 @@ def test_painting_once_is_one_step(model, h, w):
     noises = noise, model.config.grain("r125", 1.0) * grain
     with torch.no_grad():
         text = model.text_encoder(["a red door"] * 2)
-        once = model.paint_once(model.z_hat(tokens, "r125"), text, *noises)
+        windows = model.window_sides("r125", h, w)
+        once = model.paint_once(model.z_hat(tokens, "r125"), text, *noises, windows)
     assert torch.equal(once.clamp(-1, 1), paint(model, tokens))
 
 

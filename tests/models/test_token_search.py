@@ -80,21 +80,24 @@ def test_files_hold_the_tokens_that_were_found(codec):
 
 
 def test_tiles_keep_what_earlier_ones_found(codec):
-    """Windows of 16 latents overlap by 8: 512 pixels are 64 latents, so tiles at 0, 24, 48."""
+    """Windows of 18 latents overlap by 8: 512 pixels are 64 latents, so tiles at 0 and 30."""
     model = codec.model
-    assert (model.config.window, model.config.overlap) == (16, 8)
-    assert tiles(64, 16, 8, 2) == [slice(0, 32), slice(24, 64)]
+    windows = model.window_sides("fine", 8, 64)
+    assert (windows, model.config.overlap) == ((16, 18), 8)
+    first, _ = tiles(64, 18, 8, 2)
+    assert first == slice(0, 38)
     search = TokenSearch(model, "fine", 2)
     image = tensor(photo(512, 64))
     whole = search(image, "")
     text = model.text_encoder([""])
     noise, grain = model.draw_noise(8, 64, 0)
     grain = model.config.grain("fine", 1.0) * grain
-    start = model.directions(image, "fine").clone()[:, :, :16]
-    free = torch.zeros(1, 4, 16, dtype=torch.bool)
-    first = search._improve(start, free, image[..., :256], text, (noise[..., :32], grain[..., :32]))
-    assert torch.equal(whole[:, :, :16], first)
-    assert not torch.equal(whole[:, :, 16:], model.directions(image, "fine")[:, :, 16:])
+    before = model.directions(image, "fine").clone()[:, :, :19]
+    free = torch.zeros(1, 4, 19, dtype=torch.bool)
+    start = noise[..., :38], grain[..., :38], windows
+    found = search._improve(before, free, image[..., :304], text, start)
+    assert torch.equal(whole[:, :, :19], found)
+    assert not torch.equal(whole[:, :, 19:], model.directions(image, "fine")[:, :, 19:])
 
 
 def test_refusals(codec, sd3_folder):

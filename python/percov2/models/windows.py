@@ -13,12 +13,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Windows", "sample", "whole_patches", "window_starts"]
+__all__ = ["Windows", "sample", "whole_patches", "window_side", "window_starts"]
 
 
 def whole_patches(length: int, patch: int) -> int:
     """Round a side up to a multiple of the flow's patch side."""
     return -(-length // patch) * patch
+
+
+def window_side(length: int, window: int, overlap: int, unit: int = 1) -> int:
+    """Return the side of the windows that cover ``length`` positions with the least work.
+
+    Where one window is too short, these are the fewest windows of at most 9/8 of ``window``, and
+    among those the smallest, a multiple of ``unit``. If there is none, the side is ``window``.
+
+    >>> [window_side(length, 32, 8, unit=2) for length in (24, 36, 64, 96)]
+    [32, 36, 36, 30]
+    """
+    count, exact = 0, length
+    while exact > window:
+        count += 1
+        exact = -(-(length + (count - 1) * overlap) // count)
+        side = -(-exact // unit) * unit
+        if side <= window * 9 // 8:
+            return side
+    return window
 
 
 def window_starts(length: int, window: int, stride: int) -> list[int]:
@@ -48,23 +67,24 @@ class Windows:
     norm: NDArray[np.float32]
 
     @classmethod
-    def covering(cls, sides: tuple[int, int], window: int, overlap: int) -> Windows:
+    def covering(cls, sides: tuple[int, int], windows: tuple[int, int], overlap: int) -> Windows:
         """Return windows for a grid of sides (height, width).
 
-        A window has at most ``window`` positions a side and shares ``overlap`` with its neighbour.
+        A window has at most ``windows`` positions a side and shares ``overlap`` with its neighbour.
 
         Raises:
-            ValueError: an overlap that is negative or not below the window.
+            ValueError: an overlap that is negative or not below the windows.
         """
-        if not 0 <= overlap < window:
-            raise ValueError(f"overlap must lie in 0…{window - 1}, not {overlap}")
-        height, width = sides
-        rows, columns = min(window, height), min(window, width)
-        stride = window - overlap
-        tops, lefts = (window_starts(side, window, stride) for side in (height, width))
+        if not 0 <= overlap < min(windows):
+            raise ValueError(f"overlap must lie in 0…{min(windows) - 1}, not {overlap}")
+        rows, columns = map(min, windows, sides)
+        tops, lefts = (
+            window_starts(side, window, window - overlap)
+            for side, window in zip(sides, windows, strict=True)
+        )
         places = [(slice(y, y + rows), slice(x, x + columns)) for y, x in product(tops, lefts)]
         weight = _ramp(rows, overlap)[:, None] * _ramp(columns, overlap)
-        norm = np.zeros((height, width), np.float32)
+        norm = np.zeros(sides, np.float32)
         for ys, xs in places:
             norm[ys, xs] += weight
         return cls(places, weight, norm)

@@ -176,4 +176,5 @@ class PerCoModel(TorchBackbone):
             both = torch.cat([noisy, z], 1).to(self.place.dtype)
             return unet(both, t, text[rows], return_dict=False)[0].float()
 
-        return WindowedEstimate(window, self.config.window, self.config.overlap)(x, z_hat)
+        sides = self.config.window, self.config.window
+        return WindowedEstimate(window, sides, self.config.overlap)(x, z_hat)

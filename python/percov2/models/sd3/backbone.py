@@ -151,13 +151,14 @@ class SD3Model(TorchBackbone):
         noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         x = noise.to(place.device).expand(len(z_hat), -1, -1, -1)
         window, every_row = self.config.window, torch.arange(len(x), device=x.device)
+        sides, overlap = (window, window), self.config.overlap
         with place.at_work(flow):
             for time in scheduler.timesteps:
                 now = partial(velocity, time)
                 if max(x.shape[-2:]) <= window:  # one window needs no blending
                     estimate = now(x, z_hat, every_row)
                 else:
-                    blended = WindowedEstimate(now, window, self.config.overlap, batch=1)
+                    blended = WindowedEstimate(now, sides, overlap, batch=1)
                     estimate = blended(x, z_hat)
                 x = scheduler.step(estimate, time, x, return_dict=False)[0]
         return x

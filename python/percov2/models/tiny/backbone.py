@@ -23,11 +23,11 @@ from percov2._native import instruction_sets
 from percov2.caching import remembered
 from percov2.images import from_unit_range
 from percov2.models.backbone import Backbone
-from percov2.models.config import LATENT_SIDE, PREDICTIONS, read_config
+from percov2.models.config import LATENT_SIDE, PREDICTIONS, ModelConfig, read_config
 from percov2.models.stored_tensors import read_network
 from percov2.models.tiny.captions import caption_rows
 from percov2.models.tiny.graphs import Graph
-from percov2.models.windows import Windows, sample, whole_patches
+from percov2.models.windows import Windows, sample, whole_patches, window_side
 
 __all__ = ["TinyModel", "draw_noise", "position_table"]
 
@@ -51,6 +51,20 @@ def draw_noise(shape: tuple[int, int, int], seed: int) -> Array:
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     return generator.standard_normal((2, *shape), np.float32)
+
+
+def window_sides(
+    config: ModelConfig, rate: str, sides: tuple[int, int], patch: int
+) -> tuple[int, int]:
+    """Return the sides of the windows of the flow for latents of (height, width).
+
+    In windows of any of these sides, tokens have the same places in the flow's table of positions,
+    which is cut around its centre in patches of ``patch`` latents.
+    """
+    ratio = config.rate(rate).token_side // LATENT_SIDE
+    unit = patch if ratio <= patch else 2 * ratio
+    height, width = (window_side(n, config.window, config.overlap, unit) for n in sides)
+    return height, width
 
 
 def position_table(width: int, side: int, base_side: int) -> Array:
@@ -391,6 +405,11 @@ class TinyModel(Backbone):
         condition = _Condition(self._projected(tokens, rate), tokens, self._ratio(rate))
         patch, channels = self._flow_config["patch_size"], self._flow_config["out_channels"]
         rows, columns = (whole_patches(side, patch) for side in condition.sides)
+        windows = Windows.covering(
+            (rows, columns),
+            window_sides(self.config, rate, (rows, columns), patch),
+            self.config.overlap,
+        )
         realism = self.config.chosen_realism(rate, realism)
         noise, grain = draw_noise((channels, rows, columns), seed)
         texts = [self._conditioning(captions, realism)]
@@ -398,7 +417,7 @@ class TinyModel(Backbone):
             texts.append(self._conditioning([""] * len(captions), realism))
 
         def estimate(noisy: Array, condition: _Condition, t: float) -> Array:
-            clean, *without = (self._estimate(noisy, condition, t, text) for text in texts)
+            clean, *without = (self._estimate(noisy, condition, t, text, windows) for text in texts)
             return without[0] + guidance * (clean - without[0]) if without else clean
 
         start = np.broadcast_to(noise, (len(tokens), *noise.shape))
@@ -452,12 +471,16 @@ class TinyModel(Backbone):
         return offset
 
     def _estimate(
-        self, noisy: Array, condition: _Condition, t: float, text: tuple[Array, Array]
+        self,
+        noisy: Array,
+        condition: _Condition,
+        t: float,
+        text: tuple[Array, Array],
+        windows: Windows,
     ) -> Array:
         """Return estimates of the clean latents from those at time t, window by window."""
         config = self.config
         assert config.prediction in PREDICTIONS
-        windows = Windows.covering(noisy.shape[2:], config.window, config.overlap)
         total = np.zeros_like(noisy)
         cuts = [(b, place) for b in range(len(noisy)) for place in windows.places]
         firsts = range(0, len(cuts), _WINDOWS_AT_ONCE)

@@ -105,26 +105,24 @@ def estimate_clean(
 class WindowedEstimate:
     """An estimator of clean latents of any size in overlapping windows.
 
-    ``estimate`` maps (noisy, z_hat, index of the batch row per window), all of at most ``window`` ×
-    ``window`` latent positions, to clean latents, ``batch`` windows per call, which bound the
+    ``estimate`` maps (noisy, z_hat, index of the batch row per window), all of at most ``windows``
+    latent positions (rows, columns), to clean latents, ``batch`` windows per call, which bound the
     memory. Neighbours share ``overlap`` positions; their estimates are blended linearly.
     """
 
     def __init__(
         self,
         estimate: Callable[[Tensor, Tensor, Tensor], Tensor],
-        window: int,
+        windows: tuple[int, int],
         overlap: int,
         batch: int = 8,
     ) -> None:
-        if not 0 <= overlap < window:
-            raise ValueError(f"overlap must lie in 0…{window - 1}, not {overlap}")
-        self.estimate, self.window, self.overlap, self.batch = estimate, window, overlap, batch
+        self.estimate, self.windows, self.overlap, self.batch = estimate, windows, overlap, batch
 
     def __call__(self, noisy: Tensor, z_hat: Tensor) -> Tensor:
         """Return estimates of x_0 for noisy [B, 16, h, w] and z_hat [B, C, h, w]."""
         count, _, height, width = noisy.shape
-        windows = Windows.covering((height, width), self.window, self.overlap)
+        windows = Windows.covering((height, width), self.windows, self.overlap)
         weight = torch.from_numpy(windows.weight).to(noisy)
         total = torch.zeros_like(noisy)
         cuts = [(b, ys, xs) for b in range(count) for ys, xs in windows.places]

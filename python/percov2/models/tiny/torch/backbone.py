@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from percov2.models.backbone import BackboneOptions
-from percov2.models.tiny.backbone import draw_noise
+from percov2.models.tiny.backbone import draw_noise, window_sides
 from percov2.models.tiny.torch.autoencoder import PatchAutoencoder
 from percov2.models.tiny.torch.dial import RealismDial
 from percov2.models.tiny.torch.text_encoder import HashedTextEncoder
@@ -244,12 +244,13 @@ class TinyTorchModel(TorchBackbone):
         text = self.conditioning(captions, realism)
         empty = self.conditioning([""] * len(tokens), realism)
         guided = guidance != 1.0 and any(captions)
+        windows = self.window_sides(rate, height, width)
 
         def estimate(noisy: Tensor, z: Tensor, t: float) -> Tensor:
-            conditional = self._estimate(noisy, z, t, text)
+            conditional = self._estimate(noisy, z, t, text, windows)
             if not guided:
                 return conditional
-            unconditional = self._estimate(noisy, z, t, empty)
+            unconditional = self._estimate(noisy, z, t, empty, windows)
             return unconditional + guidance * (conditional - unconditional)
 
         latents = sample(estimate, z_hat, noise.expand(len(tokens), -1, -1, -1), steps)
@@ -272,21 +273,36 @@ class TinyTorchModel(TorchBackbone):
         noise, grain = torch.from_numpy(draw_noise((channels, rows, columns), seed))
         return noise.to(self.device), grain.to(self.device)
 
+    def window_sides(self, rate: str, height: int, width: int) -> tuple[int, int]:
+        """Return the sides of the flow's windows for height × width latents."""
+        rows, columns = (whole_patches(side, self.patch) for side in (height, width))
+        return window_sides(self.config, rate, (rows, columns), self.patch)
+
     def paint_once(
-        self, z_hat: Tensor, text: tuple[Tensor, Tensor], noise: Tensor, grain: Tensor
+        self,
+        z_hat: Tensor,
+        text: tuple[Tensor, Tensor],
+        noise: Tensor,
+        grain: Tensor,
+        windows: tuple[int, int],
     ) -> Tensor:
         """Return images [B, 3, H, W] after one step without guidance, unclamped, differentiable.
 
         z_hat is [B, C, H/8, W/8]; noise and grain are those of :meth:`draw_noise`, the latter times
-        ``ModelConfig.grain``.
+        ``ModelConfig.grain``; windows are those of :meth:`window_sides`.
         """
         height, width = z_hat.shape[-2:]
         z_hat = flows.pad_to_patches(z_hat, self.patch)
-        clean = self._estimate(noise.expand(len(z_hat), -1, -1, -1), z_hat, 1.0, text)
+        clean = self._estimate(noise.expand(len(z_hat), -1, -1, -1), z_hat, 1.0, text, windows)
         return self._decode(clean + grain, height, width)
 
     def _estimate(
-        self, noisy: Tensor, z_hat: Tensor, t: float, text: tuple[Tensor, Tensor]
+        self,
+        noisy: Tensor,
+        z_hat: Tensor,
+        t: float,
+        text: tuple[Tensor, Tensor],
+        windows: tuple[int, int],
     ) -> Tensor:
         """Return estimates of the clean latents from those at time t, window by window."""
         config = self.config
@@ -296,7 +312,7 @@ class TinyTorchModel(TorchBackbone):
             picked = (text[0][rows], text[1][rows])
             return flows.estimate_clean(self.flow, x, cut, times, picked, config.prediction)
 
-        return flows.WindowedEstimate(window, config.window, config.overlap)(noisy, z_hat)
+        return flows.WindowedEstimate(window, windows, config.overlap)(noisy, z_hat)
 
     def _decode(self, latents: Tensor, height: int, width: int) -> Tensor:
         """Return unclamped images of height × width latents; on GPUs in batches."""

@@ -91,7 +91,11 @@ class TokenSearch:
         noise, grain = self.model.draw_noise(*latents, seed=0)
         grain = config.grain(self.rate, realism) * grain
         searched = torch.zeros(directions.shape[:-1], dtype=torch.bool, device=directions.device)
-        sides = [tiles(n, config.window, config.overlap, self.unit) for n in latents]
+        windows = self.model.window_sides(self.rate, *latents)
+        sides = [
+            tiles(length, window, config.overlap, self.unit)
+            for length, window in zip(latents, windows, strict=True)
+        ]
         for ys, xs in product(*sides):
             both = [(s.start, s.stop) for s in (ys, xs)]
             places = (slice(None), *[slice(a // self.unit, b // self.unit) for a, b in both])
@@ -101,7 +105,7 @@ class TokenSearch:
             noises = (noise[:, rows, columns], grain[:, rows, columns])
             tile = image[..., down, across]
             directions[places] = self._improve(
-                directions[places], searched[places], tile, text, noises
+                directions[places], searched[places], tile, text, (*noises, windows)
             )
             searched[places] = True
         return directions
@@ -116,7 +120,7 @@ class TokenSearch:
         fixed: Tensor,
         image: Tensor,
         text: tuple[Tensor, Tensor],
-        noises: tuple[Tensor, Tensor],
+        start: tuple[Tensor, Tensor, tuple[int, int]],
     ) -> Tensor:
         """Return the directions of one tile after all rounds, unchanged where ``fixed`` is True."""
         quantizer = self.model.quantizer(self.rate)
@@ -127,7 +131,7 @@ class TokenSearch:
         for down, right in shifts.tolist():
             z_hat, _ = quantizer.straight_through(self._kept(directions, fixed, moved))
             z_hat = z_hat.repeat_interleave(self.unit, -2).repeat_interleave(self.unit, -1)
-            painted = self.model.paint_once(z_hat, text, *noises)
+            painted = self.model.paint_once(z_hat, text, *start)
             lpips = self.lpips(painted[..., down:, right:], image[..., down:, right:]).mean()
             loss = L1_WEIGHT * (painted - image).abs().mean() + LPIPS_WEIGHT * lpips
             (moved.grad,) = torch.autograd.grad(loss, moved)
