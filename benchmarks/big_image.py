@@ -23,7 +23,11 @@ from PIL import ImageOps
 from percov2 import Codec
 from percov2.images import read_image
 from percov2.models.config import LATENT_SIDE
+from percov2.models.tiny.backbone import window_sides
 from percov2.models.windows import window_starts
+
+_PATCH = 2
+"""Latents per side of a patch of the flow of `tiny`."""
 
 
 def border_places(side: int, window: int, overlap: int) -> NDArray[np.int64]:
@@ -59,8 +63,9 @@ def main() -> None:
     side = 512 if arguments.quick else arguments.side
     image = ImageOps.fit(read_image(arguments.picture).convert("RGB"), (side, side))
     codec = Codec.from_pretrained(arguments.model)
-    places = border_places(side, codec.config.window, codec.config.overlap)
     rate = codec.config.rate(arguments.rate or codec.config.default_rate)
+    window, _ = window_sides(codec.config, rate.name, (side // LATENT_SIDE,) * 2, _PATCH)
+    places = border_places(side, window, codec.config.overlap)
     if not len(places) or side % rate.token_side:
         raise SystemExit(f"{side} must be a multiple of the token side, and larger than a window")
     small = image.resize((64, 64))

@@ -81,7 +81,8 @@ class ModelConfig:
         default_rate, default_schedule: names of a rate and of an entropy schedule.
         steps, guidance: default sampling; a rate may have its own steps.
         prediction: output of the flow transformer, "velocity" or "sample".
-        window, overlap: sides of the sampling windows, in latent positions.
+        window, overlap: sides of the sampling windows, in latent positions; those of "tiny" may be
+            an eighth longer (``percov2.models.windows.window_side``).
         backbone: kind of the networks, one of ``_BACKBONES``.
         base: hub id or folder of a large backbone's base model; "" for "tiny".
         decoder_noise: standard deviation at realism 1 of the noise that "tiny" adds to the sampled
