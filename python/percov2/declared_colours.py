@@ -130,9 +130,7 @@ def _read_tiff(image: Any) -> None:
 def _read_exif(image: Image.Image) -> None:
     """Have Pillow keep the Exif block of a TIFF file; it reads it late, from a closed file."""
     with suppress(Exception):  # a damaged block, which the caller reports
-        exif = image.getexif()
-        for ifd in (ExifTags.IFD.Exif, ExifTags.IFD.Interop):
-            exif.get_ifd(ifd)
+        _exif_tables(image)
 
 
 def _png_chunks(stream: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
@@ -224,16 +222,26 @@ def _exif_says_adobe_rgb(image: Image.Image) -> bool:
     DCF knows sRGB (interoperability R98) and Adobe RGB (R03, "uncalibrated"); some writers say 2.
     """
     try:
-        exif: Any = image.getexif()
-        space = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.ColorSpace)
-        index = exif.get_ifd(ExifTags.IFD.Interop).get(ExifTags.Interop.InteropIndex)
+        table, interoperability = _exif_tables(image)
     except Exception:  # a damaged block, which the caller reports
         unread: Any = image
         unread._exif = None  # Pillow would not raise its error again
         return False
+    space = table.get(ExifTags.Base.ColorSpace)
+    index = interoperability.get(ExifTags.Interop.InteropIndex)
     if space == 0xFFFF:
         return not str(index).startswith("R98")
     return space == 2 or (space is None and str(index).startswith("R03"))
+
+
+def _exif_tables(image: Image.Image) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Return the tables Exif and Interoperability of a picture, empty ones where there is none."""
+    exif = image.getexif()
+    table = exif.get_ifd(ExifTags.IFD.Exif)
+    try:
+        return table, exif.get_ifd(ExifTags.IFD.Interop)
+    except KeyError:  # of Pillow before 13, if there is none
+        return table, {}
 
 
 def _transfer_of(profile: bytes) -> int:

@@ -9,14 +9,24 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from percov2.cli import bench, compress, decompress, evaluate, import_perco, info, roundtrip, train
+from percov2.cli import (
+    bench,
+    compress,
+    decompress,
+    demo,
+    evaluate,
+    import_perco,
+    info,
+    roundtrip,
+    train,
+)
 from percov2.cli.faults import about, printable, report_faults
 from percov2.cli.version import VersionAction
 from percov2.extras import require
 
 __all__ = ["build_parser", "main"]
 
-COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco, bench)
+COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco, demo, bench)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
