@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
@@ -42,6 +43,23 @@ def random_model(tmp_path_factory) -> Path:
     from tools import random_model as builder
 
     return builder.build(tmp_path_factory.mktemp("model") / "random")
+
+
+@pytest.fixture
+def browser() -> Any:
+    """A headless Chromium under playwright; FAIL_WITHOUT_BROWSER=1 makes a failure of the skip."""
+    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None or find_spec("playwright") is None:
+        reason = "no chromium, or no package playwright"
+        if os.environ.get("FAIL_WITHOUT_BROWSER") == "1":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -95,6 +95,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "efficientnet_lite_pytorch imageio_ffmpeg matplotlib pillow_heif pillow_jxl skimage "
         "torchmetrics transformers",
     ),
+    "percov2.demo": ("@codec demo evaluation", "gradio numpy PIL", ""),
     "percov2.training": (
         "@codec datasets.shards training evaluation photos",
         "diffusers numpy PIL safetensors torch tqdm",
@@ -124,7 +125,7 @@ stored_files tokenizing"""
 LAZY: dict[str, str] = {
     "percov2.bench": "triton_kernels",
     "percov2.codec": "models.tiny.torch",
-    "percov2.cli": "@codec bench datasets evaluation photos training",
+    "percov2.cli": "@codec bench datasets demo evaluation photos training",
     "percov2.places": "files",
     "percov2.entropy": "entropy.torch",
     "percov2.entropy.torch": "triton_kernels",

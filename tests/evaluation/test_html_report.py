@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
-import shutil
 from html.parser import HTMLParser
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -165,28 +162,6 @@ def test_the_commands_write_a_page(reports, random_model, tmp_path, capsys):
     common = ("eval", "kodak", photos, "--out", folder, "--model", random_model, "--steps", 1)
     assert f"{folder / 'report.html'}\n" in output(capsys, *common, "--html")
     assert len(Page((folder / "report.html").read_text()).captions) == 2
-
-
-def chromium():
-    """Return the path of a browser, or skip; FAIL_WITHOUT_BROWSER=1 makes a failure of the skip."""
-    path = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
-    if path is None or find_spec("playwright") is None:
-        reason = "no chromium, or no package playwright"
-        if os.environ.get("FAIL_WITHOUT_BROWSER") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
-
-
-@pytest.fixture
-def browser():
-    path = chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def test_in_a_browser_tables_sort_and_pictures_are_compared(reports, browser, tmp_path):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
 
 from percov2.codec import Codec
+from percov2.container.bitstream import BitstreamError
 from percov2.evaluation.baselines import BASELINES, attempts_within, best_of
 from percov2.evaluation.metrics import Original
 from percov2.images import decode_image, to_rgb
@@ -92,18 +93,24 @@ class Answers:
 
         Raises ValueError for another file, a damaged one, or too large a picture.
         """
-        options = DecodeOptions(realism=realism, max_pixels=self.most_pixels, allow_truncated=True)
-        (decoded,) = self.codec.decode([file], options)
+        options = DecodeOptions(realism=realism, max_pixels=self.most_pixels)
+        fault = ""
+        try:
+            (decoded,) = self.codec.decode([file], options)
+        except BitstreamError as error:
+            options = replace(options, allow_truncated=True)
+            (decoded,) = self.codec.decode([file], options)
+            fault = f"; **{error}**"
         (restored,) = self.codec.paint([decoded], options)
         pixels = restored.width * restored.height
         sentence = (
             f"**{len(file):,} bytes**, {8 * len(file) / pixels:.4f} bpp, "
-            f"{restored.width}×{restored.height} pixels, rate {decoded.rate.name}"
+            f"{restored.width}×{restored.height} pixels, rate {decoded.rate.name}{fault}"
         )
         if decoded.stages < decoded.stage_count:
             sentence += (
-                f"; the file holds {decoded.stages} of {decoded.stage_count} stages, and the model "
-                "drew the others"
+                f"; {decoded.stages} of {decoded.stage_count} stages are from the file, "
+                "and the model drew the others"
             )
         if decoded.caption:
             sentence += f"; caption “{decoded.caption}”"
