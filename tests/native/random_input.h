@@ -1,9 +1,6 @@
 // Seeded random inputs of the native tests, and memory that ends where nobody may read.
 #pragma once
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -11,6 +8,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "pages.h"
 #include "support/isa.h"
 
 namespace percov2_test {
@@ -77,22 +75,19 @@ template <class T>
 class Fenced {
  public:
   Fenced(std::int64_t count, bool fence_before = false) {
-    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const std::size_t page = page_size();
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
     const std::size_t body = (bytes + page - 1) / page * page;
     length_ = body + 2 * page;
-    void* mapped =
-        mmap(nullptr, length_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (mapped == MAP_FAILED) std::abort();
-    base_ = static_cast<unsigned char*>(mapped);
-    if (mprotect(base_, page, PROT_NONE) != 0) std::abort();
-    if (mprotect(base_ + page + body, page, PROT_NONE) != 0) std::abort();
+    base_ = take_pages(length_);
+    fence_pages(base_, page);
+    fence_pages(base_ + page + body, page);
     data_ = reinterpret_cast<T*>(base_ + page + (fence_before ? 0 : body - bytes));
     count_ = count;
   }
   Fenced(const Fenced&) = delete;
   Fenced& operator=(const Fenced&) = delete;
-  ~Fenced() { munmap(base_, length_); }
+  ~Fenced() { return_pages(base_, length_); }
 
   T* data() { return data_; }
   const T* data() const { return data_; }
