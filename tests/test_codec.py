@@ -478,3 +478,10 @@ def test_a_deleted_codec_is_freed_at_once(runtime):
         assert [one() for one in left] == [None, None]
     finally:
         gc.enable()
+
+
+def test_a_notebook_shows_a_decoded_file_as_a_table(codec):
+    data = codec.compress(noise(70, 50), rate="coarse", caption="a <red> door")
+    shown = codec.decode([data])[0]._repr_html_()
+    for text in ("70×50", "coarse", "3×2, 300 codes", "6 of 6 stages", "a &lt;red&gt; door"):
+        assert text in shown

@@ -78,6 +78,11 @@ RULES: dict[str, tuple[str, str, str]] = {
         "numpy PIL",
         "",
     ),
+    "percov2.pillow": (
+        "container.bitstream container.captions models.config options",
+        "PIL",
+        "",
+    ),
     "percov2.places": ("extras", "", "fsspec"),
     "percov2.codec": (
         f"batching coarser_rates container images inputs many_pictures options tokenizing {CORE} "
@@ -126,6 +131,7 @@ LAZY: dict[str, str] = {
     "percov2.bench": "triton_kernels",
     "percov2.codec": "models.tiny.torch",
     "percov2.cli": "@codec bench datasets demo evaluation photos training",
+    "percov2.pillow": "codec",
     "percov2.places": "files",
     "percov2.entropy": "entropy.torch",
     "percov2.entropy.torch": "triton_kernels",
@@ -320,6 +326,7 @@ def modules_after(statement: str) -> set[str]:
         ("import percov2", ["numpy", "torch", "PIL", "percov2._native", "percov2.codec"]),
         ("import percov2.container.bitstream", ["numpy", "torch", "PIL", "percov2._native"]),
         ("import percov2.cli.main", ["torch", "diffusers", "transformers", "percov2._native"]),
+        ("import percov2.pillow", ["numpy", "torch", "onnxruntime", "percov2._native"]),
         ("import percov2.triton_kernels", ["torch", "triton"]),
         ("import percov2.container.tokens_file", ["torch", "PIL"]),
     ],

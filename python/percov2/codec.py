@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any, overload
 
@@ -68,6 +69,19 @@ class DecodedFile:
     def stage_count(self) -> int:
         """Return the number of stages of the tokens."""
         return stage_count(SCHEDULES[self.header.schedule], *self.tokens.shape)
+
+    def _repr_html_(self) -> str:
+        """Return a table for notebooks, where the tokens would fill the screen."""
+        header, (height, width) = self.header, self.tokens.shape
+        rows = {
+            "picture": f"{header.width}×{header.height}",
+            "rate": self.rate.name,
+            "tokens": f"{width}×{height}, {self.rate.codebook_size} codes",
+            "schedule": f"{SCHEDULES[header.schedule]}, {self.stages} of {self.stage_count} stages",
+            "caption": self.caption or "none",
+        }
+        cells = (f"<tr><th>{name}</th><td>{escape(rows[name])}</td></tr>" for name in rows)
+        return f"<table>{''.join(cells)}</table>"
 
 
 class Codec:

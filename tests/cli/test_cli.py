@@ -19,9 +19,10 @@ from PIL import Image
 
 import percov2
 from percov2 import Codec
-from percov2.cli import info, train
+from percov2.cli import train
 from percov2.cli.main import build_parser
 from percov2.entropy import SCHEDULES, rans
+from percov2.models import config
 from tools.command_line import failure, output, run, subprocess_run
 
 
@@ -104,7 +105,8 @@ def test_info_names_the_embedded_model_of_a_file(
     embedded = tmp_path / "pretrained" / "some"
     embedded.mkdir(parents=True)
     (embedded / "config.json").write_bytes((random_model / "config.json").read_bytes())
-    monkeypatch.setattr(info, "EMBEDDED", embedded.parent)
+    read = config._rates_by_id.__wrapped__
+    monkeypatch.setattr(config, "_rates_by_id", lambda _: read(embedded.parent))
     for model_id, expected in [
         (codec.model_id("fine"), ("random", "fine")),
         (codec.model_id("fine") ^ 1, (None, None)),

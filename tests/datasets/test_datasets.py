@@ -372,13 +372,30 @@ def cluster():
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setenv("RAY_worker_niceness", "0")  # Ray's workers would wait for other tests
     small = {"num_cpus": 2, "object_store_memory": 1 << 27, "include_dashboard": False}
+    plugin = {"worker_process_setup_hook": "percov2.pillow.register"}
     try:
-        ray.init(**small, log_to_driver=False)
+        ray.init(**small, runtime_env=plugin, log_to_driver=False)
     except Exception as error:  # some sandboxes allow no server
         pytest.skip(f"Ray does not start on this machine: {error}")
     yield ray
     ray.shutdown()
     monkeypatch.undo()
+
+
+def test_ray_reads_pictures_with_the_plugin_of_pillow(cluster, tmp_path):
+    import ray.data
+
+    import percov2.pillow  # noqa: F401
+
+    paths = [tmp_path / f"{i}.pcv2" for i in range(3)]
+    for i, path in enumerate(paths):
+        noise(40, 30 + i).save(path, rate="r002")
+    rows = ray.data.read_images(
+        str(tmp_path), file_extensions=["pcv2"], include_paths=True
+    ).take_all()
+    assert len(rows) == 3
+    for row in rows:
+        np.testing.assert_array_equal(row["image"], np.asarray(Image.open(row["path"])))
 
 
 def test_ray_gives_the_same_shards(cluster, shards, tmp_path, capsys):

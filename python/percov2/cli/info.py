@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from percov2.cli.faults import Fault, about, printable, say
@@ -18,9 +17,8 @@ if TYPE_CHECKING:
     from percov2.codec import Codec
     from percov2.container.bitstream import ParsedFile
 
-__all__ = ["EMBEDDED", "add_parser", "info", "read_file"]
+__all__ = ["add_parser", "info", "read_file"]
 
-EMBEDDED = Path(__file__).parent.parent / "pretrained"
 MAX_FILE_BYTES = 1 << 26
 """Upper bound on the length of a ``.pcv2`` file within the largest pixel limit."""
 _UNUSED = ("realism", "steps", "guidance", "seed", "allow_truncated")
@@ -98,9 +96,10 @@ def _describe(name: str, data: bytes, parsed: ParsedFile) -> dict[str, Any]:
     """Return the facts of a file that need no decoding of its tokens."""
     from percov2.container.captions import CAPTION_CODECS, decode_caption
     from percov2.entropy.schedule import SCHEDULES
+    from percov2.models.config import embedded_rate
 
     header, model_id = parsed.header, f"{parsed.header.model_id:04x}"
-    model, rate = _embedded_model(model_id)
+    model, rate = embedded_rate(header.model_id) or (None, None)
     unread = header.caption_codec == bitstream.CAPTION_MODEL  # needs the model: --verify
     return {
         "file": name,
@@ -131,20 +130,6 @@ def _parts(data: bytes, bits: dict[str, float]) -> dict[str, float]:
         "tokens": max(0.0, len(data) - sum(parts.values())),
         "check": parts["check"],
     }
-
-
-def _embedded_model(model_id: str) -> tuple[str | None, str | None]:
-    """Return the names of the embedded model and rate with this id, or (None, None).
-
-    Each line of a ``model_id`` file holds the hexadecimal id of a rate, a space and its name.
-    """
-    for path in sorted(EMBEDDED.glob("*/model_id")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            known, _, rate = line.partition(" ")
-            if known == model_id:
-                config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-                return config["name"], rate
-    return None, None
 
 
 def _print_info(record: dict[str, Any]) -> None:

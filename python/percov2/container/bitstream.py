@@ -42,6 +42,7 @@ __all__ = [
     "keeps_dense_promise",
     "prefix",
     "read",
+    "version_fault",
 ]
 
 
@@ -385,16 +386,23 @@ def is_file(start: bytes) -> bool:
     return len(start) >= 2 and start[0] == _MAGIC >> 4 and start[1] >> 4 == _MAGIC & 15
 
 
+def version_fault(start: bytes) -> str:
+    """Return "" for bytes that begin as a file of a version that is read, else the fault."""
+    if len(start) > 1 and start[1] & 15 != _VERSION:
+        return (
+            f"unsupported .pcv2 version {start[1] & 15}: this version of percov2 reads {_VERSION}"
+        )
+    return ""
+
+
 def _read_prefix(data: bytes) -> None:
     if not data:
         raise BitstreamError("the file is empty")
     starts = f"it starts with {data[:4].hex(' ')}, a .pcv2 file with fc 2x"
     if data[0] != _MAGIC >> 4 or (len(data) > 1 and data[1] >> 4 != _MAGIC & 15):
         raise BitstreamError(f"not a .pcv2 file: {starts}")
-    if len(data) > 1 and data[1] & 15 != _VERSION:
-        raise BitstreamError(
-            f"unsupported .pcv2 version {data[1] & 15}: this version of percov2 reads {_VERSION}"
-        )
+    if fault := version_fault(data):
+        raise BitstreamError(fault)
     if len(data) < PREFIX_BYTES:
         raise BitstreamError(
             f"the file is too short: {len(data)} bytes, a header needs at least {PREFIX_BYTES}"

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from percov2.extras import require
 from percov2.stored_files import one_line, read_json
 
 __all__ = ["EMBEDDED", "LATENT_SIDE", "PAPER_RATES", "PREDICTIONS", "ModelConfig", "Rate"]
-__all__ += ["find_model", "read_config"]
+__all__ += ["embedded_rate", "find_model", "read_config"]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "pretrained"
 """The folder of the models that are part of percov2."""
@@ -243,6 +244,26 @@ def read_config(folder: Path, *settings: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return values
+
+
+@lru_cache(1)
+def _rates_by_id(folder: Path) -> dict[int, tuple[str, str]]:
+    """Return the model and rate of every id of the models in a folder.
+
+    Each line of a ``model_id`` file holds the hexadecimal id of a rate, a space and its name.
+    """
+    found: dict[int, tuple[str, str]] = {}
+    for path in sorted(folder.glob("*/model_id")):
+        model = read_json(path.with_name("config.json"))["name"]
+        for line in path.read_text(encoding="utf-8").splitlines():
+            known, _, rate = line.partition(" ")
+            found.setdefault(int(known, 16), (model, rate))
+    return found
+
+
+def embedded_rate(model_id: int) -> tuple[str, str] | None:
+    """Return the names of the embedded model and rate with this id, or None."""
+    return _rates_by_id(EMBEDDED).get(model_id)
 
 
 def find_model(name_or_path: str | Path) -> tuple[Path, ModelConfig]:

@@ -7,8 +7,11 @@ that one copy of the weights serves both runtimes.
 
 from __future__ import annotations
 
+import ctypes
+import os
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import onnxruntime as ort
@@ -21,6 +24,22 @@ __all__ = ["WEIGHTS_HASH", "Graph"]
 
 WEIGHTS_HASH = "percov2.weights"
 """Key of a graph's metadata: SHA-256 of its safetensors file, hexadecimal."""
+
+_SESSIONS: WeakSet[ort.InferenceSession] = WeakSet()
+"""Sessions with threads of their own."""
+
+
+def _keep_sessions_for_ever() -> None:
+    """Keep inherited sessions in a forked child, where their threads do not exist.
+
+    The end of such a session would wait for its threads for ever.
+    """
+    for session in _SESSIONS:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_sessions_for_ever)
 
 
 class Graph:
@@ -54,16 +73,10 @@ class Graph:
         graph = read_regular(path, MOST_BYTES)
         tensors, weights_hash = read_weights(weights, prefix, int8)
         tensors |= extra or {}
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 4  # errors reach the caller as exceptions
+        self._threads, self._graph, self._names = threads, graph, list(tensors)
         self._kept = [ort.OrtValue.ortvalue_from_numpy(value) for value in tensors.values()]
-        options.add_external_initializers(list(tensors), self._kept)
         try:
-            self._session = ort.InferenceSession(
-                graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
-            )
+            self._open()
         except Exception as error:  # the runtime raises errors of its own types
             reason = one_line(error)
             raise ValueError(f"{path} is damaged or does not match {weights}: {reason}") from error
@@ -74,8 +87,24 @@ class Graph:
                 "`percov2 train export`"
             )
 
+    def _open(self) -> None:
+        """Make a session, whose threads belong to this process."""
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._threads
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 4  # errors reach the caller as exceptions
+        options.add_external_initializers(self._names, self._kept)
+        self._session = ort.InferenceSession(
+            self._graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
+        self._process = os.getpid()
+        if self._threads > 1:
+            _SESSIONS.add(self._session)
+
     def __call__(self, **inputs: NDArray[Any]) -> NDArray[np.float32]:
         """Return the graph's output for its inputs by name; ValueError if it does not fit them."""
+        if self._process != os.getpid():
+            self._open()
         try:
             (output,) = self._session.run(None, inputs)
         except Exception as error:  # the runtime raises errors of its own types
