@@ -23,6 +23,7 @@ enum CudaStatus : std::int32_t {
   kBadOffsets = 5,   // the stream does not lie in the buffer; its symbols are 0
   kBadState = 6,     // the state is not below 2^31; its symbols are 0
   kBadPosition = 7,  // the position is not in the stream; its symbols are 0
+  kBadRows = 8,      // its rows are not among those of all streams; it decodes nothing
 };
 
 // The target of a launch.
@@ -61,12 +62,14 @@ PackedHead packed_head(std::uint8_t* packed, std::int64_t streams);
 // Two launches. The bytes are those of BatchEncoder.
 void encode_streams(const EncodeTask& task, const CudaQueue& queue);
 
-// Decodes `symbols` symbols of each of `streams` streams.
+// Decodes `symbols` symbols of each of `streams` streams. With `rows`, the streams share `symbols`
+// rows of logits and symbols, and stream b decodes those from rows[b] up to rows[b + 1].
 struct DecodeTask {
   std::int64_t streams;
-  std::int64_t symbols;        // per stream; 0 only shifts due bytes in
+  std::int64_t symbols;        // per stream, or of all; 0 only shifts due bytes in
   std::int64_t codebook;       // 2 to 8192, at most half of 2^prob_bits
   int prob_bits;               // 8 to 20
+  const std::int64_t* rows;    // [streams + 1]; null: `symbols` rows for each stream
   const std::int16_t* logits;  // [streams, symbols, codebook]: base 2, 1/256 of an octave
   const std::uint8_t* bytes;   // [size]: the streams
   std::int64_t size;

@@ -83,6 +83,17 @@ __device__ inline std::int32_t stream_status(const DecodeTask& task, std::int64_
   return kOk;
 }
 
+// The rows of logits of one stream.
+struct Rows {
+  std::int64_t first;
+  std::int64_t count;  // negative if they are not among those of all streams
+};
+__device__ inline Rows rows_of(const DecodeTask& task, std::int64_t stream) {
+  if (task.rows == nullptr) return {stream * task.symbols, task.symbols};
+  const std::int64_t first = task.rows[stream], next = task.rows[stream + 1];
+  return {first, first >= 0 && next >= first && next <= task.symbols ? next - first : -1};
+}
+
 template <bool Whole>
 __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const DecodeTask task) {
   PERCOV2_SHARED(std::uint32_t, table, 256);
@@ -99,11 +110,13 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
   const std::int64_t end = task.offsets[stream + 1];
   const std::int32_t state = task.states[stream];
   std::int64_t position = task.positions[stream];
-  const std::int32_t status = stream_status(task, begin, end, state, position);
+  const Rows rows = rows_of(task, stream);
+  const std::int32_t status =
+      rows.count < 0 ? kBadRows : stream_status(task, begin, end, state, position);
   if (lane == 0) task.status[stream] = status;
-  std::int32_t* decoded = task.decoded + stream * task.symbols;
+  std::int32_t* decoded = task.decoded + rows.first;
   if (status != kOk) {
-    for (std::int64_t i = lane; i < task.symbols; i += kWarp) decoded[i] = 0;
+    for (std::int64_t i = lane; i < rows.count; i += kWarp) decoded[i] = 0;
     return;
   }
 
@@ -113,8 +126,8 @@ __global__ void __launch_bounds__(kDecodeWarps* kWarp) decode_kernel(const Decod
   const int blocks = (codebook + kCudaBlock - 1) / kCudaBlock;
   position += begin;
   std::uint32_t x = refill(static_cast<std::uint32_t>(state), task.bytes, position, end);
-  for (std::int64_t i = 0; i < task.symbols; ++i) {
-    const std::int16_t* row = task.logits + (stream * task.symbols + i) * codebook;
+  for (std::int64_t i = 0; i < rows.count; ++i) {
+    const std::int16_t* row = task.logits + (rows.first + i) * codebook;
     // Bytes that this symbol may shift in, loaded early.
     const bool whole = x >= kLowerBound && end - position >= 4;
     const std::uint32_t word = whole ? load_word(task.bytes + position) : 0;

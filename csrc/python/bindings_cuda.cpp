@@ -95,9 +95,9 @@ void encode(py::handle starts, py::handle freqs, py::handle counts, py::handle c
   encode_streams(task, {*device, reinterpret_cast<void*>(stream)});
 }
 
-void decode(py::handle logits, py::handle bytes, py::handle offsets, py::handle states,
-            py::handle positions, int prob_bits, py::handle symbols, py::handle status,
-            std::uintptr_t stream) {
+void decode(py::handle logits, py::handle rows, py::handle bytes, py::handle offsets,
+            py::handle states, py::handle positions, int prob_bits, py::handle symbols,
+            py::handle status, std::uintptr_t stream) {
   std::optional<int> device;
   const DeviceArray<std::int16_t> logit(logits, "logits", 3, device);
   const DeviceArray<std::uint8_t> byte(bytes, "bytes", 1, device);
@@ -106,16 +106,32 @@ void decode(py::handle logits, py::handle bytes, py::handle offsets, py::handle 
   const DeviceArray<std::int64_t> position(positions, "positions", 1, device);
   const DeviceArray<std::int32_t> symbol(symbols, "symbols", 2, device);
   const DeviceArray<std::int32_t> found(status, "status", 1, device);
-  const std::int64_t streams = logit.shape(0);
+  std::optional<DeviceArray<std::int64_t>> row;
+  const std::int64_t streams = rows.is_none() ? logit.shape(0) : state.shape(0);
+  if (!rows.is_none()) {
+    row.emplace(rows, "rows", 1, device);
+    row->require(0, streams + 1);
+    logit.require(0, 1);
+  }
   offset.require(0, streams + 1);
   state.require(0, streams);
   position.require(0, streams);
-  symbol.require(0, streams);
+  symbol.require(0, logit.shape(0));
   symbol.require(1, logit.shape(1));
   found.require(0, streams);
-  const DecodeTask task = {streams,        logit.shape(1),    logit.shape(2),  prob_bits,
-                           logit.data(),   byte.data(),       byte.shape(0),   offset.data(),
-                           state.output(), position.output(), symbol.output(), found.output()};
+  const DecodeTask task = {streams,
+                           logit.shape(1),
+                           logit.shape(2),
+                           prob_bits,
+                           row ? row->data() : nullptr,
+                           logit.data(),
+                           byte.data(),
+                           byte.shape(0),
+                           offset.data(),
+                           state.output(),
+                           position.output(),
+                           symbol.output(),
+                           found.output()};
   const py::gil_scoped_release unlocked;
   decode_stage(task, {*device, reinterpret_cast<void*>(stream)});
 }
@@ -135,8 +151,8 @@ void encode(py::handle, py::handle, py::handle, py::handle, int, py::handle, py:
             std::uintptr_t) {
   explain();
 }
-void decode(py::handle, py::handle, py::handle, py::handle, py::handle, int, py::handle, py::handle,
-            std::uintptr_t) {
+void decode(py::handle, py::handle, py::handle, py::handle, py::handle, py::handle, int, py::handle,
+            py::handle, std::uintptr_t) {
   explain();
 }
 
@@ -151,9 +167,9 @@ void bind_cuda(py::module_& module) {
   module.def("cuda_encode", &encode, py::arg("starts"), py::arg("freqs"), py::arg("counts"),
              py::arg("checks"), py::arg("prob_bits"), py::arg("scratch"), py::arg("packed"),
              py::arg("stream"));
-  module.def("cuda_decode", &decode, py::arg("logits"), py::arg("bytes"), py::arg("offsets"),
-             py::arg("states"), py::arg("positions"), py::arg("prob_bits"), py::arg("symbols"),
-             py::arg("status"), py::arg("stream"));
+  module.def("cuda_decode", &decode, py::arg("logits"), py::arg("rows"), py::arg("bytes"),
+             py::arg("offsets"), py::arg("states"), py::arg("positions"), py::arg("prob_bits"),
+             py::arg("symbols"), py::arg("status"), py::arg("stream"));
 }
 
 }  // namespace percov2

@@ -64,6 +64,7 @@ def cuda_encode(
 
 def cuda_decode(
     logits: _Array,
+    rows: _Array | None,
     bytes: _Array,
     offsets: _Array,
     states: _Array,
@@ -76,7 +77,8 @@ def cuda_decode(
     """Tensors of one CUDA device; the last four but prob_bits are written.
 
     logits int16 [B, n, V]; bytes uint8 [size]; offsets int64 [B + 1]; states int32 [B]; positions
-    int64 [B]; symbols int32 [B, n]; status int32 [B].
+    int64 [B]; symbols int32 [B, n]; status int32 [B]. With rows, int64 [B + 1], logits [1, n, V]
+    and symbols [1, n] hold the rows of all streams.
     """
 
 def resume_encoder(buffer: _Bytes, offsets: _Array, quiet: _Array) -> BatchEncoder:

@@ -208,29 +208,34 @@ void check_decoding(Random& random, std::int64_t most_logits, Subjects& subjects
   const std::int64_t room = std::max<std::int64_t>(most_logits / (codebook * (streams + 1)), 1);
   const std::int64_t symbols =
       random.one_in(12) ? 0 : random.between(1, std::min<std::int64_t>(room, 12));
-  const std::int64_t rows = streams * symbols;
+  const bool unequal = random.one_in(2);  // streams decode different numbers of symbols
+  std::vector<std::int64_t> first(1, 0);  // row of each stream
+  for (std::int64_t b = 0; b < streams; ++b) {
+    first.push_back(first.back() + (unequal ? random.between(0, symbols) : symbols));
+  }
+  const std::int64_t rows = first.back();
   const std::int64_t shift = random.one_in(4) ? 1 : 0;  // rows that begin anywhere
   std::vector<std::int16_t> logits(static_cast<std::size_t>(shift + rows * codebook));
   for (std::int64_t r = 0; r < rows; ++r) {
     fill_logits(random, logits.data() + shift + r * codebook, codebook);
   }
-  const percov2::Logits view = percov2::int16_logits(logits.data() + shift, codebook);
-
   std::vector<std::uint8_t> bytes;
   std::vector<std::int64_t> offsets(1, 0);
   for (std::int64_t b = 0; b < streams; ++b) {
+    const std::int64_t begin = first[static_cast<std::size_t>(b)];
+    const std::int64_t count = first[static_cast<std::size_t>(b) + 1] - begin;
     if (random.one_in(2)) {  // a stream of these symbols
-      std::vector<std::int32_t> starts(static_cast<std::size_t>(symbols)), freqs = starts;
-      for (std::int64_t i = 0; i < symbols; ++i) {
+      std::vector<std::int32_t> starts(static_cast<std::size_t>(count)), freqs = starts;
+      for (std::int64_t i = 0; i < count; ++i) {
         const auto symbol = static_cast<std::int32_t>(
             random.one_in(2) ? random.pick({0, codebook - 1}) : random.between(0, codebook - 1));
         const percov2::Logits row =
-            percov2::int16_logits(logits.data() + shift + (b * symbols + i) * codebook, codebook);
+            percov2::int16_logits(logits.data() + shift + (begin + i) * codebook, codebook);
         percov2::intervals(row, &symbol, 1, sizes.prob_bits, 1, starts.data() + i,
                            freqs.data() + i);
       }
       percov2::BatchEncoder encoder({static_cast<std::uint32_t>(random.between(0, 65535))});
-      encoder.push(starts.data(), freqs.data(), symbols, &symbols, sizes.prob_bits, 1);
+      encoder.push(starts.data(), freqs.data(), count, &count, sizes.prob_bits, 1);
       std::vector<std::uint8_t> stream;
       std::vector<std::int64_t> ends;
       finish(encoder, stream, ends);
@@ -254,17 +259,22 @@ void check_decoding(Random& random, std::int64_t most_logits, Subjects& subjects
   }
   std::vector<std::int32_t> expected(static_cast<std::size_t>(rows));
   percov2::BatchDecoder decoder(bytes, offsets, true, begun, positions);
-  decoder.decode_logits(view, numbers.data(), streams, symbols, sizes.prob_bits, 1,
-                        expected.data());
+  for (const std::int64_t b : numbers) {
+    const std::int64_t begin = first[static_cast<std::size_t>(b)];
+    decoder.decode_logits(percov2::int16_logits(logits.data() + shift + begin * codebook, codebook),
+                          &b, 1, first[static_cast<std::size_t>(b) + 1] - begin, sizes.prob_bits, 1,
+                          expected.data() + begin);
+  }
   std::vector<std::int64_t> expected_states(decoder.states().begin(), decoder.states().end());
   std::vector<std::int64_t> expected_positions = decoder.positions();
 
   std::vector<std::int32_t> states(begun.begin(), begun.end()), status(positions.size(), -1);
   std::vector<std::int32_t> decoded(expected.size(), -1), expected_status(positions.size(), 0);
-  std::vector<std::int64_t> hostile = offsets;
+  std::vector<std::int64_t> hostile = offsets, hostile_rows = first;
   for (std::size_t b = 0; b < positions.size() && random.one_in(3); ++b) {
     if (random.one_in(2)) continue;
-    switch (random.between(0, 2)) {
+    std::int64_t decodes = first[b + 1] - first[b];
+    switch (random.between(0, unequal ? 3 : 2)) {
       case 0:
         states[b] = static_cast<std::int32_t>(random.pick({-1, INT32_MIN}));
         expected_status[b] = percov2::kBadState;
@@ -273,20 +283,28 @@ void check_decoding(Random& random, std::int64_t most_logits, Subjects& subjects
         positions[b] = random.pick({-1, offsets[b + 1] - offsets[b] + 1, INT64_MIN, INT64_MAX});
         expected_status[b] = percov2::kBadPosition;
         break;
-      default:  // the last stream's end, which no other stream has
+      case 2:  // the last stream's end, which no other stream has
         if (b + 1 != positions.size()) break;
         hostile[b + 1] = random.pick({-1, INT64_MIN, offsets[b + 1] + 1, INT64_MAX});
         expected_status[b] = percov2::kBadOffsets;
+        break;
+      default:
+        if (b + 1 != positions.size()) break;
+        hostile_rows[b + 1] = random.pick({-1, INT64_MIN, rows + 1, INT64_MAX});
+        expected_status[b] = percov2::kBadRows;
+        std::fill_n(expected.begin() + first[b], decodes, -1);
+        decodes = 0;
     }
     if (expected_status[b] == percov2::kOk) continue;
-    std::fill_n(expected.begin() + static_cast<std::int64_t>(b) * symbols, symbols, 0);
+    std::fill_n(expected.begin() + first[b], decodes, 0);
     expected_states[b] = states[b];
     expected_positions[b] = positions[b];
   }
   const percov2::DecodeTask task = {streams,
-                                    symbols,
+                                    unequal ? rows : symbols,
                                     codebook,
                                     sizes.prob_bits,
+                                    unequal ? hostile_rows.data() : nullptr,
                                     logits.data() + shift,
                                     bytes.data(),
                                     static_cast<std::int64_t>(bytes.size()),

@@ -30,6 +30,7 @@ _FAULTS = {
     5: "it does not lie in the buffer",
     6: "its state is not below 2^31",
     7: "its position is not in the stream",
+    8: "its rows are not among those of the logits",
 }
 """Messages for the faults of CudaStatus in csrc/cuda/coder_cuda.h."""
 
@@ -190,11 +191,14 @@ class CudaRansDecoder:
         self._faults = torch.zeros(self.size, dtype=torch.int32, device=device)
         self._decode(torch.zeros(self.size, 0, 2, dtype=torch.int16, device=device), 8)
 
-    def _decode(self, logits: torch.Tensor, prob_bits: int) -> torch.Tensor:
+    def _decode(
+        self, logits: torch.Tensor, prob_bits: int, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
         symbols = torch.empty(logits.shape[:2], dtype=torch.int32, device=logits.device)
         status = torch.empty(self.size, dtype=torch.int32, device=logits.device)
         rans.cuda_decode(
             logits.contiguous(),
+            rows,
             self._buffer,
             self._offsets,
             self.states,
@@ -220,6 +224,22 @@ class CudaRansDecoder:
             raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be [B, n, V]")
         _require(logits, "logits", torch.int16, (self.size, *logits.shape[1:]))
         return self._decode(logits, prob_bits)
+
+    def decode_rows(self, logits: torch.Tensor, rows: torch.Tensor, prob_bits: int) -> torch.Tensor:
+        """Decode unequal numbers of symbols: int16 logits [1, n, V] -> int32 [1, n] on the device.
+
+        Stream b decodes the rows from rows[b] up to rows[b + 1]. ``rows`` is int64 [B + 1] on the
+        device, which checks it. The call queues one kernel. Symbols in no stream's rows are
+        undefined.
+
+        Raises:
+            ValueError: as for ``decode``.
+        """
+        if logits.dim() != 3:
+            raise ValueError(f"logits have shape {tuple(logits.shape)}; they must be [1, n, V]")
+        _require(logits, "logits", torch.int16, (1, *logits.shape[1:]))
+        _require(rows, "rows", torch.int64, (self.size + 1,))
+        return self._decode(logits, prob_bits, rows.contiguous())
 
     def _ended(self) -> torch.Tensor:
         return self.positions == self._offsets[1:] - self._offsets[:-1]
