@@ -24,6 +24,11 @@ __all__ = [
 TOKENS_AT_ONCE = 16384
 """Largest number of tokens per batch of a network. It bounds the memory."""
 
+_ALONE_FROM = 8
+"""Number of items with equal keys that never share a call with others."""
+_PADDED = 16
+"""Largest size of a call if all items were as large as the largest, in multiples of ``at_once``."""
+
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 Result = TypeVar("Result")
@@ -35,6 +40,7 @@ def by_group(
     sizes: Sequence[int],
     work: Callable[[list[Item]], Sequence[Result]],
     at_once: int = TOKENS_AT_ONCE,
+    joined: Sequence[bool] = (),
 ) -> list[Result]:
     """Run ``work`` on lists of items with equal keys. Return the results in the items' order.
 
@@ -44,17 +50,39 @@ def by_group(
         sizes: number of tokens of each item.
         work: a function that returns one result per item.
         at_once: largest number of tokens per call. A call takes at least one item.
+        joined: True for each item that may also share a call with items of other keys. It does so
+            if its key is rare. Empty means that no item may.
     """
     results: dict[int, Result] = {}
     groups: dict[Hashable, list[int]] = {}
     for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
+    lists: list[list[int]] = []
+    others: list[int] = []
     for members in groups.values():
-        step = max(1, at_once // max(1, sizes[members[0]]))
-        for begin in range(0, len(members), step):
-            chosen = members[begin : begin + step]
+        if joined and len(members) < _ALONE_FROM and all(joined[i] for i in members):
+            others += members
+        else:
+            lists.append(members)
+    for members in [*lists, sorted(others, key=lambda i: sizes[i])]:
+        for chosen in _cut(members, sizes, at_once):
             results.update(zip(chosen, work([items[i] for i in chosen]), strict=True))
     return [results[i] for i in range(len(items))]
+
+
+def _cut(members: list[int], sizes: Sequence[int], at_once: int) -> Iterator[list[int]]:
+    """Yield parts of ``members``, in which sizes never decrease, that one call may take."""
+    chosen: list[int] = []
+    total = 0
+    for i in members:
+        total += sizes[i]
+        padded = (len(chosen) + 1) * sizes[i]
+        if chosen and (total > at_once or padded > _PADDED * at_once):
+            yield chosen
+            chosen, total = [], sizes[i]
+        chosen.append(i)
+    if chosen:
+        yield chosen
 
 
 def in_order(

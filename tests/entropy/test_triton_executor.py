@@ -6,12 +6,10 @@ import importlib.util
 import threading
 import warnings
 from collections import OrderedDict
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from percov2.entropy import schedule
 from percov2.entropy.int_transformer import random_tensors, trial
@@ -21,9 +19,10 @@ from percov2.entropy.torch.int_transformer import IntTransformer, default_execut
 from percov2.entropy.torch.reader_plan import plan_readers
 from percov2.entropy.torch.triton_layers import Plan
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.entropy.visibility import content_entries, join, start_entries
+from percov2.entropy.visibility import start_entries
 from tools.compiled_kernels import needs_triton
 from tools.executors import model_on, random_on
+from tools.launches import Operators, count_kernels
 
 SMALL = TransformerConfig(codebook_size=16, dim=24, heads=2, head_dim=8, layers=1, hidden=40)
 CUDA = torch.device("cuda", 0)
@@ -42,15 +41,17 @@ def test_each_stream_keeps_its_own_plans_up_to_a_limit(monkeypatch) -> None:
     executor = triton_executor.Executor.__new__(triton_executor.Executor)
     executor.device, executor._blocks = torch.device("cpu"), (32, 32)
     executor._key_bytes, executor.layers = 1, [None]
-    executor._plans, executor._lock = OrderedDict(), threading.Lock()
+    executor._plans, executor._grids = OrderedDict(), OrderedDict()
+    executor._lock = threading.Lock()
     current = 1
     monkeypatch.setattr(rans_cuda, "queue", lambda device: current)
     monkeypatch.setattr(triton_executor, "_KEPT_BYTES", 12 * 160)
 
     def plan(tokens: int) -> Plan:
-        stage = np.ones(tokens, dtype=np.int32)
-        contents = content_entries(stage, np.arange(tokens, dtype=np.int64), tokens)
-        return executor.plan(contents, join(start_entries(), contents))
+        """The plan of the queries, which are in the last of two stages and list all contents."""
+        stages = np.ones((1, tokens + 1), dtype=np.int32)
+        stages[0, -1] = 2
+        return executor.plan_of(executor.grids([stages]), None, False)
 
     first = plan(20)  # 32 listed keys
     assert plan(20) is first
@@ -86,36 +87,18 @@ def test_kept_biases_count_as_memory() -> None:
 @needs_triton
 def test_a_staged_decode_starts_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 12 stages and 6 layers: kernels, and operators of torch that compute or copy."""
-    started: list[str] = []
-
-    class Operators(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            written = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
-            name = func._schema.name.removeprefix("aten::")
-            fresh = name.startswith(("empty", "new_empty", "_unsafe_view", "lift_fresh", "detach"))
-            if not fresh and all(alias.is_write for alias in written):
-                started.append(name)
-            return func(*args, **(kwargs or {}))
-
-    for module in ("int_linear", "int_layernorm", "stage_attention"):
-        kernels = importlib.import_module(f"percov2.triton_kernels.{module}")
-        monkeypatch.setattr(kernels, "queue", lambda kernel, *_, **__: started.append("kernel"))
-        monkeypatch.setattr(kernels, "require_runnable", lambda **_: None)
     monkeypatch.setattr("percov2.triton_kernels.check_device", lambda device: None)
     monkeypatch.setattr(int_transformer, "_executor", lambda *_: triton_executor)
     config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=6, hidden=8)
     model = IntTransformer.random(config, 1, executor="triton")
     counts = []
     for _ in range(2):
-        started.clear()
-        with Operators():
+        with Operators() as operators, count_kernels() as started:
             staged = StagedDecoder(model, schedule.stages("qlds12", 16, 16), 2)
             while staged.remaining:
                 tokens = staged.logits().shape[1]
                 staged.accept(torch.zeros(2, tokens, dtype=torch.int32))
-        counts.append((len(started) + 12, started.count("kernel")))  # 12 decode symbols
+        counts.append((len(started) + len(operators.started) + 12, len(started)))  # 12 decode
     # Per stage: 5 layers of 7, one of 7, LayerNorm and head; the first call also makes biases.
     assert [kernels for _, kernels in counts] == [12 * (6 * 7 + 2 + 6), 12 * (6 * 7 + 2)]
     assert counts[1][0] <= 900

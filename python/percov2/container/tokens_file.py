@@ -122,7 +122,7 @@ class EncodedPicture:
     @property
     def stage_count(self) -> int:
         """Return the number of stages of the tokens."""
-        return self._coded.stage_count
+        return self._coded.stage_count(self._row)
 
     def part(self, stages: int, seed: int = 0) -> EncodedPicture:
         """Return the same picture for a file that holds only its first ``stages`` stages."""
@@ -168,22 +168,31 @@ def _by_form(
     captions: CaptionModel | None,
     finish: Callable[[list[EncodedPicture]], list[_Result]],
 ) -> list[_Result]:
-    """Encode pictures with equal schedule and grid together, and finish each group at once."""
+    """Encode pictures together, and finish each group at once.
+
+    A group has one schedule and grid, unless the coder joins unequal grids.
+    """
     for header in headers:
         if header.caption_codec == bitstream.CAPTION_MODEL and captions is None:
             raise ValueError(f"the caption {header.caption!r} needs the caption model; give it")
     _refuse_parts(headers, [grid.shape for grid in tokens])
 
     def work(group: list[tuple[Header, Tokens]]) -> list[_Result]:
-        grids = np.stack([grid for _, grid in group])
-        coded = coder.code(grids, SCHEDULES[group[0][0].schedule], default_threads())
+        grids = [grid for _, grid in group]
+        names = [SCHEDULES[header.schedule] for header, _ in group]
+        if len(set(zip(names, (grid.shape for grid in grids), strict=True))) == 1:
+            coded = coder.code(np.stack(grids), names[0], default_threads())
+        else:
+            coded = coder.code_joined(grids, names)
         return finish(
             [EncodedPicture(h, grid, coded, i, captions) for i, (h, grid) in enumerate(group)]
         )
 
     files = list(zip(headers, tokens, strict=True))
     keys = [(header.schedule, grid.shape) for header, grid in files]
-    return by_group(files, keys, [grid.size for grid in tokens], work, coder.tokens_at_once)
+    joined = [True] * len(files) if coder.joins else []
+    sizes = [grid.size for grid in tokens]
+    return by_group(files, keys, sizes, work, coder.tokens_at_once, joined)
 
 
 def write(pictures: Sequence[EncodedPicture]) -> list[bytes]:
@@ -374,17 +383,18 @@ def _check_of(header: Header, tokens: Tokens, captions: CaptionModel | None) -> 
 
 def _written(pictures: Sequence[EncodedPicture]) -> list[tuple[bytes, int]]:
     """Return files, each with the number of tokens that its reader decodes from exhausted data."""
-    keys = [(id(picture._coded), picture.header.stages_sent) for picture in pictures]
-    return by_group(pictures, keys, [1] * len(pictures), _written_equal, len(pictures))
+    keys = [id(picture._coded) for picture in pictures]
+    return by_group(pictures, keys, [1] * len(pictures), _written_together, len(pictures))
 
 
-def _written_equal(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
-    """Write pictures of one pass and one number of stages: tokens, then caption and header."""
+def _written_together(pictures: list[EncodedPicture]) -> list[tuple[bytes, int]]:
+    """Write pictures of one pass: tokens, then caption and header."""
     coded, captions = pictures[0]._coded, pictures[0]._captions
     headers = [picture.header for picture in pictures]
     checks = [_check_of(picture.header, picture.tokens, captions) for picture in pictures]
     rows = [picture._row for picture in pictures]
-    encoder = coded.encode(checks, default_threads(), headers[0].stages_sent, rows)
+    sent = [header.stages_sent for header in headers]
+    encoder = coded.encode(checks, default_threads(), sent, rows)
     tails = encoder.symbols_before_output.tolist()
     if captions is not None:
         texts = [_coded_caption(header, captions) for header in headers]
@@ -567,7 +577,7 @@ def unpack(
     """
     for file in files:
         file.check_plausible(coder.prob_bits, allow_sparse)
-    return _by_file_form(coder, files, lambda group: _unpack_equal(coder, group, captions))
+    return _by_file_form(coder, files, lambda group: _unpack_together(coder, group, captions), True)
 
 
 def unpack_cut(
@@ -597,7 +607,7 @@ def unpack_cut(
                 f"files of more than {bitstream.MAX_SPARSE_STAGES} stages must be complete"
             )
     complete = _by_file_form(
-        coder, files, lambda group: _unpack_equal(coder, group, captions, not _is_large(group[0]))
+        coder, files, lambda group: _unpack_together(coder, group, captions, trusting=True), True
     )
     cut = [file for file, tokens in zip(files, complete, strict=True) if tokens is None]
     for file in cut:
@@ -615,14 +625,23 @@ def _is_large(file: OpenFile) -> bool:
 
 
 def _by_file_form(
-    coder: TokenCoder, files: Sequence[OpenFile], work: Callable[[list[OpenFile]], list[_Result]]
+    coder: TokenCoder,
+    files: Sequence[OpenFile],
+    work: Callable[[list[OpenFile]], list[_Result]],
+    join: bool = False,
 ) -> list[_Result]:
+    """Run ``work`` on groups of files of one form.
+
+    With ``join`` and a coder that joins unequal grids, groups may hold any files with all stages.
+    """
     keys = [
         (header.schedule, header.stages_sent, header.seed, file.grid)
         for file, header in ((file, file.parsed.header) for file in files)
     ]
     sizes = [file.grid[0] * file.grid[1] for file in files]
-    return by_group(files, keys, sizes, work, coder.tokens_at_once)
+    whole = [not file.parsed.header.stages_sent for file in files]
+    joined = whole if join and coder.joins else []
+    return by_group(files, keys, sizes, work, coder.tokens_at_once, joined)
 
 
 def _decoder(coder: TokenCoder, files: Sequence[OpenFile]) -> Any:
@@ -634,38 +653,47 @@ def _decoder(coder: TokenCoder, files: Sequence[OpenFile]) -> Any:
     )
 
 
-def _unpack_equal(
+def _unpack_together(
     coder: TokenCoder,
     files: Sequence[OpenFile],
     captions: CaptionModel | None,
     trusting: bool = False,
 ) -> list[Any]:
-    """Unpack files of one form together. With ``trusting``, a faulty file gives None."""
+    """Unpack a group of files. With ``trusting``, a faulty file that is not large gives None."""
     decoder = _decoder(coder, files)
+    strict = np.array([not trusting or _is_large(file) for file in files])
 
-    def hold_to_promise(remaining: int) -> None:
-        if trusting or remaining <= bitstream.DENSE_SLACK:
+    def hold_to_promise(remaining: Any) -> None:
+        left = np.broadcast_to(remaining, len(files))
+        watched = strict & (left > bitstream.DENSE_SLACK)
+        if not watched.any():
             return
-        for file, exhausted in zip(files, decoder.exhausted, strict=True):
-            if exhausted and file.parsed.header.dense:
-                raise file.fault(
-                    f"the file is damaged or cut: its data end {remaining} tokens early"
+        for i in np.flatnonzero(watched & decoder.exhausted).tolist():
+            if files[i].parsed.header.dense:
+                raise files[i].fault(
+                    f"the file is damaged or cut: its data end {left[i]} tokens early"
                 )
 
-    header = files[0].parsed.header
-    grids = coder.decode(
-        decoder,
-        SCHEDULES[header.schedule],
-        *files[0].grid,
-        on_stage=hold_to_promise,
-        threads=default_threads(),
-        sent=header.stages_sent,
-        seed=header.seed,
-    )
-    tokens: list[Any] = list(as_array(grids))
+    header, threads = files[0].parsed.header, default_threads()
+    names = [SCHEDULES[file.parsed.header.schedule] for file in files]
+    shapes = [file.grid for file in files]
+    if len(set(zip(names, shapes, strict=True))) == 1:
+        grids = coder.decode(
+            decoder,
+            names[0],
+            *shapes[0],
+            on_stage=hold_to_promise,
+            threads=threads,
+            sent=header.stages_sent,
+            seed=header.seed,
+        )
+        tokens: list[Any] = list(as_array(grids))
+    else:
+        found = coder.decode_joined(decoder, names, shapes, hold_to_promise, threads)
+        tokens = [as_array(grid) for grid in found]
     checks = [_check_of(f.parsed.header, g, captions) for f, g in zip(files, tokens, strict=True)]
     for i, valid in enumerate(decoder.finished(checks)):
-        if not valid and not trusting:
+        if not valid and strict[i]:
             raise files[i].fault("the file is damaged or cut: its check does not match")
         tokens[i] = tokens[i] if valid else None
     return tokens

@@ -17,14 +17,14 @@ from percov2.entropy.ranges import whole_number
 from percov2.entropy.rans import OneWay
 from percov2.entropy.schedule import integer_map
 
-__all__ = ["StagedDecoder", "one_pass_logits", "one_pass_residual"]
+__all__ = ["StagedDecoder", "check_stages", "one_pass_logits", "one_pass_residual"]
 
 
 _MAX_SIDE = 16384
 """Longest side of a token grid (relative positions are kept as int16)."""
 
 
-def _check_stages(stages: NDArray[np.int32]) -> NDArray[np.int32]:
+def check_stages(stages: NDArray[np.int32]) -> NDArray[np.int32]:
     """Return the stage map as int32 [h, w]. Raise ValueError unless it has 1 .. S without gaps."""
     stages = integer_map(stages)
     if stages.ndim != 2 or stages.size == 0 or max(stages.shape) > _MAX_SIDE:
@@ -57,7 +57,7 @@ def one_pass_residual(model: IntTransformer, tokens: Any, stages: NDArray[np.int
         ValueError: wrong tokens or stages.
         RuntimeError: torch runs the pass and allows reduced precision.
     """
-    stages = _check_stages(stages)
+    stages = check_stages(stages)
     height, width = stages.shape
     if len(tokens.shape) != 3 or tuple(tokens.shape[1:]) != stages.shape:
         raise ValueError(
@@ -101,7 +101,7 @@ class StagedDecoder(OneWay):
     """
 
     def __init__(self, model: IntTransformer, stages: NDArray[np.int32], batch: int) -> None:
-        stages = _check_stages(stages)
+        stages = check_stages(stages)
         self._model, self._batch = model, whole_number("batch", batch, 1, 2**31 - 1)
         # Positions of the first g stages, g = 0 .. S, and how many stages are known.
         self._ends = np.bincount(stages.reshape(-1)).cumsum()

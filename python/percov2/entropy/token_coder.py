@@ -36,44 +36,60 @@ def grid_sides(tokens: Any) -> tuple[int, int]:
 
 
 class CodedGrids:
-    """The intervals of all tokens of grids of one size, made by ``TokenCoder.code``."""
+    """The intervals of all tokens of grids, made by ``TokenCoder.code`` or ``code_joined``.
+
+    Args:
+        coder: the coder that made them.
+        maps: stage maps, one for each grid, or one for all.
+        starts, freqs: int32 [B, n], each row in coding order. Rows of smaller grids are padded.
+    """
 
     def __init__(
-        self, coder: TokenCoder, stages: NDArray[np.int32], starts: Any, freqs: Any
+        self, coder: TokenCoder, maps: Sequence[NDArray[np.int32]], starts: Any, freqs: Any
     ) -> None:
-        self._coder, self._stages = coder, stages
-        self._starts, self._freqs = starts, freqs
-        self.stage_count = int(stages.max())
+        self._coder, self._starts, self._freqs = coder, starts, freqs
+        ends = [np.bincount(stages.reshape(-1)).cumsum() for stages in maps]
+        self._ends = ends * len(starts) if len(ends) == 1 else ends
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def stage_count(self, row: int) -> int:
+        """Return the number of stages of the grid at an index."""
+        return len(self._ends[row]) - 1
 
     def encode(
         self,
         checks: rans.ArrayLike,
         threads: int = 1,
-        sent: int = 0,
+        sent: int | Sequence[int] = 0,
         rows: Sequence[int] | None = None,
     ) -> rans.RansEncoder:
         """Return streams of the grids at the indices ``rows``, or of all grids if it is None.
 
-        The other arguments are those of ``TokenCoder.encode``.
+        The other arguments are those of ``TokenCoder.encode``, but each stream may have its own
+        ``sent``.
         """
-        if not 0 <= sent <= self.stage_count:
-            raise ValueError(
-                f"{sent} stages of a schedule that has {self.stage_count} on this grid"
-            )
-        count = int(np.count_nonzero(self._stages <= (sent or self.stage_count)))
-        every = rows is None or list(rows) == list(range(len(self)))
-        chosen = slice(None) if every else list(rows or ())
-        return self._pushed(
-            self._starts[chosen, :count], self._freqs[chosen, :count], checks, threads
-        )
+        chosen = list(range(len(self)) if rows is None else rows)
+        each = [sent] * len(chosen) if isinstance(sent, int) else sent
+        counts = np.zeros(len(chosen), dtype=np.int64)
+        for i, (row, last) in enumerate(zip(chosen, each, strict=True)):
+            total = self.stage_count(row)
+            if not 0 <= last <= total:
+                raise ValueError(f"{last} stages of a schedule that has {total} on this grid")
+            counts[i] = self._ends[row][last or total]
+        most = int(counts.max(initial=0))
+        every = chosen == list(range(len(self)))
+        part = slice(None) if every else chosen, slice(most)
+        return self._pushed(self._starts[part], self._freqs[part], counts, checks, threads)
 
-    def _pushed(self, starts: Any, freqs: Any, checks: Any, threads: int) -> rans.RansEncoder:
+    def _pushed(
+        self, starts: Any, freqs: Any, counts: NDArray[np.int64], checks: Any, threads: int
+    ) -> rans.RansEncoder:
+        """Encode the first ``counts`` intervals of each row."""
         encoder = rans.RansEncoder(checks)
-        counts = np.full(len(starts), starts.shape[1], dtype=np.int64)
-        encoder.encode(starts.ravel(), freqs.ravel(), counts, self._coder.prob_bits, threads)
+        there = np.arange(starts.shape[1]) < counts[:, None]
+        encoder.encode(starts[there], freqs[there], counts, self._coder.prob_bits, threads)
         return encoder
 
 
@@ -101,6 +117,8 @@ class TokenCoder:
     """
 
     coder_name = "cpu"
+    joins = False
+    """True for coders on GPUs: unequal grids are faster together than one after the other."""
 
     def __init__(self, model: IntTransformer) -> None:
         self.model = model
@@ -146,7 +164,25 @@ class TokenCoder:
         """
         stages = schedule.stage_map(scheduled, *grid_sides(tokens))
         starts, freqs = self.intervals(tokens, scheduled, threads)
-        return CodedGrids(self, stages, starts, freqs)
+        return CodedGrids(self, [stages], starts, freqs)
+
+    def code_joined(
+        self, grids: Sequence[Any], schedules: Sequence[schedule.Schedule]
+    ) -> CodedGrids:
+        """Run one pass over grids of any sizes and schedules.
+
+        The intervals are those of ``code``. The number of launches does not depend on the number of
+        grids.
+
+        Args:
+            grids: integers [h, w] in 0 .. V - 1, arrays or tensors on the CPU.
+            schedules: the order of the tokens of each grid.
+
+        Raises:
+            ValueError, RuntimeError: as for ``encode``.
+            NotImplementedError: the compiled program runs the passes.
+        """
+        raise NotImplementedError("the compiled program passes only equal grids together")
 
     def intervals(
         self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1
@@ -238,6 +274,35 @@ class TokenCoder:
             else:
                 staged.accept(self._drawn(staged.residual(), stages, stage, seed))
         return self._grids(staged)
+
+    def decode_joined(
+        self,
+        decoder: Any,
+        schedules: Sequence[schedule.Schedule],
+        shapes: Sequence[tuple[int, int]],
+        on_stage: Callable[[NDArray[np.int64]], None] | None = None,
+        threads: int = 1,
+    ) -> list[Any]:
+        """Decode the tokens of all streams of ``decoder``, which have grids of any sizes.
+
+        The tokens are those of ``decode``. The number of launches depends on the largest number of
+        stages, but not on the number of grids.
+
+        Args:
+            decoder: made by the method ``decoder``.
+            schedules: the order of the tokens of each grid.
+            shapes: sides (h, w) of each grid, in tokens.
+            on_stage: as for ``decode``, but with a number for each stream, int64 [B].
+            threads: number of threads of the coder.
+
+        Returns:
+            One int32 [h, w] for each stream, on the CPU.
+
+        Raises:
+            ValueError: a wrong schedule, or a grid that is too large.
+            NotImplementedError: the compiled program runs the passes.
+        """
+        raise NotImplementedError("the compiled program passes only equal grids together")
 
     def decode_cut(
         self,

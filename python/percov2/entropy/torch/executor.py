@@ -7,7 +7,10 @@ the same keys either way and the arithmetic is exact, so the results are equal i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,22 +18,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from percov2.entropy.schedule import order
-from percov2.entropy.torch.blocks import plan_blocks
+from percov2.entropy.torch.blocks import Block, plan_blocks
+from percov2.entropy.torch.grids import Grid, Grids, PlacedGrids
 from percov2.entropy.torch.layers import Head, Layer
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.entropy.visibility import (
-    START_ENTRIES,
-    Entries,
-    content_entries,
-    join,
-    query_entries,
-    sixteenth,
-    size_class,
-    start_entries,
-)
+from percov2.entropy.visibility import Entries, sixteenth, size_class
 
 __all__ = ["Executor", "Staged", "places"]
+
+
+_KEPT_TOKENS = 2**19
+"""Tokens of the grids whose entries are kept. Triton keeps about 1 kB for each token of a batch of
+unequal grids."""
 
 
 class Executor:
@@ -38,7 +37,10 @@ class Executor:
 
     ``tensors`` holds the tensors of ``int_transformer.tensor_layout(config)``, on ``device``. Stage
     maps are int32 [h, w] with values 1 .. S. The callers check stage maps and tokens. Executors
-    with other layers replace ``layer_type``, ``head_type`` and ``plan``.
+    with other layers replace ``layer_type``, ``head_type`` and ``plan_of``.
+
+    B grids of one size and schedule are B rows that share one plan. Unequal grids are a single row,
+    in which an entry sees only keys of its own grid.
     """
 
     layer_type: Any = Layer
@@ -55,6 +57,46 @@ class Executor:
         }
         self.layers = [self.layer_type(config, tensors, i) for i in range(config.layers)]
         self._head = self.head_type(config, tensors)
+        self._lock = threading.Lock()
+        self._grids: OrderedDict[Hashable, Grid] = OrderedDict()
+
+    def grids(self, maps: Sequence[NDArray[np.int32]]) -> Grids:
+        """Return the grids of stage maps. The latest grids are kept."""
+        found = []
+        for stages in maps:
+            name = Grid.name_of(stages)
+            with self._lock:
+                grid = self._grids.pop(name, None)
+            grid = grid or Grid(stages)
+            with self._lock:
+                self._grids[name] = grid
+            found.append(grid)
+        with self._lock:
+            tokens = sum(len(grid.coding) for grid in self._grids.values())
+            while tokens > _KEPT_TOKENS:
+                tokens -= len(self._grids.popitem(last=False)[1].coding)
+        return Grids(found)
+
+    def plan_of(self, grids: Grids, stage: int | None, contents: bool) -> Any:
+        """Return the plan of a pass; the arguments are those of ``Grids.maps``."""
+        if len(grids.grids) == 1:
+            return self.plan(*grids.grids[0].entries(stage, contents))
+        present, readers, keys = grids.maps(stage, contents)
+        joined = torch.from_numpy(np.concatenate([readers, keys])).to(self.device)
+        reader_at, key_at = joined.split([len(readers), len(keys)])
+        blocks: list[Block] = []
+        for grid in present:
+            reader, key = grid.entries(stage, contents)
+            blocks += [
+                replace(block, readers=reader_at[block.readers], keys=key_at[block.keys])
+                for block in self.plan(reader, key)
+            ]
+            reader_at, key_at = reader_at[len(reader) :], key_at[len(key) :]
+        return blocks
+
+    def plans(self, grids: Grids, stage: int | None) -> tuple[Any, Any]:
+        """Return the plans of a pass for ``through_layers``. None means the pass of encoding."""
+        return self.plan_of(grids, stage, True), self.plan_of(grids, stage, False)
 
     def plan(self, reader: Entries, key: Entries) -> Any:
         """Return the blocks of readers and keys in the form that the layers expect."""
@@ -65,24 +107,22 @@ class Executor:
 
         ``tokens`` is int64 [B, h, w] on the device.
         """
-        height, width = stages.shape
-        coding = order(stages)
-        stage = stages.reshape(-1)[coding]
-        # No entry reads the contents of the last stage.
-        known = int(np.searchsorted(stage, stage[-1]))
-        contents = content_entries(stage[:known], coding[:known], width)
-        keys = join(start_entries(), contents)
-        queries = query_entries(stage, coding, width)
+        return self.encode_placed(tokens.flatten(1), self.grids([stages]).place(self.device))
 
-        batch = tokens.shape[0]
-        sequence = torch.from_numpy(coding).to(self.device, non_blocking=True)
-        place = self.place_payload(places(height, width, sequence))
-        start = self.start_payload(height, width).expand(batch, -1, -1)
-        known_payload = self.content_payload(tokens.flatten(1)[:, sequence[:known]], place[:known])
-        query_payload = self.query_payload(place).expand(batch, -1, -1)
-        residual = torch.cat([start, known_payload, query_payload], 1)
-        plans = self.plan(join(keys, queries), keys), self.plan(queries, keys)
-        return self.through_layers(residual, len(keys), plans, lambda i, kv: kv)
+    def encode_placed(self, tokens: Tensor, placed: PlacedGrids) -> Tensor:
+        """Return the residual of all queries in joint order: int32 [B, N, dim].
+
+        ``tokens`` is int64 [B, N] on the device, grid by grid in raster order. B is 1 for several
+        grids.
+        """
+        batch, known = len(tokens), placed.contents(None)
+        place = self.place_payload(placed.places)
+        start = self.start_payloads(placed).expand(batch, -1, -1)
+        contents = self.content_payload(tokens[:, placed.sequence[known]], place[known])
+        queries = self.query_payload(place).expand(batch, -1, -1)
+        residual = torch.cat([start, contents, queries], 1)
+        plans = self.plans(placed.grids, None)
+        return self.through_layers(residual, placed.grids.key_count, plans, lambda i, kv: kv)
 
     def through_layers(
         self,
@@ -114,7 +154,11 @@ class Executor:
 
     def staged(self, stages: NDArray[np.int32], batch: int) -> Staged:
         """Return the stage-by-stage passes that decode ``batch`` grids."""
-        return Staged(self, stages, batch)
+        return Staged(self, self.grids([stages]).place(self.device), batch)
+
+    def staged_placed(self, placed: PlacedGrids) -> Staged:
+        """Return the stage-by-stage passes that decode several grids."""
+        return Staged(self, placed, 1)
 
     def logits(self, residual: Tensor) -> Tensor:
         """Return the base-2 logits, int16 [B, n, V], of a residual, int32 [B, n, dim]."""
@@ -126,6 +170,14 @@ class Executor:
         payload[1] += self._tables["height"][size_class(height)]
         payload[2] += self._tables["width"][size_class(width)]
         return payload
+
+    def start_payloads(self, placed: PlacedGrids) -> Tensor:
+        """Return the residual of the start entries of all grids: int32 [3 * G, dim]."""
+        heights, widths = placed.classes
+        payload = self._tables["start"].repeat(len(heights), 1, 1)
+        payload[:, 1] += self._tables["height"][heights]
+        payload[:, 2] += self._tables["width"][widths]
+        return payload.flatten(0, 1)
 
     def place_payload(self, place: Tensor) -> Tensor:
         """Return the embeddings, int32 [n, dim], of places, int32 [2, n] from ``places``."""
@@ -162,21 +214,15 @@ def _untouched(shape: tuple[int, ...], device: torch.device) -> Tensor:
 class Staged:
     """The passes of decoding. Per stage, call ``residual``, then ``accept`` with the tokens."""
 
-    def __init__(self, executor: Executor, stages: NDArray[np.int32], batch: int) -> None:
-        self._executor, self._shape, self._batch = executor, stages.shape, batch
-        coding = order(stages)
-        stage = stages.reshape(-1)[coding]
-        self._ends = np.searchsorted(stage, np.arange(stage[-1] + 1), side="right")
+    def __init__(self, executor: Executor, placed: PlacedGrids, batch: int) -> None:
+        self._executor, self._placed, self._batch = executor, placed, batch
+        self._grids = grids = placed.grids
         self.stage = 0  # number of stages whose tokens are known
-        width = stages.shape[1]
-        self._keys = join(start_entries(), content_entries(stage, coding, width))
-        self._queries = query_entries(stage, coding, width)
-        self._coding = torch.from_numpy(coding).to(executor.device, non_blocking=True)
-        # In coding order; stage g occupies [ends[g - 1], ends[g]).
-        self._tokens = torch.zeros(batch, len(coding), dtype=torch.int64, device=executor.device)
-        self._places = places(stages.shape[0], width, self._coding)
-        shape = (batch, START_ENTRIES + int(self._ends[-2]), 2 * executor.inner)
-        self._cache = [_untouched(shape, executor.device) for _ in executor.layers]
+        # In joint order.
+        shape = batch, int(grids.ends[-1])
+        self._tokens = torch.zeros(shape, dtype=torch.int64, device=executor.device)
+        memory = batch, grids.key_count, 2 * executor.inner
+        self._cache = [_untouched(memory, executor.device) for _ in executor.layers]
 
     def begin(self) -> None:
         """Forget all tokens."""
@@ -187,32 +233,22 @@ class Staged:
         """Return the residual of the next stage's queries: int32 [B, n, dim]."""
         return self.through_stage(self.stage, self.plans(self.stage))
 
-    def _fresh(self, stage: int) -> slice:
-        """Return the keys that appear in a stage: start entries, or contents of the one before."""
-        if not stage:
-            return slice(0, START_ENTRIES)
-        begin, end = (START_ENTRIES + int(self._ends[stage - i]) for i in (1, 0))
-        return slice(begin, end)
-
     def plans(self, stage: int) -> tuple[Any, Any]:
         """Return the plans of a stage, counted from 0, for ``Executor.through_layers``."""
-        fresh = self._fresh(stage)
-        keys = self._keys.take(slice(0, fresh.stop))
-        queries = self._queries.take(slice(int(self._ends[stage]), int(self._ends[stage + 1])))
-        plan = self._executor.plan
-        return plan(join(self._keys.take(fresh), queries), keys), plan(queries, keys)
+        return self._executor.plans(self._grids, stage)
 
     def through_stage(self, stage: int, plans: tuple[Any, Any]) -> Tensor:
         """Return the residual of the queries of a stage, whose earlier tokens are known."""
-        executor, fresh = self._executor, self._fresh(stage)
-        known, end = int(self._ends[stage]), int(self._ends[stage + 1])
-        first = int(self._ends[stage - 1]) if stage else 0
-        place = executor.place_payload(self._places[:, first:end])
+        executor, placed = self._executor, self._placed
+        fresh, _ = self._grids.parts(stage)
+        count = fresh.stop - fresh.start
+        place = executor.place_payload(placed.places[:, placed.entries(stage)])
         if stage:
-            new = executor.content_payload(self._tokens[:, first:known], place[: known - first])
+            tokens = self._tokens[:, placed.contents(stage)]
+            new, place = executor.content_payload(tokens, place[:count]), place[count:]
         else:
-            new = executor.start_payload(*self._shape).expand(self._batch, -1, -1)
-        queries = executor.query_payload(place[known - first :]).expand(self._batch, -1, -1)
+            new = executor.start_payloads(placed).expand(self._batch, -1, -1)
+        queries = executor.query_payload(place).expand(self._batch, -1, -1)
 
         def known_keys(layer: int, kv: Tensor) -> Tensor:
             cache = self._cache[layer]
@@ -220,16 +256,21 @@ class Staged:
             return cache[:, : fresh.stop]
 
         residual = torch.cat([new, queries], 1)
-        return executor.through_layers(residual, fresh.stop - fresh.start, plans, known_keys)
+        return executor.through_layers(residual, count, plans, known_keys)
 
     def accept(self, tokens: Tensor) -> None:
         """Take the tokens of the next stage, [B, n]."""
-        known, end = int(self._ends[self.stage]), int(self._ends[self.stage + 1])
+        known, end = int(self._grids.ends[self.stage]), int(self._grids.ends[self.stage + 1])
         self._tokens[:, known:end] = tokens.to(self._tokens.device)
         self.stage += 1
 
     def tokens(self) -> Tensor:
-        """Return the tokens so far, int32 [B, h, w], with 0 at the other positions."""
+        """Return the tokens so far, int32 [B, h, w], with 0 at the other positions.
+
+        Those of several grids are int32 [1, N], grid by grid in raster order.
+        """
         grid = torch.zeros_like(self._tokens)
-        grid[:, self._coding] = self._tokens
-        return grid.to(torch.int32).view(self._batch, *self._shape)
+        grid[:, self._placed.sequence] = self._tokens
+        grid = grid.to(torch.int32)
+        first, *others = self._grids.grids
+        return grid if others else grid.view(self._batch, *first.shape)

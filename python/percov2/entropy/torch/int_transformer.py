@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from percov2.entropy import int_transformer
 from percov2.entropy.int_transformer import TRIAL, random_tensors, trial
 from percov2.entropy.schedule import order
 from percov2.entropy.torch import intmath
+from percov2.entropy.torch.grids import PlacedGrids
 from percov2.entropy.transformer_config import TransformerConfig
 
 __all__ = ["IntTransformer", "default_executor", "to_tensors", "whole_dtype"]
@@ -196,6 +198,23 @@ class IntTransformer(int_transformer.IntTransformer):
 
     def staged(self, stages: NDArray[np.int32], batch: int) -> Any:
         return _Staged(self.executor.staged(stages, batch), self.device)
+
+    def join(self, maps: Sequence[NDArray[np.int32]]) -> PlacedGrids:
+        """Return the grids of stage maps for ``encode_joined`` and ``staged_joined``."""
+        placed: PlacedGrids = self.executor.grids(maps).place(self.device)
+        return placed
+
+    def encode_joined(self, tokens: Tensor, placed: PlacedGrids) -> Tensor:
+        """Return the residual of all queries of unequal grids in joint order, int32 [1, N, dim].
+
+        ``tokens``, int64 [1, N] from ``place``, are those of all grids in raster order.
+        """
+        with intmath.exact_float32(self.device):
+            return self.executor.encode_placed(tokens, placed)
+
+    def staged_joined(self, placed: PlacedGrids) -> Any:
+        """Return the stage-by-stage passes that decode unequal grids."""
+        return _Staged(self.executor.staged_placed(placed), self.device)
 
     def logits(self, residual: Tensor) -> Tensor:
         with intmath.exact_float32(self.device):

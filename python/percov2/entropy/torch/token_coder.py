@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from percov2.entropy import rans, schedule, token_coder
-from percov2.entropy.staging import StagedDecoder, one_pass_residual
+from percov2.entropy.staging import StagedDecoder, check_stages, one_pass_residual
 from percov2.entropy.token_coder import grid_sides, refuse_outsiders
 from percov2.entropy.torch import cdf, rans_cuda, sampling
 from percov2.entropy.torch.coder_proof import prove_coder
@@ -53,25 +54,30 @@ def default_coder(device: torch.device) -> str:
 
 
 class CodedGrids(token_coder.CodedGrids):
-    """The intervals of grids of one size, on a CUDA device."""
+    """The intervals of grids on a CUDA device."""
 
     _coder: TokenCoder
 
     def __init__(
         self,
         coder: TokenCoder,
-        stages: NDArray[np.int32],
+        maps: Sequence[NDArray[np.int32]],
         starts: torch.Tensor,
         freqs: torch.Tensor,
         symbols: torch.Tensor,
     ) -> None:
-        super().__init__(coder, stages, starts, freqs)
+        super().__init__(coder, maps, starts, freqs)
         self._symbols = symbols
 
-    def _pushed(self, starts: Any, freqs: Any, checks: Any, threads: int) -> rans.RansEncoder:
+    def _pushed(
+        self, starts: Any, freqs: Any, counts: NDArray[np.int64], checks: Any, threads: int
+    ) -> rans.RansEncoder:
         states = self._coder.placed_checks(checks)
+        lengths = None
+        if (counts != starts.shape[1]).any():
+            lengths = torch.from_numpy(counts.astype(np.int32)).to(states.device, non_blocking=True)
         bits = self._coder.prob_bits
-        streams = rans_cuda.encode(starts.contiguous(), freqs.contiguous(), states, bits)
+        streams = rans_cuda.encode(starts.contiguous(), freqs.contiguous(), states, bits, lengths)
         try:
             return rans.RansEncoder.resumed(*streams.to_host())
         except ValueError:
@@ -102,6 +108,7 @@ class TokenCoder(token_coder.TokenCoder):
             raise ValueError(f"coder is {coder!r}; it must be one of {CODERS}")
         super().__init__(model)
         self.coder_name = coder or default_coder(model.device)
+        self.joins = model.device.type == "cuda"
         if model.device.type == "cuda":
             prove_coder(model.device, model.config.codebook_size, self.coder_name == "cuda")
 
@@ -146,7 +153,34 @@ class TokenCoder(token_coder.TokenCoder):
         stages = schedule.stage_map(scheduled, *grid_sides(tokens))
         residual, symbols = self._passed(tokens, scheduled)
         starts, freqs = self._intervals_on_device(residual, symbols)
-        return CodedGrids(self, stages, starts, freqs, symbols)
+        return CodedGrids(self, [stages], starts, freqs, symbols)
+
+    def code_joined(
+        self, grids: Sequence[Any], schedules: Sequence[schedule.Schedule]
+    ) -> token_coder.CodedGrids:
+        arrays = [rans.as_array(grid, "tokens") for grid in grids]
+        maps = _stage_maps(schedules, [grid_sides(array[None]) for array in arrays])
+        flat = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+        if not whole_dtype(flat.dtype):
+            raise ValueError(f"tokens have dtype {flat.dtype}; they must be integers")
+        tokens = flat.to(torch.int64)[None].to(self.model.device, non_blocking=True)
+        placed = self.model.join(maps)
+        # Place in the joint order of each token of each grid; the padding is never read.
+        joint = placed.grids
+        columns = np.arange(int(joint.sizes.max()))
+        there = columns < joint.sizes[:, None]
+        index = np.zeros(there.shape, dtype=np.int64)
+        index[there] = joint.query_at
+        rows = torch.from_numpy(index).to(self.model.device, non_blocking=True)
+        residual = self.model.encode_joined(self.model.place(tokens), placed)
+        symbols = tokens[:, placed.sequence].to(torch.int32)
+        intervals = self._intervals_on_device(residual, symbols)[:, 0][:, rows]
+        if self.coder_name == "cuda":
+            return CodedGrids(self, maps, intervals[0], intervals[1], symbols)
+        starts, freqs = intervals.cpu().numpy()
+        if not freqs.all():
+            refuse_outsiders(symbols, self.model.config.codebook_size)
+        return token_coder.CodedGrids(self, maps, starts, freqs)
 
     def intervals(
         self, tokens: Any, scheduled: schedule.Schedule, threads: int = 1
@@ -205,6 +239,37 @@ class TokenCoder(token_coder.TokenCoder):
             None if positions is None else torch.from_numpy(np.asarray(positions, dtype=np.int64)),
         )
 
+    def decode_joined(
+        self,
+        decoder: Any,
+        schedules: Sequence[schedule.Schedule],
+        shapes: Sequence[tuple[int, int]],
+        on_stage: Callable[[NDArray[np.int64]], None] | None = None,
+        threads: int = 1,
+    ) -> list[torch.Tensor]:
+        placed = self.model.join(_stage_maps(schedules, shapes))
+        joint, staged = placed.grids, self.model.staged_joined(placed)
+        rows = joint.rows()
+        there = torch.from_numpy(rows).to(self.model.device, non_blocking=True)
+        left = joint.sizes.copy()
+        for stage, bounds in enumerate(rows):
+            if on_stage is not None:
+                on_stage(left)
+            tokens = []
+            for part, logits in self._logits(staged.residual()):
+                begin, end = part.start, part.start + logits.shape[1]
+                if self.coder_name == "cuda":
+                    mine = there[stage]
+                    if (begin, end) != (0, bounds[-1]):
+                        mine = mine.clamp(begin, end) - begin
+                    tokens.append(decoder.decode_rows(logits, mine, self.prob_bits))
+                else:
+                    mine = bounds.clip(begin, end) - begin
+                    tokens.append(_decoded_rows(decoder, logits, mine, self.prob_bits, threads))
+            staged.accept(self.model.place(self._joined(tokens)))
+            left = left - np.diff(bounds)
+        return joint.of_each(staged.tokens()[0].cpu())
+
     def _grids(self, staged: StagedDecoder) -> torch.Tensor:
         return staged.tokens().cpu()
 
@@ -232,3 +297,31 @@ class TokenCoder(token_coder.TokenCoder):
         scores = torch.where(free, scores, torch.iinfo(torch.int64).min)
         best = scores.argmax(2, keepdim=True)
         return mine.gather(2, best)[..., 0].to(torch.int32)
+
+
+def _stage_maps(
+    schedules: Sequence[schedule.Schedule], shapes: Sequence[tuple[int, int]]
+) -> list[NDArray[np.int32]]:
+    """Return the checked stage maps of grids."""
+    return [
+        check_stages(schedule.stage_map(name, *shape))
+        for name, shape in zip(schedules, shapes, strict=True)
+    ]
+
+
+def _decoded_rows(
+    decoder: rans.RansDecoder,
+    logits: torch.Tensor,
+    rows: NDArray[np.int64],
+    prob_bits: int,
+    threads: int,
+) -> torch.Tensor:
+    """Decode on the CPU what ``CudaRansDecoder.decode_rows`` decodes on a device."""
+    there, counts = logits[0].cpu(), np.diff(rows)
+    symbols = np.zeros((1, len(there)), dtype=np.int32)
+    for count in np.unique(counts[counts > 0]):
+        streams = np.flatnonzero(counts == count)
+        index = rows[streams, None] + np.arange(count)
+        found = decoder.decode(there[torch.from_numpy(index)], prob_bits, streams, threads)
+        symbols[0, index] = found.numpy()
+    return torch.from_numpy(symbols)

@@ -7,9 +7,8 @@ launches for contents and seven for queries. No launch waits for the device.
 
 from __future__ import annotations
 
-import hashlib
-import threading
 from collections import OrderedDict
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -19,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from percov2.entropy.torch import executor, rans_cuda
-from percov2.entropy.torch.reader_plan import plan_readers
+from percov2.entropy.torch.grids import Grid, Grids
+from percov2.entropy.torch.reader_plan import HostBlocks, place_blocks, split_blocks
 from percov2.entropy.torch.recorded import Recordings, graph_recorder
 from percov2.entropy.torch.triton_layers import Head, Layer, Plan
 from percov2.entropy.transformer_config import TransformerConfig
-from percov2.entropy.visibility import Entries
 
 __all__ = ["Executor"]
 
@@ -56,9 +55,8 @@ class Executor(executor.Executor):
 
         triton_kernels.check_device(device)
         self._blocks = triton_kernels.attention_blocks()
-        self._plans: OrderedDict[tuple[int, bytes], Plan] = OrderedDict()
+        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
         self._key_bytes = 4 * config.heads * self._blocks[0]  # biases of a listed key and layer
-        self._lock = threading.Lock()
         self._recordings: Recordings | None = None
         super().__init__(config, tensors, device)
 
@@ -74,21 +72,26 @@ class Executor(executor.Executor):
         key = rans_cuda.queue(self.device), stages.shape, stages.tobytes(), batch
         return self._recordings.staged(key, make)
 
-    def plan(self, reader: Entries, key: Entries) -> Plan:
-        """Return the plan of readers and keys. The latest plans stay on the device.
+    def plan_of(self, grids: Grids, stage: int | None, contents: bool) -> Plan:
+        """Return the plan of a pass. The latest plans of single grids stay on the device.
 
         Each stream of the device keeps its own plans. The kernels of a stream therefore run after
-        the upload of a plan, and before the memory of a dropped plan is used again.
+        the upload of a plan, and before the memory of a dropped plan is used again. A batch of
+        unequal grids hardly comes twice, so its plan is dropped. Its blocks stay on the host, for
+        other batches with some of these grids.
         """
-        columns = [reader.row, reader.column, reader.reads, key.row, key.column, key.key_stage]
-        sizes = np.array([len(reader), len(key)], dtype=np.int64)
-        content = b"".join(np.ascontiguousarray(column).tobytes() for column in columns)
-        name = (rans_cuda.queue(self.device), hashlib.sha256(sizes.tobytes() + content).digest())
+        most = _PART_BYTES // self._key_bytes
+        if len(grids.grids) > 1:
+            present, readers, keys = grids.maps(stage, contents)
+            blocks = [self._split(grid, stage, contents, keep=True) for grid in present]
+            return Plan(place_blocks(blocks, readers, keys, self.device, most), keep=False)
+        (grid,) = grids.grids
+        name = rans_cuda.queue(self.device), grid.name, stage, contents
         with self._lock:
             plan = self._plans.pop(name, None)
             if plan is None:
-                most = _PART_BYTES // self._key_bytes
-                parts = plan_readers(reader, key, self.device, *self._blocks, most)
+                split = self._split(grid, stage, contents, keep=False)
+                parts = place_blocks([split], None, None, self.device, most)
                 size = sum(part.size for part in parts) * self._key_bytes * len(self.layers)
                 plan = Plan(parts, size <= _KEPT_BYTES)
             if plan.keep:
@@ -96,6 +99,14 @@ class Executor(executor.Executor):
                 while len(self._plans) > _KEPT_PLANS or self._kept_bytes() > _KEPT_BYTES:
                     self._plans.popitem(last=False)
         return plan
+
+    def _split(self, grid: Grid, stage: int | None, contents: bool, keep: bool) -> HostBlocks:
+        blocks: HostBlocks | None = grid.kept.get((stage, contents))
+        if blocks is None:
+            blocks = split_blocks(*grid.entries(stage, contents), *self._blocks)
+            if keep:
+                grid.kept[stage, contents] = blocks
+        return blocks
 
     def _kept_bytes(self) -> int:
         return sum(plan.size for plan in self._plans.values())
