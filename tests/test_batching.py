@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from percov2 import batching
 from percov2.batching import Outcome, Pipeline, by_group, current_item, in_order
 
 
@@ -25,6 +26,38 @@ def test_equal_keys_share_calls_of_bounded_size():
     items = list("stuvwxyz")
     assert by_group(items, list("abacaaba"), sizes, work, at_once=100) == list("STUVWXYZ")
     assert calls == ["suw", "xz", "ty", "v"]
+
+
+def test_items_with_rare_keys_share_calls():
+    calls = []
+
+    def work(some: list[str]) -> list[str]:
+        calls.append("".join(some))
+        return [one.upper() for one in some]
+
+    keys = "aaaaaaaabcbde"  # eight with equal keys stay alone, and so does d
+    sizes = [{"c": 5, "e": 1}.get(key, 10) for key in keys]
+    items = [chr(ord("a") + i) for i in range(len(keys))]
+    joined = [key != "d" for key in keys]
+    upper = [item.upper() for item in items]
+    assert by_group(items, keys, sizes, work, 30, joined) == upper
+    assert calls == ["abc", "def", "gh", "l", "mjik"]
+    calls.clear()
+    assert by_group(items, keys, sizes, work, 30, [False] * len(keys)) == upper
+    assert calls == ["abc", "def", "gh", "ik", "j", "l", "m"]
+
+
+def test_items_that_share_a_call_are_not_too_unlike(monkeypatch):
+    monkeypatch.setattr(batching, "_PADDED", 2)
+    calls = []
+
+    def work(some: list[int]) -> list[int]:
+        calls.append(some)
+        return some
+
+    sizes = [40, 1, 1, 1, 1, 30]
+    assert by_group(sizes, range(6), sizes, work, 100, [True] * 6) == sizes
+    assert calls == [[1, 1, 1, 1, 30], [40]]
 
 
 def slowly(value: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -162,6 +163,34 @@ def test_symbols_are_those_of_the_cpu(device: torch.device, codebook: int) -> No
         begin += count
     assert decoder.finished(torch.from_numpy(checks)).all()
     assert not decoder.finished(torch.from_numpy(checks + 1)).any()
+
+
+def test_streams_decode_unequal_numbers_of_symbols(device: torch.device) -> None:
+    rng = np.random.default_rng(3)
+    counts = np.array([4, 0, 1, 7, 7])
+    rows = np.concatenate([[0], np.cumsum(counts)])
+    logits = rng.normal(0, 700, (1, rows[-1], 40)).astype(np.int16)
+    symbols = rng.integers(0, 40, (1, rows[-1]), dtype=np.int32)
+    starts, freqs = rans.intervals(logits, symbols, 16)
+    encoder = rans.RansEncoder(range(5))
+    encoder.encode(starts.ravel(), freqs.ravel(), counts, 16)
+    buffer, offsets = encoder.finish()
+    decoder = rans_cuda.CudaRansDecoder(torch.from_numpy(buffer), torch.from_numpy(offsets), device)
+    found = decoder.decode_rows(on(device, logits), on(device, rows), 16)
+    assert found.tolist() == symbols.tolist()
+    assert decoder.finished(range(5)).all()
+    for wrong, message in (
+        (rows[1:], "rows is torch.int64"),
+        (rows.astype(np.int32), "rows is torch.int32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.decode_rows(on(device, logits), on(device, wrong), 16)
+    with pytest.raises(ValueError, match=r"logits is torch.int16 \(2, 1, 40\)"):
+        decoder.decode_rows(on(device, np.zeros((2, 1, 40), np.int16)), on(device, rows), 16)
+    rows[-1] += 1
+    decoder.decode_rows(on(device, logits), on(device, rows), 16)
+    with pytest.raises(ValueError, match="stream 4: its rows are not among"):
+        _ = decoder.exhausted
 
 
 def test_a_decoder_resumes(device: torch.device) -> None:
@@ -422,6 +451,97 @@ def test_parts_and_cut_files_are_drawn_as_on_the_cpu(coder, cpu_coder):
     assert len({stages for _, stages in read[0]}) > 1
 
 
+@pytest.fixture
+def joining(coder: TokenCoder, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The coder codes unequal grids together; the result counts its calls of each kind."""
+    calls: Counter[str] = Counter()
+    monkeypatch.setattr(coder, "joins", True)
+
+    def count(name: str) -> None:
+        call = getattr(coder, name)
+
+        def counted(*given: Any, **how: Any) -> Any:
+            calls[name] += 1
+            return call(*given, **how)
+
+        monkeypatch.setattr(coder, name, counted)
+
+    for name in ("code", "code_joined", "decode", "decode_joined"):
+        count(name)
+    return calls
+
+
+def mixed() -> tuple[list[Tokens], list[Header]]:
+    """Maps of several sizes in several schedules, two of which are alike."""
+    grids = maps()
+    names = ("qlds12", "raster", "qlds12", "checkerboard", "var", "raster")
+    return grids, [headers([grid], name)[0] for grid, name in zip(grids, names, strict=True)]
+
+
+def test_unequal_files_are_those_of_the_cpu(coder, cpu_coder, joining):
+    grids, heads = mixed()
+    expected = tokens_file.pack(cpu_coder, heads, grids)
+    for order in (range(6), (3, 5, 0, 2, 4, 1), (2, 0), (1, 5)):  # the last two are alike
+        chosen = [grids[i] for i in order]
+        files = tokens_file.pack(coder, [heads[i] for i in order], chosen)
+        assert files == [expected[i] for i in order]
+        decoded = tokens_file.unpack(coder, opened(files, chosen))
+        assert all(np.array_equal(a, b) for a, b in zip(decoded, chosen, strict=True))
+    assert joining == {"code_joined": 3, "decode_joined": 3, "code": 1, "decode": 1}
+
+
+def test_unequal_parts_are_those_of_the_cpu(coder, cpu_coder, joining):
+    """Files of all stages and of a part, whose other tokens are drawn, and files within bytes."""
+    grids = [grid for grid in maps() if grid.size > 1]
+    whole = headers(grids, "qlds5")
+    heads = [replace(h, stages_sent=3, seed=9) if i % 2 else h for i, h in enumerate(whole)]
+    files = tokens_file.pack(coder, heads, grids)
+    assert files == tokens_file.pack(cpu_coder, heads, grids)
+    for one, two in zip(
+        tokens_file.unpack(coder, opened(files, grids)),
+        tokens_file.unpack(cpu_coder, opened(files, grids)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(one, two)
+    within = [
+        tokens_file.write_within(tokens_file.encode(one, whole, grids), 30, seed=4)
+        for one in (coder, cpu_coder)
+    ]
+    assert within[0] == within[1]
+    assert joining["code_joined"] == 2 and joining["code"] == 0
+
+
+def test_a_damaged_file_among_unequal_ones_is_refused_as_on_the_cpu(coder, cpu_coder, joining):
+    grids, heads = mixed()
+    files = tokens_file.pack(cpu_coder, heads, grids)
+    for i, cut in ((0, 1), (0, 4), (3, 2), (3, 25), (3, 40)):
+        for data in (files[i][:-cut], files[i][:-cut] + bytes([files[i][-cut] ^ 64])):
+            damaged = [*files[:i], data, *files[i + 1 :]]
+            messages = []
+            for reader in (coder, cpu_coder):
+                with pytest.raises(BitstreamError) as caught:
+                    tokens_file.unpack(reader, opened(damaged, grids))
+                messages.append(str(caught.value))
+            assert messages[0] == messages[1]
+            assert messages[0].startswith(f"file {i}: ")
+            read = [
+                tokens_file.unpack_cut(one, opened([*files[1:3], data], [*grids[1:3], grids[i]]))
+                for one in (coder, cpu_coder)
+                if data == files[i][:-cut]
+            ]
+            for (tokens, stages), (others, taken) in zip(*read or ([], []), strict=True):
+                np.testing.assert_array_equal(tokens, others)
+                assert stages == taken
+    assert joining["decode_joined"] == 15
+
+
+def test_batches_of_unequal_grids_have_bounded_size(coder, cpu_coder, joining, monkeypatch):
+    monkeypatch.setattr(type(coder), "tokens_at_once", property(lambda self: 80))
+    grids, heads = mixed()  # 1, 35, 35 | 35 | 108 | 108
+    assert tokens_file.pack(coder, heads, grids) == tokens_file.pack(cpu_coder, heads, grids)
+    assert joining == {"code_joined": 1, "code": 3}
+
+
 @pytest.mark.parametrize("wrong", [-1, 16])
 def test_wrong_tokens_are_refused(coder, wrong):
     tokens = torch.zeros(2, 3, 4, dtype=torch.int32)
@@ -484,6 +604,42 @@ def test_the_host_waits_once_for_the_bytes(request, monkeypatch, cpu_coder):
         assert same(decoded, tokens)
         assert decoder.finished(range(6)).all()
         assert len(device.downloads) == 2
+
+
+def test_the_host_waits_once_for_the_bytes_of_unequal_grids(request, monkeypatch, cpu_coder):
+    kernels = module(request, "emulated_cuda")
+
+    def on_the_device(name):
+        def call(*arguments):
+            return getattr(kernels, name)(
+                *(a.held if isinstance(a, Held) else a for a in arguments)
+            )
+
+        return call
+
+    for name in ("cuda_encode", "cuda_decode"):
+        monkeypatch.setattr(rans, name, on_the_device(name))
+    monkeypatch.setattr(rans, "cuda_encode_sizes", kernels.cuda_encode_sizes)
+    monkeypatch.setattr(rans_cuda, "DEVICE_TYPE", DEVICE.type)
+    with PretendedDevice() as device:
+        coder = TokenCoder(IntTransformer.load(FROZEN, device=DEVICE, executor="torch"), "cuda")
+        cdf.weights(torch.zeros(1, 2, dtype=torch.int16).to(DEVICE))  # its table is uploaded once
+        for count in (2, 5):
+            grids = [np.full((3 + i, 9 - i), i, np.int32) for i in range(count)]
+            names, shapes = ["qlds5"] * count, [grid.shape for grid in grids]
+            streams = [cpu_coder.encode(g[None], "qlds5", [7]).finish()[0] for g in grids]
+            device.forget()
+            encoder = coder.code_joined(grids, names).encode([7] * count)
+            assert device.waits == []
+            assert len(device.downloads) == 1
+            buffer, offsets = encoder.finish()
+            assert buffer.tobytes() == b"".join(stream.tobytes() for stream in streams)
+            decoder = coder.decoder(buffer, offsets)
+            device.forget()
+            found = coder.decode_joined(decoder, names, shapes)
+            assert device.waits == []
+            assert device.downloads == [(sum(grid.size for grid in grids),)]
+            assert all(same(a, b) for a, b in zip(found, grids, strict=True))
 
 
 @pytest.mark.parametrize(

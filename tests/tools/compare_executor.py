@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -42,6 +43,31 @@ def compare(config: TransformerConfig, name: str, shape: tuple[int, int, int]) -
         assert logits.dtype == torch.int16
         assert same(logits, expected)
     assert same(staged_logits(model, tokens, stages), expected)
+
+
+def compare_joined(config: TransformerConfig, grids: list[tuple[str, int, int]]) -> None:
+    """Unequal grids in joint passes, against torch one after the other."""
+    maps = [schedule.stages(*grid) for grid in grids]
+    tokens = [torch.randint(0, config.codebook_size, stages.shape) for stages in maps]
+    oracle = random_on("torch", config, 3)
+    model = random_on("triton", config, 3, DEVICE)
+    expected = [
+        one_pass_logits(oracle, grid[None].to(torch.int32), stages)[0]
+        for grid, stages in zip(tokens, maps, strict=True)
+    ]
+    flat = model.place(torch.cat([grid.flatten() for grid in tokens])[None].to(torch.int32))
+    for _ in range(2):  # the second time with kept blocks
+        placed = model.join(maps)
+        joint = placed.grids
+        residual = model.encode_joined(flat, placed)
+        at = torch.from_numpy(joint.query_at).to(DEVICE)
+        assert same(model.logits(residual)[0, at].cpu(), torch.cat(expected))
+        staged, found = model.staged_joined(placed), []
+        for begin, end in pairwise(joint.ends.tolist()):
+            found.append(staged.residual())
+            staged.accept(flat[:, placed.sequence[begin:end]])
+        assert same(torch.cat(found, 1).cpu(), residual.cpu())
+        assert same(staged.tokens().cpu(), flat.to(torch.int32).cpu())
 
 
 def kernel_codes_tokens(config: TransformerConfig) -> None:
@@ -157,6 +183,7 @@ compare(SMALL, "qlds5", (2, 3, 4))
 ODD = TransformerConfig(codebook_size=50, dim=33, heads=1, head_dim=20, layers=1, hidden=70)
 compare(ODD, "var", (1, 1, 1))
 compare(ODD, "raster", (1, 1, 3))
+compare_joined(SMALL, [("qlds5", 3, 4), ("checkerboard", 1, 1), ("raster", 1, 3), ("var", 5, 4)])
 kernel_codes_tokens(SMALL)
 coder_round_trip(SMALL, (2, 3, 4))
 if DEVICE.type == "cpu":
@@ -167,6 +194,7 @@ if DEVICE.type == "cpu":
 else:
     compare(SMALL, "checkerboard", (3, 18, 33))
     compare(TransformerConfig(), "qlds12", (4, 16, 16))
+    compare_joined(TransformerConfig(), [("qlds12", 12 + i, 40 - i) for i in range(20)])
     coder_round_trip(TransformerConfig(), (5, 32, 48))
     coder_round_trip(TransformerConfig(codebook_size=1024, layers=2), (2, 8, 8))
 print("agreed")

@@ -82,7 +82,8 @@ class Executor:
         if len(grids.grids) == 1:
             return self.plan(*grids.grids[0].entries(stage, contents))
         present, readers, keys = grids.maps(stage, contents)
-        joined = torch.from_numpy(np.concatenate([readers, keys])).to(self.device)
+        joined = torch.from_numpy(np.concatenate([readers, keys]))
+        joined = joined.to(self.device, non_blocking=True)
         reader_at, key_at = joined.split([len(readers), len(keys)])
         blocks: list[Block] = []
         for grid in present:
