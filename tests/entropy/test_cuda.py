@@ -455,6 +455,7 @@ def test_parts_and_cut_files_are_drawn_as_on_the_cpu(coder, cpu_coder):
 def joining(coder: TokenCoder, monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """The coder codes unequal grids together; the result counts its calls of each kind."""
     calls: Counter[str] = Counter()
+    assert coder.joins == (coder.model.device.type == "cuda")
     monkeypatch.setattr(coder, "joins", True)
 
     def count(name: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from percov2.codec import Codec
 from percov2.entropy import schedule
 from percov2.entropy.torch import int_transformer, triton_executor
 from percov2.entropy.torch.int_transformer import IntTransformer
@@ -185,3 +188,28 @@ def test_launches_do_not_depend_on_the_number_of_grids(monkeypatch: pytest.Monke
         "decode": 12 * (6 * 8 + 2 + 1),
     }
     assert few == many == again
+
+
+@pytest.mark.cuda
+@needs_triton
+def test_a_card_joins_grids(oracle: Any) -> None:
+    coder = TokenCoder(random_on("triton", CONFIG, 3, torch.device("cuda", 0)))
+    assert coder.joins
+    grids = [grid_of((1 + i % 9, 1 + 7 * i % 50), schedule.SCHEDULES[i % 5], i) for i in range(40)]
+    for _ in range(2):  # the second time with kept blocks
+        assert_as_alone(coder, oracle, grids)
+
+
+@pytest.mark.cuda
+def test_a_codec_on_a_card_writes_the_files_of_the_cpu(codec: Codec, random_model: Path) -> None:
+    rng = np.random.default_rng(0)
+    point = codec.config.rate(codec.config.default_rate)
+    shapes = [(2 + i % 7, 3 + i % 11) for i in range(30)]
+    maps = [rng.integers(0, point.codebook_size, shape, np.int32) for shape in shapes]
+    sizes = [(point.token_side * h, point.token_side * w) for h, w in shapes]
+    files = codec.pack(maps, sizes)
+    placed = Codec.from_pretrained(random_model, device="cuda")
+    with mock.patch.object(TokenCoder, "code", side_effect=AssertionError):
+        assert placed.pack(maps, sizes) == files
+    found = placed.decode_tokens(files)
+    assert all(same(a, b) for a, b in zip(found, maps, strict=True))

@@ -28,8 +28,8 @@ __all__ = ["Executor", "Staged", "places"]
 
 
 _KEPT_TOKENS = 2**19
-"""Tokens of the grids whose entries are kept. Triton keeps about 1 kB for each token of a batch of
-unequal grids."""
+"""Tokens of the grids whose entries are kept, besides about 550 bytes of blocks per token of grids
+that were in a batch of unequal grids."""
 
 
 class Executor:
