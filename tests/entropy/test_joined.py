@@ -118,8 +118,26 @@ def test_each_grid_may_send_its_own_number_of_stages(coder: TokenCoder, oracle: 
         for row, last, check in zip(rows, sent, [5, 6], strict=True)
     ]
     assert buffer == b"".join(alone)
-    with pytest.raises(ValueError, match="6 stages of a schedule that has 5"):
+    seen: list[list[int]] = []
+    orders, shapes = [grids[row][1] for row in rows], [grids[row][0].shape for row in rows]
+    found = coder.decode_joined(
+        coder.decoder(*coded.encode([5, 6], sent=sent, rows=rows).finish()),
+        orders,
+        shapes,
+        lambda left: seen.append(left.tolist()),
+        sent=sent,
+        seeds=[8, 9],
+    )
+    for i, (order, shape) in enumerate(zip(orders, shapes, strict=True)):
+        decoder = oracle.decoder(alone[i], np.array([0, len(alone[i])]))
+        assert same(found[i], oracle.decode(decoder, order, *shape, sent=sent[i], seed=8 + i)[0])
+    ends = [oracle.code(grids[row][0][None], grids[row][1])._ends[0] for row in rows]
+    left = [[int(e[s] - e[min(g, s)]) for e, s in zip(ends, sent, strict=True)] for g in range(3)]
+    assert seen == left
+    with pytest.raises(ValueError, match="6 stages of a schedule that has"):
         coded.encode([5, 6], sent=[1, 6], rows=rows)
+    with pytest.raises(ValueError, match="6 stages of a schedule that has"):
+        coder.decode_joined(coder.decoder(b"", np.zeros(3, np.int64)), orders, shapes, sent=[6, 1])
 
 
 def test_several_calls_for_the_logits_change_nothing(

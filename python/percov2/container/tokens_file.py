@@ -632,15 +632,14 @@ def _by_file_form(
 ) -> list[_Result]:
     """Run ``work`` on groups of files of one form.
 
-    With ``join`` and a coder that joins unequal grids, groups may hold any files with all stages.
+    With ``join`` and a coder that joins unequal grids, groups may hold files of any form.
     """
     keys = [
         (header.schedule, header.stages_sent, header.seed, file.grid)
         for file, header in ((file, file.parsed.header) for file in files)
     ]
     sizes = [file.grid[0] * file.grid[1] for file in files]
-    whole = [not file.parsed.header.stages_sent for file in files]
-    joined = whole if join and coder.joins else []
+    joined = [True] * len(files) if join and coder.joins else []
     return by_group(files, keys, sizes, work, coder.tokens_at_once, joined)
 
 
@@ -674,22 +673,17 @@ def _unpack_together(
                     f"the file is damaged or cut: its data end {left[i]} tokens early"
                 )
 
-    header, threads = files[0].parsed.header, default_threads()
-    names = [SCHEDULES[file.parsed.header.schedule] for file in files]
-    shapes = [file.grid for file in files]
-    if len(set(zip(names, shapes, strict=True))) == 1:
+    headers, threads = [file.parsed.header for file in files], default_threads()
+    names, shapes = [SCHEDULES[header.schedule] for header in headers], [f.grid for f in files]
+    sent, seeds = [header.stages_sent for header in headers], [header.seed for header in headers]
+    forms = list(zip(names, shapes, sent, seeds, strict=True))
+    if len(set(forms)) == 1:
         grids = coder.decode(
-            decoder,
-            names[0],
-            *shapes[0],
-            on_stage=hold_to_promise,
-            threads=threads,
-            sent=header.stages_sent,
-            seed=header.seed,
+            decoder, names[0], *shapes[0], hold_to_promise, threads, sent[0], seeds[0]
         )
         tokens: list[Any] = list(as_array(grids))
     else:
-        found = coder.decode_joined(decoder, names, shapes, hold_to_promise, threads)
+        found = coder.decode_joined(decoder, names, shapes, hold_to_promise, threads, sent, seeds)
         tokens = [as_array(grid) for grid in found]
     checks = [_check_of(f.parsed.header, g, captions) for f, g in zip(files, tokens, strict=True)]
     for i, valid in enumerate(decoder.finished(checks)):

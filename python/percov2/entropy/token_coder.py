@@ -282,6 +282,8 @@ class TokenCoder:
         shapes: Sequence[tuple[int, int]],
         on_stage: Callable[[NDArray[np.int64]], None] | None = None,
         threads: int = 1,
+        sent: Sequence[int] = (),
+        seeds: Sequence[int] = (),
     ) -> list[Any]:
         """Decode the tokens of all streams of ``decoder``, which have grids of any sizes.
 
@@ -294,12 +296,14 @@ class TokenCoder:
             shapes: sides (h, w) of each grid, in tokens.
             on_stage: as for ``decode``, but with a number for each stream, int64 [B].
             threads: number of threads of the coder.
+            sent: as for ``decode``, but one for each stream. Empty means all stages.
+            seeds: seed of the draws for each stream, needed only with ``sent``.
 
         Returns:
             One int32 [h, w] for each stream, on the CPU.
 
         Raises:
-            ValueError: a wrong schedule, or a grid that is too large.
+            ValueError: a wrong schedule, ``sent`` or seed, or a grid that is too large.
             NotImplementedError: the compiled program runs the passes.
         """
         raise NotImplementedError("the compiled program passes only equal grids together")

@@ -60,8 +60,8 @@ class Executor:
         self._lock = threading.Lock()
         self._grids: OrderedDict[Hashable, Grid] = OrderedDict()
 
-    def grids(self, maps: Sequence[NDArray[np.int32]]) -> Grids:
-        """Return the grids of stage maps. The latest grids are kept."""
+    def grids(self, maps: Sequence[NDArray[np.int32]], sent: Sequence[int] | None = None) -> Grids:
+        """Return the grids of stage maps; see ``Grids``. The latest grids are kept."""
         found = []
         for stages in maps:
             name = Grid.name_of(stages)
@@ -75,7 +75,7 @@ class Executor:
             tokens = sum(len(grid.coding) for grid in self._grids.values())
             while tokens > _KEPT_TOKENS:
                 tokens -= len(self._grids.popitem(last=False)[1].coding)
-        return Grids(found)
+        return Grids(found, sent)
 
     def plan_of(self, grids: Grids, stage: int | None, contents: bool) -> Any:
         """Return the plan of a pass; the arguments are those of ``Grids.maps``."""

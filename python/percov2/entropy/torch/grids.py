@@ -2,8 +2,9 @@
 
 The grids may differ in size and schedule. The entries of all grids form one sequence: first the
 start entries and contents, which are the keys, then the queries. Contents and queries are in *joint
-order*: by stage, then by grid, then in raster order. A pass over one stage therefore takes adjacent
-entries. For a single grid the joint order is the coding order.
+order*: by stage, then by grid, then in raster order. In each stage, grids whose tokens a file holds
+come before grids whose tokens are drawn. A pass over one stage therefore takes adjacent entries.
+For a single grid the joint order is the coding order.
 """
 
 from __future__ import annotations
@@ -118,19 +119,26 @@ class PassMaps(NamedTuple):
 class Grids:
     """The joint order of grids.
 
+    Args:
+        grids: the grids.
+        sent: last stage of each grid whose tokens a file holds. None means all stages.
+
     Attributes:
         grids: the grids.
+        sent: int64 [G], the number of stages that files hold.
         ends: int64 [S + 1], the number of tokens of the first g stages of all grids.
         key_ends: int64 [S], the number of start entries and of contents of the first g stages.
         query_at: int64 [N], places in the joint order, grid by grid in coding order.
     """
 
-    def __init__(self, grids: Sequence[Grid]) -> None:
+    def __init__(self, grids: Sequence[Grid], sent: Sequence[int] | None = None) -> None:
         self.grids = tuple(grids)
+        self.sent = np.array([g.stage_count for g in grids] if sent is None else sent, np.int64)
         self.sizes = np.array([len(grid.coding) for grid in grids], dtype=np.int64)
         stage = np.concatenate([grid.stage for grid in grids])
         last = np.array([grid.stage_count for grid in grids], dtype=np.int32)
-        self._by_stage = np.argsort(stage, kind="stable")
+        drawn = stage > np.repeat(self.sent, self.sizes)
+        self._by_stage = np.lexsort((drawn, stage))
         self.query_at = np.empty_like(self._by_stage)
         self.query_at[self._by_stage] = np.arange(len(stage))
         is_key = (stage < np.repeat(last, self.sizes))[self._by_stage]
@@ -184,11 +192,22 @@ class Grids:
         return PassMaps(present, np.concatenate(readers), np.concatenate(keys))
 
     def rows(self) -> NDArray[np.int64]:
-        """Return int64 [S, G + 1]: in stage g, grid i has the rows from [g, i] up to [g, i + 1]."""
+        """Return int64 [S, G + 1]: in stage g, grid i has the rows from [g, i] up to [g, i + 1].
+
+        These are the rows of tokens that files hold. They come first in the stage.
+        """
         counts = np.zeros((self.stage_count, len(self.grids) + 1), dtype=np.int64)
-        for i, grid in enumerate(self.grids):
-            counts[: grid.stage_count, i + 1] = np.diff(grid.ends)
+        for i, (grid, sent) in enumerate(zip(self.grids, self.sent, strict=True)):
+            counts[:sent, i + 1] = np.diff(grid.ends)[:sent]
         return counts.cumsum(1)
+
+    def drawn(self, stage: int) -> list[tuple[int, NDArray[np.int64]]]:
+        """Return the grids whose tokens of a stage are drawn, with raster indices of the tokens."""
+        return [
+            (i, grid.coding[grid.parts(stage)[1]])
+            for i, (grid, sent) in enumerate(zip(self.grids, self.sent, strict=True))
+            if sent <= stage < grid.stage_count
+        ]
 
     def of_each(self, flat: Any) -> list[Any]:
         """Return the parts [h, w] of an array or tensor [N], grid by grid in raster order."""

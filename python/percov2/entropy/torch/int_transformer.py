@@ -199,9 +199,14 @@ class IntTransformer(int_transformer.IntTransformer):
     def staged(self, stages: NDArray[np.int32], batch: int) -> Any:
         return _Staged(self.executor.staged(stages, batch), self.device)
 
-    def join(self, maps: Sequence[NDArray[np.int32]]) -> PlacedGrids:
-        """Return the grids of stage maps for ``encode_joined`` and ``staged_joined``."""
-        placed: PlacedGrids = self.executor.grids(maps).place(self.device)
+    def join(
+        self, maps: Sequence[NDArray[np.int32]], sent: Sequence[int] | None = None
+    ) -> PlacedGrids:
+        """Return the grids of stage maps for ``encode_joined`` and ``staged_joined``.
+
+        The arguments are those of ``grids.Grids``.
+        """
+        placed: PlacedGrids = self.executor.grids(maps, sent).place(self.device)
         return placed
 
     def encode_joined(self, tokens: Tensor, placed: PlacedGrids) -> Tensor:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from percov2.entropy.sampling import AT_ONCE, FLOOR_BITS, SHARPNESS, check_draw, philox
 from percov2.entropy.torch import cdf
 
-__all__ = ["draw"]
+__all__ = ["draw", "draw_with"]
 
 
 def _scaled(words: NDArray[np.uint32], total: torch.Tensor) -> torch.Tensor:
@@ -35,10 +35,14 @@ def draw(logits: torch.Tensor, places: NDArray[np.int64], seed: int) -> torch.Te
     tensor([[3, 7, 0, 6]], dtype=torch.int32)
     """
     check_draw(tuple(logits.shape), places, seed)
+    return draw_with(logits, philox(seed, places))
+
+
+def draw_with(logits: torch.Tensor, words: NDArray[np.uint32]) -> torch.Tensor:
+    """Draw tokens int32 [B, n] with the random words of their places, uint32 [n, 4]."""
     step = max(1, AT_ONCE // max(1, logits.shape[0] * logits.shape[2]))
-    words = philox(seed, places)
     tokens = torch.empty(logits.shape[:2], dtype=torch.int32, device=logits.device)
-    for begin in range(0, len(places), step):
+    for begin in range(0, len(words), step):
         part = slice(begin, begin + step)
         tokens[:, part] = _drawn(logits[:, part], words[part])
     return tokens

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from percov2.entropy import rans, schedule, token_coder
+from percov2.entropy.sampling import check_draw, philox
 from percov2.entropy.staging import StagedDecoder, check_stages, one_pass_residual
 from percov2.entropy.token_coder import grid_sides, refuse_outsiders
 from percov2.entropy.torch import cdf, rans_cuda, sampling
@@ -246,29 +247,59 @@ class TokenCoder(token_coder.TokenCoder):
         shapes: Sequence[tuple[int, int]],
         on_stage: Callable[[NDArray[np.int64]], None] | None = None,
         threads: int = 1,
+        sent: Sequence[int] = (),
+        seeds: Sequence[int] = (),
     ) -> list[torch.Tensor]:
-        placed = self.model.join(_stage_maps(schedules, shapes))
+        maps = _stage_maps(schedules, shapes)
+        held = [self._sent(*one) for one in zip(maps, sent or [0] * len(maps), strict=True)]
+        placed = self.model.join(maps, held)
         joint, staged = placed.grids, self.model.staged_joined(placed)
         rows = joint.rows()
         there = torch.from_numpy(rows).to(self.model.device, non_blocking=True)
-        left = joint.sizes.copy()
+        left = np.diff(rows).sum(0)
         for stage, bounds in enumerate(rows):
-            if on_stage is not None:
+            read = int(bounds[-1])
+            if on_stage is not None and read:
                 on_stage(left)
-            tokens = []
-            for part, logits in self._logits(staged.residual()):
-                begin, end = part.start, part.start + logits.shape[1]
-                if self.coder_name == "cuda":
-                    mine = there[stage]
-                    if (begin, end) != (0, bounds[-1]):
-                        mine = mine.clamp(begin, end) - begin
-                    tokens.append(decoder.decode_rows(logits, mine, self.prob_bits))
-                else:
-                    mine = bounds.clip(begin, end) - begin
-                    tokens.append(_decoded_rows(decoder, logits, mine, self.prob_bits, threads))
+            residual = staged.residual()
+            tokens = self._rows(decoder, residual[:, :read], bounds, there[stage], threads)
+            if read < residual.shape[1]:
+                drawn = joint.drawn(stage)
+                for i, places in drawn:
+                    check_draw((1, len(places), 0), places, seeds[i])
+                words = np.concatenate([philox(seeds[i], places) for i, places in drawn])
+                tokens += [
+                    sampling.draw_with(logits, words[part])
+                    for part, logits in self._logits(residual[:, read:])
+                ]
             staged.accept(self.model.place(self._joined(tokens)))
             left = left - np.diff(bounds)
         return joint.of_each(staged.tokens()[0].cpu())
+
+    def _rows(
+        self,
+        decoder: Any,
+        residual: torch.Tensor,
+        bounds: NDArray[np.int64],
+        there: torch.Tensor,
+        threads: int,
+    ) -> list[torch.Tensor]:
+        """Decode the tokens of a stage of unequal grids: parts of int32 [1, n] on the device.
+
+        ``bounds`` are the rows of each stream, and ``there`` is a copy of them on the device.
+        """
+        tokens = []
+        for part, logits in self._logits(residual):
+            begin, end = part.start, part.start + logits.shape[1]
+            if self.coder_name == "cuda":
+                mine = there
+                if (begin, end) != (0, residual.shape[1]):
+                    mine = mine.clamp(begin, end) - begin
+                tokens.append(decoder.decode_rows(logits, mine, self.prob_bits))
+            else:
+                mine_here = bounds.clip(begin, end) - begin
+                tokens.append(_decoded_rows(decoder, logits, mine_here, self.prob_bits, threads))
+        return tokens
 
     def _grids(self, staged: StagedDecoder) -> torch.Tensor:
         return staged.tokens().cpu()
@@ -324,4 +355,4 @@ def _decoded_rows(
         index = rows[streams, None] + np.arange(count)
         found = decoder.decode(there[torch.from_numpy(index)], prob_bits, streams, threads)
         symbols[0, index] = found.numpy()
-    return torch.from_numpy(symbols)
+    return torch.from_numpy(symbols).to(logits.device)
