@@ -181,7 +181,7 @@ class Executor:
         return payload.flatten(0, 1)
 
     def place_payload(self, place: Tensor) -> Tensor:
-        """Return the embeddings, int32 [n, dim], of places, int32 [2, n] from ``places``."""
+        """Return the embeddings, int32 [n, dim], of the sixteenths of both sides, [2, n]."""
         return self._tables["row"][place[0]] + self._tables["column"][place[1]]
 
     def content_payload(self, tokens: Tensor, place: Tensor) -> Tensor:

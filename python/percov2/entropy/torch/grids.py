@@ -20,6 +20,7 @@ from torch import Tensor
 
 from percov2.entropy.schedule import order
 from percov2.entropy.visibility import (
+    SIXTEENTHS,
     START_ENTRIES,
     Entries,
     content_entries,
@@ -31,6 +32,8 @@ from percov2.entropy.visibility import (
 )
 
 __all__ = ["Grid", "Grids", "PassMaps", "PlacedGrids"]
+
+_BITS = (SIXTEENTHS - 1).bit_length()
 
 Index = slice | Tensor
 """Adjacent elements, or the indices of any elements, int64 [n]."""
@@ -218,10 +221,11 @@ class Grids:
     def _host(self) -> list[NDArray[np.int64]]:
         base = np.repeat(self._bases[:-1], self.sizes)
         coding = np.concatenate([grid.coding for grid in self.grids]) + base
-        places = np.concatenate([grid.places for grid in self.grids], axis=1)
+        # One number per token keeps the upload small.
+        row, column = np.concatenate([grid.places for grid in self.grids], axis=1)
+        tokens = (coding * SIXTEENTHS + row) * SIXTEENTHS + column
         classes = [[size_class(side) for side in grid.shape] for grid in self.grids]
-        order = self._by_stage
-        arrays = [coding[order], places[0][order], places[1][order], np.array(classes).T.ravel()]
+        arrays = [tokens[self._by_stage], np.array(classes).T.ravel()]
         return arrays if len(self.grids) == 1 else [*arrays, self._known, self._pass_order()]
 
     def _pass_order(self) -> NDArray[np.int64]:
@@ -238,15 +242,10 @@ class Grids:
     def place(self, device: torch.device) -> PlacedGrids:
         """Return the tensors of the grids on a device, made by a single upload."""
         joined = torch.from_numpy(np.concatenate(self._host)).to(device, non_blocking=True)
-        parts = joined.split([len(array) for array in self._host])
-        sequence, rows, columns, classes = parts[:4]
-        return PlacedGrids(
-            self,
-            sequence,
-            torch.stack([rows, columns]).to(torch.int32),
-            classes.view(2, -1),
-            *parts[4:],
-        )
+        tokens, classes, *others = joined.split([len(array) for array in self._host])
+        rows = tokens >> _BITS
+        places = torch.stack([rows, tokens]) & (SIXTEENTHS - 1)
+        return PlacedGrids(self, rows >> _BITS, places, classes.view(2, -1), *others)
 
 
 class PlacedGrids(NamedTuple):
@@ -255,7 +254,7 @@ class PlacedGrids(NamedTuple):
     Attributes:
         grids: the grids.
         sequence: int64 [N], the raster index of each token in joint order.
-        places: int32 [2, N], the sixteenths of both sides that hold the token.
+        places: int64 [2, N], the sixteenths of both sides that hold the token.
         classes: int64 [2, G], the size classes of heights and widths.
         known: int64, places of the contents; None for one grid, where they come first.
         passes: int64, places of contents and queries, pass by pass; None for one grid.
