@@ -192,14 +192,34 @@ def counts_of(model: IntTransformer, grids: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-@needs_triton
-def test_launches_do_not_depend_on_the_number_of_grids(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 12 stages and 6 layers."""
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> IntTransformer:
+    """A model of 6 layers whose kernels can be counted, but not run."""
     monkeypatch.setattr("percov2.triton_kernels.check_device", lambda device: None)
     monkeypatch.setattr(int_transformer, "_executor", lambda *_: triton_executor)
     config = TransformerConfig(codebook_size=16, dim=8, heads=1, head_dim=8, layers=6, hidden=8)
-    model = IntTransformer.random(config, 1, executor="triton")
-    few, many, again = (counts_of(model, grids) for grids in (2, 24, 24))
+    return IntTransformer.random(config, 1, executor="triton")
+
+
+@needs_triton
+def test_blocks_of_grids_with_few_stages_are_kept(kernels: IntTransformer) -> None:
+    maps = [schedule.stages("qlds12", 9, 12), schedule.stages("raster", 9, 12)]
+    found: list[list[Any]] = []
+    for _ in range(2):
+        joint = kernels.join(maps).grids
+        for stage in (None, 0, 5):
+            kernels.executor.plans(joint, stage)
+        few, many = joint.grids
+        assert len(few.kept) == 3 * 2 + 1 and not many.kept
+        found.append([few.kept[stage, True] for stage in (None, 0, 5)])
+        assert all(blocks.key_table.base is few.kept["keys"] for blocks in found[-1])
+    assert all(one is other for one, other in zip(*found, strict=True))
+
+
+@needs_triton
+def test_launches_do_not_depend_on_the_number_of_grids(kernels: IntTransformer) -> None:
+    """Of 12 stages and 6 layers."""
+    few, many, again = (counts_of(kernels, grids) for grids in (2, 24, 24))
     # A layer has seven kernels and one for the biases; LayerNorm and head follow the last.
     assert {name: kernels for name, (kernels, _) in few.items()} == {
         "encode": 6 * 8 + 2,

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from percov2.entropy import rans, schedule
 from percov2.entropy.staging import one_pass_logits
-from percov2.entropy.torch import cdf, rans_cuda
+from percov2.entropy.torch import cdf, rans_cuda, triton_executor
 from percov2.entropy.torch.int_transformer import IntTransformer
 from percov2.entropy.torch.token_coder import _LOGITS_AT_ONCE_FUSED, TokenCoder
 from percov2.entropy.transformer_config import TransformerConfig
@@ -56,7 +56,9 @@ def compare_joined(config: TransformerConfig, grids: list[tuple[str, int, int]])
         for grid, stages in zip(tokens, maps, strict=True)
     ]
     flat = model.place(torch.cat([grid.flatten() for grid in tokens])[None].to(torch.int32))
-    for _ in range(2):  # the second time with kept blocks
+    # The second time with kept blocks, the third time in several parts.
+    for part in (2**28, 2**28, 2**14):
+        triton_executor._PART_BYTES = part
         placed = model.join(maps)
         joint = placed.grids
         residual = model.encode_joined(flat, placed)
@@ -68,6 +70,7 @@ def compare_joined(config: TransformerConfig, grids: list[tuple[str, int, int]])
             staged.accept(flat[:, placed.sequence[begin:end]])
         assert same(torch.cat(found, 1).cpu(), residual.cpu())
         assert same(staged.tokens().cpu(), flat.to(torch.int32).cpu())
+    triton_executor._PART_BYTES = 2**28
 
 
 def kernel_codes_tokens(config: TransformerConfig) -> None:

@@ -28,7 +28,7 @@ __all__ = ["Executor", "Staged", "places"]
 
 
 _KEPT_TOKENS = 2**19
-"""Tokens of the grids whose entries are kept, besides about 550 bytes of blocks per token of grids
+"""Tokens of the grids whose entries are kept. Triton keeps about 500 more bytes per token of grids
 that were in a batch of unequal grids."""
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from percov2.entropy.visibility import NEVER, Entries, split_readers
 
-__all__ = ["Blocks", "HostBlocks", "place_blocks", "plan_readers", "split_blocks"]
+__all__ = ["Blocks", "HostBlocks", "key_table", "place_blocks", "plan_readers", "split_blocks"]
 
 
 _TILE = 8
@@ -53,6 +53,11 @@ class HostBlocks(NamedTuple):
     key_table: NDArray[np.int32]
 
 
+def key_table(key: Entries) -> NDArray[np.int32]:
+    """Return places and stages of keys, int32 [2, K]."""
+    return np.stack([_places(key), key.key_stage])
+
+
 def split_blocks(reader: Entries, key: Entries, block: int, group: int) -> HostBlocks:
     """Split readers into blocks. The arguments are those of ``plan_readers``."""
     parts = [
@@ -72,7 +77,7 @@ def split_blocks(reader: Entries, key: Entries, block: int, group: int) -> HostB
         lengths,
         listed,
         np.stack([_places(reader), reader.reads]),
-        np.stack([_places(key), key.key_stage]),
+        key_table(key),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from percov2.entropy.torch import executor, rans_cuda
 from percov2.entropy.torch.grids import Grid, Grids
-from percov2.entropy.torch.reader_plan import HostBlocks, place_blocks, split_blocks
+from percov2.entropy.torch.reader_plan import HostBlocks, key_table, place_blocks, split_blocks
 from percov2.entropy.torch.recorded import Recordings, graph_recorder
 from percov2.entropy.torch.triton_layers import Head, Layer, Plan
 from percov2.entropy.transformer_config import TransformerConfig
@@ -32,6 +32,8 @@ _KEPT_BYTES = 2**30
 """Memory of all kept plans and their biases. Images often have the same size and plan."""
 _MOST_RECORDED = 2**19
 """Largest number of tokens of a recorded batch, whose memory stays on the device."""
+_MOST_STAGES_KEPT = 64
+"""Grids of more stages keep no blocks, because they would have almost one for each token."""
 _PART_BYTES = 2**28
 """Memory of the biases of a part of a plan, in one layer."""
 
@@ -104,7 +106,10 @@ class Executor(executor.Executor):
         blocks: HostBlocks | None = grid.kept.get((stage, contents))
         if blocks is None:
             blocks = split_blocks(*grid.entries(stage, contents), *self._blocks)
-            if keep:
+            if keep and grid.stage_count <= _MOST_STAGES_KEPT:
+                # The stages share one table of keys.
+                table = grid.kept.setdefault("keys", key_table(grid.keys))
+                blocks = blocks._replace(key_table=table[:, : blocks.key_table.shape[1]])
                 grid.kept[stage, contents] = blocks
         return blocks
 
