@@ -29,6 +29,8 @@ FOLDER = Path(os.environ.get("PERCOV2_DIST", ""))
 FOUND = "PERCOV2_DIST" in os.environ
 WHEELS = sorted(FOLDER.glob("percov2-*.whl")) if FOUND else []
 SDISTS = sorted(FOLDER.glob("percov2-*.tar.gz")) if FOUND else []
+DATA = f"percov2-{__version__}.data/data/"
+"""Where a wheel stores what is installed into PREFIX/share."""
 NATIVE = re.compile(r"percov2/_native\.cpython-(\d+)-[\w-]+\.so")
 LARGEST = 40 << 20
 """Bytes; package indexes refuse files of more than 100 MB."""
@@ -68,6 +70,8 @@ def package_sources() -> dict[str, Path]:
             inside = path.relative_to(ROOT / home)
             if path.is_file() and inside.parts[0] != "triton_kernels":  # the link of developers
                 found[f"{name}/{inside.as_posix()}"] = path
+    shared = (path for path in (ROOT / "share").rglob("*") if path.is_file())
+    found |= {f"{DATA}{path.relative_to(ROOT).as_posix()}": path for path in shared}
     ignored = re.compile(r"/__pycache__/|\.so$")
     return {name: path for name, path in found.items() if not ignored.search(name)}
 
@@ -113,6 +117,12 @@ def test_wheel_holds_what_the_package_needs_to_work_and_both_licences(wheel):
         "percov2/training/configs/tiny.toml",
         "percov2/triton_kernels/__init__.py",
         "percov2/triton_kernels/intervals.py",
+        f"{DATA}share/bash-completion/completions/percov2",
+        f"{DATA}share/fish/vendor_completions.d/percov2.fish",
+        f"{DATA}share/file/magic/percov2",
+        f"{DATA}share/man/man1/percov2.1",
+        f"{DATA}share/mime/packages/percov2.xml",
+        f"{DATA}share/zsh/site-functions/_percov2",
     }
     assert needed <= set(files(wheel))
     for name in ("LICENSE", "LICENSE-WEIGHTS.md"):

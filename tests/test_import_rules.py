@@ -116,6 +116,7 @@ RULES: dict[str, tuple[str, str, str]] = {
         "",
         "numpy",
     ),
+    "percov2.cli.doctor": ("cli", "", "numpy torch"),
     "percov2.cli.many": ("cli batching models.backbone places", "tqdm", ""),
     "percov2.cli.datasets": ("cli options", "tqdm", ""),
     "percov2.__main__": ("cli", "", ""),
@@ -130,7 +131,7 @@ stored_files tokenizing"""
 LAZY: dict[str, str] = {
     "percov2.bench": "triton_kernels",
     "percov2.codec": "models.tiny.torch",
-    "percov2.cli": "@codec bench datasets demo evaluation photos training",
+    "percov2.cli": "@codec bench datasets demo evaluation machine photos training",
     "percov2.pillow": "codec",
     "percov2.places": "files",
     "percov2.entropy": "entropy.torch",

@@ -11,12 +11,15 @@ from typing import Any, NoReturn
 
 from percov2.cli import (
     bench,
+    completion,
     compress,
     decompress,
     demo,
+    doctor,
     evaluate,
     import_perco,
     info,
+    man,
     roundtrip,
     train,
 )
@@ -27,6 +30,7 @@ from percov2.extras import require
 __all__ = ["build_parser", "main"]
 
 COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco, demo, bench)
+COMMANDS += (doctor, completion, man)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,11 +65,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands, which set ``run`` to a function of the arguments."""
+    """Return the parser of all commands, which set ``run`` to a function of the arguments.
+
+    The arguments hold the parser itself as ``root``.
+    """
     help_ = "Compress photos into a few hundred bytes, and restore them."
     parser = _Parser(prog="percov2", description=help_)
     help_ = "print the version and exit"
     parser.add_argument("-V", "--version", action=VersionAction, nargs=0, help=help_)
+    parser.set_defaults(root=parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add_parser(commands)
