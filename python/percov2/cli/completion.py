@@ -7,7 +7,7 @@ this command when a shell completes ``percov2`` for the first time.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any, NamedTuple
@@ -31,7 +31,7 @@ class _Value(NamedTuple):
 
 
 class _Option(NamedTuple):
-    flags: list[str]
+    flags: Sequence[str]
     help: str
     name: str
     value: _Value | None

@@ -29,8 +29,20 @@ from percov2.extras import require
 
 __all__ = ["build_parser", "main"]
 
-COMMANDS = (compress, decompress, info, roundtrip, evaluate, train, import_perco, demo, bench)
-COMMANDS += (doctor, completion, man)
+COMMANDS = (
+    compress,
+    decompress,
+    info,
+    roundtrip,
+    evaluate,
+    train,
+    import_perco,
+    demo,
+    bench,
+    doctor,
+    completion,
+    man,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
