@@ -92,7 +92,8 @@ def test_target_bytes_and_cut_files(client, codec, photo, tmp_path):
     cut = tmp_path / "cut.pcv2"
     cut.write_bytes(whole[:-5])
     picture, sentence = restore(client, cut)
-    assert re.search(r"\*\*the file is damaged or cut: .*\*\*; \d+ of \d+ stages are from", sentence)
+    said = r"\*\*the file is damaged or cut: .*\*\*; \d+ of \d+ stages are from"
+    assert re.search(said, sentence)
     expected = np.asarray(codec.decompress(whole[:-5], allow_truncated=True))
     np.testing.assert_array_equal(np.asarray(Image.open(picture)), expected)
 
