@@ -271,12 +271,12 @@ def test_a_dense_file_whose_data_end_early_is_refused_before_its_tail_is_decoded
     stages_begun = []
 
     class Counting(TokenCoder):
-        def decode(self, *places, on_stage=None, **options):
+        def decode(self, decoder, scheduled, height, width, on_stage=None, *options):
             def watch(remaining: int) -> None:
                 stages_begun.append(remaining)
                 on_stage(remaining)
 
-            return super().decode(*places, on_stage=watch, **options)
+            return super().decode(decoder, scheduled, height, width, watch, *options)
 
     with pytest.raises(BitstreamError, match=r"file 3 of 4: .*tokens early"):
         unpack(
