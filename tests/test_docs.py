@@ -135,7 +135,7 @@ def test_the_page_on_kodak_agrees_with_itself() -> None:
         total = sum(int(size.replace(",", "")) for size in sizes)
         assert f"{total / len(sizes):,.0f}" == KODAK[f"{rate}.bytes"]
     wins = [int(value) for name, value in KODAK.items() if ".wins." in name]
-    assert len(wins) == 2 * 5 * 5 and max(wins) <= int(KODAK["count"])
+    assert len(wins) == 2 * 7 * 5 and max(wins) <= int(KODAK["count"])
 
 
 def test_marks_keep_their_decimals_and_need_a_fact() -> None:
