@@ -91,7 +91,8 @@ RULES: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "percov2.datasets": ("@codec datasets", "numpy PIL", "pyarrow ray"),
-    "percov2.pipeline": ("@codec", "diffusers PIL torch", ""),
+    "percov2.pipeline": ("@codec model_card", "diffusers huggingface_hub PIL torch", ""),
+    "percov2.model_card": ("models.config stored_files", "huggingface_hub", ""),
     "percov2.datasets.shards": ("stored_files", "", ""),
     "percov2.photos": ("datasets.shards images stored_files", "numpy torch tqdm", ""),
     "percov2.evaluation": (

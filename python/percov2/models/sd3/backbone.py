@@ -7,11 +7,14 @@ caption. Compressing loads no flow and no text encoder; decompressing loads no h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from percov2.models.backbone import BackboneOptions
@@ -22,12 +25,28 @@ from percov2.models.sd3.text import CaptionEmbedder
 from percov2.models.torch.backbone import TorchBackbone
 from percov2.models.torch.flow import WindowedEstimate, pad_to_patches, upsample_z_hat
 
-__all__ = ["SD3Model"]
+__all__ = ["SD3Model", "Sampling"]
 
 _PATCH = 2
 """Latent positions per side of a patch; latents are padded to whole patches."""
 _POSITIONS_AT_ONCE = 128 * 128
 """Latent positions per sampled batch: one picture of 1024×1024 or four of 512×512."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A caller's part in the sampling of pictures.
+
+    Attributes:
+        generator: source of the starting noise, on the CPU or on the model's device; None for a
+            generator on the CPU that is seeded with ``seed``.
+        on_step: a function that is called after every step with its index, its time and the latents
+            [B, 16, h, w]. It returns the latents to go on with, and True to leave out the steps
+            that remain.
+    """
+
+    generator: torch.Generator | None = None
+    on_step: Callable[[int, Tensor, Tensor], tuple[Tensor, bool]] | None = None
 
 
 class SD3Model(TorchBackbone):
@@ -51,6 +70,13 @@ class SD3Model(TorchBackbone):
         options = options or BackboneOptions()
         self.base = base or SD3Folder(self.folder, self.config.base, device, options)
         self._captions = CaptionEmbedder(self.base.text_networks, self.base.place)
+        self._sampling = Sampling()
+
+    def with_sampling(self, sampling: Sampling) -> SD3Model:
+        """Return a model with the same networks in memory that samples as told."""
+        other = copy.copy(self)
+        other._sampling = sampling
+        return other
 
     def hyper_latents(self, images: Tensor, rate: str) -> Iterator[Tensor]:
         """Yield hyper-latents, as ``Backbone.hyper_latents``."""
@@ -146,14 +172,14 @@ class SD3Model(TorchBackbone):
 
         scheduler = self.base.scheduler()
         scheduler.set_timesteps(steps, device=place.device)
-        generator = torch.Generator().manual_seed(seed)
+        generator = self._sampling.generator or torch.Generator().manual_seed(seed)
         shape = (1, channels, *z_hat.shape[-2:])
-        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-        x = noise.to(place.device).expand(len(z_hat), -1, -1, -1)
+        noise = randn_tensor(shape, generator, torch.device(place.device), torch.float32)
+        x = noise.expand(len(z_hat), -1, -1, -1)
         window, every_row = self.config.window, torch.arange(len(x), device=x.device)
         sides, overlap = (window, window), self.config.overlap
         with place.at_work(flow):
-            for time in scheduler.timesteps:
+            for i, time in enumerate(scheduler.timesteps):
                 now = partial(velocity, time)
                 if max(x.shape[-2:]) <= window:  # one window needs no blending
                     estimate = now(x, z_hat, every_row)
@@ -161,4 +187,8 @@ class SD3Model(TorchBackbone):
                     blended = WindowedEstimate(now, sides, overlap, batch=1)
                     estimate = blended(x, z_hat)
                 x = scheduler.step(estimate, time, x, return_dict=False)[0]
+                if self._sampling.on_step is not None:
+                    x, stop = self._sampling.on_step(i, time, x)
+                    if stop:
+                        break
         return x
