@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -441,3 +442,16 @@ def test_a_push_uploads_the_folder_and_keeps_the_card_of_the_repository(
     uploaded.clear()
     pipe.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="owner/name")
     assert uploaded["model_index.json"] == "owner/name"
+
+
+# The guide ---------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_guide_run(module_cache, tmp_path, monkeypatch, capsys):
+    page = Path(__file__).resolve().parent.parent / "docs" / "how-to" / "diffusers.md"
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec("\n".join(blocks), names)
+    assert "(256, 256)" in capsys.readouterr().out
+    assert type(names["pipe"]) is PerCoV2Pipeline and names["first"] != names["second"]
