@@ -25,6 +25,10 @@ def test_a_tutorial_runs_as_shown(name, folder):
     run_page(TUTORIALS / f"{name}.md", folder)
 
 
+def test_the_tutorial_for_training_runs_with_few_steps(folder):
+    run_page(TUTORIALS / "train-codec.md", folder, STEPS="3")
+
+
 def test_the_tutorial_for_ray_runs_as_shown(folder):
     run_page(TUTORIALS / "ray.md", folder, RAY_worker_niceness="0")
 
