@@ -127,5 +127,10 @@ def test_inputs_that_do_not_pair_and_missing_models_are_refused(folder, tmp_path
 
 def test_the_description_names_definition_and_versions(folder):
     text = Clip(str(folder)).describe()
-    for part in ("torchmetrics", "100·max(cos, 0)", str(folder), transformers.__version__):
+    for part in (
+        "torchmetrics",
+        "100·max(cos, 0)",
+        f"{folder.name}, weights ",
+        transformers.__version__,
+    ):
         assert part in text

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from percov2 import Codec
 from percov2.evaluation import clean_fid, paper
+from percov2.evaluation.clip_score import Clip
 from percov2.evaluation.figures import measured_points
 from percov2.evaluation.metrics import measure
 from percov2.evaluation.paper import Judges, Shard, captions_in, photo_list, prepared
 from percov2.evaluation.segmentation import ConfusionCounts, Segmenter
 from percov2.images import read_image, to_rgb
 from tools import tiny_judges
-from tools.command_line import failure, run
+from tools.command_line import failure, output, run
 from tools.photos import noise
 
 
@@ -45,6 +48,15 @@ def command(photos, out, model, networks, *more):
     inception, clip, segmenter = networks
     judges = ("--inception", inception, "--clip", clip, "--segmenter", segmenter)
     return ("eval", "paper", photos, "--out", out, "--model", model, *judges, *more)
+
+
+def refusal(capsys, *arguments):
+    """The last line of a command that fails after it has loaded networks."""
+    capsys.readouterr()
+    assert run(*arguments) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("percov2: ")
+    return last
 
 
 def values_in(out):
@@ -111,13 +123,17 @@ def test_folders_of_other_runs_are_refused(photos, random_model, tmp_path, capsy
     base = ("eval", "paper", photos, "--out", out, "--model", random_model)
     run(*base, "--shard", "0/2")
     again = (*base, "--protocol", "512")
-    assert "holds another run: protocol is 'native'" in failure(capsys, *again)
-    replaced = photos / "p2.png"
-    before = replaced.read_bytes()
-    with Image.open(replaced) as image:
-        image.rotate(180).crop((0, 0, 40, 50)).save(replaced)
-    assert "holds another run: files is" in failure(capsys, *base)
-    replaced.write_bytes(before)
+    assert "holds another run: protocol was 'native' and is '512'" in failure(capsys, *again)
+    settings = out / "settings.json"
+    stored = settings.read_bytes()
+    settings.write_text("[]")
+    assert f"{settings} holds no settings of a run" in failure(capsys, *base)
+    settings.unlink()
+    assert f"holds records of unknown settings: {settings} is missing" in failure(capsys, *base)
+    settings.write_bytes(stored)
+    with np.load(out / "records/p0.npz") as arrays:
+        np.savez(out / "records/p0.npz", bytes=arrays["bytes"])
+    assert "p0.npz is no record of a photo" in refusal(capsys, *base)
     other.mkdir()
     assert "holds no run" in failure(capsys, *base, "--merge", other)
     base = ("eval", "paper", "--out", out, "--model", random_model)
@@ -132,6 +148,73 @@ def test_folders_of_other_runs_are_refused(photos, random_model, tmp_path, capsy
         ((photos, "--inception", tmp_path / "none.pt"), "which percov2 does not contain"),
     ]:
         assert message in failure(capsys, *base, *words)
+
+
+CHANGES = {
+    "captions": ("captions was ", "captions.json"),
+    "labels": ("labels was ", "labels/a.png"),
+    "photo": ("files was ", "photos/b.bmp"),
+    "clip": ("definitions was 'CLIP score", "clip/model.safetensors"),
+    "segmenter": ("definitions was 'mIoU", "segmenter/model.safetensors"),
+    "draw seed": ("options differs in --draw-seed", ""),
+    "caption": ("options differs in captioner text", ""),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_records_of_other_inputs_are_refused(name, random_model, networks, tmp_path, capsys):
+    for folder in ("photos", "labels"):
+        (tmp_path / folder).mkdir()
+    for i, stem in enumerate("ab"):
+        noise(64, 48, i).save(tmp_path / "photos" / f"{stem}.bmp")
+        Image.new("L", (64, 48), i).save(tmp_path / "labels" / f"{stem}.png")
+    (tmp_path / "captions.json").write_text(json.dumps({"a": "a red door", "b": "a wall"}))
+    judges = []
+    for judge in ("clip", "segmenter"):
+        shutil.copytree(networks[1 if judge == "clip" else 2], tmp_path / judge)
+        judges += [f"--{judge}", tmp_path / judge]
+    base = ("eval", "paper", tmp_path / "photos", "--out", tmp_path / "out", "--shard", "0/2")
+    base += ("--model", random_model, *judges, "--captions", tmp_path / "captions.json")
+    base += ("--labels", tmp_path / "labels", "--stages", "3")
+    assert run(*base, "--draw-seed", "1", "--caption", "a cat") == 0
+    said, changed = CHANGES[name]
+    if changed.endswith(".json"):
+        (tmp_path / changed).write_text(json.dumps({"a": "a red door", "b": "a hat"}))
+    elif changed.endswith(".safetensors"):
+        tensors = load_file(tmp_path / changed)
+        first = min(name for name, tensor in tensors.items() if tensor.is_floating_point())
+        save_file({**tensors, first: tensors[first] + 1}, tmp_path / changed, {"format": "pt"})
+    elif changed:
+        size = (tmp_path / changed).stat().st_size
+        with Image.open(tmp_path / changed) as image:
+            image.point(lambda value: value ^ 1).save(tmp_path / changed)
+        assert changed.endswith(".png") or (tmp_path / changed).stat().st_size == size
+    seed, text = ("2" if name == "draw seed" else "1"), ("a dog" if name == "caption" else "a cat")
+    again = refusal(capsys, *base, "--draw-seed", seed, "--caption", text)
+    assert f"holds another run: {said}" in again
+
+
+def test_equal_networks_in_another_folder_are_the_same(networks, tmp_path):
+    for folder, judge in ((networks[1], Clip), (networks[2], Segmenter)):
+        copy = shutil.copytree(folder, tmp_path / "elsewhere" / folder.name)
+        assert judge(str(copy)).describe() == judge(str(folder)).describe()
+
+
+def test_what_is_missing_is_said_first(photos, random_model, networks, tmp_path, capsys):
+    texts = tmp_path / "captions.json"
+    texts.write_text(json.dumps({f"p{i}": "a wall" for i in range(3)}))
+    base = command(photos, tmp_path / "out", random_model, networks)
+    message = "2 of 5 photos have no caption, such as p3.png"
+    assert message in refusal(capsys, *base, "--captions", texts)
+    texts.write_text(json.dumps({f"p{i}": None for i in range(5)}))
+    assert "the caption of p0 is no text" in refusal(capsys, *base, "--captions", texts)
+    (tmp_path / "maps").mkdir()
+    message = "5 of 5 photos have no label map, such as "
+    assert message in refusal(capsys, *base, "--labels", tmp_path / "maps")
+    assert not (tmp_path / "out").exists()
+    plain = ("eval", "paper", photos, "--out", tmp_path / "out", "--model", random_model)
+    said = output(capsys, *plain, "--shard", "0/2")
+    assert "2 of 5 photos have none yet" in said
 
 
 def test_protocols_squash_or_crop():
@@ -162,6 +245,14 @@ def test_photos_are_chosen_by_name(photos, tmp_path):
     assert [path.name for path in photo_list(photos, names)] == ["p1.png", "p3.png"]
     names.write_text("p3.png\nq.png\n")
     with pytest.raises(ValueError, match=r"1 of 2 photos .* such as q\.png"):
+        photo_list(photos, names)
+    names.write_text("p3.png\np1.png\n", encoding="utf-8-sig")
+    assert [path.name for path in photo_list(photos, names)] == ["p1.png", "p3.png"]
+    names.write_text("p3.png\n")
+    with pytest.raises(ValueError, match=r"names\.txt names 1 photos"):
+        photo_list(photos, names)
+    names.write_bytes(b"caf\xe9.png\n")
+    with pytest.raises(ValueError, match=r"names\.txt is no text in UTF-8"):
         photo_list(photos, names)
     noise(8, 8).save(photos / "p1.jpg")
     with pytest.raises(ValueError, match="two photos named p1"):

@@ -508,7 +508,11 @@ def evaluate_paper(arguments: argparse.Namespace) -> str:
         batch=arguments.batch_size or (1 if on_cpu else 16),
     )
     if result is None:
-        return f"the records are in {arguments.out}; a run with --merge reports on all shards"
+        count = len(paper.without_record(photos, [arguments.out, *arguments.merge]))
+        return (
+            f"the records are in {arguments.out}; {count} of {len(photos)} photos have none yet. "
+            "After the other shards, --merge with their folders reports on all"
+        )
     return (arguments.out / "paper.md").read_text(encoding="utf-8").removesuffix("\n")
 
 

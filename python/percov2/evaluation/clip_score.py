@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from percov2.evaluation.setting import network_title
 from percov2.extras import require
 
 __all__ = ["CaptionScores", "Clip"]
@@ -72,7 +73,8 @@ class Clip:
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"cannot load the CLIP model {location}: {error}") from error
         self._network: Any = network.to(device).eval()
-        self.location, self.device, self.batch_size = str(location), device, batch_size
+        self.title = network_title(str(location), network)
+        self.device, self.batch_size = device, batch_size
         self.max_tokens = int(network.config.text_config.max_position_embeddings)
 
     @torch.inference_mode()
@@ -138,12 +140,11 @@ class Clip:
         """Return the definition of the measures with the model and the versions, for reports."""
         import transformers
 
-        commit = getattr(self._network.config, "_commit_hash", None)
         return (
             "CLIP score of picture and caption: 100·max(cos, 0), the definition of torchmetrics, "
             "clipped per pair (Hessel et al. 2021 use the factor 2.5); captions cut to "
             f"{self.max_tokens} tokens. CLIP likeness: cosine of original and restored picture. "
-            f"Model: {self.location}{f' at {commit}' if commit else ''}, float32, "
+            f"Model: {self.title}, float32, "
             f"{type(self._processor.image_processor).__name__}. "
             f"transformers {transformers.__version__}, torch {torch.__version__}."
         )

@@ -17,7 +17,7 @@ from percov2.container.tokens_file import token_grid
 from percov2.entropy.schedule import stage_count
 from percov2.evaluation.gallery import plot_quality
 from percov2.evaluation.report import round_trip
-from percov2.evaluation.setting import Setting, described
+from percov2.evaluation.setting import Setting, change, digest, facts_of_run
 from percov2.evaluation.writers import write_json
 from percov2.files import write_image
 from percov2.images import read_image
@@ -51,12 +51,15 @@ def stages_sent(
     path = out / "stages.json"
     encode = replace(setting.encode, stages=None, target_bytes=None, draw_seed=0)
     whole = replace(setting, encode=encode)
-    of = {**described(codec, whole), "pictures": [path.name for path in paths]}
+    pictures = {one.name: digest(one.read_bytes()) for one in paths}
+    of = {**facts_of_run(codec, whole), "pictures": pictures}
     records: list[dict[str, Any]] = []
     if path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["of"] != of:
-            raise ValueError(f"{path} holds {kept['of']}, not {of}; choose another folder")
+        for key, value in of.items():
+            if kept["of"].get(key) != value:
+                what = f"{key} {change(kept['of'].get(key), value)}"
+                raise ValueError(f"{path} holds another run: {what}; choose another folder")
         records = kept["records"]
     schedule, side = of["schedule"], codec.config.rate(of["rate"]).token_side
     sizes = [(picture.height, picture.width) for picture in map(read_image, paths)]

@@ -27,7 +27,6 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from percov2 import __version__
 from percov2.codec import Codec
 from percov2.evaluation.judge_report import as_json, differences, estimates, joined, page
 from percov2.evaluation.metrics import METRICS, measure_batch
@@ -36,10 +35,10 @@ from percov2.evaluation.realism import lite_features
 from percov2.evaluation.setting import (
     Setting,
     compress,
-    described,
     digest,
+    facts_of_run,
+    network_digest,
     restore,
-    weights_digest,
 )
 from percov2.evaluation.writers import write_json
 from percov2.files import read_arrays, write_bytes
@@ -258,23 +257,17 @@ def _seen(judge: nn.Module, crops: NDArray[np.uint8], device: str) -> NDArray[np
 def _facts(
     codec: Codec, setting: Setting, crops: Crops, judge: nn.Module, names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return everything that determines a photo's measures, as JSON values.
-
-    Of a captioner, only the class is recorded.
-    """
+    """Return everything that determines a photo's measures, as JSON values."""
     try:
         torchmetrics = metadata.version("torchmetrics")
     except metadata.PackageNotFoundError:
         torchmetrics = None
     return {
-        **described(codec, setting),
-        "weights": weights_digest(codec, setting.rate(codec)),
+        **facts_of_run(codec, setting),
         **{name: getattr(crops, name) for name in (*_CROPS, "distances")},
         "judge": getattr(judge, "title", type(judge).__name__),
-        "judge_weights": digest(*(v.cpu().numpy().tobytes() for v in judge.state_dict().values())),
+        "judge_weights": network_digest(judge),
         "photos_digest": digest(*(name.encode() for name in names)),
-        "device": str(codec.model.device),
-        "percov2": __version__,
         "torch": torch.__version__,
         "torchmetrics": torchmetrics,
     }

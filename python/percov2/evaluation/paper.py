@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from percov2 import __version__
 from percov2.codec import Codec
 from percov2.evaluation import clean_fid
 from percov2.evaluation.clip_score import Clip
@@ -29,10 +28,11 @@ from percov2.evaluation.feature_sets import PATCH_SIDE, PATCHES, FeatureNetwork,
 from percov2.evaluation.metrics import METRICS, measure
 from percov2.evaluation.realism import describe as describe_lite
 from percov2.evaluation.segmentation import ConfusionCounts, Segmenter, read_labels
-from percov2.evaluation.setting import Setting, described, digest, weights_digest
+from percov2.evaluation.setting import Setting, change, digest, facts_of_run
 from percov2.evaluation.writers import cell, markdown_table, write_json
 from percov2.files import read_arrays, write_bytes
 from percov2.images import ENDINGS, read_image, to_rgb
+from percov2.stored_files import read_json
 
 __all__ = [
     "KODAK",
@@ -43,12 +43,14 @@ __all__ = [
     "evaluate_paper",
     "photo_list",
     "prepared",
+    "without_record",
 ]
 
 PROTOCOLS = ("native", "512", "512-crop")
 """Sizes of the photos: their own; 512×512, squashed; the central square at 512×512."""
 _SIDE = 512
 _RECORDS, _SETTINGS = "records", "settings.json"
+_RESULTS = ("paper.json", "paper.md")
 KODAK = tuple(f"kodim{number:02}" for number in range(1, 25))
 """Names of the Kodak photos."""
 
@@ -108,7 +110,11 @@ def photo_list(folder: Path, names: Path | None = None) -> list[Path]:
     if names is None:
         chosen = sorted(every)
     else:
-        wanted = [line.strip() for line in names.read_text(encoding="utf-8").splitlines()]
+        try:
+            text = names.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{names} is no text in UTF-8: {error}") from error
+        wanted = [line.strip() for line in text.splitlines()]
         chosen = sorted({Path(line).name for line in wanted if line})
         missing = [name for name in chosen if name not in every]
         if missing:
@@ -117,7 +123,8 @@ def photo_list(folder: Path, names: Path | None = None) -> list[Path]:
                 f"{missing[0]}"
             )
     if len(chosen) < 2:
-        raise ValueError(f"{folder} holds {len(chosen)} photos; an evaluation needs two")
+        where = f"{folder} holds" if names is None else f"{names} names"
+        raise ValueError(f"{where} {len(chosen)} photos; an evaluation needs two")
     stems = [Path(name).stem for name in chosen]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
@@ -133,13 +140,17 @@ def captions_in(path: Path) -> dict[str, str]:
     """
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
+        texts: dict[str, str] = {}
         if "annotations" in stored:
             names = {one["id"]: Path(one["file_name"]).stem for one in stored["images"]}
-            texts: dict[str, str] = {}
             for one in sorted(stored["annotations"], key=lambda one: one["id"]):
-                texts.setdefault(names[one["image_id"]], str(one["caption"]))
-            return texts
-        return {Path(name).stem: str(text) for name, text in stored.items()}
+                texts.setdefault(names[one["image_id"]], one["caption"])
+        else:
+            texts = {Path(name).stem: text for name, text in stored.items()}
+        wrong = [name for name, text in texts.items() if not isinstance(text, str)]
+        if wrong:
+            raise ValueError(f"the caption of {wrong[0]} is no text")
+        return texts
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no captions: {error}") from error
 
@@ -232,22 +243,21 @@ def evaluate_paper(
         The contents of paper.json; None if records of other shards are missing.
 
     Raises:
-        ValueError: a folder holds a run of other photos, settings or networks.
+        ValueError: a folder holds a run of other photos, captions, labels, settings or networks, or
+            a photo has no caption or label map.
     """
     setting, shard = setting or Setting(), shard or Shard()
     if protocol not in PROTOCOLS:
         raise ValueError(f"unknown protocol {protocol!r}; choose from {', '.join(PROTOCOLS)}")
     facts = {
-        **described(codec, setting),
-        "weights": weights_digest(codec, setting.rate(codec)),
+        **facts_of_run(codec, setting),
         "protocol": protocol,
         "photos": len(photos),
-        "files": digest(*(f"{path.stem} {path.stat().st_size}".encode() for path in photos)),
+        "files": _contents(photos),
         "definitions": judges.described(),
-        "captions": captions is not None,
-        "labels": "files" if labels else "network",
+        "captions": None if captions is None else _texts(photos, captions),
+        "labels": None if labels is None else _contents(_maps(photos, labels)),
         "batch": batch,
-        "percov2": __version__,
         "torch": torch.__version__,
     }
     for folder in (out, *merge):
@@ -263,14 +273,46 @@ def evaluate_paper(
             target = out / _RECORDS / f"{path.stem}.npz"
             target.parent.mkdir(parents=True, exist_ok=True)
             write_bytes(target, stream.getvalue())
-    found = [_record_of(path, [out, *merge]) for path in photos]
-    complete = [path for path in found if path is not None]
-    if len(complete) < len(photos):
+    if without_record(photos, [out, *merge]):
+        for name in _RESULTS:
+            (out / name).unlink(missing_ok=True)
         return None
+    complete = [path for photo in photos if (path := _record_of(photo, [out, *merge]))]
     result = {**facts, **_summary(complete, judges)}
-    write_json(out / "paper.json", result)
-    write_bytes(out / "paper.md", _page(result).encode())
+    write_json(out / _RESULTS[0], result)
+    write_bytes(out / _RESULTS[1], _page(result).encode())
     return result
+
+
+def without_record(photos: Sequence[Path], folders: Sequence[Path]) -> list[Path]:
+    """Return the photos that no run in these folders has evaluated."""
+    return [path for path in photos if _record_of(path, folders) is None]
+
+
+def _contents(paths: Sequence[Path]) -> str:
+    """Return a digest of the names and contents of files."""
+    return digest(*(f"{path.stem} {digest(path.read_bytes())}".encode() for path in paths))
+
+
+def _texts(photos: Sequence[Path], captions: Mapping[str, str]) -> str:
+    """Return a digest of the photos' captions. Raise ValueError if a photo has none."""
+    missing = [path.name for path in photos if path.stem not in captions]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(photos)} photos have no caption, such as {missing[0]}"
+        )
+    return digest(*(f"{path.stem} {captions[path.stem]}".encode() for path in photos))
+
+
+def _maps(photos: Sequence[Path], labels: Path) -> list[Path]:
+    """Return the photos' label maps. Raise ValueError if a photo has none."""
+    maps = [labels / f"{path.stem}.png" for path in photos]
+    missing = [path for path in maps if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(photos)} photos have no label map, such as {missing[0]}"
+        )
+    return maps
 
 
 def _evaluated(
@@ -320,8 +362,6 @@ def _likeness(
         return {}
     found: dict[str, Any] = {"clip.likeness": judges.clip.likeness([original], [restored])[0]}
     if captions is not None:
-        if path.stem not in captions:
-            raise ValueError(f"there is no caption of {path.name}")
         scores = judges.clip.scores([restored], [captions[path.stem]])
         found |= {"clip.score": scores.values[0], "clip.cut": scores.truncated[0]}
     return found
@@ -366,24 +406,33 @@ def _record_of(path: Path, folders: Sequence[Path]) -> Path | None:
 
 def _claim(folder: Path, facts: Mapping[str, Any], make: bool) -> None:
     """Reserve a folder for a run. Raise ValueError if it holds another run, or none to merge."""
-    path = folder / _SETTINGS
+    path, records = folder / _SETTINGS, folder / _RECORDS
     if not path.is_file():
         if not make:
             raise ValueError(f"{folder} holds no run: it has no {_SETTINGS}")
+        if records.is_dir() and any(records.iterdir()):
+            raise ValueError(f"{records} holds records of unknown settings: {path} is missing")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, facts)
         return
-    stored = json.loads(path.read_text("utf-8"))
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no settings of a run")
     unlike = [key for key in facts if stored.get(key) != facts[key]]
     if unlike:
         key = unlike[0]
-        raise ValueError(f"{folder} holds another run: {key} is {stored.get(key)!r}")
+        raise ValueError(f"{folder} holds another run: {key} {change(stored.get(key), facts[key])}")
 
 
 def _summary(paths: Sequence[Path], judges: Judges) -> dict[str, Any]:
     """Return means over photos and distances between the sets, in the order of the photos."""
     networks = tuple(f"{name}." for name in judges.networks)
     records = [read_arrays(path, lambda name: not name.startswith(networks)) for path in paths]
+    for path, record in zip(paths, records, strict=True):
+        if not {"bytes", "size", "notes", *METRICS} <= record.keys():
+            raise ValueError(
+                f"{path} is no record of a photo; delete it to evaluate the photo again"
+            )
 
     def mean(name: str) -> float | None:
         every = np.array([float(record[name]) for record in records if name in record])

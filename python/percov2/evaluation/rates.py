@@ -16,7 +16,7 @@ from percov2.evaluation.published import published
 from percov2.evaluation.report import GALLERY, evaluate, facts_of, pictures_of, plan_evaluation
 from percov2.evaluation.report_page import markdown
 from percov2.evaluation.rivals import Rival
-from percov2.evaluation.setting import Setting
+from percov2.evaluation.setting import Setting, change
 from percov2.evaluation.writers import write_json
 from percov2.files import check_outputs, write_bytes
 from percov2.stored_files import read_json
@@ -126,18 +126,12 @@ def _finished(path: Path, facts: dict[str, Any]) -> tuple[dict[str, Any] | None,
     if not path.is_file():
         return None, ""
     found = read_json(path)
+    if not isinstance(found, dict):
+        return None, f"{path} is no report"
     for key, value in facts.items():
         if key not in found or found[key] != value:
-            return None, f"{key} {_change(found.get(key), value)}"
+            return None, f"{key} {change(found.get(key), value)}"
     return found, ""
-
-
-def _change(old: Any, new: Any) -> str:
-    """Return what changed from one value to another, of objects only the items that differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-        return f"differs in {', '.join(keys)}"
-    return f"was {old!r} and is {new!r}"
 
 
 def _write(

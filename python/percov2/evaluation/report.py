@@ -6,7 +6,7 @@ import platform
 import time
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from percov2 import __version__
 from percov2.codec import Codec
 from percov2.evaluation.baselines import BASELINES
 from percov2.evaluation.comparisons import Comparison, Comparisons, versions
@@ -25,10 +24,9 @@ from percov2.evaluation.rivals import Rival, check_names
 from percov2.evaluation.setting import (
     Setting,
     compress,
-    described,
     digest,
+    facts_of_run,
     restore,
-    weights_digest,
 )
 from percov2.evaluation.writers import cell, write_json
 from percov2.files import SUFFIX, check_kind, check_outputs, write_bytes, write_image
@@ -203,28 +201,15 @@ def facts_of(
 
     A change in the program of a rival's command is not seen.
     """
-    known = {**described(codec, setting), "weights": weights_digest(codec, setting.rate(codec))}
-    options, captioner = [asdict(setting.encode), asdict(setting.decode)], setting.captioner
-    words = {name.strip("_"): one for name, one in getattr(captioner, "__dict__", {}).items()}
-    options.append({f"captioner {name}": str(words[name]) for name in _TEXTS if name in words})
-    options.append({k: v for k, v in asdict(codec.model.opened_with).items() if k != "threads"})
-    more = {key: value for some in options for key, value in some.items() if key not in known}
     found = [name for name in baselines if BASELINES[name].available()]
     packages = ["numpy", "pillow", "torch", *(BASELINES[name].package for name in found)]
     return {
-        "percov2": __version__,
-        **known,
-        "options": more,
-        "device": str(codec.model.device),
+        **facts_of_run(codec, setting),
         "software": {"python": platform.python_version(), **versions(packages)},
         "photos": {path.name: digest(path.read_bytes()) for path in paths},
         "codecs": found,
         "rivals": [[rival.name, rival.source, rival.state(paths)] for rival in rivals],
     }
-
-
-_TEXTS = ("text", "location")
-"""The attributes that determine the captions of a captioner."""
 
 
 def evaluate(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.nn import functional as F
 
+from percov2.evaluation.setting import network_title
 from percov2.extras import require
 from percov2.files import read_arrays, write_bytes
 
@@ -158,7 +159,8 @@ class Segmenter:
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"cannot load the segmentation model {location}: {error}") from error
         self._network: Any = network.to(device).eval()
-        self.location, self.device, self.batch_size = str(location), device, batch_size
+        self.title = network_title(str(location), network)
+        self.device, self.batch_size = device, batch_size
         self.classes = int(network.config.num_labels)
 
     @torch.inference_mode()
@@ -206,11 +208,10 @@ class Segmenter:
         """Return the definition of mIoU with the model and the versions, for reports."""
         import transformers
 
-        commit = getattr(self._network.config, "_commit_hash", None)
         return (
             "mIoU (Long et al. 2015): intersection over union of each class, summed over the set; "
             "mean over the classes that occur in expected or found labels; label "
-            f"{IGNORED} ignored. Model: {self.location}{f' at {commit}' if commit else ''}, "
+            f"{IGNORED} ignored. Model: {self.title}, "
             f"float32, {self.classes} classes, {type(self._processor).__name__}; logits resized "
             f"bilinearly. transformers {transformers.__version__}, torch {torch.__version__}."
         )

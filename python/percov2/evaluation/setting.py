@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from percov2 import __version__
 from percov2.codec import Codec
 from percov2.container.captions import Captioner, NoCaptioner
 from percov2.options import DecodeOptions, EncodeOptions
 
-__all__ = ["Setting", "compress", "described", "digest", "restore", "weights_digest"]
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "Setting",
+    "change",
+    "compress",
+    "described",
+    "digest",
+    "facts_of_run",
+    "network_digest",
+    "network_title",
+    "restore",
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,38 @@ def described(codec: Codec, setting: Setting) -> dict[str, Any]:
     }
 
 
-def weights_digest(codec: Codec, rate: str) -> str:
+_TEXTS = ("text", "location")
+"""The attributes that determine the captions of a captioner."""
+
+
+def facts_of_run(codec: Codec, setting: Setting) -> dict[str, Any]:
+    """Return what determines the files and restored pictures of a run, as JSON values."""
+    known = {**described(codec, setting), "weights": _weights_digest(codec, setting.rate(codec))}
+    options, captioner = [asdict(setting.encode), asdict(setting.decode)], setting.captioner
+    words = {name.strip("_"): one for name, one in getattr(captioner, "__dict__", {}).items()}
+    options.append({f"captioner {name}": str(words[name]) for name in _TEXTS if name in words})
+    options.append({k: v for k, v in asdict(codec.model.opened_with).items() if k != "threads"})
+    more = {key: value for some in options for key, value in some.items() if key not in known}
+    return {
+        "percov2": __version__,
+        **known,
+        "options": more,
+        "device": str(codec.model.device),
+    }
+
+
+def change(old: Any, new: Any) -> str:
+    """Return what changed from one value to another, of objects and lists only what differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        return f"differs in {', '.join(keys)}"
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = zip(old, new, strict=True)
+        old, new = next(((one, other) for one, other in pairs if one != other), (old, new))
+    return f"was {old!r} and is {new!r}"
+
+
+def _weights_digest(codec: Codec, rate: str) -> str:
     """Return a digest of the configurations and weights of one rate in a model folder.
 
     It does not cover the base models of large backbones, which lie outside the folder.
@@ -78,6 +124,23 @@ def weights_digest(codec: Codec, rate: str) -> str:
                 while block := stream.read(_BLOCK):
                     sha.update(block)
     return sha.hexdigest()[:_DIGITS]
+
+
+def network_digest(network: nn.Module) -> str:
+    """Return a digest of the weights of a network."""
+    sha = hashlib.sha256()
+    for value in network.state_dict().values():
+        _add(sha, value.cpu().numpy().tobytes())
+    return sha.hexdigest()[:_DIGITS]
+
+
+def network_title(location: str, network: nn.Module) -> str:
+    """Return the hub's name of a network, or the name of its folder, with a digest of its weights.
+
+    The place of a folder is left out, so that runs on several machines agree.
+    """
+    name = Path(location).name if Path(location).is_dir() else location
+    return f"{name}, weights {network_digest(network)}"
 
 
 def digest(*parts: bytes) -> str:
